@@ -1,0 +1,203 @@
+"""Read, write and describe the one checkpoint format.
+
+A checkpoint is nnU-Net's ``.pth`` layout (``network_weights``) plus the key ``mfm``: tensors and JSON values only, so
+it loads with ``weights_only=True`` and can run no code. It is written to a temporary name beside its target, flushed
+to the disk and renamed, so a killed process never leaves half a file under the final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from mfm_nnunet.errors import MFMError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open ``path`` for writing such that it appears whole or not at all.
+
+    Raises MFMError (E_DISK_FULL) when the disk is full; an older file of that name stays as it was.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(target) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_full(path: Path) -> MFMError:
+    """The error of a full disk; what was on the disk before is untouched."""
+    return MFMError("E_DISK_FULL", f"{path}: the disk is full. Free some space and run the command again.")
+
+
+def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write ``content`` (tensors and plain values) to ``path`` atomically.
+
+    Raises AssertionError when ``content`` holds anything that could not be loaded safely, MFMError for a full disk.
+    """
+    require_plain(content)
+    with atomic_write(path) as file:
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as error:
+            # torch's zip writer turns a failed write of ours into a RuntimeError of its own and hides the cause.
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise cause from error
+            raise
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU, without running any code that the file may carry.
+
+    Raises MFMError: E_NOT_FOUND, E_EMPTY, E_MODEL_CORRUPT (not a checkpoint, cut off, or a failed checksum),
+    E_MODEL_UNSAFE (it holds objects other than tensors and plain values).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise MFMError("E_NOT_FOUND", f"{file}: no such checkpoint. Check the path.")
+    if file.stat().st_size == 0:
+        raise MFMError("E_EMPTY", f"{file}: the checkpoint is empty. Copy it again.")
+    _verify_checksums(file)
+    try:
+        with _plain_numpy_allowed():
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MFMError(
+            "E_MODEL_UNSAFE",
+            f"{file}: the file holds objects other than tensors and plain values, which could run code when loaded. "
+            "It was refused. Ask its author for a file of plain tensors.",
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise _damaged(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    if not isinstance(content, dict):
+        raise MFMError("E_MODEL_CORRUPT", f"{file}: not a checkpoint (it holds a {type(content).__name__}).")
+    return content
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As :func:`load`, for a file that must hold ``network_weights``.
+
+    Raises MFMError (E_MODEL_CORRUPT) when the key is missing.
+    """
+    content = load(path)
+    if not isinstance(content.get("network_weights"), dict):
+        keys = ", ".join(map(str, list(content)[:5]))
+        raise MFMError(
+            "E_MODEL_CORRUPT",
+            f"{path}: not a checkpoint of nnU-Net or mfm_nnunet: there is no 'network_weights', only {keys}.",
+        )
+    return content
+
+
+def require_plain(value: Any, name: str = "checkpoint") -> None:
+    """Assert that ``value`` is made of tensors, plain scalars, strings, lists and dicts."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            assert isinstance(key, (str, int)), f"{name}: key {key!r} is not plain"
+            require_plain(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            require_plain(item, name)
+    else:
+        plain = value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)
+        assert plain, f"{name}: {type(value).__name__} is not plain"
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` with NumPy scalars and arrays as Python numbers and lists, paths and devices as strings."""
+    if isinstance(value, Mapping):
+        return {(key if isinstance(key, (str, int)) else str(key)): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor):
+        return value
+    if hasattr(value, "tolist"):
+        return to_plain(value.tolist())
+    return str(value)
+
+
+def cpu_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict on the CPU in which tensors that share memory still share it (nnU-Net has many aliases)."""
+    copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.detach().cpu()
+        result[name] = copies[key]
+    return result
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; file systems that cannot (some network shares) are left alone."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _damaged(file: Path, reason: str) -> MFMError:
+    return MFMError("E_MODEL_CORRUPT", f"{file}: not a checkpoint, or damaged ({reason}). Copy it again.")
+
+
+def _verify_checksums(file: Path) -> None:
+    """torch writes a zip archive with a CRC per tensor but does not check it on loading; we do."""
+    if not zipfile.is_zipfile(file):
+        with open(file, "rb") as handle:
+            start = handle.read(2)
+        if start == b"PK":
+            raise _damaged(file, "the archive is cut off")
+        if start[:1] == b"\x80":  # torch's format before 1.6 is a bare pickle; torch.load decides about it.
+            return
+        raise _damaged(file, "it is not a torch archive")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise _damaged(file, str(error)) from error
+    if broken is not None:
+        raise _damaged(file, f"the checksum of {broken} does not match")
+
+
+@contextlib.contextmanager
+def _plain_numpy_allowed() -> Iterator[None]:
+    """Stock nnU-Net checkpoints hold NumPy scalars in their log; these types carry data and run no code."""
+    import numpy as np
+
+    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    names: list[Any] = [np.dtype, scalar, type(np.dtype("float32")), type(np.dtype("float64")), type(np.dtype("int64"))]
+    names.append((scalar, "numpy.core.multiarray.scalar"))
+    with torch.serialization.safe_globals(names):
+        yield

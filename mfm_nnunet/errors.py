@@ -1,0 +1,69 @@
+"""What can go wrong by the hand of a user or the state of a disk, each with a stable code.
+
+A message says what is wrong, which file or setting, why, and what to do. Everything here is a :class:`ValueError`, so
+callers of the Python API catch one type; the commands print the message without traceback and exit with 2 (or 3).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class MFMError(ValueError):
+    """An error that the user can repair.
+
+    ``code`` is one of the codes in ``documentation/reference/errors.md``, e.g. ``E_GZIP_TRUNCATED``.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        self.message = message
+        super().__init__(f"{code}  {message}")
+
+    def __reduce__(self) -> tuple[type[MFMError], tuple[str, str]]:
+        # Exceptions travel between worker processes; the default would call __init__ with one argument.
+        return (type(self), (self.code, self.message))
+
+
+@dataclass(frozen=True)
+class CaseFailure:
+    """One case that was left out: its name, the error code and the reason."""
+
+    case: str
+    code: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.case}: {self.code}  {self.reason}"
+
+
+class CasesFailedError(MFMError):
+    """Some cases failed and the others were done (exit code 3); ``failures`` says which and why."""
+
+    def __init__(self, failures: list[CaseFailure], num_cases: int) -> None:
+        self.failures = failures
+        self.num_cases = num_cases
+        lines = "\n".join(f"  {failure}" for failure in failures)
+        super().__init__("E_CASES_FAILED", f"{len(failures)} of {num_cases} cases failed, the others are done:\n{lines}")
+
+    def __reduce__(self) -> tuple[type[MFMError], tuple]:  # type: ignore[override]
+        return (type(self), (self.failures, self.num_cases))
+
+
+class StoppedError(Exception):
+    """The work was stopped by a signal after a clean save; ``exit_code`` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+def nearest(name: str, legal: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest legal one, else all of them."""
+    names = sorted(legal)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return "Known: " + ", ".join(names) + "." if names else "There is none yet."

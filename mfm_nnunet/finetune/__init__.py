@@ -1,0 +1,1 @@
+"""INTO nnU-Net: the one trainer and its plug-in folder."""

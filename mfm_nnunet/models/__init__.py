@@ -1,0 +1,1 @@
+"""THE network, as pretext tasks see it."""

@@ -1,0 +1,1 @@
+"""WHAT was decided: the plan block, the dataset fingerprint and the planner."""

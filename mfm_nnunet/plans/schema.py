@@ -1,0 +1,216 @@
+"""The settings of a run: frozen dataclasses, JSON both ways, and ``--set name=value`` typed by the fields.
+
+``plans["mfm"]`` in a plans file is :class:`MFMBlock`. An unknown key is an error that names the nearest legal one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mfm_nnunet.errors import MFMError, nearest
+
+FORMAT = 1
+"""Version of the plan block and of the checkpoint's ``mfm`` key."""
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """How a network is pretrained. Lengths of warm-up are in epochs; learning rates are peaks.
+
+    A value of ``None`` is resolved at the start of the run and the resolved value is printed and saved.
+    """
+
+    epochs: int = 1000
+    iterations_per_epoch: int = 250
+    validation_iterations: int = 50
+    batch_size: int = 2
+    """Items per step over all GPUs together."""
+    learning_rate: float = 1e-2
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum 0.99, or AdamW with betas (0.9, 0.98)."""
+    weight_decay: float = 3e-5
+    warmup_epochs: int | None = None
+    """Linear warm-up. None: 5 % of the epochs from 300 epochs on, else 10 %."""
+    gradient_clip: float = 12.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, fp16 with loss scaling on others, fp32 on CPU."""
+    augmentation: Literal["spatial", "mirror", "none"] = "spatial"
+    """spatial: rotation, scaling and mirroring; mirror: mirroring only."""
+    validation_fraction: float = 0.05
+    """Share of the subjects held out for the validation loss (at least one subject)."""
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How MFMTrainer trains, with or without a pretrained checkpoint: the schedule is the same."""
+
+    epochs: int = 1000
+    iterations_per_epoch: int = 250
+    validation_iterations: int = 50
+    learning_rate: float = 1e-2
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    weight_decay: float = 3e-5
+    warmup_epochs: int | None = None
+    """Linear warm-up. None: 5 % of the epochs from 300 epochs on, else 10 %."""
+    gradient_clip: float = 12.0
+    deep_supervision: bool = True
+    """Ignored, and reported as off, for networks without a decoder pyramid (Primus)."""
+    checkpoint: dict[str, Any] | None = None
+    """What the weights come from: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
+
+
+@dataclass(frozen=True)
+class MFMBlock:
+    """``plans["mfm"]``: everything of ours that a plan decides."""
+
+    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    source: dict[str, Any] | None = None
+    """The checkpoint a plan was made to fit (``--like``): {"name", "sha256", "pretext", "network"}."""
+    seed: int = 0
+    num_workers: int | None = None
+    """Background processes that read and augment. None: chosen from the number of CPU cores."""
+    network: Literal["resenc", "primus"] = "resenc"
+    format: int = FORMAT
+
+
+def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
+    """Length of the warm-up in epochs: the setting, or 5 % of 300 and more epochs, or 10 % of fewer."""
+    if warmup_epochs is not None:
+        return warmup_epochs
+    return round(epochs * (0.05 if epochs >= 300 else 0.1))
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain JSON values (tuples become lists)."""
+    return _plain(dataclasses.asdict(settings))
+
+
+def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
+    """The dataclass ``cls`` from JSON values.
+
+    Raises MFMError (E_CONFIG) for an unknown key or a value of the wrong type; ``where`` prefixes names in messages.
+    """
+    hints = get_type_hints(cls)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
+    return cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
+
+
+def block_of(plans: Mapping[str, Any]) -> MFMBlock:
+    """The typed view of ``plans["mfm"]``; the defaults for a stock plan that has no such block."""
+    block = from_dict(MFMBlock, plans.get("mfm", {}), "mfm.")
+    if block.format != FORMAT:
+        raise MFMError(
+            "E_CONFIG",
+            f"the plan block has format {block.format}, this version reads {FORMAT}. Plan again with this version.",
+        )
+    return block
+
+
+def override(settings: Settings, assignments: Iterable[str]) -> Settings:
+    """``settings`` with ``name=value`` strings applied; nested names are dotted (``pretrain.epochs=3``).
+
+    Values are typed by the field's annotation. Raises MFMError (E_CONFIG) that names the nearest legal setting.
+    """
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator:
+            raise MFMError("E_CONFIG", f"--set {assignment}: expected name=value, e.g. pretrain.epochs=100.")
+        settings = _assign(settings, name.strip(), value.strip(), settings)
+    return settings
+
+
+def setting_names(settings: Any, prefix: str = "") -> list[str]:
+    """All names that ``--set`` accepts for ``settings``, dotted."""
+    names: list[str] = []
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if dataclasses.is_dataclass(value):
+            names += setting_names(value, f"{prefix}{item.name}.")
+        else:
+            names.append(prefix + item.name)
+    return names
+
+
+def _assign(settings: Any, name: str, value: str, root: Any, path: str = "") -> Any:
+    head, _, rest = name.partition(".")
+    hints = get_type_hints(type(settings))
+    if head not in hints or bool(rest) != dataclasses.is_dataclass(getattr(settings, head)):
+        raise MFMError("E_CONFIG", f"unknown setting '{path}{name}'. {nearest(path + name, setting_names(root))}")
+    if rest:
+        new = _assign(getattr(settings, head), rest, value, root, f"{path}{head}.")
+    else:
+        new = _convert(value, hints[head], path + name)
+    return dataclasses.replace(settings, **{head: new})
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """``value`` (JSON or a string from the command line) as the annotated type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if dataclasses.is_dataclass(value) else from_dict(hint, value, name + ".")  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+            return None
+        for option in (a for a in arguments if a is not type(None)):
+            try:
+                return _convert(value, option, name)
+            except MFMError as error:
+                failure = error
+        raise failure
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise MFMError("E_CONFIG", f"{name}={value}: legal values are {', '.join(map(str, arguments))}.")
+    if origin is tuple:
+        return _convert_tuple(value, arguments, name)
+    if origin is dict:
+        if isinstance(value, dict):
+            return value
+        raise MFMError("E_CONFIG", f"{name}={value}: expected a table of names and values.")
+    return _convert_scalar(value, hint, name)
+
+
+def _convert_tuple(value: Any, arguments: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    items = value.strip("[]()").replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        items = (items,)
+    variadic = len(arguments) == 2 and arguments[1] is Ellipsis
+    if not variadic and len(items) != len(arguments):
+        raise MFMError("E_CONFIG", f"{name}={value}: expected {len(arguments)} values.")
+    types_ = [arguments[0]] * len(items) if variadic else list(arguments)
+    return tuple(_convert(item, hint, name) for item, hint in zip(items, types_))
+
+
+def _convert_scalar(value: Any, hint: Any, name: str) -> Any:
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "1", "yes", "false", "0", "no"):
+            return value.lower() in ("true", "1", "yes")
+    elif hint is str:
+        return str(value)
+    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = hint(value)
+        except ValueError:
+            number = None
+        if number is not None and (hint is float or float(value) == number) and number == number:
+            return number
+    raise MFMError("E_CONFIG", f"{name}={value}: expected {hint.__name__}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,1 @@
+"""FROM a folder TO masks."""

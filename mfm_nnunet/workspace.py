@@ -1,0 +1,91 @@
+"""Where everything lives, and nnU-Net's global state around a call.
+
+With no environment variable set, everything is in one workspace folder; ``nnUNet_raw``, ``nnUNet_preprocessed`` and
+``nnUNet_results`` win where they are set. :func:`use` is the only place that writes environment variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mfm_nnunet.errors import MFMError, nearest
+
+DEFAULT = "mfm_workspace"
+PLUGIN_FOLDER = Path(__file__).parent / "finetune" / "nnunet_plugin"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The three folders of nnU-Net."""
+
+    raw: Path
+    preprocessed: Path
+    results: Path
+
+    def dataset_names(self) -> list[str]:
+        """The datasets and corpora that have a raw or a preprocessed folder here."""
+        folders = [entry for root in (self.raw, self.preprocessed) if root.is_dir() for entry in root.iterdir()]
+        return sorted({entry.name for entry in folders if entry.name.startswith("Dataset") and entry.is_dir()})
+
+    def dataset_name(self, name_or_id: str | int) -> str:
+        """``DatasetXXX_Name`` for a name or a number.
+
+        Raises MFMError (E_NOT_FOUND) for an unknown one, with the nearest that exists.
+        """
+        names, wanted = self.dataset_names(), str(name_or_id)
+        if wanted in names:
+            return wanted
+        if wanted.isdigit():
+            matches = [name for name in names if re.fullmatch(rf"Dataset0*{int(wanted)}_.*", name)]
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                raise MFMError("E_CONFIG", f"dataset {wanted} is ambiguous: {', '.join(matches)}. Give the full name.")
+        raise MFMError("E_NOT_FOUND", f"there is no dataset {wanted} in {self.raw}. {nearest(wanted, names)}")
+
+    def plans_file(self, dataset_name: str, plans_name: str) -> Path:
+        """The plans file; MFMError (E_NOT_FOUND) with the nearest existing plan when it is missing."""
+        folder = self.preprocessed / dataset_name
+        file = folder / f"{plans_name}.json"
+        if file.is_file():
+            return file
+        skip = {"dataset", "dataset_fingerprint", "splits_final", "corpus", "mfm_fingerprint"}
+        others = [f.stem for f in folder.glob("*.json") if f.stem not in skip]
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{dataset_name} has no plan '{plans_name}'. {nearest(plans_name, others)} "
+            f"Make one with: mfm_plan_and_preprocess -d {dataset_name}",
+        )
+
+
+@contextlib.contextmanager
+def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
+    """The workspace for the duration of a call, with nnU-Net's environment variables set and restored after."""
+    root = Path(workspace or DEFAULT).absolute()
+    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    values = {name: os.environ.get(name) or str(root / name) for name in names}
+    plugins = [p for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p and Path(p) != PLUGIN_FOLDER]
+    values["nnUNet_extTrainer"] = os.pathsep.join([*plugins, str(PLUGIN_FOLDER)])
+    values["nnUNet_def_n_proc"] = os.environ.get("nnUNet_def_n_proc") or str(num_cores())
+    # Planning crashes with 0 and stock counts all cores of the machine, also those that are not ours.
+    values["nnUNet_n_proc_DA"] = os.environ.get("nnUNet_n_proc_DA") or str(num_cores())
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield Workspace(*(Path(values[name]) for name in names))
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
