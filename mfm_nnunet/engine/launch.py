@@ -1,0 +1,247 @@
+"""From a plan and a task's name to a run: read the plan, split the corpus, build the network, start the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import random
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.data import corpus
+from mfm_nnunet.data.crops import CropStream, StreamSettings
+from mfm_nnunet.engine.distributed import World, join_world, leave_world
+from mfm_nnunet.engine.pretrainer import Pretrainer, Run
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.models.backbone import make_backbone
+from mfm_nnunet.models.build import build_network
+from mfm_nnunet.plans import schema
+from mfm_nnunet.pretext.base import PretextTask, find_task
+from mfm_nnunet.workspace import Workspace, num_cores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainRun:
+    """All settings of a pretraining run, as ``--set`` sees them."""
+
+    pretrain: schema.PretrainSettings
+    pretext: Any
+    """The pretext task's own Config."""
+    seed: int
+    num_workers: int | None
+
+
+def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
+    """Run :func:`pretrain_here` in ``num_gpus`` processes as torchrun does; returns the final checkpoint."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=num_gpus, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=f"mfm-{os.getpid()}", max_restarts=0, start_method="spawn",
+    )  # fmt: skip
+    return elastic_launch(config, _pretrain_worker)(here, arguments)[0]
+
+
+def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> Path:
+    return pretrain_here(here, **arguments)
+
+
+def pretrain_here(
+    here: Workspace,
+    *,
+    dataset_name: str,
+    configuration: str,
+    plans_name: str,
+    pretext: str,
+    settings: Sequence[str],
+    continue_training: bool,
+    device: str,
+    run_name: str | None,
+) -> Path:
+    """Pretrain in this process (one of several under torchrun); returns the final checkpoint."""
+    plans = json.loads(here.plans_file(dataset_name, plans_name).read_text())
+    files = preprocessed_files(here, dataset_name, plans, configuration)
+    task_class = find_task(pretext)
+    block = schema.block_of(plans)
+    resolved = schema.override(
+        PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
+    )
+    task_name = pretext.rpartition(".")[2]
+    name = "__".join(filter(None, ("mfm_pretrain", task_name, plans_name, configuration, run_name)))
+    folder = here.results / dataset_name / name
+    _require_free(folder, continue_training)
+    used = pick_device(device)
+    world = join_world(used)
+    if used.type == "cuda":
+        used = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(used)
+    torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
+    try:
+        cases = _cases(here, dataset_name, files)
+        run, task = _prepare(resolved, task_class, plans, configuration, cases, files)
+        run = dataclasses.replace(run, folder=folder, device=used, world=world)
+        run.description["pretext"] = task_name
+        if world.is_main:
+            _announce(run, task)
+        return Pretrainer(task, run).run(continue_training)
+    finally:
+        leave_world(world)
+
+
+def preprocessed_files(
+    here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str
+) -> dict[str, Path]:
+    """The preprocessed volume of each case of a configuration.
+
+    Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan.
+    """
+    if configuration not in plans["configurations"]:
+        raise MFMError(
+            "E_CONFIG",
+            f"plan {plans['plans_name']} has no configuration '{configuration}'. "
+            f"{nearest(configuration, plans['configurations'])}",
+        )
+    identifier = plans["configurations"][configuration].get("data_identifier")
+    if identifier is None:
+        raise MFMError("E_CONFIG", f"{configuration} is a cascade stage; pretrain 3d_fullres instead.")
+    folder = here.preprocessed / dataset_name / identifier
+    files = {f.stem: f for f in sorted(folder.glob("*.b2nd")) if not f.stem.endswith("_seg")}
+    if not files:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
+            f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
+        )
+    return files
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto": the first GPU, else the CPU. Raises MFMError (E_CONFIG) for a device that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = name.split(":")[0]
+    if kind not in available:
+        raise MFMError("E_CONFIG", f"-device {name}: known devices are cpu, cuda and mps.")
+    if not available[kind]:
+        raise MFMError("E_CONFIG", f"-device {name}: there is none on this computer. Use -device cpu.")
+    return torch.device(name)
+
+
+def split_subjects(cases: Sequence[corpus.Case], fraction: float, seed: int) -> tuple[set[str], set[str]]:
+    """Names of the training and the validation cases, split by subject; the same for the same corpus and seed.
+
+    Raises MFMError (E_CONFIG) for a single subject, unless ``fraction`` is 0: then validation sees training cases.
+    """
+    names = {case.name for case in cases}
+    if fraction == 0:
+        return names, names
+    if not 0 < fraction < 1:
+        raise MFMError("E_CONFIG", f"pretrain.validation_fraction={fraction}: legal values are 0 up to below 1.")
+    subjects = sorted({case.subject for case in cases})
+    if len(subjects) < 2:
+        raise MFMError(
+            "E_CONFIG",
+            "the corpus has a single subject, so none can be held out for the validation loss. Add scans, or use "
+            "--set pretrain.validation_fraction=0 to validate on the training scans.",
+        )
+    count = min(max(1, round(fraction * len(subjects))), len(subjects) - 1)
+    held_out = set(random.Random(seed).sample(subjects, count))
+    validation = {case.name for case in cases if case.subject in held_out}
+    return names - validation, validation
+
+
+def _cases(here: Workspace, dataset_name: str, files: dict[str, Path]) -> list[corpus.Case]:
+    """The preprocessed cases with their subjects; without the raw folder every case is its own subject."""
+    known: dict[str, corpus.Case] = {}
+    if (here.raw / dataset_name / "dataset.json").is_file():
+        known = {case.name: case for case in corpus.load_cases(here.raw / dataset_name)}
+    return [known.get(name, corpus.Case(name, (), None, name)) for name in files]
+
+
+def _prepare(
+    resolved: PretrainRun,
+    task_class: type[PretextTask],
+    plans: dict[str, Any],
+    configuration: str,
+    cases: list[corpus.Case],
+    files: dict[str, Path],
+) -> tuple[Run, PretextTask]:
+    patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
+    num_inputs = len(plans["configurations"][configuration]["normalization_schemes"])
+    torch.manual_seed(resolved.seed)
+    num_outputs = task_class.num_outputs(resolved.pretext, num_inputs)
+    network = build_network(plans, configuration, num_inputs, num_outputs)
+    backbone = make_backbone(network, patch_size, restores=task_class.restores)
+    config = task_class.resolve(resolved.pretext, patch_size, backbone.mask_cell())
+    task = task_class(config, backbone)
+    transform = task_class.transform(config, patch_size)
+    parts = split_subjects(cases, resolved.pretrain.validation_fraction, resolved.seed)
+    augmentations = (resolved.pretrain.augmentation, "none")
+    training, validation = (
+        CropStream([files[name] for name in names], transform, StreamSettings(augmentation, resolved.seed, stream))
+        for stream, (names, augmentation) in enumerate(zip(parts, augmentations))
+    )
+    description = {
+        "format": schema.FORMAT,
+        "kind": "pretrained",
+        "pretext_config": schema.to_dict(config),
+        "pretrain": schema.to_dict(resolved.pretrain),
+        "seed": resolved.seed,
+        "plans": plans,
+        "configuration": configuration,
+        "patch_size": list(patch_size),
+        "num_inputs": num_inputs,
+        "num_outputs": num_outputs,
+        "corpus": {
+            "num_cases": len(cases),
+            "num_subjects": len({case.subject for case in cases}),
+            "hash": corpus.corpus_hash(cases),
+        },
+        "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
+        "citations": list(task_class.citations),
+    }
+    workers = default_workers() if resolved.num_workers is None else resolved.num_workers
+    run = Run(
+        resolved.pretrain, training, validation, Path(), torch.device("cpu"), description, resolved.seed, workers
+    )
+    return run, task
+
+
+def default_workers() -> int:
+    """Background readers: none on two cores or fewer (they would only compete), else up to eight."""
+    return 0 if num_cores() <= 2 else min(num_cores() - 1, 8)
+
+
+def _require_free(folder: Path, continue_training: bool) -> None:
+    if not continue_training and any((folder / f).exists() for f in ("resume.pth", "checkpoint_final.pth")):
+        raise MFMError(
+            "E_EXISTS",
+            f"{folder} holds a pretraining run already. Continue it with --c, or set the new one apart with --name.",
+        )
+
+
+def _announce(run: Run, task: PretextTask) -> None:
+    """Write the resolved settings into the run folder and say what is about to happen."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    names = ("pretext", "pretext_config", "pretrain", "seed", "versions")
+    values = {**{name: run.description[name] for name in names}, "num_workers": run.num_workers}
+    with atomic_write(run.folder / "settings.json") as file:
+        file.write(json.dumps(values, indent=2).encode())
+    millions = sum(parameter.numel() for parameter in task.backbone.network.parameters()) / 1e6
+    logger.info("run folder: %s", run.folder)
+    logger.info("settings: %s", json.dumps({name: values[name] for name in (*names[1:4], "num_workers")}))
+    logger.info(
+        "%s on %d volumes, %d held out; network of %.2f million parameters, patch %s, batch %d, on %s",
+        run.description["pretext"], len(run.training.files), len(run.validation.files), millions,
+        "x".join(map(str, run.description["patch_size"])), run.settings.batch_size, run.device,
+    )  # fmt: skip

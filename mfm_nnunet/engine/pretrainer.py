@@ -1,0 +1,266 @@
+"""The only pretraining loop: step, precision, clipping, logging, saving, resuming, stopping, several GPUs.
+
+It knows :class:`PretextTask`, never a concrete task. Everything random is a pure function of (seed, step), so a run
+that was killed and continued ends in the same weights, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.data.crops import CropStream, batches
+from mfm_nnunet.engine import report
+from mfm_nnunet.engine.distributed import World, any_true, mean
+from mfm_nnunet.engine.state import RunState, load_state, save_state
+from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.optim import learning_rate_factor, make_optimizer
+from mfm_nnunet.plans.schema import PretrainSettings, resolved_warmup
+from mfm_nnunet.pretext.base import PretextTask, TaskOutput
+from mfm_nnunet.stopping import StopFlag, stop_on_signal
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of besides its task: settings, data, place and what its checkpoint says about itself."""
+
+    settings: PretrainSettings
+    training: CropStream
+    validation: CropStream
+    folder: Path
+    device: torch.device
+    description: dict[str, Any]
+    """The ``mfm`` entry of the checkpoint (plans, task, corpus without subjects); plain values."""
+    seed: int = 0
+    num_workers: int = 0
+    world: World = World()
+
+
+class Pretrainer:
+    """Pretrains one task; ``run`` is the only public method."""
+
+    def __init__(self, task: PretextTask, run: Run) -> None:
+        self._run = run
+        self._settings = run.settings
+        self._task = task.to(run.device)
+        self._optimizer = make_optimizer(
+            [parameter for parameter in task.parameters() if parameter.requires_grad],
+            run.settings.optimizer,
+            run.settings.learning_rate,
+            run.settings.weight_decay,
+        )
+        self._dtype = _autocast_dtype(run.settings.precision, run.device)
+        self._scaler = torch.amp.GradScaler(run.device.type, enabled=self._dtype is torch.float16)
+        self._state = RunState()
+        self._module: nn.Module = self._task
+        if run.world.size > 1:
+            ids = [run.device.index] if run.device.type == "cuda" else None
+            self._module = nn.parallel.DistributedDataParallel(self._task, device_ids=ids)
+
+    def run(self, continue_training: bool = False) -> Path:
+        """Train to the end; returns the final checkpoint.
+
+        Raises StoppedError after a clean save when a signal came, MFMError (E_CONFIG, E_NOT_FOUND, E_MODEL_CORRUPT)
+        when the run cannot be continued, and FloatingPointError on a non-finite loss, before the update.
+        """
+        if continue_training:
+            self._load()
+        with stop_on_signal() as stop:
+            self._train(stop)
+        return self._finish()
+
+    @property
+    def _total_steps(self) -> int:
+        return self._settings.epochs * self._settings.iterations_per_epoch
+
+    def _train(self, stop: StopFlag) -> None:
+        run, state, per_epoch = self._run, self._state, self._settings.iterations_per_epoch
+        progress = report.Progress(self._total_steps, state.step, is_silent=not run.world.is_main)
+        last_plot = -math.inf
+        stream = batches(
+            run.training, self._settings.batch_size, state.step, self._total_steps, run.num_workers,
+            run.world.rank, run.world.size,
+        )  # fmt: skip
+        while state.step < self._total_steps:
+            start = time.monotonic()
+            while True:
+                state.loss_sum += self._step(next(stream))
+                state.loss_count += 1
+                state.step += 1
+                epoch, in_epoch = divmod(state.step - 1, per_epoch)
+                where = f"epoch {epoch + 1}/{self._settings.epochs}  step {in_epoch + 1}/{per_epoch}"
+                progress.step(state.step, where, state.loss_sum / state.loss_count)
+                if in_epoch + 1 == per_epoch or any_true(stop.exit_code is not None, run.world, run.device):
+                    break
+            state.epoch_seconds += time.monotonic() - start
+            if in_epoch + 1 < per_epoch:
+                self._stop(stop)
+            self._end_epoch(epoch, progress)
+            if run.world.is_main:
+                is_last = state.step == self._total_steps
+                if is_last or time.monotonic() - last_plot > report.SECONDS_BETWEEN_PLOTS:
+                    last_plot = time.monotonic()
+                    report.plot_progress(state.history, run.folder / "progress.png", run.folder.name)
+            if any_true(stop.exit_code is not None, run.world, run.device) and state.step < self._total_steps:
+                self._stop(stop)
+
+    def _step(self, batch: dict[str, torch.Tensor]) -> float:
+        """One optimiser step; returns the loss, averaged over all processes."""
+        run, step = self._run, self._state.step
+        epoch = step / self._settings.iterations_per_epoch
+        warmup = resolved_warmup(self._settings.warmup_epochs, self._settings.epochs)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.learning_rate * learning_rate_factor(epoch, self._settings.epochs, warmup)
+        _seed_step(run.seed, step, run.world.rank)
+        self._module.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        output = self._forward(batch)
+        loss = mean(output.loss.detach().float(), run.world).item()
+        self._require_finite(loss, "loss")
+        self._scaler.scale(output.loss).backward()
+        self._scaler.unscale_(self._optimizer)
+        norm = nn.utils.clip_grad_norm_(self._task.parameters(), self._settings.gradient_clip).item()
+        if not self._scaler.is_enabled():  # with fp16 the scaler skips such a step and lowers its scale
+            self._require_finite(norm, "gradient")
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._task.after_step((step + 1) / self._total_steps)
+        return loss
+
+    def _forward(self, batch: dict[str, torch.Tensor]) -> TaskOutput:
+        batch = {name: tensor.to(self._run.device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(self._run.device.type, self._dtype) if self._dtype else contextlib.nullcontext():
+            return self._module(batch)
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if any_true(not math.isfinite(value), self._run.world, self._run.device):
+            size = self._settings.batch_size
+            items = range(self._state.step * size, (self._state.step + 1) * size)
+            cases = sorted({name for item in items for name in self._run.training.case_names(item)})
+            raise FloatingPointError(
+                f"the {what} became non-finite at step {self._state.step} before the update; the weights saved last "
+                f"are good. Cases of the batch: {', '.join(cases)}. Check these images, or lower "
+                f"pretrain.learning_rate ({self._settings.learning_rate})."
+            )
+
+    @torch.no_grad()
+    def _validate(self) -> tuple[float, TaskOutput]:
+        """The loss on the held-out subjects: the same items every epoch, so epochs compare."""
+        run = self._run
+        self._module.eval()
+        _seed_step(run.seed, -1, run.world.rank)
+        losses, first = [], None
+        for batch in self._validation_batches():
+            output = self._forward(batch)
+            losses.append(output.loss.float())
+            first = first or output
+        assert first is not None
+        return mean(torch.stack(losses).mean(), run.world).item(), first
+
+    def _validation_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        run, count = self._run, max(1, self._settings.validation_iterations)
+        return batches(
+            run.validation, self._settings.batch_size, 0, count, run.num_workers, run.world.rank, run.world.size
+        )
+
+    def _end_epoch(self, epoch: int, progress: report.Progress) -> None:
+        """Validate, append to the history, save the state, then write what is derived from it."""
+        state, folder = self._state, self._run.folder
+        start = time.monotonic()
+        validation_loss, example = self._validate()
+        row = {
+            "epoch": epoch,
+            "train_loss": state.loss_sum / state.loss_count,
+            "validation_loss": validation_loss,
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            **{f"validation_{name}": float(value) for name, value in example.metrics.items()},
+            "seconds": round(state.epoch_seconds + time.monotonic() - start, 3),
+        }
+        state.history.append(row)
+        state.loss_sum, state.loss_count, state.epoch_seconds = 0.0, 0, 0.0
+        if not self._run.world.is_main:
+            return
+        self._save()
+        report.write_log(state.history, folder / "log.jsonl")
+        if example.pictures:
+            volumes = {name: volume.detach().float().cpu().numpy() for name, volume in example.pictures.items()}
+            title = f"{folder.name}, epoch {epoch + 1}"
+            report.plot_examples(volumes, folder / "examples.png", title)
+        progress.line(
+            f"epoch {epoch + 1}/{self._settings.epochs} done  training loss {row['train_loss']:.4f}  "
+            f"validation loss {validation_loss:.4f}  {row['seconds']:.1f} s"
+        )
+
+    def _save(self) -> None:
+        modules = {
+            "task": checkpoint.cpu_weights(self._task.state_dict()),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+        save_state(self._run.folder, self._state, modules, self._resume_settings())
+        self._save_weights("checkpoint_latest.pth")
+
+    def _save_weights(self, name: str) -> Path:
+        network = self._task.backbone.network
+        file = self._run.folder / name
+        epoch = self._state.step // self._settings.iterations_per_epoch
+        description = {**self._run.description, "epoch": epoch}
+        weights = checkpoint.cpu_weights(network.state_dict())
+        checkpoint.save({"network_weights": weights, "mfm": description}, file)
+        return file
+
+    def _load(self) -> None:
+        self._state, modules = load_state(self._run.folder, self._resume_settings())
+        self._task.load_state_dict(modules["task"])
+        self._optimizer.load_state_dict(modules["optimizer"])
+        self._scaler.load_state_dict(modules["scaler"])
+        logger.info("continuing at step %d of %d", self._state.step, self._total_steps)
+
+    def _resume_settings(self) -> dict[str, Any]:
+        """What a continued run must agree with; the number of workers and the device are free."""
+        described = {name: self._run.description[name] for name in ("pretext", "pretext_config", "corpus", "pretrain")}
+        return json.loads(json.dumps({**described, "seed": self._run.seed, "world_size": self._run.world.size}))
+
+    def _stop(self, stop: StopFlag) -> None:
+        if self._run.world.is_main:
+            self._save()
+        exit_code = stop.exit_code or 143
+        signal_name = "Ctrl-C" if exit_code == 130 else "SIGTERM"
+        raise StoppedError(
+            exit_code,
+            f"stopped by {signal_name}; saved at step {self._state.step} of {self._total_steps}. Continue with --c.",
+        )
+
+    def _finish(self) -> Path:
+        final = self._run.folder / "checkpoint_final.pth"
+        if self._run.world.is_main:
+            self._save_weights(final.name)
+            (self._run.folder / "checkpoint_latest.pth").unlink(missing_ok=True)
+            (self._run.folder / "resume_previous.pth").unlink(missing_ok=True)
+        return final
+
+
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout and drop path of a step depend on (seed, step, rank) only."""
+    torch.manual_seed((seed * 1_000_003 + (step + 1) * 65_537 + rank) % (1 << 63))
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,0 +1,51 @@
+"""The state of a run: the newest that verifies is taken; a continued run must be the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfm_nnunet.engine.state import RunState, differing_settings, load_state, save_state
+from mfm_nnunet.errors import MFMError
+
+SETTINGS = {"pretrain": {"epochs": 3, "betas": [0.9, 0.98]}, "seed": 1}
+
+
+def save(folder: Path, step: int) -> None:
+    save_state(folder, RunState(step=step, history=[{"epoch": 0}]), {"task": {"w": torch.full((9,), float(step))}}, SETTINGS)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    state, modules = load_state(tmp_path, SETTINGS)
+    assert state == RunState(step=5, history=[{"epoch": 0}])
+    assert modules["task"]["w"][0] == 5
+
+
+def test_damaged_state_falls_back_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, 5)
+    save(tmp_path, 6)
+    file = tmp_path / "resume.pth"
+    file.write_bytes(file.read_bytes()[:-200])
+    assert load_state(tmp_path, SETTINGS)[0].step == 5
+    assert "E_MODEL_CORRUPT" in caplog.text
+    (tmp_path / "resume_previous.pth").write_bytes(b"x")
+    with pytest.raises(MFMError, match="E_MODEL_CORRUPT"):
+        load_state(tmp_path, SETTINGS)
+
+
+def test_nothing_to_continue(tmp_path: Path) -> None:
+    with pytest.raises(MFMError, match="no run to continue"):
+        load_state(tmp_path, SETTINGS)
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    with pytest.raises(MFMError, match=r"pretrain\.epochs was 3, is 4"):
+        load_state(tmp_path, {**SETTINGS, "pretrain": {**SETTINGS["pretrain"], "epochs": 4}})
+
+
+def test_differences() -> None:
+    assert differing_settings({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "d": 3}) == ["c was 2, is None", "d was None, is 3"]
