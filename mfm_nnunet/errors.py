@@ -46,7 +46,9 @@ class CasesFailedError(MFMError):
         self.failures = failures
         self.num_cases = num_cases
         lines = "\n".join(f"  {failure}" for failure in failures)
-        super().__init__("E_CASES_FAILED", f"{len(failures)} of {num_cases} cases failed, the others are done:\n{lines}")
+        super().__init__(
+            "E_CASES_FAILED", f"{len(failures)} of {num_cases} cases failed, the others are done:\n{lines}"
+        )
 
     def __reduce__(self) -> tuple[type[MFMError], tuple]:  # type: ignore[override]
         return (type(self), (self.failures, self.num_cases))

@@ -19,7 +19,7 @@ ANISOTROPY = 3.0
 
 @dataclass(frozen=True)
 class SpatialParameters:
-    """One draw: ``matrix`` maps centred output to centred input voxels (None: identity), ``flips`` one flag per axis."""
+    """One draw: ``matrix`` maps centred output to centred input voxels (None: identity); a flag per axis for flips."""
 
     matrix: np.ndarray | None
     flips: tuple[bool, ...]
@@ -80,7 +80,9 @@ def _rotation(angles: np.ndarray, patch_size: Sequence[int]) -> np.ndarray:
         return _plane_rotation(2, 0, 1, angles[0])
     if _is_flat(patch_size):
         return _plane_rotation(3, 1, 2, angles[0])
-    return _plane_rotation(3, 1, 2, angles[0]) @ _plane_rotation(3, 0, 2, angles[1]) @ _plane_rotation(3, 0, 1, angles[2])
+    return (
+        _plane_rotation(3, 1, 2, angles[0]) @ _plane_rotation(3, 0, 2, angles[1]) @ _plane_rotation(3, 0, 1, angles[2])
+    )
 
 
 def _plane_rotation(num_axes: int, first: int, second: int, angle: float) -> np.ndarray:

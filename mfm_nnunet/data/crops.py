@@ -23,9 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 from mfm_nnunet.data.augment import apply_spatial, draw_spatial
 from mfm_nnunet.errors import MFMError
 
-AUGMENTATIONS = ("none", "mirror", "spatial")
-"""In growing order, see :func:`mfm_nnunet.data.augment.draw_spatial`."""
-
 
 class Request(Protocol):
     """One crop that an item needs: its size in voxels, of which of the item's volumes, padded with 0 or cut short."""
@@ -38,9 +35,6 @@ class Request(Protocol):
 class Transform(Protocol):
     """Makes one item from its crops; a pretext task's ``ItemTransform``."""
 
-    num_volumes: int
-    augmentation: Any
-
     def requests(self, rng: np.random.Generator) -> Sequence[Any]:
         """The crops to read for one item."""
         ...
@@ -52,10 +46,11 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """``augmentation`` is the most that is done to a crop; the transform may want less. Streams of one seed are
-    independent: 0 training, 1 validation."""
+    """How items are drawn: from ``num_volumes`` different volumes each, with ``augmentation`` as in
+    :func:`mfm_nnunet.data.augment.draw_spatial`. Streams of one seed are independent: 0 training, 1 validation."""
 
-    augmentation: str = "spatial"
+    num_volumes: int = 1
+    augmentation: str = "none"
     seed: int = 0
     stream: int = 0
 
@@ -69,17 +64,15 @@ class CropStream(Dataset):
     """
 
     def __init__(self, files: Sequence[Path], transform: Transform, settings: StreamSettings) -> None:
-        if len(files) < transform.num_volumes:
+        if len(files) < settings.num_volumes:
             raise MFMError(
                 "E_CONFIG",
-                f"this pretext task mixes {transform.num_volumes} volumes per item, but there are {len(files)}. "
+                f"this pretext task mixes {settings.num_volumes} volumes per item, but there are {len(files)}. "
                 "Add scans, hold out more with pretrain.validation_fraction, or choose a variant that uses one volume.",
             )
         self.files = [str(file) for file in sorted(files)]
         self.transform = transform
         self.settings = settings
-        allowed, wanted = AUGMENTATIONS.index(settings.augmentation), AUGMENTATIONS.index(transform.augmentation)
-        self._augmentation = AUGMENTATIONS[min(allowed, wanted)]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = self._rng(index)
@@ -99,7 +92,7 @@ class CropStream(Dataset):
         return np.random.default_rng([self.settings.seed, self.settings.stream, index])
 
     def _choose(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.choice(len(self.files), self.transform.num_volumes, replace=False)
+        return rng.choice(len(self.files), self.settings.num_volumes, replace=False)
 
     def _crop(self, volume: Any, chosen_slice: int, request: Request, rng: np.random.Generator) -> np.ndarray:
         is_slice = len(request.size) == volume.ndim - 2
@@ -110,7 +103,7 @@ class CropStream(Dataset):
             int(rng.integers(limit - want + 1)) if limit > want else (limit - want) // 2
             for limit, want in zip(shape, size)
         ]
-        parameters = draw_spatial(rng, size, self._augmentation)
+        parameters = draw_spatial(rng, size, self.settings.augmentation)
         read = parameters.read_size(size)
         lower = [start - (more - want) // 2 for start, more, want in zip(lower, read, size)]
         return apply_spatial(read_box(volume, lower, read, leading), parameters, size)

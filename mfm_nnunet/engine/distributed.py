@@ -23,6 +23,9 @@ class World:
         return self.rank == 0
 
 
+ALONE = World()
+
+
 def join_world(device: torch.device) -> World:
     """Join the process group that torchrun announced in the environment; alone without one."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:

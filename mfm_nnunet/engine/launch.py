@@ -10,20 +10,21 @@ import random
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.crops import CropStream, StreamSettings
-from mfm_nnunet.engine.distributed import World, join_world, leave_world
+from mfm_nnunet.device import default_workers, pick_device
+from mfm_nnunet.engine.distributed import join_world, leave_world
 from mfm_nnunet.engine.pretrainer import Pretrainer, Run
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans import schema
-from mfm_nnunet.pretext.base import PretextTask, find_task
+from mfm_nnunet.pretext.base import Augmentation, PretextTask, find_task
 from mfm_nnunet.workspace import Workspace, num_cores
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,7 @@ def pretrain_here(
     resolved = schema.override(
         PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
     )
-    task_name = pretext.rpartition(".")[2]
-    name = "__".join(filter(None, ("mfm_pretrain", task_name, plans_name, configuration, run_name)))
+    name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
     folder = here.results / dataset_name / name
     _require_free(folder, continue_training)
     used = pick_device(device)
@@ -89,7 +89,6 @@ def pretrain_here(
         cases = _cases(here, dataset_name, files)
         run, task = _prepare(resolved, task_class, plans, configuration, cases, files)
         run = dataclasses.replace(run, folder=folder, device=used, world=world)
-        run.description["pretext"] = task_name
         if world.is_main:
             _announce(run, task)
         return Pretrainer(task, run).run(continue_training)
@@ -122,19 +121,6 @@ def preprocessed_files(
             f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
         )
     return files
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto": the first GPU, else the CPU. Raises MFMError (E_CONFIG) for a device that this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = name.split(":")[0]
-    if kind not in available:
-        raise MFMError("E_CONFIG", f"-device {name}: known devices are cpu, cuda and mps.")
-    if not available[kind]:
-        raise MFMError("E_CONFIG", f"-device {name}: there is none on this computer. Use -device cpu.")
-    return torch.device(name)
 
 
 def split_subjects(cases: Sequence[corpus.Case], fraction: float, seed: int) -> tuple[set[str], set[str]]:
@@ -186,14 +172,16 @@ def _prepare(
     task = task_class(config, backbone)
     transform = task_class.transform(config, patch_size)
     parts = split_subjects(cases, resolved.pretrain.validation_fraction, resolved.seed)
-    augmentations = (resolved.pretrain.augmentation, "none")
+    num_volumes = task_class.volumes_per_item(config)
+    augmentations = (_less(resolved.pretrain.augmentation, task_class.augmentation(config)), "none")
     training, validation = (
-        CropStream([files[name] for name in names], transform, StreamSettings(augmentation, resolved.seed, stream))
-        for stream, (names, augmentation) in enumerate(zip(parts, augmentations))
+        CropStream([files[name] for name in names], transform, StreamSettings(num_volumes, kind, resolved.seed, stream))
+        for stream, (names, kind) in enumerate(zip(parts, augmentations))
     )
     description = {
         "format": schema.FORMAT,
         "kind": "pretrained",
+        "pretext": task_class.name,
         "pretext_config": schema.to_dict(config),
         "pretrain": schema.to_dict(resolved.pretrain),
         "seed": resolved.seed,
@@ -211,22 +199,20 @@ def _prepare(
         "citations": list(task_class.citations),
     }
     workers = default_workers() if resolved.num_workers is None else resolved.num_workers
-    run = Run(
-        resolved.pretrain, training, validation, Path(), torch.device("cpu"), description, resolved.seed, workers
-    )
+    run = Run(resolved.pretrain, training, validation, Path(), torch.device("cpu"), description, resolved.seed, workers)
     return run, task
 
 
-def default_workers() -> int:
-    """Background readers: none on two cores or fewer (they would only compete), else up to eight."""
-    return 0 if num_cores() <= 2 else min(num_cores() - 1, 8)
+def _less(first: Augmentation, second: Augmentation) -> Augmentation:
+    """The smaller of two augmentations."""
+    return min(first, second, key=get_args(Augmentation).index)
 
 
 def _require_free(folder: Path, continue_training: bool) -> None:
     if not continue_training and any((folder / f).exists() for f in ("resume.pth", "checkpoint_final.pth")):
         raise MFMError(
             "E_EXISTS",
-            f"{folder} holds a pretraining run already. Continue it with --c, or set the new one apart with --name.",
+            f"{folder} holds a pretraining run already. Continue it with --c, or name the new one with --run-name.",
         )
 
 

@@ -6,7 +6,6 @@ that was killed and continued ends in the same weights, bit for bit on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -21,10 +20,11 @@ from torch import nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data.crops import CropStream, batches
+from mfm_nnunet.device import autocast
 from mfm_nnunet.engine import report
-from mfm_nnunet.engine.distributed import World, any_true, mean
+from mfm_nnunet.engine.distributed import ALONE, World, any_true, mean
 from mfm_nnunet.engine.state import RunState, load_state, save_state
-from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.optim import learning_rate_factor, make_optimizer
 from mfm_nnunet.plans.schema import PretrainSettings, resolved_warmup
 from mfm_nnunet.pretext.base import PretextTask, TaskOutput
@@ -46,7 +46,7 @@ class Run:
     """The ``mfm`` entry of the checkpoint (plans, task, corpus without subjects); plain values."""
     seed: int = 0
     num_workers: int = 0
-    world: World = World()
+    world: World = ALONE
 
 
 class Pretrainer:
@@ -142,7 +142,7 @@ class Pretrainer:
 
     def _forward(self, batch: dict[str, torch.Tensor]) -> TaskOutput:
         batch = {name: tensor.to(self._run.device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(self._run.device.type, self._dtype) if self._dtype else contextlib.nullcontext():
+        with autocast(self._run.device, self._dtype):
             return self._module(batch)
 
     def _require_finite(self, value: float, what: str) -> None:

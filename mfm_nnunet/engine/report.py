@@ -56,7 +56,7 @@ class Progress:
 
 def format_seconds(seconds: float) -> str:
     """Seconds as h:mm:ss."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 

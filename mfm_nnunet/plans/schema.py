@@ -59,6 +59,8 @@ class FinetuneSettings:
     warmup_epochs: int | None = None
     """Linear warm-up. None: 5 % of the epochs from 300 epochs on, else 10 %."""
     gradient_clip: float = 12.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: as nnU-Net, fp16 with loss scaling on GPUs, fp32 elsewhere. bf16 pays on CPUs with AVX512-BF16 or AMX."""
     deep_supervision: bool = True
     """Ignored, and reported as off, for networks without a decoder pyramid (Primus)."""
     checkpoint: dict[str, Any] | None = None
@@ -160,7 +162,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if dataclasses.is_dataclass(value) else from_dict(hint, value, name + ".")  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
-        if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        if type(None) in arguments and (value is None or str(value).lower() in ("none", "null")):
             return None
         for option in (a for a in arguments if a is not type(None)):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -27,8 +28,6 @@ class Keep:
     """A transform that hands its crops on."""
 
     wanted: tuple[Request, ...]
-    num_volumes: int = 1
-    augmentation: str = "none"
 
     def requests(self, rng: np.random.Generator) -> tuple[Request, ...]:
         return self.wanted
@@ -37,9 +36,8 @@ class Keep:
         return {**{f"image{i}": crop for i, crop in enumerate(crops)}, "draw": np.float64(rng.random())}
 
 
-def make(files: list[Path], *sizes: tuple[int, ...], seed: int = 0, stream: int = 0, augmentation: str = "none") -> CropStream:
-    transform = Keep(tuple(Request(size) for size in sizes), augmentation=augmentation)
-    return CropStream(files, transform, StreamSettings(seed=seed, stream=stream))
+def make(files: list[Path], *sizes: tuple[int, ...], **settings: Any) -> CropStream:
+    return CropStream(files, Keep(tuple(Request(size) for size in sizes)), StreamSettings(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +72,7 @@ def test_ranks_share_the_items_of_a_batch(files: list[Path]) -> None:
 
 
 def test_seed_and_stream_change_the_items(files: list[Path]) -> None:
-    draws = {
-        float(make(files, (8, 8, 8), seed=seed, stream=stream)[0]["draw"])
-        for seed in (0, 1)
-        for stream in (0, 1)
-    }
+    draws = {float(make(files, (8, 8, 8), seed=seed, stream=stream)[0]["draw"]) for seed in (0, 1) for stream in (0, 1)}
     assert len(draws) == 4
 
 
@@ -107,11 +101,11 @@ def test_read_box_equals_padding_the_whole_volume() -> None:
 
 
 def test_two_volumes_of_an_item_differ(files: list[Path]) -> None:
-    transform = Keep((Request((8, 8, 8), 0), Request((8, 8, 8), 1)), num_volumes=2)
-    stream = CropStream(files, transform, StreamSettings())
+    transform = Keep((Request((8, 8, 8), 0), Request((8, 8, 8), 1)))
+    stream = CropStream(files, transform, StreamSettings(num_volumes=2))
     assert all(len(set(stream.case_names(i))) == 2 for i in range(20))
     with pytest.raises(MFMError, match="mixes 2 volumes"):
-        CropStream(files[:1], transform, StreamSettings())
+        CropStream(files[:1], transform, StreamSettings(num_volumes=2))
 
 
 def test_two_crops_of_one_volume_and_unpadded_requests(files: list[Path]) -> None:
@@ -139,7 +133,9 @@ def test_spatial_augmentation_reads_enough_and_keeps_the_scale(patch_size: tuple
 
 
 def test_without_rotation_only_the_patch_is_read() -> None:
-    sizes = [draw_spatial(np.random.default_rng(s), (32, 32, 32), "spatial").read_size((32, 32, 32)) for s in range(500)]
+    sizes = [
+        draw_spatial(np.random.default_rng(s), (32, 32, 32), "spatial").read_size((32, 32, 32)) for s in range(500)
+    ]
     share = np.mean([size == (32, 32, 32) for size in sizes])
     assert 0.58 < share < 0.70  # 0.8 * 0.8 = 64 %
 

@@ -14,7 +14,9 @@ SETTINGS = {"pretrain": {"epochs": 3, "betas": [0.9, 0.98]}, "seed": 1}
 
 
 def save(folder: Path, step: int) -> None:
-    save_state(folder, RunState(step=step, history=[{"epoch": 0}]), {"task": {"w": torch.full((9,), float(step))}}, SETTINGS)
+    save_state(
+        folder, RunState(step=step, history=[{"epoch": 0}]), {"task": {"w": torch.full((9,), float(step))}}, SETTINGS
+    )
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -48,4 +50,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_differences() -> None:
-    assert differing_settings({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "d": 3}) == ["c was 2, is None", "d was None, is 3"]
+    assert differing_settings({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "d": 3}) == [
+        "c was 2, is None",
+        "d was None, is 3",
+    ]

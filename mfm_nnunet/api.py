@@ -1,0 +1,335 @@
+"""The four jobs as functions: plan and preprocess, pretrain, train, predict. They raise and never exit.
+
+This is where the parts are put together; each part knows only what the architecture test allows it to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mfm_nnunet import workspace as places
+from mfm_nnunet.data import corpus
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
+from mfm_nnunet.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mfm_nnunet.plans.planner import PlanResult
+    from mfm_nnunet.predict.batch import PredictReport
+
+logger = logging.getLogger(__name__)
+
+
+def plan_and_preprocess(
+    datasets: Sequence[str | int],
+    *,
+    images: str | Path | None = None,
+    name: str | None = None,
+    configurations: Sequence[str] | None = None,
+    network: Literal["resenc", "primus"] = "resenc",
+    memory_gb: float | None = None,
+    spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = "median",
+    like: str | Path | None = None,
+    plans_name: str | None = None,
+    num_processes: int | None = None,
+    workspace: str | Path | None = None,
+    preprocess: bool = True,
+) -> list[PlanResult]:
+    """Plan and preprocess labelled datasets or unlabelled corpora; finished work is reused.
+
+    ``images`` registers a corpus of scans that stay where they are: a folder tree, a CSV or an nnU-Net raw folder
+    without labels; ``name`` is its name. ``spacing`` in mm, in nnU-Net's axis order. ``like`` is a pretrained
+    checkpoint that the plan must fit.
+
+    Raises MFMError for bad input (a labelled dataset with any bad case is refused, with the list of all of them), and
+    CasesFailedError after finishing when scans of a corpus were left out.
+    """
+    from mfm_nnunet.plans.planner import PlanRequest, format_table, plan
+
+    if images is not None and len(datasets) != 1:
+        raise MFMError("E_CONFIG", "--images registers one corpus: give exactly one -d ID with it.")
+    request = PlanRequest(
+        network=network,
+        memory_gb=memory_gb,
+        spacing=spacing,
+        plans_name=plans_name,
+        like=Path(like) if like else None,
+        configurations=tuple(configurations) if configurations else None,
+    )
+    results, failures, num_cases = [], [], 0
+    with places.use(workspace) as here:
+        for dataset in datasets:
+            dataset_name = _registered(here, dataset, images, name)
+            cases, failed = _fingerprint(here, dataset_name, num_processes)
+            result = plan(here, dataset_name, request)
+            logger.info("%s\n%s", dataset_name, format_table(result.decisions))
+            logger.info("plan written to %s", result.file)
+            if preprocess:
+                failed += _preprocess(here, dataset_name, cases, result, request.configurations, num_processes)
+            results.append(result)
+            failures += failed
+            num_cases += len(cases) + len(failed)
+    if failures:
+        raise CasesFailedError(failures, num_cases)
+    return results
+
+
+def pretrain(
+    dataset: str | int,
+    configuration: str,
+    *,
+    plans_name: str = "mfmPlans",
+    pretext: str = "mae",
+    settings: Sequence[str] = (),
+    continue_training: bool = False,
+    device: str = "auto",
+    num_gpus: int = 1,
+    workspace: str | Path | None = None,
+    run_name: str | None = None,
+) -> Path:
+    """Pretrain the network of a plan without labels; returns the checkpoint ``checkpoint_final.pth`` of the run.
+
+    ``pretext`` is the name of a pretext task or a dotted import path of a private one; ``settings`` are
+    ``name=value`` strings such as ``pretrain.epochs=100``. ``run_name`` sets a run apart from others of the same plan
+    and task. With ``num_gpus`` > 1 the run is started again under torchrun, one process per GPU.
+
+    Raises MFMError for bad input, StoppedError after a clean save on SIGTERM or Ctrl-C, FloatingPointError when the
+    loss becomes non-finite.
+    """
+    from mfm_nnunet.engine.launch import launch, pretrain_here
+
+    with places.use(workspace) as here:
+        arguments: dict[str, Any] = {
+            "dataset_name": here.dataset_name(dataset),
+            "configuration": configuration,
+            "plans_name": plans_name,
+            "pretext": pretext,
+            "settings": tuple(settings),
+            "continue_training": continue_training,
+            "device": device,
+            "run_name": run_name,
+        }
+        if num_gpus > 1:
+            return launch(num_gpus, here, arguments)
+        return pretrain_here(here, **arguments)
+
+
+def train(
+    dataset: str | int,
+    configuration: str,
+    fold: int | str,
+    *,
+    plans_name: str = "mfmPlans",
+    trainer: str = "MFMTrainer",
+    pretrained_weights: str | Path | None = None,
+    settings: Sequence[str] = (),
+    continue_training: bool = False,
+    only_validate: bool = False,
+    save_probabilities: bool = False,
+    device: str = "auto",
+    num_gpus: int = 1,
+    workspace: str | Path | None = None,
+) -> Path:
+    """Train a segmentation network, from a pretrained checkpoint or from scratch on the same schedule.
+
+    Returns the fold's folder inside nnU-Net's model folder. Raises MFMError for bad input (also when less than half
+    of the encoder's parameters match the checkpoint) and StoppedError on SIGTERM or Ctrl-C.
+    """
+    from mfm_nnunet.finetune.run import run_training
+
+    with places.use(workspace) as here:
+        return run_training(
+            here,
+            here.dataset_name(dataset),
+            configuration,
+            fold,
+            plans_name=plans_name,
+            trainer=trainer,
+            pretrained_weights=Path(pretrained_weights) if pretrained_weights else None,
+            overrides=tuple(settings),
+            continue_training=continue_training,
+            only_validate=only_validate,
+            save_probabilities=save_probabilities,
+            device=device,
+            num_gpus=num_gpus,
+        )
+
+
+def predict(
+    input_folder: str | Path,
+    output_folder: str | Path,
+    *,
+    model_folder: str | Path | None = None,
+    dataset: str | int | None = None,
+    configuration: str | None = None,
+    folds: Sequence[int | str] | None = None,
+    plans_name: str = "mfmPlans",
+    trainer: str = "MFMTrainer",
+    checkpoint_name: str = "checkpoint_final.pth",
+    step_size: float = 0.5,
+    mirroring: bool = True,
+    save_probabilities: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    previous_stage: str | Path | None = None,
+    num_parts: int = 1,
+    part_id: int = 0,
+    device: str = "auto",
+    workspace: str | Path | None = None,
+) -> PredictReport:
+    """Segment every case of a folder; masks have the exact geometry of their input.
+
+    The model is a folder, or the dataset, configuration, plan and trainer that it was made with; ``folds`` None means
+    all that exist. Raises MFMError for bad input and CasesFailedError after all good cases are done.
+    """
+    from mfm_nnunet.predict.batch import PredictOptions, predict_folder
+
+    with places.use(workspace) as here:
+        model = Path(model_folder) if model_folder else _model_folder(here, dataset, configuration, plans_name, trainer)
+        options = PredictOptions(
+            folds=tuple(folds) if folds is not None else None,
+            checkpoint_name=checkpoint_name,
+            step_size=step_size,
+            mirroring=mirroring,
+            save_probabilities=save_probabilities,
+            overwrite=overwrite,
+            resume=resume,
+            previous_stage=Path(previous_stage) if previous_stage else None,
+            num_parts=num_parts,
+            part_id=part_id,
+            device=device,
+        )
+        return predict_folder(model, Path(input_folder), Path(output_folder), options)
+
+
+def _model_folder(
+    here: Workspace, dataset: str | int | None, configuration: str | None, plans_name: str, trainer: str
+) -> Path:
+    if dataset is None or configuration is None:
+        raise MFMError("E_CONFIG", "name the model: either -m MODEL_FOLDER, or -d DATASET and -c CONFIGURATION.")
+    folder = here.results / here.dataset_name(dataset) / f"{trainer}__{plans_name}__{configuration}"
+    if not folder.is_dir():
+        existing = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
+        raise MFMError("E_NOT_FOUND", f"{folder}: no such model. {nearest(folder.name, existing)}")
+    return folder
+
+
+def _registered(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
+    """The dataset's name; with ``images`` the corpus is registered first."""
+    if images is None:
+        if name is not None:
+            raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
+        return here.dataset_name(dataset)
+    if not str(dataset).isdigit() or not 1 <= int(dataset) <= 999:
+        raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus needs a number from 1 to 999.")
+    dataset_name = f"Dataset{int(dataset):03d}_{name or 'Corpus'}"
+    others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
+    if others:
+        raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
+    cases = corpus.index_source(Path(images))
+    channels = [f"channel{i}" for i in range(_num_channels(cases))]
+    corpus.register_corpus(here.raw, dataset_name, cases, channels)
+    return dataset_name
+
+
+def _num_channels(cases: list[corpus.Case]) -> int:
+    """Channels of the first image that can be read: one file may hold several (colour pictures)."""
+    from mfm_nnunet.data.reading import read_image, reader_for
+
+    for case in cases:
+        with contextlib.suppress(MFMError):
+            return len(read_image(case.images, reader_for(case.images[0]))[0])
+    return len(cases[0].images)  # planning will refuse each of them with its reason
+
+
+def _fingerprint(
+    here: Workspace, dataset_name: str, num_processes: int | None
+) -> tuple[list[corpus.Case], list[CaseFailure]]:
+    """The good cases of a dataset, and an up-to-date ``dataset_fingerprint.json``; labelled cases must all be good."""
+    from mfm_nnunet.checkpoint import atomic_write
+    from mfm_nnunet.plans.fingerprint import extract_fingerprint
+
+    raw, preprocessed = here.raw / dataset_name, here.preprocessed / dataset_name
+    cases = corpus.load_cases(raw)
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    is_corpus = corpus.is_corpus(raw)
+    file = preprocessed / "dataset_fingerprint.json"
+    preprocessed.mkdir(parents=True, exist_ok=True)
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    signature = corpus.signature(cases)
+    if known.get("mfm", {}).get("signature") == signature:
+        failures = [CaseFailure(*failure) for failure in known["mfm"]["failures"]]
+    else:
+        fingerprint, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
+        if failures and not is_corpus:
+            raise _bad_dataset(dataset_name, failures, len(cases))
+        fingerprint["mfm"] = {
+            **fingerprint.get("mfm", {}),
+            "signature": signature,
+            "failures": [[failure.case, failure.code, failure.reason] for failure in failures],
+        }
+        with atomic_write(file) as handle:
+            handle.write(json.dumps(fingerprint, indent=1).encode())
+    with atomic_write(preprocessed / "dataset.json") as handle:
+        handle.write(json.dumps(dataset_json, indent=1).encode())
+    bad = {failure.case for failure in failures}
+    return [case for case in cases if case.name not in bad], failures
+
+
+def _bad_dataset(dataset_name: str, failures: list[CaseFailure], num_cases: int) -> MFMError:
+    shown = "\n".join(f"  {failure}" for failure in failures[:20])
+    more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
+    code = failures[0].code if len({failure.code for failure in failures}) == 1 else "E_FORMAT"
+    return MFMError(
+        code,
+        f"{dataset_name}: {len(failures)} of {num_cases} labelled cases cannot be used; nothing was planned. "
+        f"Repair or remove them:\n{shown}{more}",
+    )
+
+
+def _to_preprocess(plans: dict[str, Any], asked: tuple[str, ...] | None, is_corpus: bool) -> list[str]:
+    """Configurations with data of their own: those asked for, else nnU-Net's default, and for a corpus the 3D one."""
+    known = plans["configurations"]
+    own = [name for name in known if "previous_stage" not in known[name]]
+    if asked:
+        needed = {known[name].get("inherits_from", name) for name in asked} | set(asked)
+        return [name for name in own if name in needed or known[name].get("next_stage") in needed]
+    return ["3d_fullres"] if is_corpus and "3d_fullres" in own else own
+
+
+def _preprocess(
+    here: Workspace,
+    dataset_name: str,
+    cases: list[corpus.Case],
+    result: PlanResult,
+    asked: tuple[str, ...] | None,
+    num_processes: int | None,
+) -> list[CaseFailure]:
+    from mfm_nnunet.data.preprocess import preprocess_dataset
+
+    raw = here.raw / dataset_name
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    failures: list[CaseFailure] = []
+    for configuration in _to_preprocess(result.plans, asked, corpus.is_corpus(raw)):
+        report = preprocess_dataset(
+            cases,
+            result.plans,
+            configuration,
+            dataset_json,
+            here.preprocessed / dataset_name,
+            num_processes or places.num_cores(),
+        )
+        logger.info(
+            "%s %s: %d cases preprocessed, %d reused, %d failed",
+            dataset_name,
+            configuration,
+            len(report.done),
+            len(report.reused),
+            len(report.failures),
+        )
+        failures += [failure for failure in report.failures if failure.case not in {f.case for f in failures}]
+    return failures

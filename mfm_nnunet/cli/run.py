@@ -1,0 +1,146 @@
+"""Do the job of a command: errors become messages of a few lines and exit codes.
+
+Exit codes: 0 done, 1 internal error, 2 usage or input, 3 some cases failed, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from mfm_nnunet import workspace
+from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError
+from mfm_nnunet.version import __version__
+
+LOG_FILE = "mfm_error.log"
+MAX_MESSAGE_LINES = 5
+_PACKAGE = str(Path(__file__).parent.parent)
+_OUT_OF_MEMORY = "E_OOM  not enough memory. Plan with a smaller --memory-gb, free some memory, or take -device cpu."
+
+
+def run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Call ``job(arguments)``; returns the exit code. ``arguments`` needs ``workspace`` and ``debug``."""
+    # Idle OpenMP threads that spin starve the data workers on few cores; must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    _configure_logging()
+    if not arguments.debug:  # deprecations inside other libraries are nothing that a user can act on
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+    before = signal.signal(signal.SIGTERM, _Terminator())
+    try:
+        job(arguments)
+        sys.stdout.flush()
+        return 0
+    except BaseException as error:
+        return 1 if _is_stdout_closed(error) else _report(error, arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminator:
+    """SIGTERM as an exception, so that half-written files are cleaned up; forked workers die of it as usual."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != self.process:
+            os.kill(os.getpid(), number)
+            return
+        raise StoppedError(128 + number, "stopped by SIGTERM.")
+
+
+def _configure_logging() -> None:
+    """Plain messages on stderr: ours from INFO, everybody else's from WARNING."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("mfm_nnunet").setLevel(logging.INFO)
+
+
+def _report(error: BaseException, arguments: argparse.Namespace) -> int:
+    """Print what the user needs to know about ``error``; returns the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    exit_code, message = _classify(error)
+    lines = message.splitlines() or [type(error).__name__]
+    if arguments.debug:
+        traceback.print_exception(type(error), error, error.__traceback__)
+    elif len(lines) > MAX_MESSAGE_LINES:
+        num_hidden = len(lines) - MAX_MESSAGE_LINES + 1
+        place = _write_log(error, arguments)
+        lines = [*lines[: MAX_MESSAGE_LINES - 1], f"  ... and {num_hidden} more lines, all in {place}"]
+    elif exit_code == 1:
+        lines[-1] += f" (Details: {_write_log(error, arguments)}; or run with --debug.)"
+    print("\n".join(lines), file=sys.stderr)
+    return exit_code
+
+
+def _classify(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of an error."""
+    if isinstance(error, CasesFailedError):
+        return 3, str(error)
+    if isinstance(error, StoppedError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by Ctrl-C."
+    if isinstance(error, MFMError) or (isinstance(error, ValueError) and _is_raised_by_us(error)):
+        return 2, str(error)
+    if isinstance(error, FloatingPointError):
+        return 1, str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 2, _OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 2, f"E_DISK_FULL  {error.filename or 'a file'}: the disk is full. Free some space and run again."
+    if isinstance(error, PermissionError):
+        return 2, f"E_PERMISSION  {error.filename}: no permission to read or write. Check its owner and mode."
+    first_line = (str(error).splitlines() or [""])[0]
+    return 1, f"internal error: {type(error).__name__}: {first_line}"
+
+
+def _is_raised_by_us(error: BaseException) -> bool:
+    """Whether the line that raised ``error`` is in this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_PACKAGE + os.sep)
+
+
+def _write_log(error: BaseException, arguments: argparse.Namespace) -> str:
+    """Append the whole message and traceback to the workspace's error log; returns where it is."""
+    file = Path(arguments.workspace or workspace.DEFAULT) / LOG_FILE
+    details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    command = " ".join(sys.argv)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as handle:
+            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  mfm_nnunet {__version__}  {command}\n{details}\n")
+    except OSError:
+        return "nowhere, the workspace cannot be written"
+    return str(file)
+
+
+def _is_stdout_closed(error: BaseException) -> bool:
+    """Whether ``error`` is that the reader of our output went away (``| head``); then stdout is made a sink.
+
+    A broken pipe to a worker process looks the same and is an error, so stdout itself is asked.
+    """
+    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

@@ -1,0 +1,266 @@
+"""Corpora of unlabelled images, registered where they lie, and the cases of any nnU-Net raw dataset.
+
+A corpus is a dataset folder with ``dataset.json`` and ``corpus.json``. The latter holds the paths of the scans: it
+stays on this computer and nothing of it but a hash goes into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.data.index import Case, group_channels, index_source, require_channels, subject_of, with_digest
+from mfm_nnunet.data.integrity import ending_of
+from mfm_nnunet.errors import MFMError
+
+__all__ = ["Case", "corpus_hash", "index_source", "is_corpus", "load_cases", "register_corpus", "signature"]
+
+FORMAT = 1
+"""Version of corpus.json."""
+_PICTURES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"}
+_log = logging.getLogger(__name__)
+
+
+def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channel_names: list[str]) -> Path:
+    """Write ``dataset.json`` and ``corpus.json`` of a corpus into ``raw_root/dataset_name``; returns the folder.
+
+    Registering again is allowed when the scans that are registered are among the new ones: new scans are added, known
+    ones keep their names, and those that no longer exist are dropped.
+
+    Raises MFMError: E_EXISTS (the folder holds a labelled dataset or other scans), E_CONFIG (a name other than
+    DatasetXXX_Name), E_CHANNELS (cases with other numbers of files than ``channel_names``), E_FORMAT (volumes and
+    pictures mixed), E_NOT_FOUND (no cases).
+    """
+    if not re.fullmatch(r"Dataset\d{3}_[A-Za-z0-9_.+-]+", dataset_name):
+        raise MFMError("E_CONFIG", f"{dataset_name}: the name must be like Dataset701_Name (letters, digits, _ . + -).")
+    if not cases:
+        raise MFMError("E_NOT_FOUND", f"{dataset_name}: there is no image to register.")
+    _require_equal_channels(cases, len(channel_names))
+    folder = raw_root / dataset_name
+    if is_corpus(folder):
+        cases = _update(folder, cases)
+    elif (folder / "dataset.json").exists():
+        raise MFMError("E_EXISTS", f"{folder}: holds a labelled dataset. Choose another number for the corpus.")
+    dataset_json: dict[str, Any] = {
+        "channel_names": {str(index): name for index, name in enumerate(channel_names)},
+        "labels": {"background": 0},
+        "numTraining": len(cases),
+        **_file_format(cases),
+    }
+    folders = [os.path.dirname(file) for case in cases for file in case.images]
+    corpus = {
+        "format": FORMAT,
+        "source": os.path.commonpath(folders),
+        "cases": [
+            {"name": case.name, "images": [str(file) for file in case.images], "subject": case.subject}
+            for case in cases
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "corpus.json", corpus)
+    _write_json(folder / "dataset.json", dataset_json)
+    return folder
+
+
+def load_cases(dataset_folder: Path) -> list[Case]:
+    """The cases of a registered corpus or of an nnU-Net raw dataset, in the order of their names.
+
+    In a corpus a scan that vanished is a bad case, which reading reports; in a labelled dataset every file must be
+    there. Raises MFMError: E_NOT_FOUND (no dataset.json; missing label or image files, all listed), E_CHANNELS
+    (missing channel files, all listed), E_FORMAT (a damaged JSON file).
+    """
+    if is_corpus(dataset_folder):
+        return _corpus_cases(dataset_folder)
+    file = dataset_folder / "dataset.json"
+    dataset_json = _read_json(file)
+    lacking = [key for key in ("labels", "file_ending") if key not in dataset_json]
+    if lacking:
+        raise MFMError("E_FORMAT", f"{file}: has no '{lacking[0]}'. Is this a dataset of nnU-Net v1? Convert it first.")
+    cases = (
+        _mapped(dataset_folder, dataset_json) if "dataset" in dataset_json else _listed(dataset_folder, dataset_json)
+    )
+    if not cases:
+        raise MFMError(
+            "E_NOT_FOUND", f"{dataset_folder / 'imagesTr'}: no image that ends with {dataset_json['file_ending']}."
+        )
+    _require_files(dataset_folder, cases)
+    return cases
+
+
+def is_corpus(dataset_folder: Path) -> bool:
+    """Whether a dataset folder is a registered corpus of unlabelled images."""
+    return (dataset_folder / "corpus.json").is_file()
+
+
+def corpus_hash(cases: Sequence[Case]) -> str:
+    """SHA-256 over the sorted names of the cases and the sizes of their files; no name can be read from it."""
+    lines = [f"{case.name}\0{[_status(file)[0] for file in case.images]}" for case in cases]
+    return _digest(lines)
+
+
+def signature(cases: Sequence[Case]) -> str:
+    """SHA-256 over names, paths, sizes and times of change: another value when any file was added or changed."""
+    lines = []
+    for case in cases:
+        files = [*case.images, *([case.label] if case.label is not None else [])]
+        lines.append(f"{case.name}\0{case.subject}\0{[(str(file), *_status(file)) for file in files]}")
+    return _digest(lines)
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _status(file: Path) -> tuple[int, int]:
+    """Size in bytes and time of change in ns; -1 for a file that is not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _require_equal_channels(cases: Sequence[Case], num_channels: int) -> None:
+    """One file per channel, or colour pictures that hold all channels in one file."""
+    colour = num_channels > 1 and all(
+        len(case.images) == 1 and ending_of(case.images[0]) in _PICTURES for case in cases
+    )
+    wrong = [f"  {case.name}: {len(case.images)}" for case in cases if len(case.images) != num_channels]
+    if wrong and not colour:
+        raise MFMError(
+            "E_CHANNELS", f"{len(wrong)} cases do not have {num_channels} channel files:\n" + "\n".join(wrong)
+        )
+
+
+def _update(folder: Path, cases: list[Case]) -> list[Case]:
+    """The new cases of a registered corpus; scans that are known keep their names, which preprocessed files bear."""
+    known = {case.images: case for case in _corpus_cases(folder)}
+    new = {case.images for case in cases}
+    gone = [case for images, case in known.items() if images not in new]
+    others = [case for case in gone if all(file.exists() for file in case.images)]
+    if others:
+        raise MFMError(
+            "E_EXISTS",
+            f"{folder}: is registered with {len(known)} scans from {_read_json(folder / 'corpus.json')['source']}, and "
+            f"{len(others)} of them, e.g. {others[0].images[0]}, are not in the new source. Choose another number, or "
+            "delete this folder if the old corpus is not needed.",
+        )
+    if gone:
+        _log.warning("%s: %d scans no longer exist and are dropped, e.g. %s", folder, len(gone), gone[0].images[0])
+    taken = {known[images].name.casefold() for images in new & set(known)}
+    result = []
+    for case in cases:
+        name = case.name
+        if case.images in known:
+            name = known[case.images].name
+        elif name.casefold() in taken:
+            name = with_digest(name, str(case.images[0]))
+        result.append(Case(name, case.images, None, case.subject if case.subject != case.name else name))
+    return result
+
+
+def _file_format(cases: Sequence[Case]) -> dict[str, str]:
+    """``file_ending`` (the commonest), and the reader where stock nnU-Net would not find one for all files."""
+    endings = Counter(ending_of(file) for case in cases for file in case.images)
+    unknown = [str(file) for case in cases for file in case.images if not ending_of(file)]
+    if unknown:
+        raise MFMError("E_FORMAT", f"{unknown[0]}: not a known image format.")
+    result = {"file_ending": endings.most_common(1)[0][0]}
+    if not set(endings) & _PICTURES:
+        if len(endings) > 1 or set(endings) & {".mhd", ".nhdr"}:
+            result["overwrite_image_reader_writer"] = "SimpleITKIO"
+    elif set(endings) <= _PICTURES:
+        if (len(endings) > 1 and not set(endings) <= {".tif", ".tiff"}) or set(endings) & {".jpg", ".jpeg"}:
+            result["overwrite_image_reader_writer"] = "NaturalImage2DIO"
+    else:
+        counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+        raise MFMError("E_FORMAT", f"volumes and pictures are mixed ({counts}). Register them as two corpora.")
+    return result
+
+
+def _corpus_cases(folder: Path) -> list[Case]:
+    content = _read_json(folder / "corpus.json")
+    if content.get("format") != FORMAT:
+        raise MFMError("E_FORMAT", f"{folder / 'corpus.json'}: unknown format. Delete the folder and register again.")
+    return [
+        Case(entry["name"], tuple(Path(file) for file in entry["images"]), None, entry["subject"])
+        for entry in content["cases"]
+    ]
+
+
+def _mapped(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
+    """nnU-Net's ``"dataset"`` map: paths relative to the folder, environment variables expanded."""
+
+    def resolve(path: str) -> Path:
+        return Path(os.path.abspath(folder / os.path.expandvars(path)))
+
+    return [
+        Case(
+            name,
+            tuple(resolve(file) for file in entry["images"]),
+            resolve(entry["label"]) if entry.get("label") else None,
+            subject_of(Path(name)),
+        )
+        for name, entry in sorted(dataset_json["dataset"].items())
+    ]
+
+
+def _listed(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
+    """``imagesTr/NAME_0000.nii.gz`` and ``labelsTr/NAME.nii.gz``."""
+    ending = dataset_json["file_ending"]
+    if not (folder / "imagesTr").is_dir():
+        raise MFMError("E_NOT_FOUND", f"{folder}: has no folder imagesTr.")
+    groups = group_channels(folder / "imagesTr", ending)
+    num_channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or [0])
+    if ending.lower() in _PICTURES and all(set(files) == {0} for files in groups.values()):
+        num_channels = 1  # Colour pictures hold all channels in one file.
+    require_channels(folder / "imagesTr", groups, num_channels)
+    return [
+        Case(
+            name,
+            tuple(files[channel].absolute() for channel in sorted(files)),
+            (folder / "labelsTr" / f"{name}{ending}").absolute(),
+            subject_of(Path(name)),
+        )
+        for name, files in groups.items()
+    ]
+
+
+def _require_files(folder: Path, cases: Sequence[Case]) -> None:
+    labels = [case.label for case in cases if case.label is not None]
+    files = [*(file for case in cases for file in case.images), *labels]
+    missing = [file for file in files if not os.path.lexists(file)]
+    if labels and missing == labels:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{folder}: {len(cases)} images and no label at all, expected e.g. {labels[0]}. Add the labels; to use the "
+            "images without labels, register them as a corpus: mfm_plan_and_preprocess -d NUMBER --images FOLDER",
+        )
+    if missing:
+        listing = "\n".join(f"  {file}" for file in missing)
+        raise MFMError("E_NOT_FOUND", f"{folder}: {len(missing)} image or label files are missing:\n{listing}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MFMError("E_NOT_FOUND", f"{file}: no such file. Every dataset needs one.") from error
+    except (OSError, ValueError) as error:
+        raise MFMError("E_FORMAT", f"{file}: cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise MFMError("E_FORMAT", f"{file}: expected a JSON object.")
+    return content
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    with atomic_write(file) as handle:
+        handle.write((json.dumps(content, indent=1) + "\n").encode())

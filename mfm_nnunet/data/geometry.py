@@ -1,0 +1,89 @@
+"""Where the voxels of an image lie in space, and whether two images lie in the same place.
+
+Taken from the properties of nnU-Net's readers; lengths in mm. Pictures (PNG, TIFF) have no geometry but a spacing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfm_nnunet.errors import MFMError
+
+SPACING_LIMITS_MM = (1e-3, 100.0)
+"""Voxel sizes outside of this are an error of unit or a damaged header."""
+SPACING_TOLERANCE = 1e-3
+"""Relative difference of two spacings that are the same but for rounding."""
+ORIGIN_TOLERANCE = 0.1
+"""Distance of two origins, in units of the smallest voxel edge, that is rounding."""
+DIRECTION_TOLERANCE = 1e-3
+"""Difference of two direction cosines that is rounding."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels lie: per spatial axis of the file, in the reader's world coordinates."""
+
+    spacing: np.ndarray
+    origin: np.ndarray | None
+    direction: np.ndarray | None
+
+
+def geometry_of(properties: Mapping[str, Any]) -> Geometry:
+    """The geometry in nnU-Net's properties; pictures have none but a spacing."""
+    spacing = np.asarray(properties["spacing"], dtype=float)
+    if itk := properties.get("sitk_stuff"):
+        num_axes = len(itk["spacing"])
+        return Geometry(spacing, np.asarray(itk["origin"]), np.reshape(itk["direction"], (num_axes, num_axes)))
+    if nibabel := properties.get("nibabel_stuff"):
+        affine = np.asarray(nibabel.get("reoriented_affine", nibabel["original_affine"]), dtype=float)
+        axes = affine[:3, :3]
+        return Geometry(spacing, affine[:3, 3], axes / np.linalg.norm(axes, axis=0))
+    return Geometry(spacing, None, None)
+
+
+def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Refuse impossible voxel sizes (E_SPACING) and axes that are not perpendicular (E_GEOMETRY)."""
+    # nnU-Net gives the missing axis of a 2D image 999 times the largest spacing, so that axis says nothing.
+    is_2d = array.shape[1] == 1
+    spacing = geometry.spacing[1:] if is_2d else geometry.spacing
+    low, high = SPACING_LIMITS_MM
+    if len(geometry.spacing) != 3 or not np.all((spacing >= low) & (spacing <= high)):
+        raise MFMError(
+            "E_SPACING",
+            f"{file}: the voxel size is {_numbers(geometry.spacing)} mm; legal is {low:g} to {high:g} mm. "
+            "Correct the spacing or the unit in the header.",
+        )
+    if geometry.direction is None or geometry.origin is None:
+        return
+    gram = geometry.direction.T @ geometry.direction
+    if not np.all(np.isfinite(geometry.origin)) or not np.allclose(gram, np.eye(len(gram)), atol=DIRECTION_TOLERANCE):
+        raise MFMError("E_GEOMETRY", f"{file}: the axes in the header are not perpendicular. Resample the image.")
+
+
+def difference(one: Geometry, other: Geometry) -> str:
+    """How two geometries differ beyond rounding, in words; empty when they are the same."""
+    if not np.allclose(one.spacing, other.spacing, rtol=SPACING_TOLERANCE, atol=0):
+        return (
+            f"spacing {_numbers(one.spacing)} against {_numbers(other.spacing)} mm "
+            f"(tolerance {SPACING_TOLERANCE:g} relative)"
+        )
+    if one.origin is None or other.origin is None or one.direction is None or other.direction is None:
+        return ""
+    if one.origin.shape != other.origin.shape:
+        return "one is 2D, the other 3D"
+    if not np.allclose(one.direction, other.direction, rtol=0, atol=DIRECTION_TOLERANCE):
+        largest = np.max(np.abs(one.direction - other.direction))
+        return f"direction cosines differ by up to {largest:.4g} (tolerance {DIRECTION_TOLERANCE:g})"
+    allowed = ORIGIN_TOLERANCE * float(np.min(other.spacing))
+    if np.max(np.abs(one.origin - other.origin)) > allowed:
+        return f"origin {_numbers(one.origin)} against {_numbers(other.origin)} mm (tolerance {allowed:.4g} mm)"
+    return ""
+
+
+def _numbers(values: np.ndarray) -> str:
+    return " x ".join(f"{value:.6g}" for value in values)

@@ -1,0 +1,126 @@
+"""What every loop over cases shares: one bad case is a report line, a dead worker costs one case, changes are seen.
+
+Used by the fingerprint (``plans``) and by preprocessing.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, TypeVar
+
+from mfm_nnunet.errors import CaseFailure, MFMError
+
+if TYPE_CHECKING:
+    from mfm_nnunet.data.corpus import Case
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
+    """The result of ``work(case)``, or what went wrong. A full disk concerns all cases and is raised (E_DISK_FULL)."""
+    try:
+        return work(case)
+    except MFMError as error:
+        if error.code == "E_DISK_FULL":
+            raise
+        return CaseFailure(case.name, error.code, error.message)
+    except MemoryError:
+        return CaseFailure(case.name, "E_OOM", "not enough memory for this case. Use fewer processes.")
+    except Exception as error:
+        log.exception("unexpected error in case %s", case.name)
+        return CaseFailure(case.name, "E_INTERNAL", f"{type(error).__name__}: {error}")
+
+
+def source_signature(case: Case) -> list[list[int]]:
+    """Size in bytes and time of change in ns of each source file of a case, the label last.
+
+    Raises MFMError (E_NOT_FOUND) for a file that is not there.
+    """
+    files = [*case.images, *([case.label] if case.label is not None else [])]
+    try:
+        return [[status.st_size, status.st_mtime_ns] for status in (file.stat() for file in files)]
+    except OSError as error:
+        raise MFMError(
+            "E_NOT_FOUND", f"{error.filename}: cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
+
+
+def in_threads(
+    work: Callable[[Case], Result], cases: Iterable[Case], num_threads: int
+) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
+    """Each case with its outcome, in the order given; few are begun ahead, so that few results wait in memory."""
+    if num_threads <= 1:
+        yield from ((case, attempt(work, case)) for case in cases)
+        return
+    with ThreadPoolExecutor(num_threads) as executor:
+        begun: deque[tuple[Case, Future[Result | CaseFailure]]] = deque()
+        for case in cases:
+            begun.append((case, executor.submit(attempt, work, case)))
+            if len(begun) > num_threads:
+                first, future = begun.popleft()
+                yield first, future.result()
+        for case, future in begun:
+            yield case, future.result()
+
+
+def in_processes(
+    work: Callable[[Case], Result], cases: Iterable[Case], num_processes: int
+) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
+    """Each case with its outcome as it is finished; ``work`` must be picklable.
+
+    When a worker dies, the cases that were under way are repeated one by one, so only the one that kills is lost.
+    """
+    waiting = deque(cases)
+    while waiting:
+        suspects = yield from _until_a_death(work, waiting, num_processes)
+        for case in suspects:
+            alone = deque([case])
+            if (yield from _until_a_death(work, alone, 1)):
+                yield case, _death(case)
+
+
+def _until_a_death(
+    work: Callable[[Case], Result], waiting: deque[Case], num_processes: int
+) -> Generator[tuple[Case, Result | CaseFailure], None, list[Case]]:
+    """Work through ``waiting``; when a worker dies, stop and return the cases that were under way."""
+    executor = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _die_with_parent)
+    running: dict[Future[Result | CaseFailure], Case] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) <= num_processes:
+                running[executor.submit(attempt, work, waiting[0])] = waiting[0]
+                waiting.popleft()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                outcome = future.result()
+                yield running.pop(future), outcome
+    except BrokenProcessPool:
+        log.warning("a worker process died; its cases are tried once more, one by one")
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    return list(running.values())
+
+
+def _death(case: Case) -> CaseFailure:
+    return CaseFailure(
+        case.name, "E_OOM", "the worker process was killed, most likely because memory ran out. Use fewer processes."
+    )
+
+
+def _die_with_parent() -> None:
+    """In a worker: end with the process that started it, however that one ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,196 @@
+"""From files to what training reads: cropped, normalised, resampled volumes in nnU-Net's own file formats.
+
+The arrays equal those of nnU-Net (:mod:`mfm_nnunet.data.preprocess_case`); the loop around them differs. Labels are
+optional. One bad case costs no other. Each case appears whole and is then noted in a manifest, so a killed run goes on
+where it was and a changed source is done again. Nothing that another plan uses is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfm_nnunet.checkpoint import to_plain
+from mfm_nnunet.data import reading, storage
+from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature
+from mfm_nnunet.data.preprocess_case import preprocess_case_npy
+from mfm_nnunet.errors import CaseFailure, MFMError, nearest
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+    from mfm_nnunet.data.corpus import Case
+
+__all__ = ["PreprocessReport", "preprocess_case_npy", "preprocess_dataset", "preprocessing_hash"]
+
+POOL_MIN_BYTES = 20_000_000
+"""Source files below this size in all are done in this process: a started worker costs seconds of imports."""
+
+NORMALISED_BY_CASE = frozenset(
+    ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
+)
+"""Schemes that need nothing from the fingerprint, so that one more case does not change all others."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreprocessReport:
+    """Names of the cases done now and of those reused from an earlier run, and the cases that failed."""
+
+    done: list[str]
+    reused: list[str]
+    failures: list[CaseFailure]
+
+
+def preprocess_dataset(
+    cases: Sequence[Case],
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    preprocessed_folder: Path,
+    num_processes: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> PreprocessReport:
+    """Preprocess ``cases`` into ``preprocessed_folder/<data_identifier>/`` and say what was done, reused and refused.
+
+    A case is reused when the manifest beside that folder shows it finished from the same sources with the same
+    settings. Labels are copied to ``gt_segmentations/``. ``progress`` gets one line per case.
+    Raises MFMError: E_CONFIG (unknown configuration), E_DISK_FULL (finished cases are kept; run again to go on).
+    """
+    if configuration not in plans["configurations"]:
+        raise MFMError(
+            "E_CONFIG",
+            f"the plan has no configuration '{configuration}'. {nearest(configuration, plans['configurations'])}",
+        )
+    settings_hash = preprocessing_hash(plans, configuration, dataset_json)
+    folder = Path(preprocessed_folder) / _resolved(plans, configuration)["data_identifier"]
+    with storage.full_disk_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    manifest = storage.Manifest.read(folder)
+    reused = [case for case in cases if _is_finished(case, manifest, settings_hash)]
+    names = {case.name for case in reused}
+    todo = [case for case in cases if case.name not in names]
+    _warn_of_others(folder, cases, manifest, settings_hash)
+    failures: dict[str, CaseFailure] = {}
+    with storage.staging_folder(folder.parent) as staging:
+        job = Job(json.dumps(to_plain(plans)), configuration, json.dumps(to_plain(dataset_json)), folder, staging)
+        for case in reused:
+            job.copy_label(case)
+        in_pool = _pool_pays(todo, num_processes)
+        outcomes = in_processes(job, todo, num_processes) if in_pool else in_threads(job, todo, 1)
+        # Closed before the staging folder goes: on an error workers are still writing there.
+        with contextlib.closing(outcomes):
+            for number, (case, outcome) in enumerate(outcomes, start=1):
+                if isinstance(outcome, CaseFailure):
+                    failures[case.name] = outcome
+                else:
+                    manifest.add(case.name, settings_hash, outcome)
+                if progress is not None:
+                    progress(f"{number}/{len(todo)}  {failures.get(case.name, case.name)}")
+    return PreprocessReport(
+        done=[case.name for case in todo if case.name not in failures],
+        reused=[case.name for case in reused],
+        failures=[failures[case.name] for case in todo if case.name in failures],
+    )
+
+
+def preprocessing_hash(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> str:
+    """sha256 over everything that the preprocessed arrays and properties depend on, apart from the files."""
+    resolved = _resolved(plans, configuration)
+    names = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name")
+    functions = ("resampling_fn_data", "resampling_fn_seg")
+    from_dataset = set(resolved["normalization_schemes"]) - NORMALISED_BY_CASE
+    content = {
+        "format": 1,
+        **{name: plans.get(name) for name in ("transpose_forward", "image_reader_writer")},
+        "intensities": plans["foreground_intensity_properties_per_channel"] if from_dataset else None,
+        **{name: resolved.get(name) for name in (*names, *functions, *(f"{name}_kwargs" for name in functions))},
+        **{name: dataset_json.get(name) for name in ("labels", "regions_class_order")},
+    }
+    return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to do a case; plan and dataset.json travel as text, so each worker parses them once."""
+
+    plans: str
+    configuration: str
+    dataset_json: str
+    folder: Path
+    staging: Path
+
+    def __call__(self, case: Case) -> list[list[int]]:
+        """Read, preprocess and store one case; returns the signature of its source files. Raises MFMError."""
+        storage.check_case_name(case.name)
+        signature = source_signature(case)
+        plans_manager, configuration_manager = _managers(self.plans, self.configuration)
+        dataset_json, reader = json.loads(self.dataset_json), plans_manager.plans["image_reader_writer"]
+        image_CDHW, properties = reading.read_image(case.images, reader)
+        label = None
+        if case.label is not None:
+            label, label_properties = reading.read_label(case.label, reader)
+            reading.check_label(label, label_properties, image_CDHW, properties, dataset_json, case.name)
+        data_CDHW, seg, properties = preprocess_case_npy(
+            image_CDHW, properties, label, plans_manager, configuration_manager, dataset_json
+        )
+        if source_signature(case) != signature:
+            raise MFMError("E_CHANGED", f"{case.images[0]}: the file changed while it was read. Run the command again.")
+        self.copy_label(case)
+        patch_size = tuple(configuration_manager.patch_size)
+        storage.write_case(self.staging, self.folder, case.name, data_CDHW, seg, properties, patch_size)
+        return signature
+
+    def copy_label(self, case: Case) -> None:
+        """Put the label file of a labelled case into ``gt_segmentations``, where validation looks for it."""
+        if case.label is not None:
+            name = case.name + json.loads(self.dataset_json)["file_ending"]
+            storage.copy_label(case.label, self.folder.parent / "gt_segmentations" / name, self.staging)
+
+
+@functools.lru_cache(2)
+def _managers(plans_text: str, configuration: str) -> tuple[PlansManager, ConfigurationManager]:
+    """nnU-Net's views of a plan, on a copy of it."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans_manager = PlansManager(json.loads(plans_text))
+    return plans_manager, plans_manager.get_configuration(configuration)
+
+
+def _resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """A configuration of the plan with everything that it inherits."""
+    return _managers(json.dumps(to_plain(plans)), configuration)[1].configuration
+
+
+def _is_finished(case: Case, manifest: storage.Manifest, settings_hash: str) -> bool:
+    try:
+        return manifest.holds(case.name, settings_hash, source_signature(case))
+    except MFMError:
+        # A source that cannot be read is reported when its turn comes.
+        return False
+
+
+def _pool_pays(cases: Sequence[Case], num_processes: int) -> bool:
+    if num_processes <= 1 or len(cases) < 2:
+        return False
+    sizes = (file.stat().st_size for case in cases for file in case.images if file.is_file())
+    return sum(sizes) >= POOL_MIN_BYTES
+
+
+def _warn_of_others(folder: Path, cases: Sequence[Case], manifest: storage.Manifest, settings_hash: str) -> None:
+    """Say which finished files do not belong to this run; they are never deleted."""
+    names, stored = {case.name for case in cases}, storage.stored_cases(folder)
+    strangers = sorted(stored - names)
+    if strangers:
+        log.warning("%s holds %d cases that the dataset has no more, e.g. %s", folder, len(strangers), strangers[0])
+    other = [n for n in stored & names if manifest.entries.get(n, {}).get("hash") != settings_hash]
+    if other:
+        log.warning("%s: %d cases were made with other settings and are made again", folder, len(other))

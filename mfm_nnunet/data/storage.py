@@ -1,0 +1,184 @@
+"""Preprocessed cases on disk: nnU-Net's files, written whole or not at all, and the manifest that says what is done.
+
+A case is ``{name}.b2nd`` (C, D, H, W float32), ``{name}.pkl`` (properties) and, if labelled, ``{name}_seg.b2nd``
+(1, D, H, W int16), all in the folder of the plan's data identifier. Anything else lies beside that folder, because
+nnU-Net accepts no other file endings inside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+
+from mfm_nnunet.checkpoint import atomic_write, disk_full
+from mfm_nnunet.errors import MFMError
+
+ENDINGS = (".pkl", "_seg.b2nd", ".b2nd")
+"""Files of a case in the order in which they appear; nnU-Net takes the last as the sign that the case is there."""
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
+    """A folder for unfinished files, removed at the end; those that dead processes left behind are removed too."""
+    for left in preprocessed_folder.glob(".partial-*"):
+        pid = left.name.removeprefix(".partial-")
+        if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = preprocessed_folder / f".partial-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@dataclass
+class Manifest:
+    """Which cases of a data folder are finished: one JSON line each, flushed to the disk; the last line counts.
+
+    ``entries`` maps a case to ``{"case", "hash", "sources", "files"}``: hash of the settings, size and time of the
+    source files, and sizes of the files written.
+    """
+
+    file: Path
+    folder: Path
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of the data folder ``folder``; a line that was cut off is ignored."""
+        manifest = cls(folder.with_name(f"{folder.name}.manifest.jsonl"), folder)
+        lines = manifest.file.read_bytes().splitlines() if manifest.file.is_file() else []
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                manifest.entries[entry["case"]] = entry
+        return manifest
+
+    def holds(self, case: str, settings_hash: str, sources: list[list[int]]) -> bool:
+        """Whether the case was finished from these sources with these settings and its files are still there."""
+        entry = self.entries.get(case)
+        if entry is None or entry.get("hash") != settings_hash or entry.get("sources") != sources:
+            return False
+        return bool(entry.get("files")) and entry["files"] == file_sizes(self.folder, case)
+
+    def add(self, case: str, settings_hash: str, sources: list[list[int]]) -> None:
+        """Note that the case is finished. Raises MFMError (E_DISK_FULL)."""
+        entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}
+        with full_disk_named(self.file), open(self.file, "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            # A line that a killed run left unfinished must not swallow this one.
+            cut_off = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * cut_off + json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries[case] = entry
+
+
+def file_sizes(folder: Path, case: str) -> dict[str, int]:
+    """Size in bytes of each file of a case that exists, by ending."""
+    files = {ending: folder / f"{case}{ending}" for ending in ENDINGS}
+    return {ending: file.stat().st_size for ending, file in files.items() if file.is_file()}
+
+
+def stored_cases(folder: Path) -> set[str]:
+    """The cases that nnU-Net sees in a data folder."""
+    return {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
+
+
+def write_case(
+    staging: Path,
+    folder: Path,
+    case: str,
+    data_CDHW: np.ndarray,
+    seg_1DHW: np.ndarray | None,
+    properties: dict[str, Any],
+    patch_size: tuple[int, ...],
+) -> None:
+    """Write a case to ``staging`` and move it to ``folder``, where it appears whole. Raises MFMError (E_DISK_FULL)."""
+    with atomic_write(staging / f"{case}.pkl") as file:
+        pickle.dump(properties, file)
+    if seg_1DHW is not None:
+        _write_array(seg_1DHW.astype(np.int16, copy=False), patch_size, staging / f"{case}_seg.b2nd")
+    _write_array(data_CDHW.astype(np.float32, copy=False), patch_size, staging / f"{case}.b2nd")
+    with full_disk_named(folder):
+        # An outdated case disappears first: new properties must never stand beside old voxels.
+        for ending in reversed(ENDINGS):
+            (folder / f"{case}{ending}").unlink(missing_ok=True)
+        for ending in ENDINGS:
+            if (staging / f"{case}{ending}").exists():
+                os.replace(staging / f"{case}{ending}", folder / f"{case}{ending}")
+
+
+def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:
+    """A blosc2 file with the chunks, filter and codec of ``nnUNetDatasetBlosc2.save_case``."""
+    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+
+    blocks, chunks = comp_blosc2_params(array.shape, patch_size, array.itemsize)
+    codec, level = blosc2.Codec.LZ4HC, 5
+    filters = [nnUNetDatasetBlosc2._select_filter(array, blocks, chunks, codec, level)]
+    # One thread: workers run side by side, and the bytes are the same on every run.
+    settings = {"codec": codec, "clevel": level, "filters": filters, "nthreads": 1}
+    packed = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=settings)
+    # Packed in memory and written here, because blosc2's own writer does not tell a full disk from other errors.
+    with atomic_write(file) as stream:
+        stream.write(packed.to_cframe())
+
+
+def copy_label(label: Path, target: Path, staging: Path) -> None:
+    """Copy a label file to nnU-Net's ``gt_segmentations`` unless the same is there. Raises MFMError (E_DISK_FULL)."""
+    status = label.stat()
+    if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns):
+        return
+    temporary = staging / f"label_{target.name}"
+    with full_disk_named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(label, temporary)
+        os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
+        os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turn the system's errors of a full disk into MFMError (E_DISK_FULL)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(path) from error
+        raise
+
+
+def check_case_name(case: str) -> None:
+    """Raises MFMError (E_CONFIG) for a name that cannot be the stem of nnU-Net's files."""
+    if case.endswith("_seg") or not re.fullmatch(r"[^/\\\0]+", case) or case.startswith("."):
+        raise MFMError(
+            "E_CONFIG",
+            f"'{case}' cannot be the name of a case: nnU-Net would take its file for a label map or not find it. "
+            "Rename the image.",
+        )

@@ -1,0 +1,184 @@
+"""What the demo works on: real images with labels, split into a corpus, labelled training cases and test cases.
+
+Without ``--data`` it is the T1 brain template that the nilearn wheel carries (MNI ICBM 152, 1 mm) with labels from its
+grey- and white-matter maps, cut into blocks that share no voxel. The left hemisphere trains and the right one tests.
+The template is left-right symmetric to the bit, so a block and its mirror image are the same data: blocks are coloured
+like a chessboard, left ones of one colour train and right ones of the other test. Nothing tested was seen in a mirror.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfm_nnunet.data.corpus import Case, load_cases
+from mfm_nnunet.errors import MFMError
+
+TEMPLATE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
+LABELS = {"background": 0, "grey_matter": 1, "white_matter": 2}
+BLOCK = (36, 45, 38)
+"""Voxels (1 mm) of a block along right, anterior and superior."""
+NUM_BLOCKS = (2, 4, 4)
+"""Blocks per hemisphere; with BLOCK and START they tile the brain."""
+START = (26, 28, 2)
+"""First voxel of the left hemisphere's blocks; the right ones are their mirror images."""
+MIDLINE = 98
+"""The voxel plane x = 0; it belongs to neither hemisphere."""
+MIN_TISSUE = 0.15
+"""Share of a block that must be brain tissue."""
+TEST_EVERY = 5
+"""With ``--data``: every fifth labelled case tests."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """``corpus`` is used without labels, ``labelled`` to fine-tune, ``test`` to predict and compare."""
+
+    corpus: list[Case]
+    labelled: list[Case]
+    test: list[Case]
+    dataset_json: dict[str, Any]
+
+    @property
+    def is_2d(self) -> bool:
+        """Whether the images have two dimensions (or one slice)."""
+        return _num_dimensions(self.test[0].images[0]) == 2
+
+
+def split_template(folder: Path) -> Split:
+    """Cut the template into blocks, written to ``folder`` as NIfTI files; every second one is labelled or tests.
+
+    Raises MFMError (E_NOT_FOUND) when nilearn is not installed.
+    """
+    t1, grey, white = (_open_template(name) for name in ("t1", "gm", "wm"))
+    labels = tissue_labels(np.asarray(grey.dataobj), np.asarray(white.dataobj))
+    folder.mkdir(parents=True, exist_ok=True)
+    cases: dict[str, list[Case]] = {"left": [], "right": []}
+    for hemisphere, (i, j, k), where in template_blocks(t1.affine):
+        if (labels[where] > 0).mean() < MIN_TISSUE or (i + j + k) % 2 != (hemisphere == "right"):
+            continue
+        name = f"{hemisphere}_{i}{j}{k}"
+        image, label = folder / f"{name}.nii.gz", folder / f"{name}_tissue.nii.gz"
+        _save_block(image, t1, np.asarray(t1.dataobj), where)
+        _save_block(label, t1, labels, where)
+        cases[hemisphere].append(Case(name, (image,), label, name))
+    train, test = cases["left"], cases["right"]
+    return Split(
+        corpus=train,
+        labelled=train[::2],
+        test=test[::2],
+        dataset_json={"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz"},
+    )
+
+
+def template_blocks(affine: np.ndarray) -> list[tuple[str, tuple[int, int, int], tuple[slice, slice, slice]]]:
+    """(hemisphere, place in the grid, voxels) of all blocks; place i counts from the side towards the midline."""
+    assert affine[0, 0] > 0, "the template's first axis must point to the right"
+    blocks = []
+    for i, j, k in np.ndindex(NUM_BLOCKS):
+        low = [start + size * place for start, size, place in zip(START, BLOCK, (i, j, k))]
+        left, rest = slice(low[0], low[0] + BLOCK[0]), [slice(low[a], low[a] + BLOCK[a]) for a in (1, 2)]
+        right = slice(2 * MIDLINE - left.stop + 1, 2 * MIDLINE - left.start + 1)
+        blocks.append(("left", (i, j, k), (left, rest[0], rest[1])))
+        blocks.append(("right", (i, j, k), (right, rest[0], rest[1])))
+    return blocks
+
+
+def tissue_labels(grey: np.ndarray, white: np.ndarray) -> np.ndarray:
+    """Labels from maps of 0 to 255: background where the two together are below one half, else the larger one."""
+    is_tissue = grey.astype(np.int32) + white >= 128
+    return np.where(is_tissue, np.where(grey >= white, 1, 2), 0).astype(np.uint8)
+
+
+def split_folder(folder: Path) -> Split:
+    """A labelled dataset in nnU-Net's raw format: every fifth case by name tests, the others train and are the corpus.
+
+    Raises MFMError: E_NOT_FOUND without dataset.json, E_CONFIG with fewer than three cases, and as ``load_cases``.
+    """
+    if not (folder / "dataset.json").is_file():
+        raise MFMError(
+            "E_NOT_FOUND", f"--data {folder}: no dataset.json. Give a dataset folder in nnU-Net's raw format."
+        )
+    cases = sorted((case for case in load_cases(folder) if case.label is not None), key=lambda case: case.name)
+    if len(cases) < 3:
+        raise MFMError("E_CONFIG", f"--data {folder}: {len(cases)} labelled cases. The demo needs at least three.")
+    test = cases[TEST_EVERY - 1 :: TEST_EVERY] or cases[-1:]
+    train = [case for case in cases if case not in test]
+    dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    return Split(corpus=train, labelled=train, test=test, dataset_json=dataset_json)
+
+
+def write_corpus(split: Split, file: Path) -> None:
+    """The corpus as a CSV for ``--images``; the images stay where they are."""
+    num_channels = len(split.corpus[0].images)
+    with open(file, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["case", *(f"image_{channel}" for channel in range(num_channels))])
+        writer.writerows([case.name, *(image.absolute() for image in case.images)] for case in split.corpus)
+
+
+def write_dataset(split: Split, folder: Path) -> None:
+    """The labelled training cases as an nnU-Net raw dataset that refers to the files where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {
+        case.name: {
+            "images": [str(image.absolute()) for image in case.images],
+            "label": str(Path(case.label).absolute()),
+        }
+        for case in split.labelled
+        if case.label is not None
+    }
+    content = {**split.dataset_json, "numTraining": len(entries), "dataset": entries}
+    (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def write_test_folder(split: Split, folder: Path) -> None:
+    """Links to the test images under the names that prediction expects (``case_0000.nii.gz``)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ending = split.dataset_json["file_ending"]
+    for case in split.test:
+        for channel, image in enumerate(case.images):
+            (folder / f"{case.name}_{channel:04d}{ending}").symlink_to(image.resolve())
+
+
+def _open_template(name: str) -> Any:
+    import nibabel
+
+    spec = importlib.util.find_spec("nilearn")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        file = Path(folder) / "datasets" / "data" / TEMPLATE.format(name)
+        if file.is_file():
+            return nibabel.load(file)
+    raise MFMError(
+        "E_NOT_FOUND",
+        "the demo's own data comes with the package nilearn, which is not installed (or lacks the template). "
+        "Run: pip install 'mfm_nnunet[demo]', or use your own data with --data DIR.",
+    )
+
+
+def _save_block(file: Path, template: Any, volume: np.ndarray, where: tuple[slice, slice, slice]) -> None:
+    """Write a block with its true place in the template's world coordinates."""
+    import nibabel
+
+    affine = template.affine.copy()
+    affine[:3, 3] = (template.affine @ [*(axis.start for axis in where), 1])[:3]
+    block = nibabel.Nifti1Image(np.ascontiguousarray(volume[where]), affine)
+    block.header.set_xyzt_units("mm")
+    nibabel.save(block, file)
+
+
+def _num_dimensions(file: Path) -> int:
+    """Dimensions with more than one voxel, 2 or 3."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    reader.ReadImageInformation()
+    return min(3, max(2, sum(size > 1 for size in reader.GetSize())))

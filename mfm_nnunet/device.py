@@ -1,0 +1,38 @@
+"""Which device a command runs on, and how many background processes read for it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.workspace import num_cores
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU there is, else the CPU.
+
+    Raises MFMError (E_CONFIG) for an unknown device and for one that this computer lacks.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    available = {"cpu": True, "cuda": cuda, "mps": mps}
+    kind = name.split(":")[0]
+    if kind not in available:
+        raise MFMError("E_CONFIG", f"-device {name}: known devices are cpu, cuda and mps.")
+    if not available[kind]:
+        raise MFMError("E_CONFIG", f"-device {name}: there is none on this computer. Use -device cpu.")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Mixed precision with ``dtype``; None computes in float32."""
+    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+
+
+def default_workers(world_size: int = 1) -> int:
+    """Background readers per process: none on two cores or fewer (they would only compete), else up to eight."""
+    cores = num_cores() // world_size
+    return 0 if cores <= 2 else min(cores - 1, 8)

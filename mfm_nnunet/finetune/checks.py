@@ -1,0 +1,133 @@
+"""What can be refused before a training starts: the fold, the data, the trainer, and a run that is already there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.finetune.preprocessed import preprocessed_cases, require_fingerprint
+from mfm_nnunet.finetune.splits import require_fold
+from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.workspace import Workspace
+
+FINAL = "checkpoint_final.pth"
+TO_CONTINUE = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
+"""What --c continues from, the first that exists; nnU-Net's order."""
+
+
+def find_trainer(name: str) -> type[nnUNetTrainer]:
+    """The trainer class: ours, nnU-Net's own, or one in the folders of ``nnUNet_extTrainer``.
+
+    Raises MFMError (E_NOT_FOUND) with the nearest that exists.
+    """
+    if name == MFMTrainer.__name__:
+        return MFMTrainer
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, AssertionError) as error:
+        known = {cls.__name__ for cls in _subclasses(nnUNetTrainer)} | {nnUNetTrainer.__name__}
+        raise MFMError("E_NOT_FOUND", f"there is no trainer '{name}'. {nearest(name, known)}") from error
+
+
+def fold_value(fold: int | str) -> int | str:
+    """A fold's number, or ``all``; MFMError (E_CONFIG) for anything else."""
+    if fold == "all" or isinstance(fold, int):
+        return fold
+    if str(fold).isdigit():
+        return int(fold)
+    raise MFMError("E_CONFIG", f"fold {fold}: a fold is a number from 0 on, or 'all'.")
+
+
+def check_data(
+    workspace: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str, fold: int | str
+) -> None:
+    """Raise MFMError unless the configuration is in the plan and its preprocessed data can train the fold."""
+    if configuration not in plans["configurations"]:
+        raise MFMError(
+            "E_CONFIG",
+            f"plan {plans['plans_name']} has no configuration '{configuration}'. "
+            f"{nearest(configuration, plans['configurations'])}",
+        )
+    folder = workspace.preprocessed / dataset_name
+    data = folder / PlansManager(plans).get_configuration(configuration).data_identifier
+    cases = preprocessed_cases(data)
+    if not cases:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
+            f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
+        )
+    require_fingerprint(folder)
+    require_fold(fold, folder, cases, workspace.raw / dataset_name)
+
+
+def check_previous_stage(plans: dict[str, Any], configuration: str, dataset_folder: Path, trainer: str) -> None:
+    """Raise MFMError (E_NOT_FOUND) when a cascade lacks the predictions of its first stage.
+
+    ``dataset_folder`` is the dataset's folder among the results.
+    """
+    stage = PlansManager(plans).get_configuration(configuration).previous_stage_name
+    if stage is None:
+        return
+    folder = dataset_folder / f"{trainer}__{plans['plans_name']}__{stage}" / "predicted_next_stage" / configuration
+    if not folder.is_dir():
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{configuration} is trained on the predictions of {stage}, and {folder} does not exist. Train all folds "
+            f"of {stage} first, with the same trainer and plan; their validation writes it.",
+        )
+
+
+def read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any]:
+    """dataset.json of a dataset with labels.
+
+    Raises MFMError: E_NOT_FOUND without the file, E_CONFIG when it names no structure to segment.
+    """
+    files = [root / dataset_name / "dataset.json" for root in (workspace.preprocessed, workspace.raw)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise MFMError("E_NOT_FOUND", f"{files[0]}: there is no dataset.json. Run mfm_plan_and_preprocess.")
+    dataset_json = json.loads(file.read_text())
+    if not set(dataset_json.get("labels", {})) - {"background", "ignore"}:
+        raise MFMError(
+            "E_CONFIG",
+            f"{dataset_name} names no structure to segment ({file}, 'labels'). A corpus without labels can only be "
+            "pretrained on: mfm_pretrain.",
+        )
+    return dataset_json
+
+
+def checkpoint_to_start_from(folder: Path, continue_training: bool, only_validate: bool) -> Path | None:
+    """The checkpoint in a run folder to go on from, None for a new run.
+
+    Raises MFMError: E_NOT_FOUND when there is none to go on from, E_EXISTS when a new run would overwrite one.
+    """
+    existing = next((folder / name for name in TO_CONTINUE if (folder / name).is_file()), None)
+    is_finished = existing is not None and existing.name == FINAL
+    if only_validate and not is_finished:
+        raise MFMError("E_NOT_FOUND", f"{folder} holds no finished training ({FINAL}). Train first, or go on with --c.")
+    if continue_training and existing is None:
+        raise MFMError("E_NOT_FOUND", f"{folder} holds no checkpoint to continue from. Start without --c.")
+    if existing is not None and not (continue_training or only_validate):
+        raise MFMError(
+            "E_EXISTS",
+            f"{folder} holds {'a finished' if is_finished else 'an unfinished'} training, which is not overwritten. "
+            "Continue it with --c, use another plan name (-p), or move the folder away.",
+        )
+    return existing
+
+
+def _subclasses(cls: type[nnUNetTrainer]) -> Iterator[type[nnUNetTrainer]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

@@ -1,0 +1,1 @@
+from mfm_nnunet.finetune.trainer import MFMTrainer  # noqa: F401

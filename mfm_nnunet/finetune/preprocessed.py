@@ -1,0 +1,59 @@
+"""What training needs from a preprocessed dataset, checked before it starts, and what of it may leave the house."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.errors import MFMError
+
+SHAREABLE_KEYS: tuple[str, ...] = (
+    "channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",
+    "overwrite_image_reader_writer", "name", "description", "reference", "licence", "license", "release",
+)  # fmt: skip
+"""What of dataset.json goes into model folders and checkpoints: nothing that names or locates a case."""
+
+
+def shareable(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+    """dataset.json without case names and file paths."""
+    return {key: dataset_json[key] for key in SHAREABLE_KEYS if key in dataset_json}
+
+
+def preprocessed_cases(folder: Path) -> list[str]:
+    """The labelled cases in a folder of preprocessed data (blosc2 or nnU-Net's older npz), sorted.
+
+    Raises MFMError (E_CONFIG) when cases have no label or are not whole.
+    """
+    images = {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
+    needed = ("_seg.b2nd", ".pkl")
+    unusable = sorted(case for case in images if not all((folder / (case + ending)).is_file() for ending in needed))
+    if unusable:
+        raise MFMError(
+            "E_CONFIG",
+            f"{folder}: {len(unusable)} of {len(images)} preprocessed cases have no label or are not whole, e.g. "
+            f"{', '.join(unusable[:5])}. A corpus without labels can only be pretrained on (mfm_pretrain); for a "
+            "labelled dataset run mfm_plan_and_preprocess again, which makes what is missing.",
+        )
+    return sorted(images or {file.stem for file in folder.glob("*.npz")})
+
+
+def require_fingerprint(preprocessed_folder: Path) -> None:
+    """Raise MFMError (E_NOT_FOUND) when the dataset has no fingerprint, which nnU-Net copies into the model folder."""
+    file = preprocessed_folder / "dataset_fingerprint.json"
+    if not file.is_file():
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{file}: the fingerprint is missing; it belongs into the model folder. Make it with: "
+            f"mfm_plan_and_preprocess -d {preprocessed_folder.name}",
+        )
+
+
+def forget_cases(fingerprint_file: Path) -> None:
+    """Drop our own part of a copied fingerprint: it names cases, and model folders are shared."""
+    fingerprint = json.loads(fingerprint_file.read_text())
+    if fingerprint.pop("mfm", None) is not None:
+        with atomic_write(fingerprint_file) as handle:
+            handle.write(json.dumps(fingerprint, indent=1).encode())

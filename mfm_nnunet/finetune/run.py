@@ -1,0 +1,211 @@
+"""From the names on a command line to a trained fold: check everything first, then train and validate.
+
+What can be refused is refused before the first file is written. A finished or stopped run is never overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from mfm_nnunet.device import pick_device
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune import settings as run_settings
+from mfm_nnunet.finetune.checks import (
+    check_data,
+    check_previous_stage,
+    checkpoint_to_start_from,
+    find_trainer,
+    fold_value,
+    read_dataset_json,
+)
+from mfm_nnunet.finetune.pretrained import describe, transfer_from
+from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.models.build import check_architecture
+from mfm_nnunet.plans.schema import MFMBlock, block_of, to_dict
+from mfm_nnunet.stopping import stop_on_signal
+from mfm_nnunet.workspace import Workspace, num_cores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One fold to train: checked, and plain enough to be sent to another process."""
+
+    trainer: str
+    plans: dict[str, Any]
+    configuration: str
+    fold: int | str
+    dataset_json: dict[str, Any]
+    folder: Path
+    device: str
+    pretrained_weights: Path | None
+    start_from: Path | None
+    """The checkpoint of this run to go on from."""
+    only_validate: bool
+    save_probabilities: bool
+
+
+def run_training(
+    workspace: Workspace,
+    dataset_name: str,
+    configuration: str,
+    fold: int | str,
+    *,
+    plans_name: str = "mfmPlans",
+    trainer: str = "MFMTrainer",
+    pretrained_weights: Path | None = None,
+    overrides: Sequence[str] = (),
+    continue_training: bool = False,
+    only_validate: bool = False,
+    save_probabilities: bool = False,
+    device: str = "auto",
+    num_gpus: int = 1,
+) -> Path:
+    """Train and validate one fold (or ``"all"``); returns the fold's folder inside nnU-Net's model folder.
+
+    Raises MFMError for everything that the user can repair, StoppedError after SIGTERM or Ctrl-C.
+    """
+    if continue_training and only_validate:
+        raise MFMError(
+            "E_CONFIG", "--c continues a training and --val only validates a finished one: give one of them."
+        )
+    dataset_name = workspace.dataset_name(dataset_name)
+    plans = json.loads(workspace.plans_file(dataset_name, plans_name).read_text())
+    found = find_trainer(trainer)
+    is_ours = issubclass(found, MFMTrainer)
+    if overrides and not is_ours:
+        raise MFMError("E_CONFIG", f"trainer {trainer} reads no settings; --set works with MFMTrainer.")
+    fold = fold_value(fold)
+    dataset_json = read_dataset_json(workspace, dataset_name)
+    check_data(workspace, dataset_name, plans, configuration, fold)
+    results = workspace.results / dataset_name
+    check_previous_stage(plans, configuration, results, found.__name__)
+    folder = results / f"{found.__name__}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
+    start_from = checkpoint_to_start_from(folder, continue_training, only_validate)
+    for unfinished in folder.glob(".*.tmp"):  # a process killed while it saved leaves its temporary file
+        unfinished.unlink()
+    if is_ours:
+        plans = _with_settings(plans, configuration, folder, overrides, pretrained_weights, start_from)
+    job = Job(
+        trainer, plans, configuration, fold, dataset_json, folder,
+        str(pick_device("cuda" if num_gpus > 1 else device)), None if start_from else pretrained_weights, start_from,
+        only_validate, save_probabilities,
+    )  # fmt: skip
+    if num_gpus > 1:
+        _spawn(job, num_gpus)
+    else:
+        execute(job)
+    return folder
+
+
+def execute(job: Job) -> None:
+    """Do the work of a job in this process (one of several under distributed training)."""
+    device = torch.device(job.device)
+    found = find_trainer(job.trainer)
+    is_ours = issubclass(found, MFMTrainer)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    # Trainers of others do not look at the flag, so for them signals keep their usual effect.
+    with (
+        _threads(device),
+        stop_on_signal() if is_ours else contextlib.nullcontext() as flag,
+        _out_of_memory_is_an_error(),
+    ):
+        plans = {**job.plans, "continue_training": job.start_from is not None}
+        trainer = found(plans, job.configuration, job.fold, job.dataset_json, device)
+        if isinstance(trainer, MFMTrainer):
+            trainer.stop_flag = flag
+            trainer.pretrained_checkpoint = job.pretrained_weights
+        elif job.pretrained_weights is not None:
+            trainer.initialize()
+            report = transfer_from(job.pretrained_weights, trainer.network, Path(trainer.output_folder))
+            trainer.print_to_log_file(f"weights from {job.pretrained_weights.name}:\n{report.summary()}")
+        if job.start_from is not None:
+            trainer.load_checkpoint(str(job.start_from))
+        if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
+            trainer.run_training()
+        trainer.perform_actual_validation(job.save_probabilities)
+
+
+def _with_settings(
+    plans: dict[str, Any],
+    configuration: str,
+    folder: Path,
+    overrides: Sequence[str],
+    pretrained_weights: Path | None,
+    start_from: Path | None,
+) -> dict[str, Any]:
+    """The plan with the resolved settings in its block; they are logged and saved in the run folder."""
+    manager = PlansManager(plans).get_configuration(configuration)
+    check_architecture(
+        manager.network_arch_class_name,
+        manager.network_arch_init_kwargs,
+        manager.network_arch_init_kwargs_req_import,
+    )
+    about = describe(pretrained_weights) if pretrained_weights is not None else None
+    saved = run_settings.load(folder, plans) if start_from is not None else None
+    base = saved or block_of(plans)
+    if start_from is None:
+        base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))
+    block: MFMBlock = run_settings.resolve(base, overrides, about)
+    if saved is not None:
+        run_settings.require_same(saved, block, folder)
+    if start_from is None:
+        run_settings.save(folder, block, plans)
+    logger.info("run folder: %s", folder)
+    logger.info("settings:\n%s", run_settings.format_settings(block))
+    return {**plans, "mfm": to_dict(block)}
+
+
+@contextlib.contextmanager
+def _threads(device: torch.device) -> Iterator[None]:
+    """All cores for training on the CPU, one thread beside a GPU; restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_cores() if device.type == "cpu" else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _out_of_memory_is_an_error() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = (str(error) or "out of memory").splitlines()[0]
+        raise MFMError(
+            "E_OOM",
+            f"training needs more memory than there is ({reason}). Plan with a smaller --memory-gb, or end what else "
+            "uses the device.",
+        ) from error
+
+
+def _spawn(job: Job, num_gpus: int) -> None:
+    """Train on several GPUs of this computer, one process each."""
+    if torch.cuda.device_count() < num_gpus:
+        raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_execute_distributed, args=(job, num_gpus, port), nprocs=num_gpus)
+
+
+def _execute_distributed(rank: int, job: Job, num_gpus: int, port: int) -> None:
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("nccl", init_method=f"tcp://localhost:{port}", rank=rank, world_size=num_gpus)
+    try:
+        execute(job)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,111 @@
+"""The resolved settings of a fine-tuning run: plan, then ``--set``; saved in the run folder, compared on ``--c``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.plans.schema import MFMBlock, from_dict, override, resolved_warmup, setting_names, to_dict
+
+FILE = "settings.json"
+MAY_DIFFER = ("num_workers",)
+"""Settings that a continued run may change, because they do not change its result."""
+
+
+def resolve(block: MFMBlock, overrides: Sequence[str], pretrained: Mapping[str, Any] | None) -> MFMBlock:
+    """The block with ``name=value`` overrides and the checkpoint's description applied, and the warm-up resolved.
+
+    Raises MFMError (E_CONFIG) for an unknown setting, one that training does not have, and an impossible value.
+    """
+    for assignment in overrides:
+        _require_of_training(assignment.partition("=")[0].strip(), block)
+    block = override(block, overrides)
+    settings = block.finetune
+    for name in ("epochs", "iterations_per_epoch", "validation_iterations", "learning_rate", "gradient_clip"):
+        if not getattr(settings, name) > 0:
+            raise MFMError("E_CONFIG", f"finetune.{name}={getattr(settings, name)}: must be greater than 0.")
+    warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
+    if not 0 <= warmup <= settings.epochs or settings.weight_decay < 0 or (block.num_workers or 0) < 0:
+        raise MFMError(
+            "E_CONFIG",
+            f"finetune.warmup_epochs={warmup} must be from 0 to finetune.epochs={settings.epochs}, and "
+            f"finetune.weight_decay={settings.weight_decay} and num_workers={block.num_workers} not below 0.",
+        )
+    settings = dataclasses.replace(settings, warmup_epochs=warmup)
+    if pretrained is not None:
+        settings = dataclasses.replace(settings, checkpoint=dict(pretrained))
+    return dataclasses.replace(block, finetune=settings)
+
+
+def save(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:
+    """Write ``settings.json`` into the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / FILE) as handle:
+        handle.write(json.dumps({"settings": to_dict(block), "plan_sha256": plan_hash(plans)}, indent=2).encode())
+
+
+def load(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
+    """The settings that a run began with; None for a run of stock nnU-Net, which saved none.
+
+    Raises MFMError (E_CONFIG) when the plan is not the one that the run began with.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    content = json.loads((folder / FILE).read_text())
+    if content["plan_sha256"] != plan_hash(plans):
+        raise MFMError(
+            "E_CONFIG",
+            f"{folder}: plan {plans['plans_name']} was changed after this run began, so it cannot go on. Put the "
+            "old plan back (a copy is plans.json in the model folder), or start a new run under another plan name.",
+        )
+    return from_dict(MFMBlock, content["settings"])
+
+
+def require_same(before: MFMBlock, now: MFMBlock, folder: Path) -> None:
+    """Raise MFMError (E_CONFIG) that names the differences when a continued run would get other settings."""
+    old, new = (_flat(to_dict(block)) for block in (before, now))
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and name not in MAY_DIFFER]
+    if names:
+        lines = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
+        raise MFMError(
+            "E_CONFIG",
+            f"--c continues the same run, but the settings differ from those of {folder}: {lines}. Leave out the "
+            "settings that changed, or start a new run.",
+        )
+
+
+def format_settings(block: MFMBlock) -> str:
+    """What training reads, one setting per line."""
+    values = _flat({"finetune": to_dict(block.finetune), "seed": block.seed, "num_workers": block.num_workers})
+    return "\n".join(f"  {name} = {value}" for name, value in values.items())
+
+
+def plan_hash(plans: Mapping[str, Any]) -> str:
+    """SHA-256 of what a plan decides besides our block, in hex."""
+    stock = {key: value for key, value in plans.items() if key not in ("mfm", "continue_training")}
+    return hashlib.sha256(json.dumps(stock, sort_keys=True).encode()).hexdigest()
+
+
+def _require_of_training(name: str, block: MFMBlock) -> None:
+    names = [n for n in setting_names(block) if n in ("seed", "num_workers") or n.startswith("finetune.")]
+    names.remove("finetune.checkpoint")
+    if name == "finetune.checkpoint":
+        raise MFMError("E_CONFIG", f"--set {name}: give the checkpoint with -pretrained_weights.")
+    if name not in names:
+        raise MFMError("E_CONFIG", f"training has no setting '{name}'. {nearest(name, names)}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            result.update(_flat(value, f"{prefix}{name}."))
+        else:
+            result[prefix + name] = value
+    return result

@@ -1,0 +1,99 @@
+"""Predict a fold's validation cases in this process and write nnU-Net's ``summary.json``.
+
+Stock nnU-Net starts two pools of processes for this, which takes longer than the work itself on small data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.predict.export import export_validation_case
+from mfm_nnunet.predict.predictor import Model
+
+Label = int | tuple[int, ...]
+
+
+def predict_cases(
+    trainer: nnUNetTrainer, cases: Iterable[str], output_folder: Path, save_probabilities: bool
+) -> Iterable[str]:
+    """Predict preprocessed cases with the trainer's network and write their masks; yields each name when it is done."""
+    axes = trainer.inference_allowed_mirroring_axes
+    model = Model(
+        trainer.network, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, trainer.device,
+        mirror_axes=tuple(axes) if axes else None,
+    )  # fmt: skip
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
+    for case in dataset.identifiers:
+        data, _, _, properties = dataset.load_case(case)
+        logits = model.predict_logits(torch.from_numpy(np.array(data[:])))
+        export_validation_case(
+            logits,
+            properties,
+            trainer.plans_manager,
+            trainer.configuration_manager,
+            trainer.dataset_json,
+            output_folder / case,
+            save_probabilities,
+        )
+        yield case
+
+
+def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Path) -> dict[str, Any]:
+    """Metrics of the predicted ``cases`` against ``gt_segmentations``, also written as ``summary.json``.
+
+    Raises MFMError (E_NOT_FOUND) when a reference segmentation is missing.
+    """
+    ending, labels = trainer.dataset_json["file_ending"], trainer.label_manager
+    reference = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations"
+    files = [(reference / (case + ending), prediction_folder / (case + ending)) for case in sorted(cases)]
+    missing = [str(file) for file, _ in files if not file.is_file()]
+    if missing:
+        raise MFMError(
+            "E_NOT_FOUND",
+            "the reference segmentations of the validation cases are missing: " + ", ".join(missing[:5]) +
+            ". Run mfm_plan_and_preprocess for this dataset again.",
+        )  # fmt: skip
+    summary = summarise(
+        files,
+        trainer.plans_manager.image_reader_writer_class(),
+        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+        labels.ignore_label,
+    )
+    save_summary_json(summary, str(prediction_folder / "summary.json"))
+    return summary
+
+
+def summarise(
+    files: Sequence[tuple[Path, Path]], reader: BaseReaderWriter, labels: Sequence[Label], ignore_label: int | None
+) -> dict[str, Any]:
+    """Metrics of (reference, prediction) pairs in nnU-Net's layout: per case, mean per label, foreground mean."""
+    results = [compute_metrics(str(truth), str(mask), reader, list(labels), ignore_label) for truth, mask in files]
+    names = list(results[0]["metrics"][labels[0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a label that no case has gives the mean of nothing: NaN
+        mean: dict[Label, dict[str, Any]] = {
+            label: {name: np.nanmean([r["metrics"][label][name] for r in results]) for name in names}
+            for label in labels
+        }
+    foreground = [label for label in labels if label != 0]
+    foreground_mean = {name: np.mean([mean[label][name] for label in foreground]) for name in names}
+    summary: dict[str, Any] = {"metric_per_case": results, "mean": mean, "foreground_mean": foreground_mean}
+    for part in (*results, mean, foreground_mean):
+        recursive_fix_for_json_export(part)
+    return summary
+
+
+def mean_dice(summary: Mapping[str, Any]) -> float:
+    """The foreground's mean Dice of a summary."""
+    return float(summary["foreground_mean"]["Dice"])

@@ -1,0 +1,100 @@
+"""The network of a plan, built by nnU-Net's own factory, and which of its parameters are encoder and head.
+
+A plan may come with a downloaded checkpoint and names Python classes, which nnU-Net's factory would import whatever
+they are. So the names are checked against a list first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mfm_nnunet.errors import MFMError, nearest
+
+_DNA = "dynamic_network_architectures"
+
+NETWORKS: tuple[str, ...] = (
+    *(f"{_DNA}.architectures.unet.{name}" for name in ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")),
+    # The module's old name, which plans of older nnU-Nets hold and nnU-Net's factory redirects.
+    f"{_DNA}.architectures.residual_unet.ResidualEncoderUNet",
+    *(f"{_DNA}.architectures.primus.{name}" for name in ("Primus", "PrimusV2", "PrimusV3")),
+    "mfm_nnunet.models.primus.PrimusSeg",
+)
+"""Network classes that a plan may name."""
+
+_PARTS = re.compile(
+    r"torch\.nn\.(modules\.(conv|instancenorm|batchnorm|dropout|activation)\.)?"
+    r"((Conv|InstanceNorm|BatchNorm|Dropout)[123]d|Dropout|(Leaky)?ReLU|P?ReLU|ELU|GELU|SiLU|Mish)"
+    rf"|{_DNA}\.building_blocks\.(residual\.(BasicBlockD|BottleneckD)|patch_encode_decode\.LayerNormNd)"
+    r"|timm\.layers(\.pos_embed_sincos)?\.RotaryEmbeddingCat"
+)
+"""Layers, blocks and positions that a plan may name as arguments of its network."""
+
+
+def build_network(
+    plans: Mapping[str, Any], configuration: str, num_inputs: int, num_outputs: int, deep_supervision: bool = False
+) -> nn.Module:
+    """The network of ``configuration`` with fresh weights (drawn from torch's generator), on the current device.
+
+    Raises MFMError: E_CONFIG for an unknown configuration, E_MODEL_UNSAFE when the plan names anything but networks and
+    layers.
+    """
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    known = plans.get("configurations", {})
+    if configuration not in known:
+        raise MFMError("E_CONFIG", f"the plan has no configuration '{configuration}'. {nearest(configuration, known)}")
+    manager = PlansManager(dict(plans)).get_configuration(configuration)
+    name, kwargs = manager.network_arch_class_name, manager.network_arch_init_kwargs
+    check_architecture(name, kwargs, manager.network_arch_init_kwargs_req_import)
+    knows_deep_supervision = f"{_DNA}.architectures.primus." not in name
+    return get_network_from_plans(
+        name,
+        kwargs,
+        manager.network_arch_init_kwargs_req_import,
+        num_inputs,
+        num_outputs,
+        deep_supervision=deep_supervision if knows_deep_supervision else None,
+    )
+
+
+def check_architecture(class_name: Any, kwargs: Mapping[str, Any], to_import: Any) -> None:
+    """Raise MFMError (E_MODEL_UNSAFE) unless a plan's architecture names only networks and layers that we know."""
+    if class_name not in NETWORKS:
+        _refuse(f"network_class_name {class_name!r}")
+    for name in to_import:
+        value = kwargs.get(name)
+        if value is not None and not (isinstance(value, str) and _PARTS.fullmatch(value)):
+            _refuse(f"{name} {value!r}")
+
+
+def head_names(network: nn.Module) -> set[str]:
+    """Names (of ``named_parameters``) of the output layers: they belong to one job and are never transferred."""
+    if hasattr(network, "up_projection"):
+        last = len(network.up_projection.decode) - 1  # type: ignore[union-attr, arg-type]
+        return _with_prefixes(network, f"up_projection.decode.{last}.")
+    return _with_prefixes(network, "decoder.seg_layers.")
+
+
+def encoder_names(network: nn.Module) -> set[str]:
+    """Names (of ``named_parameters``, so each tensor once) of the encoder, stem included."""
+    if hasattr(network, "eva"):
+        return _with_prefixes(network, "down_projection.", "eva.")
+    return _with_prefixes(network, "encoder.")
+
+
+def _with_prefixes(network: nn.Module, *prefixes: str) -> set[str]:
+    return {name for name, _ in network.named_parameters() if name.startswith(prefixes)}
+
+
+def _refuse(what: str) -> None:
+    raise MFMError(
+        "E_MODEL_UNSAFE",
+        f"the plan's architecture has the {what}, which is none of the networks and layers that mfm_nnunet builds. "
+        "Loading it could run foreign code, so it was not imported. Use a plan with a ResEnc U-Net, a plain U-Net or "
+        "Primus.",
+    )

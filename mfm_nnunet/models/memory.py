@@ -1,0 +1,130 @@
+"""How much memory a training step needs, without doing one.
+
+The network is run once on PyTorch's meta device, where tensors have shapes but no values: nothing is allocated and
+nothing is computed. What autograd would keep for the backward pass is counted, so the estimate follows the network
+that a plan really builds, whatever its family. How far it is from a real step: ``tests/benchmarks/memory_estimate.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+OPTIMIZER_COPIES = {"sgd": 1, "adamw": 2}
+"""Numbers per weight that an optimizer keeps: momentum; first and second moment."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The parts of a training step's memory, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept by autograd for the backward pass, the input and the outputs included."""
+
+    @property
+    def total(self) -> int:
+        """All parts together: what a device must have free."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory_bytes(
+    network: nn.Module, input_shape_BCDHW: Sequence[int], optimizer: Literal["sgd", "adamw"], half: bool = False
+) -> int:
+    """Bytes that one training step of ``network`` takes: weights, gradients, optimizer state, activations.
+
+    ``input_shape_BCDHW`` is (B, C, D, H, W), or (B, C, H, W) in 2D. With ``half`` activations are counted as under
+    mixed precision (2 bytes, plus a 2-byte copy of the weights). The network itself is not changed; it may be on any
+    device and is looked at in train mode.
+    """
+    return estimate_training_memory(network, input_shape_BCDHW, optimizer, half).total
+
+
+def estimate_training_memory(
+    network: nn.Module, input_shape_BCDHW: Sequence[int], optimizer: Literal["sgd", "adamw"], half: bool = False
+) -> MemoryEstimate:
+    """As :func:`training_memory_bytes`, with the parts kept apart."""
+    ghost = _meta_copy(network).train()
+    parameters = list(ghost.parameters())
+    trained = _num_bytes(p for p in parameters if p.requires_grad)
+    own = {_storage(t) for t in [*parameters, *ghost.buffers()]}
+    kept: list[Tensor] = [torch.empty(tuple(input_shape_BCDHW), device="meta")]
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = ghost(kept[0])
+    kept += _tensors_in(output)
+    activations = _num_bytes((t for t in kept if _storage(t) not in own), half)
+    return MemoryEstimate(
+        weights=_num_bytes([*parameters, *ghost.buffers()]) + (_num_bytes(parameters, half=True) if half else 0),
+        gradients=trained,
+        optimizer=trained * OPTIMIZER_COPIES[optimizer],
+        activations=activations,
+    )
+
+
+def num_parameters(network: nn.Module) -> int:
+    """Trainable numbers in ``network``, each counted once (nnU-Net's modules share some under several names)."""
+    return sum(p.numel() for p in network.parameters())
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as CPUs and GPUs really compute it.
+
+    On the meta device PyTorch falls back to the textbook formula, which keeps the T x T attention matrix of every
+    head; the fused kernels keep only its inputs, its output and one number per row. The fused kernel of the CPU has a
+    meta version, so it is called by name.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is nn.functional.scaled_dot_product_attention and not kwargs.get("dropout_p"):
+            query, key, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        return func(*args, **kwargs)
+
+
+def _meta_copy(network: nn.Module) -> nn.Module:
+    """The same modules over meta tensors; the weights are never copied (``deepcopy`` finds them in its memo)."""
+    memo: dict[int, Any] = {}
+    for tensor in [*network.parameters(), *network.buffers()]:
+        ghost = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(ghost, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ghost
+    return copy.deepcopy(network, memo)
+
+
+def _storage(tensor: Tensor) -> int:
+    # data_ptr() is 0 for every meta tensor; the address of the storage object tells them apart while they are alive.
+    return tensor.untyped_storage()._cdata
+
+
+def _num_bytes(tensors: Iterable[Tensor], half: bool = False) -> int:
+    """Bytes of the distinct storages behind ``tensors``; with ``half`` floating-point numbers take 2 bytes each."""
+    sizes: dict[int, int] = {}
+    alive = []
+    for tensor in tensors:
+        alive.append(tensor)
+        size = tensor.untyped_storage().nbytes()
+        shrink = half and tensor.is_floating_point() and tensor.element_size() > 2
+        sizes[_storage(tensor)] = size * 2 // tensor.element_size() if shrink else size
+    return sum(sizes.values())
+
+
+def _tensors_in(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors_in(item)]

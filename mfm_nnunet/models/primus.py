@@ -1,0 +1,173 @@
+"""Primus, a plain transformer for segmentation, with the constructor that a plan needs (arXiv 2503.01835).
+
+Patch embedding, Eva blocks with absolute and rotary positions, patch decoder; in 3D and 2D. The encoder is
+dynamic-network-architectures' own and so are the names in the state dict (``down_projection``, ``eva``,
+``up_projection``), hence OpenMind's encoder weights fit. Tokens are flattened axis 0 outermost (DNA >= 0.4.3).
+
+Shapes: B batch, C channels, D H W voxels, d h w tokens per axis, T = d h w tokens, E embedding, K outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dynamic_network_architectures.building_blocks.eva import Eva
+from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchEmbed
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+
+from mfm_nnunet.errors import MFMError
+
+PRIMUS_SIZES: dict[str, dict[str, int]] = {
+    "CPU": {"embed_dim": 192, "eva_depth": 4, "eva_numheads": 4},
+    "S": {"embed_dim": 396, "eva_depth": 12, "eva_numheads": 6},
+    "B": {"embed_dim": 792, "eva_depth": 12, "eva_numheads": 12},
+    "M": {"embed_dim": 864, "eva_depth": 16, "eva_numheads": 12},
+    "L": {"embed_dim": 1056, "eva_depth": 24, "eva_numheads": 16},
+}
+"""Sizes of the paper, and CPU (2 M parameters), which trains in minutes on two cores. See primus_kwargs for 2D."""
+
+REFERENCE_OUTPUTS = 5
+"""Number of outputs for which DNA's patch decoder would have the widths that ours always has."""
+
+NEGATIVE_SLOPE = 1e-2
+"""Of the He initialisation, as everywhere in nnU-Net."""
+
+
+def primus_kwargs(size: str, num_axes: int) -> dict[str, int]:
+    """Width, depth and heads of ``size`` for ``num_axes`` image axes.
+
+    In 2D rotary positions need a head width that is a multiple of 4, which S, B and L (66) do not have: they get the
+    next larger number of heads that fits.
+    """
+    kwargs = dict(PRIMUS_SIZES[size])
+    while not _heads_fit(kwargs["embed_dim"], kwargs["eva_numheads"], num_axes):
+        kwargs["eva_numheads"] += 1
+    return kwargs
+
+
+class PrimusSeg(nn.Module):
+    """Primus for segmentation and for dense pretext tasks: (B, C, *input_shape) -> (B, K, *input_shape).
+
+    ``patch_embed_size`` is the size of a token in voxels, a power of two per axis; ``input_shape`` the patch, each axis
+    a multiple of it. The defaults are Primus-M's of the paper: drop path growing to 0.2 over the depth (in train mode
+    only), layer scale ``init_values``, normalised inner attention. ``deep_supervision`` is accepted, because nnU-Net
+    passes it, and ignored: there is no pyramid to supervise.
+
+    Raises MFMError (E_CONFIG) for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        embed_dim: int,
+        patch_embed_size: Sequence[int],
+        input_shape: Sequence[int],
+        eva_depth: int,
+        eva_numheads: int,
+        drop_path_rate: float = 0.2,
+        init_values: float | None = 0.1,
+        scale_attn_inner: bool = True,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(embed_dim, eva_numheads, patch_embed_size, input_shape)
+        self.input_shape = tuple(input_shape)
+        self.key_to_encoder = "eva"
+        self.key_to_stem = "down_projection"
+        self.keys_to_in_proj = ("down_projection.proj",)
+        self.key_to_lpe = "eva.pos_embed"
+        self.down_projection = PatchEmbed(tuple(patch_embed_size), input_channels, embed_dim)
+        self.up_projection = PatchDecoder(patch_embed_size, embed_dim, num_classes)
+        self.eva = Eva(
+            embed_dim=embed_dim,
+            depth=eva_depth,
+            num_heads=eva_numheads,
+            ref_feat_shape=tuple(size // token for size, token in zip(input_shape, patch_embed_size)),
+            drop_path_rate=drop_path_rate,
+            init_values=init_values,
+            scale_attn_inner=scale_attn_inner,
+        )
+        # Once each, here: the class has no ``initialize``, so nnU-Net's factory does not do it again. Eva did its own.
+        self.down_projection.apply(InitWeights_He(NEGATIVE_SLOPE))
+
+    def forward(self, x_BCDHW: Tensor) -> Tensor:
+        """Dense outputs (B, K, D, H, W). The input must have the planned shape: positions are learned for it."""
+        assert tuple(x_BCDHW.shape[2:]) == self.input_shape, f"{tuple(x_BCDHW.shape)} is not {self.input_shape}"
+        grid_BEdhw = self.down_projection(x_BCDHW)
+        tokens_BTE, _ = self.eva(grid_BEdhw.flatten(2).transpose(1, 2))
+        return self.up_projection(tokens_BTE.transpose(1, 2).reshape(grid_BEdhw.shape))
+
+
+class PatchDecoder(nn.Module):
+    """Tokens to voxels by transposed convolutions, each but the last followed by a norm and GELU.
+
+    DNA's decoder takes its inner widths from the number of outputs (864-112-16-1 but 864-192-48-5), so a decoder
+    pretrained with one head fits no other and is lost. Ours has, for any number of outputs, the widths DNA computes for
+    REFERENCE_OUTPUTS = 5: what its Volume Fusion and a usual segmentation with four structures get, and wide enough not
+    to be a bottleneck for more. Only the last layer, ``decode.{n-1}``, is the head and new for each job.
+    """
+
+    def __init__(self, patch_embed_size: Sequence[int], embed_dim: int, num_outputs: int) -> None:
+        super().__init__()
+        strides = _strides(patch_embed_size)
+        widths = decoder_widths(embed_dim, len(strides))
+        conv: Any = nn.ConvTranspose3d if len(patch_embed_size) == 3 else nn.ConvTranspose2d
+        layers: list[nn.Module] = [
+            nn.Sequential(conv(before, after, stride, stride), LayerNormNd(after), nn.GELU())
+            for before, after, stride in zip(widths, widths[1:], strides)
+        ]
+        self.decode = nn.Sequential(*layers, conv(widths[-1], num_outputs, strides[-1], strides[-1]))
+        self.apply(_init_transposed)
+
+    def forward(self, grid_BEdhw: Tensor) -> Tensor:
+        """(B, E, d, h, w) -> (B, K, D, H, W)."""
+        return self.decode(grid_BEdhw)
+
+
+def decoder_widths(embed_dim: int, num_stages: int) -> list[int]:
+    """Inputs of each of the decoder's layers: a geometric row from ``embed_dim`` down, in multiples of 8."""
+    ratio = (embed_dim / (2 * REFERENCE_OUTPUTS)) ** (1 / num_stages)
+    return [embed_dim] + [max(8, round(embed_dim / ratio**stage / 8) * 8) for stage in range(1, num_stages)]
+
+
+def _strides(patch_embed_size: Sequence[int]) -> list[tuple[int, ...]]:
+    """Doublings that give the token size, coarsest first; short axes are doubled last (where DNA does so too)."""
+    doublings = [2 ** (stage + 1) for stage in reversed(range(int(math.log2(max(patch_embed_size)))))]
+    return [tuple(2 if size % doubling == 0 else 1 for size in patch_embed_size) for doubling in doublings]
+
+
+def _init_transposed(module: nn.Module) -> None:
+    # torch takes out_channels x kernel as the fan-in of a transposed convolution. Here kernel == stride, so a voxel is
+    # a sum over the input channels of one tap; with torch's number a head with one output would start 2 to 3 times too
+    # large.
+    if isinstance(module, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        nn.init.normal_(module.weight, std=math.sqrt(2 / (1 + NEGATIVE_SLOPE**2) / module.in_channels))
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
+
+
+def _heads_fit(embed_dim: int, num_heads: int, num_axes: int) -> bool:
+    # A head is split evenly over the axes, and each share into sine and cosine of pairs.
+    return embed_dim % (num_heads * 2 * num_axes) == 0
+
+
+def _check_sizes(embed_dim: int, num_heads: int, token: Sequence[int], patch: Sequence[int]) -> None:
+    problem: str | None = None
+    if len(token) not in (2, 3) or len(patch) != len(token):
+        problem = "patch_embed_size and input_shape need 2 or 3 axes each"
+    elif any(size < 1 or size & (size - 1) for size in token) or max(token) < 2:
+        problem = "patch_embed_size needs powers of two, at least one of them above 1"
+    elif any(size < 1 or size % cell for size, cell in zip(patch, token)):
+        problem = "each axis of input_shape must be a multiple of the token's"
+    elif num_heads < 1 or not _heads_fit(embed_dim, num_heads, len(token)):
+        problem = f"embed_dim must be a multiple of {2 * len(token)} x eva_numheads in {len(token)}D"
+    if problem is not None:
+        raise MFMError(
+            "E_CONFIG",
+            f"Primus with embed_dim={embed_dim}, eva_numheads={num_heads}, patch_embed_size={tuple(token)}, "
+            f"input_shape={tuple(patch)}: {problem}. Change these in the plan's architecture, or plan again.",
+        )

@@ -1,0 +1,257 @@
+"""Which pretrained weights travel into a network, and the report about it.
+
+Tensors are written in place, each one once (nnU-Net's networks register most tensors under several names), so the
+optimizer and the compile and DDP wrappers keep the very same parameters. Heads never travel. What has another shape
+is adapted where that is meaningful (stem channels, token positions), else it stays new and the report says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.build import encoder_names, head_names
+from mfm_nnunet.models.transfer_report import Entry, TransferReport
+
+__all__ = ["Entry", "TransferReport", "transfer_weights", "unwrapped", "without_wrapper_prefixes"]
+
+SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The network and what its names mean, looked up once."""
+
+    network: nn.Module
+    heads: set[str]
+    encoder: set[str]
+    stem: set[str]
+    position: str
+
+    @classmethod
+    def of(cls, network: nn.Module) -> _Target:
+        encoder = encoder_names(network)
+        keys = getattr(network, "keys_to_in_proj", None)
+        convolutions = (name for name, p in network.named_parameters() if name in encoder and p.ndim >= 4)
+        stem = {f"{key}.weight" for key in keys} if keys else {next(convolutions, "")}
+        return cls(network, head_names(network), encoder, stem, getattr(network, "key_to_lpe", None) or "eva.pos_embed")
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What one distinct tensor of the target gets; ``value`` None leaves it as it is."""
+
+    names: tuple[str, ...]
+    target: Tensor
+    value: Tensor | None
+    kind: str
+    how: str = ""
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.names[0], self.target.numel(), self.how)
+
+
+def transfer_weights(
+    source: Mapping[str, Tensor],
+    network: nn.Module,
+    *,
+    source_patch_size: Sequence[int] | None = None,
+    minimum_encoder_share: float = 0.5,
+    source_network: str | None = None,
+) -> TransferReport:
+    """Copy pretrained weights into ``network`` in place and report what happened to every tensor.
+
+    ``source`` is a state dict (wrapper prefixes are stripped); ``source_patch_size`` (voxels) tells the grid of token
+    positions, which else is taken for a cube; ``source_network`` is a class name for messages.
+
+    Raises MFMError: E_MODEL_MISMATCH when less than ``minimum_encoder_share`` of the encoder would come from the
+    source or the dimensions differ, E_NONFINITE when the source holds NaN or infinity. The network is untouched then.
+    """
+    target = _Target.of(unwrapped(network))
+    weights = without_wrapper_prefixes(source)
+    _require_same_dimensions(weights, target.network, source_network)
+    decisions = [
+        _decide(names, tensor, weights, target, source_patch_size) for names, tensor in _distinct(target.network)
+    ]
+    report = _report(decisions, weights, target)
+    if report.encoder_share < minimum_encoder_share:
+        raise _mismatch(report, decisions, weights, target, source_network)
+    _copy(decisions)
+    return report
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile`` and DistributedDataParallel."""
+    while True:
+        inner = getattr(network, "_orig_mod", None) or (
+            network.module if isinstance(network, nn.parallel.DistributedDataParallel) else None
+        )
+        if inner is None:
+            return network
+        network = inner
+
+
+def without_wrapper_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the names that ``module.`` and ``_orig_mod.`` wrappers left in its keys removed."""
+    result = {}
+    for name, tensor in weights.items():
+        parts = [part for part in str(name).split(".") if part != "_orig_mod"]
+        while parts[0] == "module" and len(parts) > 1:
+            parts = parts[1:]
+        if isinstance(tensor, Tensor):
+            result[".".join(parts)] = tensor
+    return result
+
+
+def _distinct(network: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:
+    """Every parameter and saved buffer once, with all names that it is registered under."""
+    groups: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return [(tuple(names), tensor) for names, tensor in groups.values()]
+
+
+def _decide(
+    names: tuple[str, ...],
+    tensor: Tensor,
+    weights: Mapping[str, Tensor],
+    target: _Target,
+    source_patch_size: Sequence[int] | None,
+) -> _Decision:
+    """What happens to one tensor of the network."""
+    candidates = [name for name in names if name in weights]
+    if not candidates:
+        return _Decision(names, tensor, None, "new", "not in the checkpoint")
+    if target.heads & set(names):
+        return _Decision(names, tensor, None, "new", "head")
+    if names[0] == "mask_token":
+        return _Decision(names, tensor, None, "new", "belongs to masked pretraining")
+    # Sparse pretraining trains the 'all_modules' copy and leaves the other one behind; else the copies are equal.
+    name = min(candidates, key=lambda name: (name.startswith("decoder.encoder."), ".all_modules." not in name))
+    if not torch.isfinite(weights[name]).all():
+        raise MFMError("E_NONFINITE", f"the checkpoint's tensor {name} holds NaN or infinity. Use another checkpoint.")
+    return _Decision(names, tensor, *_fitted(weights[name], tensor, names, target, source_patch_size))
+
+
+def _fitted(
+    value: Tensor, tensor: Tensor, names: tuple[str, ...], target: _Target, source_patch_size: Sequence[int] | None
+) -> tuple[Tensor | None, str, str]:
+    """The value for ``tensor``, its kind, and how it was adapted or why it cannot be."""
+    if target.position in names and value.shape[::2] == tensor.shape[::2]:
+        old, new = _token_grids(value, tensor, target.network, source_patch_size)
+        if old and new and old != new:
+            return _resized_positions(value, old, new), "adapted", f"positions interpolated from {old} to {new} tokens"
+    if value.shape == tensor.shape:
+        return value, "loaded", ""
+    same_but_channels = value.shape[:1] + value.shape[2:] == tensor.shape[:1] + tensor.shape[2:]
+    if target.stem & set(names) and value.ndim == tensor.ndim and same_but_channels:
+        return _spread_channels(value, tensor)
+    return None, "new", f"shape {tuple(value.shape)} in the checkpoint, {tuple(tensor.shape)} here"
+
+
+def _spread_channels(value: Tensor, tensor: Tensor) -> tuple[Tensor, str, str]:
+    """A stem for another number of channels: its response to equal channels stays the same."""
+    channels, wanted = value.shape[1], tensor.shape[1]
+    how = "repeated" if channels == 1 else "summed over the checkpoint's channels, repeated"
+    spread = value.sum(1, keepdim=True) / wanted
+    return spread.expand_as(tensor), "adapted", f"{channels} -> {wanted} input channels: {how} and divided by {wanted}"
+
+
+def _token_grids(
+    value_1TE: Tensor, tensor_1TE: Tensor, network: nn.Module, source_patch_size: Sequence[int] | None
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """The grids that the checkpoint's and the network's token positions stand on; None where unknown."""
+    token = tuple(network.get_submodule("down_projection.proj").weight.shape[2:])  # type: ignore[index]
+    planned = tuple(size // step for size, step in zip(source_patch_size or (), token))
+    rope = getattr(network.get_submodule("eva"), "rope", None)
+    own = tuple(int(size) for size in getattr(rope, "feat_shape", None) or ())
+    return _token_grid(value_1TE.shape[1], planned, len(token)), _token_grid(tensor_1TE.shape[1], own, len(token))
+
+
+def _token_grid(num_tokens: int, expected: tuple[int, ...], num_axes: int) -> tuple[int, ...] | None:
+    """``expected`` if it has that many tokens, else a cube (pretraining crops may be smaller than the plan's patch)."""
+    cube = (round(num_tokens ** (1 / num_axes)),) * num_axes
+    return next((grid for grid in (expected, cube) if len(grid) == num_axes and math.prod(grid) == num_tokens), None)
+
+
+def _resized_positions(positions_1TE: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Token positions interpolated to another grid (trilinear, bilinear in 2D, corners not aligned)."""
+    embedding = positions_1TE.shape[2]
+    grid = positions_1TE.detach().float().transpose(1, 2).reshape(1, embedding, *old)
+    mode = {2: "bilinear", 3: "trilinear"}[len(old)]
+    resized = nn.functional.interpolate(grid, size=new, mode=mode, align_corners=False)
+    return resized.reshape(1, embedding, -1).transpose(1, 2)
+
+
+def _report(decisions: list[_Decision], weights: Mapping[str, Tensor], target: _Target) -> TransferReport:
+    of_encoder = [decision for decision in decisions if target.encoder & set(decision.names)]
+    total = sum(decision.target.numel() for decision in of_encoder)
+    taken = sum(decision.target.numel() for decision in of_encoder if decision.value is not None)
+    kinds = {kind: tuple(d.entry for d in decisions if d.kind == kind) for kind in ("loaded", "adapted", "new")}
+    return TransferReport(**kinds, ignored=_ignored(decisions, weights), encoder_share=taken / max(total, 1))
+
+
+def _ignored(decisions: list[_Decision], weights: Mapping[str, Tensor]) -> tuple[Entry, ...]:
+    """The checkpoint's tensors that nothing used, each once whatever the number of its names."""
+    used = {name for decision in decisions if decision.value is not None for name in decision.names}
+    reasons = {name: decision.how for decision in decisions for name in decision.names}
+    seen = {_place(weights[name]) for name in used if name in weights}
+    entries = []
+    for name, tensor in weights.items():
+        if name not in used and _place(tensor) not in seen:
+            seen.add(_place(tensor))
+            entries.append(Entry(name, tensor.numel(), reasons.get(name, "not in this network")))
+    return tuple(entries)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for the names of one tensor; a tensor without elements has no place in memory and stands for itself."""
+    return (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
+
+
+def _require_same_dimensions(weights: Mapping[str, Tensor], network: nn.Module, source_network: str | None) -> None:
+    """2D weights must not go into a 3D network: norms and biases alone would fit and teach nothing."""
+    for name, parameter in network.named_parameters():
+        both = {parameter.ndim, weights[name].ndim} if name in weights else set()
+        if both == {4, 5}:
+            raise MFMError(
+                "E_MODEL_MISMATCH",
+                f"the checkpoint{_of(source_network)} is {weights[name].ndim - 2}D, this network is "
+                f"{parameter.ndim - 2}D ({name}). Use a checkpoint that was pretrained with the same configuration.",
+            )
+
+
+def _mismatch(
+    report: TransferReport,
+    decisions: list[_Decision],
+    weights: Mapping[str, Tensor],
+    target: _Target,
+    source_network: str | None,
+) -> MFMError:
+    missing = [d for d in decisions if d.value is None and target.encoder & set(d.names)]
+    lines = [f"  {d.names[0]} {tuple(d.target.shape)}: {d.how}" for d in missing[:SHOWN_DIFFERENCES]]
+    unknown = [entry.name for entry in report.ignored if entry.how == "not in this network"]
+    lines += [f"  {name} {tuple(weights[name].shape)}: only in the checkpoint" for name in unknown[:SHOWN_DIFFERENCES]]
+    return MFMError(
+        "E_MODEL_MISMATCH",
+        f"the checkpoint{_of(source_network)} is for another network than this {type(target.network).__name__}: only "
+        f"{report.encoder_share:.1%} of the encoder's parameters match. The first differences:\n" + "\n".join(lines) +
+        "\nPlan the dataset so that the checkpoint fits: mfm_plan_and_preprocess --like CHECKPOINT",
+    )  # fmt: skip
+
+
+def _of(source_network: str | None) -> str:
+    return f" (of a {source_network.rpartition('.')[2]})" if source_network else ""
+
+
+@torch.no_grad()
+def _copy(decisions: list[_Decision]) -> None:
+    for decision in decisions:
+        if decision.value is not None:
+            decision.target.copy_(decision.value)

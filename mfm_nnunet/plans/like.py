@@ -1,0 +1,172 @@
+"""A pretrained checkpoint -> the plan of a labelled data set that it fits (``--like``).
+
+:func:`read_source` reads the checkpoint, the rest are pure functions. ``mfm`` is the checkpoint's key of that name.
+Sizes are in voxels and spacings in mm, in the plan's axis order (after ``transpose_forward``) unless a name says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.build import check_architecture
+from mfm_nnunet.plans.derive import NO_RESAMPLING, pad_to_multiple, resolved
+from mfm_nnunet.plans.schema import block_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pretrained checkpoint that a plan must fit: its ``mfm`` key and what the plan will say about it."""
+
+    mfm: dict[str, Any]
+    entry: dict[str, Any]
+    """``MFMBlock.source``: name (of the file only), sha256, pretext, network."""
+
+    @property
+    def network(self) -> Literal["resenc", "primus"]:
+        """Family of the checkpoint's network."""
+        return self.entry["network"]
+
+    @property
+    def configuration(self) -> str:
+        """The configuration that can be planned like it: ``2d`` or ``3d_fullres``."""
+        return "2d" if len(self._theirs["patch_size"]) == 2 else "3d_fullres"
+
+    @property
+    def is_original_spacing(self) -> bool:
+        """Whether it was pretrained without resampling."""
+        return self._theirs["resampling_fn_data"] == NO_RESAMPLING
+
+    @property
+    def _theirs(self) -> dict[str, Any]:
+        return resolved(self.mfm["plans"], self.mfm["configuration"])
+
+
+def read_source(path: Path) -> Source:
+    """The checkpoint at ``path``.
+
+    Raises MFMError as :func:`mfm_nnunet.checkpoint.load_weights` does, E_MODEL_MISMATCH when it is not one of our
+    pretrained checkpoints, E_MODEL_UNSAFE when its plan names anything but networks and layers.
+    """
+    mfm = checkpoint.load_weights(path).get("mfm")
+    if not isinstance(mfm, dict) or mfm.get("kind") != "pretrained":
+        kind = (
+            f"a {mfm['kind']} model of ours"
+            if isinstance(mfm, dict) and "kind" in mfm
+            else "not written by mfm_pretrain"
+        )
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"{path} is {kind}. --like understands only checkpoints of mfm_pretrain yet, because only they hold the "
+            "plan that the network was built from. Give its checkpoint_final.pth, or plan without --like.",
+        )
+    configuration = str(mfm.get("configuration"))
+    if configuration not in (mfm.get("plans") or {}).get("configurations", {}):
+        raise MFMError("E_MODEL_MISMATCH", f"{path} lacks the plan that its network was built from. Pretrain again.")
+    architecture = resolved(mfm["plans"], configuration)["architecture"]
+    check_architecture(
+        architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"]
+    )
+    entry = {
+        "name": path.name,
+        "sha256": checkpoint.sha256(path),
+        "pretext": mfm.get("pretext"),
+        "network": block_of(mfm["plans"]).network,
+    }
+    return Source(mfm, entry)
+
+
+def like_plans_name(checkpoint_plans_name: str) -> str:
+    """Name of a plan made like a checkpoint: mfmPlans -> mfmLikePlans, mfmPrimusPlans -> mfmLikePrimusPlans."""
+    stem = re.sub(r"[^A-Za-z0-9_-]", "", checkpoint_plans_name).removeprefix("mfm").removeprefix("Like")
+    return f"mfmLike{stem.removesuffix('Plans')}Plans"
+
+
+def like_axes(mfm: Mapping[str, Any], is_2d: bool) -> list[int]:
+    """The checkpoint's ``transpose_forward``; images of one slice keep their order, else the slice axis would move."""
+    return [0, 1, 2] if is_2d else [int(axis) for axis in mfm["plans"]["transpose_forward"]]
+
+
+def like_spacing(mfm: Mapping[str, Any], own_spacing: Sequence[float], axes: Sequence[int]) -> list[float]:
+    """The checkpoint's spacing for a data set whose own target spacing is ``own_spacing``; both before transposing.
+
+    A checkpoint without resampling keeps the data set's own; a 2D one says nothing about the slice axis, which stays.
+    """
+    configuration = resolved(mfm["plans"], mfm["configuration"])
+    theirs = configuration.get("spacing")
+    if theirs is None or configuration.get("resampling_fn_data") == NO_RESAMPLING:
+        return [float(value) for value in own_spacing]
+    ordered = [own_spacing[axes[0]], *theirs] if len(theirs) == 2 else list(theirs)
+    return [float(ordered[list(axes).index(axis)]) for axis in range(3)]
+
+
+def plan_like(
+    target_plans: Mapping[str, Any], median_shape: Sequence[float], mfm: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """``target_plans`` with the one configuration ``name`` made so that a checkpoint fits.
+
+    ``mfm`` is the checkpoint's key of that name; ``median_shape`` the median image at the checkpoint's spacing. Taken
+    over: network, resampling, normalisation (and for CT its intensities), batch size and, where the images are large
+    enough, the patch. ``target_plans`` must be planned with :func:`like_axes` and :func:`like_spacing` already.
+
+    Raises MFMError (E_MODEL_MISMATCH) when the checkpoint's channels cannot be matched to the data set's.
+    """
+    theirs = resolved(mfm["plans"], mfm["configuration"])
+    plans = copy.deepcopy(dict(target_plans))
+    own = plans["configurations"][name]
+    num_channels = len(own["normalization_schemes"])
+    for key in ("normalization_schemes", "use_mask_for_norm"):
+        own[key] = _per_channel(theirs[key], num_channels, mfm)
+    own |= {key: value for key, value in theirs.items() if key.startswith("resampling_fn_")}
+    own["batch_size"] = max(2, int(theirs["batch_size"]))
+    own["architecture"] = copy.deepcopy(theirs["architecture"])
+    own["patch_size"] = like_patch(theirs["patch_size"], theirs["architecture"]["arch_kwargs"], median_shape)
+    if "input_shape" in own["architecture"]["arch_kwargs"]:
+        own["architecture"]["arch_kwargs"]["input_shape"] = list(own["patch_size"])
+    if "CTNormalization" in own["normalization_schemes"]:
+        intensities = mfm["plans"]["foreground_intensity_properties_per_channel"]
+        first = intensities[min(intensities)]
+        channels = plans["foreground_intensity_properties_per_channel"]
+        plans["foreground_intensity_properties_per_channel"] = {
+            channel: copy.deepcopy(intensities.get(channel, first)) for channel in channels
+        }
+    plans["configurations"] = {name: own}
+    return plans
+
+
+def like_patch(patch: Sequence[int], arch_kwargs: Mapping[str, Any], median_shape: Sequence[float]) -> list[int]:
+    """The checkpoint's patch where the images are large enough, else per axis the padded size of the images.
+
+    Padded to the network's total stride (U-Nets) or to whole tokens (Primus). A U-Net's coarsest feature map keeps two
+    voxels along some axis, because instance normalisation of a single one is undefined.
+    """
+    if "strides" in arch_kwargs:
+        strides = [[s] * len(patch) if isinstance(s, int) else s for s in arch_kwargs["strides"]]
+        steps = [math.prod(axis) for axis in zip(*strides)]
+    else:
+        steps = [int(size) for size in arch_kwargs["patch_embed_size"]]
+    result = [min(int(p), pad_to_multiple(size, step)) for p, size, step in zip(patch, median_shape, steps)]
+    if "strides" in arch_kwargs and result == steps:
+        result = [min(int(p), 2 * step) for p, step in zip(patch, steps)]
+    return result
+
+
+def _per_channel(values: Sequence[Any], num_channels: int, mfm: Mapping[str, Any]) -> list[Any]:
+    if len(values) == num_channels:
+        return list(values)
+    if len({str(value) for value in values}) == 1:
+        return [values[0]] * num_channels
+    raise MFMError(
+        "E_MODEL_MISMATCH",
+        f"the checkpoint was pretrained on {len(values)} channels with different normalisations "
+        f"({', '.join(map(str, values))}), the data set has {num_channels}: which is which is unknown. "
+        f"Use a checkpoint of one channel or of {num_channels}.",
+    )

@@ -1,0 +1,161 @@
+"""Which cases a folder holds, and a case from its files to what the network sees.
+
+Legend: C channels, D H W voxels.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+
+from mfm_nnunet.checkpoint import sha256
+from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.per_case import source_signature
+from mfm_nnunet.data.preprocess import preprocess_case_npy
+from mfm_nnunet.data.reading import read_image, read_label
+from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.predict.model import Model
+
+logger = logging.getLogger(__name__)
+
+_SEVERAL_CHANNELS_PER_FILE = "NaturalImage2DIO"
+_NEEDS_NUMBERED_NAMES = "Tiff3DIO"  # it finds the file with the spacing by cutting the number off
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """A case that is ready for the network, with the SHA-256 of each of its files by name."""
+
+    x_CDHW: torch.Tensor
+    properties: dict[str, Any]
+    input_hashes: dict[str, str]
+
+
+def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -> list[Case | CaseFailure]:
+    """The cases of ``folder`` in nnU-Net's naming (<case>_0000<ending>, one file per channel), sorted by name.
+
+    A case whose channels are not those of the model is a CaseFailure (E_CHANNELS). For a model of one channel and a
+    folder without any numbered name, each file is a case. ``label`` is the mask of the previous stage, if there is one.
+    Raises MFMError (E_NOT_FOUND, E_CHANNELS) when there is no case at all.
+    """
+    ending = model.dataset_json["file_ending"]
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    matching = [name for name in names if name.endswith(ending)]
+    if not matching:
+        other = f"It holds {len(names)} other files, e.g. {names[0]}." if names else "It is empty."
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other}",
+        )
+    channels, plain = _group(matching, ending)
+    if not channels:
+        channels, plain = _plain_cases(folder, plain, ending, model), []
+    found: list[Case | CaseFailure] = [
+        CaseFailure(
+            name, "E_CHANNELS", f"{folder / name}: the name has no channel number; expected <case>_0000{ending}."
+        )
+        for name in plain
+    ]
+    for name, numbered in channels.items():
+        problem = _channel_problem(sorted(numbered), model)
+        if problem:
+            found.append(CaseFailure(name, "E_CHANNELS", f"{folder / name}: {problem}"))
+        else:
+            mask = previous_stage / f"{name}{ending}" if previous_stage is not None else None
+            found.append(Case(name, tuple(folder / numbered[k] for k in sorted(numbered)), mask))
+    return sorted(found, key=lambda item: item.case if isinstance(item, CaseFailure) else item.name)
+
+
+def prepare_case(model: Model, case: Case) -> PreparedCase:
+    """Read and preprocess a case; the mask of a previous stage becomes further channels.
+
+    Raises MFMError: whatever the input gate refuses, E_CHANNELS, E_LABEL_GEOMETRY, and E_CHANGED when a file changed
+    while it was read.
+    """
+    before = source_signature(case)
+    reader = model.plans_manager.plans["image_reader_writer"]
+    image, properties = read_image(case.images, reader)
+    mask = read_label(case.label, reader)[0] if case.label is not None else None
+    input_hashes = hash_inputs(case)
+    if source_signature(case) != before:
+        raise MFMError("E_CHANGED", f"{case.images[0]}: the file changed while it was read. Run the command again.")
+    if len(image) != model.num_channels:
+        raise MFMError(
+            "E_CHANNELS",
+            f"{case.images[0]}: {len(image)} channels, the model expects {model.num_channels}{_channel_names(model)}.",
+        )
+    if mask is not None and mask.shape[1:] != image.shape[1:]:
+        raise MFMError(
+            "E_LABEL_GEOMETRY",
+            f"{case.label}: the mask of the previous stage has shape {mask.shape[1:]}, the image {image.shape[1:]}.",
+        )
+    plans_manager, configuration_manager, label_manager = model.managers
+    x_CDHW, seg, properties = preprocess_case_npy(
+        image, properties, mask, plans_manager, configuration_manager, model.dataset_json
+    )
+    if mask is not None:
+        assert seg is not None, "preprocessing returns the mask that it was given"
+        x_CDHW = np.vstack((x_CDHW, convert_labelmap_to_one_hot(seg[0], label_manager.foreground_labels, x_CDHW.dtype)))
+    return PreparedCase(torch.from_numpy(np.ascontiguousarray(x_CDHW, np.float32)), properties, input_hashes)
+
+
+def hash_inputs(case: Case) -> dict[str, str]:
+    """SHA-256 of each file of a case by name; empty when one is not an ordinary file any more."""
+    files = {file.name: file for file in case.images}
+    if case.label is not None:
+        files[f"previous_stage/{case.label.name}"] = case.label
+    if not all(file.is_file() for file in files.values()):
+        return {}
+    return {name: sha256(file) for name, file in files.items()}
+
+
+def _group(names: list[str], ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
+    """Numbered file names by case and channel, and the names without a number."""
+    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending))
+    channels: dict[str, dict[int, str]] = {}
+    plain = []
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match:
+            channels.setdefault(match[1], {})[int(match[2])] = name
+        else:
+            plain.append(name)
+    return channels, plain
+
+
+def _plain_cases(folder: Path, names: list[str], ending: str, model: Model) -> dict[str, dict[int, str]]:
+    reader = model.plans_manager.plans["image_reader_writer"]
+    one_file = model.num_channels == 1 or reader == _SEVERAL_CHANNELS_PER_FILE
+    if not one_file or reader == _NEEDS_NUMBERED_NAMES:
+        last = f" ... <case>_{model.num_channels - 1:04d}{ending}" if model.num_channels > 1 else ""
+        raise MFMError(
+            "E_CHANNELS",
+            f"{folder}: no file name has a channel number (e.g. {names[0]}). This model expects {model.num_channels} "
+            f"files per case{_channel_names(model)}: <case>_0000{ending}{last}.",
+        )
+    logger.info(
+        "no file in %s has a channel number (_0000): each of the %d files is taken as a case", folder, len(names)
+    )
+    return {name[: -len(ending)]: {0: name} for name in names}
+
+
+def _channel_problem(numbers: list[int], model: Model) -> str:
+    """What is wrong with the channel numbers of a case; empty if nothing is."""
+    several_per_file = model.plans_manager.plans["image_reader_writer"] == _SEVERAL_CHANNELS_PER_FILE
+    expected = list(range(len(numbers) if several_per_file else model.num_channels))
+    if numbers == expected and len(numbers) <= model.num_channels:
+        return ""
+    there = ", ".join(f"_{number:04d}" for number in numbers)
+    return f"the files {there} are there, the model expects {model.num_channels} channels{_channel_names(model)}."
+
+
+def _channel_names(model: Model) -> str:
+    names = model.dataset_json.get("modality") or model.dataset_json["channel_names"]
+    return " (" + ", ".join(f"_{int(number):04d} {name}" for number, name in names.items()) + ")"

@@ -1,0 +1,151 @@
+"""Masks and probabilities onto the disk, whole or not at all. Legend: K classes or regions; D H W voxels."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import save_pickle
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from mfm_nnunet.checkpoint import disk_full
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.predict import geometry
+from mfm_nnunet.predict.logits import logits_to_mask, logits_to_probabilities
+
+logger = logging.getLogger(__name__)
+
+STAGING_PREFIX = ".partial_"
+
+
+def write_case(
+    logits_KDHW: torch.Tensor,
+    properties: dict,
+    managers: tuple[PlansManager, ConfigurationManager, LabelManager],
+    target_truncated: Path,
+    file_ending: str,
+    *,
+    source: Path | None = None,
+    save_probabilities: bool = False,
+) -> None:
+    """Write a case's mask and, on request, nnU-Net's ``.npz`` and ``.pkl`` beside it (for its ensembling).
+
+    ``target_truncated`` is the mask's path without its ending, ``source`` the scan whose NIfTI header the mask gets;
+    without it the mask is as nnU-Net's writer makes it. Raises MFMError (E_DISK_FULL).
+    """
+    if save_probabilities:
+        mask, probabilities = logits_to_probabilities(logits_KDHW, properties, *managers)
+        with disk_full_is_an_error(target_truncated):
+            np.savez_compressed(f"{target_truncated}.npz", probabilities=probabilities)
+            save_pickle(properties, f"{target_truncated}.pkl")
+    else:
+        mask = logits_to_mask(logits_KDHW, properties, *managers)
+    write_mask(mask, properties, managers[0], Path(f"{target_truncated}{file_ending}"), source)
+
+
+def write_mask(
+    mask_DHW: np.ndarray, properties: dict, plans_manager: PlansManager, target: Path, source: Path | None = None
+) -> None:
+    """Write a mask in the axes of nnU-Net's reader as ``target``; see :func:`write_case`.
+
+    ``target`` is not replaced atomically: give a file in a folder of :func:`staging`.
+    """
+    writer = plans_manager.image_reader_writer_class()
+    with disk_full_is_an_error(target, mask_DHW.nbytes):
+        if source is not None and target.name.endswith(geometry.NIFTI_ENDINGS):
+            # nnU-Net's writer knows the way back to the file's voxel order; the header is then the source's own.
+            plain = target.with_name(f"{target.name}.voxels.nii")
+            writer.write_seg(mask_DHW, str(plain), properties)
+            voxels_XYZ = np.asarray(nibabel.load(plain).dataobj.get_unscaled())  # type: ignore[attr-defined]
+            geometry.write_like(voxels_XYZ, geometry.read_header(source), target)
+            plain.unlink()
+        else:
+            writer.write_seg(mask_DHW, str(target), properties)
+            written, _ = writer.read_seg(str(target))
+            if not np.array_equal(written.reshape(mask_DHW.shape), mask_DHW):
+                raise OSError(errno.EIO, f"{target} reads back with other values than were written")
+
+
+def export_validation_case(
+    logits_KDHW: torch.Tensor,
+    properties: dict,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict,
+    target_truncated: Path,
+    save_probabilities: bool = False,
+) -> None:
+    """Write the mask of a preprocessed case as nnU-Net's own export does (no source file at hand), atomically.
+
+    ``target_truncated`` is the mask's path without its ending. Raises MFMError (E_DISK_FULL).
+    """
+    target = Path(target_truncated)
+    managers = (plans_manager, configuration_manager, plans_manager.get_label_manager(dataset_json))
+    with staging(target.parent) as stage:
+        ending = dataset_json["file_ending"]
+        write_case(
+            logits_KDHW.cpu(), properties, managers, stage / target.name, ending, save_probabilities=save_probabilities
+        )
+        publish(stage, target.parent)
+
+
+@contextlib.contextmanager
+def staging(folder: Path, prefix: str = STAGING_PREFIX) -> Iterator[Path]:
+    """A hidden folder inside ``folder``, and thus on the same disk, for files that are not whole yet."""
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    except OSError as error:
+        raise (disk_full(folder) if is_disk_full(error) else error) from None
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish(stage: Path, folder: Path) -> None:
+    """Give the files in ``stage`` their final place, each whole: flushed to the disk, then renamed."""
+    files = sorted(stage.iterdir())
+    with disk_full_is_an_error(folder):
+        for file in files:
+            _sync(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+    with contextlib.suppress(OSError):  # some network shares cannot sync a folder
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def disk_full_is_an_error(path: Path, num_bytes: int = 1) -> Iterator[None]:
+    """Turn a failed write into E_DISK_FULL where the disk is full; libraries often hide the cause."""
+    try:
+        yield
+    except MFMError:
+        raise
+    except Exception as error:
+        hidden = not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < num_bytes
+        if hidden or is_disk_full(error):
+            raise disk_full(path) from error
+        raise
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether the operating system refused a write for want of space."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,0 +1,119 @@
+"""``cases.jsonl``: one fsynced line per change of a case's state, so that a killed run knows what was really done.
+
+Done means that the output's SHA-256 is the one in the journal, not that a file exists. The hashes are written before
+the files get their final names, so a run killed in between still recognises its own masks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet.checkpoint import disk_full, sha256
+from mfm_nnunet.errors import MFMError
+
+try:
+    import fcntl
+except ImportError:  # only POSIX has it; without it two runs on one folder are the user's responsibility
+    fcntl = None  # type: ignore[assignment]
+
+
+def journal_name(num_parts: int = 1, part_id: int = 0) -> str:
+    """The file name of a run's journal; parts of a run that share a folder have one each."""
+    return "cases.jsonl" if num_parts == 1 else f"cases_{part_id}of{num_parts}.jsonl"
+
+
+class Journal:
+    """The journal of one run; holds a lock on its file until it is closed.
+
+    Raises MFMError (E_EXISTS) when another run is writing to the same folder.
+    """
+
+    def __init__(self, folder: Path, num_parts: int = 1, part_id: int = 0) -> None:
+        self.file = folder / journal_name(num_parts, part_id)
+        self.last: dict[str, dict[str, Any]] = {}
+        """The newest line of each case."""
+        self.written: dict[str, set[str]] = {}
+        """All hashes that an output file of ours ever had, by file name."""
+        entries = [entry for file in sorted(folder.glob("cases*.jsonl")) for entry in _read(file)]
+        for entry in sorted(entries, key=lambda entry: str(entry.get("time", ""))):
+            self._take(entry)
+        self._handle = open(self.file, "ab")  # noqa: SIM115 (closed by __exit__)
+        self._lock()
+        if self._handle.tell() and self.file.read_bytes()[-1:] != b"\n":  # the last run was killed within a line
+            self._append(b"\n")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.close()
+
+    def write(self, case: str, status: str, **fields: Any) -> None:
+        """Append a line; it is on the disk when this returns. Raises MFMError (E_DISK_FULL)."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        line = {"case": case, "status": status, **fields, "time": now}
+        self._append(json.dumps(line).encode() + b"\n")
+        self._take(line)
+
+    def is_done(self, case: str, folder: Path, names: Iterable[str], expected: Mapping[str, Any]) -> bool:
+        """Whether ``case`` was finished with the ``expected`` fields and its files are still those that were written.
+
+        ``names`` are the files that would be written now. Raises MFMError (E_CHANGED) when one of them was edited
+        since, or is not ours: it is never overwritten silently.
+        """
+        entry = self.last.get(case, {})
+        outputs = entry.get("output", {})
+        present = {name: sha256(folder / name) for name in {*names, *outputs} if (folder / name).is_file()}
+        for name, digest in present.items():
+            if digest not in self.written.get(name, set()):
+                raise MFMError(
+                    "E_CHANGED",
+                    f"{folder / name} was edited after it was written, or was not written by this command. It was left "
+                    "as it is. Move it away, or predict again with --overwrite.",
+                )
+        same = all(entry.get(name) == value for name, value in expected.items())
+        return same and bool(outputs) and entry["status"] in ("done", "publishing") and present == outputs
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        self.last[entry["case"]] = entry
+        for name, digest in entry.get("output", {}).items():
+            self.written.setdefault(name, set()).add(digest)
+
+    def _append(self, line: bytes) -> None:
+        try:
+            self._handle.write(line)
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise disk_full(self.file) from error
+            raise
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._handle.close()
+            raise MFMError(
+                "E_EXISTS",
+                f"{self.file.parent}: another run is writing to this folder. Wait for it, or choose another.",
+            ) from error
+        except OSError:
+            return  # file systems without locks
+
+
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # the line during which a run was killed
+            entry = json.loads(line)
+            if isinstance(entry, dict) and "case" in entry and "status" in entry:
+                yield entry

@@ -1,0 +1,174 @@
+"""Load a trained model from a folder in nnU-Net's layout, without running any code that its files may carry.
+
+Existing folds are found; what is missing is named together with what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from mfm_nnunet.checkpoint import load_weights, sha256
+from mfm_nnunet.device import pick_device
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.models.build import build_network, check_architecture
+from mfm_nnunet.predict.model import Model
+
+__all__ = ["Model", "load_model"]
+
+PLAIN_TRAINERS = ("MFMTrainer", "nnUNetTrainer")
+"""Trainers whose network is the plan's; others are asked to build theirs."""
+
+
+def load_model(
+    model_folder: str | Path,
+    folds: Sequence[int | str] | None = None,
+    checkpoint_name: str = "checkpoint_final.pth",
+    device: str | torch.device = "auto",
+) -> Model:
+    """The model of a folder in nnU-Net's layout: plans.json, dataset.json, fold_X/<checkpoint_name>.
+
+    ``folds`` None takes all numbered folds that have the checkpoint, or ``all`` if there is only that. Raises MFMError:
+    E_NOT_FOUND (says what was looked for and what exists), E_MODEL_CORRUPT, E_MODEL_UNSAFE, E_MODEL_MISMATCH.
+    """
+    folder = Path(model_folder)
+    if not folder.is_dir():
+        siblings = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
+        raise MFMError("E_NOT_FOUND", f"{folder}: no such model folder. {nearest(folder.name, siblings)}")
+    plans, dataset_json = (_read_json(folder / name) for name in ("plans.json", "dataset.json"))
+    chosen = _choose_folds(folder, folds, checkpoint_name)
+    files = [folder / f"fold_{fold}" / checkpoint_name for fold in chosen]
+    trainer_name, configuration, mirror_axes, weights = _read_checkpoints(files)
+
+    plans_manager = PlansManager(plans)
+    if configuration not in plans.get("configurations", {}):
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"{folder / 'plans.json'} has no configuration '{configuration}', with which the checkpoint was trained. "
+            "Put plans.json, dataset.json and the fold folders of one model together.",
+        )
+    model = Model(
+        network=_build(trainer_name, plans_manager, configuration, dataset_json),
+        plans_manager=plans_manager,
+        configuration_manager=plans_manager.get_configuration(configuration),
+        dataset_json=dataset_json,
+        device=pick_device(device) if isinstance(device, str) else device,
+        mirror_axes=mirror_axes,
+        weights=weights,
+        folds=tuple(chosen),
+        sha256=_digest([folder / "plans.json", folder / "dataset.json", *files]),
+    )
+    for file, state in zip(files, weights):
+        _require_match(file, state, model.network)
+    return model
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise MFMError("E_NOT_FOUND", f"{file}: no such file, so {file.parent} is not a model folder. It must hold "
+                       "plans.json, dataset.json and a folder fold_X with a checkpoint.")  # fmt: skip
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise MFMError("E_MODEL_CORRUPT", f"{file}: not readable as JSON ({error}). Copy it again.") from error
+    if not isinstance(content, dict):
+        raise MFMError("E_MODEL_CORRUPT", f"{file}: expected a table of names and values. Copy it again.")
+    return content
+
+
+def _choose_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint_name: str) -> list[int | str]:
+    trained = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint_name}"))
+    numbers = sorted(int(name) for name in trained if name.isdigit())
+    existing = [*map(str, numbers), *(name for name in trained if not name.isdigit())]
+    if folds is None and (numbers or "all" in trained):
+        return [*numbers] or ["all"]
+    wanted = [str(fold) for fold in folds or ()]
+    if wanted and all(name in existing for name in wanted):
+        return [int(name) if name.isdigit() else name for name in wanted]
+    missing = [name for name in wanted if name not in existing]
+    others = sorted({file.name for file in folder.glob("fold_*/*.pth")} - {checkpoint_name})
+    raise MFMError(
+        "E_NOT_FOUND",
+        f"{folder}: no fold_{missing[0] if missing else 'X'}/{checkpoint_name}. "
+        + (f"Folds with this checkpoint: {', '.join(existing)}. " if existing else "No fold has this checkpoint. ")
+        + (f"Other checkpoints: {', '.join(others)}." if others else "Train the model first, or check the path."),
+    )
+
+
+def _read_checkpoints(
+    files: list[Path],
+) -> tuple[str, str, tuple[int, ...] | None, list[dict[str, torch.Tensor]]]:
+    """Trainer, configuration and mirror axes as the first fold states them, and the weights of all."""
+    weights = []
+    header: tuple[str, str, tuple[int, ...] | None] | None = None
+    for file in files:
+        content = load_weights(file)
+        weights.append(content["network_weights"])
+        try:
+            stated = (str(content["trainer_name"]), str(content["init_args"]["configuration"]))
+        except (KeyError, TypeError) as error:
+            raise MFMError(
+                "E_MODEL_MISMATCH",
+                f"{file}: holds weights but no trainer and configuration, so it is not a fine-tuned model (a "
+                "pretrained checkpoint has no segmentation head). Fine-tune it first: mfm_train.",
+            ) from error
+        axes = content.get("inference_allowed_mirroring_axes")
+        header = header or (*stated, tuple(axes) if axes else None)
+    assert header is not None, "at least one fold was chosen"
+    return *header, weights
+
+
+def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> nn.Module:
+    """The network as the trainer built it, without deep supervision."""
+    configuration_manager = plans_manager.get_configuration(configuration)
+    num_inputs = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
+    num_outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    if trainer_name in PLAIN_TRAINERS:
+        return build_network(plans_manager.plans, configuration, num_inputs, num_outputs, deep_supervision=False)
+    architecture = (
+        configuration_manager.network_arch_class_name,
+        configuration_manager.network_arch_init_kwargs,
+        configuration_manager.network_arch_init_kwargs_req_import,
+    )
+    check_architecture(*architecture)  # the trainer's own builder would import whatever the plan says
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            build = recursive_find_trainer_class_by_name(trainer_name).build_network_architecture
+    except (RuntimeError, AssertionError) as error:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"the model was trained with '{trainer_name}', which this installation of nnU-Net does not have. Install "
+            "the package that it comes from and name its folder in nnUNet_extTrainer.",
+        ) from error
+    if "plans_manager" in inspect.signature(build).parameters:
+        return build(plans_manager, configuration_manager, num_inputs, num_outputs, enable_deep_supervision=False)
+    return build(*architecture, num_inputs, num_outputs, enable_deep_supervision=False)
+
+
+def _require_match(file: Path, state: dict[str, torch.Tensor], network: nn.Module) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"{file}: the weights belong to another network than plans.json describes ({reason}). Put plans.json, "
+            "dataset.json and the fold folders of one model together.",
+        ) from error
+
+
+def _digest(files: list[Path]) -> str:
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()

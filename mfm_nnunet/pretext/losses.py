@@ -1,0 +1,36 @@
+"""The losses of pretext tasks, computed in float32 whatever the precision of the network.
+
+Shapes: B batch, C channels, K classes, D H W voxels; in 2D there is no D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SMOOTH = 1e-5
+"""Added to both sides of the Dice fraction, so that a class absent from target and prediction counts as found."""
+
+
+def masked_mse(prediction_BCDHW: Tensor, target_BCDHW: Tensor, hidden_B1DHW: Tensor) -> Tensor:
+    """Mean squared error over the hidden voxels and all channels; visible voxels get no gradient."""
+    error = (prediction_BCDHW.float() - target_BCDHW.float()).square().masked_fill(~hidden_B1DHW, 0)
+    return error.sum() / (hidden_B1DHW.sum() * target_BCDHW.shape[1])
+
+
+def soft_dice(logits_BKDHW: Tensor, labels_BDHW: Tensor, over_batch: bool) -> Tensor:
+    """Soft Dice, averaged over all classes (0 included); 1 is perfect.
+
+    ``over_batch``: sums run over the whole batch, else over each sample.
+    """
+    probabilities = logits_BKDHW.float().softmax(1)
+    is_class = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, labels_BDHW.long()[:, None], True)
+    axes = [axis for axis in range(probabilities.dim()) if axis != 1 and (over_batch or axis != 0)]
+    common = (probabilities * is_class).sum(axes)
+    return ((2 * common + SMOOTH) / (probabilities.sum(axes) + is_class.sum(axes) + SMOOTH)).mean()
+
+
+def cross_entropy(logits_BKDHW: Tensor, labels_BDHW: Tensor) -> Tensor:
+    """Mean cross entropy over all voxels."""
+    return functional.cross_entropy(logits_BKDHW.float(), labels_BDHW.long())

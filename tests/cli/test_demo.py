@@ -1,0 +1,269 @@
+"""The demo: how its data are cut, what it writes and refuses, the pictures, and (long) the whole way."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from mfm_nnunet import demo, demo_data, pictures
+from mfm_nnunet.cli import demo as command
+from mfm_nnunet.data.corpus import index_source, load_cases
+from mfm_nnunet.demo_result import ARMS, DemoResult, compare, format_result
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.metrics import dice, foreground_labels, ignore_label, mean_dice
+
+TEMPLATE_SHAPE = (197, 233, 189)
+AFFINE = np.array([[1, 0, 0, -98], [0, 1, 0, -134], [0, 0, 1, -72], [0, 0, 0, 1]], float)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> demo_data.Split:
+    """The demo's own data."""
+    pytest.importorskip("nilearn", reason="the extra 'demo' is not installed")
+    return demo_data.split_template(tmp_path_factory.mktemp("scans"))
+
+
+def test_blocks_share_no_voxel_and_keep_to_their_hemisphere() -> None:
+    counts = np.zeros(TEMPLATE_SHAPE, int)
+    for hemisphere, _, where in demo_data.template_blocks(AFFINE):
+        assert counts[where].shape == demo_data.BLOCK
+        counts[where] += 1
+        x_mm = AFFINE[0, 0] * np.arange(where[0].start, where[0].stop) + AFFINE[0, 3]
+        assert (x_mm < 0).all() if hemisphere == "left" else (x_mm > 0).all()
+    assert counts.max() == 1
+
+
+def test_the_halves_are_mirror_images_block_by_block() -> None:
+    places: dict[Any, list[slice]] = {}
+    for _, place, where in demo_data.template_blocks(AFFINE):
+        places.setdefault(place, []).append(where[0])
+    for left, right in places.values():
+        mirrored = {2 * demo_data.MIDLINE - i for i in range(left.start, left.stop)}
+        assert mirrored == set(range(right.start, right.stop))
+
+
+def test_no_tested_voxel_was_trained_on_not_even_mirrored(template: demo_data.Split) -> None:
+    """The template is left-right symmetric to the bit, so another hemisphere alone would be the same data."""
+    trained, tested = world_voxels(template.corpus), world_voxels(template.test)
+    assert (trained[:, 0] < 0).all()
+    assert (tested[:, 0] > 0).all()
+    mirrored = trained * [-1, 1, 1]
+    everything = np.concatenate([trained, mirrored, tested])
+    assert len(tested)
+    assert len(np.unique(everything, axis=0)) == len(everything)
+
+
+def world_voxels(cases: list[Any]) -> np.ndarray:
+    """The world coordinates (mm, right positive) of all voxels of the cases, (N, 3)."""
+    images = [nibabel.load(case.images[0]) for case in cases]
+    indices = [np.indices(image.shape).reshape(3, -1).T for image in images]
+    places = [nibabel.affines.apply_affine(image.affine, index) for image, index in zip(images, indices)]
+    return np.rint(np.concatenate(places)).astype(np.int16)
+
+
+def test_template_cases_are_real_and_complete(template: demo_data.Split) -> None:
+    assert len(template.corpus) >= 8
+    assert len(template.labelled) >= 4
+    assert len(template.test) >= 4
+    assert {case.name for case in template.labelled} <= {case.name for case in template.corpus}
+    for case in [*template.labelled, *template.test]:
+        label = np.asarray(nibabel.load(case.label).dataobj)
+        assert set(np.unique(label)) == {0, 1, 2}
+        assert (label > 0).mean() >= demo_data.MIN_TISSUE
+        assert np.asarray(nibabel.load(case.images[0]).dataobj).std() > 10
+    assert not template.is_2d
+
+
+def test_tissue_labels() -> None:
+    grey = np.array([0, 100, 63, 200, 100, 0], np.uint8)
+    white = np.array([0, 100, 64, 55, 155, 255], np.uint8)
+    assert demo_data.tissue_labels(grey, white).tolist() == [0, 1, 0, 1, 2, 2]
+
+
+def make_dataset(folder: Path, num_cases: int, is_2d: bool = False) -> Path:
+    """A labelled dataset in nnU-Net's raw format: a bright block in noise."""
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    ending, shape = (".png", (64, 80)) if is_2d else (".nii.gz", (20, 24, 28))
+    for number in range(num_cases):
+        rng = np.random.default_rng(number)
+        label = np.zeros(shape, np.uint8)
+        label[tuple(slice(4 + number, 14 + number) for _ in shape)] = 1
+        image = (rng.integers(0, 60, shape) + 120 * label).astype(np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(image), str(folder / "imagesTr" / f"case{number}_0000{ending}"))
+        sitk.WriteImage(sitk.GetImageFromArray(label), str(folder / "labelsTr" / f"case{number}{ending}"))
+    content = {"channel_names": {"0": "X"}, "labels": {"background": 0, "block": 1}, "numTraining": num_cases}
+    (folder / "dataset.json").write_text(json.dumps({**content, "file_ending": ending}))
+    return folder
+
+
+@pytest.mark.parametrize(("num_cases", "tested"), [(3, ["case2"]), (5, ["case4"]), (10, ["case4", "case9"])])
+def test_folder_is_split_by_case(tmp_path: Path, num_cases: int, tested: list[str]) -> None:
+    split = demo_data.split_folder(make_dataset(tmp_path / "Dataset001_X", num_cases))
+    assert [case.name for case in split.test] == tested
+    assert len(split.labelled) == num_cases - len(tested)
+    assert split.corpus == split.labelled
+    assert not {case.name for case in split.corpus} & set(tested)
+
+
+def test_folder_that_is_no_dataset_or_too_small(tmp_path: Path) -> None:
+    with pytest.raises(MFMError, match=r"E_NOT_FOUND.*dataset\.json"):
+        demo_data.split_folder(tmp_path)
+    with pytest.raises(MFMError, match=r"E_CONFIG.*at least three"):
+        demo_data.split_folder(make_dataset(tmp_path / "Dataset001_X", 2))
+
+
+@pytest.mark.parametrize("is_2d", [False, True])
+def test_what_is_written_can_be_read_as_corpus_and_dataset(tmp_path: Path, is_2d: bool) -> None:
+    split = demo_data.split_folder(make_dataset(tmp_path / "Dataset001_X", 6, is_2d))
+    assert split.is_2d == is_2d
+    demo_data.write_corpus(split, tmp_path / "corpus.csv")
+    demo_data.write_dataset(split, tmp_path / "Dataset902_Y")
+    demo_data.write_test_folder(split, tmp_path / "test")
+    assert [case.images for case in index_source(tmp_path / "corpus.csv")] == [case.images for case in split.corpus]
+    written = {case.name: (case.images, case.label) for case in load_cases(tmp_path / "Dataset902_Y")}
+    assert written == {case.name: (case.images, case.label) for case in split.labelled}
+    ending = ".png" if is_2d else ".nii.gz"
+    assert [file.name for file in (tmp_path / "test").iterdir()] == [f"case4_0000{ending}"]
+
+
+@pytest.mark.parametrize("is_2d", [False, True])
+def test_compare_scores_and_draws(tmp_path: Path, is_2d: bool) -> None:
+    split = demo_data.split_folder(make_dataset(tmp_path / "Dataset001_X", 5, is_2d))
+    result = DemoResult(seconds={"data": 1, "plan": 2, "pictures": 3, "pretrain mae": 4, "train mae": 5})
+    for arm in ARMS:
+        result.folders[arm.key] = tmp_path / arm.key
+        result.folders[arm.key].mkdir()
+        for case in split.test:
+            mask = sitk.ReadImage(str(case.label))
+            if arm.key == "mae":
+                mask = mask * 0
+            sitk.WriteImage(mask, str(result.folders[arm.key] / Path(case.label or "").name))
+    compare(result, split, tmp_path / "overlays")
+    assert result.mean("scratch") == 1
+    assert result.mean("mae") == 0
+    assert [file.name for file in result.overlays] == ["case4.png"]
+    pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(result.overlays[0])))
+    assert min(pixels.shape[:2]) > 300
+    red = (pixels[..., 0].astype(int) - pixels[..., 2] > 60).mean()
+    assert red > 0.005, "neither fill nor contour of the label was drawn"
+    table = format_result(result)
+    assert "block" in table
+    row = next(line for line in table.splitlines() if line.startswith("MAE"))
+    assert " ".join(row.split()) == "MAE 0.000 0.000 4 s 5 s -"
+
+
+def test_cross_section_is_the_largest() -> None:
+    mask = np.zeros((5, 6, 7), bool)
+    mask[3, 1:5, 2:6] = True
+    mask[1, 2, 3] = True
+    assert [pictures.largest_cross_section(mask, axis) for axis in range(3)] == [3, 2, 3]
+    assert pictures.largest_cross_section(np.zeros((5, 6, 7), bool), 2) == 3
+
+
+def test_planes_are_shown_the_radiological_way(tmp_path: Path) -> None:
+    """Whatever the order of the axes in the file: the patient's left is at the right, superior and anterior are up."""
+    volume = np.zeros((6, 7, 8), np.float32)  # x to the right, y to anterior, z to superior
+    volume[0, 3, 3], volume[3, 6, 3], volume[3, 3, 7] = 10, 20, 30  # leftmost, most anterior, highest
+    affine = np.diag([1.0, 1, 1, 1])
+    for axes in ([0, 1, 2], [2, 0, 1]):
+        file = tmp_path / "image.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(volume.transpose(axes), affine[:, [*axes, 3]]), file)
+        array, spacing = pictures._read(file, is_label=False)
+        views = [pictures._cut(axis, array, [np.ones_like(array)], spacing) for axis in range(3)]
+        assert array.shape == (8, 7, 6)
+        assert array[3, 3, 5] == 10
+        assert array[3, 0, 2] == 20
+        assert array[7, 3, 2] == 30
+        assert [view.image.shape for view in views] == [(7, 6), (8, 6), (8, 7)]
+    reference = np.zeros_like(array)
+    reference[3, 3, 2] = 1
+    coronal = pictures._cut(1, array, [reference], spacing).image
+    assert coronal[0, 2] == 30
+    assert pictures._cut(0, array, [reference], spacing).image[3, 5] == 10
+
+
+def test_dice() -> None:
+    reference, predicted = np.array([0, 1, 1, 2, 9]), np.array([0, 1, 2, 2, 1])
+    assert dice(reference, predicted, (1,)) == 2 / 4
+    assert dice(reference, predicted, (1,), ignore=9) == 2 / 3
+    assert dice(reference, predicted, (1, 2), ignore=9) == 1
+    assert dice(reference, predicted, (5,)) != dice(reference, predicted, (5,))  # NaN: in neither
+    assert dice(reference, predicted, (9,)) == 0
+    assert mean_dice([0.5, float("nan"), 1.0]) == 0.75
+    content = {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}}
+    assert foreground_labels(content) == {"whole": (1, 2), "core": (2,)}
+    assert ignore_label(content) == 3
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    for extra in ([], ["--overwrite"]):
+        assert command.main(["--workspace", str(tmp_path), *extra]) == 2
+        assert "E_EXISTS" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_overwrite_removes_only_what_the_demo_made(tmp_path: Path) -> None:
+    folder = tmp_path / "ws"
+    demo._prepare(folder, overwrite=False)
+    kept = ["nnUNet_raw/Dataset004_Mine/dataset.json", "notes.txt", "nnUNet_results/Dataset004_Mine/model.pth"]
+    gone = ["nnUNet_raw/Dataset902_DemoLabelled/dataset.json", "predictions/mae/a.nii.gz", "corpus.csv"]
+    for name in [*kept, *gone]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    demo._prepare(folder, overwrite=True)
+    assert all((folder / name).is_file() for name in kept)
+    assert not any((folder / name).exists() for name in gone)
+
+
+def test_a_misspelt_setting_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--workspace", str(tmp_path / "ws"), "--set", "finetune.epoch=3"]) == 2
+    assert "Did you mean 'finetune.epochs'?" in capsys.readouterr().err
+    assert not (tmp_path / "ws").exists()
+
+
+def test_folders_of_the_environment_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_raw", "/somebody's")
+    with demo._ignoring_nnunet_folders():
+        assert "nnUNet_raw" not in os.environ
+    assert os.environ["nnUNet_raw"] == "/somebody's"
+
+
+SHORT = [
+    *("pretrain.epochs=1", "pretrain.iterations_per_epoch=2", "pretrain.validation_iterations=1"),
+    *("finetune.epochs=1", "finetune.iterations_per_epoch=2", "finetune.validation_iterations=1", "num_workers=0"),
+]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["template", "3d", "2d"])
+def test_the_whole_way(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "ws"
+    line = ["--workspace", str(folder), "-device", "cpu", "--set", *SHORT]
+    if kind != "template":
+        line += ["--data", str(make_dataset(tmp_path / "Dataset001_X", 5, is_2d=kind == "2d"))]
+    assert command.main(line) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    cases = sorted(file.name.partition("_0000")[0] for file in (folder / "test_images").iterdir())
+    assert cases
+    for arm in ARMS:
+        masks = sorted((folder / "predictions" / arm.key).glob("*.png" if kind == "2d" else "*.nii.gz"))
+        assert [mask.name.partition(".")[0] for mask in masks] == cases
+        assert all(str(mask) in printed for mask in masks)
+        assert arm.title in printed
+    assert sorted(file.stem for file in (folder / "overlays").iterdir()) == cases
+    record = json.loads((folder / demo.RECORD).read_text())
+    assert set(record["dice"]) == {arm.key for arm in ARMS}
+    assert command.main(line) == 2
+    assert "--overwrite" in capsys.readouterr().err

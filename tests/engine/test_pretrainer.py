@@ -1,0 +1,198 @@
+"""The pretraining loop: learns, resumes bit for bit, saves on signals, stops before a bad update."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.engine.launch import split_subjects
+from mfm_nnunet.errors import MFMError
+from tests.engine.tiny_run import NAME, prepare, run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_weights(file)["network_weights"]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def start(folder: Path, task: str, family: str, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.engine.tiny_run", str(folder), task, family, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run_folder(folder: Path, task: str = "mae") -> Path:
+    return folder / "nnUNet_results" / NAME / f"mfm_pretrain__{task}__mfmPlans__3d_fullres"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_run_leaves_what_the_documentation_promises(tmp_path: Path) -> None:
+    final = run(prepare(tmp_path), settings=("pretrain.epochs=6", "pretrain.learning_rate=0.02"))
+    names = {file.name for file in final.parent.iterdir()}
+    assert names == {"checkpoint_final.pth", "resume.pth", "settings.json", "log.jsonl", "progress.png", "examples.png"}
+    rows = [json.loads(line) for line in (final.parent / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(6))
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    content = torch.load(final, weights_only=True)
+    assert content["mfm"]["pretext"] == "mae"
+    assert content["mfm"]["epoch"] == 6
+    assert content["mfm"]["corpus"]["num_cases"] == 6
+    text = final.read_bytes()
+    assert b"case0" not in text
+    assert str(tmp_path).encode() not in text
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_weights_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    here = prepare(tmp_path)
+    finals = [run(here, settings=(f"num_workers={n}", "pretrain.epochs=1"), run_name=f"w{n}") for n in (0, 1, 3)]
+    assert same(weights(finals[0]), weights(finals[1]))
+    assert same(weights(finals[0]), weights(finals[2]))
+    other_seed = run(here, settings=("seed=1", "pretrain.epochs=1"), run_name="seed1")
+    assert not same(weights(finals[0]), weights(other_seed))
+
+
+@pytest.mark.parametrize(("task", "family"), [("mae", "resenc"), ("volume_fusion", "resenc"), ("mae", "primus")])
+def test_kill_and_continue_ends_in_the_same_bits(tmp_path: Path, task: str, family: str) -> None:
+    whole = weights(run(prepare(tmp_path / "whole", family), task))
+    broken = tmp_path / "broken"
+    chance = random.Random(task + family)
+    for attempt in range(2):
+        resume = ("--c",) if (run_folder(broken, task) / "resume.pth").exists() else ()
+        process = start(broken, task, family, *resume)
+        deadline = time.monotonic() + 60
+        before = _stamp(broken, task)
+        while process.poll() is None and _stamp(broken, task) == before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+        if (run_folder(broken, task) / "checkpoint_final.pth").exists():
+            assert attempt > 0, "the run ended before it could be killed once"
+            break
+    final = run(prepare(broken, family), task, continue_training=True)
+    assert same(whole, weights(final))
+    whole_log, log = ((tmp_path / f / "nnUNet_results" / NAME / final.parent.name / "log.jsonl") for f in ("whole", "broken"))
+    assert [_losses(row) for row in whole_log.read_text().splitlines()] == [_losses(r) for r in log.read_text().splitlines()]
+
+
+def _losses(line: str) -> tuple[float, float]:
+    row = json.loads(line)
+    return row["train_loss"], row["validation_loss"]
+
+
+def _stamp(folder: Path, task: str) -> float:
+    file = run_folder(folder, task) / "resume.pth"
+    return file.stat().st_mtime if file.exists() else 0.0
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
+    """The script has no error handling of its own, so the exception's text shows code and step."""
+    long = ("pretrain.iterations_per_epoch=150", "pretrain.epochs=1")
+    process = start(tmp_path, "mae", "resenc", *long)
+    assert process.stderr is not None
+    while "step 1/" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    assert "Continue with --c" in text, text
+    step = int(text.split("saved at step ")[1].split()[0])
+    assert 0 < step < 150
+    state = checkpoint.load(run_folder(tmp_path) / "resume.pth")["state"]
+    assert state["step"] == step
+    assert state["loss_count"] == step
+    if number is signal.SIGTERM:
+        whole = weights(run(prepare(tmp_path / "whole"), settings=long))
+        continued = weights(run(prepare(tmp_path), settings=long, continue_training=True))
+        assert same(whole, continued)
+
+
+def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    here = prepare(tmp_path)
+    final = run(here, settings=("pretrain.epochs=1",))
+    before = final.read_bytes()
+    with pytest.raises(MFMError, match="E_EXISTS"):
+        run(here, settings=("pretrain.epochs=1",))
+    with pytest.raises(MFMError, match=r"pretrain\.epochs was 1, is 2"):
+        run(here, settings=("pretrain.epochs=2",), continue_training=True)
+    assert final.read_bytes() == before
+    again = run(here, settings=("pretrain.epochs=1",), continue_training=True)
+    assert same(weights(final), weights(again))
+
+
+def test_nonfinite_loss_stops_before_the_update_and_names_the_cases(tmp_path: Path) -> None:
+    here = prepare(tmp_path)
+    with pytest.raises(FloatingPointError, match=r"Cases of the batch: case\d"):
+        run(here, settings=("pretrain.learning_rate=1e30", "pretrain.warmup_epochs=0", "pretrain.gradient_clip=1e30"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretext": "mea"}, "Did you mean 'mae'"),
+        ({"configuration": "3d_fulres"}, "Did you mean '3d_fullres'"),
+        ({"plans_name": "mfmPlan"}, "Did you mean 'mfmPlans'"),
+        ({"settings": ("pretext.mask_ration=0.5",)}, r"Did you mean 'pretext\.mask_ratio'"),
+        ({"settings": ("pretext.mask_ratio=1.5",)}, "mask_ratio"),
+        ({"settings": ("pretrain.validation_fraction=2",)}, "validation_fraction"),
+        ({"device": "tpu"}, "cpu, cuda and mps"),
+        ({"pretext": "no.such.module"}, "no module"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(MFMError, match=message):
+        run(prepare(tmp_path), **{"task": changes.pop("pretext", "mae"), **changes})
+    assert not run_folder(tmp_path).exists()
+
+
+def test_corpus_of_one_subject(tmp_path: Path) -> None:
+    here = prepare(tmp_path, num_cases=1)
+    with pytest.raises(MFMError, match="single subject"):
+        run(here)
+    assert run(here, settings=("pretrain.validation_fraction=0", "pretrain.epochs=1")).exists()
+
+
+def test_subjects_are_never_split() -> None:
+    cases = [Case(f"{subject}_{scan}", (), None, subject) for subject in "abcdefgh" for scan in range(3)]
+    training, validation = split_subjects(cases, 0.25, seed=1)
+    assert {name[0] for name in training}.isdisjoint({name[0] for name in validation})
+    assert len(validation) == 6
+    assert split_subjects(cases, 0.25, seed=1) == (training, validation)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Two gloo processes share the batch of one: the gradients are means over the same items."""
+    single = run(prepare(tmp_path / "one"), settings=("pretrain.epochs=1", "pretrain.batch_size=4"))
+    prepare(tmp_path / "two")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+        "tests.engine.tiny_run", str(tmp_path / "two"), "mae", "resenc", "pretrain.epochs=1", "pretrain.batch_size=4",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
+    double = weights(run_folder(tmp_path / "two") / "checkpoint_final.pth")
+    reference = weights(single)
+    largest = max(float((double[name] - reference[name]).abs().max()) for name in reference)
+    assert largest < 1e-5

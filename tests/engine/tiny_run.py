@@ -1,0 +1,65 @@
+"""A whole pretraining run that takes seconds: six small volumes, a plan, the engine; as a script it can be killed.
+
+    python -m tests.engine.tiny_run FOLDER TASK FAMILY [--c] [NAME=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+
+from mfm_nnunet import workspace
+from mfm_nnunet.engine.launch import pretrain_here
+from mfm_nnunet.workspace import Workspace
+from tests.models.tiny_plans import CONFIGURATION, tiny_plans
+
+NAME = "Dataset700_Tiny"
+SETTINGS = ("pretrain.epochs=3", "pretrain.iterations_per_epoch=6", "pretrain.validation_iterations=1",
+            "pretrain.validation_fraction=0.3")  # fmt: skip
+
+
+def prepare(folder: Path, family: str = "resenc", num_cases: int = 6) -> Workspace:
+    """Preprocessed volumes and a plan, as planning and preprocessing leave them."""
+    with workspace.use(folder) as here:
+        data = here.preprocessed / NAME / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        plans: dict[str, Any] = tiny_plans(family, (16, 16, 16))
+        plans["configurations"][CONFIGURATION].update(data_identifier="data", normalization_schemes=["ZScoreNormalization"])
+        plans["mfm"] = {"pretrain": {"epochs": 3}}
+        (data.parent / "mfmPlans.json").write_text(json.dumps(plans))
+        for case in range(num_cases):
+            volume = np.random.default_rng(case).normal(size=(1, 20, 18, 24)).astype(np.float32)
+            volume = np.cumsum(volume, axis=1) / 4
+            file = data / f"case{case}.b2nd"
+            if not file.exists():
+                blosc2.asarray(volume, urlpath=str(file))
+    return here
+
+
+def run(here: Workspace, task: str = "mae", settings: tuple[str, ...] = (), **changes: Any) -> Path:
+    arguments = {
+        "dataset_name": NAME,
+        "configuration": CONFIGURATION,
+        "plans_name": "mfmPlans",
+        "pretext": task,
+        "settings": (*SETTINGS, *settings),
+        "continue_training": False,
+        "device": "cpu",
+        "run_name": None,
+    }
+    return pretrain_here(here, **{**arguments, **changes})
+
+
+if __name__ == "__main__":
+    folder, task, family, *rest = sys.argv[1:]
+    run(
+        prepare(Path(folder), family),
+        task,
+        tuple(word for word in rest if "=" in word),
+        continue_training="--c" in rest,
+    )

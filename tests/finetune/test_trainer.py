@@ -1,0 +1,557 @@
+"""MFMTrainer: nnU-Net's contract, settings, transfer, seeded batches, checkpoints, validation, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import pickle
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.finetune.loading import SeededBatches, batches, nnunet_loaders, seed_of
+from mfm_nnunet.finetune.run import run_training
+from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
+from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
+from tests.finetune import tiny
+
+CPU = torch.device("cpu")
+SHORT = ("finetune.epochs=1", "finetune.iterations_per_epoch=1")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Workspace]:
+    tiny.make(tmp_path)
+    with use(tmp_path) as workspace:
+        yield workspace
+
+
+def make_trainer(configuration: str = "3d_fullres", block: MFMBlock | None = None, **changes: Any) -> MFMTrainer:
+    plans = {**tiny.plans(block=block or MFMBlock(finetune=tiny.FINETUNE, num_workers=0)), **changes}
+    dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "inner": 1, "outer": 2}}
+    dataset_json |= {"file_ending": ".nii.gz", "numTraining": 6, "training": ["/home/somebody/subject-42.nii.gz"]}
+    return MFMTrainer({**plans, "continue_training": False}, configuration, 0, dataset_json, CPU)
+
+
+def pretrained_file(folder: Path, architecture: dict[str, Any] | None = None, num_outputs: int = 1) -> Path:
+    """A checkpoint as pretraining writes it."""
+    architecture = architecture or tiny.resenc()
+    torch.manual_seed(99)
+    network = get_network_from_plans(
+        architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"],
+        1, num_outputs, deep_supervision=False,
+    )  # fmt: skip
+    plans = tiny.plans("mfmPretrained", pretrained=tiny.configuration(architecture))
+    about = {"format": 1, "kind": "pretrained", "pretext": "mae", "plans": plans, "configuration": "pretrained"}
+    file = folder / "some_pretrained.pth"
+    weights = checkpoint.cpu_weights(network.state_dict())
+    checkpoint.save({"network_weights": weights, "mfm": about}, file)
+    return file
+
+
+def train(here: Workspace, fold: int | str = 0, configuration: str = "3d_fullres", **options: Any) -> Path:
+    return run_training(here, tiny.NAME, configuration, fold, device="cpu", **options)
+
+
+def strings_in(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for key, item in value.items() for text in (*strings_in(key), *strings_in(item))]
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in strings_in(item)]
+    return [value] if isinstance(value, str) else []
+
+
+# nnU-Net's contract
+
+
+def test_plug_in_folder_gives_this_very_class(here: Workspace) -> None:
+    found = recursive_find_trainer_class_by_name("MFMTrainer")
+    assert found is MFMTrainer
+    assert pickle.loads(pickle.dumps(found)) is MFMTrainer
+    assert [file.name for file in PLUGIN_FOLDER.glob("*.py")] == ["mfm_trainers.py"]
+
+
+def test_constructor_is_nnunets() -> None:
+    ours, stock = (inspect.signature(cls.__init__).parameters for cls in (MFMTrainer, nnUNetTrainer))
+    assert [(p.name, p.default, p.kind) for p in ours.values()] == [(p.name, p.default, p.kind) for p in stock.values()]
+
+
+def test_continue_training_must_be_in_the_plans(here: Workspace) -> None:
+    with pytest.raises(KeyError, match="continue_training"):
+        MFMTrainer(tiny.plans(), "3d_fullres", 0, {"labels": {"background": 0, "a": 1}}, CPU)
+
+
+def test_stock_plan_trains_with_the_defaults(here: Workspace) -> None:
+    plans = {**tiny.plans(), "continue_training": False}
+    assert "mfm" not in plans
+    trainer = MFMTrainer(plans, "3d_fullres", 0, make_trainer().dataset_json, CPU)
+    stock = nnUNetTrainer({**tiny.plans(), "continue_training": False}, "3d_fullres", 0, trainer.dataset_json, CPU)
+    for name in (
+        "initial_lr",
+        "weight_decay",
+        "num_epochs",
+        "num_iterations_per_epoch",
+        "num_val_iterations_per_epoch",
+    ):
+        assert getattr(trainer, name) == getattr(stock, name)
+    trainer.initialize()
+    trainer.lr_scheduler.step(49)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+    trainer.lr_scheduler.step(0)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 50)
+
+
+def test_optimizer_and_schedule(here: Workspace) -> None:
+    settings = FinetuneSettings(epochs=10, warmup_epochs=4, learning_rate=1e-3, optimizer="adamw", weight_decay=0.05)
+    trainer = make_trainer(block=MFMBlock(finetune=settings))
+    trainer.initialize()
+    (group,) = trainer.optimizer.param_groups
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.98), 0.05)
+    rates = []
+    for epoch in range(10):
+        trainer.lr_scheduler.step(epoch)
+        rates.append(group["lr"])
+    assert rates[:5] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+    assert rates[9] == pytest.approx(1e-3 * (1 - 5 / 6) ** 0.9)
+
+
+@pytest.mark.parametrize("configuration", ["primus", "two_stages"])
+def test_networks_without_pyramid_train_without_deep_supervision(here: Workspace, configuration: str) -> None:
+    configurations = tiny.plans()["configurations"]
+    configurations["two_stages"] = tiny.configuration(tiny.resenc(features=(4, 8)))
+    trainer = make_trainer(configuration, configurations=configurations)
+    trainer.initialize()
+    assert not trainer.enable_deep_supervision
+    trainer.set_deep_supervision_enabled(True)
+    log = Path(trainer.log_file).read_text()
+    assert "deep supervision is off" in log
+    x = torch.zeros(1, 1, 16, 16, 16)
+    assert trainer.network(x).shape == (1, 3, 16, 16, 16)
+    assert torch.isfinite(trainer.loss(trainer.network(x), torch.zeros(1, 1, 16, 16, 16)))
+
+
+def test_the_network_starts_under_the_seed(here: Workspace) -> None:
+    weights = []
+    for seed in (3, 3, 4):
+        torch.rand(random.randint(1, 9))
+        trainer = make_trainer(block=MFMBlock(finetune=tiny.FINETUNE, seed=seed))
+        trainer.initialize()
+        weights.append(next(trainer.network.parameters()).detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_gradients_are_clipped_as_the_settings_say(here: Workspace) -> None:
+    norms = []
+    for clip in (0.01, 100.0):
+        settings = dataclasses.replace(tiny.FINETUNE, gradient_clip=clip)
+        trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
+        trainer.initialize()
+        trainer.train_step(next(trainer.get_dataloaders()[0]))
+        norms.append(
+            float(
+                torch.linalg.vector_norm(
+                    torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None])
+                )
+            )
+        )
+    assert norms[0] == pytest.approx(0.01, rel=1e-3)
+    assert norms[1] > 0.1
+
+
+def test_a_nonfinite_loss_is_refused_before_the_update(here: Workspace) -> None:
+    trainer = make_trainer()
+    trainer.initialize()
+    before = next(trainer.network.parameters()).detach().clone()
+    batch = next(trainer.get_dataloaders()[0])
+    batch["data"][:] = float("nan")
+    with pytest.raises(MFMError) as caught:
+        trainer.train_step(batch)
+    assert caught.value.code == "E_NONFINITE"
+    assert torch.equal(before, next(trainer.network.parameters()))
+
+
+# Transfer
+
+
+def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.pretrained_checkpoint = pretrained_file(tmp_path)
+    trainer.initialize()
+    source = checkpoint.load_weights(trainer.pretrained_checkpoint)["network_weights"]
+    state = trainer.network.state_dict()
+    assert all(torch.equal(state[name], source[name]) for name in state if "seg_layers" not in name)
+    assert {id(p) for p in trainer.optimizer.param_groups[0]["params"]} == {id(p) for p in trainer.network.parameters()}
+    trainer.train_step(next(trainer.get_dataloaders()[0]))
+    assert not torch.equal(next(trainer.network.parameters()), source["encoder.stem.convs.0.conv.weight"])
+    log = Path(trainer.log_file).read_text()
+    assert "100.0% of the encoder's parameters" in log
+    assert "loaded   encoder.stem.convs.0.conv.weight" in log
+    report = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())
+    assert report["checkpoint"] == "some_pretrained.pth"
+    assert {entry["name"].rsplit(".", 1)[0] for entry in report["new"]} == {f"decoder.seg_layers.{i}" for i in (0, 1)}
+
+
+def test_primus_positions_use_the_checkpoints_patch(here: Workspace, tmp_path: Path) -> None:
+    file = pretrained_file(tmp_path, tiny.primus((24, 8, 16)))
+    content = checkpoint.load(file)
+    content["mfm"]["plans"]["configurations"]["pretrained"]["patch_size"] = [24, 8, 16]
+    checkpoint.save(content, file)
+    trainer = make_trainer("primus")
+    trainer.pretrained_checkpoint = file
+    trainer.initialize()
+    report = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())
+    assert [entry["name"] for entry in report["adapted"]] == ["eva.pos_embed"]
+
+
+# Batches
+
+
+def same(a: Any, b: Any) -> bool:
+    targets = zip(a["target"], b["target"]) if isinstance(a["target"], list) else [(a["target"], b["target"])]
+    return torch.equal(a["data"], b["data"]) and all(torch.equal(x, y) for x, y in targets)
+
+
+@pytest.fixture
+def source(here: Workspace) -> SeededBatches:
+    trainer = make_trainer()
+    trainer.initialize()
+    return SeededBatches(nnunet_loaders(trainer)[0], 5, "training 0")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_are_the_same_for_any_number_of_workers(source: SeededBatches, num_workers: int) -> None:
+    alone, together = list(batches(source, 0, 6, 0)), list(batches(source, 0, 6, num_workers))
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+    assert not same(alone[0], alone[1])
+    (late,) = batches(source, 4, 5, num_workers)
+    assert same(late, alone[4])
+
+
+def test_a_batch_is_nnunets_own_under_its_seed(source: SeededBatches) -> None:
+    seed = seed_of(5, "training 0", 3)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    assert same(source.loader.generate_train_batch(), source[3])
+
+
+def test_reading_leaves_the_global_generators_alone(source: SeededBatches) -> None:
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    threads = torch.get_num_threads()
+    next(batches(source, 0, 1, 0))
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert torch.get_num_threads() == threads
+
+
+def test_seeds_and_streams_are_independent(source: SeededBatches) -> None:
+    others = [SeededBatches(source.loader, 6, "training 0"), SeededBatches(source.loader, 5, "training 1")]
+    assert not any(same(source[0], other[0]) for other in others)
+
+
+def test_nothing_is_chosen_by_timing(source: SeededBatches) -> None:
+    inner = [getattr(t, "transform", t) for t in source.loader.transforms.transforms]
+    assert [t.benchmark for t in inner if hasattr(t, "benchmark")] == [False]
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Workspace, Path]]:
+    """A finished run from a pretrained checkpoint: (root, workspace, fold folder)."""
+    root = tmp_path_factory.mktemp("trained")
+    tiny.make(root)
+    file = pretrained_file(root)
+    with use(root) as workspace:
+        folder = train(workspace, pretrained_weights=file, overrides=("finetune.epochs=2", "seed=11"))
+    return root, workspace, folder
+
+
+def test_checkpoint_loads_safely_and_names_nobody(trained: tuple[Path, Workspace, Path]) -> None:
+    root, _, folder = trained
+    for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
+        content = torch.load(folder / name, map_location="cpu", weights_only=True)
+        texts = strings_in(content)
+        assert not [text for text in texts if "subject" in text.lower() or str(root) in text or text.startswith("/")]
+    assert content["mfm"]["kind"] == "finetuned"
+    about = content["mfm"]["finetune"]["checkpoint"]
+    assert (about["name"], about["pretext"]) == ("some_pretrained.pth", "mae")
+    assert about["sha256"] == checkpoint.sha256(root / "some_pretrained.pth")
+
+
+def test_model_folder_names_nobody(trained: tuple[Path, Workspace, Path]) -> None:
+    _, _, folder = trained
+    for name in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
+        text = (folder.parent / name).read_text()
+        assert "subject" not in text
+        assert "/home/" not in text
+
+
+def test_the_block_travels_everywhere(trained: tuple[Path, Workspace, Path]) -> None:
+    _, _, folder = trained
+    stated = json.loads((folder / "settings.json").read_text())["settings"]
+    assert stated["finetune"]["epochs"] == 2
+    assert stated["seed"] == 11
+    assert json.loads((folder.parent / "plans.json").read_text())["mfm"] == stated
+    final = checkpoint.load(folder / "checkpoint_final.pth")
+    assert final["init_args"]["plans"]["mfm"] == stated
+    assert final["current_epoch"] == 2
+    assert not (folder / "checkpoint_latest.pth").exists()
+
+
+def test_stock_nnunet_reads_and_continues_the_checkpoint(trained: tuple[Path, Workspace, Path]) -> None:
+    root, _, folder = trained
+    with use(root):
+        plans = json.loads((folder.parent / "plans.json").read_text())
+        dataset_json = json.loads((folder.parent / "dataset.json").read_text())
+        for load in (
+            lambda trainer: maybe_load_checkpoint(trainer, True, False),
+            lambda trainer: nnUNetTrainer.load_checkpoint(trainer, str(folder / "checkpoint_final.pth")),
+        ):
+            trainer = MFMTrainer({**plans, "continue_training": True}, "3d_fullres", 0, dataset_json, CPU)
+            load(trainer)
+            wanted = checkpoint.load(folder / "checkpoint_final.pth")
+            assert trainer.current_epoch == 2
+            state = trainer.network.state_dict()
+            assert all(torch.equal(state[name], tensor) for name, tensor in wanted["network_weights"].items())
+            momenta = trainer.optimizer.state_dict()["state"]
+            assert all(
+                torch.equal(momenta[i]["momentum_buffer"], entry["momentum_buffer"])
+                for i, entry in wanted["optimizer_state"]["state"].items()
+            )
+
+
+def test_stock_pretrained_loading_accepts_our_file(trained: tuple[Path, Workspace, Path], tmp_path: Path) -> None:
+    _, _, folder = trained
+    kwargs = tiny.resenc()
+    network = get_network_from_plans(
+        kwargs["network_class_name"], kwargs["arch_kwargs"], kwargs["_kw_requires_import"], 1, 7, deep_supervision=False
+    )
+    load_pretrained_weights(network, str(folder / "checkpoint_final.pth"))
+    content = checkpoint.load(folder / "checkpoint_final.pth")
+    wanted = content["network_weights"]["encoder.stem.convs.0.conv.weight"]
+    assert torch.equal(network.state_dict()["encoder.stem.convs.0.conv.weight"], wanted)
+    del content["network_weights"]["encoder.stem.convs.0.conv.weight"]
+    checkpoint.save(content, tmp_path / "incomplete.pth")
+    with pytest.raises(AssertionError, match="missing in the pretrained model"):
+        load_pretrained_weights(network, str(tmp_path / "incomplete.pth"))
+
+
+def test_validation_summary_equals_nnunets(trained: tuple[Path, Workspace, Path]) -> None:
+    root, workspace, folder = trained
+    ours = json.loads((folder / "validation" / "summary.json").read_text())
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    compute_metrics_on_folder(
+        str(workspace.preprocessed / tiny.NAME / "gt_segmentations"), str(folder / "validation"),
+        str(root / "stock.json"), SimpleITKIO(), ".nii.gz", [1, 2], None, num_processes=1,
+    )  # fmt: skip
+    assert ours == json.loads((root / "stock.json").read_text())
+    assert len(ours["metric_per_case"]) == 2
+
+
+def test_validating_again_gives_the_same(trained: tuple[Path, Workspace, Path]) -> None:
+    root, _, folder = trained
+    before = (folder / "validation" / "summary.json").read_text()
+    final = checkpoint.sha256(folder / "checkpoint_final.pth")
+    (folder / "validation" / "summary.json").unlink()
+    with use(root) as workspace:
+        assert train(workspace, only_validate=True, save_probabilities=True) == folder
+    assert (folder / "validation" / "summary.json").read_text() == before
+    assert list((folder / "validation").glob("*.npz"))
+    assert checkpoint.sha256(folder / "checkpoint_final.pth") == final
+
+
+def test_stock_predictor_gives_the_validations_masks(trained: tuple[Path, Workspace, Path]) -> None:
+    root, workspace, folder = trained
+    with use(root):
+        predictor = nnUNetPredictor(device=CPU, perform_everything_on_device=False, allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(folder.parent), (0,))
+    data = nnUNetDatasetBlosc2(str(workspace.preprocessed / tiny.NAME / "mfm_tiny"))
+    for mask_file in (folder / "validation").glob("*.nii.gz"):
+        image = data.load_case(mask_file.name.removesuffix(".nii.gz"))[0][:]
+        predictor.network.load_state_dict(predictor.list_of_parameters[0])
+        mask = predictor.predict_sliding_window_return_logits(torch.from_numpy(image)).argmax(0).numpy()
+        assert np.array_equal(mask, sitk.GetArrayFromImage(sitk.ReadImage(str(mask_file))))
+
+
+# What is refused
+
+
+def refused(code: str, message: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(MFMError) as caught:
+        call()
+    assert caught.value.code == code, caught.value
+    assert message in caught.value.message, caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"configuration": "3d_fulres"}, "E_CONFIG", "Did you mean '3d_fullres'?"),
+        ({"fold": 7}, "E_CONFIG", "folds 0 to 4"),
+        ({"fold": "some"}, "E_CONFIG", "'all'"),
+        ({"plans_name": "mfmPlan"}, "E_NOT_FOUND", "mfmPlans"),
+        ({"trainer": "MFMTrainr"}, "E_NOT_FOUND", "Did you mean 'MFMTrainer'?"),
+        ({"overrides": ("finetune.epoch=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
+        ({"overrides": ("pretrain.epochs=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
+        ({"overrides": ("finetune.checkpoint=none",)}, "E_CONFIG", "-pretrained_weights"),
+        ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "greater than 0"),
+        ({"overrides": ("finetune.warmup_epochs=4",)}, "E_CONFIG", "warmup_epochs=4"),
+        ({"overrides": ("finetune.epochs=many",)}, "E_CONFIG", "expected int"),
+        ({"overrides": ("seed=1",), "trainer": "nnUNetTrainer"}, "E_CONFIG", "reads no settings"),
+        ({"continue_training": True}, "E_NOT_FOUND", "Start without --c"),
+        ({"only_validate": True}, "E_NOT_FOUND", "no finished training"),
+        ({"only_validate": True, "continue_training": True}, "E_CONFIG", "one of them"),
+        ({"pretrained_weights": Path("nowhere.pth")}, "E_NOT_FOUND", "nowhere.pth"),
+    ],
+)
+def test_wrong_requests(here: Workspace, options: dict[str, Any], code: str, message: str) -> None:
+    refused(code, message, lambda: train(here, **options))
+    assert not list(here.results.rglob("*.pth"))
+
+
+def test_an_unknown_device_is_refused(here: Workspace) -> None:
+    refused("E_CONFIG", "known devices", lambda: run_training(here, tiny.NAME, "3d_fullres", 0, device="tpu"))
+
+
+def test_data_that_cannot_be_trained_on(here: Workspace) -> None:
+    base = here.preprocessed / tiny.NAME
+    (base / "dataset_fingerprint.json").rename(base / "away.json")
+    refused("E_NOT_FOUND", "fingerprint", lambda: train(here))
+    (base / "away.json").rename(base / "dataset_fingerprint.json")
+
+    (base / "mfm_tiny" / "subject-03_seg.b2nd").unlink()
+    refused("E_CONFIG", "subject-03", lambda: train(here))
+    for file in (base / "mfm_tiny").iterdir():
+        file.unlink()
+    refused("E_NOT_FOUND", "mfm_plan_and_preprocess -d Dataset007_Tiny -c 3d_fullres", lambda: train(here))
+    dataset_json = json.loads((base / "dataset.json").read_text())
+    (base / "dataset.json").write_text(json.dumps({**dataset_json, "labels": {"background": 0}}))
+    refused("E_CONFIG", "mfm_pretrain", lambda: train(here))
+
+
+def test_a_cascade_needs_its_first_stage(here: Workspace) -> None:
+    stages = {"3d_lowres": tiny.configuration(tiny.resenc()) | {"next_stage": "3d_cascade_fullres"}}
+    stages["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    plans = tiny.plans("mfmCascade", **stages)
+    (here.preprocessed / tiny.NAME / "mfmCascade.json").write_text(json.dumps(plans))
+    cascade = lambda: train(here, configuration="3d_cascade_fullres", plans_name="mfmCascade")  # noqa: E731
+    refused("E_NOT_FOUND", "Train all folds of 3d_lowres first", cascade)
+
+
+def test_a_plan_that_would_import_foreign_code_is_refused(here: Workspace) -> None:
+    plans = tiny.plans("mfmForeign")
+    plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
+    (here.preprocessed / tiny.NAME / "mfmForeign.json").write_text(json.dumps(plans))
+    refused("E_MODEL_UNSAFE", "os.system", lambda: train(here, plans_name="mfmForeign"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [(tiny.resenc(2), "2D"), (tiny.resenc(features=(6, 12, 12)), "--like"), (tiny.primus(), "PrimusSeg")],
+)
+def test_a_checkpoint_of_another_network_is_refused(
+    here: Workspace, tmp_path: Path, architecture: dict[str, Any], message: str
+) -> None:
+    file = pretrained_file(tmp_path, architecture)
+    refused("E_MODEL_MISMATCH", message, lambda: train(here, pretrained_weights=file))
+    assert not list(here.results.rglob("*.pth"))
+    train(here, overrides=SHORT)  # what was refused does not stand in the way
+
+
+def test_a_damaged_checkpoint_is_refused(here: Workspace, tmp_path: Path) -> None:
+    file = pretrained_file(tmp_path)
+    file.write_bytes(file.read_bytes()[:-500])
+    refused("E_MODEL_CORRUPT", "some_pretrained.pth", lambda: train(here, pretrained_weights=file))
+
+
+def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, tmp_path: Path) -> None:
+    folder = train(here, overrides=SHORT)
+    before = checkpoint.sha256(folder / "checkpoint_final.pth")
+    refused("E_EXISTS", "--c", lambda: train(here, overrides=SHORT))
+    other = lambda **options: train(here, continue_training=True, **options)  # noqa: E731
+    refused("E_CONFIG", "finetune.epochs was 1, is 5", lambda: other(overrides=("finetune.epochs=5",)))
+    file = pretrained_file(tmp_path)
+    refused("E_CONFIG", "finetune.checkpoint", lambda: other(pretrained_weights=file))
+    (folder / ".checkpoint_latest.pth.1.tmp").touch()  # as a kill in the middle of a save leaves it
+    assert other(overrides=(*SHORT, "num_workers=1")) == folder
+    assert not list(folder.glob(".*.tmp"))
+    assert checkpoint.sha256(folder / "checkpoint_final.pth") == before
+
+    plan = here.preprocessed / tiny.NAME / "mfmPlans.json"
+    content = json.loads(plan.read_text())
+    content["configurations"]["3d_fullres"]["batch_size"] = 3
+    plan.write_text(json.dumps(content))
+    refused("E_CONFIG", "was changed after this run began", other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    step, calls = MFMTrainer._update, []
+
+    def update(self: MFMTrainer, loss: torch.Tensor) -> None:
+        calls.append(self.current_epoch)
+        if len(calls) == 3:  # the first step of the second epoch
+            os.kill(os.getpid(), number)
+        step(self, loss)
+
+    monkeypatch.setattr(MFMTrainer, "_update", update)
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedError) as caught:
+        train(here)
+    assert caught.value.exit_code == 128 + number
+    assert calls == [0, 0, 1]
+    (latest,) = here.results.rglob("checkpoint_latest.pth")
+    assert checkpoint.load(latest)["current_epoch"] == 1
+    assert signal.getsignal(number) is before
+
+
+def test_other_peoples_trainers_work_with_our_transfer(
+    here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in = tmp_path / "plug_in"
+    plug_in.mkdir()
+    (plug_in / "theirs.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class TheirTrainer(nnUNetTrainer):\n"
+        "    def run_training(self):\n"
+        "        self.current_epoch = self.num_epochs\n"
+        "    def perform_actual_validation(self, save_probabilities=False):\n"
+        "        self.my_init_kwargs.pop('device')\n"
+        "        self.save_checkpoint(self.output_folder + '/checkpoint_final.pth')\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", str(plug_in))
+    file = pretrained_file(tmp_path)
+    folder = train(here, trainer="TheirTrainer", pretrained_weights=file)
+    assert folder.parent.name == "TheirTrainer__mfmPlans__3d_fullres"
+    assert json.loads((folder / "transfer.json").read_text())["encoder_share"] == 1.0
+    weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    wanted = checkpoint.load_weights(file)["network_weights"]
+    assert torch.equal(weights["encoder.stem.convs.0.conv.weight"], wanted["encoder.stem.convs.0.conv.weight"])

@@ -1,0 +1,220 @@
+"""Weight transfer: every tensor once and in place, adapted where meaningful, reported in full, refused as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from torch import Tensor, nn
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.primus import PrimusSeg
+from mfm_nnunet.models.transfer import transfer_weights
+
+
+def resenc(
+    num_inputs: int = 1, num_outputs: int = 2, features: tuple[int, ...] = (4, 8), dimensions: int = 3, seed: int = 0
+) -> nn.Module:
+    torch.manual_seed(seed)
+    conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimensions == 3 else (nn.Conv2d, nn.InstanceNorm2d)
+    stages = len(features)
+    return ResidualEncoderUNet(
+        num_inputs, stages, features, conv, [3] * stages, [1] + [2] * (stages - 1), [1] * stages, num_outputs,
+        [1] * (stages - 1), conv_bias=True, norm_op=norm, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+    )  # fmt: skip
+
+
+def primus(
+    shape: tuple[int, ...] = (16, 16, 16), num_inputs: int = 1, num_outputs: int = 2, seed: int = 0
+) -> nn.Module:
+    torch.manual_seed(seed)
+    return PrimusSeg(num_inputs, num_outputs, 24, (8,) * len(shape), shape, eva_depth=1, eva_numheads=2)
+
+
+def values(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def names(entries: tuple) -> set[str]:
+    return {entry.name for entry in entries}
+
+
+def test_everything_but_the_head_travels() -> None:
+    source, target = resenc(num_outputs=1, seed=1), resenc(num_outputs=3)
+    report = transfer_weights(source.state_dict(), target)
+    heads = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
+    parameters, wanted = dict(target.named_parameters()), dict(source.named_parameters())
+    assert names(report.loaded) == set(parameters) - heads
+    assert all(torch.equal(parameters[name], wanted[name]) for name in names(report.loaded))
+    assert names(report.new) == names(report.ignored) == heads
+    assert report.encoder_share == 1.0
+
+
+def test_a_head_of_equal_shape_stays_new() -> None:
+    target = resenc()
+    before = values(target)
+    report = transfer_weights(resenc(seed=1).state_dict(), target)
+    assert torch.equal(before["decoder.seg_layers.0.weight"], target.state_dict()["decoder.seg_layers.0.weight"])
+    assert {entry.how for entry in report.new} == {entry.how for entry in report.ignored} == {"head"}
+
+
+def test_aliases_are_written_once_and_agree() -> None:
+    source, target = resenc(seed=1), resenc()
+    assert len(target.state_dict()) > len(list(target.named_parameters()))
+    report = transfer_weights(source.state_dict(), target)
+    counted = sum(entry.num_parameters for entry in (*report.loaded, *report.adapted, *report.new))
+    assert counted == sum(parameter.numel() for parameter in target.parameters())
+    state, wanted = target.state_dict(), source.state_dict()
+    assert all(torch.equal(state[n], wanted[n]) for n in state if "seg_layers" not in n)
+
+
+def test_a_file_from_disk_counts_aliases_once(tmp_path: Path) -> None:
+    checkpoint.save(
+        {"network_weights": checkpoint.cpu_weights(resenc(features=(4, 8, 8), seed=1).state_dict())}, tmp_path / "w.pth"
+    )
+    report = transfer_weights(checkpoint.load_weights(tmp_path / "w.pth")["network_weights"], resenc())
+    deeper = [entry.name for entry in report.ignored if entry.name.startswith("encoder.stages.2")]
+    assert deeper
+    assert not [entry.name for entry in report.ignored if ".all_modules." in entry.name]
+    assert not [entry.name for entry in report.ignored if entry.name.startswith("decoder.encoder.")]
+
+
+def test_parameters_stay_the_same_objects() -> None:
+    target = resenc()
+    optimizer = torch.optim.SGD(target.parameters(), 0.1)
+    transfer_weights(resenc(seed=1).state_dict(), target)
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in target.parameters()}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrapper_prefixes_are_stripped(prefix: str) -> None:
+    source = {prefix + name: tensor for name, tensor in resenc(seed=1).state_dict().items()}
+    assert transfer_weights(source, resenc()).encoder_share == 1.0
+
+
+def test_a_compiled_target_is_unwrapped() -> None:
+    source, target = resenc(seed=1), resenc()
+    assert transfer_weights(source.state_dict(), torch.compile(target)).encoder_share == 1.0  # type: ignore[arg-type]
+    assert torch.equal(target.state_dict()["encoder.stem.convs.0.conv.weight"], next(source.parameters()))
+
+
+@pytest.mark.parametrize(("channels", "wanted"), [(1, 3), (3, 1), (3, 2)])
+@pytest.mark.parametrize("make", [resenc, primus])
+def test_stem_for_other_channels_keeps_its_response(make, channels: int, wanted: int) -> None:
+    source, target = make(num_inputs=channels, seed=1), make(num_inputs=wanted)
+    report = transfer_weights(source.state_dict(), target)
+    (entry,) = report.adapted
+    assert f"{channels} -> {wanted} input channels" in entry.how
+    old, new = (network.get_submodule(network.keys_to_in_proj[0]) for network in (source, target))
+    x = torch.randn(1, 1, 16, 16, 16)
+    torch.testing.assert_close(new(x.expand(-1, wanted, -1, -1, -1)), old(x.expand(-1, channels, -1, -1, -1)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "known"),
+    [((16, 16, 16), (24, 16, 8), False), ((16, 8, 24), (24, 8, 16), True), ((16, 16), (24, 8), False)],
+)
+def test_positions_are_interpolated(old: tuple, new: tuple, known: bool) -> None:
+    source, target = primus(old, seed=1), primus(new)
+    axes = [torch.linspace(0, 1, size // 8) for size in old]
+    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (axes, T)
+    with torch.no_grad():
+        source.eva.pos_embed[0, :, : len(old)] = coordinates.T  # type: ignore[index, union-attr]
+    report = transfer_weights(source.state_dict(), target, source_patch_size=old if known else None)
+    assert names(report.adapted) == {"eva.pos_embed"}
+    grid = target.eva.pos_embed[0, :, : len(old)].T.reshape(len(old), *[size // 8 for size in new])  # type: ignore[index, union-attr]
+    for axis in range(len(old)):
+        # Coordinates along an axis must stay constant along the others and not fall along their own.
+        assert torch.all(torch.diff(grid[axis], dim=axis) >= -1e-6)
+        for other in set(range(len(old))) - {axis}:
+            torch.testing.assert_close(
+                torch.diff(grid[axis], dim=other), torch.zeros(()).expand_as(torch.diff(grid[axis], dim=other))
+            )
+
+
+def test_equal_grids_are_loaded_as_they_are() -> None:
+    report = transfer_weights(primus(seed=1).state_dict(), primus(), source_patch_size=(16, 16, 16))
+    assert "eva.pos_embed" in names(report.loaded)
+
+
+def test_a_contradicting_patch_size_yields_to_the_tensor() -> None:
+    report = transfer_weights(primus(seed=1).state_dict(), primus(), source_patch_size=(160, 160, 160))
+    assert "eva.pos_embed" in names(report.loaded)
+
+
+def test_unknown_grid_stays_new() -> None:
+    report = transfer_weights(primus((24, 16, 8), seed=1).state_dict(), primus())
+    assert "eva.pos_embed" in names(report.new)
+
+
+def test_primus_decoder_travels_but_not_its_last_layer() -> None:
+    report = transfer_weights(primus(num_outputs=1, seed=1).state_dict(), primus(num_outputs=4))
+    assert names(report.new) == {"up_projection.decode.2.weight", "up_projection.decode.2.bias"}
+
+
+def test_sparse_pretraining_uses_the_trained_copy() -> None:
+    source: Mapping[str, Tensor] = values(resenc(seed=1))
+    for name, tensor in source.items():
+        if ".all_modules." in name:
+            tensor.fill_(7)
+    target = resenc()
+    transfer_weights(source, target)
+    assert torch.all(target.state_dict()["encoder.stem.convs.0.conv.weight"] == 7)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (lambda: resenc(features=(6, 12), seed=1), "encoder.stem.convs.0.conv.weight"),
+        (lambda: primus(seed=1), "only in the checkpoint"),
+        (lambda: resenc(dimensions=2, seed=1), "2D"),
+    ],
+)
+def test_another_network_is_refused_and_nothing_is_written(source, expected: str) -> None:
+    target = resenc()
+    before = values(target)
+    with pytest.raises(MFMError) as caught:
+        transfer_weights(source().state_dict(), target, source_network="some.module.OtherNet")
+    assert caught.value.code == "E_MODEL_MISMATCH"
+    assert expected in caught.value.message
+    assert "OtherNet" in caught.value.message
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+
+
+def test_the_mismatch_message_says_how_to_plan() -> None:
+    with pytest.raises(MFMError, match="--like CHECKPOINT"):
+        transfer_weights({}, resenc())
+
+
+def test_nonfinite_weights_are_refused() -> None:
+    source, target = values(resenc(seed=1)), resenc()
+    source["decoder.transpconvs.0.weight"][0] = float("nan")
+    before = values(target)
+    with pytest.raises(MFMError) as caught:
+        transfer_weights(source, target)
+    assert caught.value.code == "E_NONFINITE"
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+
+
+def test_the_threshold_can_be_lowered() -> None:
+    source = {n: t for n, t in values(resenc(seed=1)).items() if "stem" in n}
+    with pytest.raises(MFMError):
+        transfer_weights(source, resenc())
+    report = transfer_weights(source, resenc(), minimum_encoder_share=0.0)
+    assert 0 < report.encoder_share < 0.5
+
+
+def test_summary_and_dict_name_every_tensor() -> None:
+    report = transfer_weights(resenc(seed=1).state_dict(), resenc(num_inputs=2, num_outputs=3))
+    summary, details, as_dict = report.summary(), report.details(), report.to_dict()
+    assert "adapted encoder.stem.convs.0.conv.weight" in summary
+    for kind in ("loaded", "adapted", "new", "ignored"):
+        entries = getattr(report, kind)
+        assert f"{kind:<10}{len(entries):>8}" in summary
+        assert all(f"{kind:<8} {entry.name}" in details for entry in entries)
+        assert len(as_dict[kind]) == len(entries)  # type: ignore[arg-type]
+    checkpoint.require_plain(as_dict)

@@ -1,0 +1,226 @@
+"""Loading models, and the sliding window against nnU-Net's own, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.predict.predictor import Model, load_model
+from tests.predict.tiny_model import REGIONS, dataset_json, save_model, stock_predictor, tiny_plans
+
+
+@pytest.fixture(scope="module")
+def model_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "nnUNetTrainer__mfmPlans__3d_fullres"
+    return save_model(folder, tiny_plans(), dataset_json(), folds=(0, 1), mirror_axes=(0, 2))
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (11, 29, 20), (33, 7, 24)])
+@pytest.mark.parametrize(("folds", "step_size", "mirroring"), [((0,), 0.5, True), ((0, 1), 0.7, False)])
+def test_logits_are_those_of_stock_bit_for_bit(
+    model_3d: Path, shape: tuple[int, ...], folds: tuple[int, ...], step_size: float, mirroring: bool
+) -> None:
+    x_CDHW = torch.randn((1, *shape), generator=torch.Generator().manual_seed(1))
+    stock = stock_predictor(model_3d, folds, step_size=step_size, mirroring=mirroring)
+    expected = stock.predict_logits_from_preprocessed_data(x_CDHW)
+    model = load_model(model_3d, folds, device="cpu")
+    for _ in range(2):  # the second call finds the weights of another fold loaded
+        logits = model.predict_logits(x_CDHW, step_size=step_size, mirroring=mirroring)
+        assert logits.dtype == expected.dtype == torch.half
+        assert logits.shape == (3, *shape)
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_2d_models_go_through_the_slices_as_stock_does(tmp_path: Path, channels: int) -> None:
+    dataset = dataset_json(REGIONS, channels=["MR", "CT"][:channels])
+    folder = save_model(tmp_path / "m", tiny_plans(2, channels=channels), dataset, mirror_axes=(0, 1))
+    x_CDHW = torch.randn((channels, 3, 21, 14))
+    expected = stock_predictor(folder).predict_logits_from_preprocessed_data(x_CDHW)
+    assert torch.equal(load_model(folder, device="cpu").predict_logits(x_CDHW), expected)
+
+
+def test_each_fold_counts(model_3d: Path) -> None:
+    x_CDHW = torch.randn(1, 16, 16, 16)
+    one, two, both = (
+        load_model(model_3d, folds, device="cpu").predict_logits(x_CDHW) for folds in ((0,), (1,), (0, 1))
+    )
+    assert not torch.equal(one, two)
+    assert torch.equal(both, (one + two) / 2)
+
+
+def test_a_network_in_training_predicts_without_any_file(model_3d: Path) -> None:
+    loaded = load_model(model_3d, (0,), device="cpu")
+    model = Model(
+        loaded.network,
+        loaded.plans_manager,
+        loaded.configuration_manager,
+        loaded.dataset_json,
+        torch.device("cpu"),
+        mirror_axes=(0, 2),
+    )
+    x_CDHW = torch.randn(1, 20, 16, 16)
+    assert torch.equal(model.predict_logits(x_CDHW), loaded.predict_logits(x_CDHW))
+
+
+def test_existing_folds_are_found(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json(), folds=(10, 2, "all"))
+    (folder / "fold_3").mkdir()  # still training
+    assert load_model(folder, device="cpu").folds == (2, 10)
+    assert load_model(folder, ["all"], device="cpu").folds == ("all",)
+    assert load_model(folder, ["2"], device="cpu").folds == (2,)
+    only_all = save_model(tmp_path / "n", tiny_plans(), dataset_json(), folds=("all",))
+    assert load_model(only_all, device="cpu").folds == ("all",)
+
+
+def test_the_identity_changes_with_weights_plan_and_labels(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json(), folds=(0, 1))
+    first = load_model(folder, (0,), device="cpu").sha256
+    assert load_model(folder, (0,), device="cpu").sha256 == first
+    assert load_model(folder, (1,), device="cpu").sha256 != first
+    (folder / "dataset.json").write_text(json.dumps({**dataset_json(), "labels": {"background": 0, "b": 1, "a": 2}}))
+    assert load_model(folder, (0,), device="cpu").sha256 != first
+
+
+def _refused(folder: Path, *folds: int | str, checkpoint_name: str = "checkpoint_final.pth") -> MFMError:
+    with pytest.raises(MFMError) as caught:
+        load_model(folder, folds or None, checkpoint_name, "cpu")
+    return caught.value
+
+
+def test_what_is_missing_is_named_with_what_exists(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "nnUNetTrainer__mfmPlans__2d", tiny_plans(), dataset_json(), folds=(0, 4))
+    error = _refused(tmp_path / "nnUNetTrainer__mfmPlans__3d")
+    assert error.code == "E_NOT_FOUND"
+    assert "nnUNetTrainer__mfmPlans__2d" in error.message
+    error = _refused(folder, 3)
+    assert error.code == "E_NOT_FOUND"
+    assert "fold_3" in error.message
+    assert "0, 4" in error.message
+    error = _refused(folder, checkpoint_name="checkpoint_best.pth")
+    assert "checkpoint_best.pth" in error.message
+    assert "checkpoint_final.pth" in error.message
+    (folder / "plans.json").unlink()
+    error = _refused(folder)
+    assert error.code == "E_NOT_FOUND"
+    assert "plans.json" in error.message
+
+
+def test_damaged_and_foreign_models_are_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json())
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert _refused(folder).code == "E_MODEL_CORRUPT"
+    content = torch.load(_written(file, whole), weights_only=True)
+    torch.save({"network_weights": content["network_weights"], "mfm": {}}, file)
+    error = _refused(folder)
+    assert error.code == "E_MODEL_MISMATCH"
+    assert "mfm_train" in error.message
+    torch.save({**content, "init_args": {"configuration": "2d"}}, file)
+    assert _refused(folder).code == "E_MODEL_MISMATCH"
+    torch.save({**content, "trainer_name": "nnUNetTrainerOfSomebody"}, file)
+    error = _refused(folder)
+    assert error.code == "E_MODEL_MISMATCH"
+    assert "nnUNetTrainerOfSomebody" in error.message
+    file.write_bytes(whole)
+    (folder / "dataset.json").write_text(json.dumps(dataset_json({"background": 0, "a": 1})))
+    assert _refused(folder).code == "E_MODEL_MISMATCH"
+    (folder / "dataset.json").write_text("{")
+    assert _refused(folder).code == "E_MODEL_CORRUPT"
+
+
+def _written(file: Path, content: bytes) -> Path:
+    file.write_bytes(content)
+    return file
+
+
+class _Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.marker,))
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainer_5epochs"])
+def test_no_file_of_a_model_is_executed(tmp_path: Path, trainer: str) -> None:
+    plans = tiny_plans()
+    folder = save_model(tmp_path / "m", plans, dataset_json(), trainer=trainer)
+    plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
+    (folder / "plans.json").write_text(json.dumps(plans))
+    assert _refused(folder).code == "E_MODEL_UNSAFE"
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    torch.save({**torch.load(file, weights_only=True), "extra": _Payload(tmp_path / "executed")}, file)
+    assert _refused(folder).code == "E_MODEL_UNSAFE"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_models_of_other_stock_trainers_load(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json(), trainer="nnUNetTrainer_5epochs")
+    x_CDHW = torch.randn(1, 16, 16, 16)
+    expected = stock_predictor(folder).predict_logits_from_preprocessed_data(x_CDHW)
+    assert torch.equal(load_model(folder, device="cpu").predict_logits(x_CDHW), expected)
+
+
+@torch.inference_mode()
+def test_only_a_real_lack_of_memory_moves_the_logits_to_the_cpu(
+    model_3d: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(model_3d, (0,), device="cpu")
+    x_CDHW = torch.randn(1, 20, 16, 16)
+    expected = model.predict_logits(x_CDHW, mirroring=False)
+    accumulate, places = Model._accumulate, []
+
+    def fails_on_the_gpu(self: Model, *arguments: Any) -> torch.Tensor:
+        places.append(arguments[-1].type)
+        if arguments[-1].type == "cuda":
+            raise failure
+        self.device = torch.device("cpu")
+        return accumulate(self, *arguments)
+
+    monkeypatch.setattr(Model, "_accumulate", fails_on_the_gpu)
+    model.device, failure = torch.device("cuda"), torch.OutOfMemoryError("CUDA out of memory")
+    assert torch.equal(model._slide(x_CDHW, 0.5, None), expected)
+    assert places == ["cuda", "cpu"]
+    assert model.oom_steps == ["logits accumulated on the CPU"]
+    model.device, failure = torch.device("cuda"), RuntimeError("device-side assert")
+    with pytest.raises(RuntimeError, match="assert"):
+        model._slide(x_CDHW, 0.5, None)
+    assert places == ["cuda", "cpu", "cuda"]
+
+
+def test_lack_of_memory_on_the_cpu_is_not_retried(model_3d: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Model, *arguments: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Model, "_accumulate", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(model_3d, (0,), device="cpu").predict_logits(torch.randn(1, 16, 16, 16))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_logits_that_are_not_finite_are_refused(model_3d: Path, value: float) -> None:
+    model = load_model(model_3d, (0,), device="cpu")
+    for name, weights in model.weights[0].items():
+        if name.startswith("decoder.seg_layers") and name.endswith("bias"):
+            weights.fill_(value)  # 1e5 is finite but beyond half precision
+    with pytest.raises(MFMError, match="E_NONFINITE"):
+        model.predict_logits(torch.randn(1, 16, 16, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_logits_on_the_gpu_are_those_of_stock(model_3d: Path) -> None:
+    x_CDHW = torch.randn(1, 40, 29, 33)
+    stock = stock_predictor(model_3d, (0, 1))
+    stock.device, stock.perform_everything_on_device = torch.device("cuda"), True
+    expected = stock.predict_logits_from_preprocessed_data(x_CDHW)
+    logits = load_model(model_3d, (0, 1), device="cuda").predict_logits(x_CDHW)
+    assert (logits.argmax(0) != expected.argmax(0)).sum() == 0
+    assert torch.allclose(logits, expected, atol=1e-2)
