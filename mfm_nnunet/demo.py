@@ -28,11 +28,13 @@ logger = logging.getLogger(__name__)
 DEFAULT_FOLDER = "mfm_demo"
 SCHEDULE = (
     "pretrain.epochs=5",
-    "pretrain.iterations_per_epoch=30",
+    "pretrain.iterations_per_epoch=25",
     "pretrain.validation_iterations=3",
-    "finetune.epochs=5",
-    "finetune.iterations_per_epoch=30",
+    "pretrain.warmup_epochs=1",
+    "finetune.epochs=8",
+    "finetune.iterations_per_epoch=25",
     "finetune.validation_iterations=3",
+    "finetune.warmup_epochs=1",
 )
 """What the demo changes in the plan's settings so that it takes minutes; ``--set`` comes after and wins."""
 CORPUS_ID, CORPUS_NAME = 901, "DemoCorpus"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
@@ -40,14 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from mfm_nnunet.demo import run_demo
     from mfm_nnunet.demo_result import format_result
 
     data = Path(arguments.data) if arguments.data else None
     folder = Path(arguments.workspace)
-    result = run_demo(folder, data, arguments.settings, arguments.device, arguments.overwrite)
+    with contextlib.redirect_stdout(sys.stderr):  # what nnU-Net prints is progress; stdout gets the result
+        result = run_demo(folder, data, arguments.settings, arguments.device, arguments.overwrite)
     print(f"\n{format_result(result)}\n{NOTES['data' if data else 'template']}\n")
     for title, files in (("Overlays (fill: predicted, line: reference)", result.overlays), ("Masks", result.masks)):
         print(f"{title}:")

@@ -195,8 +195,8 @@ def _memory(memory: MemoryEstimate, half: bool) -> Decision:
     return Decision(
         "  memory",
         f"about {memory.total / 2**30:.2f} GB",
-        f"a training step in {precision}: {memory.activations / 2**30:.2f} GB activations, {fixed / 2**30:.2f} GB "
-        f"weights, gradients and optimizer; {MEASURED}",
+        f"a training step in {precision}: activations {memory.activations / 2**30:.2f}, buffers "
+        f"{memory.working / 2**30:.2f}, weights with gradients and optimizer {fixed / 2**30:.2f} GB; {MEASURED}",
     )
 
 

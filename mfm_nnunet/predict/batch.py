@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 import traceback
@@ -66,7 +67,7 @@ def predict_folder(
         names = [item.name if isinstance(item, Case) else item.case for item in found]
         others = [name for k, name in enumerate(names) if k % options.num_parts != options.part_id]
         check_output(output_folder, others, options)
-    report = _Run(model, output_folder, options).work(found[options.part_id :: options.num_parts])
+    report = _Run(model, input_folder, output_folder, options).work(found[options.part_id :: options.num_parts])
     if report.failures:
         num_cases = len(report.done) + len(report.skipped) + len(report.failures)
         raise CasesFailedError(report.failures, num_cases)
@@ -76,8 +77,8 @@ def predict_folder(
 class _Run:
     """One pass over the cases of a folder."""
 
-    def __init__(self, model: Model, folder: Path, options: PredictOptions) -> None:
-        self.model, self.folder, self.options = model, folder, options
+    def __init__(self, model: Model, source: Path, folder: Path, options: PredictOptions) -> None:
+        self.model, self.source, self.folder, self.options = model, source, folder, options
         self.ending: str = model.dataset_json["file_ending"]
         self.prefix = f"{STAGING_PREFIX}{options.part_id}of{options.num_parts}_"
         self.identity: dict[str, Any] = {"model": model.sha256, "settings": _settings(model, options)}
@@ -190,7 +191,9 @@ class _Run:
             failure = CaseFailure(failure.case, failure.code, reason)
         logger.debug("%s", failure)
         self.report.failures.append(failure)
-        fields = {"code": failure.code, "reason": failure.reason, "seconds": round(seconds, 3)}
+        # The journal is passed on together with the masks: it names files and not where they lie.
+        reason = failure.reason.replace(f"{self.source}{os.sep}", "").replace(f"{self.folder}{os.sep}", "")
+        fields = {"code": failure.code, "reason": reason, "seconds": round(seconds, 3)}
         self.journal.write(failure.case, "failed", **self.identity, **fields)
 
     def _output_names(self, name: str) -> list[str]:

@@ -1,7 +1,9 @@
 """How far the planner's memory estimate is from what a training step really takes, on the CPU.
 
 For several plans, each in a process of its own: the growth of the resident memory at its peak over two steps (forward,
-backward, optimizer; the second one has the optimizer's state) against ``mfm_nnunet.models.memory``. Run it with
+backward, optimizer; the second one has the optimizer's state) against ``mfm_nnunet.models.memory``. Twice: with glibc's
+allocator as it is, which keeps small freed blocks and so fragments, and made to return each block at once
+(MALLOC_MMAP_THRESHOLD_), which shows what the step itself needs. Run it with
 ``python -m tests.benchmarks.memory_estimate`` from the repository's root; Linux only (it reads /proc).
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ from pathlib import Path
 import torch
 
 from mfm_nnunet.models.build import build_network
-from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
+from mfm_nnunet.models.memory import num_parameters, training_memory_bytes
 from mfm_nnunet.optim import make_optimizer
 from mfm_nnunet.plans.mfm_planner import primus_architecture
 
@@ -66,31 +69,44 @@ CASES: dict[str, tuple[dict, tuple[int, ...], int, str]] = {
 def main() -> None:
     """Print a table: plan, parameters, estimate, measured, their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=list(CASES), help="measure one plan here and print its bytes (used internally)")
+    parser.add_argument(
+        "--case", choices=list(CASES), help="measure one plan here and print its bytes (used internally)"
+    )
     parser.add_argument("--only", default="", help="run only plans whose name contains this")
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(options.case)))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, MB of 1e6 bytes")
-    print(f"{'plan':28s}{'patch':>14s}{'batch':>6s}{'params M':>10s}{'estimate':>10s}{'measured':>10s}{'ratio':>7s}")
-    ratios = []
+    print(f"{'':28s}{'':>14s}{'':>6s}{'params':>9s}{'estimate':>10s}{'measured':>10s}{'':>7s}{'exact':>10s}")
+    print(
+        f"{'plan':28s}{'patch':>14s}{'batch':>6s}{'M':>9s}{'MB':>10s}{'MB':>10s}{'ratio':>7s}{'MB':>10s}{'ratio':>7s}"
+    )
+    ratios: list[tuple[float, float]] = []
     for name, (architecture, patch, batch, optimizer) in CASES.items():
         if options.only not in name:
             continue
         with torch.device("meta"):
             network = _network(architecture)
-        estimate = estimate_training_memory(network, (batch, 1, *patch), optimizer).total
-        command = [sys.executable, "-m", "tests.benchmarks.memory_estimate", "--case", name]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-        measured = json.loads(run.stdout.splitlines()[-1])
-        ratios.append(measured / estimate)
+        estimate = training_memory_bytes(network, (batch, 1, *patch), optimizer)
+        measured, exact = _in_child(name, {}), _in_child(name, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+        ratios.append((measured / estimate, exact / estimate))
         print(
-            f"{name:28s}{'x'.join(map(str, patch)):>14s}{batch:6d}{num_parameters(network) / 1e6:10.2f}"
-            f"{estimate / 1e6:10.0f}{measured / 1e6:10.0f}{ratios[-1]:7.2f}",
+            f"{name:28s}{'x'.join(map(str, patch)):>14s}{batch:6d}{num_parameters(network) / 1e6:9.2f}{estimate / 1e6:10.0f}"
+            f"{measured / 1e6:10.0f}{ratios[-1][0]:7.2f}{exact / 1e6:10.0f}{ratios[-1][1]:7.2f}",
             flush=True,
         )
-    print(f"measured / estimate: {min(ratios):.2f} to {max(ratios):.2f}")
+    for title, column in zip(("measured", "exact"), zip(*ratios)):
+        print(f"{title} / estimate: {min(column):.2f} to {max(column):.2f}")
+
+
+def _in_child(name: str, environment: dict[str, str]) -> int:
+    command = [sys.executable, "-m", "tests.benchmarks.memory_estimate", "--case", name]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=root, env={**os.environ, **environment}
+    )
+    return int(json.loads(run.stdout.splitlines()[-1]))
 
 
 def measure(name: str) -> int:

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.prediction [--model FOLDER --images FOLDER] [--rounds 5] [--workers 1] [--device cpu]
 
-Both sides are timed from loading the model to the last mask on the disk, in turn (A B A B ...) after one round that does
-not count. Wall and CPU seconds include all child processes; memory is the private memory of the process tree above what
-this process held before. Without a model, a small random one and synthetic scans are used. Prints one JSON object.
+Both sides are timed from loading the model to the last mask on the disk, in turn (A B A B ...) after one round that
+does not count. Wall and CPU seconds include all child processes; memory is the private memory of the process tree above
+what this process held before. Without a model, a small random one and synthetic scans are used. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def measure(work: Callable[[], Any]) -> dict[str, float]:
 def compare(model: Path, images: Path, rounds: int, options: PredictOptions, workers: int) -> dict[str, Any]:
     """Time both sides ``rounds`` times and compare their masks."""
     ending = json.loads((model / "dataset.json").read_text())["file_ending"]
+    folds = load_model(model, options.folds, options.checkpoint_name, "cpu").folds
+    options = replace(options, folds=folds)
     with tempfile.TemporaryDirectory() as place:
         folders = {name: Path(place) / name for name in ("mfm", "stock")}
         jobs = {
@@ -85,8 +88,7 @@ def _stock(model: Path, images: Path, output: Path, options: PredictOptions, wor
         device=torch.device(str(options.device)),
         allow_tqdm=False,
     )
-    folds = load_model(model, options.folds, options.checkpoint_name, "cpu").folds
-    predictor.initialize_from_trained_model_folder(str(model), folds, options.checkpoint_name)
+    predictor.initialize_from_trained_model_folder(str(model), options.folds, options.checkpoint_name)
     predictor.predict_from_files(
         str(images), str(output), num_processes_preprocessing=workers, num_processes_segmentation_export=workers
     )

@@ -177,6 +177,7 @@ def test_one_bad_case_costs_no_other(model: Path, scans: Path, out: Path, tmp_pa
     last = {line["case"]: line for line in _journal(out)}
     assert {name: line["code"] for name, line in last.items() if line["status"] == "failed"} == failed
     assert {name for name, line in last.items() if line["status"] == "done"} == {"a", "b.1", "c c"}
+    assert str(mixed) not in (out / "cases.jsonl").read_text()
 
 
 def test_errors_say_how_many_cases_there_were(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
