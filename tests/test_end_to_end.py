@@ -171,9 +171,7 @@ def test_train_killed_and_continued_equals_unbroken(model: Path, volumes: Site) 
     finals = {}
     for name in ("whole", "killed"):
         plans = f"mfm{name}"
-        volumes.run(
-            "mfm_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "--like", weights, "-pl", plans
-        )
+        volumes.run("mfm_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "--like", weights, "-pl", plans)
         words = ["mfm_train", 4, "3d_fullres", 0, "-p", plans, "-pretrained_weights", weights, "--set", *FINETUNE,
                  "finetune.iterations_per_epoch=8"]  # fmt: skip
         fold = volumes.model("Dataset004_Few", plans) / "fold_0"

@@ -8,6 +8,7 @@ that was killed and continued ends in the same weights as an unbroken one, bit f
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,9 @@ class MFMTrainer(nnUNetTrainer):
             streams.append(batches(source, first, last, workers, self.device.type == "cuda"))
         return streams[0], streams[1]
 
+    def print_plans(self) -> None:
+        """Nothing: the plan is in the model folder, and on the console it would bury the rest."""
+
     def plot_network_architecture(self) -> None:
         """Nothing: the drawing package that nnU-Net tries is not maintained."""
 
@@ -181,7 +185,8 @@ class MFMTrainer(nnUNetTrainer):
         dice = np.round(last["dice_per_class_or_region"], 4).tolist()
         seconds = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
         losses = f"train_loss {last['train_losses']:.4f}  val_loss {last['val_losses']:.4f}"
-        self.print_to_log_file(f"{losses}  pseudo dice {dice}  {seconds:.1f} s")
+        left = timedelta(seconds=round(seconds * (self.num_epochs - 1 - self.current_epoch)))
+        self.print_to_log_file(f"{losses}  pseudo dice {dice}  {seconds:.1f} s  ETA {left}")
         folder, ema = Path(self.output_folder), float(last["ema_fg_dice"])
         if self._best_ema is None or ema > self._best_ema:
             self._best_ema = ema

@@ -92,13 +92,12 @@ def test_kill_and_continue_ends_in_the_same_bits(tmp_path: Path, task: str, fami
             break
     final = run(prepare(broken, family), task, continue_training=True)
     assert same(whole, weights(final))
-    whole_log, log = ((tmp_path / f / "nnUNet_results" / NAME / final.parent.name / "log.jsonl") for f in ("whole", "broken"))
-    assert [_losses(row) for row in whole_log.read_text().splitlines()] == [_losses(r) for r in log.read_text().splitlines()]
+    assert losses(run_folder(tmp_path / "whole", task)) == losses(run_folder(broken, task))
 
 
-def _losses(line: str) -> tuple[float, float]:
-    row = json.loads(line)
-    return row["train_loss"], row["validation_loss"]
+def losses(folder: Path) -> list[tuple[float, float]]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(row["train_loss"], row["validation_loss"]) for row in rows]
 
 
 def _stamp(folder: Path, task: str) -> float:

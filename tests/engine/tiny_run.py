@@ -1,6 +1,6 @@
 """A whole pretraining run that takes seconds: six small volumes, a plan, the engine; as a script it can be killed.
 
-    python -m tests.engine.tiny_run FOLDER TASK FAMILY [--c] [NAME=VALUE ...]
+python -m tests.engine.tiny_run FOLDER TASK FAMILY [--c] [NAME=VALUE ...]
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def prepare(folder: Path, family: str = "resenc", num_cases: int = 6) -> Workspa
         data = here.preprocessed / NAME / "data"
         data.mkdir(parents=True, exist_ok=True)
         plans: dict[str, Any] = tiny_plans(family, (16, 16, 16))
-        plans["configurations"][CONFIGURATION].update(data_identifier="data", normalization_schemes=["ZScoreNormalization"])
+        plans["configurations"][CONFIGURATION].update(
+            data_identifier="data", normalization_schemes=["ZScoreNormalization"]
+        )
         plans["mfm"] = {"pretrain": {"epochs": 3}}
         (data.parent / "mfmPlans.json").write_text(json.dumps(plans))
         for case in range(num_cases):

@@ -33,6 +33,7 @@ from mfm_nnunet.finetune.run import run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
+from tests.architectures import resenc
 from tests.finetune import tiny
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def make_trainer(configuration: str = "3d_fullres", block: MFMBlock | None = Non
 
 def pretrained_file(folder: Path, architecture: dict[str, Any] | None = None, num_outputs: int = 1) -> Path:
     """A checkpoint as pretraining writes it."""
-    architecture = architecture or tiny.resenc()
+    architecture = architecture or resenc()
     torch.manual_seed(99)
     network = get_network_from_plans(
         architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"],
@@ -139,7 +140,7 @@ def test_optimizer_and_schedule(here: Workspace) -> None:
 @pytest.mark.parametrize("configuration", ["primus", "two_stages"])
 def test_networks_without_pyramid_train_without_deep_supervision(here: Workspace, configuration: str) -> None:
     configurations = tiny.plans()["configurations"]
-    configurations["two_stages"] = tiny.configuration(tiny.resenc(features=(4, 8)))
+    configurations["two_stages"] = tiny.configuration(resenc(features=(4, 8)))
     trainer = make_trainer(configuration, configurations=configurations)
     trainer.initialize()
     assert not trainer.enable_deep_supervision
@@ -214,7 +215,7 @@ def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace,
 
 
 def test_primus_positions_use_the_checkpoints_patch(here: Workspace, tmp_path: Path) -> None:
-    file = pretrained_file(tmp_path, tiny.primus((24, 8, 16)))
+    file = pretrained_file(tmp_path, tiny.drop_path_primus((24, 8, 16)))
     content = checkpoint.load(file)
     content["mfm"]["plans"]["configurations"]["pretrained"]["patch_size"] = [24, 8, 16]
     checkpoint.save(content, file)
@@ -347,7 +348,7 @@ def test_stock_nnunet_reads_and_continues_the_checkpoint(trained: tuple[Path, Wo
 
 def test_stock_pretrained_loading_accepts_our_file(trained: tuple[Path, Workspace, Path], tmp_path: Path) -> None:
     _, _, folder = trained
-    kwargs = tiny.resenc()
+    kwargs = resenc()
     network = get_network_from_plans(
         kwargs["network_class_name"], kwargs["arch_kwargs"], kwargs["_kw_requires_import"], 1, 7, deep_supervision=False
     )
@@ -456,7 +457,7 @@ def test_data_that_cannot_be_trained_on(here: Workspace) -> None:
 
 
 def test_a_cascade_needs_its_first_stage(here: Workspace) -> None:
-    stages = {"3d_lowres": tiny.configuration(tiny.resenc()) | {"next_stage": "3d_cascade_fullres"}}
+    stages = {"3d_lowres": tiny.configuration(resenc()) | {"next_stage": "3d_cascade_fullres"}}
     stages["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     plans = tiny.plans("mfmCascade", **stages)
     (here.preprocessed / tiny.NAME / "mfmCascade.json").write_text(json.dumps(plans))
@@ -473,7 +474,7 @@ def test_a_plan_that_would_import_foreign_code_is_refused(here: Workspace) -> No
 
 @pytest.mark.parametrize(
     ("architecture", "message"),
-    [(tiny.resenc(2), "2D"), (tiny.resenc(features=(6, 12, 12)), "--like"), (tiny.primus(), "PrimusSeg")],
+    [(resenc(2), "2D"), (resenc(features=(6, 12, 12)), "--like"), (tiny.drop_path_primus(), "PrimusSeg")],
 )
 def test_a_checkpoint_of_another_network_is_refused(
     here: Workspace, tmp_path: Path, architecture: dict[str, Any], message: str

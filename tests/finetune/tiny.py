@@ -13,6 +13,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace
+from tests.architectures import primus, resenc
 
 NAME = "Dataset007_Tiny"
 SHAPE = (20, 24, 20)
@@ -20,40 +21,9 @@ RESAMPLING = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": Non
 FINETUNE = FinetuneSettings(epochs=3, iterations_per_epoch=2, validation_iterations=1)
 
 
-def resenc(dimensions: int = 3, features: tuple[int, ...] = (4, 8, 8)) -> dict[str, Any]:
-    """The ``architecture`` of a small residual encoder U-Net."""
-    stages = len(features)
-    return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-        "arch_kwargs": {
-            "n_stages": stages,
-            "features_per_stage": list(features),
-            "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
-            "kernel_sizes": [[3] * dimensions] * stages,
-            "strides": [[1] * dimensions] + [[2] * dimensions] * (stages - 1),
-            "n_blocks_per_stage": [1] * stages,
-            "n_conv_per_stage_decoder": [1] * (stages - 1),
-            "conv_bias": True,
-            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-
-
-def primus(patch: tuple[int, ...] = (16, 16, 16)) -> dict[str, Any]:
+def drop_path_primus(patch: tuple[int, ...] = (16, 16, 16)) -> dict[str, Any]:
     """The ``architecture`` of a very small Primus, with drop path so that training draws random numbers."""
-    kwargs = {"embed_dim": 24, "patch_embed_size": [8] * len(patch), "input_shape": list(patch)}
-    kwargs |= {"eva_depth": 2, "eva_numheads": 2, "drop_path_rate": 0.5}
-    return {
-        "network_class_name": "mfm_nnunet.models.primus.PrimusSeg",
-        "arch_kwargs": kwargs,
-        "_kw_requires_import": [],
-    }
+    return primus(patch, embed_dim=24, drop_path_rate=0.5)
 
 
 def configuration(architecture: dict[str, Any], patch: tuple[int, ...] = (16, 16, 16)) -> dict[str, Any]:
@@ -88,7 +58,7 @@ def plans(name: str = "mfmPlans", block: MFMBlock | None = None, **configuration
         "configurations": {
             "3d_fullres": configuration(resenc()),
             "2d": configuration(resenc(2), (16, 16)),
-            "primus": configuration(primus()),
+            "primus": configuration(drop_path_primus()),
             **configurations,
         },
         "experiment_planner_used": "ResEncUNetPlanner",

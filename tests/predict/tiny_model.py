@@ -17,6 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.models.build import build_network
+from tests.architectures import resenc
 
 SPLINE = "resample_data_or_seg_to_shape"
 THREE_LABELS = {"background": 0, "a": 1, "b": 2}
@@ -51,7 +52,6 @@ def tiny_plans(
     spline = {"order_z": 0, "force_separate_z": None}
     name, kwargs = probabilities
     kwargs = {**kwargs, "force_separate_z": None} if name != "no_resampling_hack" else {}
-    convolution = f"torch.nn.modules.conv.Conv{dimensions}d"
     configuration = {
         "data_identifier": "mfm_tiny",
         "preprocessor_name": "DefaultPreprocessor",
@@ -67,26 +67,7 @@ def tiny_plans(
         "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **spline},
         "resampling_fn_probabilities": name,
         "resampling_fn_probabilities_kwargs": kwargs,
-        "architecture": {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-            "arch_kwargs": {
-                "n_stages": 2,
-                "features_per_stage": [4, 8],
-                "conv_op": convolution,
-                "kernel_sizes": [[3] * dimensions] * 2,
-                "strides": [[1] * dimensions, [2] * dimensions],
-                "n_blocks_per_stage": [1, 1],
-                "n_conv_per_stage_decoder": [1],
-                "conv_bias": True,
-                "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
-                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-                "dropout_op": None,
-                "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-            },
-            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-        },
+        "architecture": resenc(dimensions, (4, 8)),
         "batch_dice": False,
     }
     intensities = {"max": 9.0, "mean": 1.0, "median": 1.0, "min": -9.0, "std": 1.0}

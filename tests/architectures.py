@@ -1,0 +1,49 @@
+"""The ``architecture`` of a plan, for networks small enough to test with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def resenc(
+    num_axes: int = 3, features: Sequence[int] = (4, 8, 8), blocks: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """A residual encoder U-Net with one stage per entry of ``features``; all strides but the first are 2."""
+    num_stages = len(features)
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+        "arch_kwargs": {
+            "n_stages": num_stages,
+            "features_per_stage": list(features),
+            "conv_op": f"torch.nn.modules.conv.Conv{num_axes}d",
+            "kernel_sizes": [[3] * num_axes] * num_stages,
+            "strides": [[1] * num_axes] + [[2] * num_axes] * (num_stages - 1),
+            "n_blocks_per_stage": list(blocks or [1] * num_stages),
+            "n_conv_per_stage_decoder": [1] * (num_stages - 1),
+            "conv_bias": True,
+            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{num_axes}d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def primus(patch_size: Sequence[int], embed_dim: int = 48, **changes: Any) -> dict[str, Any]:
+    """A Primus of two blocks and two heads."""
+    return {
+        "network_class_name": "mfm_nnunet.models.primus.PrimusSeg",
+        "arch_kwargs": {
+            "embed_dim": embed_dim,
+            "patch_embed_size": [8] * len(patch_size),
+            "input_shape": list(patch_size),
+            "eva_depth": 2,
+            "eva_numheads": 2,
+            **changes,
+        },
+        "_kw_requires_import": [],
+    }
