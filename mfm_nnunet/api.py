@@ -42,11 +42,11 @@ def plan_and_preprocess(
     """Plan and preprocess labelled datasets or unlabelled corpora; finished work is reused.
 
     ``images`` registers a corpus of scans that stay where they are: a folder tree, a CSV or an nnU-Net raw folder
-    without labels; ``name`` is its name. ``spacing`` in mm, in nnU-Net's axis order. ``like`` is a pretrained
-    checkpoint that the plan must fit.
+    without labels; ``name`` is its name. ``spacing`` in mm, in nnU-Net's axis order (slices first: Z Y X). ``like``
+    is a pretrained checkpoint that the plan must fit.
 
     Raises MFMError for bad input (a labelled dataset with any bad case is refused, with the list of all of them), and
-    CasesFailedError after finishing when scans of a corpus were left out.
+    CasesFailedError after finishing when single cases failed and were left out.
     """
     from mfm_nnunet.plans.planner import PlanRequest, format_table, plan
 
@@ -184,7 +184,11 @@ def predict(
     """Segment every case of a folder; masks have the exact geometry of their input.
 
     The model is a folder, or the dataset, configuration, plan and trainer that it was made with; ``folds`` None means
-    all that exist. Raises MFMError for bad input and CasesFailedError after all good cases are done.
+    all numbered folds that exist, else ``all``. An output folder that is not empty is refused unless ``overwrite`` or
+    ``resume`` (which skips what this very model did already). ``previous_stage`` holds the masks that a cascade starts
+    from; ``part_id`` of ``num_parts`` shares a folder among processes.
+
+    Raises MFMError for bad input and CasesFailedError after all good cases are done.
     """
     from mfm_nnunet.predict.batch import PredictOptions, predict_folder
 

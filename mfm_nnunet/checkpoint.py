@@ -196,7 +196,8 @@ def _plain_numpy_allowed() -> Iterator[None]:
     """Stock nnU-Net checkpoints hold NumPy scalars in their log; these types carry data and run no code."""
     import numpy as np
 
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    core: Any = np._core if hasattr(np, "_core") else np.core
+    scalar = core.multiarray.scalar
     names: list[Any] = [np.dtype, scalar, type(np.dtype("float32")), type(np.dtype("float64")), type(np.dtype("int64"))]
     names.append((scalar, "numpy.core.multiarray.scalar"))
     with torch.serialization.safe_globals(names):

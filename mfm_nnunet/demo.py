@@ -17,7 +17,15 @@ from typing import Any
 
 from mfm_nnunet import api, workspace
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.demo_data import Split, split_folder, split_template, write_corpus, write_dataset, write_test_folder
+from mfm_nnunet.demo_data import (
+    Split,
+    find_template,
+    split_folder,
+    split_template,
+    write_corpus,
+    write_dataset,
+    write_test_folder,
+)
 from mfm_nnunet.demo_result import ARMS, Arm, DemoResult, compare
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.plans.schema import MFMBlock, override
@@ -54,12 +62,15 @@ def run_demo(
     Raises MFMError (E_EXISTS) when the folder is not empty; ``overwrite`` removes what an earlier demo made there.
     """
     schedule = (*SCHEDULE, *settings)
-    override(MFMBlock(), schedule)  # a misspelt setting is an error now, not after minutes
+    override(MFMBlock(), schedule)  # what the user got wrong is an error now, before anything is written
+    source = split_folder(data) if data else None
+    if source is None:
+        find_template("t1")
     _prepare(folder, overwrite)
     result = DemoResult()
     with _ignoring_nnunet_folders(), workspace.use(folder) as here:
         with result.timed("data"):
-            split = split_folder(data) if data else split_template(folder / "scans")
+            split = source or split_template(folder / "scans")
             write_corpus(split, folder / "corpus.csv")
             write_dataset(split, here.raw / f"Dataset{DATASET_ID}_{DATASET_NAME}")
             write_test_folder(split, folder / "test_images")
@@ -72,7 +83,7 @@ def run_demo(
             _train_and_predict(result, arm, folder, configuration, checkpoints.get(arm.key), schedule, device)
         with result.timed("pictures"):
             compare(result, split, folder / "overlays")
-    _write_record(folder, {"schedule": schedule, "seconds": result.seconds, "dice": result.dice})
+    _write_record(folder, {"schedule": schedule, "seconds": result.seconds, "dice": result.dice_or_none()})
     return result
 
 

@@ -77,6 +77,23 @@ def split_template(folder: Path) -> Split:
     )
 
 
+def find_template(name: str) -> Path:
+    """The file of a map (``t1``, ``gm``, ``wm``) inside the installed nilearn, found without importing or loading it.
+
+    Raises MFMError (E_NOT_FOUND) when nilearn is not installed.
+    """
+    spec = importlib.util.find_spec("nilearn")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder) / "datasets" / "data" / TEMPLATE.format(name)
+        if file.is_file():
+            return file
+    raise MFMError(
+        "E_NOT_FOUND",
+        "the demo's own data comes with the package nilearn, which is not installed (or lacks the template). "
+        "Run: pip install 'mfm_nnunet[demo]', or use your own data with --data DIR.",
+    )
+
+
 def template_blocks(affine: np.ndarray) -> list[tuple[str, tuple[int, int, int], tuple[slice, slice, slice]]]:
     """(hemisphere, place in the grid, voxels) of all blocks; place i counts from the side towards the midline."""
     assert affine[0, 0] > 0, "the template's first axis must point to the right"
@@ -150,17 +167,7 @@ def write_test_folder(split: Split, folder: Path) -> None:
 def _open_template(name: str) -> Any:
     import nibabel
 
-    spec = importlib.util.find_spec("nilearn")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        file = Path(folder) / "datasets" / "data" / TEMPLATE.format(name)
-        if file.is_file():
-            return nibabel.load(file)
-    raise MFMError(
-        "E_NOT_FOUND",
-        "the demo's own data comes with the package nilearn, which is not installed (or lacks the template). "
-        "Run: pip install 'mfm_nnunet[demo]', or use your own data with --data DIR.",
-    )
+    return nibabel.load(find_template(name))
 
 
 def _save_block(file: Path, template: Any, volume: np.ndarray, where: tuple[slice, slice, slice]) -> None:

@@ -48,6 +48,16 @@ class DemoResult:
             return mean_dice([self.mean(arm, name) for name in self.dice[arm]])
         return mean_dice(list(self.dice[arm][label].values()))
 
+    def dice_or_none(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """As ``dice``, for JSON: None where neither reference nor prediction has the label."""
+        return {
+            arm: {
+                label: {case: None if score != score else score for case, score in cases.items()}
+                for label, cases in labels.items()
+            }
+            for arm, labels in self.dice.items()
+        }
+
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the seconds that the block takes to ``stage``."""

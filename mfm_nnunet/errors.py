@@ -50,7 +50,7 @@ class CasesFailedError(MFMError):
             "E_CASES_FAILED", f"{len(failures)} of {num_cases} cases failed, the others are done:\n{lines}"
         )
 
-    def __reduce__(self) -> tuple[type[MFMError], tuple]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[MFMError], tuple]:
         return (type(self), (self.failures, self.num_cases))
 
 

@@ -31,13 +31,13 @@ def build_parser() -> common.StrictParser:
         metavar="SOURCE",
     )
     flag("--name", "name of the corpus that --images registers (default: Corpus)")
-    text = "configurations to preprocess (default: 3d_fullres, or 2d for 2D images)"
+    text = "configurations to preprocess (default: all that are planned; for a corpus 3d_fullres, or 2d for 2D images)"
     flag("-c --configuration", text, dest="configurations", nargs="+", metavar="CONFIG")
     text = "residual encoder U-Net (default), or the Primus transformer"
     flag("--network", text, choices=("resenc", "primus"), default="resenc")
     text = "memory that training may take (default: the GPU's, or a small preset for the CPU)"
     flag("--memory-gb -gpu_memory_target", text, type=_positive_float, metavar="G")
-    text = "median (default), onemm, original, or three numbers X Y Z in mm"
+    text = "median (default), onemm, original, or three numbers in mm, slices first as in nnU-Net (Z Y X)"
     flag("--spacing", text, nargs="+", default=["median"], metavar="S")
     text = "take network, spacing, normalisation and axis order of a pretrained checkpoint"
     flag("--like", text, metavar="CHECKPOINT")

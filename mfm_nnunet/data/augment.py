@@ -68,7 +68,7 @@ def apply_spatial(crop_CDHW: np.ndarray, parameters: SpatialParameters, patch_si
             ]
         )
     axes = [axis + 1 for axis, flip in enumerate(parameters.flips) if flip]
-    return np.ascontiguousarray(np.flip(crop_CDHW, axes) if axes else crop_CDHW, dtype=np.float32)
+    return np.ascontiguousarray(np.flip(crop_CDHW, tuple(axes)) if axes else crop_CDHW, dtype=np.float32)
 
 
 def _is_flat(patch_size: Sequence[int]) -> bool:

@@ -133,7 +133,7 @@ def batches(
     ]
     loader = DataLoader(
         stream,
-        batch_sampler=indices,  # type: ignore[arg-type]
+        batch_sampler=indices,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_parent if num_workers else None,

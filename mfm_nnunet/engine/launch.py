@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any, get_args
 import torch
 
 from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.children import call_recorded, raise_recorded
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.crops import CropStream, StreamSettings
 from mfm_nnunet.device import default_workers, pick_device
 from mfm_nnunet.engine.distributed import join_world, leave_world
 from mfm_nnunet.engine.pretrainer import Pretrainer, Run
-from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.errors import MFMError, StoppedError, nearest
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans import schema
@@ -42,17 +44,37 @@ class PretrainRun:
 
 
 def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
-    """Run :func:`pretrain_here` in ``num_gpus`` processes as torchrun does; returns the final checkpoint."""
+    """Run :func:`pretrain_here` in ``num_gpus`` processes as torchrun does; returns the final checkpoint.
+
+    Raises what a process raised; a signal reaches all of them, and each saves before it ends.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=num_gpus, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=f"mfm-{os.getpid()}", max_restarts=0, start_method="spawn",
-    )  # fmt: skip
-    return elastic_launch(config, _pretrain_worker)(here, arguments)[0]
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_gpus,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"mfm-{os.getpid()}",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    with tempfile.TemporaryDirectory() as notes:
+        try:
+            return elastic_launch(config, call_recorded)(notes, _pretrain_worker, here, arguments)[0]
+        except (ChildFailedError, SignalException) as error:
+            raise_recorded(notes)
+            if isinstance(error, SignalException):
+                raise StoppedError(128 + error.sigval, "stopped by a signal. Continue with --c.") from error
+            raise
 
 
 def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> Path:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mfm_nnunet").setLevel(logging.INFO)
     return pretrain_here(here, **arguments)
 
 
@@ -76,6 +98,7 @@ def pretrain_here(
     resolved = schema.override(
         PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
     )
+    _require_legal(resolved)
     name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
     folder = here.results / dataset_name / name
     _require_free(folder, continue_training)
@@ -206,6 +229,19 @@ def _prepare(
 def _less(first: Augmentation, second: Augmentation) -> Augmentation:
     """The smaller of two augmentations."""
     return min(first, second, key=get_args(Augmentation).index)
+
+
+def _require_legal(resolved: PretrainRun) -> None:
+    """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
+    schema.require_legal_schedule(resolved.pretrain, "pretrain.")
+    rules = [
+        (resolved.pretrain.batch_size > 0, f"pretrain.batch_size={resolved.pretrain.batch_size}: must be at least 1"),
+        (resolved.seed >= 0, f"seed={resolved.seed}: must not be below 0"),
+        ((resolved.num_workers or 0) >= 0, f"num_workers={resolved.num_workers}: must not be below 0"),
+    ]
+    for holds, rule in rules:
+        if not holds:
+            raise MFMError("E_CONFIG", f"{rule}.")
 
 
 def _require_free(folder: Path, continue_training: bool) -> None:

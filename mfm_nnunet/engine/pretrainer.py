@@ -6,6 +6,7 @@ that was killed and continued ends in the same weights, bit for bit on the CPU.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -231,8 +232,11 @@ class Pretrainer:
 
     def _resume_settings(self) -> dict[str, Any]:
         """What a continued run must agree with; the number of workers and the device are free."""
-        described = {name: self._run.description[name] for name in ("pretext", "pretext_config", "corpus", "pretrain")}
-        return json.loads(json.dumps({**described, "seed": self._run.seed, "world_size": self._run.world.size}))
+        about = self._run.description
+        described = {name: about[name] for name in ("pretext", "pretext_config", "corpus", "pretrain")}
+        plan = hashlib.sha256(json.dumps(about["plans"]["configurations"], sort_keys=True).encode()).hexdigest()
+        others = {"seed": self._run.seed, "world_size": self._run.world.size, "plan_sha256": plan}
+        return json.loads(json.dumps({**described, **others}))
 
     def _stop(self, stop: StopFlag) -> None:
         if self._run.world.is_main:

@@ -10,13 +10,16 @@ import dataclasses
 import json
 import logging
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from mfm_nnunet.children import call_recorded, raise_recorded
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import settings as run_settings
@@ -199,13 +202,18 @@ def _spawn(job: Job, num_gpus: int) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_execute_distributed, args=(job, num_gpus, port), nprocs=num_gpus)
+    with tempfile.TemporaryDirectory() as notes:
+        try:
+            torch.multiprocessing.spawn(_execute_distributed, args=(notes, job, num_gpus, port), nprocs=num_gpus)
+        except (ProcessRaisedException, ProcessExitedException):
+            raise_recorded(notes)
+            raise
 
 
-def _execute_distributed(rank: int, job: Job, num_gpus: int, port: int) -> None:
+def _execute_distributed(rank: int, notes: str, job: Job, num_gpus: int, port: int) -> None:
     torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl", init_method=f"tcp://localhost:{port}", rank=rank, world_size=num_gpus)
     try:
-        execute(job)
+        call_recorded(notes, execute, job)
     finally:
         torch.distributed.destroy_process_group()

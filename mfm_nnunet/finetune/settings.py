@@ -11,7 +11,15 @@ from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.plans.schema import MFMBlock, from_dict, override, resolved_warmup, setting_names, to_dict
+from mfm_nnunet.plans.schema import (
+    MFMBlock,
+    from_dict,
+    override,
+    require_legal_schedule,
+    resolved_warmup,
+    setting_names,
+    to_dict,
+)
 
 FILE = "settings.json"
 MAY_DIFFER = ("num_workers",)
@@ -27,16 +35,10 @@ def resolve(block: MFMBlock, overrides: Sequence[str], pretrained: Mapping[str, 
         _require_of_training(assignment.partition("=")[0].strip(), block)
     block = override(block, overrides)
     settings = block.finetune
-    for name in ("epochs", "iterations_per_epoch", "validation_iterations", "learning_rate", "gradient_clip"):
-        if not getattr(settings, name) > 0:
-            raise MFMError("E_CONFIG", f"finetune.{name}={getattr(settings, name)}: must be greater than 0.")
+    require_legal_schedule(settings, "finetune.")
+    if (block.num_workers or 0) < 0:
+        raise MFMError("E_CONFIG", f"num_workers={block.num_workers}: must not be below 0.")
     warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
-    if not 0 <= warmup <= settings.epochs or settings.weight_decay < 0 or (block.num_workers or 0) < 0:
-        raise MFMError(
-            "E_CONFIG",
-            f"finetune.warmup_epochs={warmup} must be from 0 to finetune.epochs={settings.epochs}, and "
-            f"finetune.weight_decay={settings.weight_decay} and num_workers={block.num_workers} not below 0.",
-        )
     settings = dataclasses.replace(settings, warmup_epochs=warmup)
     if pretrained is not None:
         settings = dataclasses.replace(settings, checkpoint=dict(pretrained))

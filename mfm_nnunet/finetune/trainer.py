@@ -134,6 +134,9 @@ class MFMTrainer(nnUNetTrainer):
     def print_plans(self) -> None:
         """Nothing: the plan is in the model folder, and on the console it would bury the rest."""
 
+    def _save_debug_information(self) -> None:
+        """Nothing: stock's debug.json names the computer, its paths and the cases in the model folder."""
+
     def plot_network_architecture(self) -> None:
         """Nothing: the drawing package that nnU-Net tries is not maintained."""
 

@@ -19,9 +19,8 @@ from torch.overrides import TorchFunctionMode
 OPTIMIZER_COPIES = {"sgd": 1, "adamw": 2}
 """Numbers per weight that an optimizer keeps: momentum; first and second moment."""
 
-WORKING_TENSORS = 4
-"""Size of the backward pass's own buffers, in units of the largest kept tensor. Measured: about 4 for convolutions on
-the CPU, 3 to 4 for transformers."""
+WORKING_TENSORS = 2
+"""Size of the backward pass's own buffers, in units of the largest kept tensor: its gradient and a reordered copy."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class MemoryEstimate:
     activations: int
     """Kept by autograd for the backward pass, the input and the outputs included."""
     working: int
-    """What the backward pass holds for a moment: gradients of an operation's output and inputs, reordered copies."""
+    """What the backward pass holds for a moment: gradients between operations, reordered copies."""
 
     @property
     def total(self) -> int:

@@ -109,16 +109,11 @@ class MFMPlanner(ResEncUNetPlanner):
 
     def determine_reader_writer(self) -> Any:
         """The reader for the images' format; stock opens one with each reader in turn and prints tracebacks."""
-        files = [Path(case["images"][0]) for case in self.dataset.values()]
-        names = {reading.reader_for(file, self.dataset_json) for file in (files if self.is_corpus else files[:1])}
-        if len(names) > 1 and not names <= {"SimpleITKIO", "NibabelIO"}:
-            raise MFMError(
-                "E_FORMAT",
-                f"{self.dataset_name} mixes formats that no single reader knows ({', '.join(sorted(names))}). "
-                "Register pictures and volumes as separate data sets.",
-            )
-        # SimpleITK reads all volume formats, and both give arrays in the same axis order.
-        return recursive_find_reader_writer_by_name(names.pop() if len(names) == 1 else "SimpleITKIO")
+        readable = self.dataset_fingerprint.get("mfm", {}).get("case_names", [])
+        case = next(
+            (self.dataset[name] for name in readable if name in self.dataset), next(iter(self.dataset.values()))
+        )
+        return recursive_find_reader_writer_by_name(reading.reader_for(Path(case["images"][0]), self.dataset_json))
 
     @staticmethod
     def static_estimate_VRAM_usage(
@@ -178,7 +173,8 @@ class MFMPlanner(ResEncUNetPlanner):
         if self.network == "resenc" and not self.source:
             self._require_memory(*arguments)
         configuration = super().get_plans_for_configuration(*arguments, _cache)
-        if self.network == "primus" and not self.source:
+        name = "2d" if len(spacing) == 2 else "3d_fullres"
+        if self.network == "primus" and not self.source and (self.wanted is None or name in self.wanted):
             size, patch, batch = self._size_primus(spacing, median_shape)
             configuration["architecture"] = primus_architecture(size, patch)
             configuration["patch_size"] = patch

@@ -89,6 +89,20 @@ def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
     return round(epochs * (0.05 if epochs >= 300 else 0.1))
 
 
+def require_legal_schedule(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
+    """Raise MFMError (E_CONFIG) that names the first setting of a schedule which is out of its range."""
+    for name in ("epochs", "iterations_per_epoch", "validation_iterations", "learning_rate", "gradient_clip"):
+        if not getattr(settings, name) > 0:
+            raise MFMError("E_CONFIG", f"{prefix}{name}={getattr(settings, name)}: must be greater than 0.")
+    warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
+    if not 0 <= warmup <= settings.epochs:
+        raise MFMError(
+            "E_CONFIG", f"{prefix}warmup_epochs={warmup}: must be from 0 to {prefix}epochs={settings.epochs}."
+        )
+    if settings.weight_decay < 0:
+        raise MFMError("E_CONFIG", f"{prefix}weight_decay={settings.weight_decay}: must not be below 0.")
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """A settings dataclass as plain JSON values (tuples become lists)."""
     return _plain(dataclasses.asdict(settings))

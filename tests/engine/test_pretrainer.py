@@ -16,7 +16,7 @@ import torch
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.engine.launch import split_subjects
+from mfm_nnunet.engine.launch import launch, split_subjects
 from mfm_nnunet.errors import MFMError
 from tests.engine.tiny_run import NAME, prepare, run
 
@@ -156,6 +156,9 @@ def test_nonfinite_loss_stops_before_the_update_and_names_the_cases(tmp_path: Pa
         ({"settings": ("pretext.mask_ration=0.5",)}, r"Did you mean 'pretext\.mask_ratio'"),
         ({"settings": ("pretext.mask_ratio=1.5",)}, "mask_ratio"),
         ({"settings": ("pretrain.validation_fraction=2",)}, "validation_fraction"),
+        ({"settings": ("pretrain.epochs=0",)}, r"pretrain\.epochs=0: must be greater"),
+        ({"settings": ("pretrain.batch_size=0",)}, r"batch_size=0: must be at least 1"),
+        ({"settings": ("pretrain.warmup_epochs=9",)}, r"warmup_epochs=9: must be from 0 to"),
         ({"device": "tpu"}, "cpu, cuda and mps"),
         ({"pretext": "no.such.module"}, "no module"),
     ],
@@ -195,3 +198,11 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     reference = weights(single)
     largest = max(float((double[name] - reference[name]).abs().max()) for name in reference)
     assert largest < 1e-5
+
+
+def test_errors_of_child_processes_are_raised_as_they_were(tmp_path: Path) -> None:
+    here = prepare(tmp_path, num_cases=1)
+    arguments = {"dataset_name": NAME, "configuration": "3d_fullres", "plans_name": "mfmPlans", "pretext": "mae"}
+    rest = {"settings": (), "continue_training": False, "device": "cpu", "run_name": None}
+    with pytest.raises(MFMError, match="single subject"):
+        launch(2, here, {**arguments, **rest})
