@@ -6,6 +6,7 @@ This is where the parts are put together; each part knows only what the architec
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -258,30 +259,52 @@ def _fingerprint(
     from mfm_nnunet.plans.fingerprint import extract_fingerprint
 
     raw, preprocessed = here.raw / dataset_name, here.preprocessed / dataset_name
-    cases = corpus.load_cases(raw)
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    cases, dataset_json = corpus.load_cases(raw), corpus.read_dataset_json(raw)
     is_corpus = corpus.is_corpus(raw)
+    unlabelled = [case.name for case in cases if case.label is None]
+    if 0 < len(unlabelled) < len(cases):
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{raw / 'dataset.json'}: {len(unlabelled)} of {len(cases)} cases have no label, e.g. {unlabelled[0]}. Add "
+            "the labels, or take these cases out.",
+        )
     file = preprocessed / "dataset_fingerprint.json"
-    preprocessed.mkdir(parents=True, exist_ok=True)
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    signature = corpus.signature(cases)
-    if known.get("mfm", {}).get("signature") == signature:
-        failures = [CaseFailure(*failure) for failure in known["mfm"]["failures"]]
+    known = _known_fingerprint(file)
+    # The rules for labels and channels belong to it: a corrected dataset.json must be checked against all labels.
+    rules = {name: dataset_json.get(name) for name in ("labels", "channel_names", "overwrite_image_reader_writer")}
+    signature = hashlib.sha256((corpus.signature(cases) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
+    if known.get("signature") == signature:
+        failures = [CaseFailure(*failure) for failure in known["failures"]]
     else:
-        fingerprint, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
-        if failures and not is_corpus:
-            raise _bad_dataset(dataset_name, failures, len(cases))
+        try:
+            fingerprint, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
+            if failures and not is_corpus:
+                raise CasesFailedError(failures, len(cases))
+        except CasesFailedError as error:
+            if is_corpus:
+                raise
+            raise _bad_dataset(dataset_name, error.failures, len(cases)) from error
         fingerprint["mfm"] = {
             **fingerprint.get("mfm", {}),
             "signature": signature,
             "failures": [[failure.case, failure.code, failure.reason] for failure in failures],
         }
+        preprocessed.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as handle:
             handle.write(json.dumps(fingerprint, indent=1).encode())
     with atomic_write(preprocessed / "dataset.json") as handle:
         handle.write(json.dumps(dataset_json, indent=1).encode())
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
+
+
+def _known_fingerprint(file: Path) -> dict[str, Any]:
+    """Our part of a fingerprint; empty where there is none, or a damaged one, which is made again."""
+    try:
+        known = json.loads(file.read_text())["mfm"]
+        return known if {"signature", "failures"} <= set(known) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _bad_dataset(dataset_name: str, failures: list[CaseFailure], num_cases: int) -> MFMError:
@@ -316,7 +339,7 @@ def _preprocess(
     from mfm_nnunet.data.preprocess import preprocess_dataset
 
     raw = here.raw / dataset_name
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = corpus.read_dataset_json(raw)
     failures: list[CaseFailure] = []
     for configuration in _to_preprocess(result.plans, asked, corpus.is_corpus(raw)):
         report = preprocess_dataset(

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -80,7 +81,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise MFMError("E_EMPTY", f"{file}: the checkpoint is empty. Copy it again.")
     _verify_checksums(file)
     try:
-        with _plain_numpy_allowed():
+        with _plain_numpy_allowed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol of a file that is refused anyway
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MFMError(

@@ -6,8 +6,10 @@ callers of the Python API catch one type; the commands print the message without
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -34,6 +36,8 @@ class CaseFailure:
     case: str
     code: str
     reason: str
+    details: str = ""
+    """The traceback of an error that nobody expected, for the log; never on the console."""
 
     def __str__(self) -> str:
         return f"{self.case}: {self.code}  {self.reason}"
@@ -46,12 +50,22 @@ class CasesFailedError(MFMError):
         self.failures = failures
         self.num_cases = num_cases
         lines = "\n".join(f"  {failure}" for failure in failures)
-        super().__init__(
-            "E_CASES_FAILED", f"{len(failures)} of {num_cases} cases failed, the others are done:\n{lines}"
-        )
+        others = "the others are done" if len(failures) < num_cases else "so nothing is done"
+        super().__init__("E_CASES_FAILED", f"{len(failures)} of {num_cases} cases failed, {others}:\n{lines}")
 
     def __reduce__(self) -> tuple[type[MFMError], tuple]:
         return (type(self), (self.failures, self.num_cases))
+
+
+@contextlib.contextmanager
+def about(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the name of ``file`` in front of the message of an MFMError that is raised inside and does not name it."""
+    try:
+        yield
+    except MFMError as error:
+        if str(file) in error.message:
+            raise
+        raise MFMError(error.code, f"{file}: {error.message}") from error
 
 
 class StoppedError(Exception):

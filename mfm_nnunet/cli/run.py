@@ -28,6 +28,15 @@ MAX_MESSAGE_LINES = 5
 _PACKAGE = str(Path(__file__).parent.parent)
 _OUT_OF_MEMORY = "E_OOM  not enough memory. Plan with a smaller --memory-gb, free some memory, or take -device cpu."
 
+_NO_ACCESS = ("E_PERMISSION", "Check its owner and mode, or choose another place.")
+_IN_THE_WAY = ("E_EXISTS", "A file is where a folder is needed: choose another place, or move the file away.")
+_PATH_ERRORS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_ACCESS),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), _IN_THE_WAY),
+    errno.ENAMETOOLONG: ("E_CONFIG", "Give a shorter name."),
+}
+"""Errors of the system that the user can repair: the code and what to do."""
+
 
 def run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
     """Call ``job(arguments)``; returns the exit code. ``arguments`` needs ``workspace`` and ``debug``."""
@@ -83,7 +92,7 @@ def _report(error: BaseException, arguments: argparse.Namespace) -> int:
         num_hidden = len(lines) - MAX_MESSAGE_LINES + 1
         place = _write_log(error, arguments)
         lines = [*lines[: MAX_MESSAGE_LINES - 1], f"  ... and {num_hidden} more lines, all in {place}"]
-    elif exit_code == 1:
+    elif exit_code == 1 or _unexpected(error):
         lines[-1] += f" (Details: {_write_log(error, arguments)}; or run with --debug.)"
     print("\n".join(lines), file=sys.stderr)
     return exit_code
@@ -103,12 +112,20 @@ def _classify(error: BaseException) -> tuple[int, str]:
         return 1, str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 2, _OUT_OF_MEMORY
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return 2, f"E_DISK_FULL  {error.filename or 'a file'}: the disk is full. Free some space and run again."
-    if isinstance(error, PermissionError):
-        return 2, f"E_PERMISSION  {error.filename}: no permission to read or write. Check its owner and mode."
+    if isinstance(error, OSError) and error.filename and error.errno in _PATH_ERRORS:
+        code, advice = _PATH_ERRORS[error.errno]
+        return 2, f"{code}  {error.filename}: {(error.strerror or '').lower()}. {advice}"
     first_line = (str(error).splitlines() or [""])[0]
     return 1, f"internal error: {type(error).__name__}: {first_line}"
+
+
+def _unexpected(error: BaseException) -> list[str]:
+    """The tracebacks of single cases that failed for a reason that nobody expected."""
+    causes = (error, error.__cause__)
+    failures = [failure for cause in causes if isinstance(cause, CasesFailedError) for failure in cause.failures]
+    return [f"\n{failure.case}:\n{failure.details}" for failure in failures if failure.details]
 
 
 def _is_raised_by_us(error: BaseException) -> bool:
@@ -120,7 +137,7 @@ def _is_raised_by_us(error: BaseException) -> bool:
 def _write_log(error: BaseException, arguments: argparse.Namespace) -> str:
     """Append the whole message and traceback to the workspace's error log; returns where it is."""
     file = Path(arguments.workspace or workspace.DEFAULT) / LOG_FILE
-    details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    details = "".join([*traceback.format_exception(type(error), error, error.__traceback__), *_unexpected(error)])
     command = " ".join(sys.argv)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

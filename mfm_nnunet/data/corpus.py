@@ -17,11 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.data.dataset_json import check_dataset_json
 from mfm_nnunet.data.index import Case, group_channels, index_source, require_channels, subject_of, with_digest
 from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import read_json
 
-__all__ = ["Case", "corpus_hash", "index_source", "is_corpus", "load_cases", "register_corpus", "signature"]
+__all__ = [
+    "Case",
+    "corpus_hash",
+    "index_source",
+    "is_corpus",
+    "load_cases",
+    "read_dataset_json",
+    "register_corpus",
+    "signature",
+]
 
 FORMAT = 1
 """Version of corpus.json."""
@@ -75,24 +86,30 @@ def load_cases(dataset_folder: Path) -> list[Case]:
 
     In a corpus a scan that vanished is a bad case, which reading reports; in a labelled dataset every file must be
     there. Raises MFMError: E_NOT_FOUND (no dataset.json; missing label or image files, all listed), E_CHANNELS
-    (missing channel files, all listed), E_FORMAT (a damaged JSON file).
+    (missing channel files, all listed), E_FORMAT (a damaged JSON file, or one that breaks nnU-Net's rules).
     """
     if is_corpus(dataset_folder):
         return _corpus_cases(dataset_folder)
-    file = dataset_folder / "dataset.json"
-    dataset_json = _read_json(file)
-    lacking = [key for key in ("labels", "file_ending") if key not in dataset_json]
-    if lacking:
-        raise MFMError("E_FORMAT", f"{file}: has no '{lacking[0]}'. Is this a dataset of nnU-Net v1? Convert it first.")
+    dataset_json = read_dataset_json(dataset_folder)
     cases = (
         _mapped(dataset_folder, dataset_json) if "dataset" in dataset_json else _listed(dataset_folder, dataset_json)
     )
     if not cases:
         raise MFMError(
-            "E_NOT_FOUND", f"{dataset_folder / 'imagesTr'}: no image that ends with {dataset_json['file_ending']}."
+            "E_NOT_FOUND",
+            f"{dataset_folder / 'imagesTr'}: no image that ends with {dataset_json['file_ending']}, the file_ending in "
+            "dataset.json. Add the images, or correct the ending.",
         )
     _require_files(dataset_folder, cases)
     return cases
+
+
+def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
+    """``dataset.json`` of a raw folder. Raises MFMError (E_NOT_FOUND, E_FORMAT) with everything that is wrong in it."""
+    file = dataset_folder / "dataset.json"
+    content = read_json(file, "Every dataset needs one; repair it or register the images again.")
+    check_dataset_json(content, file)
+    return content
 
 
 def is_corpus(dataset_folder: Path) -> bool:
@@ -149,7 +166,7 @@ def _update(folder: Path, cases: list[Case]) -> list[Case]:
     if others:
         raise MFMError(
             "E_EXISTS",
-            f"{folder}: is registered with {len(known)} scans from {_read_json(folder / 'corpus.json')['source']}, and "
+            f"{folder}: is registered with {len(known)} scans from {_read_corpus(folder)['source']}, and "
             f"{len(others)} of them, e.g. {others[0].images[0]}, are not in the new source. Choose another number, or "
             "delete this folder if the old corpus is not needed.",
         )
@@ -187,13 +204,21 @@ def _file_format(cases: Sequence[Case]) -> dict[str, str]:
 
 
 def _corpus_cases(folder: Path) -> list[Case]:
-    content = _read_json(folder / "corpus.json")
-    if content.get("format") != FORMAT:
-        raise MFMError("E_FORMAT", f"{folder / 'corpus.json'}: unknown format. Delete the folder and register again.")
     return [
         Case(entry["name"], tuple(Path(file) for file in entry["images"]), None, entry["subject"])
-        for entry in content["cases"]
+        for entry in _read_corpus(folder)["cases"]
     ]
+
+
+def _read_corpus(folder: Path) -> dict[str, Any]:
+    file, advice = folder / "corpus.json", "Delete the folder and register the images again."
+    content = read_json(file, advice)
+    keys = {"name", "images", "subject"}
+    cases = content.get("cases")
+    is_whole = isinstance(cases, list) and all(isinstance(entry, dict) and keys <= set(entry) for entry in cases)
+    if content.get("format") != FORMAT or "source" not in content or not is_whole:
+        raise MFMError("E_FORMAT", f"{file}: of an unknown format, or parts are missing. {advice}")
+    return content
 
 
 def _mapped(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
@@ -217,7 +242,7 @@ def _listed(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
     """``imagesTr/NAME_0000.nii.gz`` and ``labelsTr/NAME.nii.gz``."""
     ending = dataset_json["file_ending"]
     if not (folder / "imagesTr").is_dir():
-        raise MFMError("E_NOT_FOUND", f"{folder}: has no folder imagesTr.")
+        raise MFMError("E_NOT_FOUND", f"{folder}: has no folder imagesTr. Put the images there as NAME_0000{ending}.")
     groups = group_channels(folder / "imagesTr", ending)
     num_channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or [0])
     if ending.lower() in _PICTURES and all(set(files) == {0} for files in groups.values()):
@@ -247,18 +272,6 @@ def _require_files(folder: Path, cases: Sequence[Case]) -> None:
     if missing:
         listing = "\n".join(f"  {file}" for file in missing)
         raise MFMError("E_NOT_FOUND", f"{folder}: {len(missing)} image or label files are missing:\n{listing}")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MFMError("E_NOT_FOUND", f"{file}: no such file. Every dataset needs one.") from error
-    except (OSError, ValueError) as error:
-        raise MFMError("E_FORMAT", f"{file}: cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise MFMError("E_FORMAT", f"{file}: expected a JSON object.")
-    return content
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

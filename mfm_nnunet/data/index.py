@@ -86,7 +86,8 @@ def group_channels(folder: Path, file_ending: str = "") -> dict[str, dict[int, P
     if strange:
         raise MFMError(
             "E_FORMAT",
-            f"{folder}: these names do not end with a channel as in NAME_0000.nii.gz: {', '.join(strange)}",
+            f"{folder}: {len(strange)} names do not end with a channel as in NAME_0000.nii.gz, e.g. {strange[0]}. "
+            "Rename them.",
         )
     return groups
 
@@ -216,10 +217,8 @@ def _read_table(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     channels = sorted((name for name in header if re.fullmatch(r"image_\d+", name)), key=lambda name: int(name[6:]))
     columns = ["image"] if "image" in header else channels
     if not columns:
-        raise MFMError(
-            "E_FORMAT",
-            f"{file}: no column 'image' or 'image_0', only {', '.join(header)}. Name the column of the paths.",
-        )
+        found = f"only {', '.join(header)}" if header else "and no first line"
+        raise MFMError("E_FORMAT", f"{file}: no column 'image' or 'image_0', {found}. Name the column of the paths.")
     return columns, rows
 
 

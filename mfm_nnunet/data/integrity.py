@@ -45,9 +45,9 @@ _OTHER_CONTENT = {
     b"\x1f\x8b": "gzip data; if it is a compressed NIfTI file its name must end with .nii.gz",
     b"\x5c\x01\0\0": "an uncompressed NIfTI file, whose name must end with .nii",
     b"\0\0\x01\x5c": "an uncompressed NIfTI file, whose name must end with .nii",
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"NRRD": "an NRRD file",
+    b"\x89PNG": "a PNG picture, whose name must end with .png",
+    b"\xff\xd8\xff": "a JPEG picture, whose name must end with .jpg",
+    b"NRRD": "an NRRD file, whose name must end with .nrrd",
     b"PK": "a zip archive; unpack it",
 }
 
@@ -124,8 +124,11 @@ def _require_content(path: Path, ending: str) -> None:
     elif start.startswith(_MAGIC[ending]):
         return
     if not known and not start.strip(b"\t\r\n" + bytes(range(32, 127))):
-        known = "a web page" if start.lstrip()[:1] == b"<" else "text"
-    raise MFMError("E_FORMAT", f"{path}: the name ends with {ending}, the content is {known or 'something else'}.")
+        is_page = start.lstrip()[:1] == b"<"
+        known = "a web page; download the image itself" if is_page else "text; copy or export the image itself"
+    raise MFMError(
+        "E_FORMAT", f"{path}: the name ends with {ending}, the content is {known or 'something else; export it again'}."
+    )
 
 
 def _check_nifti(path: Path, compressed: bool) -> None:

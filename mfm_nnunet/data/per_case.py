@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -35,8 +36,9 @@ def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
     except MemoryError:
         return CaseFailure(case.name, "E_OOM", "not enough memory for this case. Use fewer processes.")
     except Exception as error:
-        log.exception("unexpected error in case %s", case.name)
-        return CaseFailure(case.name, "E_INTERNAL", f"{type(error).__name__}: {error}")
+        details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        first_line = (str(error).splitlines() or [""])[0]
+        return CaseFailure(case.name, "E_INTERNAL", f"{type(error).__name__}: {first_line}", details)
 
 
 def source_signature(case: Case) -> list[list[int]]:

@@ -34,9 +34,11 @@ def preprocess_case_npy(
     ``image_CDHW`` and ``label`` (1, D, H, W) come from the reader and are not changed; ``properties`` must hold the
     reader's ``spacing`` in mm. Returns data float32, label int8 or int16 with -1 outside the non-zero region (None
     without a label), and the properties with shapes, box and, for a label, ``class_locations``.
-    Raises MFMError: E_CHANNELS, E_LABEL_GEOMETRY, E_SPACING (an axis would vanish).
+    Raises MFMError: E_CHANNELS, E_DIM (a 2D image for a 3D configuration), E_LABEL_GEOMETRY, E_SPACING (an axis would
+    vanish).
     """
     _check_case(image_CDHW, label, configuration_manager)
+    _refuse_flat(properties["spacing"], configuration_manager.spacing)
     order = plans_manager.transpose_forward
     axes = [0, *(i + 1 for i in order)]
     spacing = [properties["spacing"][i] for i in order]
@@ -78,6 +80,12 @@ def _check_case(image_CDHW: np.ndarray, label: np.ndarray | None, configuration_
             "E_LABEL_GEOMETRY",
             f"the label has {label.shape[1:]} voxels, the image {image_CDHW.shape[1:]}. They must be of one grid.",
         )
+
+
+def _refuse_flat(spacing: Sequence[float], target: Sequence[float]) -> None:
+    """nnU-Net's readers give the missing axis of a 2D image 999 times its spacing: in 3D it would become 999 slices."""
+    if len(target) == 3 and spacing[0] >= 998 * max(spacing[1:]):
+        raise MFMError("E_DIM", "the image is 2D, the plan's configuration is 3D. Use a 2D plan, or leave it out.")
 
 
 def _nonzero(x_CDHW: np.ndarray) -> np.ndarray:

@@ -49,7 +49,7 @@ def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str
         try:
             return _reader_class(wanted).__name__
         except MFMError:
-            _log.warning("dataset.json demands the unknown reader '%s'; choosing by the file ending instead", wanted)
+            _warn_of_reader(str(wanted))
     ending = ending_of(file)
     if ending in (".png", ".bmp", ".jpg", ".jpeg"):
         return "NaturalImage2DIO"
@@ -64,6 +64,12 @@ def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str
     if ending:
         return "SimpleITKIO"
     raise MFMError("E_FORMAT", f"{file}: not a known image format. Known endings: {' '.join(IMAGE_ENDINGS)}")
+
+
+@functools.cache
+def _warn_of_reader(name: str) -> None:
+    """Once, not for every case."""
+    _log.warning("dataset.json demands the unknown reader '%s'; choosing by the file ending instead", name)
 
 
 def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:

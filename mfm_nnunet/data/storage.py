@@ -111,6 +111,36 @@ def stored_cases(folder: Path) -> set[str]:
     return {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
 
 
+def require_whole(folder: Path) -> None:
+    """Raise MFMError (E_SHORT_DATA) when cases of a data folder were damaged after they were written.
+
+    Only files whose size is not the one in the manifest are opened; folders of stock nnU-Net have no manifest.
+    """
+    entries = Manifest.read(folder).entries
+    damaged = [
+        folder / f"{case}{ending}"
+        for case in sorted(stored_cases(folder) & set(entries))
+        for ending, size in file_sizes(folder, case).items()
+        if size != entries[case].get("files", {}).get(ending) and not _is_readable(folder / f"{case}{ending}")
+    ]
+    if damaged:
+        raise MFMError(
+            "E_SHORT_DATA",
+            f"{damaged[0]}: the preprocessed file is damaged (one of {len(damaged)}). Run mfm_plan_and_preprocess "
+            "again; it makes only what is missing or damaged.",
+        )
+
+
+def _is_readable(file: Path) -> bool:
+    if file.suffix == ".pkl":  # never loaded for a check, because pickles run code; a whole one ends with its stop sign
+        return file.read_bytes().endswith(b".")
+    try:
+        blosc2.open(urlpath=str(file), mode="r")
+    except (RuntimeError, OSError, ValueError):
+        return False
+    return True
+
+
 def write_case(
     staging: Path,
     folder: Path,

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -19,10 +20,13 @@ from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.children import call_recorded, raise_recorded
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.crops import CropStream, StreamSettings
+from mfm_nnunet.data.storage import require_whole
 from mfm_nnunet.device import default_workers, pick_device
 from mfm_nnunet.engine.distributed import join_world, leave_world
 from mfm_nnunet.engine.pretrainer import Pretrainer, Run
+from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.errors import MFMError, StoppedError, nearest
+from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans import schema
@@ -91,7 +95,7 @@ def pretrain_here(
     run_name: str | None,
 ) -> Path:
     """Pretrain in this process (one of several under torchrun); returns the final checkpoint."""
-    plans = json.loads(here.plans_file(dataset_name, plans_name).read_text())
+    plans = read_plans(here.plans_file(dataset_name, plans_name), f"Plan {dataset_name} again.")
     files = preprocessed_files(here, dataset_name, plans, configuration)
     task_class = find_task(pretext)
     block = schema.block_of(plans)
@@ -99,6 +103,8 @@ def pretrain_here(
         PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
     )
     _require_legal(resolved)
+    if run_name and not re.fullmatch(r"[A-Za-z0-9._+-]+", run_name):
+        raise MFMError("E_CONFIG", f"--run-name {run_name}: a name of letters, digits, _ . + and - is needed.")
     name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
     folder = here.results / dataset_name / name
     _require_free(folder, continue_training)
@@ -113,7 +119,7 @@ def pretrain_here(
         run, task = _prepare(resolved, task_class, plans, configuration, cases, files)
         run = dataclasses.replace(run, folder=folder, device=used, world=world)
         if world.is_main:
-            _announce(run, task)
+            _announce(run, task, is_new=not continue_training)
         return Pretrainer(task, run).run(continue_training)
     finally:
         leave_world(world)
@@ -124,7 +130,8 @@ def preprocessed_files(
 ) -> dict[str, Path]:
     """The preprocessed volume of each case of a configuration.
 
-    Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan.
+    Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan,
+    E_SHORT_DATA when a file is damaged.
     """
     if configuration not in plans["configurations"]:
         raise MFMError(
@@ -143,6 +150,7 @@ def preprocessed_files(
             f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
             f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
         )
+    require_whole(folder)
     return files
 
 
@@ -245,6 +253,8 @@ def _require_legal(resolved: PretrainRun) -> None:
 
 
 def _require_free(folder: Path, continue_training: bool) -> None:
+    if continue_training and not any((folder / f).exists() for f in STATE_FILES):
+        raise MFMError("E_NOT_FOUND", f"{folder}: there is no run to continue. Start it without --c.")
     if not continue_training and any((folder / f).exists() for f in ("resume.pth", "checkpoint_final.pth")):
         raise MFMError(
             "E_EXISTS",
@@ -252,13 +262,14 @@ def _require_free(folder: Path, continue_training: bool) -> None:
         )
 
 
-def _announce(run: Run, task: PretextTask) -> None:
-    """Write the resolved settings into the run folder and say what is about to happen."""
+def _announce(run: Run, task: PretextTask, is_new: bool) -> None:
+    """Say what is about to happen; a new run's settings are written into its folder, those of an old one are kept."""
     run.folder.mkdir(parents=True, exist_ok=True)
     names = ("pretext", "pretext_config", "pretrain", "seed", "versions")
     values = {**{name: run.description[name] for name in names}, "num_workers": run.num_workers}
-    with atomic_write(run.folder / "settings.json") as file:
-        file.write(json.dumps(values, indent=2).encode())
+    if is_new:
+        with atomic_write(run.folder / "settings.json") as file:
+            file.write(json.dumps(values, indent=2).encode())
     millions = sum(parameter.numel() for parameter in task.backbone.network.parameters()) / 1e6
     logger.info("run folder: %s", run.folder)
     logger.info("settings: %s", json.dumps({name: values[name] for name in (*names[1:4], "num_workers")}))

@@ -17,6 +17,8 @@ from typing import Any
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 
+STATE_FILES = ("resume.pth", "resume_previous.pth")
+"""The states that a run can continue from, the newest first."""
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +38,7 @@ def save_state(folder: Path, state: RunState, modules: Mapping[str, Any], settin
 
     ``modules`` are state dicts (task, optimizer, scaler); ``settings`` is what a continued run must agree with.
     """
-    file, previous = folder / "resume.pth", folder / "resume_previous.pth"
+    file, previous = (folder / name for name in STATE_FILES)
     if file.exists():
         with contextlib.suppress(OSError):
             previous.unlink(missing_ok=True)
@@ -51,7 +53,7 @@ def load_state(folder: Path, settings: Mapping[str, Any]) -> tuple[RunState, dic
     Raises MFMError: E_NOT_FOUND without any state, E_MODEL_CORRUPT when none verifies, E_CONFIG when the settings
     differ from those of the run (a continued run must be the same run).
     """
-    files = [file for file in (folder / "resume.pth", folder / "resume_previous.pth") if file.exists()]
+    files = [folder / name for name in STATE_FILES if (folder / name).exists()]
     if not files:
         raise MFMError("E_NOT_FOUND", f"{folder}: there is no run to continue. Start it without --c.")
     for file in files:

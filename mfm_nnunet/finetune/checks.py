@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from mfm_nnunet.data.dataset_json import check_dataset_json
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.finetune.preprocessed import preprocessed_cases, require_fingerprint
 from mfm_nnunet.finetune.splits import require_fold
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.json_files import read_json
 from mfm_nnunet.workspace import Workspace
 
 FINAL = "checkpoint_final.pth"
@@ -91,14 +92,16 @@ def check_previous_stage(plans: dict[str, Any], configuration: str, dataset_fold
 def read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any]:
     """dataset.json of a dataset with labels.
 
-    Raises MFMError: E_NOT_FOUND without the file, E_CONFIG when it names no structure to segment.
+    Raises MFMError: E_NOT_FOUND without the file, E_FORMAT when it is damaged or breaks nnU-Net's rules, E_CONFIG when
+    it names no structure to segment.
     """
     files = [root / dataset_name / "dataset.json" for root in (workspace.preprocessed, workspace.raw)]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise MFMError("E_NOT_FOUND", f"{files[0]}: there is no dataset.json. Run mfm_plan_and_preprocess.")
-    dataset_json = json.loads(file.read_text())
-    if not set(dataset_json.get("labels", {})) - {"background", "ignore"}:
+    dataset_json = read_json(file, f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}")
+    check_dataset_json(dataset_json, file)
+    if not set(dataset_json["labels"]) - {"background", "ignore"}:
         raise MFMError(
             "E_CONFIG",
             f"{dataset_name} names no structure to segment ({file}, 'labels'). A corpus without labels can only be "

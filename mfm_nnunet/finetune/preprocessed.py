@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.data.storage import require_whole
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import read_json
 
 SHAREABLE_KEYS: tuple[str, ...] = (
     "channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",
@@ -25,7 +27,7 @@ def shareable(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
 def preprocessed_cases(folder: Path) -> list[str]:
     """The labelled cases in a folder of preprocessed data (blosc2 or nnU-Net's older npz), sorted.
 
-    Raises MFMError (E_CONFIG) when cases have no label or are not whole.
+    Raises MFMError: E_CONFIG when files of a case are missing, E_SHORT_DATA when one is damaged.
     """
     images = {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
     needed = ("_seg.b2nd", ".pkl")
@@ -37,18 +39,14 @@ def preprocessed_cases(folder: Path) -> list[str]:
             f"{', '.join(unusable[:5])}. A corpus without labels can only be pretrained on (mfm_pretrain); for a "
             "labelled dataset run mfm_plan_and_preprocess again, which makes what is missing.",
         )
+    require_whole(folder)
     return sorted(images or {file.stem for file in folder.glob("*.npz")})
 
 
 def require_fingerprint(preprocessed_folder: Path) -> None:
-    """Raise MFMError (E_NOT_FOUND) when the dataset has no fingerprint, which nnU-Net copies into the model folder."""
-    file = preprocessed_folder / "dataset_fingerprint.json"
-    if not file.is_file():
-        raise MFMError(
-            "E_NOT_FOUND",
-            f"{file}: the fingerprint is missing; it belongs into the model folder. Make it with: "
-            f"mfm_plan_and_preprocess -d {preprocessed_folder.name}",
-        )
+    """Raise MFMError (E_NOT_FOUND, E_FORMAT) without a whole fingerprint; nnU-Net copies it into the model folder."""
+    advice = "It belongs into the model folder. Make it again with: mfm_plan_and_preprocess -d "
+    read_json(preprocessed_folder / "dataset_fingerprint.json", advice + preprocessed_folder.name)
 
 
 def forget_cases(fingerprint_file: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.errors import about
 from mfm_nnunet.models.transfer import TransferReport, transfer_weights
 
 
@@ -49,9 +50,10 @@ def transfer_from(file: Path, network: nn.Module, output_folder: Path) -> Transf
     Raises MFMError as reading does, and (E_MODEL_MISMATCH) when the network is another one.
     """
     source = read_pretrained(file)
-    report = transfer_weights(
-        source.weights, network, source_patch_size=source.patch_size, source_network=source.network
-    )
+    with about(file):
+        report = transfer_weights(
+            source.weights, network, source_patch_size=source.patch_size, source_network=source.network
+        )
     with atomic_write(output_folder / "transfer.json") as handle:
         handle.write(json.dumps({"checkpoint": file.name, **report.to_dict()}, indent=1).encode())
     return report

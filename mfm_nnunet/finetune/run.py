@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import socket
 import tempfile
@@ -33,7 +32,8 @@ from mfm_nnunet.finetune.checks import (
 )
 from mfm_nnunet.finetune.pretrained import describe, transfer_from
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.models.build import check_architecture
+from mfm_nnunet.json_files import read_plans
+from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans.schema import MFMBlock, block_of, to_dict
 from mfm_nnunet.stopping import stop_on_signal
 from mfm_nnunet.workspace import Workspace, num_cores
@@ -84,7 +84,7 @@ def run_training(
             "E_CONFIG", "--c continues a training and --val only validates a finished one: give one of them."
         )
     dataset_name = workspace.dataset_name(dataset_name)
-    plans = json.loads(workspace.plans_file(dataset_name, plans_name).read_text())
+    plans = read_plans(workspace.plans_file(dataset_name, plans_name), f"Plan {dataset_name} again.")
     found = find_trainer(trainer)
     is_ours = issubclass(found, MFMTrainer)
     if overrides and not is_ours:
@@ -96,14 +96,14 @@ def run_training(
     check_previous_stage(plans, configuration, results, found.__name__)
     folder = results / f"{found.__name__}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
     start_from = checkpoint_to_start_from(folder, continue_training, only_validate)
+    used = str(pick_device("cuda" if num_gpus > 1 else device))
     for unfinished in folder.glob(".*.tmp"):  # a process killed while it saved leaves its temporary file
         unfinished.unlink()
     if is_ours:
         plans = _with_settings(plans, configuration, folder, overrides, pretrained_weights, start_from)
     job = Job(
         trainer, plans, configuration, fold, dataset_json, folder,
-        str(pick_device("cuda" if num_gpus > 1 else device)), None if start_from else pretrained_weights, start_from,
-        only_validate, save_probabilities,
+        used, None if start_from else pretrained_weights, start_from, only_validate, save_probabilities,
     )  # fmt: skip
     if num_gpus > 1:
         _spawn(job, num_gpus)
@@ -150,12 +150,8 @@ def _with_settings(
     start_from: Path | None,
 ) -> dict[str, Any]:
     """The plan with the resolved settings in its block; they are logged and saved in the run folder."""
-    manager = PlansManager(plans).get_configuration(configuration)
-    check_architecture(
-        manager.network_arch_class_name,
-        manager.network_arch_init_kwargs,
-        manager.network_arch_init_kwargs_req_import,
-    )
+    channels = PlansManager(plans).get_configuration(configuration).normalization_schemes
+    build_network(plans, configuration, len(channels), 2)  # only to see that it can be built, and from trusted names
     about = describe(pretrained_weights) if pretrained_weights is not None else None
     saved = run_settings.load(folder, plans) if start_from is not None else None
     base = saved or block_of(plans)

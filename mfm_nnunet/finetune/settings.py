@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.errors import MFMError, about, nearest
+from mfm_nnunet.json_files import read_json
 from mfm_nnunet.plans.schema import (
     MFMBlock,
     from_dict,
@@ -59,14 +60,15 @@ def load(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
     """
     if not (folder / FILE).is_file():
         return None
-    content = json.loads((folder / FILE).read_text())
-    if content["plan_sha256"] != plan_hash(plans):
+    content = read_json(folder / FILE, "Move the folder away and train again.")
+    if content.get("plan_sha256") != plan_hash(plans):
         raise MFMError(
             "E_CONFIG",
             f"{folder}: plan {plans['plans_name']} was changed after this run began, so it cannot go on. Put the "
             "old plan back (a copy is plans.json in the model folder), or start a new run under another plan name.",
         )
-    return from_dict(MFMBlock, content["settings"])
+    with about(folder / FILE):
+        return from_dict(MFMBlock, content.get("settings", {}))
 
 
 def require_same(before: MFMBlock, now: MFMBlock, folder: Path) -> None:

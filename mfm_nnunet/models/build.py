@@ -6,8 +6,9 @@ they are. So the names are checked against a list first.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -39,8 +40,8 @@ def build_network(
 ) -> nn.Module:
     """The network of ``configuration`` with fresh weights (drawn from torch's generator), on the current device.
 
-    Raises MFMError: E_CONFIG for an unknown configuration, E_MODEL_UNSAFE when the plan names anything but networks and
-    layers.
+    Raises MFMError: E_CONFIG for an unknown configuration and for arguments or a patch size that are impossible (plans
+    are edited by hand), E_MODEL_UNSAFE when the plan names anything but networks and layers.
     """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -51,15 +52,45 @@ def build_network(
     manager = PlansManager(dict(plans)).get_configuration(configuration)
     name, kwargs = manager.network_arch_class_name, manager.network_arch_init_kwargs
     check_architecture(name, kwargs, manager.network_arch_init_kwargs_req_import)
+    _require_fitting_patch(kwargs, manager.patch_size, configuration)
     knows_deep_supervision = f"{_DNA}.architectures.primus." not in name
-    return get_network_from_plans(
-        name,
-        kwargs,
-        manager.network_arch_init_kwargs_req_import,
-        num_inputs,
-        num_outputs,
-        deep_supervision=deep_supervision if knows_deep_supervision else None,
-    )
+    try:
+        return get_network_from_plans(
+            name,
+            kwargs,
+            manager.network_arch_init_kwargs_req_import,
+            num_inputs,
+            num_outputs,
+            deep_supervision=deep_supervision if knows_deep_supervision else None,
+        )
+    except (TypeError, ValueError, LookupError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MFMError(
+            "E_CONFIG",
+            f"the plan's network for {configuration} cannot be built: {reason}. Undo the change of the plan, or plan "
+            "again.",
+        ) from error
+
+
+def _require_fitting_patch(kwargs: Mapping[str, Any], patch_size: Sequence[int], configuration: str) -> None:
+    """Raise MFMError (E_CONFIG) when the network's arguments are for another patch than the configuration's."""
+    num_axes = len(patch_size)
+    convolution = kwargs.get("conv_op")
+    strides = [[stride] * num_axes if isinstance(stride, int) else stride for stride in kwargs.get("strides", ())]
+    steps = [math.prod(along_axis) for along_axis in zip(*strides)] or list(kwargs.get("patch_embed_size", ()))
+    problem = ""
+    if isinstance(convolution, str) and not convolution.endswith(f"Conv{num_axes}d"):
+        problem = f"the network's layers are {convolution.rpartition('.')[2]}"
+    elif steps and (len(steps) != num_axes or any(size % step for size, step in zip(patch_size, steps))):
+        problem = f"the network needs multiples of {' x '.join(map(str, steps))}"
+    elif "input_shape" in kwargs and list(kwargs["input_shape"]) != list(patch_size):
+        problem = f"the network's input_shape is {' x '.join(map(str, kwargs['input_shape']))}"
+    if problem:
+        raise MFMError(
+            "E_CONFIG",
+            f"the plan's configuration {configuration} has a patch of {' x '.join(map(str, patch_size))} voxels, but "
+            f"{problem}. Change one of the two in the plan, or plan again.",
+        )
 
 
 def check_architecture(class_name: Any, kwargs: Mapping[str, Any], to_import: Any) -> None:

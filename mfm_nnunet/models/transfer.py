@@ -241,8 +241,8 @@ def _mismatch(
     return MFMError(
         "E_MODEL_MISMATCH",
         f"the checkpoint{_of(source_network)} is for another network than this {type(target.network).__name__}: only "
-        f"{report.encoder_share:.1%} of the encoder's parameters match. The first differences:\n" + "\n".join(lines) +
-        "\nPlan the dataset so that the checkpoint fits: mfm_plan_and_preprocess --like CHECKPOINT",
+        f"{report.encoder_share:.1%} of the encoder's parameters match. Plan the dataset so that the checkpoint fits: "
+        "mfm_plan_and_preprocess --like CHECKPOINT. The first differences:\n" + "\n".join(lines),
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.json_files import ARCHITECTURE_KEYS, plan_problem
 from mfm_nnunet.models.build import check_architecture
 from mfm_nnunet.plans.derive import NO_RESAMPLING, pad_to_multiple, resolved
 from mfm_nnunet.plans.schema import block_of
@@ -68,18 +69,24 @@ def read_source(path: Path) -> Source:
             f"{path} is {kind}. --like understands only checkpoints of mfm_pretrain yet, because only they hold the "
             "plan that the network was built from. Give its checkpoint_final.pth, or plan without --like.",
         )
-    configuration = str(mfm.get("configuration"))
-    if configuration not in (mfm.get("plans") or {}).get("configurations", {}):
-        raise MFMError("E_MODEL_MISMATCH", f"{path} lacks the plan that its network was built from. Pretrain again.")
-    architecture = resolved(mfm["plans"], configuration)["architecture"]
-    check_architecture(
-        architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"]
-    )
+    plans = mfm["plans"] if isinstance(mfm.get("plans"), dict) else {}
+    problem, configuration = plan_problem(plans), str(mfm.get("configuration"))
+    architecture = None
+    if not problem and configuration in plans["configurations"]:
+        architecture = resolved(plans, configuration).get("architecture")
+    if architecture is None:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"{path} lacks the plan that its network was built from ({problem or configuration}). Pretrain again.",
+        )
+    with about(path):
+        check_architecture(*(architecture[key] for key in ARCHITECTURE_KEYS))
+        network = block_of(plans).network
     entry = {
         "name": path.name,
         "sha256": checkpoint.sha256(path),
         "pretext": mfm.get("pretext"),
-        "network": block_of(mfm["plans"]).network,
+        "network": network,
     }
     return Source(mfm, entry)
 

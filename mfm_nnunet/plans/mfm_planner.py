@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 STOCK_CONFIGURATIONS = {"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"}
 PRIMUS_CLASS = "mfm_nnunet.models.primus.PrimusSeg"
+MIN_IMAGE_EDGE = 4
+"""Voxels along an edge of a cube as large as the smallest median image that is planned for."""
 
 
 class MFMPlanner(ResEncUNetPlanner):
@@ -169,6 +171,7 @@ class MFMPlanner(ResEncUNetPlanner):
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
         """nnU-Net's configuration within the budget, with Primus in place of the U-Net where that is asked for."""
+        _require_voxels(spacing, median_shape)
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
         if self.network == "resenc" and not self.source:
             self._require_memory(*arguments)
@@ -304,6 +307,17 @@ def primus_architecture(size: str, patch: Sequence[int]) -> dict[str, Any]:
         "scale_attn_inner": True,
     }
     return {"network_class_name": PRIMUS_CLASS, "arch_kwargs": kwargs, "_kw_requires_import": []}
+
+
+def _require_voxels(spacing: Sequence[float], median_shape: Sequence[float]) -> None:
+    """Refuse a spacing at which the median image is too small for any network."""
+    if min(median_shape) < 1 or math.prod(median_shape) < MIN_IMAGE_EDGE ** len(median_shape):
+        raise MFMError(
+            "E_CONFIG",
+            f"at a spacing of {' x '.join(f'{mm:g}' for mm in spacing)} mm the median image has only "
+            f"{' x '.join(f'{size:.3g}' for size in median_shape)} voxels. Give a finer --spacing, and check that the "
+            "spacing in the images is right.",
+        )
 
 
 def _without_limit(preset: derive.ResEncPreset) -> derive.ResEncPreset:

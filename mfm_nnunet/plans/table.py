@@ -203,6 +203,8 @@ def _memory(memory: MemoryEstimate, half: bool) -> Decision:
 def _schedules(block: MFMBlock, why: Circumstances) -> list[Decision]:
     length = "minutes on two cores" if why.memory_gb is None else "as nnU-Net and the published pretraining"
     family = "as published for Primus" if block.network == "primus" else "as nnU-Net trains ResEnc"
+    if block.pretrain.optimizer == "adamw" and block.network == "resenc":
+        family = "gets further than SGD in a short schedule"
     decisions = []
     for name, settings in (("pretraining", block.pretrain), ("fine-tuning", block.finetune)):
         steps = f"{settings.epochs} epochs of {settings.iterations_per_epoch}"

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import inspect
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from mfm_nnunet.checkpoint import load_weights, sha256
+from mfm_nnunet.data.dataset_json import check_dataset_json
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.json_files import read_json, read_plans
 from mfm_nnunet.models.build import build_network, check_architecture
 from mfm_nnunet.predict.model import Model
 
@@ -46,7 +47,7 @@ def load_model(
     if not folder.is_dir():
         siblings = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
         raise MFMError("E_NOT_FOUND", f"{folder}: no such model folder. {nearest(folder.name, siblings)}")
-    plans, dataset_json = (_read_json(folder / name) for name in ("plans.json", "dataset.json"))
+    plans, dataset_json = _read_description(folder)
     chosen = _choose_folds(folder, folds, checkpoint_name)
     files = [folder / f"fold_{fold}" / checkpoint_name for fold in chosen]
     trainer_name, configuration, mirror_axes, weights = _read_checkpoints(files)
@@ -74,17 +75,13 @@ def load_model(
     return model
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise MFMError("E_NOT_FOUND", f"{file}: no such file, so {file.parent} is not a model folder. It must hold "
-                       "plans.json, dataset.json and a folder fold_X with a checkpoint.")  # fmt: skip
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise MFMError("E_MODEL_CORRUPT", f"{file}: not readable as JSON ({error}). Copy it again.") from error
-    if not isinstance(content, dict):
-        raise MFMError("E_MODEL_CORRUPT", f"{file}: expected a table of names and values. Copy it again.")
-    return content
+def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The plan and the dataset.json of a model folder, both whole."""
+    advice = "A model folder has plans.json, dataset.json and folders fold_X with a checkpoint. Copy it again."
+    plans = read_plans(folder / "plans.json", advice, "E_MODEL_CORRUPT")
+    dataset_json = read_json(folder / "dataset.json", advice, "E_MODEL_CORRUPT")
+    check_dataset_json(dataset_json, folder / "dataset.json", "E_MODEL_CORRUPT")
+    return plans, dataset_json
 
 
 def _choose_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint_name: str) -> list[int | str]:

@@ -87,13 +87,13 @@ def main() -> None:
         if options.only not in name:
             continue
         with torch.device("meta"):
-            network = _network(architecture)
+            network = _network(architecture, patch)
         estimate = training_memory_bytes(network, (batch, 1, *patch), optimizer)
         measured, exact = _in_child(name, {}), _in_child(name, {"MALLOC_MMAP_THRESHOLD_": "65536"})
         ratios.append((measured / estimate, exact / estimate))
         print(
-            f"{name:28s}{'x'.join(map(str, patch)):>14s}{batch:6d}{num_parameters(network) / 1e6:9.2f}{estimate / 1e6:10.0f}"
-            f"{measured / 1e6:10.0f}{ratios[-1][0]:7.2f}{exact / 1e6:10.0f}{ratios[-1][1]:7.2f}",
+            f"{name:28s}{'x'.join(map(str, patch)):>14s}{batch:6d}{num_parameters(network) / 1e6:9.2f}"
+            f"{estimate / 1e6:10.0f}{measured / 1e6:10.0f}{ratios[-1][0]:7.2f}{exact / 1e6:10.0f}{ratios[-1][1]:7.2f}",
             flush=True,
         )
     for title, column in zip(("measured", "exact"), zip(*ratios)):
@@ -112,16 +112,16 @@ def _in_child(name: str, environment: dict[str, str]) -> int:
 def measure(name: str) -> int:
     """Bytes by which this process grew at its peak in two training steps."""
     architecture, patch, batch, optimizer_kind = CASES[name]
-    _train(_network(CASES["ResEnc CPU 2D"][0]), (2, 1, 64, 64), "sgd", steps=1)  # the libraries' own buffers
-    _train(_network(primus_architecture("CPU", (16, 16, 16))), (2, 1, 16, 16, 16), "adamw", steps=1)
+    _train(_network(CASES["ResEnc CPU 2D"][0], (64, 64)), (2, 1, 64, 64), "sgd", steps=1)  # the libraries' own buffers
+    _train(_network(primus_architecture("CPU", (16, 16, 16)), (16, 16, 16)), (2, 1, 16, 16, 16), "adamw", steps=1)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status("VmRSS")
-    _train(_network(architecture), (batch, 1, *patch), optimizer_kind, steps=2)
+    _train(_network(architecture, patch), (batch, 1, *patch), optimizer_kind, steps=2)
     return _status("VmHWM") - before
 
 
-def _network(architecture: dict) -> torch.nn.Module:
-    plans = {"configurations": {"only": {"architecture": architecture}}}
+def _network(architecture: dict, patch: tuple[int, ...]) -> torch.nn.Module:
+    plans = {"configurations": {"only": {"patch_size": list(patch), "architecture": architecture}}}
     return build_network(plans, "only", 1, NUM_OUTPUTS, deep_supervision=True)
 
 

@@ -232,6 +232,18 @@ def test_a_misspelt_setting_is_refused_before_anything_is_written(
     assert not (tmp_path / "ws").exists()
 
 
+def test_nothing_is_written_without_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--workspace", str(tmp_path / "ws")]
+    assert command.main([*line, "--data", str(tmp_path / "none")]) == 2
+    assert "dataset.json" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert command.main(line) == 2
+    assert "mfm_nnunet[demo]" in capsys.readouterr().err
+    assert not (tmp_path / "ws").exists()
+
+
 def test_folders_of_the_environment_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_raw", "/somebody's")
     with demo._ignoring_nnunet_folders():

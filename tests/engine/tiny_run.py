@@ -16,9 +16,11 @@ import numpy as np
 from mfm_nnunet import workspace
 from mfm_nnunet.engine.launch import pretrain_here
 from mfm_nnunet.workspace import Workspace
-from tests.models.tiny_plans import CONFIGURATION, tiny_plans
+from tests.architectures import primus, resenc
+from tests.finetune import tiny
 
 NAME = "Dataset700_Tiny"
+CONFIGURATION = "3d_fullres"
 SETTINGS = ("pretrain.epochs=3", "pretrain.iterations_per_epoch=6", "pretrain.validation_iterations=1",
             "pretrain.validation_fraction=0.3")  # fmt: skip
 
@@ -26,13 +28,11 @@ SETTINGS = ("pretrain.epochs=3", "pretrain.iterations_per_epoch=6", "pretrain.va
 def prepare(folder: Path, family: str = "resenc", num_cases: int = 6) -> Workspace:
     """Preprocessed volumes and a plan, as planning and preprocessing leave them."""
     with workspace.use(folder) as here:
-        data = here.preprocessed / NAME / "data"
+        data = here.preprocessed / NAME / "mfm_tiny"
         data.mkdir(parents=True, exist_ok=True)
-        plans: dict[str, Any] = tiny_plans(family, (16, 16, 16))
-        plans["configurations"][CONFIGURATION].update(
-            data_identifier="data", normalization_schemes=["ZScoreNormalization"]
-        )
-        plans["mfm"] = {"pretrain": {"epochs": 3}}
+        network = resenc(features=(8, 16, 16)) if family == "resenc" else primus((16, 16, 16))
+        plans = tiny.plans(**{CONFIGURATION: tiny.configuration(network)})
+        plans |= {"dataset_name": NAME, "mfm": {"pretrain": {"epochs": 3}}}
         (data.parent / "mfmPlans.json").write_text(json.dumps(plans))
         for case in range(num_cases):
             volume = np.random.default_rng(case).normal(size=(1, 20, 18, 24)).astype(np.float32)

@@ -1,0 +1,156 @@
+"""The settings block: JSON both ways, unknown names, and values typed from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.plans import schema
+from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock, PretrainSettings
+
+
+@dataclass(frozen=True)
+class Everything:
+    """One field of each kind that a setting may have."""
+
+    number: int = 1
+    real: float = 0.5
+    text: str = "a"
+    flag: bool = True
+    choice: Literal["x", "y"] = "x"
+    maybe: int | None = None
+    pair: tuple[int, int] = (1, 2)
+    many: tuple[float, ...] = ()
+    anything: dict[str, Any] | None = None
+
+
+def test_the_block_survives_json() -> None:
+    block = MFMBlock(
+        pretrain=PretrainSettings(epochs=3, warmup_epochs=1, precision="bf16"),
+        finetune=FinetuneSettings(optimizer="adamw", checkpoint={"name": "a.pth", "sha256": "0", "pretext": "mae"}),
+        source={"name": "b.pth"},
+        seed=7,
+        num_workers=0,
+        network="primus",
+    )
+    plain = json.loads(json.dumps(schema.to_dict(block)))
+    assert schema.from_dict(MFMBlock, plain) == block
+    assert schema.block_of({"mfm": plain}) == block
+
+
+def test_tuples_survive_json() -> None:
+    value = Everything(pair=(3, 4), many=(0.5, 2.0), anything={"a": [1]})
+    assert schema.from_dict(Everything, json.loads(json.dumps(schema.to_dict(value)))) == value
+
+
+def test_a_stock_plan_has_the_defaults() -> None:
+    assert schema.block_of({"plans_name": "nnUNetPlans"}) == MFMBlock()
+
+
+def test_a_block_of_another_format_is_refused() -> None:
+    with pytest.raises(MFMError, match=r"format 99.*Plan again") as caught:
+        schema.block_of({"mfm": {"format": 99}})
+    assert caught.value.code == "E_CONFIG"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 1}, "unknown setting 'mfm.sed'. Did you mean 'seed'"),
+        ({"pretrain": {"epoch": 1}}, "unknown setting 'mfm.pretrain.epoch'. Did you mean 'epochs'"),
+        ({"pretrain": {"epochs": "many"}}, "mfm.pretrain.epochs=many: expected int"),
+        ({"network": "unet"}, "mfm.network=unet: legal values are resenc, primus"),
+    ],
+)
+def test_unknown_keys_and_wrong_values_in_a_plan_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(MFMError, match=message) as caught:
+        schema.block_of({"mfm": values})
+    assert caught.value.code == "E_CONFIG"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("number=3", 3),
+        ("real=1e-3", 1e-3),
+        ("real=2", 2.0),
+        ("text=3", "3"),
+        ("text=a=b", "a=b"),
+        ("flag=false", False),
+        ("flag=1", True),
+        ("choice=y", "y"),
+        ("maybe=none", None),
+        ("maybe=4", 4),
+        ("pair=3,4", (3, 4)),
+        ("pair=[3, 4]", (3, 4)),
+        ("many=1", (1.0,)),
+        ("many=1 2.5", (1.0, 2.5)),
+        (" number = 5 ", 5),
+    ],
+)
+def test_assignments_are_typed_by_the_field(assignment: str, expected: Any) -> None:
+    changed = schema.override(Everything(), [assignment])
+    value = getattr(changed, assignment.split("=")[0].strip())
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    ["number=3.0", "number=3.5", "number=a", "number=", "real=nan", "flag=maybe", "choice=z", "pair=1", "pair=1,2,3"],
+)
+def test_values_of_the_wrong_type_are_refused(assignment: str) -> None:
+    with pytest.raises(MFMError) as caught:
+        schema.override(Everything(), [assignment])
+    assert caught.value.code == "E_CONFIG"
+    assert assignment.split("=")[0] in caught.value.message
+
+
+def test_dotted_names_reach_into_the_block_and_the_last_one_wins() -> None:
+    block = schema.override(MFMBlock(), ["pretrain.epochs=3", "finetune.learning_rate=0.1", "seed=5", "seed=6"])
+    assert (block.pretrain.epochs, block.finetune.learning_rate, block.seed) == (3, 0.1, 6)
+    assert dataclasses.replace(block, pretrain=PretrainSettings(), finetune=FinetuneSettings(), seed=0) == MFMBlock()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("pretrain.epoch=3", "Did you mean 'pretrain.epochs'"),
+        ("epochs=3", r"Did you mean '\w+\.epochs'"),
+        ("pretrain=3", "unknown setting 'pretrain'"),
+        ("seed.x=3", "unknown setting 'seed.x'"),
+        ("seed", "expected name=value"),
+    ],
+)
+def test_unknown_names_get_the_nearest_legal_one(assignment: str, message: str) -> None:
+    with pytest.raises(MFMError, match=message) as caught:
+        schema.override(MFMBlock(), [assignment])
+    assert caught.value.code == "E_CONFIG"
+
+
+def test_the_names_that_scripts_rely_on_exist() -> None:
+    names = schema.setting_names(MFMBlock())
+    for name in (
+        "pretrain.epochs",
+        "pretrain.iterations_per_epoch",
+        "pretrain.batch_size",
+        "pretrain.learning_rate",
+        "finetune.epochs",
+        "finetune.iterations_per_epoch",
+        "finetune.learning_rate",
+        "seed",
+        "num_workers",
+    ):
+        assert name in names
+
+
+@pytest.mark.parametrize(
+    ("setting", "epochs", "expected"), [(None, 1000, 50), (None, 100, 10), (None, 20, 2), (7, 20, 7)]
+)
+def test_warmup(setting: int | None, epochs: int, expected: int) -> None:
+    assert schema.resolved_warmup(setting, epochs) == expected

@@ -1,0 +1,468 @@
+"""What we rely on in nnunetv2, one fact per test, so that a new release fails precisely.
+
+Facts that another test holds anyway are not repeated here; ``documentation/reference/nnunet_surface.md`` says for each
+name that we import which test that is. Whole runs in both directions are in ``tests/contract``.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import inspect
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    ResEncUNetPlanner,
+)
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
+from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.plans.derive import NO_RESAMPLING
+from mfm_nnunet.plans.mfm_planner import MFMPlanner
+from mfm_nnunet.plans.schema import MFMBlock, to_dict
+from mfm_nnunet.workspace import Workspace, use
+from tests.finetune import tiny
+from tests.plans.tiny_data import HIPPOCAMPUS, workspace_with
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mfm_nnunet"
+PAGE = ROOT / "documentation" / "reference" / "nnunet_surface.md"
+FAMILY = ("nnunetv2", "dynamic_network_architectures", "acvl_utils", "batchgenerators", "batchgeneratorsv2")
+"""nnU-Net and the packages of its authors that come with it."""
+
+CPU = torch.device("cpu")
+NAME = "Dataset004_Planned"
+
+
+# What we import
+
+
+def imports() -> set[tuple[str, str]]:
+    """(module of ours, dotted name of theirs) for every import from nnU-Net's family, inside functions too."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        module = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            found |= {(module, name) for name in names if name.partition(".")[0] in FAMILY}
+    return found
+
+
+def page_entries() -> list[tuple[set[str], set[str], set[str]]]:
+    """The page's entries about imports: modules of ours, names of theirs, tests."""
+    entries = []
+    for text in re.split(r"^[*#]", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        spans = re.findall(r"`([^`]+)`", text)
+        theirs = {span for span in spans if re.fullmatch(rf"({'|'.join(FAMILY)})\.[\w.]+", span)}
+        ours = {span for span in spans if (PACKAGE / (span.replace(".", "/") + ".py")).is_file()}
+        if theirs:
+            entries.append((ours, theirs, {span for span in spans if "::" in span}))
+    return entries
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in imports()}))
+def test_name_is_still_there(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module(name)
+        return
+    assert hasattr(importlib.import_module(module), attribute)
+
+
+def test_the_page_lists_every_import_and_no_other() -> None:
+    listed = {(ours, theirs) for modules, names, _ in page_entries() for ours in modules for theirs in names}
+    assert sorted(imports() - listed) == [], "not on the page"
+    assert sorted(listed - imports()) == [], "on the page and not imported any more"
+
+
+def test_every_import_on_the_page_has_its_test() -> None:
+    assert not [names for _, names, tests in page_entries() if not tests]
+
+
+@pytest.mark.parametrize("test", sorted(set(re.findall(r"`([\w/]+\.py::\w+)`", PAGE.read_text(encoding="utf-8")))))
+def test_tests_on_the_page_exist(test: str) -> None:
+    file, _, function = test.partition("::")
+    assert re.search(rf"^def {function}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+# What we pass
+
+
+def at(dotted: str) -> Any:
+    """The object of that name, in nnunetv2 if no package is given; a method stands behind a colon."""
+    path, _, method = full_name(dotted).partition(":")
+    module, _, attribute = path.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    return getattr(found, method) if method else found
+
+
+def full_name(dotted: str) -> str:
+    return dotted if dotted.partition(".")[0] in FAMILY else f"nnunetv2.{dotted}"
+
+
+DNA = "dynamic_network_architectures"
+BOXES = "acvl_utils.cropping_and_padding.bounding_boxes"
+
+
+CALLS: list[tuple[str, int, str]] = [
+    ("experiment_planning.experiment_planners.default_experiment_planner.maybe_convert_to_dataset_name", 1, ""),
+    ("utilities.get_network_from_plans.get_network_from_plans", 5, "deep_supervision allow_init"),
+    ("utilities.crossval_split.generate_crossval_split", 1, "n_splits"),
+    ("utilities.find_class_by_name.recursive_find_python_class", 3, ""),
+    ("utilities.find_objects.recursive_find_trainer_class_by_name", 1, ""),
+    ("utilities.json_export.recursive_fix_for_json_export", 1, ""),
+    ("utilities.label_handling.label_handling.convert_labelmap_to_one_hot", 3, ""),
+    ("utilities.label_handling.label_handling.determine_num_input_channels", 3, ""),
+    ("utilities.label_handling.label_handling.LabelManager:apply_inference_nonlin", 2, ""),
+    ("utilities.label_handling.label_handling.LabelManager:convert_probabilities_to_segmentation", 2, ""),
+    ("utilities.label_handling.label_handling.LabelManager:revert_cropping_on_probabilities", 4, ""),
+    ("utilities.plans_handling.plans_handler.PlansManager", 1, ""),
+    ("imageio.reader_writer_registry.recursive_find_reader_writer_by_name", 1, ""),
+    ("imageio.base_reader_writer.BaseReaderWriter:read_images", 2, ""),
+    ("imageio.base_reader_writer.BaseReaderWriter:read_seg", 2, ""),
+    ("imageio.base_reader_writer.BaseReaderWriter:write_seg", 4, ""),
+    ("preprocessing.cropping.cropping.crop_to_nonzero", 2, ""),
+    ("preprocessing.preprocessors.default_preprocessor.DefaultPreprocessor:_sample_foreground_locations", 2, ""),
+    ("preprocessing.resampling.default_resampling.compute_new_shape", 3, ""),
+    ("preprocessing.resampling.default_resampling.determine_do_sep_z_and_axis", 3, ""),
+    ("preprocessing.resampling.default_resampling.resample_data_or_seg_to_shape", 8, ""),
+    ("preprocessing.resampling.utils.recursive_find_resampling_fn_by_name", 1, ""),
+    ("training.dataloading.nnunet_dataset.comp_blosc2_params", 3, ""),
+    ("training.dataloading.nnunet_dataset.nnUNetDatasetBlosc2:_select_filter", 5, ""),
+    ("training.dataloading.data_loader.nnUNetDataLoader", 6, "probabilistic_oversampling transforms"),
+    (
+        "training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer:get_training_transforms", 5,
+        "use_mask_for_norm is_cascaded foreground_labels regions ignore_label",
+    ),
+    (
+        "training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer:get_validation_transforms", 1,
+        "is_cascaded foreground_labels regions ignore_label",
+    ),
+    ("training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer", 5, ""),
+    (
+        "preprocessing.normalization.default_normalization_schemes.ImageNormalization", 0,
+        "use_mask_for_norm intensityproperties",
+    ),
+    ("preprocessing.normalization.default_normalization_schemes.ImageNormalization:run", 3, ""),
+    ("evaluation.evaluate_predictions.compute_metrics", 5, ""),
+    ("evaluation.evaluate_predictions.save_summary_json", 2, ""),
+    ("inference.sliding_window_prediction.compute_gaussian", 1, "sigma_scale value_scaling_factor device"),
+    ("inference.sliding_window_prediction.compute_steps_for_sliding_window", 3, ""),
+    (f"{BOXES}.get_bbox_from_mask", 1, ""),
+    (f"{BOXES}.bounding_box_to_slice", 1, ""),
+    (f"{BOXES}.insert_crop_into_image", 3, ""),
+    ("acvl_utils.cropping_and_padding.padding.pad_nd_image", 6, ""),
+    ("batchgenerators.utilities.file_and_folder_operations.save_pickle", 2, ""),
+    (
+        f"{DNA}.building_blocks.eva.Eva", 0,
+        "embed_dim depth num_heads ref_feat_shape drop_path_rate init_values scale_attn_inner",
+    ),
+    (f"{DNA}.building_blocks.patch_encode_decode.PatchEmbed", 3, ""),
+    (f"{DNA}.building_blocks.patch_encode_decode.LayerNormNd", 1, ""),
+    (f"{DNA}.initialization.weight_init.InitWeights_He", 1, ""),
+]  # fmt: skip
+"""Callable, number of positional arguments that we give (methods: with the object), and names of the keywords."""
+
+
+@pytest.mark.parametrize(("name", "num_positional", "keywords"), CALLS, ids=[name for name, *_ in CALLS])
+def test_callable_takes_what_we_pass(name: str, num_positional: int, keywords: str) -> None:
+    signature = inspect.signature(at(name))
+    signature.bind(*range(num_positional), **dict.fromkeys(keywords.split()))
+
+
+NOT_CALLED = {"ConfigurationManager", "ResEncUNetPlanner", "no_resampling_hack"}
+"""Made by stock, a base class (its constructor is an override), and a name for plans."""
+
+
+def test_every_callable_that_we_import_is_in_the_list() -> None:
+    listed = {full_name(name).partition(":")[0] for name, *_ in CALLS}
+    for name in {name for _, name in imports()} - listed:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+            continue
+        assert not callable(at(name)) or name.rpartition(".")[2] in NOT_CALLED, name
+
+
+# What we read
+
+
+def attributes(*names: str, within: str = "", inside: str | None = None) -> set[str]:
+    """The attributes that our code takes of variables (or attributes) with one of these names.
+
+    Only modules whose path starts with ``within``, and only in the class ``inside`` if one is given.
+    """
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        if not str(file.relative_to(PACKAGE)).startswith(within):
+            continue
+        tree: ast.AST = ast.parse(file.read_text(encoding="utf-8"))
+        roots = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == inside]
+        for root in roots if inside else [tree]:
+            for node in ast.walk(root):
+                if isinstance(node, ast.Attribute):
+                    owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
+                    found |= {node.attr} if owner in names else set()
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(attributes("configuration_manager")))
+def test_configuration_manager_has(name: str) -> None:
+    assert hasattr(ConfigurationManager(tiny.configuration(tiny.resenc())), name)
+
+
+@pytest.mark.parametrize("name", sorted(attributes("plans_manager")))
+def test_plans_manager_has(name: str) -> None:
+    assert hasattr(PlansManager(tiny.plans()), name)
+
+
+@pytest.mark.parametrize("name", sorted(attributes("label_manager")))
+def test_label_manager_has(name: str) -> None:
+    assert hasattr(LabelManager({"background": 0, "a": 1}, None), name)
+
+
+@pytest.mark.parametrize("name", sorted(attributes("stock", within="plans/mfm_planner.py")))
+def test_planners_module_has(name: str) -> None:
+    assert hasattr(default_experiment_planner, name)
+
+
+# The trainer
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("contract")
+    tiny.make(root)
+    return root
+
+
+def stock_trainer(**changes: Any) -> nnUNetTrainer:
+    plans = {**tiny.plans(), "continue_training": False, **changes}
+    dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return nnUNetTrainer(plans, "3d_fullres", 0, dataset_json, CPU)
+
+
+@pytest.fixture(scope="module")
+def trainer(workspace: Path) -> nnUNetTrainer:
+    """Stock's trainer, initialised: attributes are looked up in it, so it must not be ours."""
+    with use(workspace):
+        made = stock_trainer()
+        made.initialize()
+    return made
+
+
+OWN = {
+    "autocast_dtype", "block", "pretrained_checkpoint", "settings", "stop_flag",
+    "_last_plot", "_stop_if_asked", "_update",
+}  # fmt: skip
+"""What MFMTrainer adds. Everything else that it uses, or sets, must be stock's, or setting it would do nothing."""
+
+OF_TRAINERS = attributes("self", within="finetune/trainer.py", inside="MFMTrainer") | attributes(
+    "trainer", within="finetune/"
+)
+
+
+OF_PLANNERS = attributes("self", within="plans/mfm_planner.py", inside="MFMPlanner")
+OWN_OF_PLANNER = {
+    "is_2d", "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset", "source",
+    "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory", "_require_memory", "_size_primus",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(OF_TRAINERS - OWN))
+def test_trainer_has(trainer: nnUNetTrainer, name: str) -> None:
+    assert hasattr(trainer, name)
+
+
+def test_own_names_of_the_trainer_are_free(trainer: nnUNetTrainer) -> None:
+    assert not [name for name in OWN if hasattr(trainer, name)]
+    assert OWN <= OF_TRAINERS, "remove what is not used any more"
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("ours", "name"),
+    [(MFMTrainer, name) for name, value in vars(MFMTrainer).items() if inspect.isfunction(value) and name not in OWN]
+    + [
+        (MFMPlanner, name) for name, value in vars(MFMPlanner).items() if callable(value) and name not in OWN_OF_PLANNER
+    ],
+)
+def test_override_is_called_by_stock(ours: type, name: str) -> None:
+    """A method that stock renamed or gave other parameters would silently never be called, or fail when it is."""
+    stock = ours.__mro__[1]
+    assert hasattr(stock, name)
+    assert parameters(getattr(ours, name)) == parameters(getattr(stock, name))
+
+
+def test_trainer_takes_no_further_parameter(workspace: Path) -> None:
+    """Why settings come with the plan: the base looks its subclass's parameters up among its own variables."""
+
+    class Sixth(nnUNetTrainer):
+        def __init__(
+            self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device, mine: int = 1
+        ) -> None:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+
+    with use(workspace), contextlib.redirect_stdout(io.StringIO()), pytest.raises(KeyError, match="mine"):
+        Sixth({**tiny.plans(), "continue_training": False}, "3d_fullres", 0, {"labels": {"background": 0, "a": 1}}, CPU)
+
+
+def test_network_is_built_from_the_plan_by_a_static_method() -> None:
+    """Ours is stock's, in the form with the plan: the predictor asks for that parameter by name."""
+    assert MFMTrainer.build_network_architecture is nnUNetTrainer.build_network_architecture
+    assert isinstance(vars(nnUNetTrainer)["build_network_architecture"], staticmethod)
+    names = "plans_manager configuration_manager num_input_channels num_output_channels enable_deep_supervision"
+    assert parameters(nnUNetTrainer.build_network_architecture) == names.split()
+
+
+def test_block_survives_the_views_of_a_plan(workspace: Path) -> None:
+    """Checkpoints and model folders are written from them."""
+    block = to_dict(MFMBlock())
+    with use(workspace):
+        assert PlansManager({**tiny.plans(), "mfm": block}).plans["mfm"] == block
+        assert stock_trainer(mfm=block).plans_manager.plans["mfm"] == block
+
+
+def test_deep_supervision_is_a_switch_of_the_decoder(trainer: nnUNetTrainer) -> None:
+    trainer.set_deep_supervision_enabled(False)
+    assert trainer.network.decoder.deep_supervision is False
+    trainer.set_deep_supervision_enabled(True)
+    assert trainer.network.decoder.deep_supervision is True
+
+
+def test_trainers_that_are_none_raise_what_we_catch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is how we tell a name that is not there from our own errors."""
+    (tmp_path / "theirs.py").write_text("class NoTrainer:\n    pass\n")
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    with contextlib.redirect_stdout(io.StringIO()):
+        with pytest.raises(RuntimeError, match="nnUNetTrainr"):
+            recursive_find_trainer_class_by_name("nnUNetTrainr")
+        with pytest.raises(AssertionError, match="must inherit"):
+            recursive_find_trainer_class_by_name("NoTrainer")
+
+
+def test_logger_keeps_what_we_report_and_save(trainer: nnUNetTrainer) -> None:
+    names = {
+        "epoch_start_timestamps", "epoch_end_timestamps", "train_losses", "val_losses", "dice_per_class_or_region",
+        "ema_fg_dice",
+    }  # fmt: skip
+    assert names <= set(trainer.logger.get_checkpoint())
+    assert callable(trainer.logger.load_checkpoint)
+    assert callable(trainer.logger.plot_progress_png)
+
+
+# The planner
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Workspace]:
+    """A dataset of a fingerprint and empty files, which is all that planning looks at."""
+    with workspace_with(tmp_path, NAME, **HIPPOCAMPUS) as workspace:
+        yield workspace
+
+
+def test_planner_lists_files_by_the_name_that_we_replace(here: Workspace) -> None:
+    """Stock's own listing starts twelve processes and knows no corpora."""
+    name = "get_filenames_of_train_images_and_targets"
+    with mock.patch.object(default_experiment_planner, name, return_value={"x": {}}):
+        assert ResEncUNetPlanner(NAME).dataset == {"x": {}}
+
+
+def test_planner_knows_what_we_set(here: Workspace) -> None:
+    stock = ResEncUNetPlanner(NAME)
+    assert [name for name in sorted(OF_PLANNERS - OWN_OF_PLANNER) if not hasattr(stock, name)] == []
+    assert [name for name in sorted(OWN_OF_PLANNER) if hasattr(stock, name)] == []
+    assert OWN_OF_PLANNER <= OF_PLANNERS, "remove what is not used any more"
+
+
+@pytest.mark.parametrize("value", ["1", "2"])
+def test_stock_plans_with_our_class_on_one_core(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    """With as many or more augmentation processes than cores; stock sets torch's threads to that number."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", value)
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        plans, _ = plan_experiment_dataset(NAME, MFMPlanner)  # type: ignore[arg-type]
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert plans["mfm"]["format"] == 1
+    assert torch.get_num_threads() == threads
+
+
+# Preprocessing and data
+
+
+def test_no_resampling_returns_what_it_gets() -> None:
+    function = recursive_find_resampling_fn_by_name(NO_RESAMPLING)
+    x_CDHW = np.random.default_rng(0).normal(size=(1, 3, 4, 5)).astype(np.float32)
+    assert function(x_CDHW, (3, 4, 5), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0)) is x_CDHW
+
+
+def test_our_folder_is_recognised_beside_its_manifest(workspace: Path, tmp_path: Path) -> None:
+    """Any other file inside would make stock refuse the folder: that is why the manifest lies outside."""
+    data = workspace / "nnUNet_preprocessed" / tiny.NAME / "mfm_tiny"
+    assert infer_dataset_class(str(data)) is nnUNetDatasetBlosc2
+    (tmp_path / "a.b2nd").touch()
+    (tmp_path / "mfm.jsonl").touch()
+    with pytest.raises(AssertionError):
+        infer_dataset_class(str(tmp_path))
+
+
+def test_file_without_label_is_a_case_to_stock(tmp_path: Path) -> None:
+    """Half-written cases would be trained on: that is why ours appear whole, the image last."""
+    (tmp_path / "case.b2nd").touch()
+    assert nnUNetDatasetBlosc2.get_identifiers(str(tmp_path)) == ["case"]
+    (tmp_path / "other.pkl").touch()
+    (tmp_path / "other_seg.b2nd").touch()
+    assert nnUNetDatasetBlosc2.get_identifiers(str(tmp_path)) == ["case"]
+
+
+# What stays light
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; import mfm_nnunet; mfm_nnunet.__version__; "
+        "sys.exit(', '.join({'torch', 'timm', 'numpy', 'nnunetv2'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_environment_is_read_when_it_is_needed(workspace: Path) -> None:
+    """Our context manager sets the folders around a call, after nnunetv2 was imported."""
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+
+    with use(workspace) as here:
+        found = [str(folder) for folder in (nnUNet_raw, nnUNet_preprocessed, nnUNet_results)]
+    assert found == [str(here.raw), str(here.preprocessed), str(here.results)]
+    assert not nnUNet_raw.is_set()
