@@ -22,7 +22,7 @@ from tests.finetune import tiny
 
 SETTINGS = ("finetune.epochs=3", "finetune.iterations_per_epoch=2", "seed=2")
 
-KILLED_RUN = """
+RUN = """
 import os, signal, sys
 from pathlib import Path
 from mfm_nnunet.finetune.run import run_training
@@ -33,13 +33,15 @@ update, calls = MFMTrainer._update, []
 
 def killed(self, loss):
     calls.append(0)
-    if len(calls) == 6:  # the second step of the third epoch
+    if len(calls) == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
     update(self, loss)
 
 MFMTrainer._update = killed
 with use(sys.argv[1]) as here:
-    run_training(here, sys.argv[2], sys.argv[3], 0, overrides=sys.argv[4:], device="cpu")
+    settings = [word for word in sys.argv[5:] if "=" in word]
+    go_on = "--c" in sys.argv
+    print(run_training(here, sys.argv[2], sys.argv[3], 0, overrides=settings, continue_training=go_on, device="cpu"))
 """
 
 
@@ -82,15 +84,25 @@ def unbroken(here: Workspace, configuration: str, overrides: tuple[str, ...]) ->
     return result
 
 
+def run_alone(root: Path, kill_at: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """One run in a process of its own, as the command does it: what ran before in a process may move last bits."""
+    command = [sys.executable, "-c", RUN, str(root), tiny.NAME, "3d_fullres", str(kill_at), *words]
+    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+
+
 def test_killed_in_the_middle_of_an_epoch(here: Workspace, tmp_path: Path) -> None:
-    wanted = unbroken(here, "3d_fullres", (*SETTINGS, "num_workers=0"))
-    command = [sys.executable, "-c", KILLED_RUN, str(tmp_path), tiny.NAME, "3d_fullres", *SETTINGS, "num_workers=2"]
-    killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    whole = run_alone(tmp_path, -1, *SETTINGS, "num_workers=0")
+    assert whole.returncode == 0, whole.stderr
+    folder = Path(whole.stdout.splitlines()[-1])
+    wanted = state(folder)
+    folder.parent.rename(here.results / "unbroken")
+    killed = run_alone(tmp_path, 6, *SETTINGS, "num_workers=2")  # the second step of the third epoch
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (latest,) = here.results.rglob("MFMTrainer*/fold_0/checkpoint_latest.pth")
     assert checkpoint.load(latest)["current_epoch"] == 2
     assert not [file for file in latest.parent.iterdir() if file.suffix == ".tmp"]
-    folder = run_training(here, tiny.NAME, "3d_fullres", 0, continue_training=True, device="cpu")
+    continued = run_alone(tmp_path, -1, "--c")
+    assert continued.returncode == 0, continued.stderr
     require_equal(state(folder), wanted)
 
 
