@@ -368,7 +368,11 @@ def test_colour_pictures_hold_their_channels_in_one_file(tmp_path: Path) -> None
         ("", "E_FORMAT"),
         ("[]", "E_FORMAT"),
         ('{"labels": {"0": "x"}, "modality": {"0": "CT"}}', "E_FORMAT"),
-        ('{"labels": {"x": 0}, "file_ending": ".nrrd"}', "E_NOT_FOUND"),
+        ('{"labels": {"x": 0}, "file_ending": ".nrrd"}', "E_FORMAT"),
+        (
+            '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nrrd"}',
+            "E_NOT_FOUND",
+        ),
     ],
 )
 def test_dataset_json_that_is_none(tmp_path: Path, text: str | None, code: str) -> None:
