@@ -248,6 +248,14 @@ def _listed(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
     if ending.lower() in _PICTURES and all(set(files) == {0} for files in groups.values()):
         num_channels = 1  # Colour pictures hold all channels in one file.
     require_channels(folder / "imagesTr", groups, num_channels)
+    labelled = {file.name[: -len(ending)] for file in (folder / "labelsTr").glob(f"*{ending}")}
+    if orphans := sorted(name for name in labelled - set(groups) if not name.startswith(".")):
+        lines = "\n".join(f"  {name}_0000{ending}" for name in orphans)
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{folder}: {len(orphans)} labels have no image in imagesTr. Put the images there or take the labels out:\n"
+            f"{lines}",
+        )
     return [
         Case(
             name,
