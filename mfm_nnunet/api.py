@@ -49,7 +49,7 @@ def plan_and_preprocess(
     Raises MFMError for bad input (a labelled dataset with any bad case is refused, with the list of all of them), and
     CasesFailedError after finishing when single cases failed and were left out.
     """
-    from mfm_nnunet.plans.planner import PlanRequest, format_table, plan
+    from mfm_nnunet.plans.planner import PlanRequest, check_request, format_table, plan
 
     if images is not None and len(datasets) != 1:
         raise MFMError("E_CONFIG", "--images registers one corpus: give exactly one -d ID with it.")
@@ -61,11 +61,13 @@ def plan_and_preprocess(
         like=Path(like) if like else None,
         configurations=tuple(configurations) if configurations else None,
     )
+    check_request(request)  # before hours of reading
     results, failures, num_cases = [], [], 0
     with places.use(workspace) as here:
         for dataset in datasets:
             dataset_name = _registered(here, dataset, images, name)
             cases, failed = _fingerprint(here, dataset_name, num_processes)
+            num_cases += len(cases) + len(failed)
             result = plan(here, dataset_name, request)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
@@ -73,7 +75,6 @@ def plan_and_preprocess(
                 failed += _preprocess(here, dataset_name, cases, result, request.configurations, num_processes)
             results.append(result)
             failures += failed
-            num_cases += len(cases) + len(failed)
     if failures:
         raise CasesFailedError(failures, num_cases)
     return results
@@ -138,7 +139,8 @@ def train(
     """Train a segmentation network, from a pretrained checkpoint or from scratch on the same schedule.
 
     Returns the fold's folder inside nnU-Net's model folder. Raises MFMError for bad input (also when less than half
-    of the encoder's parameters match the checkpoint) and StoppedError on SIGTERM or Ctrl-C.
+    of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and FloatingPointError when
+    the loss becomes non-finite.
     """
     from mfm_nnunet.finetune.run import run_training
 
@@ -292,19 +294,26 @@ def _fingerprint(
         preprocessed.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as handle:
             handle.write(json.dumps(fingerprint, indent=1).encode())
-    with atomic_write(preprocessed / "dataset.json") as handle:
-        handle.write(json.dumps(dataset_json, indent=1).encode())
+    if _content(preprocessed / "dataset.json") != dataset_json:
+        with atomic_write(preprocessed / "dataset.json") as handle:
+            handle.write(json.dumps(dataset_json, indent=1).encode())
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
 
 
 def _known_fingerprint(file: Path) -> dict[str, Any]:
     """Our part of a fingerprint; empty where there is none, or a damaged one, which is made again."""
+    content = _content(file)
+    known = content.get("mfm") if isinstance(content, dict) else None
+    return known if isinstance(known, dict) and {"signature", "failures"} <= set(known) else {}
+
+
+def _content(file: Path) -> Any:
+    """What a JSON file holds; None if there is none or if it is damaged."""
     try:
-        known = json.loads(file.read_text())["mfm"]
-        return known if {"signature", "failures"} <= set(known) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _bad_dataset(dataset_name: str, failures: list[CaseFailure], num_cases: int) -> MFMError:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_HANDLED = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+
 
 class StopFlag:
     """Set by the first signal. A second signal ends the process at once; the last saved state stays intact."""
@@ -29,9 +31,20 @@ def stop_on_signal() -> Iterator[StopFlag]:
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.signal(number, flag.handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signal_handlers_kept():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, flag.handle)
         yield flag
+
+
+@contextlib.contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Put this process's signal handlers back afterwards; torchrun's agent replaces four of them and leaves its own,
+    which the next child process would inherit and raise on a plain terminate()."""
+    before = {number: signal.getsignal(number) for number in _HANDLED}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -21,7 +21,7 @@ from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.data import reading, storage
 from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature
 from mfm_nnunet.data.preprocess_case import preprocess_case_npy
-from mfm_nnunet.errors import CaseFailure, MFMError, nearest
+from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -139,9 +139,10 @@ class Job:
         if case.label is not None:
             label, label_properties = reading.read_label(case.label, reader)
             reading.check_label(label, label_properties, image_CDHW, properties, dataset_json, case.name)
-        data_CDHW, seg, properties = preprocess_case_npy(
-            image_CDHW, properties, label, plans_manager, configuration_manager, dataset_json
-        )
+        with about(case.images[0]):
+            data_CDHW, seg, properties = preprocess_case_npy(
+                image_CDHW, properties, label, plans_manager, configuration_manager, dataset_json
+            )
         if source_signature(case) != signature:
             raise MFMError("E_CHANGED", f"{case.images[0]}: the file changed while it was read. Run the command again.")
         self.copy_label(case)

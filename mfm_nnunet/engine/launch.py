@@ -25,12 +25,13 @@ from mfm_nnunet.device import default_workers, pick_device
 from mfm_nnunet.engine.distributed import join_world, leave_world
 from mfm_nnunet.engine.pretrainer import Pretrainer, Run
 from mfm_nnunet.engine.state import STATE_FILES
-from mfm_nnunet.errors import MFMError, StoppedError, nearest
+from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans import schema
 from mfm_nnunet.pretext.base import Augmentation, PretextTask, find_task
+from mfm_nnunet.stopping import signal_handlers_kept
 from mfm_nnunet.workspace import Workspace, num_cores
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    device = check(here, **arguments).device  # before processes are started, each of which would say it
+    if device.type == "cuda" and torch.cuda.device_count() < num_gpus:
+        raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -66,7 +70,7 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
         max_restarts=0,
         start_method="spawn",
     )
-    with tempfile.TemporaryDirectory() as notes:
+    with tempfile.TemporaryDirectory() as notes, signal_handlers_kept():
         try:
             return elastic_launch(config, call_recorded)(notes, _pretrain_worker, here, arguments)[0]
         except (ChildFailedError, SignalException) as error:
@@ -82,7 +86,19 @@ def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> Path:
     return pretrain_here(here, **arguments)
 
 
-def pretrain_here(
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that was asked for, checked as far as it can be before the data are read."""
+
+    plans: dict[str, Any]
+    files: dict[str, Path]
+    task_class: type[PretextTask]
+    resolved: PretrainRun
+    folder: Path
+    device: torch.device
+
+
+def check(
     here: Workspace,
     *,
     dataset_name: str,
@@ -93,12 +109,14 @@ def pretrain_here(
     continue_training: bool,
     device: str,
     run_name: str | None,
-) -> Path:
-    """Pretrain in this process (one of several under torchrun); returns the final checkpoint."""
-    plans = read_plans(here.plans_file(dataset_name, plans_name), f"Plan {dataset_name} again.")
+) -> Job:
+    """The run that these arguments ask for; nothing is written. Raises MFMError for whatever the user can repair."""
+    plans_file = here.plans_file(dataset_name, plans_name)
+    plans = read_plans(plans_file, f"Plan {dataset_name} again.")
     files = preprocessed_files(here, dataset_name, plans, configuration)
     task_class = find_task(pretext)
-    block = schema.block_of(plans)
+    with about(plans_file):
+        block = schema.block_of(plans)
     resolved = schema.override(
         PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
     )
@@ -108,19 +126,27 @@ def pretrain_here(
     name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
     folder = here.results / dataset_name / name
     _require_free(folder, continue_training)
-    used = pick_device(device)
-    world = join_world(used)
+    return Job(plans, files, task_class, resolved, folder, pick_device(device))
+
+
+def pretrain_here(here: Workspace, **arguments: Any) -> Path:
+    """Pretrain in this process (one of several under torchrun); returns the final checkpoint.
+
+    ``arguments`` are those of :func:`check`.
+    """
+    job = check(here, **arguments)
+    world, used = join_world(job.device), job.device
     if used.type == "cuda":
         used = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(used)
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
     try:
-        cases = _cases(here, dataset_name, files)
-        run, task = _prepare(resolved, task_class, plans, configuration, cases, files)
-        run = dataclasses.replace(run, folder=folder, device=used, world=world)
+        cases = _cases(here, arguments["dataset_name"], job.files)
+        run, task = _prepare(job, arguments["configuration"], cases)
+        run = dataclasses.replace(run, folder=job.folder, device=used, world=world)
         if world.is_main:
-            _announce(run, task, is_new=not continue_training)
-        return Pretrainer(task, run).run(continue_training)
+            _announce(run, task, is_new=not arguments["continue_training"])
+        return Pretrainer(task, run).run(arguments["continue_training"])
     finally:
         leave_world(world)
 
@@ -185,19 +211,14 @@ def _cases(here: Workspace, dataset_name: str, files: dict[str, Path]) -> list[c
     return [known.get(name, corpus.Case(name, (), None, name)) for name in files]
 
 
-def _prepare(
-    resolved: PretrainRun,
-    task_class: type[PretextTask],
-    plans: dict[str, Any],
-    configuration: str,
-    cases: list[corpus.Case],
-    files: dict[str, Path],
-) -> tuple[Run, PretextTask]:
+def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Run, PretextTask]:
+    plans, task_class, resolved, files = job.plans, job.task_class, job.resolved, job.files
     patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
     num_inputs = len(plans["configurations"][configuration]["normalization_schemes"])
     torch.manual_seed(resolved.seed)
     num_outputs = task_class.num_outputs(resolved.pretext, num_inputs)
-    network = build_network(plans, configuration, num_inputs, num_outputs)
+    with about(f"{plans['plans_name']}.json"):
+        network = build_network(plans, configuration, num_inputs, num_outputs)
     backbone = make_backbone(network, patch_size, restores=task_class.restores)
     config = task_class.resolve(resolved.pretext, patch_size, backbone.mask_cell())
     task = task_class(config, backbone)

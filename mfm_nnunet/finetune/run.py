@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from mfm_nnunet.children import call_recorded, raise_recorded
 from mfm_nnunet.device import pick_device
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.checks import (
     check_data,
@@ -84,7 +84,8 @@ def run_training(
             "E_CONFIG", "--c continues a training and --val only validates a finished one: give one of them."
         )
     dataset_name = workspace.dataset_name(dataset_name)
-    plans = read_plans(workspace.plans_file(dataset_name, plans_name), f"Plan {dataset_name} again.")
+    plans_file = workspace.plans_file(dataset_name, plans_name)
+    plans = read_plans(plans_file, f"Plan {dataset_name} again.")
     found = find_trainer(trainer)
     is_ours = issubclass(found, MFMTrainer)
     if overrides and not is_ours:
@@ -100,6 +101,8 @@ def run_training(
     for unfinished in folder.glob(".*.tmp"):  # a process killed while it saved leaves its temporary file
         unfinished.unlink()
     if is_ours:
+        with about(plans_file):
+            _check_plan(plans, configuration)
         plans = _with_settings(plans, configuration, folder, overrides, pretrained_weights, start_from)
     job = Job(
         trainer, plans, configuration, fold, dataset_json, folder,
@@ -141,6 +144,13 @@ def execute(job: Job) -> None:
         trainer.perform_actual_validation(job.save_probabilities)
 
 
+def _check_plan(plans: dict[str, Any], configuration: str) -> None:
+    """See that the settings can be read and the network can be built, from trusted names, before nnU-Net builds it."""
+    block_of(plans)
+    channels = PlansManager(plans).get_configuration(configuration).normalization_schemes
+    build_network(plans, configuration, len(channels), 2)
+
+
 def _with_settings(
     plans: dict[str, Any],
     configuration: str,
@@ -150,8 +160,6 @@ def _with_settings(
     start_from: Path | None,
 ) -> dict[str, Any]:
     """The plan with the resolved settings in its block; they are logged and saved in the run folder."""
-    channels = PlansManager(plans).get_configuration(configuration).normalization_schemes
-    build_network(plans, configuration, len(channels), 2)  # only to see that it can be built, and from trusted names
     about = describe(pretrained_weights) if pretrained_weights is not None else None
     saved = run_settings.load(folder, plans) if start_from is not None else None
     base = saved or block_of(plans)

@@ -63,6 +63,8 @@ def ensure_splits(
         return splits
     try:
         splits = json.loads(file.read_text())
+        if not isinstance(splits, list) or not splits:
+            raise ValueError("it holds no list, or an empty one")
         return [{"train": list(split["train"]), "val": list(split["val"])} for split in splits]
     except (ValueError, KeyError, TypeError) as error:
         raise MFMError(

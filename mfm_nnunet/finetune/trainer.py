@@ -19,7 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.device import autocast, default_workers
-from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.finetune import state, validation
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
 from mfm_nnunet.finetune.preprocessed import forget_cases, preprocessed_cases, require_fingerprint, shareable
@@ -155,7 +155,7 @@ class MFMTrainer(nnUNetTrainer):
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
         """One gradient step, clipped as the settings say; StoppedError after it when a signal came.
 
-        Raises MFMError (E_NONFINITE) when the loss is not finite and no loss scaling would skip the step.
+        Raises FloatingPointError when the loss is not finite and no loss scaling would skip the step.
         """
         x_BCDHW = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
@@ -167,9 +167,11 @@ class MFMTrainer(nnUNetTrainer):
         with autocast(self.device, self.autocast_dtype):
             loss = self.loss(self.network(x_BCDHW), target)
         if self.grad_scaler is None and not torch.isfinite(loss):
-            raise MFMError(
-                "E_NONFINITE",
-                f"the loss became {loss.item()} in epoch {self.current_epoch}. Lower finetune.learning_rate.",
+            cases = ", ".join(sorted({str(name) for name in batch.get("keys", ())}))
+            raise FloatingPointError(
+                f"the loss became {loss.item()} in epoch {self.current_epoch} before the update; the weights saved "
+                f"last are good. Cases of the batch: {cases}. Check these images, or lower finetune.learning_rate "
+                f"({self.settings.learning_rate})."
             )
         self._update(loss)
         self._stop_if_asked()

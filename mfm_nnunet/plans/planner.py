@@ -20,8 +20,19 @@ from mfm_nnunet.plans.mfm_planner import MFMPlanner
 from mfm_nnunet.plans.table import Circumstances, Decision, decisions_for, format_table
 from mfm_nnunet.workspace import Workspace
 
-__all__ = ["DEFAULT_NAMES", "Decision", "MFMPlanner", "PlanRequest", "PlanResult", "format_table", "plan"]
+__all__ = [
+    "DEFAULT_NAMES",
+    "Decision",
+    "MFMPlanner",
+    "PlanRequest",
+    "PlanResult",
+    "check_request",
+    "format_table",
+    "plan",
+]
 
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
+"""All that nnU-Net ever plans; which of them a data set gets is known only after its images were read."""
 DEFAULT_NAMES = {"resenc": "mfmPlans", "primus": "mfmPrimusPlans"}
 """Plan names by network family; a plan like a checkpoint is named by :func:`mfm_nnunet.plans.like.like_plans_name`."""
 
@@ -63,12 +74,7 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
     E_MODEL_MISMATCH (a checkpoint that is not one of our pretrained ones, or does not fit the data).
     """
     assert Path(os.environ.get("nnUNet_raw", "")) == workspace.raw, "plan() must run inside workspace.use()"
-    _check_request(request)
-    source = like.read_source(request.like) if request.like else None
-    if source and request.network == "primus" != source.network:
-        raise MFMError(
-            "E_CONFIG", f"--network primus and --like: {request.like} holds a ResEnc U-Net. Leave --network out."
-        )
+    source = check_request(request)
     name = request.plans_name or (
         like.like_plans_name(source.mfm["plans"]["plans_name"]) if source else DEFAULT_NAMES[request.network]
     )
@@ -94,7 +100,11 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
     return PlanResult(plans, planner.plans_file, decisions_for(plans, planner.dataset_json, why))
 
 
-def _check_request(request: PlanRequest) -> None:
+def check_request(request: PlanRequest) -> like.Source | None:
+    """Refuse what no data can meet, before a dataset is read; returns the checkpoint that the plan must fit.
+
+    Raises MFMError: E_CONFIG, and as :func:`mfm_nnunet.plans.like.read_source`.
+    """
     name = request.plans_name
     problem = None
     if request.network not in DEFAULT_NAMES:
@@ -105,9 +115,18 @@ def _check_request(request: PlanRequest) -> None:
         problem = f"-pl {name}: our plan names start with 'mfm' and have letters, digits, _ and - only, e.g. mfm{name}."
     elif request.like is not None and request.spacing != "median":
         problem = "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out."
+    unknown = [configuration for configuration in request.configurations or () if configuration not in CONFIGURATIONS]
+    if unknown:
+        problem = f"-c {unknown[0]}: there is no such configuration. {nearest(unknown[0], CONFIGURATIONS)}"
     if problem:
         raise MFMError("E_CONFIG", problem)
     _explicit_spacing(request.spacing)
+    source = like.read_source(request.like) if request.like else None
+    if source and request.network == "primus" != source.network:
+        raise MFMError(
+            "E_CONFIG", f"--network primus and --like: {request.like} holds a ResEnc U-Net. Leave --network out."
+        )
+    return source
 
 
 def _explicit_spacing(spacing: str | Sequence[float]) -> list[float] | None:

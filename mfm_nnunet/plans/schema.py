@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -219,9 +220,9 @@ def _convert_scalar(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = hint(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = None
-        if number is not None and (hint is float or float(value) == number) and number == number:
+        if number is not None and (hint is float or float(value) == number) and math.isfinite(number):
             return number
     raise MFMError("E_CONFIG", f"{name}={value}: expected {hint.__name__}.")
 

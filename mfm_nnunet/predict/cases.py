@@ -20,7 +20,7 @@ from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.per_case import source_signature
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import read_image, read_label
-from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.predict.model import Model
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,10 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
             f"{case.label}: the mask of the previous stage has shape {mask.shape[1:]}, the image {image.shape[1:]}.",
         )
     plans_manager, configuration_manager, label_manager = model.managers
-    x_CDHW, seg, properties = preprocess_case_npy(
-        image, properties, mask, plans_manager, configuration_manager, model.dataset_json
-    )
+    with about(case.images[0]):
+        x_CDHW, seg, properties = preprocess_case_npy(
+            image, properties, mask, plans_manager, configuration_manager, model.dataset_json
+        )
     if mask is not None:
         assert seg is not None, "preprocessing returns the mask that it was given"
         x_CDHW = np.vstack((x_CDHW, convert_labelmap_to_one_hot(seg[0], label_manager.foreground_labels, x_CDHW.dtype)))

@@ -140,10 +140,21 @@ def disk_full_is_an_error(path: Path, num_bytes: int = 1) -> Iterator[None]:
     except MFMError:
         raise
     except Exception as error:
-        hidden = not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < num_bytes
-        if hidden or is_disk_full(error):
+        if is_disk_full(error) or (not isinstance(error, OSError) and _refuses(path.parent, num_bytes)):
             raise disk_full(path) from error
         raise
+
+
+def _refuses(folder: Path, num_bytes: int) -> bool:
+    """Whether that much cannot be written into a folder; quotas do not show in the free space of a disk."""
+    if shutil.disk_usage(folder).free < num_bytes:
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(num_bytes))
+    except OSError as error:
+        return is_disk_full(error)
+    return False
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -204,5 +204,8 @@ def test_errors_of_child_processes_are_raised_as_they_were(tmp_path: Path) -> No
     here = prepare(tmp_path, num_cases=1)
     arguments = {"dataset_name": NAME, "configuration": "3d_fullres", "plans_name": "mfmPlans", "pretext": "mae"}
     rest = {"settings": (), "continue_training": False, "device": "cpu", "run_name": None}
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with pytest.raises(MFMError, match="single subject"):
         launch(2, here, {**arguments, **rest})
+    # A left handler makes child processes of later work raise, and hang, when they are told to end.
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers

@@ -1,0 +1,218 @@
+"""Checkpoints that are none, are damaged, belong to another network or would run code: refused at every entry."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mfm_nnunet.models.build import build_network
+from tests.architectures import primus, resenc
+from tests.bad_input.site import PATCH, Site, accepted, edit_json, nothing_lost, refused, unchanged
+from tests.finetune import tiny
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self.folder,)
+
+
+def cut(site: Site, file: Path) -> None:
+    file.write_bytes(site.pretrained.read_bytes()[:-1000])
+
+
+def flipped(site: Site, file: Path) -> None:
+    content = bytearray(site.pretrained.read_bytes())
+    with zipfile.ZipFile(site.pretrained) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + 200] ^= 1
+    file.write_bytes(content)
+
+
+def archive(site: Site, file: Path) -> None:
+    with zipfile.ZipFile(file, "w") as content:
+        content.writestr("weights", "none")
+
+
+def saved(content: Any) -> Callable[[Site, Path], None]:
+    return lambda site, file: torch.save(content, file)
+
+
+def with_payload(site: Site, file: Path) -> None:
+    content = torch.load(site.pretrained, weights_only=True)
+    torch.save({**content, "logging": Payload(site.folder / "payload_ran")}, file)
+
+
+def pickled_payload(site: Site, file: Path) -> None:
+    file.write_bytes(pickle.dumps(Payload(site.folder / "payload_ran")))
+
+
+NONE: dict[str, tuple[str, Callable[[Site, Path], Any]]] = {
+    "missing": ("E_NOT_FOUND", lambda site, file: None),
+    "folder": ("E_NOT_FOUND", lambda site, file: file.mkdir()),
+    "empty": ("E_EMPTY", lambda site, file: file.write_bytes(b"")),
+    "text": ("E_MODEL_CORRUPT", lambda site, file: file.write_text("weights")),
+    "cut": ("E_MODEL_CORRUPT", cut),
+    "flipped": ("E_MODEL_CORRUPT", flipped),
+    "another archive": ("E_MODEL_CORRUPT", archive),
+    "a list": ("E_MODEL_CORRUPT", saved([1, 2])),
+    "of another program": ("E_MODEL_CORRUPT", saved({"state_dict": {"a": torch.zeros(2)}})),
+    "with a payload": ("E_MODEL_UNSAFE", with_payload),
+    "a pickled payload": ("E_MODEL_UNSAFE", pickled_payload),
+}
+
+
+@pytest.mark.parametrize("kind", NONE)
+def test_checkpoint_that_is_none(kind: str, site: Site) -> None:
+    """To start from, to plan like, as a model, and to continue from."""
+    code, write = NONE[kind]
+    file = site.folder / "weights.pth"
+    write(site, file)
+    with unchanged(site.folder):
+        refused(site.train(1, "-pretrained_weights", file), code, file)
+        refused(site.plan("-d", 5, "--like", file, "-pl", "mfmNew"), code, file)
+    if file.is_file():
+        final, state = site.model / "fold_0" / "checkpoint_final.pth", site.run_folder / "resume.pth"
+        for target in (final, state):
+            target.write_bytes(file.read_bytes())
+        with nothing_lost(final.parent, state.parent):
+            refused(site.predict(site.test_images, site.folder / "out"), code, final)
+            refused(site.run("train", 5, "3d_fullres", 0, "--c"), code, final)
+            refused(site.run("train", 5, "3d_fullres", 0, "--val"), code, final)
+        if kind not in ("of another program",):
+            with nothing_lost(state.parent):
+                refused(site.pretrain("--c"), code, state)
+    assert not (site.folder / "out").exists()
+    assert not (site.folder / "payload_ran").exists()
+
+
+def network_weights(architecture: dict[str, Any], patch: tuple[int, ...] = PATCH) -> dict[str, torch.Tensor]:
+    plans = tiny.plans(**{"3d_fullres": tiny.configuration(architecture, patch)})
+    return build_network(plans, "3d_fullres", 1, 1).state_dict()
+
+
+OTHER_NETWORKS: dict[str, tuple[str, Callable[[], dict[str, torch.Tensor]]]] = {
+    "Primus": ("only 0.0%", lambda: network_weights(primus((24, 24, 24)), (24, 24, 24))),
+    "2D": ("is 2D", lambda: network_weights(resenc(2), (24, 24))),
+    "other widths": ("shape", lambda: network_weights(resenc(features=(8, 16, 16)))),
+    "nothing": ("not in the checkpoint", dict),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_NETWORKS)
+def test_checkpoint_of_another_network(kind: str, site: Site) -> None:
+    hint, weights = OTHER_NETWORKS[kind]
+    file = site.folder / "other.pth"
+    torch.save({"network_weights": weights()}, file)
+    message = refused(site.train(1, "-pretrained_weights", file), "E_MODEL_MISMATCH", file, hint)
+    assert "--like" in message or "same configuration" in message
+    accepted(site.train(1, "-pretrained_weights", site.pretrained))
+
+
+def test_unet_checkpoint_for_a_primus_plan(site: Site) -> None:
+    def edit(plans: dict[str, Any]) -> None:
+        plans["configurations"]["3d_fullres"].update(architecture=primus((24, 24, 24)), patch_size=[24, 24, 24])
+
+    edit_json(site.preprocessed() / "mfmPlans.json", edit)
+    refused(site.train(1, "-pretrained_weights", site.pretrained), "E_MODEL_MISMATCH", "PrimusSeg", "--like")
+
+
+def test_model_with_the_plan_of_another(site: Site) -> None:
+    def edit(plans: dict[str, Any]) -> None:
+        plans["configurations"]["3d_fullres"]["architecture"] = resenc(features=(8, 16, 16))
+
+    edit_json(site.model / "plans.json", edit)
+    refused(site.predict(site.test_images, site.folder / "out"), "E_MODEL_MISMATCH", "checkpoint_final.pth")
+    edit_json(site.preprocessed() / "mfmPlans.json", edit)
+    refused(site.run("train", 5, "3d_fullres", 0, "--c"), "E_CONFIG", "was changed after this run began")
+
+
+def test_pretrained_checkpoint_is_no_model(site: Site) -> None:
+    final = site.model / "fold_0" / "checkpoint_final.pth"
+    final.write_bytes(site.pretrained.read_bytes())
+    refused(site.predict(site.test_images, site.folder / "out"), "E_MODEL_MISMATCH", final, "mfm_train")
+
+
+def test_stock_checkpoint_starts_a_training_and_plans_nothing(site: Site) -> None:
+    """nnU-Net's own files hold NumPy scalars in their log and no plan block."""
+    content = torch.load(site.model / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    del content["mfm"]
+    content["logging"] = {"mean_fg_dice": [np.float64(0.5)], "dice": [[np.float32(0.5)]]}
+    file = site.folder / "stock.pth"
+    torch.save(content, file)
+    accepted(site.train(1, "-pretrained_weights", file))
+    refused(site.plan("-d", 5, "--like", file, "-pl", "mfmNew"), "E_MODEL_MISMATCH", file, "mfm_pretrain")
+
+
+def edited(site: Site, edit: Callable[[dict[str, Any]], object]) -> Path:
+    content = copy.deepcopy(torch.load(site.pretrained, weights_only=True))
+    edit(content)
+    torch.save(content, site.folder / "edited.pth")
+    return site.folder / "edited.pth"
+
+
+DESCRIPTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
+    "no plan": ("E_MODEL_MISMATCH", lambda mfm: mfm.pop("plans")),
+    "half a plan": ("E_MODEL_MISMATCH", lambda mfm: mfm["plans"]["configurations"]["3d_fullres"].pop("spacing")),
+    "another configuration": ("E_MODEL_MISMATCH", lambda mfm: mfm.update(configuration="3d_lowres")),
+    "a fine-tuned one": ("E_MODEL_MISMATCH", lambda mfm: mfm.update(kind="finetuned")),
+    "foreign code": (
+        "E_MODEL_UNSAFE",
+        lambda mfm: mfm["plans"]["configurations"]["3d_fullres"]["architecture"].update(network_class_name="os.system"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DESCRIPTIONS)
+def test_plan_like_a_checkpoint_with_a_broken_description(kind: str, site: Site) -> None:
+    code, edit = DESCRIPTIONS[kind]
+    file = edited(site, lambda content: edit(content["mfm"]))
+    with unchanged(site.folder):
+        refused(site.plan("-d", 5, "--like", file, "-pl", "mfmNew"), code, file)
+
+
+def test_weights_that_are_not_finite(site: Site) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for tensor in content["network_weights"].values():
+            tensor.fill_(float("nan"))
+
+    file = edited(site, edit)
+    refused(site.train(1, "-pretrained_weights", file), "E_NONFINITE", file)
+    final = site.model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(final, weights_only=True)
+    edit(content)
+    torch.save(content, final)
+    refused(site.predict(site.test_images, site.folder / "out"), "2 of 2", "E_NONFINITE", code=3)
+    assert not list((site.folder / "out").glob("*.nii.gz"))
+
+
+def test_the_state_saved_before_a_damaged_one_is_used(site: Site) -> None:
+    settings = (
+        "pretrain.epochs=2",
+        "pretrain.iterations_per_epoch=1",
+        "pretrain.validation_iterations=1",
+        "num_workers=0",
+    )
+    accepted(site.pretrain("--run-name", "two", settings=settings))
+    folder = site.run_folder.with_name(f"{site.run_folder.name}__two")
+    finals = [(folder / "checkpoint_final.pth").read_bytes()]
+    (folder / "checkpoint_final.pth").unlink()
+    (folder / "resume_previous.pth").write_bytes((folder / "resume.pth").read_bytes())
+    os.truncate(folder / "resume.pth", 500)
+    outcome = accepted(site.pretrain("--run-name", "two", "--c", settings=settings))
+    assert "trying the state saved before it" in outcome.err
+    finals.append((folder / "checkpoint_final.pth").read_bytes())
+    assert finals[0] == finals[1]

@@ -1,0 +1,300 @@
+"""Unknown names and impossible values: refused before anything is written, with the nearest legal name."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bad_input.site import (
+    CORPUS,
+    FINETUNE,
+    LABELLED,
+    PRETRAIN,
+    Site,
+    accepted,
+    nothing_lost,
+    refused,
+    unchanged,
+    with_small_network,
+    write_dataset,
+    write_scan,
+)
+
+UNKNOWN: dict[str, tuple[str, str, str]] = {
+    # what: (command, words, what the message must say)
+    "dataset to plan": ("plan_and_preprocess", "-d Dataset005_Fow", "'Dataset005_Few'"),
+    "number to plan": ("plan_and_preprocess", "-d 6", "Dataset005_Few, Dataset701_Corpus"),
+    "configuration to plan": ("plan_and_preprocess", "-d 5 -c 3d_fulres", "'3d_fullres'"),
+    "plan name": ("plan_and_preprocess", "-d 5 -pl Plans", "mfmPlans"),
+    "plan name with a path": ("plan_and_preprocess", "-d 5 -pl mfm/../../x", "mfm"),
+    "network": ("plan_and_preprocess", "-d 5 --network primos", "primus"),
+    "checkpoint to plan like": ("plan_and_preprocess", "-d 5 --like nowhere.pth", "nowhere.pth"),
+    "dataset to pretrain on": ("pretrain", "702 3d_fullres", CORPUS),
+    "configuration to pretrain": ("pretrain", "701 3d_fulres", "'3d_fullres'"),
+    "plan to pretrain": ("pretrain", "701 3d_fullres -p mfmPlan", "'mfmPlans'"),
+    "pretext task": ("pretrain", "701 3d_fullres --pretext maee", "'mae'"),
+    "module of a pretext task": ("pretrain", "701 3d_fullres --pretext no.such.Task", "PYTHONPATH"),
+    "class of a pretext task": ("pretrain", "701 3d_fullres --pretext os.path.Task", "PretextTask"),
+    "run name with a path": ("pretrain", "701 3d_fullres --run-name a/../../b", "--run-name"),
+    "dataset to train on": ("train", "Dataset005_Fw 3d_fullres 1", "'Dataset005_Few'"),
+    "corpus to train on": ("train", "701 3d_fullres 0", "mfm_pretrain"),
+    "configuration to train": ("train", "5 3d_fulres 1", "'3d_fullres'"),
+    "plan to train": ("train", "5 3d_fullres 1 -p mfmPlns", "'mfmPlans'"),
+    "fold": ("train", "5 3d_fullres 7", "0 to 2"),
+    "fold that is no number": ("train", "5 3d_fullres first", "all"),
+    "trainer": ("train", "5 3d_fullres 1 -tr MFMTrainr", "'MFMTrainer'"),
+    "checkpoint to start from": ("train", "5 3d_fullres 1 -pretrained_weights nowhere.pth", "nowhere.pth"),
+    "device": ("train", "5 3d_fullres 1 -device gpu", "cuda"),
+    "settings for stock's trainer": ("train", "5 3d_fullres 1 -tr nnUNetTrainer --set seed=1", "MFMTrainer"),
+    "run to validate": ("train", "5 3d_fullres 1 --val", "checkpoint_final.pth"),
+    "run to continue": ("train", "5 3d_fullres 1 --c", "without --c"),
+    "run to pretrain further": ("pretrain", "701 3d_fullres --c --run-name new", "without --c"),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_unknown_name(what: str, site: Site) -> None:
+    command, words, hint = UNKNOWN[what]
+    with unchanged(site.folder):
+        refused(site.run(command, *words.split()), hint)
+
+
+MODELS: dict[str, tuple[str, str]] = {
+    "folder": ("-m nowhere", "nowhere"),
+    "folder that is none": ("-m {images}", "plans.json"),
+    "dataset": ("-d 6 -c 3d_fullres", LABELLED),
+    "configuration": ("-d 5 -c 2d", "'MFMTrainer__mfmPlans__3d_fullres'"),
+    "fold": ("-d 5 -c 3d_fullres -f 3", "Folds with this checkpoint: 0"),
+    "fold that is no number": ("-d 5 -c 3d_fullres -f first", "all"),
+    "checkpoint": ("-d 5 -c 3d_fullres -chk checkpoint_bst.pth", "checkpoint_best.pth"),
+    "trainer": ("-d 5 -c 3d_fullres -tr nnUNetTrainer", "'MFMTrainer__mfmPlans__3d_fullres'"),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_unknown_model(what: str, site: Site) -> None:
+    words, hint = MODELS[what]
+    with unchanged(site.folder):
+        line = words.format(images=site.test_images).split()
+        refused(site.predict(site.test_images, site.folder / "out", *line), hint)
+
+
+PRETRAIN_SETTINGS = {
+    "pretrain.epoch=3": "'pretrain.epochs'",
+    "epochs=3": "'pretrain.epochs'",
+    "pretext.mask_ration=0.5": "'pretext.mask_ratio'",
+    "finetune.epochs=3": "'pretrain.epochs'",
+    "pretrain.epochs=three": "expected int",
+    "pretrain.epochs=2.5": "expected int",
+    "pretrain.epochs=0": "pretrain.epochs=0",
+    "pretrain.epochs=-1": "pretrain.epochs=-1",
+    "pretrain.iterations_per_epoch=0": "pretrain.iterations_per_epoch=0",
+    "pretrain.batch_size=0": "pretrain.batch_size=0",
+    "pretrain.learning_rate=nan": "pretrain.learning_rate",
+    "pretrain.learning_rate=inf": "pretrain.learning_rate",
+    "pretrain.learning_rate=-1": "pretrain.learning_rate",
+    "pretrain.optimizer=adam": "sgd, adamw",
+    "pretrain.precision=fp8": "auto, fp32, bf16, fp16",
+    "pretrain.warmup_epochs=-3": "warmup_epochs",
+    "pretrain.weight_decay=-1": "weight_decay",
+    "pretrain.gradient_clip=0": "gradient_clip",
+    "pretrain.validation_fraction=1": "validation_fraction",
+    "pretext.mask_ratio=2": "between 0 and 1",
+    "pretext.cell_size=0": "cell_size",
+    "pretext.cell_size=3,3": "3 axes",
+    "seed=-1": "seed",
+    "num_workers=-1": "num_workers",
+}
+
+
+@pytest.mark.parametrize("setting", PRETRAIN_SETTINGS)
+def test_wrong_setting_of_pretraining(setting: str, site: Site) -> None:
+    name = setting.partition("=")[0]
+    others = [other for other in PRETRAIN if other.partition("=")[0] != name]
+    with unchanged(site.folder):
+        refused(site.pretrain("--run-name", "new", settings=[*others, setting]), "E_CONFIG", PRETRAIN_SETTINGS[setting])
+
+
+FINETUNE_SETTINGS = {
+    "finetune.epoch=3": "'finetune.epochs'",
+    "pretrain.epochs=3": "'finetune.epochs'",
+    "finetune.epochs=0": "finetune.epochs=0",
+    "finetune.iterations_per_epoch=0": "finetune.iterations_per_epoch=0",
+    "finetune.learning_rate=-1": "finetune.learning_rate",
+    "finetune.learning_rate=fast": "expected float",
+    "finetune.warmup_epochs=9": "warmup_epochs",
+    "finetune.weight_decay=-1": "weight_decay",
+    "finetune.precision=half": "auto, fp32, bf16, fp16",
+    "finetune.deep_supervision=maybe": "expected bool",
+    "finetune.checkpoint=x.pth": "-pretrained_weights",
+    "network=primus": "training has no setting 'network'",
+    "num_workers=-1": "num_workers",
+}
+
+
+@pytest.mark.parametrize("setting", FINETUNE_SETTINGS)
+def test_wrong_setting_of_training(setting: str, site: Site) -> None:
+    name = setting.partition("=")[0]
+    others = [other for other in FINETUNE if other.partition("=")[0] != name]
+    with unchanged(site.folder):
+        refused(site.train(1, settings=[*others, setting]), "E_CONFIG", FINETUNE_SETTINGS[setting])
+
+
+PLANNING: dict[str, tuple[str, str]] = {
+    "spacing that leaves nothing": ("--spacing 1000 1 1", "voxels"),
+    "spacing that leaves too little": ("--spacing 20 20 20", "--spacing"),
+    "memory that nothing fits into": ("--memory-gb 0.01", "--memory-gb"),
+    "negative memory": ("--memory-gb -3", "above 0"),
+    "spacing and checkpoint": ("--spacing onemm --like {checkpoint}", "--spacing"),
+    "network and checkpoint": ("--network primus --like {checkpoint}", "--network"),
+    "name without images": ("--name X", "--images"),
+}
+
+
+@pytest.mark.parametrize("what", PLANNING)
+def test_impossible_plan(what: str, site: Site) -> None:
+    words, hint = PLANNING[what]
+    accepted(site.plan("-d", 5, "--no_pp"))  # the fingerprint of this copy of the dataset
+    with unchanged(site.folder):
+        refused(site.plan("-d", 5, "-pl", "mfmNew", *words.format(checkpoint=site.pretrained).split()), hint)
+
+
+CORPORA: dict[str, tuple[str, str]] = {
+    "taken by a dataset": ("-d 5 --images {scans}", LABELLED),
+    "taken by a corpus of another name": ("-d 701 --images {scans} --name Other", CORPUS),
+    "other scans": ("-d 701 --images {images}", "Choose another number"),
+    "two numbers": ("-d 702 703 --images {scans}", "exactly one -d"),
+    "number too large": ("-d 1702 --images {scans}", "1 to 999"),
+    "name with a space": ("-d 702 --images {scans} --name A|B", "letters, digits"),
+    "no such folder": ("-d 702 --images nowhere", "nowhere"),
+    "empty folder": ("-d 702 --images {empty}", "no image"),
+    "another file": ("-d 702 --images {text}", "a folder, a CSV file or an image"),
+}
+
+
+@pytest.mark.parametrize("what", CORPORA)
+def test_corpus_that_cannot_be_registered(what: str, site: Site) -> None:
+    words, hint = CORPORA[what]
+    places = {"scans": site.scans, "images": site.test_images, "empty": site.folder / "empty"}
+    places["text"] = site.folder / "notes.txt"
+    places["empty"].mkdir()
+    places["text"].write_text("notes")
+    with unchanged(site.folder):
+        refused(site.plan(*(word.format(**places).replace("|", " ") for word in words.split())), hint)
+
+
+TABLES = {
+    "columns": ("file,age\na.nii.gz,3\n", "'image'"),
+    "nothing": ("", "'image'"),
+    "no rows": ("image\n", "no image"),
+    "missing files": ("image\nscans/scan0.nii.gz\nscans/gone.nii.gz\n", "line 3"),
+    "empty cells": ("image_0,image_1\nscans/scan0.nii.gz,\n", "image_1 is empty"),
+    "a name twice": ("image,case\nscans/scan0.nii.gz,a\nscans/scan1.nii.gz,a\n", "named twice: a"),
+    "no text": (b"\xff\xfe\x00\x01", "CSV"),
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_table_of_scans(what: str, site: Site) -> None:
+    content, hint = TABLES[what]
+    table = site.folder / "scans.csv"
+    table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with unchanged(site.folder):
+        refused(site.plan("-d", 702, "--images", table), table, hint)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "nearest"),
+    [
+        ("plan_and_preprocess", "-d 5 --memory-bg 8", "--memory-gb"),
+        ("pretrain", "701 3d_fullres --pretex mae", "--pretext"),
+        ("train", "5 3d_fullres 1 -pretrained_weight x.pth", "-pretrained_weights"),
+        ("predict", "-i in -o out -m model --overwrit", "--overwrite"),
+        ("train", "5 3d_fullres 1 --epochs 3", "finetune.epochs=VALUE"),
+    ],
+)
+def test_misspelt_flag(command: str, words: str, nearest: str, site: Site) -> None:
+    with unchanged(site.folder):
+        refused(site.run(command, *words.split()), nearest)
+
+
+def test_strange_names_work(empty: Site) -> None:
+    """Spaces, umlauts, other scripts, composed and decomposed letters, one stem with two endings, a long name."""
+    site = Site(empty.folder / "Daten der Radiologie, Größe 2", empty.call)
+    names = ["Müller, Hans (2).nii.gz", "患者 7.nii.gz", "x.nii", "x.nii.gz", "-dash.nii.gz", "a" * 200 + ".nii.gz"]
+    names += [unicodedata.normalize(form, "é").join(("caf", ".nii.gz")) for form in ("NFC", "NFD")]
+    for number, name in enumerate(names):
+        write_scan(site.scans / name, number)
+    write_scan(site.scans / "other folder" / "x.nii.gz", 99)
+    accepted(site.plan("-d", 701, "-c", "3d_fullres", "--images", site.scans))
+    files = sorted(site.data(CORPUS).glob("*.b2nd"))
+    assert len(files) == len({file.name.casefold() for file in files}) == len(names) + 1
+    assert all(file.name.isascii() for file in files)
+    with_small_network(site.preprocessed(CORPUS) / "mfmPlans.json")
+    accepted(site.pretrain())
+
+
+def test_masks_of_strange_names(site: Site) -> None:
+    images = site.folder / "neue Bilder"
+    names = ["Müller, Hans (2)", "患者 7", "-dash", "a.b.c"]
+    for number, name in enumerate(names):
+        write_scan(images / f"{name}_0000.nii.gz", number)
+    accepted(site.predict(images, site.folder / "neue Masken"))
+    assert {file.name for file in (site.folder / "neue Masken").glob("*.nii.gz")} == {f"{n}.nii.gz" for n in names}
+
+
+def test_new_scans_are_added_and_known_ones_stay(empty: Site) -> None:
+    for number in range(2):
+        write_scan(empty.scans / f"scan{number}.nii.gz", number)
+    words = ("-d", 701, "-c", "3d_fullres", "--images", empty.scans)
+    accepted(empty.plan(*words))
+    write_scan(empty.scans / "later.nii.gz", 7)
+    with nothing_lost(empty.data(CORPUS)):
+        outcome = accepted(empty.plan(*words))
+    assert "1 cases preprocessed, 2 reused" in outcome.err
+
+
+def test_a_fold_of_each_small_dataset(empty: Site) -> None:
+    """One case cannot be split; two to four are left out one by one."""
+    for number in range(1, 5):
+        site = Site(empty.folder / str(number), empty.call)
+        write_dataset(site.raw, number)
+        accepted(site.plan("-d", 5, "-c", "3d_fullres"))
+        with_small_network(site.preprocessed() / "mfmPlans.json")
+        if number == 1:
+            refused(site.train(0), "only one labelled case", "'all'")
+            accepted(site.train("all"))
+            write_scan(site.test_images / "test_0000.nii.gz")
+            accepted(site.predict(site.test_images, site.folder / "out"))
+            continue
+        refused(site.train(number), f"0 to {number - 1}", "'all'")
+        accepted(site.train(number - 1))
+        masks = (site.model / f"fold_{number - 1}" / "validation").glob("*.nii.gz")
+        assert [file.name for file in masks] == [f"case{number - 1}.nii.gz"]
+
+
+def test_a_corpus_of_one_scan(empty: Site) -> None:
+    write_scan(empty.scans / "scan.nii.gz")
+    accepted(empty.plan("-d", 701, "-c", "3d_fullres", "--images", empty.scans / "scan.nii.gz"))
+    with_small_network(empty.preprocessed(CORPUS) / "mfmPlans.json")
+    refused(empty.pretrain(), "pretrain.validation_fraction=0")
+    outcome = accepted(empty.pretrain(settings=[*PRETRAIN, "pretrain.validation_fraction=0"]))
+    assert Path(outcome.out.splitlines()[-1]).is_file()
+    two_volumes = ("--pretext", "volume_fusion", "--run-name", "two")
+    settings = [*PRETRAIN, "pretrain.validation_fraction=0", "pretext.variant=two_image"]
+    refused(empty.pretrain(*two_volumes, settings=settings), "E_CONFIG", "2 volumes", "Add scans")
+
+
+def test_gpus_that_are_not_there(site: Site) -> None:
+    """Found before processes are started, each of which would say it."""
+    if torch.cuda.is_available():
+        pytest.skip("this computer has a GPU")
+    with unchanged(site.folder):
+        refused(site.train(1, "-device", "cuda"), "E_CONFIG", "-device cpu")
+        refused(site.train(1, "-num_gpus", 2), "E_CONFIG", "-device cpu")
+        refused(site.pretrain("--run-name", "new", "-device", "cuda"), "E_CONFIG", "-device cpu")
+        refused(site.pretrain("--run-name", "new", "-device", "cuda", "-num_gpus", 2), "E_CONFIG", "-device cpu")
+        refused(site.pretrain("-num_gpus", 2), "E_EXISTS", site.run_folder)
