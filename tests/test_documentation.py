@@ -466,8 +466,8 @@ def test_the_task_of_the_how_to_works(family: str, tmp_path: Path, monkeypatch: 
     task_class = find_task(f"{package.name}.denoising")
     assert find_task(f"{package.name}.denoising.Denoising") is task_class
     patch, config = (16, 16, 16), schema.override(task_class.Config(), ["noise=0.25"])
-    backbone = tiny_backbone(family, patch, 2, task_class.num_outputs(config, 2), restores=task_class.restores)
-    task = task_class(task_class.resolve(config, patch, backbone.mask_cell()), backbone)
+    backbone = tiny_backbone(family, patch, 2, task_class.num_outputs(config, 2), restoring=task_class.restoring)
+    task = task_class(task_class.resolve(config, backbone.geometry()), backbone)
     items = []
     for index in range(2):
         rng = np.random.default_rng(index)

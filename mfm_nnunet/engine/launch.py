@@ -219,8 +219,8 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
     num_outputs = task_class.num_outputs(resolved.pretext, num_inputs)
     with about(f"{plans['plans_name']}.json"):
         network = build_network(plans, configuration, num_inputs, num_outputs)
-    backbone = make_backbone(network, patch_size, restores=task_class.restores)
-    config = task_class.resolve(resolved.pretext, patch_size, backbone.mask_cell())
+    backbone = make_backbone(network, patch_size, task_class.restoring)
+    config = task_class.resolve(resolved.pretext, backbone.geometry())
     task = task_class(config, backbone)
     transform = task_class.transform(config, patch_size)
     parts = split_subjects(cases, resolved.pretrain.validation_fraction, resolved.seed)

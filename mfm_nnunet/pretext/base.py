@@ -2,14 +2,15 @@
 
 A new method is one file of this folder with one class derived from :class:`PretextTask`. The order of events::
 
-    config = task.resolve(config, patch_size, backbone.mask_cell())    "auto" values get numbers, illegal ones an error
+    config = task.resolve(config, backbone.geometry())                 "auto" values get numbers, illegal ones an error
     transform = task.transform(config, patch_size)                     light and picklable, goes to the workers
     requests = transform.requests(rng)                                 which crops the item needs
-    item = transform(crops, rng)                                       arrays; stacked they are the batch
+    item = transform(crops, rng, valid)                                arrays; stacked they are the batch
     output = task(config, backbone)(batch)                             loss, metrics and, in eval mode, pictures
 
 Every random draw of a task comes from the generator of the item, so the loss is a function of batch and weights (only
-drop path uses torch's generator). Shapes: B batch, C channels, D H W voxels in the plan's axis order; 2D has no D.
+drop path uses torch's generator). Shapes: B batch, V views, C channels, D H W voxels in the plan's axis order; 2D has
+no D. What ``--list`` prints (``name`` to ``paper``) is read from the source text: write literals there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.models.backbone import AbstractBackbone
+from mfm_nnunet.models.backbone import AbstractBackbone, Geometry, Restoring
 from mfm_nnunet.pretext.registry import TaskInfo, list_tasks
 
 __all__ = [
@@ -63,11 +64,16 @@ class ItemTransform(ABC):
         """The crops to read for one item. Called before, and with the same generator as, the item itself."""
 
     @abstractmethod
-    def __call__(self, crops: list[np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(
+        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """The item from its crops (C, D, H, W), float32, normalised as in the plan and in the order of the requests.
 
-        ``item["image"]`` (C, *patch) is what the network is made for; further arrays are the task's own business. The
-        crops may be changed in place. All items have the same keys, shapes and types, so a batch is ``np.stack``.
+        ``item["image"]`` is what the network sees, (C, *patch), or (V, C, *crop) for tasks of several views; further
+        arrays are the task's own business. The crops may be changed in place. ``valid`` are boolean arrays
+        (1, D, H, W), one per crop, False where voxels were anonymised; None in a corpus without such masks. Tasks that
+        restore voxels pass them on as ``item["valid"]``, like the image, and leave the others out of the loss. All
+        items of a run have the same keys, shapes and types, so a batch is ``np.stack``.
         """
 
 
@@ -95,10 +101,20 @@ class PretextTask(nn.Module, ABC):
     Config: ClassVar[type[Any]]
     citations: ClassVar[list[dict[str, Any]]] = []
     """What to cite, as in checkpoints: {"type": "Pretraining Method", "name": ..., "apa_citations": [...]}."""
-    restores: ClassVar[bool] = False
-    """Whether ``backbone.restore`` is used: ``make_backbone(network, patch_size, restores=task.restores)``."""
     backbones: ClassVar[tuple[str, ...]] = ("resenc", "primus")
     """Families of networks that the task works on."""
+    hides: ClassVar[str]
+    """What is hidden, mixed or compared, in a few words."""
+    recipe: ClassVar[str]
+    """Batch and patch of the published recipe, e.g. "8 x 160x160x160"."""
+    paper: ClassVar[str]
+    """"arXiv 2111.06377" or a DOI."""
+    restoring: ClassVar[Restoring] = "none"
+    """How ``backbone.restore`` is used."""
+    trains_decoder: ClassVar[bool] = True
+    """False: the encoder alone is trained, and saved."""
+    uses_valid: ClassVar[bool] = False
+    """Whether anonymised voxels are left out of the loss."""
 
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:
         """Raises MFMError (E_CONFIG) when the task does not work on this family of networks."""
@@ -111,14 +127,26 @@ class PretextTask(nn.Module, ABC):
             )
         self.config = config
         self.backbone = backbone
+        if not self.trains_decoder:
+            backbone.freeze_decoder()
 
     @classmethod
-    def resolve(cls, config: Any, patch_size: tuple[int, ...], mask_cell: tuple[int, ...]) -> Any:
+    def resolve(cls, config: Any, geometry: Geometry) -> Any:
         """``config`` with numbers for everything that was left to us, checked: what is printed, saved and used.
 
-        ``mask_cell`` is the backbone's, in voxels. Raises MFMError (E_CONFIG) for illegal values.
+        Raises MFMError (E_CONFIG) for illegal values.
         """
         return config
+
+    @classmethod
+    def smallest_volume(cls, config: Any) -> tuple[int, ...] | None:
+        """Voxels per axis that each volume must have, for a resolved ``config``; None: smaller ones are padded."""
+        return None
+
+    @classmethod
+    def smallest_batch(cls, config: Any) -> int:
+        """Items that a step needs over all processes; contrastive losses need others to compare with."""
+        return 1
 
     @classmethod
     def volumes_per_item(cls, config: Any) -> int:

@@ -14,9 +14,14 @@ SMOOTH = 1e-5
 
 
 def masked_mse(prediction_BCDHW: Tensor, target_BCDHW: Tensor, hidden_B1DHW: Tensor) -> Tensor:
-    """Mean squared error over the hidden voxels and all channels; visible voxels get no gradient."""
+    """Mean squared error over the hidden voxels and all channels of each sample, averaged over the samples.
+
+    Visible voxels get no gradient; a sample without hidden voxels counts as 0. Samples weigh the same however many
+    voxels count in them, so that the mean over processes is the mean over the whole batch.
+    """
     error = (prediction_BCDHW.float() - target_BCDHW.float()).square().masked_fill(~hidden_B1DHW, 0)
-    return error.sum() / (hidden_B1DHW.sum() * target_BCDHW.shape[1])
+    counts_B = hidden_B1DHW.flatten(1).sum(1) * target_BCDHW.shape[1]
+    return (error.flatten(1).sum(1) / counts_B.clamp(min=1)).mean()
 
 
 def soft_dice(logits_BKDHW: Tensor, labels_BDHW: Tensor, over_batch: bool) -> Tensor:

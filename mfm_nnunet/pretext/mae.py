@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.pretext.base import Augmentation, CropRequest, ItemTransform, PretextTask, TaskOutput
 from mfm_nnunet.pretext.losses import masked_mse
 from mfm_nnunet.pretext.masks import auto_cell_size, cell_grid, draw_hidden, num_hidden_cells
@@ -45,10 +46,12 @@ class MAETransform(ItemTransform):
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
         return [CropRequest(self.patch_size)]
 
-    def __call__(self, crops: list[np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(
+        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         assert self.config.cell_size is not None, "the config is not resolved"
         hidden = draw_hidden(self.patch_size, self.config.cell_size, self.config.mask_ratio, rng)
-        return {"image": crops[0], "hidden": hidden}
+        return {"image": crops[0], "hidden": hidden, **({"valid": valid[0]} if valid else {})}
 
 
 class MAE(PretextTask):
@@ -56,7 +59,11 @@ class MAE(PretextTask):
 
     name = "mae"
     Config = MAEConfig
-    restores = True
+    hides = "75 % of the cells of a grid"
+    recipe = "8 x 160x160x160"
+    paper = "arXiv 2410.23132"
+    restoring = "drop"
+    uses_valid = True
     citations: ClassVar[list[dict[str, Any]]] = [
         {
             "type": "Pretraining Method",
@@ -72,8 +79,9 @@ class MAE(PretextTask):
     ]
 
     @classmethod
-    def resolve(cls, config: MAEConfig, patch_size: tuple[int, ...], mask_cell: tuple[int, ...]) -> MAEConfig:
+    def resolve(cls, config: MAEConfig, geometry: Geometry) -> MAEConfig:
         """Fills in ``cell_size`` and checks that masks can be drawn with it. Raises MFMError (E_CONFIG)."""
+        patch_size, mask_cell = geometry.patch_size, geometry.mask_cell
         cell = config.cell_size
         if cell is None:
             cell = mask_cell if max(mask_cell) > 1 else auto_cell_size(patch_size)
@@ -106,10 +114,11 @@ class MAE(PretextTask):
     def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
         image_BCDHW, hidden_B1DHW = batch["image"], batch["hidden"]
         restored_BCDHW = self.backbone.restore(image_BCDHW, hidden_B1DHW, self.config.fill_value)
-        loss = masked_mse(restored_BCDHW, image_BCDHW, hidden_B1DHW)
+        counted_B1DHW = hidden_B1DHW & batch["valid"] if "valid" in batch else hidden_B1DHW
+        loss = masked_mse(restored_BCDHW, image_BCDHW, counted_B1DHW)
         with torch.no_grad():
             # 0 is the constant guess of the mean; 1 is perfect.
-            explained = 1 - loss / masked_mse(torch.zeros_like(image_BCDHW), image_BCDHW, hidden_B1DHW).clamp(min=1e-8)
+            explained = 1 - loss / masked_mse(torch.zeros_like(image_BCDHW), image_BCDHW, counted_B1DHW).clamp(min=1e-8)
         pictures = None
         if not self.training:
             image, hidden = image_BCDHW[0].float(), hidden_B1DHW[0]

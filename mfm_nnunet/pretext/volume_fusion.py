@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.pretext.base import Augmentation, CropRequest, ItemTransform, PretextTask, TaskOutput
 from mfm_nnunet.pretext.intensity import apply_gamma, jitter, map_percentiles, resize_linear, standardise
 from mfm_nnunet.pretext.losses import cross_entropy, soft_dice
@@ -55,7 +56,9 @@ class VolumeFusionTransform(ItemTransform):
         sizes = [tuple(max(1, int(size * scale)) for size, scale in zip(self.patch_size, row)) for row in scales]
         return [CropRequest(size, pad=False) for size in sizes]
 
-    def __call__(self, crops: list[np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(
+        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         foreground, background = self.prepare(crops, rng)
         label = draw_label(self.config, self.patch_size, rng)
         fused = fuse(foreground, background, label, self.config.num_classes)
@@ -77,6 +80,9 @@ class VolumeFusion(PretextTask):
 
     name = "volume_fusion"
     Config = VolumeFusionConfig
+    hides = "two crops are mixed in blocks of five strengths"
+    recipe = "2 x 64x128x128"
+    paper = "doi 10.1109/TIP.2025.3610249"
     citations: ClassVar[list[dict[str, Any]]] = [
         {
             "type": "Pretraining Method",
@@ -90,9 +96,7 @@ class VolumeFusion(PretextTask):
     ]
 
     @classmethod
-    def resolve(
-        cls, config: VolumeFusionConfig, patch_size: tuple[int, ...], mask_cell: tuple[int, ...]
-    ) -> VolumeFusionConfig:
+    def resolve(cls, config: VolumeFusionConfig, geometry: Geometry) -> VolumeFusionConfig:
         cells, scales, fraction = config.cell_range, config.scale_range, config.foreground_fraction
         rules = [
             (1 <= config.num_classes <= 100, f"num_classes={config.num_classes}: legal are 1 to 100"),

@@ -172,8 +172,8 @@ def test_masks_that_tokens_cannot_follow_are_refused() -> None:
 
 
 def test_new_weights_are_made_only_when_needed_and_never_part_of_the_network() -> None:
-    plain = make_backbone(tiny_network("primus", PATCH), PATCH, restores=False)
-    restoring = make_backbone(tiny_network("primus", PATCH), PATCH, restores=True)
+    plain = make_backbone(tiny_network("primus", PATCH), PATCH, "none")
+    restoring = make_backbone(tiny_network("primus", PATCH), PATCH, "drop")
     assert {name.split(".")[0] for name, _ in plain.named_parameters()} == {"network"}
     assert {name.split(".")[0] for name, _ in restoring.named_parameters()} == {
         "network",
@@ -220,7 +220,7 @@ def test_dnas_own_primus_leaks_nothing_either(name: str) -> None:
     plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = (
         f"dynamic_network_architectures.architectures.primus.{name}"
     )
-    backbone = make_backbone(build_network(plans, "3d_fullres", 1, 1), patch, restores=True).eval()
+    backbone = make_backbone(build_network(plans, "3d_fullres", 1, 1), patch, "drop").eval()
     assert backbone.mask_cell() == (8, 8, 8)
     hidden = hidden_mask(patch, 2, 0.5)
     x = torch.randn(2, 1, *patch)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfm_nnunet.models.backbone import AbstractBackbone, make_backbone
+from mfm_nnunet.models.backbone import AbstractBackbone, Restoring, make_backbone
 from mfm_nnunet.models.build import build_network
 from tests.architectures import primus, resenc
 
@@ -34,8 +34,8 @@ def tiny_backbone(
     patch_size: tuple[int, ...],
     num_inputs: int = 1,
     num_outputs: int = 1,
-    restores: bool = True,
+    restoring: Restoring = "drop",
     **changes: Any,
 ) -> AbstractBackbone:
     network = tiny_network(family, patch_size, num_inputs, num_outputs, **changes)
-    return make_backbone(network, patch_size, restores)
+    return make_backbone(network, patch_size, restoring)

@@ -56,8 +56,8 @@ def make_task(case: Case) -> PretextTask:
     config = schema.override(case.task.Config(), [case.setting] if case.setting else [])
     num_outputs = case.task.num_outputs(config, case.channels)
     network = tiny_network(case.family, case.patch, case.channels, num_outputs)
-    backbone = make_backbone(network, case.patch, restores=case.task.restores)
-    return case.task(case.task.resolve(config, case.patch, backbone.mask_cell()), backbone)
+    backbone = make_backbone(network, case.patch, case.task.restoring)
+    return case.task(case.task.resolve(config, backbone.geometry()), backbone)
 
 
 def read(request: CropRequest, channels: int, rng: np.random.Generator) -> np.ndarray:
@@ -144,8 +144,7 @@ def test_config_survives_json_and_items_their_transport(case: Case) -> None:
     task = make_task(case)
     through_json = schema.from_dict(case.task.Config, json.loads(json.dumps(schema.to_dict(task.config))))
     assert through_json == task.config
-    cell = task.backbone.mask_cell()
-    assert task.resolve(task.config, case.patch, cell) == task.config, "resolving twice changes the settings"
+    assert task.resolve(task.config, task.backbone.geometry()) == task.config, "resolving twice changes the settings"
 
     transform = task.transform(task.config, case.patch)
     assert isinstance(transform, ItemTransform)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.pretext.losses import masked_mse
 from mfm_nnunet.pretext.mae import MAE, MAEConfig
 from mfm_nnunet.pretext.masks import auto_cell_size, cell_grid, draw_hidden, num_hidden_cells
@@ -71,14 +72,14 @@ def test_cells_are_drawn_uniformly_and_differ_between_items() -> None:
 )
 def test_automatic_cells_of_unets(patch: tuple[int, ...], cell: tuple[int, ...]) -> None:
     assert auto_cell_size(patch) == cell
-    config = MAE.resolve(MAEConfig(), patch, (1,) * len(patch))
+    config = MAE.resolve(MAEConfig(), Geometry(patch, (1,) * len(patch), (1,) * len(patch)))
     assert config == MAEConfig(cell_size=cell)
 
 
 def test_the_cells_of_primus_are_its_tokens() -> None:
-    assert MAE.resolve(MAEConfig(), PATCH, TOKENS).cell_size == (8, 8, 8)
-    assert MAE.resolve(MAEConfig(cell_size=(8, 16, 8)), PATCH, TOKENS).cell_size == (8, 16, 8)
-    assert MAE.resolve(MAEConfig(cell_size=(4,)), PATCH, CONV).cell_size == (4, 4, 4)
+    assert MAE.resolve(MAEConfig(), Geometry(PATCH, TOKENS, TOKENS)).cell_size == (8, 8, 8)
+    assert MAE.resolve(MAEConfig(cell_size=(8, 16, 8)), Geometry(PATCH, TOKENS, TOKENS)).cell_size == (8, 16, 8)
+    assert MAE.resolve(MAEConfig(cell_size=(4,)), Geometry(PATCH, CONV, CONV)).cell_size == (4, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_the_cells_of_primus_are_its_tokens() -> None:
 )
 def test_illegal_settings_are_refused(settings: dict[str, Any], cell: tuple[int, ...]) -> None:
     with pytest.raises(MFMError, match=f"E_CONFIG.*{next(iter(settings))}"):
-        MAE.resolve(MAEConfig(**settings), PATCH, cell)
+        MAE.resolve(MAEConfig(**settings), Geometry(PATCH, cell, cell))
 
 
 def test_loss_is_the_mean_over_hidden_voxels_and_channels() -> None:
@@ -121,7 +122,7 @@ def test_visible_outputs_get_no_gradient() -> None:
 
 
 def item_of(seed: int, patch: tuple[int, ...] = PATCH) -> dict[str, np.ndarray]:
-    transform = MAE.transform(MAE.resolve(MAEConfig(), patch, (8,) * len(patch)), patch)
+    transform = MAE.transform(MAE.resolve(MAEConfig(), Geometry(patch, (8,) * len(patch), (8,) * len(patch))), patch)
     rng = np.random.default_rng(seed)
     (request,) = transform.requests(rng)
     assert (request.size, request.pad, request.volume) == (patch, True, 0)
@@ -141,7 +142,7 @@ def test_item_keeps_the_image_and_is_the_same_in_another_process() -> None:
 @pytest.mark.parametrize("family", ["resenc", "primus"])
 def test_target_is_the_image_as_it_was_and_pictures_show_it(family: str) -> None:
     backbone = tiny_backbone(family, PATCH, num_inputs=2, num_outputs=2)
-    config = MAE.resolve(MAEConfig(fill_value=-1.0), PATCH, backbone.mask_cell())
+    config = MAE.resolve(MAEConfig(fill_value=-1.0), Geometry(PATCH, backbone.mask_cell(), backbone.mask_cell()))
     task = MAE(config, backbone).eval()
     image = 3 + 2 * torch.randn(2, 2, *PATCH)
     hidden = torch.from_numpy(np.stack([item_of(seed)["hidden"] for seed in (0, 1)]))
@@ -164,4 +165,4 @@ def test_one_output_per_channel_and_spatial_augmentation() -> None:
     assert [MAE.num_outputs(MAEConfig(), n) for n in (1, 3)] == [1, 3]
     assert MAE.augmentation(MAEConfig()) == "spatial"
     assert MAE.volumes_per_item(MAEConfig()) == 1
-    assert MAE.restores
+    assert MAE.restoring == "drop"

@@ -10,6 +10,7 @@ import scipy.ndimage
 import torch
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.pretext.intensity import apply_gamma, jitter, map_percentiles, resize_linear, standardise
 from mfm_nnunet.pretext.losses import soft_dice
 from mfm_nnunet.pretext.masks import cell_limits
@@ -259,7 +260,7 @@ def test_what_each_variant_needs(variant: str, volumes: int, augmentation: str) 
     assert VolumeFusion.volumes_per_item(config) == volumes  # the stream refuses a corpus with fewer
     assert VolumeFusion.augmentation(config) == augmentation
     assert VolumeFusion.num_outputs(config, 3) == 5
-    assert not VolumeFusion.restores
+    assert VolumeFusion.restoring == "none"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -309,7 +310,7 @@ def test_soft_dice_of_the_perfect_and_the_absent_class() -> None:
 )
 def test_illegal_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(MFMError, match=f"E_CONFIG.*{next(iter(settings))}"):
-        VolumeFusion.resolve(VolumeFusionConfig(**settings), PATCH, (1, 1, 1))
+        VolumeFusion.resolve(VolumeFusionConfig(**settings), Geometry(PATCH, (1, 1, 1), (4, 4, 4)))
 
 
 def test_learning_beats_the_constant_predictor() -> None:
