@@ -39,3 +39,16 @@ def soft_dice(logits_BKDHW: Tensor, labels_BDHW: Tensor, over_batch: bool) -> Te
 def cross_entropy(logits_BKDHW: Tensor, labels_BDHW: Tensor) -> Tensor:
     """Mean cross entropy over all voxels."""
     return functional.cross_entropy(logits_BKDHW.float(), labels_BDHW.long())
+
+
+def nt_xent(first_NE: Tensor, second_NE: Tensor, temperature: float) -> Tensor:
+    """NT-Xent (arXiv 2002.05709): row i of the two is a pair of views, all other 2N - 2 rows are its negatives.
+
+    Cosine similarity; the mean over all 2N rows. With equal embeddings everywhere it is log(2N - 1).
+    """
+    rows = functional.normalize(torch.cat([first_NE, second_NE]).float(), dim=1)
+    count = len(first_NE)
+    similarity = rows @ rows.T / temperature
+    similarity = similarity.masked_fill(torch.eye(2 * count, dtype=torch.bool, device=rows.device), -torch.inf)
+    partner = torch.arange(2 * count, device=rows.device).roll(count)
+    return functional.cross_entropy(similarity, partner)
