@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def gather_batch(x_BE: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks (all have equally many); ``x_BE`` itself in a single one."""
+    """The rows of all processes (each has equally many) in the order of the ranks; in a single one ``x_BE`` itself."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x_BE
     return _Gather.apply(x_BE)

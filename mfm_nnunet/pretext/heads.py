@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,6 @@ class Projector(nn.Sequential):
     def __init__(self, widths: Sequence[int]) -> None:
         """``widths``: inputs, hidden layers and outputs, e.g. (1120, 2048, 2048, 2048)."""
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-2], widths[1:-1]):
+        for before, after in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), nn.LayerNorm(after, elementwise_affine=False), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
