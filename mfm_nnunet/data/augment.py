@@ -55,15 +55,20 @@ def draw_spatial(rng: np.random.Generator, patch_size: Sequence[int], kind: str)
     return SpatialParameters(matrix, tuple(bool(flip) for flip in flips))
 
 
-def apply_spatial(crop_CDHW: np.ndarray, parameters: SpatialParameters, patch_size: Sequence[int]) -> np.ndarray:
-    """The patch (C, *patch_size) from a crop of ``parameters.read_size(patch_size)``; cubic spline, 0 outside."""
+def apply_spatial(
+    crop_CDHW: np.ndarray, parameters: SpatialParameters, patch_size: Sequence[int], order: int = 3
+) -> np.ndarray:
+    """The patch (C, *patch_size) from a crop of ``parameters.read_size(patch_size)``; 0 outside.
+
+    ``order`` of the spline: 3 for images, 0 (nearest neighbour) for masks.
+    """
     if parameters.matrix is not None:
         centre_in = (np.asarray(crop_CDHW.shape[1:]) - 1) / 2
         centre_out = (np.asarray(patch_size) - 1) / 2
         offset = centre_in - parameters.matrix @ centre_out
         crop_CDHW = np.stack(
             [
-                scipy.ndimage.affine_transform(channel, parameters.matrix, offset, tuple(patch_size), order=3)
+                scipy.ndimage.affine_transform(channel, parameters.matrix, offset, tuple(patch_size), order=order)
                 for channel in crop_CDHW
             ]
         )

@@ -6,6 +6,7 @@ stays on this computer and nothing of it but a hash goes into a checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -18,8 +19,9 @@ from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.dataset_json import check_dataset_json
-from mfm_nnunet.data.index import Case, group_channels, index_source, require_channels, subject_of, with_digest
+from mfm_nnunet.data.index import Case, group_channels, require_channels, subject_of, with_digest
 from mfm_nnunet.data.integrity import ending_of
+from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.json_files import read_json
 
@@ -37,6 +39,8 @@ __all__ = [
 FORMAT = 1
 """Version of corpus.json."""
 _PICTURES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"}
+_WORDS, _MASKS = ("modality", "dataset"), ("anatomy_mask", "anonymisation_mask")
+"""Fields of a case that a corpus.json may lack."""
 _log = logging.getLogger(__name__)
 
 
@@ -70,10 +74,7 @@ def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channe
     corpus = {
         "format": FORMAT,
         "source": os.path.commonpath(folders),
-        "cases": [
-            {"name": case.name, "images": [str(file) for file in case.images], "subject": case.subject}
-            for case in cases
-        ],
+        "cases": [_entry(case) for case in cases],
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "corpus.json", corpus)
@@ -118,18 +119,30 @@ def is_corpus(dataset_folder: Path) -> bool:
 
 
 def corpus_hash(cases: Sequence[Case]) -> str:
-    """SHA-256 over the sorted names of the cases and the sizes of their files; no name can be read from it."""
-    lines = [f"{case.name}\0{[_status(file)[0] for file in case.images]}" for case in cases]
+    """SHA-256 over names, modalities and datasets of the cases and sizes of their files; it tells none of them."""
+    lines = [
+        f"{case.name}\0{[_status(file)[0] for file in case.images]}"
+        + _more(case, {kind: _status(file)[0] for kind, file in case.masks.items()})
+        for case in cases
+    ]
     return _digest(lines)
 
 
 def signature(cases: Sequence[Case]) -> str:
-    """SHA-256 over names, paths, sizes and times of change: another value when any file was added or changed."""
+    """SHA-256 over names, paths, sizes and times of change: another value when anything was added or changed."""
     lines = []
     for case in cases:
         files = [*case.images, *([case.label] if case.label is not None else [])]
-        lines.append(f"{case.name}\0{case.subject}\0{[(str(file), *_status(file)) for file in files]}")
+        masks = {kind: (str(file), *_status(file)) for kind, file in case.masks.items()}
+        own = f"{case.name}\0{case.subject}\0{[(str(file), *_status(file)) for file in files]}"
+        lines.append(own + _more(case, masks))
     return _digest(lines)
+
+
+def _more(case: Case, masks: dict[str, Any]) -> str:
+    """What else a line of a digest holds; nothing where the source told nothing, so known digests stay."""
+    known = (case.modality, case.dataset, masks)
+    return f"\0{known}" if any(known) else ""
 
 
 def _digest(lines: list[str]) -> str:
@@ -180,7 +193,8 @@ def _update(folder: Path, cases: list[Case]) -> list[Case]:
             name = known[case.images].name
         elif name.casefold() in taken:
             name = with_digest(name, str(case.images[0]))
-        result.append(Case(name, case.images, None, case.subject if case.subject != case.name else name))
+        subject = case.subject if case.subject != case.name else name
+        result.append(dataclasses.replace(case, name=name, subject=subject))
     return result
 
 
@@ -205,9 +219,22 @@ def _file_format(cases: Sequence[Case]) -> dict[str, str]:
 
 def _corpus_cases(folder: Path) -> list[Case]:
     return [
-        Case(entry["name"], tuple(Path(file) for file in entry["images"]), None, entry["subject"])
+        Case(
+            entry["name"],
+            tuple(Path(file) for file in entry["images"]),
+            None,
+            entry["subject"],
+            *(entry.get(key, "") for key in _WORDS),
+            *(Path(entry[key]) if entry.get(key) else None for key in _MASKS),
+        )
         for entry in _read_corpus(folder)["cases"]
     ]
+
+
+def _entry(case: Case) -> dict[str, Any]:
+    """A case in corpus.json; what the source did not tell is left out."""
+    known = {key: str(getattr(case, key)) for key in (*_WORDS, *_MASKS) if getattr(case, key)}
+    return {"name": case.name, "images": [str(file) for file in case.images], "subject": case.subject, **known}
 
 
 def _read_corpus(folder: Path) -> dict[str, Any]:

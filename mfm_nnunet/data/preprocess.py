@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.data import reading, storage
+from mfm_nnunet.data.masks import mask_signature, read_masks
 from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature
-from mfm_nnunet.data.preprocess_case import preprocess_case_npy
+from mfm_nnunet.data.preprocess_case import preprocess_case_npy, preprocess_mask
 from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def preprocess_dataset(
     """Preprocess ``cases`` into ``preprocessed_folder/<data_identifier>/`` and say what was done, reused and refused.
 
     A case is reused when the manifest beside that folder shows it finished from the same sources with the same
-    settings. Labels are copied to ``gt_segmentations/``. ``progress`` gets one line per case.
+    settings. Labels are copied to ``gt_segmentations/``; masks go beside the folder (:mod:`mfm_nnunet.data.masks`).
+    ``progress`` gets one line per case.
     Raises MFMError: E_CONFIG (unknown configuration), E_DISK_FULL (finished cases are kept; run again to go on).
     """
     if configuration not in plans["configurations"]:
@@ -128,10 +130,10 @@ class Job:
     folder: Path
     staging: Path
 
-    def __call__(self, case: Case) -> list[list[int]]:
+    def __call__(self, case: Case) -> list[list[Any]]:
         """Read, preprocess and store one case; returns the signature of its source files. Raises MFMError."""
         storage.check_case_name(case.name)
-        signature = source_signature(case)
+        signature = _signature(case)
         plans_manager, configuration_manager = _managers(self.plans, self.configuration)
         dataset_json, reader = json.loads(self.dataset_json), plans_manager.plans["image_reader_writer"]
         image_CDHW, properties = reading.read_image(case.images, reader)
@@ -139,15 +141,21 @@ class Job:
         if case.label is not None:
             label, label_properties = reading.read_label(case.label, reader)
             reading.check_label(label, label_properties, image_CDHW, properties, dataset_json, case.name)
+        masks = read_masks(case, reader, image_CDHW, properties)
         with about(case.images[0]):
             data_CDHW, seg, properties = preprocess_case_npy(
                 image_CDHW, properties, label, plans_manager, configuration_manager, dataset_json
             )
-        if source_signature(case) != signature:
+            masks = {
+                kind: preprocess_mask(mask_1DHW, properties, data_CDHW.shape[1:], plans_manager, configuration_manager)
+                for kind, mask_1DHW in masks.items()
+            }
+        if _signature(case) != signature:
             raise MFMError("E_CHANGED", f"{case.images[0]}: the file changed while it was read. Run the command again.")
         self.copy_label(case)
         patch_size = tuple(configuration_manager.patch_size)
-        storage.write_case(self.staging, self.folder, case.name, data_CDHW, seg, properties, patch_size)
+        content = storage.Content(data_CDHW, seg, properties, masks)
+        storage.write_case(self.staging, self.folder, case.name, content, patch_size)
         return signature
 
     def copy_label(self, case: Case) -> None:
@@ -171,9 +179,14 @@ def _resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     return _managers(json.dumps(to_plain(plans)), configuration)[1].configuration
 
 
+def _signature(case: Case) -> list[list[Any]]:
+    """What tells whether the files of a case changed; masks by kind, so one is never taken for the other."""
+    return [*source_signature(case), *mask_signature(case)]
+
+
 def _is_finished(case: Case, manifest: storage.Manifest, settings_hash: str) -> bool:
     try:
-        return manifest.holds(case.name, settings_hash, source_signature(case))
+        return manifest.holds(case.name, settings_hash, _signature(case))
     except MFMError:
         # A source that cannot be read is reported when its turn comes.
         return False

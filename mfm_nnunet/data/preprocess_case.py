@@ -49,9 +49,7 @@ def preprocess_case_npy(
     seg = None if label is None else _signed(label.transpose(axes)[inside])
     if label is not None or any(configuration_manager.use_mask_for_norm):
         seg = _mark_outside(data_CDHW, seg)
-    target = list(configuration_manager.spacing)
-    # 2D configurations leave the distance between slices as it is.
-    target = [*spacing[: 3 - len(target)], *target]
+    target = _target_spacing(configuration_manager, spacing)
     new_shape = _new_shape(data_CDHW.shape[1:], spacing, target)
     properties = {
         **properties,
@@ -67,6 +65,34 @@ def preprocess_case_npy(
     seg = _resampler(configuration_manager, "resampling_fn_seg")(seg, new_shape, spacing, target)
     properties["class_locations"] = _class_locations(seg, plans_manager, dataset_json)
     return data_CDHW, seg.astype(np.int16 if seg.max() > 127 else np.int8), properties
+
+
+def preprocess_mask(
+    mask_1DHW: np.ndarray,
+    properties: dict[str, Any],
+    shape: Sequence[int],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+) -> np.ndarray:
+    """A mask on the grid of its preprocessed image: boolean (1, D, H, W), nothing but inside and outside.
+
+    ``mask_1DHW`` is on the grid of the file; ``properties`` are those that :func:`preprocess_case_npy` returned for its
+    image and ``shape`` (D, H, W) is the shape of the data. Resampled as nnU-Net resamples label maps.
+    """
+    order = plans_manager.transpose_forward
+    spacing = [properties["spacing"][i] for i in order]
+    inside = (slice(None), *bounding_box_to_slice(properties["bbox_used_for_cropping"]))
+    cropped_1DHW = mask_1DHW.transpose([0, *(i + 1 for i in order)])[inside].astype(np.int8)
+    if not cropped_1DHW.any():
+        return np.zeros((1, *shape), bool)  # resampling would only cost time
+    resample = _resampler(configuration_manager, "resampling_fn_seg")
+    return resample(cropped_1DHW, tuple(shape), spacing, _target_spacing(configuration_manager, spacing)) > 0
+
+
+def _target_spacing(configuration_manager: ConfigurationManager, spacing: Sequence[float]) -> list[float]:
+    """Spacing in mm of the preprocessed image; 2D configurations leave the distance between slices as it is."""
+    target = list(configuration_manager.spacing)
+    return [*spacing[: 3 - len(target)], *target]
 
 
 def _check_case(image_CDHW: np.ndarray, label: np.ndarray | None, configuration_manager: ConfigurationManager) -> None:

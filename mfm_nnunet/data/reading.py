@@ -32,7 +32,7 @@ from mfm_nnunet.data.integrity import (
 from mfm_nnunet.data.pictures import tiff_is_2d
 from mfm_nnunet.errors import MFMError
 
-__all__ = ["IMAGE_ENDINGS", "check_image_file", "check_label", "read_image", "read_label", "reader_for"]
+__all__ = ["IMAGE_ENDINGS", "check_image_file", "check_label", "read_image", "read_label", "read_mask", "reader_for"]
 
 _log = logging.getLogger(__name__)
 _stdout_lock = threading.Lock()
@@ -111,13 +111,7 @@ def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]
     Raises MFMError as :func:`check_image_file`, and E_LABEL_VALUE for values such as 0.9999, E_CHANNELS for a colour
     picture.
     """
-    item = _read_file(Path(file), reader_name)
-    if len(item.array) != 1:
-        raise MFMError(
-            "E_CHANNELS",
-            f"{file}: a label map has one value per pixel, this is a picture with {len(item.array)} colour channels. "
-            "Save the label numbers as a grey picture.",
-        )
+    item = _read_map(Path(file), reader_name, "label map")
     broken = item.array != np.rint(item.array)
     if broken.any():
         raise MFMError(
@@ -126,6 +120,20 @@ def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]
             "resampled by nearest neighbour and saved as integers.",
         )
     return item.array, item.properties
+
+
+def read_mask(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """A mask as boolean (1, D, H, W), True where the file holds more than 0, with nnU-Net's properties.
+
+    Raises MFMError as :func:`check_image_file`, and E_LABEL_VALUE for values below 0, E_CHANNELS for a colour picture.
+    """
+    item = _read_map(Path(file), reader_name, "mask")
+    lowest = item.ranges[0][0]
+    if lowest < 0:
+        raise MFMError(
+            "E_LABEL_VALUE", f"{file}: the mask holds {lowest:g}. A mask is 0 outside and above 0 inside; correct it."
+        )
+    return item.array > 0, item.properties
 
 
 def check_label(
@@ -201,6 +209,18 @@ def _read_file(file: Path, reader_name: str) -> _Item:
     geometry = geometry_of(properties)
     require_sane(file, array, geometry)
     return _Item(array, properties, geometry, ranges)
+
+
+def _read_map(file: Path, reader_name: str, what: str) -> _Item:
+    """A file with one value per voxel. Raises MFMError (E_CHANNELS) for a colour picture."""
+    item = _read_file(file, reader_name)
+    if len(item.array) != 1:
+        raise MFMError(
+            "E_CHANNELS",
+            f"{file}: a {what} has one value per pixel, this is a picture with {len(item.array)} colour channels. "
+            "Save its numbers as a grey picture.",
+        )
+    return item
 
 
 def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:

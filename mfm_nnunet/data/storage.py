@@ -24,6 +24,7 @@ import blosc2
 import numpy as np
 
 from mfm_nnunet.checkpoint import atomic_write, disk_full
+from mfm_nnunet.data import masks
 from mfm_nnunet.errors import MFMError
 
 ENDINGS = (".pkl", "_seg.b2nd", ".b2nd")
@@ -57,6 +58,16 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Content:
+    """What is stored of a case: ``masks`` are boolean (1, D, H, W), by kind."""
+
+    data_CDHW: np.ndarray
+    seg_1DHW: np.ndarray | None
+    properties: dict[str, Any]
+    masks: dict[str, np.ndarray] = field(default_factory=dict)
+
+
 @dataclass
 class Manifest:
     """Which cases of a data folder are finished: one JSON line each, flushed to the disk; the last line counts.
@@ -80,14 +91,14 @@ class Manifest:
                 manifest.entries[entry["case"]] = entry
         return manifest
 
-    def holds(self, case: str, settings_hash: str, sources: list[list[int]]) -> bool:
+    def holds(self, case: str, settings_hash: str, sources: list[list[Any]]) -> bool:
         """Whether the case was finished from these sources with these settings and its files are still there."""
         entry = self.entries.get(case)
         if entry is None or entry.get("hash") != settings_hash or entry.get("sources") != sources:
             return False
         return bool(entry.get("files")) and entry["files"] == file_sizes(self.folder, case)
 
-    def add(self, case: str, settings_hash: str, sources: list[list[int]]) -> None:
+    def add(self, case: str, settings_hash: str, sources: list[list[Any]]) -> None:
         """Note that the case is finished. Raises MFMError (E_DISK_FULL)."""
         entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}
         with full_disk_named(self.file), open(self.file, "a+b") as file:
@@ -100,10 +111,15 @@ class Manifest:
         self.entries[case] = entry
 
 
+def case_files(folder: Path, case: str) -> dict[str, Path]:
+    """All files that a case may have, by kind of mask and by ending, in the order in which they appear."""
+    own = {ending: folder / f"{case}{ending}" for ending in ENDINGS}
+    return {**{kind: masks.mask_file(folder, kind, case) for kind in masks.ENDINGS}, **own}
+
+
 def file_sizes(folder: Path, case: str) -> dict[str, int]:
-    """Size in bytes of each file of a case that exists, by ending."""
-    files = {ending: folder / f"{case}{ending}" for ending in ENDINGS}
-    return {ending: file.stat().st_size for ending, file in files.items() if file.is_file()}
+    """Size in bytes of each file of a case that exists, by kind of mask and by ending."""
+    return {key: file.stat().st_size for key, file in case_files(folder, case).items() if file.is_file()}
 
 
 def stored_cases(folder: Path) -> set[str]:
@@ -114,15 +130,17 @@ def stored_cases(folder: Path) -> set[str]:
 def require_whole(folder: Path) -> None:
     """Raise MFMError (E_SHORT_DATA) when cases of a data folder were damaged after they were written.
 
-    Only files whose size is not the one in the manifest are opened; folders of stock nnU-Net have no manifest.
+    Only files whose size is not the one in the manifest are opened; folders of stock nnU-Net have no manifest. A mask
+    that was written and is gone counts as damaged: without it, its voxels would be taken for others.
     """
     entries = Manifest.read(folder).entries
-    damaged = [
-        folder / f"{case}{ending}"
-        for case in sorted(stored_cases(folder) & set(entries))
-        for ending, size in file_sizes(folder, case).items()
-        if size != entries[case].get("files", {}).get(ending) and not _is_readable(folder / f"{case}{ending}")
-    ]
+    damaged = []
+    for case in sorted(stored_cases(folder) & set(entries)):
+        expected, sizes = entries[case].get("files", {}), file_sizes(folder, case)
+        suspects = [key for key, size in sizes.items() if size != expected.get(key)]
+        files = case_files(folder, case)
+        damaged += [files[key] for key in suspects if not _is_readable(files[key])]
+        damaged += [files[kind] for kind in masks.ENDINGS if kind in expected and kind not in sizes]
     if damaged:
         raise MFMError(
             "E_SHORT_DATA",
@@ -135,6 +153,9 @@ def _is_readable(file: Path) -> bool:
     if file.suffix == ".pkl":  # never loaded for a check, because pickles run code; a whole one ends with its stop sign
         return file.read_bytes().endswith(b".")
     try:
+        if file.suffix == ".npy":
+            np.load(file, allow_pickle=False)
+            return True
         blosc2.open(urlpath=str(file), mode="r")
     except (RuntimeError, OSError, ValueError):
         return False
@@ -145,24 +166,30 @@ def write_case(
     staging: Path,
     folder: Path,
     case: str,
-    data_CDHW: np.ndarray,
-    seg_1DHW: np.ndarray | None,
-    properties: dict[str, Any],
+    content: Content,
     patch_size: tuple[int, ...],
 ) -> None:
     """Write a case to ``staging`` and move it to ``folder``, where it appears whole. Raises MFMError (E_DISK_FULL)."""
-    with atomic_write(staging / f"{case}.pkl") as file:
-        pickle.dump(properties, file)
-    if seg_1DHW is not None:
-        _write_array(seg_1DHW.astype(np.int16, copy=False), patch_size, staging / f"{case}_seg.b2nd")
-    _write_array(data_CDHW.astype(np.float32, copy=False), patch_size, staging / f"{case}.b2nd")
+    staged = {key: staging / f"{key.strip('.')}~{case}" for key in case_files(folder, case)}
+    with atomic_write(staged[".pkl"]) as file:
+        pickle.dump(content.properties, file)
+    if content.seg_1DHW is not None:
+        _write_array(content.seg_1DHW.astype(np.int16, copy=False), patch_size, staged["_seg.b2nd"])
+    if "anonymised" in content.masks:
+        _write_array(content.masks["anonymised"].astype(np.uint8), patch_size, staged["anonymised"])
+    if "anatomy" in content.masks:
+        with atomic_write(staged["anatomy"]) as file:
+            np.save(file, masks.anatomy_points(content.masks["anatomy"]), allow_pickle=False)
+    _write_array(content.data_CDHW.astype(np.float32, copy=False), patch_size, staged[".b2nd"])
     with full_disk_named(folder):
-        # An outdated case disappears first: new properties must never stand beside old voxels.
-        for ending in reversed(ENDINGS):
-            (folder / f"{case}{ending}").unlink(missing_ok=True)
-        for ending in ENDINGS:
-            if (staging / f"{case}{ending}").exists():
-                os.replace(staging / f"{case}{ending}", folder / f"{case}{ending}")
+        targets = case_files(folder, case)
+        # An outdated case disappears first: new properties and masks must never stand beside old voxels.
+        for target in reversed(targets.values()):
+            target.unlink(missing_ok=True)
+        for key, target in targets.items():
+            if staged[key].exists():
+                target.parent.mkdir(exist_ok=True)
+                os.replace(staged[key], target)
 
 
 def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:

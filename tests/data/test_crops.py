@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from mfm_nnunet.data.augment import SpatialParameters, apply_spatial, draw_spatial
 from mfm_nnunet.data.crops import CropStream, StreamSettings, batches, read_box
+from mfm_nnunet.data.masks import anatomy_points, mask_file
 from mfm_nnunet.errors import MFMError
 
 
@@ -32,12 +34,17 @@ class Keep:
     def requests(self, rng: np.random.Generator) -> tuple[Request, ...]:
         return self.wanted
 
-    def __call__(self, crops: list[np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(
+        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         return {**{f"image{i}": crop for i, crop in enumerate(crops)}, "draw": np.float64(rng.random())}
 
 
-def make(files: list[Path], *sizes: tuple[int, ...], **settings: Any) -> CropStream:
-    return CropStream(files, Keep(tuple(Request(size) for size in sizes)), StreamSettings(**settings))
+def make(
+    files: list[Path], *sizes: tuple[int, ...], transform: type[Keep] | None = None, **settings: Any
+) -> CropStream:
+    requests = tuple(Request(size) for size in sizes)
+    return CropStream(files, (transform or Keep)(requests), StreamSettings(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +152,191 @@ def test_identity_and_flips() -> None:
     assert np.array_equal(apply_spatial(image, SpatialParameters(None, (False,) * 3), (2, 3, 4)), image)
     flipped = apply_spatial(image, SpatialParameters(np.eye(3), (True, False, True)), (2, 3, 4))
     assert np.allclose(flipped, image[:, ::-1, :, ::-1], atol=1e-5)
+
+
+# --- as before ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("none", "850ff8e7570ffbe7c0045d0de284ae83a5b7ac08096924875efd4a0f1c672396"),
+        ("mirror", "2a33fb638485581f2055b6398caca689effc45e40c033f99d6c80778247ccd0d"),
+    ],
+)
+def test_items_of_a_corpus_without_masks_stay_as_they_were(files: list[Path], kind: str, expected: str) -> None:
+    """Written down before masks, anatomy and balance were known: runs that were begun then go on bit for bit."""
+    wanted = (Request((16, 16, 16), 0), Request((12, 16, 10), 1), Request((14, 20), 0), Request((16,) * 3, 1, False))
+    stream = CropStream(files, Keep(wanted), StreamSettings(2, kind, 5, 1))
+    digest = hashlib.sha256()
+    for item in (stream[index] for index in range(12)):
+        for name in sorted(item):
+            digest.update(np.ascontiguousarray(item[name]).tobytes())
+    assert digest.hexdigest() == expected
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeepValid(Keep):
+    """Hands on what is valid as well; the keys tell whether it was given."""
+
+    def __call__(
+        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        given = {} if valid is None else {f"valid{i}": array for i, array in enumerate(valid)}
+        return {**super().__call__(crops, rng), **given}
+
+
+def write_masks(folder: Path, name: str, **masks: np.ndarray) -> None:
+    """Masks (1, D, H, W) beside the folder of the volumes, as preprocessing leaves them."""
+    for kind, array in masks.items():
+        file = mask_file(folder, kind, name)
+        file.parent.mkdir(exist_ok=True)
+        if kind == "anatomy":
+            np.save(file, anatomy_points(array))
+        else:
+            blosc2.asarray(array.astype(np.uint8), urlpath=str(file))
+
+
+def masked_volume(folder: Path, name: str, volume: np.ndarray, **masks: np.ndarray) -> Path:
+    """A preprocessed volume (C, D, H, W) with its masks."""
+    folder.mkdir(exist_ok=True)
+    blosc2.asarray(volume.astype(np.float32), urlpath=str(folder / f"{name}.b2nd"))
+    write_masks(folder, name, **masks)
+    return folder / f"{name}.b2nd"
+
+
+@pytest.mark.parametrize("kind", ["none", "mirror", "spatial"])
+def test_valid_follows_its_image_through_rotation_scaling_mirroring_and_padding(tmp_path: Path, kind: str) -> None:
+    """The image is its own mask, 8 inside and 0 outside: wherever the crop is clearly one of the two, valid says so."""
+    hidden = np.zeros((1, 24, 28, 20), bool)
+    hidden[:, 4:15, 10:, 6:13] = True
+    file = masked_volume(tmp_path / "data", "a", 8.0 * hidden, anonymised=hidden)
+    stream = make([file], (16, 20, 24), augmentation=kind, with_valid=True, transform=KeepValid)
+    num_hidden = 0
+    for index in range(60):
+        item = stream[index]
+        image, valid = item["image0"], item["valid0"]
+        assert valid.dtype == bool
+        assert valid.shape == image.shape
+        assert not valid[image > 6].any()
+        assert valid[np.abs(image) < 0.02].mean() > 0.999 if kind == "spatial" else valid[image == 0].all()
+        num_hidden += int((~valid).sum())
+    assert num_hidden > 0
+    assert valid[:, :, :, :2].all(), "padding is valid"
+
+
+def test_all_items_have_the_same_keys_whichever_volume_has_a_mask(tmp_path: Path) -> None:
+    volume, hidden = np.ones((1, 12, 12, 12)), np.ones((1, 12, 12, 12), bool)
+    with_mask = masked_volume(tmp_path / "data", "a", volume, anonymised=hidden)
+    without = masked_volume(tmp_path / "data", "b", volume)
+    items = [make([with_mask, without], (8,) * 3, with_valid=True, transform=KeepValid)[i] for i in range(12)]
+    assert {tuple(item) for item in items} == {("image0", "draw", "valid0")}
+    assert {bool(item["valid0"].any()) for item in items} == {bool(item["valid0"].all()) for item in items} == {
+        True, False
+    }  # fmt: skip
+    plain = make([with_mask, without], (8,) * 3, transform=KeepValid)
+    assert "valid0" not in plain[0]
+    # What is drawn does not depend on whether masks are used.
+    assert all(np.array_equal(plain[i]["image0"], items[i]["image0"]) for i in range(12))
+    assert all(plain[i]["draw"] == items[i]["draw"] for i in range(12))
+
+
+def test_valid_in_two_dimensions_is_of_the_same_slice(tmp_path: Path) -> None:
+    volume = np.broadcast_to(np.arange(10.0)[None, :, None, None], (1, 10, 14, 14))
+    hidden = np.broadcast_to((np.arange(10) % 3 == 0)[None, :, None, None], (1, 10, 14, 14))
+    file = masked_volume(tmp_path / "data", "a", volume, anonymised=hidden)
+    stream = make([file], (8, 8), with_valid=True, transform=KeepValid)
+    for item in (stream[index] for index in range(20)):
+        assert item["valid0"].shape == (1, 8, 8)
+        assert item["valid0"].all() == (item["image0"][0, 0, 0] % 3 != 0)
+
+
+def test_crops_around_anatomy_contain_it_and_never_lie_in_padding(tmp_path: Path) -> None:
+    """Published code took 0 for anatomy and bounded the crop below but not above (G4)."""
+    anatomy = np.zeros((1, 40, 40, 40), bool)
+    anatomy[:, 37:, 1:3, 20:22] = True  # in a corner, so that both ends are needed
+    file = masked_volume(tmp_path / "data", "a", 1.0 + anatomy, anatomy=anatomy)
+    guided = make([file], (16, 16, 16), anatomy_fraction=1.0)
+    for index in range(40):
+        crop = guided[index]["image0"]
+        assert (crop > 0).all(), "part of the crop is padding"
+        assert (crop == 2).any(), "no anatomy in the crop"
+    share = np.mean([(make([file], (16,) * 3, anatomy_fraction=0.3)[i]["image0"] == 2).any() for i in range(300)])
+    alone = np.mean([(make([file], (16,) * 3)[i]["image0"] == 2).any() for i in range(300)])
+    assert alone < 0.05
+    assert 0.22 < share < 0.40
+
+
+def test_anatomy_is_in_the_middle_where_there_is_room_and_slices_contain_it(tmp_path: Path) -> None:
+    anatomy = np.zeros((1, 30, 40, 40), bool)
+    anatomy[:, 7, 18:20, 21] = True
+    file = masked_volume(tmp_path / "data", "a", anatomy, anatomy=anatomy)
+    crop = make([file], (9, 10, 10), anatomy_fraction=1.0)[0]["image0"]
+    assert crop[0, 4, 4:7, 5].any()
+    flat = make([file], (10, 10), anatomy_fraction=1.0)
+    assert all((flat[index]["image0"] == 1).any() for index in range(20))
+
+
+def test_cases_without_anatomy_are_cropped_anywhere_and_small_ones_padded(tmp_path: Path) -> None:
+    volume = np.ones((1, 6, 30, 30))
+    empty = masked_volume(tmp_path / "data", "a", volume, anatomy=np.zeros((1, 6, 30, 30), bool))
+    full = masked_volume(tmp_path / "data", "b", volume, anatomy=np.ones((1, 6, 30, 30), bool))
+    for file in (empty, full, masked_volume(tmp_path / "data", "c", volume)):
+        crop = make([file], (12, 12, 12), anatomy_fraction=1.0)[0]["image0"]
+        assert np.flatnonzero(crop[0].any(axis=(1, 2))).tolist() == list(range(3, 9))
+
+
+def test_anatomy_crops_are_the_same_every_time(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    file = masked_volume(
+        tmp_path / "data", "a", rng.normal(size=(1, 30, 30, 30)), anatomy=rng.random((1, 30, 30, 30)) < 0.1
+    )
+    one, other = (make([file], (8,) * 3, anatomy_fraction=0.5, augmentation="spatial") for _ in range(2))
+    assert all(np.array_equal(one[i]["image0"], other[i]["image0"]) for i in range(10))
+
+
+def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
+    file = masked_volume(tmp_path / "data", "a", np.ones((1, 9, 9, 9)), anatomy=np.ones((1, 9, 9, 9), bool),
+                         anonymised=np.ones((1, 9, 9, 9), bool))  # fmt: skip
+    for kind, settings in (("anatomy", {"anatomy_fraction": 1.0}), ("anonymised", {"with_valid": True})):
+        mask_file(file.parent, kind, "a").write_bytes(b"x")
+        with pytest.raises(MFMError, match=f"data_{kind}/a"):
+            make([file], (8,) * 3, transform=KeepValid, **settings)[0]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_masks_anatomy_and_weights_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    masks = {"anatomy": rng.random((1, 14, 14, 14)) < 0.1, "anonymised": rng.random((1, 14, 14, 14)) < 0.5}
+    volumes = [
+        masked_volume(tmp_path / "data", f"case{i}", rng.normal(size=(1, 14, 14, 14)), **(masks if i else {}))
+        for i in range(3)
+    ]
+    settings = StreamSettings(augmentation="spatial", with_valid=True, anatomy_fraction=0.5)
+    stream = CropStream(volumes, KeepValid((Request((8, 8, 8)),)), settings, {f"case{i}": i + 1.0 for i in range(3)})
+    one, two = (list(batches(stream, 2, 1, 5, workers)) for workers in (0, 2))
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(one, two) for name in ("image0", "valid0", "draw"))
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_decide_how_often_a_volume_is_drawn(files: list[Path]) -> None:
+    weights = {"case0": 0.5, "case1": 0.5, "case2": 0.0, "elsewhere": 7.0}
+    stream = CropStream(files, Keep((Request((4,) * 3),)), StreamSettings(), weights)
+    drawn = [stream.case_names(index)[0] for index in range(400)]
+    assert "case2" not in drawn
+    assert 150 < drawn.count("case0") < 250
+
+
+def test_items_of_several_volumes_draw_different_ones_by_weight(files: list[Path]) -> None:
+    transform = Keep((Request((4,) * 3, 0), Request((4,) * 3, 1)))
+    weights = {"case0": 0.98, "case1": 0.01, "case2": 0.01}
+    stream = CropStream(files, transform, StreamSettings(num_volumes=2), weights)
+    pairs = [stream.case_names(index) for index in range(200)]
+    assert all(len(set(pair)) == 2 for pair in pairs)
+    assert np.mean([pair[0] == "case0" for pair in pairs]) > 0.9
+    assert {name for pair in pairs for name in pair} == {"case0", "case1", "case2"}

@@ -1,0 +1,184 @@
+"""Files that list images with what is known about them: a CSV table, and nnssl's ``pretrain_data.json``.
+
+Masks are named, never positional. Every file that a listing names must be there. Only what :class:`Case` holds is
+taken over: age, sex, and scanners stay where they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from mfm_nnunet.data.index import Case, named, safe_name
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import read_json
+
+NNSSL_FILE = "pretrain_data.json"
+_MASK_COLUMNS = {
+    "anatomy_mask": "anatomy_mask",
+    "anonymisation_mask": "anonymisation_mask",
+    "anonymization_mask": "anonymisation_mask",
+}
+"""Names of masks in tables and in nnssl's index, and the field of :class:`Case` that each means."""
+_log = logging.getLogger(__name__)
+
+
+def read_table(file: Path) -> list[Case]:
+    """The cases of a CSV: column ``image``, or ``image_0``, ``image_1``, ... for channels; paths relative to the file.
+
+    Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anatomy_mask``, ``anonymisation_mask`` (an
+    empty cell: none). Raises MFMError: E_FORMAT (no table, no column of images), E_NOT_FOUND (images or masks that are
+    missing, all listed), E_CONFIG (a case named twice).
+    """
+    columns, rows = _rows(file)
+    problems = [
+        f"  line {line}: {f'no such file {row[column]}' if row[column] else f'{column} is empty'}"
+        for line, row in enumerate(rows, start=2)
+        for column in (*columns, *(name for name in _MASK_COLUMNS if row.get(name)))
+        if not row[column] or not os.path.lexists(_absolute(row[column], file.parent))
+    ]
+    _require_all(file, problems)
+    images = [tuple(_absolute(row[column], file.parent) for column in columns) for row in rows]
+    if not images:
+        return []
+    root = os.path.commonpath([files[0].parent for files in images])
+    return _with_columns(file, rows, named([files[0].relative_to(root) for files in images], images))
+
+
+def read_nnssl(file: Path) -> list[Case]:
+    """The cases of nnssl's index: collection, datasets, subjects, sessions, images with their associated masks.
+
+    Paths may begin with a variable (``$nnssl_raw/...``); relative ones start at the file's folder. Raises MFMError:
+    E_FORMAT (another structure), E_CONFIG (a variable that is not set), E_NOT_FOUND (missing files, all listed).
+    """
+    entries = list(_nnssl_entries(file, read_json(file, "Write it again with nnssl, or list the images in a CSV.")))
+    images = [_nnssl_path(file, entry["image_path"]) for _, entry in entries]
+    masks = [_nnssl_masks(file, entry) for _, entry in entries]
+    wanted = [path for image, of_case in zip(images, masks) for path in (image, *of_case.values())]
+    _require_all(file, [f"  {path}" for path in wanted if not os.path.lexists(path)])
+    if any(entry.get("image_info") for _, entry in entries):
+        _log.info("%s: image_info (quality scores, scanners) is not used", file)
+    cases = named([place / _name(entry, path) for (place, entry), path in zip(entries, images)], [(i,) for i in images])
+    return [
+        dataclasses.replace(
+            case,
+            subject="/".join(place.parts[:2]),
+            modality=_text(entry.get("modality")),
+            dataset=place.parts[0],
+            **of_case,
+        )
+        for case, (place, entry), of_case in zip(cases, entries, masks)
+    ]
+
+
+def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[PurePath, dict[str, Any]]]:
+    """(dataset/subject/session, image) of all images."""
+    for dataset, subjects in _nnssl_level(file, content, "datasets"):
+        for subject, sessions in _nnssl_level(file, subjects, "subjects"):
+            for session, images in _nnssl_level(file, sessions, "sessions"):
+                entries = images.get("images")
+                if not isinstance(entries, list):
+                    raise _not_nnssl(file, f"session '{session}' of '{subject}' has no list 'images'")
+                # Identifiers may hold slashes; each is one part of the place here.
+                place = PurePath(*(name.replace("/", "_") or "_" for name in (dataset, subject, session)))
+                for entry in entries:
+                    if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
+                        raise _not_nnssl(file, f"an image of '{subject}' has no 'image_path'")
+                    yield place, entry
+
+
+def _nnssl_level(file: Path, content: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    level = content.get(key)
+    if not isinstance(level, dict) or not all(isinstance(value, dict) for value in level.values()):
+        raise _not_nnssl(file, f"there is no table '{key}'")
+    yield from ((str(name), value) for name, value in level.items())
+
+
+def _not_nnssl(file: Path, problem: str) -> MFMError:
+    return MFMError(
+        "E_FORMAT", f"{file}: {problem}. Expected nnssl's index: datasets, subjects, sessions, images with image_path."
+    )
+
+
+def _nnssl_path(file: Path, path: str) -> Path:
+    first, slash, rest = path.partition("/")
+    if first.startswith("$"):
+        root = os.environ.get(first[1:].strip("{}"))
+        if root is None:
+            raise MFMError("E_CONFIG", f"{file}: the paths need the environment variable {first}. Set it.")
+        path = root + slash + rest
+    return _absolute(path, file.parent)
+
+
+def _nnssl_masks(file: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    associated = entry.get("associated_masks") or {}
+    if not isinstance(associated, dict):
+        raise _not_nnssl(file, f"'associated_masks' of {entry['image_path']} is no table")
+    return {field: _nnssl_path(file, associated[name]) for name, field in _MASK_COLUMNS.items() if associated.get(name)}
+
+
+def _name(entry: Mapping[str, Any], image: Path) -> str:
+    """The name of the file; nnssl's own ``name`` may hold anything."""
+    return image.name or _text(entry.get("name"))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _require_all(file: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise MFMError("E_NOT_FOUND", f"{file}: {len(problems)} images or masks are missing:\n" + "\n".join(problems))
+
+
+def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns that hold images, and the rows, with trimmed names in lower case."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MFMError("E_FORMAT", f"{file}: cannot be read as a CSV table ({error}).") from error
+    first = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+    header = [name.strip().lower() for name in reader.fieldnames or []]
+    rows = [
+        {name: (row.get(key) or "").strip() for name, key in zip(header, reader.fieldnames or [])} for row in reader
+    ]
+    channels = sorted((name for name in header if re.fullmatch(r"image_\d+", name)), key=lambda name: int(name[6:]))
+    columns = ["image"] if "image" in header else channels
+    if not columns:
+        found = f"only {', '.join(header)}" if header else "and no first line"
+        raise MFMError("E_FORMAT", f"{file}: no column 'image' or 'image_0', {found}. Name the column of the paths.")
+    return columns, rows
+
+
+def _absolute(path: str, folder: Path) -> Path:
+    return Path(os.path.abspath(folder / Path(path).expanduser()))
+
+
+def _with_columns(file: Path, cells: list[dict[str, str]], cases: list[Case]) -> list[Case]:
+    """The cases with the names, subjects, modalities, datasets and masks that the table gives."""
+    given = [safe_name(row["case"]) if row.get("case") else case.name for row, case in zip(cells, cases)]
+    uses = Counter(name.casefold() for name in given)
+    twice = sorted({name for name in given if uses[name.casefold()] > 1})
+    if twice:
+        raise MFMError("E_CONFIG", f"{file}: these cases are named twice: {', '.join(twice)}.")
+    return [
+        Case(
+            name,
+            case.images,
+            None,
+            row.get("subject") or (case.subject if case.subject != case.name else name),
+            row.get("modality", ""),
+            row.get("dataset", ""),
+            **{field: _absolute(row[key], file.parent) for key, field in _MASK_COLUMNS.items() if row.get(key)},
+        )
+        for name, row, case in zip(given, cells, cases)
+    ]

@@ -1,0 +1,153 @@
+"""From the cases of a corpus to the streams of crops of a run: masks that are used, balance, volumes large enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.crops import CropStream, StreamSettings
+from mfm_nnunet.data.masks import masked_cases
+from mfm_nnunet.data.sampling import case_weights, describe_shares, require_legal_balance
+from mfm_nnunet.data.volumes import volume_shape
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.plans.schema import PretrainSettings
+from mfm_nnunet.pretext.base import Augmentation, PretextTask
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the streams are made from: the preprocessed cases, their volumes, and the names of both parts."""
+
+    cases: Sequence[Case]
+    files: Mapping[str, Path]
+    training: set[str]
+    validation: set[str]
+
+    def part(self, names: set[str]) -> list[Case]:
+        """The cases of those names, in the order of the corpus."""
+        return [case for case in self.cases if case.name in names]
+
+    def masked(self, kind: str) -> set[str]:
+        """Names of the cases whose mask of this kind was preprocessed."""
+        folders = {file.parent for file in self.files.values()}
+        return set(self.files) & {name for folder in folders for name in masked_cases(folder, kind)}
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Training and validation items, and what the user should know about them, a line each."""
+
+    training: CropStream
+    validation: CropStream
+    notes: list[str]
+
+
+def make_streams(
+    corpus: Corpus,
+    task_class: type[PretextTask],
+    config: Any,
+    patch_size: tuple[int, ...],
+    settings: PretrainSettings,
+    seed: int,
+) -> Streams:
+    """The two streams of a run of ``task_class`` with the resolved ``config``.
+
+    Raises MFMError: E_CONFIG (settings that the corpus cannot follow, volumes too small for the task), E_NOT_FOUND
+    (masks that were registered after the volumes were preprocessed).
+    """
+    _require_legal(corpus, settings)
+    _require_large_enough(corpus.files, task_class.smallest_volume(config))
+    with_valid, notes = _mask_use(corpus, task_class, settings)
+    if settings.balance_by:
+        in_training = corpus.part(corpus.training)
+        notes.append(describe_shares(in_training, settings.balance_by, settings.balance_temperature))
+    transform = task_class.transform(config, patch_size)
+    kinds: tuple[Augmentation, ...] = (_less(settings.augmentation, task_class.augmentation(config)), "none")
+    streams = []
+    for number, (names, augmentation) in enumerate(zip((corpus.training, corpus.validation), kinds)):
+        drawn = StreamSettings(
+            task_class.volumes_per_item(config), augmentation, seed, number, with_valid, settings.anatomy_fraction
+        )
+        weights = None
+        if settings.balance_by:
+            weights = case_weights(corpus.part(names), settings.balance_by, settings.balance_temperature)
+        streams.append(CropStream([corpus.files[name] for name in names], transform, drawn, weights))
+    return Streams(streams[0], streams[1], notes)
+
+
+def _require_legal(corpus: Corpus, settings: PretrainSettings) -> None:
+    require_legal_balance(settings.balance_by, settings.balance_temperature, corpus.cases)
+    fraction = settings.anatomy_fraction
+    if not 0 <= fraction <= 1:
+        raise MFMError("E_CONFIG", f"pretrain.anatomy_fraction={fraction}: legal are 0 to 1.")
+    if fraction > 0:
+        _require_preprocessed(corpus, "anatomy")
+        if not corpus.masked("anatomy"):
+            raise MFMError(
+                "E_CONFIG",
+                f"pretrain.anatomy_fraction={fraction}: no case of the corpus has an anatomy mask. Register the corpus "
+                "again from a source that names them, or leave the setting out.",
+            )
+
+
+def _require_preprocessed(corpus: Corpus, kind: str) -> None:
+    """Every mask that the corpus names must lie beside its volume."""
+    there = corpus.masked(kind)
+    missing = [case.name for case in corpus.cases if kind in case.masks and case.name not in there]
+    if missing:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{len(missing)} cases, e.g. {missing[0]}, got masks ({kind}) after they were preprocessed. Run "
+            "mfm_plan_and_preprocess again; it makes only what is missing.",
+        )
+
+
+def _mask_use(corpus: Corpus, task_class: type[PretextTask], settings: PretrainSettings) -> tuple[bool, list[str]]:
+    """Whether transforms get ``valid``, and a line for each kind of mask of the corpus, used or not."""
+    notes = []
+    anonymised, anatomy = (
+        {*corpus.masked(kind), *(case.name for case in corpus.cases if kind in case.masks)}
+        for kind in ("anonymised", "anatomy")
+    )
+    with_valid = bool(anonymised) and task_class.uses_valid and settings.leave_out_anonymised
+    if with_valid:
+        _require_preprocessed(corpus, "anonymised")
+        notes.append(f"anonymised voxels of {len(anonymised)} cases are left out of the loss")
+    elif anonymised:
+        reason = (
+            "pretrain.leave_out_anonymised=false" if task_class.uses_valid else f"{task_class.name} has no use for them"
+        )
+        notes.append(f"the anonymisation masks of {len(anonymised)} cases are not used: {reason}")
+    if anatomy and settings.anatomy_fraction > 0:
+        notes.append(f"{settings.anatomy_fraction:.0%} of the crops of {len(anatomy)} cases are centred on anatomy")
+    elif anatomy:
+        notes.append(f"the anatomy masks of {len(anatomy)} cases are not used: pretrain.anatomy_fraction=0")
+    return with_valid, notes
+
+
+def _require_large_enough(files: Mapping[str, Path], smallest: tuple[int, ...] | None) -> None:
+    """Only the headers are read. In 2D the size of a slice counts."""
+    if smallest is None:
+        return
+    shapes = {name: volume_shape(file)[-len(smallest) :] for name, file in files.items()}
+    small = [name for name, shape in shapes.items() if any(n < least for n, least in zip(shape, smallest))]
+    if small:
+        shown = "".join(f"\n  {name}: {_size(shapes[name])}" for name in small[:5])
+        more = f"\n  ... and {len(small) - 5} more" if len(small) > 5 else ""
+        raise MFMError(
+            "E_CONFIG",
+            f"{len(small)} of {len(files)} preprocessed volumes are smaller than the {_size(smallest)} voxels that "
+            f"this pretext task needs. Lower pretext.crop_size, or leave these scans out:{shown}{more}",
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _less(first: Augmentation, second: Augmentation) -> Augmentation:
+    """The smaller of two augmentations."""
+    return min(first, second, key=get_args(Augmentation).index)

@@ -1,0 +1,276 @@
+"""Sources that know more than paths: tables with modality and masks, nnssl's index, BIDS trees; and corpus.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfm_nnunet.data.corpus import Case, corpus_hash, index_source, load_cases, register_corpus, signature
+from mfm_nnunet.data.masks import mask_signature
+from tests.data.test_corpus import NAME, refusal, touch
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["anonymisation_mask", "anonymization_mask"])
+def test_csv_with_everything(tmp_path: Path, spelling: str) -> None:
+    touch(tmp_path, "a.nii.gz", "b.nii.gz", "m/anat.nii.gz", "m/anon.nii.gz")
+    table = tmp_path / "list.csv"
+    table.write_text(
+        f"image,modality,dataset,anatomy_mask,{spelling},subject\n"
+        "a.nii.gz,T1w,brains,m/anat.nii.gz,m/anon.nii.gz,s1\n"
+        "b.nii.gz,CT,,,,\n"
+    )
+    first, second = index_source(table)
+    assert (first.modality, first.dataset, first.subject) == ("T1w", "brains", "s1")
+    assert first.masks == {"anatomy": tmp_path / "m/anat.nii.gz", "anonymised": tmp_path / "m/anon.nii.gz"}
+    assert second == Case("b", (tmp_path / "b.nii.gz",), None, "b", "CT")
+
+
+def test_missing_masks_are_listed_with_missing_images(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    table = tmp_path / "list.csv"
+    table.write_text("image,anatomy_mask,anonymisation_mask\na.nii.gz,lost1.nii,\nb.nii.gz,,lost2.nii\nc.nii.gz,,\n")
+    message = refusal("E_NOT_FOUND", index_source, table)
+    assert "3 images or masks" in message
+    assert all(name in message for name in ("lost1.nii", "lost2.nii", "c.nii.gz", "line 2", "line 3", "line 4"))
+
+
+# --- nnssl's pretrain_data.json -----------------------------------------------------------------------------------
+
+
+def image(path: str, modality: str = "T1w", **entry: Any) -> dict[str, Any]:
+    return {"name": Path(path).name, "image_path": path, "modality": modality, "image_info": {}, **entry}
+
+
+def nnssl(folder: Path, datasets: dict[str, dict[str, dict[str, list[dict[str, Any]]]]]) -> Path:
+    """An index of {dataset: {subject: {session: images}}} in nnssl's form, with what must not be taken over."""
+    content = {
+        "collection_index": -1,
+        "collection_name": "Collection",
+        "datasets": {
+            dataset: {
+                "dataset_index": dataset,
+                "name": None,
+                "dataset_info": {"license": "CC0"},
+                "subjects": {
+                    subject: {
+                        "subject_id": subject,
+                        "subject_info": {"age": 91.5, "sex": "female"},
+                        "sessions": {
+                            session: {"session_id": session, "session_info": {"bmi": 33.25}, "images": images}
+                            for session, images in sessions.items()
+                        },
+                    }
+                    for subject, sessions in subjects.items()
+                },
+            }
+            for dataset, subjects in datasets.items()
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "pretrain_data.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_nnssl_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("scans_of_test", f"{tmp_path}/scans/")
+    touch(tmp_path / "scans", "1/T1.nii.gz", "2/T1.nii.gz", "2/T2.nii.gz", "m/anat.nii.gz", "m/anon.nii.gz")
+    touch(tmp_path / "index", "own/T1.nii.gz")
+    masks = {"anatomy_mask": "$scans_of_test/m/anat.nii.gz", "anonymization_mask": "$scans_of_test/m/anon.nii.gz"}
+    none = {"anatomy_mask": None, "anonymization_mask": None}
+    quality = {"image_quality_score": -1}
+    file = nnssl(
+        tmp_path / "index",
+        {
+            "ds1": {
+                "sub-01": {
+                    "ses-1": [image("$scans_of_test/1/T1.nii.gz", associated_masks=masks, image_info=quality)],
+                    "ses-2": [image(str(tmp_path / "scans/2/T1.nii.gz"), associated_masks=none),
+                              image("${scans_of_test}/2/T2.nii.gz", "T2w", associated_masks=None)],
+                }
+            },
+            "ds2": {"sub-01": {"ses-DEFAULT": [image("own/T1.nii.gz", modality=None)]}},
+        },
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        cases = index_source(file)
+    assert index_source(file.parent) == cases
+    assert "image_info (quality scores, scanners) is not used" in caplog.text
+    assert [case.images[0].relative_to(tmp_path).as_posix() for case in cases] == [
+        "scans/1/T1.nii.gz", "scans/2/T1.nii.gz", "scans/2/T2.nii.gz", "index/own/T1.nii.gz"
+    ]  # fmt: skip
+    assert [case.name for case in cases] == ["ds1__sub-01__ses-1__T1", "ds1__sub-01__ses-2__T1", "T2",
+                                             "ds2__sub-01__ses-DEFAULT__T1"]  # fmt: skip
+    assert [case.subject for case in cases] == ["ds1/sub-01"] * 3 + ["ds2/sub-01"]
+    assert [case.dataset for case in cases] == ["ds1"] * 3 + ["ds2"]
+    assert [case.modality for case in cases] == ["T1w", "T1w", "T2w", ""]
+    # By name: anatomy stays anatomy (G1).
+    assert cases[0].masks == {"anatomy": tmp_path / "scans/m/anat.nii.gz",
+                              "anonymised": tmp_path / "scans/m/anon.nii.gz"}  # fmt: skip
+    assert not any(case.masks for case in cases[1:])
+
+
+def test_nothing_about_persons_is_taken_over_from_nnssl(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz")
+    file = nnssl(tmp_path, {"ds": {"s": {"x": [image("a.nii.gz", image_info={"scanner": "Prisma"})]}}})
+    folder = register_corpus(tmp_path / "raw", NAME, index_source(file), ["MR"])
+    text = (folder / "corpus.json").read_text()
+    assert not [word for word in ("91.5", "female", "33.25", "Prisma") if word in text]
+
+
+def test_nnssl_index_with_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.nii.gz")
+    masks = {"anatomy_mask": "lost_anat.nii.gz", "anonymization_mask": "lost_anon.nii.gz"}
+    file = nnssl(tmp_path, {"ds": {"s": {"x": [image("a.nii.gz", associated_masks=masks), image("lost.nii.gz")]}}})
+    message = refusal("E_NOT_FOUND", index_source, file)
+    assert all(name in message for name in ("3 images or masks", "lost_anat", "lost_anon", "lost.nii.gz"))
+    monkeypatch.delenv("not_set_in_test", raising=False)
+    file = nnssl(tmp_path, {"ds": {"s": {"x": [image("$not_set_in_test/a.nii.gz")]}}})
+    assert "$not_set_in_test" in refusal("E_CONFIG", index_source, file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"datasets": []}',
+        '{"datasets": {"a": {}}}',
+        '{"datasets": {"a": {"subjects": {"s": {"sessions": {"x": {"images": {}}}}}}}}',
+        '{"datasets": {"a": {"subjects": {"s": {"sessions": {"x": {"images": [{"path": "a"}]}}}}}}}',
+        '{"datasets": {"a": {"subjects": {"s": {"sessions": {"x": {"images": ["a.nii"]}}}}}}}',
+        '{"datasets": {"a": {"subjects": {"s": 1}}}}',
+    ],
+)
+def test_json_that_is_no_nnssl_index(tmp_path: Path, content: str) -> None:
+    (tmp_path / "pretrain_data.json").write_text(content)
+    assert "pretrain_data.json" in refusal("E_FORMAT", index_source, tmp_path)
+
+
+def test_masks_of_an_nnssl_index_that_are_a_list_are_refused(tmp_path: Path) -> None:
+    """Positions were mixed up in published code; only names count."""
+    touch(tmp_path, "a.nii.gz", "m.nii.gz")
+    file = nnssl(tmp_path, {"ds": {"s": {"x": [image("a.nii.gz", associated_masks=["m.nii.gz", None])]}}})
+    assert "associated_masks" in refusal("E_FORMAT", index_source, file)
+
+
+def test_empty_nnssl_index(tmp_path: Path) -> None:
+    refusal("E_NOT_FOUND", index_source, nnssl(tmp_path, {"ds": {"s": {"x": []}}}))
+
+
+# --- BIDS ---------------------------------------------------------------------------------------------------------
+
+SCANS = (
+    "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz",
+    "sub-01/ses-1/anat/sub-01_ses-1_acq-fast_FLAIR.nii.gz",
+    "sub-01/ses-2/func/sub-01_ses-2_task-rest_bold.nii.gz",
+    "sub-02/anat/sub-02_T2w.nii.gz",
+)
+OTHERS = (
+    "sub-01/ses-1/anat/sub-01_ses-1_mod-T1w_defacemask.nii.gz",
+    "sub-01/ses-1/anat/sub-01_ses-1_label-brain_mask.nii.gz",
+    "sub-01/ses-1/anat/sub-01_ses-1_dseg.nii.gz",
+    "sub-02/fmap/sub-02_phasediff.nii.gz",
+    "derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz",
+    "sourcedata/sub-01/scan.nii.gz",
+    "template.nii.gz",
+    "sub-01/ses-2/func/sub-01_ses-2_task-rest_events.tsv",
+    "sub-01/ses-1/anat/sub-01_ses-1_T1w.json",
+)
+
+
+def test_bids_dataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "ds000001"
+    touch(root, "dataset_description.json", *SCANS, *OTHERS)
+    with caplog.at_level(logging.INFO):
+        cases = index_source(root)
+    found = {case.images[0].relative_to(root).as_posix(): case for case in cases}
+    assert sorted(found) == sorted(SCANS)
+    assert [found[name].modality for name in SCANS] == ["T1w", "FLAIR", "bold", "T2w"]
+    assert [found[name].subject for name in SCANS] == ["sub-01"] * 3 + ["sub-02"]
+    assert {case.dataset for case in cases} == {"ds000001"}
+    for words in ("3 masks, segmentations", "1 field maps", "images in derivatives/", "images in sourcedata/",
+                  "1 images outside of the folders sub-*"):  # fmt: skip
+        assert words in caplog.text
+
+
+def test_bids_names_without_a_description(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    touch(root, *SCANS, "derivatives/x/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_mask.nii.gz")
+    assert {case.modality for case in index_source(root)} == {"T1w", "FLAIR", "bold", "T2w"}
+    # A single image elsewhere, and it is a tree like any other: nothing is left out.
+    touch(root, "more/scan.nii.gz")
+    cases = index_source(root)
+    assert len(cases) == len(SCANS) + 3
+    assert {case.modality for case in cases} == {""}
+
+
+def test_a_folder_of_bids_datasets_and_other_scans(tmp_path: Path) -> None:
+    touch(tmp_path / "ds1", "dataset_description.json", "sub-01/anat/sub-01_T1w.nii.gz", "derivatives/x.nii.gz")
+    touch(tmp_path / "ds2", "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz")
+    touch(tmp_path / "other", "scan.nii.gz")
+    cases = index_source(tmp_path)
+    found = {(case.dataset, case.modality, case.subject) for case in cases}
+    assert found == {("ds1", "T1w", "ds1/sub-01"), ("ds2", "T1w", "ds2/sub-01"), ("ds2", "T2w", "ds2/sub-01"),
+                     ("", "", "scan")}  # fmt: skip
+    assert len({case.name for case in cases}) == len(cases) == 4
+
+
+def test_a_bids_dataset_without_scans(tmp_path: Path) -> None:
+    touch(tmp_path, "dataset_description.json", "derivatives/sub-01/anat/sub-01_T1w.nii.gz")
+    refusal("E_NOT_FOUND", index_source, tmp_path)
+
+
+# --- corpus.json --------------------------------------------------------------------------------------------------
+
+
+def described(tmp_path: Path) -> Case:
+    a, anatomy, anonymised = touch(tmp_path, "a.nii.gz", "anatomy.nii.gz", "anonymised.nii.gz")
+    return Case("a", (a,), None, "s1", "T1w", "brains", anatomy, anonymised)
+
+
+def test_corpus_json_keeps_what_is_known(tmp_path: Path) -> None:
+    case = described(tmp_path)
+    plain = Case("b", tuple(touch(tmp_path, "b.nii.gz")))
+    folder = register_corpus(tmp_path, NAME, [case, plain], ["MR"])
+    assert load_cases(folder) == [case, plain]
+    entries = json.loads((folder / "corpus.json").read_text())["cases"]
+    assert set(entries[1]) == {"name", "images", "subject"}  # as older versions wrote it and read it
+    # What is known changes by registering again; names stay.
+    other = dataclasses.replace(case, name="x", modality="T2w", anatomy_mask=None)
+    register_corpus(tmp_path, NAME, [other, plain], ["MR"])
+    assert load_cases(folder)[0] == dataclasses.replace(other, name="a")
+
+
+def test_digests_depend_on_modality_dataset_and_masks(tmp_path: Path) -> None:
+    case = described(tmp_path)
+    variants = [
+        case,
+        dataclasses.replace(case, modality="CT"),
+        dataclasses.replace(case, dataset="lungs"),
+        dataclasses.replace(case, anatomy_mask=None),
+        dataclasses.replace(case, anatomy_mask=None, anonymisation_mask=case.anatomy_mask),
+        dataclasses.replace(case, anatomy_mask=case.anatomy_mask, anonymisation_mask=None),
+    ]
+    assert len({signature([variant]) for variant in variants}) == len(variants)
+    assert len({corpus_hash([variant]) for variant in variants}) == len(variants)
+    before = signature([case]), corpus_hash([case])
+    case.masks["anonymised"].write_text("longer than it was before")
+    assert signature([case]) != before[0]
+    assert corpus_hash([case]) != before[1]
+
+
+def test_a_mask_used_as_the_other_kind_is_another_source(tmp_path: Path) -> None:
+    (file,) = touch(tmp_path, "m.nii.gz")
+    anatomy, anonymised = Case("a", (), None, anatomy_mask=file), Case("a", (), None, anonymisation_mask=file)
+    assert mask_signature(anatomy) != mask_signature(anonymised)
+    file.unlink()
+    refusal("E_NOT_FOUND", mask_signature, anatomy)
