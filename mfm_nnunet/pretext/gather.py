@@ -20,6 +20,11 @@ def gather_batch(x_BE: Tensor) -> Tensor:
     return _Gather.apply(x_BE)
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that talks: the only one, or that of rank 0."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 class _Gather(torch.autograd.Function):
     """dist.all_gather with a gradient: what the processes' losses ask of this process's rows is added up."""
 

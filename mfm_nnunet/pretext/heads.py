@@ -1,4 +1,7 @@
-"""What pretext tasks put behind an encoder: pooled features and projectors. Trained with the task, never shipped."""
+"""What pretext tasks put behind an encoder: pooled features and projectors. Trained with the task, never shipped.
+
+Shapes: B batch, V views per item, C channels, D H W voxels of a view, E embedding; in 2D there is no D.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from mfm_nnunet.models.backbone import AbstractBackbone
 
 
 def pool(features: Sequence[Tensor]) -> Tensor:
@@ -23,3 +28,16 @@ class Projector(nn.Sequential):
         for before, after in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), nn.LayerNorm(after, elementwise_affine=False), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+def make_projector(backbone: AbstractBackbone, width: int) -> Projector:
+    """A projector of two hidden layers behind the pooled features of ``backbone``; all layers have ``width``."""
+    return Projector((sum(backbone.feature_widths()), width, width, width))
+
+
+def embed_views(backbone: AbstractBackbone, projector: Projector, views_BVCDHW: Tensor) -> Tensor:
+    """The embeddings (B, V, E) of all views, float32. The encoder sees the B V views as one batch."""
+    features = backbone.features(views_BVCDHW.flatten(0, 1))
+    # Untrained, views differ by less than the precision of bf16, so what follows the encoder is float32.
+    with torch.autocast(views_BVCDHW.device.type, enabled=False):
+        return projector(pool(features)).unflatten(0, views_BVCDHW.shape[:2])

@@ -5,7 +5,7 @@ Legend: C channels, D H W voxels; in 2D there is no D. All arrays are float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.ndimage
@@ -71,12 +71,12 @@ def standardise(x_CDHW: np.ndarray) -> np.ndarray:
     return centred / np.maximum(centred.std(axes, keepdims=True), 1e-6)
 
 
-def jitter(x_CDHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """nnU-Net's intensity augmentation with the probabilities of JITTER, for normalised images.
+def jitter(x_CDHW: np.ndarray, rng: np.random.Generator, chances: Mapping[str, float] = JITTER) -> np.ndarray:
+    """nnU-Net's intensity augmentation, for normalised images; ``chances`` as JITTER, in the same order.
 
     Strengths are drawn for each channel. Changes ``x_CDHW`` in place and returns it.
     """
-    fires = dict(zip(JITTER, rng.random(len(JITTER)) < list(JITTER.values())))
+    fires = dict(zip(chances, rng.random(len(chances)) < list(chances.values())))
     for channel in x_CDHW:
         if fires["noise"]:
             channel += rng.uniform(0, 0.1) * rng.standard_normal(channel.shape, np.float32)
@@ -107,3 +107,42 @@ def _lower_resolution(x: np.ndarray, scale: float) -> np.ndarray:
 def _gamma_keeping_moments(x: np.ndarray, exponent: float) -> np.ndarray:
     corrected = apply_gamma(x[None], exponent)[0]
     return (corrected - corrected.mean()) / max(corrected.std(), 1e-6) * x.std() + x.mean()
+
+
+UNIT_KNOTS = (0.0, 0.005, 0.995, 1.0)
+"""Percentiles 0, 0.5, 99.5 and 100 lie there in [0, 1]: each tail gets as much of it as it has voxels."""
+
+CURVE_POINTS = 1024
+
+
+def intensity_knots(x_DHW: np.ndarray) -> np.ndarray:
+    """Intensities (4,) of one channel at UNIT_KNOTS; linear between them is a map to [0, 1] that can be inverted.
+
+    Robust: outliers do not squeeze all others into a corner, nor are they cut off. Where nearly all voxels are equal
+    (air with a rim of tissue) there is no middle to stretch, and the map is linear from minimum to maximum.
+    """
+    knots = np.percentile(x_DHW, [100 * knot for knot in UNIT_KNOTS])
+    is_flat = knots[2] - knots[1] < 1e-6
+    return knots[0] + np.asarray(UNIT_KNOTS) * (knots[3] - knots[0]) if is_flat else knots
+
+
+def draw_curve(rng: np.random.Generator) -> np.ndarray:
+    """A random intensity curve of [0, 1], its values at CURVE_POINTS equal steps (Models Genesis, arXiv 2004.07882).
+
+    A cubic Bezier curve from (0, 0) to (1, 1) with two control points drawn from the unit square, which make it rise
+    everywhere; every second one is reversed, so it falls from (0, 1) to (1, 0): inverted contrast.
+    """
+    points, falls = rng.random((2, 2)), rng.random() < 0.5
+    t = np.linspace(0, 1, CURVE_POINTS)
+    weights = np.stack([3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
+    x, y = np.concatenate([points.T, np.ones((2, 1))], axis=1) @ weights
+    return np.interp(t, x, y[::-1] if falls else y)
+
+
+def apply_curve(x_DHW: np.ndarray, knots: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """One channel bent by a curve of :func:`draw_curve` between its own ``knots``; stays in its range."""
+    position = np.interp(x_DHW, knots, UNIT_KNOTS) * (len(curve) - 1)
+    # Equal steps need no search, which makes this several times faster than interpolating in the table.
+    lower = np.minimum(position.astype(np.int32), len(curve) - 2)
+    bent = curve[lower] + (position - lower) * np.diff(curve)[lower]
+    return np.interp(bent, UNIT_KNOTS, knots).astype(np.float32)

@@ -10,6 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.backbone import Geometry
+
+MaskRatio = float | tuple[float, float]
+"""Share of the cells that are hidden, or the limits between which it is drawn for each item."""
+
 MAX_BOX = 0.625
 """Longest side of a box, as a share of the patch's."""
 
@@ -46,6 +52,53 @@ def auto_cell_size(patch_size: Sequence[int]) -> tuple[int, ...]:
     A quarter, but at least 4 voxels: smaller cells could be filled in from their neighbours alone.
     """
     return tuple(16 if size >= 64 else min(size, max(4, size // 4)) for size in patch_size)
+
+
+def resolve_cell_size(cell_size: tuple[int, ...] | None, geometry: Geometry) -> tuple[int, ...]:
+    """The setting ``pretext.cell_size``, checked, with a number for each axis; one number stands for all of them.
+
+    None: the tokens of the network, or :func:`auto_cell_size` where it has none. Raises MFMError (E_CONFIG).
+    """
+    patch_size, mask_cell = geometry.patch_size, geometry.mask_cell
+    cell = cell_size
+    if cell is None:
+        cell = mask_cell if max(mask_cell) > 1 else auto_cell_size(patch_size)
+    elif len(cell) == 1:
+        cell = cell * len(patch_size)
+    problem = _problem_of_cell(cell, patch_size, mask_cell)
+    if problem:
+        raise MFMError("E_CONFIG", f"pretext.cell_size={cell}: {problem}. Leave it out for the default.")
+    return cell
+
+
+def require_mask_ratio(mask_ratio: MaskRatio, cell_size: tuple[int, ...], patch_size: tuple[int, ...]) -> None:
+    """Raise MFMError (E_CONFIG) unless ``pretext.mask_ratio`` hides at least one cell and leaves at least one.
+
+    Of two limits the smaller one comes first.
+    """
+    low, high = mask_ratio if isinstance(mask_ratio, tuple) else (mask_ratio, mask_ratio)
+    if not 0 < low <= high < 1 or num_hidden_cells(patch_size, cell_size, low) == 0:
+        shown = f"{low},{high}" if isinstance(mask_ratio, tuple) else mask_ratio
+        raise MFMError(
+            "E_CONFIG",
+            f"pretext.mask_ratio={shown}: it must be between 0 and 1 (of two limits the smaller one comes first) and "
+            "hide at least one of the "
+            f"{math.prod(cell_grid(patch_size, cell_size))} cells of {cell_size} voxels in a patch of {patch_size}. "
+            "Change it or use smaller cells.",
+        )
+
+
+def _problem_of_cell(cell: tuple[int, ...], patch_size: tuple[int, ...], mask_cell: tuple[int, ...]) -> str | None:
+    if len(cell) != len(patch_size):
+        return f"the patch has {len(patch_size)} axes, {patch_size}"
+    if any(not 1 <= size <= patch for size, patch in zip(cell, patch_size)):
+        return f"each axis must be 1 up to the patch's, {patch_size}"
+    if any(size % token for size, token in zip(cell, mask_cell)):
+        return f"it must be a multiple of the network's tokens, {mask_cell}"
+    if max(mask_cell) > 1 and any(patch % size for size, patch in zip(cell, patch_size)):
+        # Cut cells would hide a different number of tokens in each sample.
+        return f"with tokens the patch, {patch_size}, must be a multiple of it"
+    return None
 
 
 def cell_limits(axis_size: int, cell_range: tuple[int, int]) -> tuple[int, int]:

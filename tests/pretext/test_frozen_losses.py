@@ -17,7 +17,7 @@ from tests.models.tiny_plans import tiny_backbone
 
 FILE = Path(__file__).parent / "frozen_losses.json"
 PATCH = (16, 24, 16)
-CASES = [f"{task.name} {family}" for task in list_tasks() for family in ("resenc", "primus")]
+CASES = [f"{task.name} {family}" for task in list_tasks() for family in task.backbones]
 
 
 def losses(case: str) -> list[float]:

@@ -11,6 +11,7 @@ import torch
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry
+from mfm_nnunet.plans import schema
 from mfm_nnunet.pretext.losses import masked_mse
 from mfm_nnunet.pretext.mae import MAE, MAEConfig
 from mfm_nnunet.pretext.masks import auto_cell_size, cell_grid, draw_hidden, num_hidden_cells
@@ -166,3 +167,34 @@ def test_one_output_per_channel_and_spatial_augmentation() -> None:
     assert MAE.augmentation(MAEConfig()) == "spatial"
     assert MAE.volumes_per_item(MAEConfig()) == 1
     assert MAE.restoring == "drop"
+
+
+def test_a_range_draws_the_share_of_each_item_of_unets() -> None:
+    config = MAE.resolve(MAEConfig(mask_ratio=(0.3, 0.9), cell_size=(8,)), Geometry(PATCH, CONV, CONV))
+    transform, rng = MAE.transform(config, PATCH), np.random.default_rng(0)
+    counts = [transform([np.zeros((1, *PATCH), np.float32)], rng)["hidden"].sum() / 8**3 for _ in range(300)]
+    assert min(counts) >= int(0.3 * 60)
+    assert max(counts) < 0.9 * 60
+    assert set(counts) == set(range(18, 54))
+    assert np.mean(counts) / 60 == pytest.approx(0.6, abs=0.03)
+
+
+def test_dropped_tokens_need_one_share_for_all_items() -> None:
+    with pytest.raises(MFMError, match=r"pretext.mask_ratio=0.6,0.9: .*one number, or use --pretext simmim"):
+        MAE.resolve(MAEConfig(mask_ratio=(0.6, 0.9)), Geometry(PATCH, TOKENS, TOKENS))
+    for limits in ((0.9, 0.6), (0.0, 0.5), (0.5, 1.0), (0.01, 0.5)):
+        with pytest.raises(MFMError, match=f"pretext.mask_ratio={limits[0]},{limits[1]}"):
+            MAE.resolve(MAEConfig(mask_ratio=limits, cell_size=(8,)), Geometry(PATCH, CONV, CONV))
+
+
+@pytest.mark.parametrize(
+    ("value", "ratio"), [("0.75", 0.75), ("0.6,0.9", (0.6, 0.9)), ("[0.6, 0.9]", (0.6, 0.9)), ("1", 1.0)]
+)
+def test_the_share_is_one_number_or_two(value: str, ratio: float | tuple[float, float]) -> None:
+    assert schema.override(MAEConfig(), [f"mask_ratio={value}"]).mask_ratio == ratio
+
+
+@pytest.mark.parametrize("value", ["most", "0.1,0.2,0.3", "0.1,half"])
+def test_other_shares_are_refused(value: str) -> None:
+    with pytest.raises(MFMError, match=f"mask_ratio={value}: expected float or 2 values"):
+        schema.override(MAEConfig(), [f"mask_ratio={value}"])

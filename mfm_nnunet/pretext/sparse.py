@@ -1,0 +1,150 @@
+"""Sparse convolutions on dense tensors: an encoder that computes at visible places only (arXiv 2301.03580).
+
+A convolution's output, bias included, is set to 0 at inactive places, and instance norms take their statistics from
+the active ones. The layers of the network stay what and where they are: names, sharing and weights are the plain
+network's, and so are its outputs whenever it is not called through :class:`SparseEncoder`.
+
+Legend: B batch, C channels, D H W places of a feature map; in 2D there is no D.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from mfm_nnunet.errors import MFMError
+
+
+class SparseEncoder:
+    """Calls the encoder of a U-Net so that it works sparsely, and only in these calls.
+
+    Hooks on its layers ask this object, which belongs to one task, where the batch is hidden. It remembers that until
+    the encoder is called again, by whomever: what activation checkpointing computes anew in the backward pass (a stage
+    or less, never the whole encoder) is as sparse as it was, and a call of the plain network is dense.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        """Raises MFMError (E_CONFIG) when the encoder has layers that cannot work sparsely."""
+        _require_known_layers(encoder)
+        self._encoder = encoder
+        self._announced_B1DHW: Tensor | None = None
+        self._inactive: dict[tuple[int, ...], Tensor] = {}
+        encoder.register_forward_pre_hook(self._begin)
+        for layer in encoder.modules():
+            if isinstance(layer, _ConvNd):
+                layer.register_forward_hook(self._after_convolution)
+            elif isinstance(layer, _InstanceNorm):
+                layer.forward = partial(self._normalise, layer, layer.forward)  # type: ignore[method-assign]
+
+    def __call__(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor) -> list[Tensor]:
+        """The feature maps (B, C, D, H, W), fine to coarse, 0 at inactive places.
+
+        ``hidden_B1DHW`` is boolean. What ``x_BCDHW`` holds at hidden voxels is seen by convolutions beside them.
+        """
+        self._announced_B1DHW = hidden_B1DHW
+        return self._encoder(x_BCDHW)
+
+    def inactive(self, size: tuple[int, ...]) -> Tensor:
+        """The inactive places (B, 1, *size), boolean, of a feature map of the last call.
+
+        A place is active if any voxel under it is visible; each axis has its own stride. So where a feature map is
+        coarser than the cells of the mask, a place is active as soon as one of its cells is.
+        """
+        assert self._inactive, "the last call of the encoder was not a sparse one"
+        return self._inactive[size]
+
+    def _begin(self, encoder: Any, inputs: Any) -> None:
+        """Masks for all resolutions at once, since compiled layers may read but not write what they share."""
+        hidden_B1DHW, self._announced_B1DHW = self._announced_B1DHW, None
+        self._inactive = {}
+        if hidden_B1DHW is not None:
+            whole = tuple(hidden_B1DHW.shape[2:])
+            strides = itertools.accumulate(encoder.strides, lambda one, other: list(map(math.prod, zip(one, other))))
+            sizes = {whole, *(tuple(n // step for n, step in zip(whole, stride)) for stride in strides)}
+            self._inactive = {size: shrink_hidden(hidden_B1DHW, size) for size in sizes}
+
+    def _after_convolution(self, layer: nn.Module, inputs: Any, output_BCDHW: Tensor) -> Tensor:
+        if not self._inactive:
+            return output_BCDHW
+        # In place: a convolution does not need its output in the backward pass.
+        return output_BCDHW.masked_fill_(self._inactive[tuple(output_BCDHW.shape[2:])], 0)
+
+    def _normalise(self, layer: _InstanceNorm, dense_forward: Callable[[Tensor], Tensor], x_BCDHW: Tensor) -> Tensor:
+        if not self._inactive:
+            return dense_forward(x_BCDHW)
+        inactive_B1DHW = self._inactive[tuple(x_BCDHW.shape[2:])]
+        return masked_instance_norm(x_BCDHW, inactive_B1DHW, layer.weight, layer.bias, layer.eps)
+
+
+class Densify(nn.Module):
+    """Makes a sparse feature map dense for the decoder: norm, a learnable token at inactive places, convolution."""
+
+    def __init__(self, num_channels: int, num_axes: int, has_convolution: bool) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.empty(1, num_channels, *[1] * num_axes))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        convolution = {2: nn.Conv2d, 3: nn.Conv3d}[num_axes]
+        self.convolution = convolution(num_channels, num_channels, 3, padding=1) if has_convolution else nn.Identity()
+
+    def forward(self, x_BCDHW: Tensor, inactive_B1DHW: Tensor) -> Tensor:
+        """The dense map, of the same shape."""
+        normed_BCDHW = masked_instance_norm(x_BCDHW, inactive_B1DHW)
+        return self.convolution(torch.where(inactive_B1DHW, self.mask_token.to(normed_BCDHW.dtype), normed_BCDHW))
+
+
+def shrink_hidden(hidden_B1DHW: Tensor, size: tuple[int, ...]) -> Tensor:
+    """``hidden_B1DHW`` at a coarser resolution (B, 1, *size): True where everything under a place is hidden.
+
+    So averages over such places (the pooling in the skips of residual blocks) are 0 where the map is inactive, as they
+    must be, and a sample with a visible voxel has an active place at every resolution.
+    """
+    steps = [whole // part for whole, part in zip(hidden_B1DHW.shape[2:], size)]
+    assert hidden_B1DHW.shape[2:] == tuple(map(math.prod, zip(size, steps))), f"{size} does not divide the mask"
+    blocks = hidden_B1DHW.reshape(*hidden_B1DHW.shape[:2], *(number for pair in zip(size, steps) for number in pair))
+    return blocks.all(dim=tuple(range(3, blocks.dim(), 2)))
+
+
+def masked_instance_norm(
+    x_BCDHW: Tensor,
+    inactive_B1DHW: Tensor,
+    weight_C: Tensor | None = None,
+    bias_C: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Instance norm of each sample's active places; 0 at the others, whatever they hold.
+
+    By sums, in float32 at least: samples may have different numbers of active places, and nothing waits for the device.
+    """
+    x = x_BCDHW.to(torch.promote_types(x_BCDHW.dtype, torch.float32))
+    axes = tuple(range(2, x.dim()))
+    counts = (~inactive_B1DHW).sum(axes, keepdim=True).clamp(min=1)
+    mean = x.masked_fill(inactive_B1DHW, 0).sum(axes, keepdim=True) / counts
+    centred = (x - mean).masked_fill(inactive_B1DHW, 0)
+    scale = (centred.square().sum(axes, keepdim=True) / counts + eps).rsqrt()
+    if weight_C is not None:
+        scale = scale * weight_C.reshape(-1, *[1] * len(axes))
+    normed = centred * scale
+    if bias_C is not None:
+        normed = (normed + bias_C.reshape(-1, *[1] * len(axes))).masked_fill(inactive_B1DHW, 0)
+    return normed.to(x_BCDHW.dtype)
+
+
+def _require_known_layers(encoder: nn.Module) -> None:
+    """Layers without weights (activations that keep 0, dropout, pooling) need nothing to work sparsely."""
+    for layer in encoder.modules():
+        has_state = not any(layer.children()) and any(True for _ in (*layer.parameters(), *layer.buffers()))
+        is_norm = isinstance(layer, _InstanceNorm) and not layer.track_running_stats
+        if has_state and not (is_norm or isinstance(layer, (_ConvNd, nn.PReLU))):
+            raise MFMError(
+                "E_CONFIG",
+                f"spark3d works on encoders of convolutions and instance norms without running statistics; the plan's "
+                f"network has {type(layer).__name__} layers. Choose another pretext task or plan again.",
+            )
