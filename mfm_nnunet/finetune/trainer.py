@@ -25,6 +25,7 @@ from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_lo
 from mfm_nnunet.finetune.preprocessed import forget_cases, preprocessed_cases, require_fingerprint, shareable
 from mfm_nnunet.finetune.pretrained import transfer_from
 from mfm_nnunet.finetune.splits import require_fold
+from mfm_nnunet.models.precision import require_sound_bf16
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.optim import learning_rate_factor, make_optimizer
 from mfm_nnunet.plans.schema import block_of, resolved_warmup
@@ -85,10 +86,13 @@ class MFMTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Build the network under the seed, then move the pretrained weights into it.
 
-        Raises MFMError when the checkpoint cannot be read or belongs to another network.
+        Raises MFMError when the checkpoint cannot be read or belongs to another network, or bf16 cannot be had.
         """
         seed_everything(seed_of(self.block.seed, "network", 0))
         super().initialize()
+        if self.autocast_dtype is torch.bfloat16:
+            patch_size = self.configuration_manager.patch_size
+            require_sound_bf16(unwrapped(self.network), patch_size, self.device, "finetune.precision")
         if self.pretrained_checkpoint is not None:
             report = transfer_from(self.pretrained_checkpoint, self.network, Path(self.output_folder))
             self.print_to_log_file(f"weights from {self.pretrained_checkpoint.name}:\n{report.summary()}")

@@ -9,14 +9,18 @@ In 2D there is no D and no d.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.build import encoder_names
 
 Restoring = Literal["none", "drop", "replace"]
@@ -56,6 +60,45 @@ class AbstractBackbone(nn.Module, ABC):
         kept = encoder_names(self.network)
         for name, weight in self.network.named_parameters():
             weight.requires_grad_(name in kept)
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The part of the network's state dict that is the encoder, each tensor under the encoder's own names."""
+        prefixes = tuple({f"{name.partition('.')[0]}." for name in encoder_names(self.network)})
+        return {name: tensor for name, tensor in self.network.state_dict().items() if name.startswith(prefixes)}
+
+    def recompute_activations(self) -> None:
+        """From now on keep only what goes into a block and compute the rest again in the backward pass.
+
+        Results are the same, drop path included; names and state dict too. Called once, before ``compile_blocks``.
+        Raises MFMError (E_CONFIG) for batch norms, whose running statistics would be updated twice.
+        """
+        if any(getattr(module, "running_mean", None) is not None for module in self.network.modules()):
+            raise MFMError(
+                "E_CONFIG",
+                "pretrain.activation_checkpointing=true: the plan's network has norms with running statistics, which "
+                "would be updated twice. Leave it out, or plan a network with instance norms.",
+            )
+        for block in self.blocks():
+            block.forward = functools.partial(_recomputed, block.forward)
+
+    def compile_blocks(self) -> None:
+        """From now on run each block compiled, in place, so names and state dict stay.
+
+        A block that cannot be compiled as a whole raises an error when it first runs; it is never left out.
+        """
+        blocks = self.blocks()
+        # Blocks share their code, and each width, mode and gradient setting is a variant of it; torch gives up after 8.
+        enough = 8 * len(blocks)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, enough)
+        torch._dynamo.config.accumulated_recompile_limit = max(
+            torch._dynamo.config.accumulated_recompile_limit, 2 * enough
+        )
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The modules that do nearly all of the work, each run once per forward pass, none inside another."""
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Dense outputs (B, K, D, H, W)."""
@@ -99,6 +142,12 @@ class ConvBackbone(AbstractBackbone):
         # The coarser stages have output layers, so that weights fit with deep supervision too, but they are not used.
         network.decoder.seg_layers[:-1].requires_grad_(False)
 
+    def blocks(self) -> list[nn.Module]:
+        encoder: Any = self.network.encoder
+        decoder: Any = self.network.decoder
+        stems = [stem for stem in [getattr(encoder, "stem", None)] if stem is not None]
+        return [*stems, *encoder.stages, *decoder.stages]
+
     def mask_cell(self) -> tuple[int, ...]:
         return (1,) * len(self.patch_size)
 
@@ -137,6 +186,11 @@ class TokenBackbone(AbstractBackbone):
         if restoring == "drop":
             self.token_decoder = _like(network.eva, self.token_grid, depth=2)
 
+    def blocks(self) -> list[nn.Module]:
+        network: Any = self.network
+        own = [*self.token_decoder.blocks] if self.restoring == "drop" else []  # type: ignore[misc]
+        return [network.down_projection, *network.eva.blocks, *own, *network.up_projection.decode[:-1]]
+
     def mask_cell(self) -> tuple[int, ...]:
         return tuple(size // tokens for size, tokens in zip(self.patch_size, self.token_grid))
 
@@ -150,7 +204,9 @@ class TokenBackbone(AbstractBackbone):
         """One map. A smaller image gets the positions of the patch's centre: a patch of which the rest was dropped."""
         tokens_BTE = self._embed(x_BCDHW)
         grid = tuple(size // cell for size, cell in zip(x_BCDHW.shape[2:], self.mask_cell()))
-        tokens_BTE = self._transform(tokens_BTE, self._central_places(grid).expand(len(tokens_BTE), -1))
+        tokens_BTE = self._transform(
+            tokens_BTE, self._central_places(grid).to(x_BCDHW.device).expand(len(tokens_BTE), -1)
+        )
         return [tokens_BTE.transpose(1, 2).reshape(len(tokens_BTE), -1, *grid)]
 
     def restore(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor, fill_value: float = 0.0) -> Tensor:
@@ -223,7 +279,7 @@ class TokenBackbone(AbstractBackbone):
         """Indices (1, V) of a block of tokens of this size in the middle of the patch's grid."""
         assert all(1 <= few <= many for few, many in zip(grid, self.token_grid)), f"{grid} is not in {self.token_grid}"
         lower = [(many - few) // 2 for few, many in zip(grid, self.token_grid)]
-        index = torch.arange(self.num_tokens, device=self.network.eva.pos_embed.device).reshape(self.token_grid)  # type: ignore[union-attr, arg-type]
+        index = torch.arange(self.num_tokens).reshape(self.token_grid)
         return index[tuple(slice(low, low + few) for low, few in zip(lower, grid))].reshape(1, -1)
 
     @property
@@ -243,6 +299,12 @@ def make_backbone(network: nn.Module, patch_size: tuple[int, ...], restoring: Re
     if hasattr(network, "eva"):
         return TokenBackbone(network, tuple(patch_size), restoring)
     return ConvBackbone(network, tuple(patch_size))
+
+
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **keywords)
+    return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
 
 def _like(eva: Any, token_grid: tuple[int, ...], depth: int) -> nn.Module:

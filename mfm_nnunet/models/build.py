@@ -118,6 +118,17 @@ def encoder_names(network: nn.Module) -> set[str]:
     return _with_prefixes(network, "encoder.")
 
 
+def token_size(network: nn.Module) -> tuple[int, ...]:
+    """Voxels per axis of a token of Primus, ours or DNA's, of which V2 and V3 halve the image in each stage."""
+    own = getattr(network, "patch_embed_size", None)
+    stem: Any = network.down_projection
+    if own is not None:
+        return tuple(own)
+    if hasattr(stem, "proj"):
+        return tuple(stem.proj.weight.shape[2:])
+    return (2 ** len(stem.stages),) * (stem.final_proj.weight.ndim - 2)
+
+
 def _with_prefixes(network: nn.Module, *prefixes: str) -> set[str]:
     return {name for name, _ in network.named_parameters() if name.startswith(prefixes)}
 

@@ -3,6 +3,7 @@
 Patch embedding, Eva blocks with absolute and rotary positions, patch decoder; in 3D and 2D. The encoder is
 dynamic-network-architectures' own and so are the names in the state dict (``down_projection``, ``eva``,
 ``up_projection``), hence OpenMind's encoder weights fit. Tokens are flattened axis 0 outermost (DNA >= 0.4.3).
+Versions 2 and 3 have residual convolutions in place of the patch embedding (:mod:`mfm_nnunet.models.primus_stem`).
 
 Shapes: B batch, C channels, D H W voxels, d h w tokens per axis, T = d h w tokens, E embedding, K outputs.
 """
@@ -19,6 +20,7 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.primus_stem import STEM_FEATURES, ConvStem, published_features
 
 PRIMUS_SIZES: dict[str, dict[str, int]] = {
     "CPU": {"embed_dim": 192, "eva_depth": 4, "eva_numheads": 4},
@@ -29,22 +31,35 @@ PRIMUS_SIZES: dict[str, dict[str, int]] = {
 }
 """Sizes of the paper, and CPU (2 M parameters), which trains in minutes on two cores. See primus_kwargs for 2D."""
 
+CPU_STEM_FEATURES = {2: (16, 16, 32, 64), 3: (16, 32, 64, 128)}
+"""Widths of the stems of versions 2 and 3 for the size CPU: the published ones would be most of that network."""
+
 REFERENCE_OUTPUTS = 5
 """Number of outputs for which DNA's patch decoder would have the widths that ours always has."""
+
+STEM_INPUTS = tuple(
+    f"down_projection.stem.blocks.0.{name}"
+    for name in ("conv1.conv", "conv1.all_modules.0", "skip.0.conv", "skip.0.all_modules.0")
+)
+"""The convolutions of versions 2 and 3 that see the image, under both names of each."""
 
 NEGATIVE_SLOPE = 1e-2
 """Of the He initialisation, as everywhere in nnU-Net."""
 
 
-def primus_kwargs(size: str, num_axes: int) -> dict[str, int]:
-    """Width, depth and heads of ``size`` for ``num_axes`` image axes.
+def primus_kwargs(size: str, num_axes: int, version: int = 1) -> dict[str, Any]:
+    """Width, depth and heads of ``size`` for ``num_axes`` image axes; for versions above 1 what their stem needs.
 
     In 2D rotary positions need a head width that is a multiple of 4, which S, B and L (66) do not have: they get the
     next larger number of heads that fits.
     """
-    kwargs = dict(PRIMUS_SIZES[size])
+    kwargs: dict[str, Any] = dict(PRIMUS_SIZES[size])
     while not _heads_fit(kwargs["embed_dim"], kwargs["eva_numheads"], num_axes):
         kwargs["eva_numheads"] += 1
+    if version > 1:
+        kwargs["version"] = version
+        if size == "CPU":
+            kwargs["stem_features"] = list(CPU_STEM_FEATURES[version])
     return kwargs
 
 
@@ -53,8 +68,9 @@ class PrimusSeg(nn.Module):
 
     ``patch_embed_size`` is the size of a token in voxels, a power of two per axis; ``input_shape`` the patch, each axis
     a multiple of it. The defaults are Primus-M's of the paper: drop path growing to 0.2 over the depth (in train mode
-    only), layer scale ``init_values``, normalised inner attention. ``deep_supervision`` is accepted, because nnU-Net
-    passes it, and ignored: there is no pyramid to supervise.
+    only), layer scale ``init_values``, normalised inner attention. ``version`` 2 and 3 have a convolutional stem whose
+    widths are ``stem_features`` (None: as published). ``deep_supervision`` is accepted, because nnU-Net passes it, and
+    ignored: there is no pyramid to supervise.
 
     Raises MFMError (E_CONFIG) for sizes that do not fit together.
     """
@@ -72,15 +88,19 @@ class PrimusSeg(nn.Module):
         init_values: float | None = 0.1,
         scale_attn_inner: bool = True,
         deep_supervision: bool = False,
+        version: int = 1,
+        stem_features: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(embed_dim, eva_numheads, patch_embed_size, input_shape)
+        _check_stem(version, stem_features, patch_embed_size, input_shape)
         self.input_shape = tuple(input_shape)
+        self.patch_embed_size = tuple(patch_embed_size)
         self.key_to_encoder = "eva"
         self.key_to_stem = "down_projection"
-        self.keys_to_in_proj = ("down_projection.proj",)
+        self.keys_to_in_proj = ("down_projection.proj",) if version == 1 else STEM_INPUTS
         self.key_to_lpe = "eva.pos_embed"
-        self.down_projection = PatchEmbed(tuple(patch_embed_size), input_channels, embed_dim)
+        self.down_projection = _stem(version, stem_features, patch_embed_size, input_channels, embed_dim)
         self.up_projection = PatchDecoder(patch_embed_size, embed_dim, num_classes)
         self.eva = Eva(
             embed_dim=embed_dim,
@@ -140,6 +160,16 @@ def _strides(patch_embed_size: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(2 if size % doubling == 0 else 1 for size in patch_embed_size) for doubling in doublings]
 
 
+def _stem(
+    version: int, features: Sequence[int] | None, token: Sequence[int], input_channels: int, embed_dim: int
+) -> nn.Module:
+    """The patch embedding of this version of Primus."""
+    if version == 1:
+        return PatchEmbed(tuple(token), input_channels, embed_dim)
+    strides = _strides(token)[::-1]
+    return ConvStem(input_channels, embed_dim, strides, features or published_features(version, len(strides)), version)
+
+
 def _init_transposed(module: nn.Module) -> None:
     # torch takes out_channels x kernel as the fan-in of a transposed convolution. Here kernel == stride, so a voxel is
     # a sum over the input channels of one tap; with torch's number a head with one output would start 2 to 3 times too
@@ -153,6 +183,27 @@ def _init_transposed(module: nn.Module) -> None:
 def _heads_fit(embed_dim: int, num_heads: int, num_axes: int) -> bool:
     # A head is split evenly over the axes, and each share into sine and cosine of pairs.
     return embed_dim % (num_heads * 2 * num_axes) == 0
+
+
+def _check_stem(version: int, features: Sequence[int] | None, token: Sequence[int], patch: Sequence[int]) -> None:
+    num_stages = len(_strides(token))
+    problem: str | None = None
+    if version not in (1, *STEM_FEATURES):
+        problem = "version must be 1, 2 or 3"
+    elif version == 1 and features is not None:
+        problem = "version 1 has no stem_features"
+    elif features is not None and (len(features) != num_stages + 1 or min(features) < 1):
+        problem = f"with these tokens stem_features needs {num_stages + 1} widths, at least 1 each"
+    elif version > 1 and features is None and len(published_features(version, num_stages)) <= num_stages:
+        problem = "there are no published stem_features for tokens so large"
+    elif version > 1 and tuple(patch) == tuple(token):
+        problem = "the norms of its stem need more than one token"
+    if problem is not None:
+        raise MFMError(
+            "E_CONFIG",
+            f"Primus with version={version}, stem_features={features}, patch_embed_size={tuple(token)}, "
+            f"input_shape={tuple(patch)}: {problem}. Change these in the plan's architecture, or plan again.",
+        )
 
 
 def _check_sizes(embed_dim: int, num_heads: int, token: Sequence[int], patch: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.build import encoder_names, head_names
+from mfm_nnunet.models.build import encoder_names, head_names, token_size
 from mfm_nnunet.models.transfer_report import Entry, TransferReport
 
 __all__ = ["Entry", "TransferReport", "transfer_weights", "unwrapped", "without_wrapper_prefixes"]
@@ -167,7 +167,7 @@ def _token_grids(
     value_1TE: Tensor, tensor_1TE: Tensor, network: nn.Module, source_patch_size: Sequence[int] | None
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
     """The grids that the checkpoint's and the network's token positions stand on; None where unknown."""
-    token = tuple(network.get_submodule("down_projection.proj").weight.shape[2:])  # type: ignore[index]
+    token = token_size(network)
     planned = tuple(size // step for size, step in zip(source_patch_size or (), token))
     rope = getattr(network.get_submodule("eva"), "rope", None)
     own = tuple(int(size) for size in getattr(rope, "feat_shape", None) or ())

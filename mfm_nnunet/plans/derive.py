@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,9 @@ from mfm_nnunet.plans.schema import FinetuneSettings, PretrainSettings
 
 NO_RESAMPLING = "no_resampling_hack"
 """nnU-Net's resampling function that returns its input as it is."""
+
+NETWORKS = {"resenc": ("resenc", 1), "primus": ("primus", 1), "primus_v2": ("primus", 2), "primus_v3": ("primus", 3)}
+"""What can be asked for: family of the network, which the plan's block names, and version, in its architecture."""
 
 TOKEN = 8
 """Edge of a Primus token in voxels (arXiv 2503.01835)."""
@@ -99,6 +103,13 @@ def pad_to_multiple(size: float, multiple: int) -> int:
     return max(1, math.ceil(size / multiple)) * multiple
 
 
+def network_of(family: str, architecture: Mapping[str, Any]) -> str:
+    """The key of NETWORKS for a family and the ``architecture`` entry of a plan's configuration."""
+    of_dna = re.search(r"\.PrimusV([23])$", str(architecture.get("network_class_name")))
+    version = int(of_dna[1]) if of_dna else architecture.get("arch_kwargs", {}).get("version", 1)
+    return next((name for name, value in NETWORKS.items() if value == (family, version)), family)
+
+
 def token_patch(median_shape: Sequence[float], spacing: Sequence[float], max_voxels: int) -> tuple[int, ...]:
     """The largest patch of whole tokens that covers the median image or holds at most ``max_voxels``.
 
@@ -164,15 +175,16 @@ def settings_for(
     """How a network of this family is trained: published optimisers, and a schedule of minutes on the CPU.
 
     ResEnc: nnU-Net's SGD on GPUs; on the short CPU schedules AdamW, because SGD with momentum 0.99 spends the first
-    half of a thousand steps on predicting background. Primus: AdamW as in arXiv 2503.01835. On GPUs a plan that fits a
-    checkpoint (``is_like``) has the published fine-tuning rate, a tenth (ResEnc) or a third (Primus) of the rate from
-    scratch; short CPU schedules need the full rate to get anywhere.
+    half of a thousand steps on predicting background. Primus: AdamW as in arXiv 2503.01835, on the short CPU schedules
+    with a higher rate, for the same reason. On GPUs a plan that fits a checkpoint (``is_like``) has the published
+    fine-tuning rate, a tenth (ResEnc) or a third (Primus) of the rate from scratch; short CPU schedules need the full
+    rate to get anywhere.
     """
     is_primus = network == "primus"
     optimizer: Literal["sgd", "adamw"] = "adamw" if is_primus or is_cpu else "sgd"
     rate, tuned_rate, decay, clip = (3e-4, 1e-4, 5e-2, 1.0) if is_primus else (1e-2, 1e-3, 3e-5, 12.0)
-    if is_cpu and not is_primus:
-        rate, decay = 1e-3, 1e-2
+    if is_cpu:
+        rate, decay = 1e-3, (decay if is_primus else 1e-2)
     epochs, iterations, validation = (20, 50, 5) if is_cpu else (1000, 250, 50)
     pretrain = PretrainSettings(
         epochs=epochs,

@@ -19,7 +19,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.json_files import ARCHITECTURE_KEYS, plan_problem
 from mfm_nnunet.models.build import check_architecture
-from mfm_nnunet.plans.derive import NO_RESAMPLING, pad_to_multiple, resolved
+from mfm_nnunet.plans.derive import NO_RESAMPLING, network_of, pad_to_multiple, resolved
 from mfm_nnunet.plans.schema import block_of
 
 
@@ -35,6 +35,11 @@ class Source:
     def network(self) -> Literal["resenc", "primus"]:
         """Family of the checkpoint's network."""
         return self.entry["network"]
+
+    @property
+    def network_with_version(self) -> str:
+        """The checkpoint's network as ``--network`` names it."""
+        return network_of(self.network, self._theirs["architecture"])
 
     @property
     def configuration(self) -> str:

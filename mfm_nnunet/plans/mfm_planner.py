@@ -77,6 +77,7 @@ class MFMPlanner(ResEncUNetPlanner):
         self.plans: dict[str, Any] | None = None
         self.dataset_fingerprint: dict[str, Any] = self.dataset_fingerprint
         self.network: Literal["resenc", "primus"] = "resenc"
+        self.version = 1
         self.is_original_spacing = False
         self.wanted: tuple[str, ...] | None = None
         self.planned: tuple[str, ...] = ()
@@ -179,7 +180,7 @@ class MFMPlanner(ResEncUNetPlanner):
         name = "2d" if len(spacing) == 2 else "3d_fullres"
         if self.network == "primus" and not self.source and (self.wanted is None or name in self.wanted):
             size, patch, batch = self._size_primus(spacing, median_shape)
-            configuration["architecture"] = primus_architecture(size, patch)
+            configuration["architecture"] = primus_architecture(size, patch, self.version)
             configuration["patch_size"] = patch
             whole_dataset = round(approximate_n_voxels_dataset / math.prod(patch))
             configuration["batch_size"] = max(2, min(batch, whole_dataset))
@@ -239,7 +240,7 @@ class MFMPlanner(ResEncUNetPlanner):
         ours = STOCK_CONFIGURATIONS if self.wanted is None else set(plans["configurations"])
         others = {name: value for name, value in configurations.items() if name not in ours}
         shared = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
-        same_network = old.get("mfm", {}).get("network") == plans["mfm"]["network"]
+        same_network = _networks(old) == _networks(plans)
         if same_network and all(old.get(key) == plans[key] for key in shared):
             plans["configurations"].update(others)
         changed = derive.changed_keys(old, plans)
@@ -290,16 +291,16 @@ class MFMPlanner(ResEncUNetPlanner):
         if key not in self._memory:
             num_inputs, num_outputs = len(channel_names(self.dataset_json)), len(self.dataset_json["labels"])
             with torch.device("meta"):
-                kwargs = primus_architecture(size, patch)["arch_kwargs"]
+                kwargs = primus_architecture(size, patch, self.version)["arch_kwargs"]
                 network = PrimusSeg(input_channels=num_inputs, num_classes=num_outputs, **kwargs)
             self._memory[key] = training_memory_bytes(network, (batch, num_inputs, *patch), "adamw", half=True)
         return self._memory[key]
 
 
-def primus_architecture(size: str, patch: Sequence[int]) -> dict[str, Any]:
-    """The ``architecture`` entry of a plan for a Primus of this size (a key of PRIMUS_SIZES) and patch."""
+def primus_architecture(size: str, patch: Sequence[int], version: int = 1) -> dict[str, Any]:
+    """The ``architecture`` entry of a plan for a Primus of this size (a key of PRIMUS_SIZES), patch and version."""
     kwargs = {
-        **primus_kwargs(size, len(patch)),
+        **primus_kwargs(size, len(patch), version),
         "patch_embed_size": [derive.TOKEN] * len(patch),
         "input_shape": [int(edge) for edge in patch],
         "drop_path_rate": 0.2,
@@ -307,6 +308,14 @@ def primus_architecture(size: str, patch: Sequence[int]) -> dict[str, Any]:
         "scale_attn_inner": True,
     }
     return {"network_class_name": PRIMUS_CLASS, "arch_kwargs": kwargs, "_kw_requires_import": []}
+
+
+def _networks(plans: Mapping[str, Any]) -> set[str]:
+    """The networks (keys of NETWORKS) of a plan's configurations: of one family and, with Primus, of one version."""
+    family = str(plans.get("mfm", {}).get("network"))
+    configurations = [value for value in plans["configurations"].values() if isinstance(value, dict)]
+    architectures = [value.get("architecture") for value in configurations]
+    return {derive.network_of(family, architecture) for architecture in architectures if architecture}
 
 
 def _require_voxels(spacing: Sequence[float], median_shape: Sequence[float]) -> None:

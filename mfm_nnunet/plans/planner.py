@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.plans import like
+from mfm_nnunet.plans import derive, like
 from mfm_nnunet.plans.mfm_planner import MFMPlanner
 from mfm_nnunet.plans.table import Circumstances, Decision, decisions_for, format_table
 from mfm_nnunet.workspace import Workspace
@@ -33,8 +33,13 @@ __all__ = [
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """All that nnU-Net ever plans; which of them a data set gets is known only after its images were read."""
-DEFAULT_NAMES = {"resenc": "mfmPlans", "primus": "mfmPrimusPlans"}
-"""Plan names by network family; a plan like a checkpoint is named by :func:`mfm_nnunet.plans.like.like_plans_name`."""
+DEFAULT_NAMES = {
+    "resenc": "mfmPlans",
+    "primus": "mfmPrimusPlans",
+    "primus_v2": "mfmPrimusV2Plans",
+    "primus_v3": "mfmPrimusV3Plans",
+}
+"""Plan names by network; a plan like a checkpoint is named by :func:`mfm_nnunet.plans.like.like_plans_name`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class PlanRequest:
     nnU-Net's axis order, before transposing; ``like`` a pretrained checkpoint that the plan must fit.
     """
 
-    network: Literal["resenc", "primus"] = "resenc"
+    network: Literal["resenc", "primus", "primus_v2", "primus_v3"] = "resenc"
     memory_gb: float | None = None
     spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = "median"
     plans_name: str | None = None
@@ -84,7 +89,8 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
         plans_name=name,
         overwrite_target_spacing=_explicit_spacing(request.spacing),
     )
-    planner.network = source.network if source else request.network
+    family, version = derive.NETWORKS[source.network_with_version if source else request.network]
+    planner.network, planner.version = ("primus" if family == "primus" else "resenc"), version
     planner.is_original_spacing = source.is_original_spacing if source else request.spacing == "original"
     planner.wanted = request.configurations
     planner.source = source
@@ -122,9 +128,10 @@ def check_request(request: PlanRequest) -> like.Source | None:
         raise MFMError("E_CONFIG", problem)
     _explicit_spacing(request.spacing)
     source = like.read_source(request.like) if request.like else None
-    if source and request.network == "primus" != source.network:
+    if source and request.network not in ("resenc", source.network_with_version):
+        holds = "a ResEnc U-Net" if source.network == "resenc" else f"the network {source.network_with_version}"
         raise MFMError(
-            "E_CONFIG", f"--network primus and --like: {request.like} holds a ResEnc U-Net. Leave --network out."
+            "E_CONFIG", f"--network {request.network} and --like: {request.like} holds {holds}. Leave --network out."
         )
     return source
 

@@ -176,7 +176,10 @@ def _network(own: Mapping[str, Any], why: Circumstances, block: MFMBlock) -> tup
     kwargs = own["architecture"]["arch_kwargs"]
     if "embed_dim" in kwargs:
         num_tokens = math.prod(n // t for n, t in zip(kwargs["input_shape"], kwargs["patch_embed_size"]))
-        value = f"Primus {kwargs['embed_dim']} wide, {kwargs['eva_depth']} deep, {kwargs['eva_numheads']} heads"
+        version = f" V{kwargs['version']}" if kwargs.get("version", 1) > 1 else ""
+        value = (
+            f"Primus{version} {kwargs['embed_dim']} wide, {kwargs['eva_depth']} deep, {kwargs['eva_numheads']} heads"
+        )
         size = (
             "the size for CPUs" if why.memory_gb is None else "the largest of the sizes CPU, S, B, M, L in the budget"
         )

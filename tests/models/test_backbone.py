@@ -7,6 +7,7 @@ used for head i, drop path on in validation, a mask token that cannot learn.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.models.backbone import ConvBackbone, TokenBackbone, make_backbone
+from mfm_nnunet.models.build import encoder_names
 from mfm_nnunet.pretext.masks import draw_hidden
 from tests.models.tiny_plans import tiny_backbone, tiny_network, tiny_plans
 
@@ -194,6 +196,68 @@ def test_features_fine_to_coarse_mask_cell_and_inputs(family: str, patch: tuple[
     strides = [1, 2, 4] if family == "resenc" else [8]
     assert [tuple(f.shape[2:]) for f in features] == [tuple(s // k for s in patch) for k in strides]
     assert backbone.mask_cell() == (1 if family == "resenc" else 8,) * len(patch)
+
+
+@pytest.mark.parametrize(("family", "patch"), CASES)
+def test_features_of_a_whole_patch_are_the_plain_encoders(family: str, patch: tuple[int, ...]) -> None:
+    backbone = tiny_backbone(family, patch).eval()
+    network: Any = backbone.network
+    x = torch.randn(2, 1, *patch)
+    with torch.no_grad():
+        if family == "resenc":
+            plain = network.encoder(x)
+        else:
+            tokens, _ = network.eva(network.down_projection(x).flatten(2).transpose(1, 2))
+            plain = [tokens.transpose(1, 2).reshape(2, -1, *(size // 8 for size in patch))]
+        for found, expected in zip(backbone.features(x), plain, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("patch", "crop", "lower"),
+    [
+        (PATCH, (8, 16, 24), (1, 1, 1)),
+        (PATCH, (16, 32, 8), (0, 0, 2)),
+        (PATCH, PATCH, (0, 0, 0)),
+        ((24, 40), (8, 16), (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("is_rotary_only", [False, True])
+def test_a_small_crop_is_the_middle_of_a_patch_of_which_the_rest_was_dropped(
+    patch: tuple[int, ...], crop: tuple[int, ...], lower: tuple[int, ...], is_rotary_only: bool
+) -> None:
+    backbone = token_backbone(patch)
+    if is_rotary_only:
+        backbone.network.eva.pos_embed = None
+    x = torch.randn(3, 1, *patch)
+    inside = tuple(slice(8 * low, 8 * low + side) for low, side in zip(lower, crop))
+    hidden = torch.ones(3, 1, *patch, dtype=torch.bool)
+    hidden[(slice(None), slice(None), *inside)] = False
+    with torch.no_grad():
+        (features,) = backbone.features(x[(slice(None), slice(None), *inside)])
+        kept = backbone.encode(x, backbone.visible_tokens(hidden))
+        torch.testing.assert_close(features.flatten(2).transpose(1, 2), kept, rtol=1e-5, atol=1e-5)
+    assert features.shape[2:] == tuple(side // 8 for side in crop)
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_sizes_of_crops_that_features_can_see(family: str) -> None:
+    backbone = tiny_backbone(family, PATCH)
+    assert backbone.crop_cell() == backbone.geometry().crop_cell == ((4,) * 3 if family == "resenc" else (8,) * 3)
+    assert backbone.feature_widths() == [feature.shape[1] for feature in backbone.features(torch.randn(1, 1, *PATCH))]
+    if family == "primus":
+        with pytest.raises(AssertionError, match="is not in"):
+            backbone.features(torch.randn(1, 1, 32, 32, 40))
+
+
+def test_a_frozen_decoder_leaves_the_encoder_to_train() -> None:
+    for family in ("resenc", "primus"):
+        backbone = tiny_backbone(family, PATCH, restoring="none")
+        backbone.freeze_decoder()
+        trained = {name for name, weight in backbone.named_parameters() if weight.requires_grad}
+        assert trained == {f"network.{name}" for name in encoder_names(backbone.network)}
+        sum(feature.square().mean() for feature in backbone.features(torch.randn(2, 1, *PATCH))).backward()
+        assert all(weight.grad is not None for weight in backbone.parameters() if weight.requires_grad)
 
 
 def test_skips_are_kept_when_restoring() -> None:

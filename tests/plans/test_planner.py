@@ -125,7 +125,7 @@ def test_primus_has_a_patch_of_whole_tokens_and_its_published_optimiser(tmp_path
         assert configuration["architecture"]["_kw_requires_import"] == []
         assert build(result.plans, name)(torch.zeros(1, 1, *patch)).shape == (1, 3, *patch)
     block = block_of(result.plans)
-    assert (block.network, block.finetune.optimizer, block.finetune.learning_rate) == ("primus", "adamw", 3e-4)
+    assert (block.network, block.finetune.optimizer, block.finetune.learning_rate) == ("primus", "adamw", 1e-3)
     assert (block.finetune.weight_decay, block.finetune.gradient_clip) == (5e-2, 1.0)
     assert not block.finetune.deep_supervision
 

@@ -1,0 +1,36 @@
+"""Where bf16 must not be used: one fault of torch that would train garbage without a word."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfm_nnunet.errors import MFMError
+
+
+def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: torch.device, setting: str) -> None:
+    """Raise MFMError (E_CONFIG) where bf16 convolutions on CPUs get the weight gradient of uninitialised memory.
+
+    With torch 2.14 (oneDNN) that is so for 3D kernels longer than 1 on feature maps of two voxels along the first axis;
+    maps of 1, 3 or more are right, and so are 2D ones. ``image_size`` is what the network sees, in voxels; ``setting``
+    is named in the message. Networks without strides per stage (transformers) are not concerned.
+    """
+    encoder: Any = getattr(network, "encoder", None)
+    if device.type != "cpu" or len(image_size) != 3 or not hasattr(encoder, "strides"):
+        return
+    sizes = itertools.accumulate((int(stride[0]) for stride in encoder.strides), _halved, initial=image_size[0])
+    if any(size == 2 and kernel[0] > 1 for size, kernel in zip(list(sizes)[1:], encoder.kernel_sizes)):
+        raise MFMError(
+            "E_CONFIG",
+            f"{setting}=bf16: a feature map of this network has two voxels along the first axis (images of "
+            f"{tuple(image_size)}), where torch's bf16 convolutions give wrong gradients on CPUs. Use {setting}=fp32.",
+        )
+
+
+def _halved(size: int, stride: int) -> int:
+    """Size after a padded convolution with this stride."""
+    return -(-size // stride)

@@ -1,0 +1,47 @@
+"""bf16 on CPUs: refused exactly where torch computes wrong gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.precision import require_sound_bf16
+from tests.models.tiny_plans import tiny_network
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("slices", [2, 3, 4, 5, 8])
+def test_two_slices_on_a_feature_map_are_refused(slices: int) -> None:
+    """The tiny U-Net halves twice: two slices at its first, second or third stage."""
+    size = (slices, 16, 16)
+    with pytest.raises(MFMError, match=r"pretrain\.precision=fp32"):
+        require_sound_bf16(tiny_network("resenc", (16, 16, 16)), size, CPU, "pretrain.precision")
+
+
+def test_what_is_not_concerned() -> None:
+    unet = tiny_network("resenc", (16, 16, 16))
+    require_sound_bf16(unet, (16, 8, 8), CPU, "x")  # four slices at the coarsest stage; the other axes do not matter
+    flat = tiny_network("resenc", (8, 16, 16), kernel_sizes=[[1, 3, 3]] * 3)
+    require_sound_bf16(flat, (8, 16, 16), CPU, "x")
+    require_sound_bf16(unet, (4, 16, 16), torch.device("cuda"), "x")
+    require_sound_bf16(tiny_network("resenc", (16, 16)), (8, 8), CPU, "x")
+    require_sound_bf16(tiny_network("primus", (16, 16, 16)), (16, 16, 16), CPU, "x")
+
+
+@pytest.mark.parametrize("slices", [1, 3, 4])
+def test_other_sizes_are_right_in_torch(slices: int) -> None:
+    """If this fails the rule must grow; sizes of two are wrong at times only, so nothing can be asserted of them."""
+    torch.manual_seed(0)
+    convolution = nn.Conv3d(32, 32, 3, padding=1)
+    x, weight = torch.randn(2, 32, slices, 4, 4), torch.randn(2, 32, slices, 4, 4)
+    gradients = []
+    for is_half in (False, True):
+        convolution.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            (convolution(x).float() * weight).sum().backward()
+        assert convolution.weight.grad is not None
+        gradients.append(convolution.weight.grad.clone())
+    assert (gradients[0] - gradients[1]).abs().max() < 0.05 * gradients[0].abs().max()
