@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
+from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def plan_and_preprocess(
     images: str | Path | None = None,
     name: str | None = None,
     configurations: Sequence[str] | None = None,
-    network: Literal["resenc", "primus"] = "resenc",
+    network: Literal["resenc", "primus", "primus_v2", "primus_v3"] = "resenc",
     memory_gb: float | None = None,
     spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = "median",
     like: str | Path | None = None,
@@ -42,9 +43,9 @@ def plan_and_preprocess(
 ) -> list[PlanResult]:
     """Plan and preprocess labelled datasets or unlabelled corpora; finished work is reused.
 
-    ``images`` registers a corpus of scans that stay where they are: a folder tree, a CSV or an nnU-Net raw folder
-    without labels; ``name`` is its name. ``spacing`` in mm, in nnU-Net's axis order (slices first: Z Y X). ``like``
-    is a pretrained checkpoint that the plan must fit.
+    ``images`` registers a corpus of scans that stay where they are: a folder tree, BIDS datasets, a CSV, nnssl's
+    ``pretrain_data.json`` or an nnU-Net raw folder without labels; ``name`` is its name. ``spacing`` in mm, in
+    nnU-Net's axis order (slices first: Z Y X). ``like`` is a pretrained checkpoint that the plan must fit.
 
     Raises MFMError for bad input (a labelled dataset with any bad case is refused, with the list of all of them), and
     CasesFailedError after finishing when single cases failed and were left out.
@@ -92,12 +93,16 @@ def pretrain(
     num_gpus: int = 1,
     workspace: str | Path | None = None,
     run_name: str | None = None,
+    probe: str | int | None = None,
+    recipe: str | Path | None = None,
 ) -> Path:
     """Pretrain the network of a plan without labels; returns the checkpoint ``checkpoint_final.pth`` of the run.
 
     ``pretext`` is the name of a pretext task or a dotted import path of a private one; ``settings`` are
     ``name=value`` strings such as ``pretrain.epochs=100``. ``run_name`` sets a run apart from others of the same plan
-    and task. With ``num_gpus`` > 1 the run is started again under torchrun, one process per GPU.
+    and task. ``probe`` is a labelled dataset in nnU-Net's raw format: every few epochs its Dice says what the weights
+    are worth so far. ``recipe`` is the name or file of a recipe, whose settings win over the plan's and lose against
+    ``settings``. With ``num_gpus`` > 1 the run is started again under torchrun, one process per GPU.
 
     Raises MFMError for bad input, StoppedError after a clean save on SIGTERM or Ctrl-C, FloatingPointError when the
     loss becomes non-finite.
@@ -110,10 +115,11 @@ def pretrain(
             "configuration": configuration,
             "plans_name": plans_name,
             "pretext": pretext,
-            "settings": tuple(settings),
+            "settings": (*_of_recipe(here, recipe, dataset, plans_name, pretext), *settings),
             "continue_training": continue_training,
             "device": device,
             "run_name": run_name,
+            "probe": probe,
         }
         if num_gpus > 1:
             return launch(num_gpus, here, arguments)
@@ -135,12 +141,13 @@ def train(
     device: str = "auto",
     num_gpus: int = 1,
     workspace: str | Path | None = None,
+    recipe: str | Path | None = None,
 ) -> Path:
     """Train a segmentation network, from a pretrained checkpoint or from scratch on the same schedule.
 
-    Returns the fold's folder inside nnU-Net's model folder. Raises MFMError for bad input (also when less than half
-    of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and FloatingPointError when
-    the loss becomes non-finite.
+    Returns the fold's folder inside nnU-Net's model folder; ``recipe`` is as in :func:`pretrain`. Raises MFMError for
+    bad input (also when less than half of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or
+    Ctrl-C, and FloatingPointError when the loss becomes non-finite.
     """
     from mfm_nnunet.finetune.run import run_training
 
@@ -153,7 +160,7 @@ def train(
             plans_name=plans_name,
             trainer=trainer,
             pretrained_weights=Path(pretrained_weights) if pretrained_weights else None,
-            overrides=tuple(settings),
+            overrides=(*_of_recipe(here, recipe, dataset, plans_name, None), *settings),
             continue_training=continue_training,
             only_validate=only_validate,
             save_probabilities=save_probabilities,
@@ -211,6 +218,36 @@ def predict(
             device=device,
         )
         return predict_folder(model, Path(input_folder), Path(output_folder), options)
+
+
+def _of_recipe(
+    here: Workspace, name: str | Path | None, dataset: str | int, plans_name: str, pretext: str | None
+) -> tuple[str, ...]:
+    """The settings of a recipe as ``name=value``, checked; ``pretext`` is None for fine-tuning.
+
+    Raises MFMError (E_CONFIG) that names the recipe's file for one that is made for something else or has a setting
+    that does not exist.
+    """
+    if name is None:
+        return ()
+    from mfm_nnunet.plans import schema
+    from mfm_nnunet.plans.recipes import read_recipe
+
+    recipe = read_recipe(name)
+    plans_file = here.plans_file(here.dataset_name(dataset), plans_name)
+    block = schema.block_of(read_plans(plans_file, f"Plan {dataset} again."))
+    command = "mfm_pretrain" if pretext else "mfm_train"
+    recipe.require_for(command, pretext=pretext, network=block.network)
+    settings: Any = block
+    if pretext:
+        from mfm_nnunet.engine.launch import PretrainRun
+        from mfm_nnunet.pretext.base import find_task
+
+        settings = PretrainRun(block.pretrain, find_task(pretext).Config(), block.seed, block.num_workers)
+    with about(recipe.file):
+        schema.override(settings, recipe.assignments)
+    logger.info("recipe %s: %s", recipe.file.stem, recipe.about)
+    return recipe.assignments
 
 
 def _model_folder(

@@ -80,6 +80,8 @@ def add_dataset_arguments(parser: StrictParser, has_fold: bool = False) -> None:
 def add_run_arguments(parser: StrictParser, examples: str) -> None:
     """Plan, settings, device and number of GPUs of a training run."""
     parser.flag("-p --plans", "name of the plan (default: mfmPlans)", default="mfmPlans", metavar="PLANS")
+    text = "settings of a whole run: the name of a shipped recipe, or a .json file; --set wins over it"
+    parser.flag("--recipe", text, metavar="NAME|FILE")
     add_settings(parser, examples)
     parser.flag("--c", "continue a stopped or killed run where it was", dest="continue_training", action="store_true")
     add_device(parser)

@@ -26,22 +26,23 @@ def build_parser() -> common.StrictParser:
     flag("-d --dataset", "numbers or names of datasets", dest="datasets", nargs="+", required=True, metavar="ID")
     flag(
         "--images",
-        "register unlabelled scans as dataset ID: a folder tree of NIfTI, NRRD, MHA or PNG files, a CSV (columns image "
-        "or image_0, image_1 ...; optional case, subject), or an nnU-Net raw folder without labels",
+        "register unlabelled scans as dataset ID: a folder tree of NIfTI, NRRD, MHA or PNG files, a BIDS dataset or a "
+        "folder of several, a CSV (columns image or image_0, image_1 ...; optional case, subject, modality, dataset, "
+        "anatomy_mask, anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
         metavar="SOURCE",
     )
     flag("--name", "name of the corpus that --images registers (default: Corpus)")
     text = "configurations to preprocess (default: all that are planned; for a corpus 3d_fullres, or 2d for 2D images)"
     flag("-c --configuration", text, dest="configurations", nargs="+", metavar="CONFIG")
-    text = "residual encoder U-Net (default), or the Primus transformer"
-    flag("--network", text, choices=("resenc", "primus"), default="resenc")
+    text = "residual encoder U-Net (default), or the Primus transformer; V2 and V3 have a convolutional stem"
+    flag("--network", text, choices=("resenc", "primus", "primus_v2", "primus_v3"), default="resenc")
     text = "memory that training may take (default: the GPU's, or a small preset for the CPU)"
     flag("--memory-gb -gpu_memory_target", text, type=_positive_float, metavar="G")
     text = "median (default), onemm, original, or three numbers in mm, slices first as in nnU-Net (Z Y X)"
     flag("--spacing", text, nargs="+", default=["median"], metavar="S")
     text = "take network, spacing, normalisation and axis order of a pretrained checkpoint"
     flag("--like", text, metavar="CHECKPOINT")
-    text = "name of the plan (default: mfmPlans, mfmPrimusPlans, or after the checkpoint)"
+    text = "name of the plan (default: mfmPlans, mfmPrimusPlans, mfmPrimusV2Plans ..., or after the checkpoint)"
     flag("-pl --plans-name", text, dest="plans_name", metavar="NAME")
     text = "number of processes (default: the CPU cores)"
     flag("-np --num-processes", text, dest="num_processes", type=common.positive_int, metavar="N")

@@ -15,6 +15,8 @@ Pretrain the network of a plan on scans without labels.
 
 The last line printed is the path of the pretrained checkpoint. Ctrl-C and SIGTERM save and stop; --c continues."""
 
+LIST_WIDTH = 120
+
 
 def build_parser() -> common.StrictParser:
     """The flags of the command."""
@@ -23,7 +25,9 @@ def build_parser() -> common.StrictParser:
     text = "pretext task (default: mae); see --list, or the dotted name of a module of your own"
     parser.flag("--pretext", text, default="mae", metavar="TASK")
     parser.flag("--run-name", "name of the run folder (default: after the pretext task)", metavar="NAME")
-    parser.flag("--list", "name the pretext tasks and exit", dest="list_tasks", action="store_true")
+    text = "labelled dataset; every few epochs a linear probe on it logs a Dice (off by default)"
+    parser.flag("--probe", text, metavar="DATASET")
+    parser.flag("--list", "print a table of the pretext tasks and exit", dest="list_tasks", action="store_true")
     common.add_run_arguments(parser, "pretrain.epochs=300 pretrain.batch_size=4 seed=1")
     return parser
 
@@ -52,12 +56,24 @@ def _run(arguments: argparse.Namespace) -> None:
         num_gpus=arguments.num_gpus,
         workspace=arguments.workspace,
         run_name=arguments.run_name,
+        probe=arguments.probe,
+        recipe=arguments.recipe,
     )
     print(checkpoint)
 
 
 def _list_tasks(arguments: argparse.Namespace) -> None:
+    """A table as wide as ``LIST_WIDTH`` at most; what is hidden or mixed goes on in the next line where it must."""
+    import textwrap
+
     from mfm_nnunet.pretext.registry import list_tasks
 
-    for task in list_tasks():
-        print(f"{task.name:16}{task.summary}")
+    rows = [("task", "networks", "hidden or mixed", "published", "paper")]
+    rows += [(task.name, ", ".join(task.backbones), task.hides, task.recipe, task.paper) for task in list_tasks()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths[2] = min(widths[2], LIST_WIDTH - sum(widths) + widths[2] - 2 * (len(widths) - 1))
+    for row in rows:
+        for number, line in enumerate(textwrap.wrap(row[2], widths[2]) or [""]):
+            cells = (row[0], row[1], line, row[3], row[4]) if number == 0 else ("", "", line)
+            print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+    print("published: batch x patch of the published recipe. Settings: documentation/reference/pretext_tasks.md")

@@ -56,5 +56,6 @@ def _run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         num_gpus=arguments.num_gpus,
         workspace=arguments.workspace,
+        recipe=arguments.recipe,
     )
     print(folder)

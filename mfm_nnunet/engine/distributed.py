@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mfm_nnunet.errors import MFMError
+
 
 @dataclass(frozen=True)
 class World:
@@ -48,6 +50,16 @@ def mean(value: torch.Tensor, world: World) -> torch.Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total / world.size
+
+
+def require_divisible(batch_size: int, accumulation: int, num_processes: int) -> None:
+    """Raise MFMError (E_CONFIG) unless each part of a batch has equally many items, at least one, in each process."""
+    if accumulation < 1 or batch_size < 1 or batch_size % (accumulation * num_processes):
+        raise MFMError(
+            "E_CONFIG",
+            f"pretrain.batch_size={batch_size}: must be a multiple of pretrain.accumulation={accumulation} x the "
+            f"{num_processes} process{'es' * (num_processes > 1)}, for parts of equal size. Change one of them.",
+        )
 
 
 def any_true(flag: bool, world: World, device: torch.device) -> bool:

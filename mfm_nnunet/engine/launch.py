@@ -12,25 +12,27 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.children import call_recorded, raise_recorded
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.crops import CropStream, StreamSettings
 from mfm_nnunet.data.storage import require_whole
 from mfm_nnunet.device import default_workers, pick_device
-from mfm_nnunet.engine.distributed import join_world, leave_world
+from mfm_nnunet.engine import probe as probing
+from mfm_nnunet.engine.distributed import join_world, leave_world, require_divisible
 from mfm_nnunet.engine.pretrainer import Pretrainer, Run
+from mfm_nnunet.engine.probe_data import choose_cases
 from mfm_nnunet.engine.state import STATE_FILES
+from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans import schema
-from mfm_nnunet.pretext.base import Augmentation, PretextTask, find_task
+from mfm_nnunet.pretext.base import PretextTask, find_task
 from mfm_nnunet.stopping import signal_handlers_kept
 from mfm_nnunet.workspace import Workspace, num_cores
 
@@ -46,6 +48,7 @@ class PretrainRun:
     """The pretext task's own Config."""
     seed: int
     num_workers: int | None
+    probe: schema.ProbeSettings = dataclasses.field(default_factory=schema.ProbeSettings)
 
 
 def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
@@ -57,7 +60,9 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    device = check(here, **arguments).device  # before processes are started, each of which would say it
+    job = check(here, **arguments)  # before processes are started, each of which would say it
+    device, settings = job.device, job.resolved.pretrain
+    require_divisible(settings.batch_size, settings.accumulation, num_gpus)
     if device.type == "cuda" and torch.cuda.device_count() < num_gpus:
         raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
     config = LaunchConfig(
@@ -96,6 +101,7 @@ class Job:
     resolved: PretrainRun
     folder: Path
     device: torch.device
+    probe: probing.Probe | None = None
 
 
 def check(
@@ -109,8 +115,12 @@ def check(
     continue_training: bool,
     device: str,
     run_name: str | None,
+    probe: str | int | None = None,
 ) -> Job:
-    """The run that these arguments ask for; nothing is written. Raises MFMError for whatever the user can repair."""
+    """The run that these arguments ask for; nothing is written. Raises MFMError for whatever the user can repair.
+
+    ``probe`` names a labelled dataset that the weights are tried on while pretraining.
+    """
     plans_file = here.plans_file(dataset_name, plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
     files = preprocessed_files(here, dataset_name, plans, configuration)
@@ -121,12 +131,18 @@ def check(
         PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
     )
     _require_legal(resolved)
+    probing.require_legal(resolved.probe, probe is not None)
     if run_name and not re.fullmatch(r"[A-Za-z0-9._+-]+", run_name):
         raise MFMError("E_CONFIG", f"--run-name {run_name}: a name of letters, digits, _ . + and - is needed.")
     name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
     folder = here.results / dataset_name / name
     _require_free(folder, continue_training)
-    return Job(plans, files, task_class, resolved, folder, pick_device(device))
+    job = Job(plans, files, task_class, resolved, folder, pick_device(device))
+    if probe is None:
+        return job
+    dataset = choose_cases(here, probe, plans, configuration, resolved.probe.max_cases, resolved.seed)
+    parts = (resolved.probe, dataset, plans, configuration, resolved.pretrain.batch_size, resolved.seed)
+    return dataclasses.replace(job, probe=probing.Probe(*parts))
 
 
 def pretrain_here(here: Workspace, **arguments: Any) -> Path:
@@ -141,12 +157,18 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
         torch.cuda.set_device(used)
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
     try:
+        require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
         cases = _cases(here, arguments["dataset_name"], job.files)
-        run, task = _prepare(job, arguments["configuration"], cases)
-        run = dataclasses.replace(run, folder=job.folder, device=used, world=world)
+        run, task, notes = _prepare(job, arguments["configuration"], cases)
+        run = dataclasses.replace(run, folder=job.folder, device=used, world=world, probe=job.probe)
+        pretrainer = Pretrainer(task, run)
+        if job.probe is not None:
+            probing.prepare(job.probe, world)
         if world.is_main:
             _announce(run, task, is_new=not arguments["continue_training"])
-        return Pretrainer(task, run).run(arguments["continue_training"])
+            for note in notes:
+                logger.info("%s", note)
+        return pretrainer.run(arguments["continue_training"])
     finally:
         leave_world(world)
 
@@ -211,7 +233,8 @@ def _cases(here: Workspace, dataset_name: str, files: dict[str, Path]) -> list[c
     return [known.get(name, corpus.Case(name, (), None, name)) for name in files]
 
 
-def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Run, PretextTask]:
+def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Run, PretextTask, list[str]]:
+    """The run, its task, and what the user should know about its data."""
     plans, task_class, resolved, files = job.plans, job.task_class, job.resolved, job.files
     patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
     num_inputs = len(plans["configurations"][configuration]["normalization_schemes"])
@@ -222,13 +245,10 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
     backbone = make_backbone(network, patch_size, task_class.restoring)
     config = task_class.resolve(resolved.pretext, backbone.geometry())
     task = task_class(config, backbone)
-    transform = task_class.transform(config, patch_size)
-    parts = split_subjects(cases, resolved.pretrain.validation_fraction, resolved.seed)
-    num_volumes = task_class.volumes_per_item(config)
-    augmentations = (_less(resolved.pretrain.augmentation, task_class.augmentation(config)), "none")
-    training, validation = (
-        CropStream([files[name] for name in names], transform, StreamSettings(num_volumes, kind, resolved.seed, stream))
-        for stream, (names, kind) in enumerate(zip(parts, augmentations))
+    _require_enough_items(resolved.pretrain, task_class.smallest_batch(config))
+    training, validation = split_subjects(cases, resolved.pretrain.validation_fraction, resolved.seed)
+    streams = make_streams(
+        Corpus(cases, files, training, validation), task_class, config, patch_size, resolved.pretrain, resolved.seed
     )
     description = {
         "format": schema.FORMAT,
@@ -249,15 +269,12 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
         },
         "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
         "citations": list(task_class.citations),
+        "trained": "network" if task_class.trains_decoder else "encoder",
     }
     workers = default_workers() if resolved.num_workers is None else resolved.num_workers
-    run = Run(resolved.pretrain, training, validation, Path(), torch.device("cpu"), description, resolved.seed, workers)
-    return run, task
-
-
-def _less(first: Augmentation, second: Augmentation) -> Augmentation:
-    """The smaller of two augmentations."""
-    return min(first, second, key=get_args(Augmentation).index)
+    data = (streams.training, streams.validation)
+    run = Run(resolved.pretrain, *data, Path(), torch.device("cpu"), description, resolved.seed, workers)
+    return run, task, streams.notes
 
 
 def _require_legal(resolved: PretrainRun) -> None:
@@ -265,12 +282,34 @@ def _require_legal(resolved: PretrainRun) -> None:
     schema.require_legal_schedule(resolved.pretrain, "pretrain.")
     rules = [
         (resolved.pretrain.batch_size > 0, f"pretrain.batch_size={resolved.pretrain.batch_size}: must be at least 1"),
+        (
+            resolved.pretrain.accumulation > 0,
+            f"pretrain.accumulation={resolved.pretrain.accumulation}: must be at least 1",
+        ),
+        (
+            0 < (0.5 if resolved.pretrain.ema_decay is None else resolved.pretrain.ema_decay) < 1,
+            f"pretrain.ema_decay={resolved.pretrain.ema_decay}: must be between 0 and 1, or none",
+        ),
         (resolved.seed >= 0, f"seed={resolved.seed}: must not be below 0"),
         ((resolved.num_workers or 0) >= 0, f"num_workers={resolved.num_workers}: must not be below 0"),
     ]
     for holds, rule in rules:
         if not holds:
             raise MFMError("E_CONFIG", f"{rule}.")
+    require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
+
+
+def _require_enough_items(settings: schema.PretrainSettings, smallest: int) -> None:
+    """Raise MFMError (E_CONFIG) when a step has fewer items to compare than the task needs."""
+    part = settings.batch_size // settings.accumulation
+    if part < smallest:
+        parts = f" in {settings.accumulation} parts of {part}" if settings.accumulation > 1 else ""
+        raise MFMError(
+            "E_CONFIG",
+            f"pretrain.batch_size={settings.batch_size}{parts}: this pretext task compares items with each other and "
+            f"needs at least {smallest}. Take a larger batch"
+            + (" or a smaller pretrain.accumulation." if parts else "."),
+        )
 
 
 def _require_free(folder: Path, continue_training: bool) -> None:
@@ -288,6 +327,8 @@ def _announce(run: Run, task: PretextTask, is_new: bool) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     names = ("pretext", "pretext_config", "pretrain", "seed", "versions")
     values = {**{name: run.description[name] for name in names}, "num_workers": run.num_workers}
+    if run.probe is not None:
+        values["probe"] = run.probe.description()
     if is_new:
         with atomic_write(run.folder / "settings.json") as file:
             file.write(json.dumps(values, indent=2).encode())

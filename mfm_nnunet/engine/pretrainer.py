@@ -6,12 +6,13 @@ that was killed and continued ends in the same weights, bit for bit on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.data.crops import CropStream, batches
 from mfm_nnunet.device import autocast
 from mfm_nnunet.engine import report
+from mfm_nnunet.engine.average import WeightAverage
+from mfm_nnunet.engine.compilation import compile_network
 from mfm_nnunet.engine.distributed import ALONE, World, any_true, mean
+from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import StoppedError
+from mfm_nnunet.models.precision import require_sound_bf16
 from mfm_nnunet.optim import learning_rate_factor, make_optimizer
 from mfm_nnunet.plans.schema import PretrainSettings, resolved_warmup
 from mfm_nnunet.pretext.base import PretextTask, TaskOutput
@@ -48,15 +53,19 @@ class Run:
     seed: int = 0
     num_workers: int = 0
     world: World = ALONE
+    probe: Probe | None = None
 
 
 class Pretrainer:
     """Pretrains one task; ``run`` is the only public method."""
 
     def __init__(self, task: PretextTask, run: Run) -> None:
+        """Raises MFMError (E_CONFIG) when activations cannot be computed again, or bf16 cannot be had, as asked for."""
         self._run = run
         self._settings = run.settings
         self._task = task.to(run.device)
+        if run.settings.activation_checkpointing:
+            task.backbone.recompute_activations()
         self._optimizer = make_optimizer(
             [parameter for parameter in task.parameters() if parameter.requires_grad],
             run.settings.optimizer,
@@ -64,7 +73,12 @@ class Pretrainer:
             run.settings.weight_decay,
         )
         self._dtype = _autocast_dtype(run.settings.precision, run.device)
+        if self._dtype is torch.bfloat16:
+            image = run.training[0]["image"]
+            size = image.shape[-len(task.backbone.patch_size) :]
+            require_sound_bf16(task.backbone.network, size, run.device, "pretrain.precision")
         self._scaler = torch.amp.GradScaler(run.device.type, enabled=self._dtype is torch.float16)
+        self._average = WeightAverage(task, run.settings.ema_decay) if run.settings.ema_decay is not None else None
         self._state = RunState()
         self._module: nn.Module = self._task
         if run.world.size > 1:
@@ -79,6 +93,8 @@ class Pretrainer:
         """
         if continue_training:
             self._load()
+        if self._settings.compile:
+            self._compile()
         with stop_on_signal() as stop:
             self._train(stop)
         return self._finish()
@@ -128,10 +144,7 @@ class Pretrainer:
         _seed_step(run.seed, step, run.world.rank)
         self._module.train()
         self._optimizer.zero_grad(set_to_none=True)
-        output = self._forward(batch)
-        loss = mean(output.loss.detach().float(), run.world).item()
-        self._require_finite(loss, "loss")
-        self._scaler.scale(output.loss).backward()
+        loss = self._backward(batch)
         self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(self._task.parameters(), self._settings.gradient_clip).item()
         if not self._scaler.is_enabled():  # with fp16 the scaler skips such a step and lowers its scale
@@ -139,12 +152,36 @@ class Pretrainer:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._task.after_step((step + 1) / self._total_steps)
+        if self._average is not None:
+            self._average.update(step)
         return loss
 
-    def _forward(self, batch: dict[str, torch.Tensor]) -> TaskOutput:
+    def _backward(self, batch: dict[str, torch.Tensor]) -> float:
+        """Add up the gradients of the batch's parts; returns the mean of their losses over all processes."""
+        parts, total = self._parts(batch), 0.0
+        for number, part in enumerate(parts, start=1):
+            with self._gradients_kept_here(number < len(parts)):
+                output = self._forward(part)
+                loss = mean(output.loss.detach().float(), self._run.world).item()
+                self._require_finite(loss, "loss")
+                self._scaler.scale(output.loss / len(parts)).backward()
+            total += loss
+        return total / len(parts)
+
+    def _parts(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The batch of this process in ``accumulation`` parts of equally many items."""
+        pieces = {name: tensor.chunk(self._settings.accumulation) for name, tensor in batch.items()}
+        return [dict(zip(pieces, tensors)) for tensors in zip(*pieces.values())]
+
+    def _gradients_kept_here(self, is_wanted: bool) -> contextlib.AbstractContextManager:
+        """Processes exchange gradients once per step, with those of the last part."""
+        is_shared = isinstance(self._module, nn.parallel.DistributedDataParallel)
+        return self._module.no_sync() if is_wanted and is_shared else contextlib.nullcontext()  # type: ignore[operator]
+
+    def _forward(self, batch: dict[str, torch.Tensor], module: nn.Module | None = None) -> TaskOutput:
         batch = {name: tensor.to(self._run.device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(self._run.device, self._dtype):
-            return self._module(batch)
+            return (module or self._module)(batch)
 
     def _require_finite(self, value: float, what: str) -> None:
         if any_true(not math.isfinite(value), self._run.world, self._run.device):
@@ -158,18 +195,23 @@ class Pretrainer:
             )
 
     @torch.no_grad()
-    def _validate(self) -> tuple[float, TaskOutput]:
-        """The loss on the held-out subjects: the same items every epoch, so epochs compare."""
+    def _validate(self) -> tuple[dict[str, float], Mapping[str, torch.Tensor] | None]:
+        """Loss and metrics on the held-out subjects, and pictures: the same items every epoch, so epochs compare."""
         run = self._run
         self._module.eval()
         _seed_step(run.seed, -1, run.world.rank)
-        losses, first = [], None
-        for batch in self._validation_batches():
-            output = self._forward(batch)
-            losses.append(output.loss.float())
-            first = first or output
-        assert first is not None
-        return mean(torch.stack(losses).mean(), run.world).item(), first
+        values: dict[str, list[torch.Tensor]] = {}
+        pictures = None
+        for part in (part for batch in self._validation_batches() for part in self._parts(batch)):
+            output = self._forward(part)
+            for name, value in {"loss": output.loss, **output.metrics}.items():
+                values.setdefault(f"validation_{name}", []).append(value.detach().float())
+            pictures = pictures or output.pictures
+        return {name: mean(torch.stack(all_).mean(), run.world).item() for name, all_ in values.items()}, pictures
+
+    def _averaged(self) -> contextlib.AbstractContextManager:
+        """With an average of the weights, the task has it inside: to be validated and shipped."""
+        return self._average.in_place() if self._average is not None else contextlib.nullcontext()
 
     def _validation_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         run, count = self._run, max(1, self._settings.validation_iterations)
@@ -181,29 +223,41 @@ class Pretrainer:
         """Validate, append to the history, save the state, then write what is derived from it."""
         state, folder = self._state, self._run.folder
         start = time.monotonic()
-        validation_loss, example = self._validate()
+        with self._averaged():
+            validation, pictures = self._validate()
         row = {
             "epoch": epoch,
             "train_loss": state.loss_sum / state.loss_count,
-            "validation_loss": validation_loss,
+            "validation_loss": validation["validation_loss"],
             "learning_rate": self._optimizer.param_groups[0]["lr"],
-            **{f"validation_{name}": float(value) for name, value in example.metrics.items()},
+            **validation,
             "seconds": round(state.epoch_seconds + time.monotonic() - start, 3),
         }
+        row |= self._probed(epoch)
         state.history.append(row)
         state.loss_sum, state.loss_count, state.epoch_seconds = 0.0, 0, 0.0
         if not self._run.world.is_main:
             return
         self._save()
         report.write_log(state.history, folder / "log.jsonl")
-        if example.pictures:
-            volumes = {name: volume.detach().float().cpu().numpy() for name, volume in example.pictures.items()}
+        if pictures:
+            volumes = {name: volume.detach().float().cpu().numpy() for name, volume in pictures.items()}
             title = f"{folder.name}, epoch {epoch + 1}"
             report.plot_examples(volumes, folder / "examples.png", title)
         progress.line(
             f"epoch {epoch + 1}/{self._settings.epochs} done  training loss {row['train_loss']:.4f}  "
-            f"validation loss {validation_loss:.4f}  {row['seconds']:.1f} s"
+            f"validation loss {row['validation_loss']:.4f}  {row['seconds']:.1f} s"
         )
+        if "probe_dice" in row:
+            progress.line(in_words(row))
+
+    def _probed(self, epoch: int) -> dict[str, float | None]:
+        """What a probe of the weights that would be shipped adds to the row of an epoch; nothing where none is due."""
+        probe, run = self._run.probe, self._run
+        if probe is None or not probe.is_due(epoch, self._settings.epochs):
+            return {}
+        with others_waiting(run.world), self._averaged():
+            return probe.measure(self._task.backbone, run.device, self._dtype) if run.world.is_main else {}
 
     def _save(self) -> None:
         modules = {
@@ -211,23 +265,34 @@ class Pretrainer:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
+        if self._average is not None:
+            modules["average"] = checkpoint.cpu_weights(self._average.state_dict())
         save_state(self._run.folder, self._state, modules, self._resume_settings())
         self._save_weights("checkpoint_latest.pth")
 
     def _save_weights(self, name: str) -> Path:
-        network = self._task.backbone.network
+        backbone = self._task.backbone
         file = self._run.folder / name
         epoch = self._state.step // self._settings.iterations_per_epoch
         description = {**self._run.description, "epoch": epoch}
-        weights = checkpoint.cpu_weights(network.state_dict())
-        checkpoint.save({"network_weights": weights, "mfm": description}, file)
+        with self._averaged():
+            state = backbone.network.state_dict() if self._task.trains_decoder else backbone.encoder_state()
+            weights = checkpoint.cpu_weights(state)
+            checkpoint.save({"network_weights": weights, "mfm": description}, file)
         return file
+
+    def _compile(self) -> None:
+        run, step, size = self._run, self._state.step, self._settings.batch_size
+        batch = next(batches(run.training, size, step, step + 1, 0, run.world.rank, run.world.size))
+        compile_network(self._task, lambda: self._forward(self._parts(batch)[0], self._task).loss)
 
     def _load(self) -> None:
         self._state, modules = load_state(self._run.folder, self._resume_settings())
         self._task.load_state_dict(modules["task"])
         self._optimizer.load_state_dict(modules["optimizer"])
         self._scaler.load_state_dict(modules["scaler"])
+        if self._average is not None:
+            self._average.load_state_dict(modules["average"])
         logger.info("continuing at step %d of %d", self._state.step, self._total_steps)
 
     def _resume_settings(self) -> dict[str, Any]:
@@ -236,6 +301,8 @@ class Pretrainer:
         described = {name: about[name] for name in ("pretext", "pretext_config", "corpus", "pretrain")}
         plan = hashlib.sha256(json.dumps(about["plans"]["configurations"], sort_keys=True).encode()).hexdigest()
         others = {"seed": self._run.seed, "world_size": self._run.world.size, "plan_sha256": plan}
+        if self._run.probe is not None:
+            others["probe"] = self._run.probe.description()
         return json.loads(json.dumps({**described, **others}))
 
     def _stop(self, stop: StopFlag) -> None:

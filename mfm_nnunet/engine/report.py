@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mfm_nnunet.checkpoint import atomic_write
 
 SECONDS_BETWEEN_LINES = 20.0
 SECONDS_BETWEEN_PLOTS = 60.0
+_LABEL_COLOURS = ("purple", "green", "red", "brown", "pink", "olive", "cyan", "grey")
 
 
 class Progress:
@@ -67,7 +69,7 @@ def write_log(history: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """``progress.png``: training and validation loss, learning rate and epoch time over the epochs."""
+    """``progress.png``: losses, the probe's Dice where there was a probe, learning rate and time over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -78,50 +80,91 @@ def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) 
     upper.plot(epochs, [row["validation_loss"] for row in history], color="tab:orange", label="validation loss")
     upper.set(title=title, ylabel="loss")
     upper.grid(alpha=0.3)
-    upper.legend()
+    lines = [*upper.lines, *_plot_probe(upper.twinx, history)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=5)
     lower.plot(epochs, [row["learning_rate"] for row in history], color="tab:green")
     lower.set(xlabel="epoch", ylabel="learning rate")
     lower.grid(alpha=0.3)
     seconds = lower.twinx()
     seconds.plot(epochs, [row["seconds"] for row in history], color="tab:grey", linestyle=":")
-    seconds.set_ylabel("seconds per epoch (dotted)")
+    seconds.set_ylabel("s per epoch (dotted)")
     FigureCanvasAgg(figure)
     with atomic_write(file) as handle:
         figure.savefig(handle, format="png", dpi=100)
 
 
-def plot_examples(volumes: Mapping[str, np.ndarray], file: Path, title: str) -> None:
-    """A picture of what the task sees, hides and reconstructs.
+def _plot_probe(new_axis: Callable[[], Any], history: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Dice of the probed epochs, mean and the first labels, on an axis of its own; the lines drawn."""
+    rows = [row for row in history if row.get("probe_dice") is not None]
+    if not rows:
+        return []
+    axis, epochs = new_axis(), [row["epoch"] + 1 for row in rows]
+    names = [name for name in rows[0] if name.startswith("probe_dice_")]
+    for name, colour in zip(names if len(names) > 1 else (), _LABEL_COLOURS):
+        values = [math.nan if row[name] is None else row[name] for row in rows]
+        style = {"color": f"tab:{colour}", "linestyle": "--", "marker": ".", "linewidth": 1}
+        axis.plot(epochs, values, label=f"probe: {name.removeprefix('probe_dice_')}", **style)
+    axis.plot(epochs, [row["probe_dice"] for row in rows], color="black", marker="o", label="probe: mean Dice")
+    axis.set(ylabel="Dice of the probe", ylim=(0, 1))
+    return list(axis.lines)
+
+
+def plot_examples(
+    volumes: Mapping[str, np.ndarray], file: Path, title: str, slice_axes: Sequence[int] = (0, 1, 2)
+) -> None:
+    """A picture of what the task sees, hides and reconstructs: a column per volume, a row per axis of ``slice_axes``.
 
     ``volumes`` are named arrays (C, D, H, W) or (C, H, W); the first channel is shown in the middle slice of each axis.
+    Images have the grey scale of the first one, maps of classes share their colours, and so do tables, which are one
+    voxel deep and shown once.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    slices = {name: _middle_slices(np.asarray(volume[0], np.float32)) for name, volume in volumes.items()}
-    num_rows = max(len(planes) for planes in slices.values())
-    figure = Figure(figsize=(2.6 * len(slices), 2.6 * num_rows + 0.5), layout="constrained")
-    axes = figure.subplots(num_rows, len(slices), squeeze=False)
-    reference = np.asarray(next(iter(volumes.values()))[0], np.float32)
-    limits = np.percentile(reference, [0.5, 99.5])
-    for column, (name, planes) in enumerate(slices.items()):
-        is_class_map = np.array_equal(volumes[name], np.round(volumes[name])) and volumes[name].max() < 64
-        for row, plane in enumerate(planes):
-            axis = axes[row, column]
-            if is_class_map:
-                axis.imshow(plane, cmap="viridis", interpolation="nearest")
-            else:
-                axis.imshow(plane, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(name, fontsize=10)
+    shown = {name: np.asarray(volume[0], np.float32) for name, volume in volumes.items()}
+    planes = {name: _middle_slices(volume, slice_axes) for name, volume in shown.items()}
+    num_rows = max(map(len, planes.values()))
+    widths = [min(4.0, max(0.5, first.shape[1] / first.shape[0])) for first, *_ in planes.values()]
+    figure = Figure(figsize=(2.6 * sum(widths), 2.6 * num_rows + 0.5), layout="constrained")
+    axes = figure.subplots(num_rows, len(planes), squeeze=False, width_ratios=widths)
+    colours = _colours(shown)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for column, name in enumerate(planes):
+        axes[0, column].set_title(name, fontsize=10)
+        for row, plane in enumerate(planes[name]):
+            axes[row, column].imshow(plane, interpolation="nearest", **colours[name])
     figure.suptitle(title, fontsize=11)
     FigureCanvasAgg(figure)
     with atomic_write(file) as handle:
         figure.savefig(handle, format="png", dpi=110)
 
 
-def _middle_slices(volume: np.ndarray) -> list[np.ndarray]:
+def _middle_slices(volume: np.ndarray, slice_axes: Sequence[int]) -> list[np.ndarray]:
     if volume.ndim == 2:
         return [volume]
-    return [np.take(volume, volume.shape[axis] // 2, axis) for axis in range(3)]
+    if _is_table(volume):
+        return [volume[0]]
+    return [np.take(volume, volume.shape[axis] // 2, axis) for axis in slice_axes]
+
+
+def _is_table(volume: np.ndarray) -> bool:
+    return volume.ndim == 3 and volume.shape[0] == 1
+
+
+def _is_class_map(volume: np.ndarray) -> bool:
+    return not _is_table(volume) and volume.max() < 64 and np.array_equal(volume, np.round(volume))
+
+
+def _colours(shown: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """What ``imshow`` needs for each volume: equal values look equal in all volumes of a kind."""
+    kinds = {n: "table" if _is_table(v) else "classes" if _is_class_map(v) else "image" for n, v in shown.items()}
+    styles: dict[str, dict[str, Any]] = {}
+    for kind in set(kinds.values()):
+        same = [shown[name] for name in shown if kinds[name] == kind]
+        if kind == "image":
+            low, high = np.percentile(same[0], [0.5, 99.5])
+        else:
+            low, high = min(volume.min() for volume in same), max(volume.max() for volume in same)
+        styles[kind] = {"cmap": "gray" if kind == "image" else "viridis", "vmin": float(low), "vmax": float(high)}
+    return {name: styles[kind] for name, kind in kinds.items()}

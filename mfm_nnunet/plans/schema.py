@@ -45,6 +45,26 @@ class PretrainSettings:
     """spatial: rotation, scaling and mirroring; mirror: mirroring only."""
     validation_fraction: float = 0.05
     """Share of the subjects held out for the validation loss (at least one subject)."""
+    accumulation: int = 1
+    """Parts of a batch that are computed one after the other, their gradients added up. It saves memory; contrastive
+    losses compare within a part."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+    ema_decay: float | None = None
+    """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
+    compile: bool = False
+    """torch.compile of the network's blocks."""
+    leave_out_anonymised: bool = True
+    """Leave voxels that were anonymised out of the loss, where the corpus has such masks and the task restores
+    voxels."""
+    anatomy_fraction: float = 0.0
+    """Share of the crops that are centred on a voxel of the anatomy mask, for cases that have one."""
+    balance_by: tuple[str, ...] = ()
+    """subject, dataset, modality or several of them: each combination is drawn equally often. None of them: each case
+    is."""
+    balance_temperature: float | None = None
+    """Shares of the groups of ``balance_by`` in proportion to (number of cases)^(1/T): 1 keeps a corpus as it is. None:
+    all groups equally."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,22 @@ class FinetuneSettings:
     """Ignored, and reported as off, for networks without a decoder pyramid (Primus)."""
     checkpoint: dict[str, Any] | None = None
     """What the weights come from: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """The downstream probe while pretraining: what the weights are worth on a few labelled cases."""
+
+    every: int = 10
+    """Epochs from one probe to the next; the last epoch is always probed."""
+    kind: Literal["linear", "finetune"] = "linear"
+    """linear: voxels are classified from the frozen encoder's features; finetune: a copy of the network is trained."""
+    max_cases: int = 20
+    """Labelled cases that are used at most; one subject in three is held out for the Dice."""
+    steps: int = 200
+    """finetune: training steps of the copy."""
+    learning_rate: float = 1e-3
+    """finetune: peak of the learning rate, with AdamW."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +215,15 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if type(None) in arguments and (value is None or str(value).lower() in ("none", "null")):
             return None
-        for option in (a for a in arguments if a is not type(None)):
+        options = [option for option in arguments if option is not type(None)]
+        for option in options:
             try:
                 return _convert(value, option, name)
             except MFMError as error:
                 failure = error
-        raise failure
+        if len(options) == 1:
+            raise failure
+        raise MFMError("E_CONFIG", f"{name}={value}: expected {' or '.join(map(_described, options))}.")
     if origin is Literal:
         if value in arguments:
             return value
@@ -198,11 +237,21 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return _convert_scalar(value, hint, name)
 
 
+def _described(hint: Any) -> str:
+    """A type as messages call it."""
+    if get_origin(hint) is tuple:
+        arguments = get_args(hint)
+        return "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
+    return getattr(hint, "__name__", str(hint))
+
+
 def _convert_tuple(value: Any, arguments: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     items = value.strip("[]()").replace(",", " ").split() if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         items = (items,)
     variadic = len(arguments) == 2 and arguments[1] is Ellipsis
+    if variadic and isinstance(value, str) and value.lower() == "none":
+        return ()
     if not variadic and len(items) != len(arguments):
         raise MFMError("E_CONFIG", f"{name}={value}: expected {len(arguments)} values.")
     types_ = [arguments[0]] * len(items) if variadic else list(arguments)

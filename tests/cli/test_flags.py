@@ -17,14 +17,15 @@ import pytest
 from mfm_nnunet import api
 from mfm_nnunet.cli import run as running
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, StoppedError
+from mfm_nnunet.pretext.registry import list_tasks
 
 COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "demo")
 EVERYWHERE = "-h --help --workspace --debug --version"
-RUNS = "-d --dataset -c --configuration -p --plans --set --c -device --device -num_gpus --num-gpus"
+RUNS = "-d --dataset -c --configuration -p --plans --recipe --set --c -device --device -num_gpus --num-gpus"
 FLAGS = {
     "plan_and_preprocess": "-d --dataset --images --name -c --configuration --network --memory-gb -gpu_memory_target "
     "--spacing --like -pl --plans-name -np --num-processes --no_pp --no-preprocessing --verify_dataset_integrity",
-    "pretrain": f"{RUNS} --pretext --run-name --list",
+    "pretrain": f"{RUNS} --pretext --run-name --probe --list",
     "train": f"{RUNS} -f --fold -tr --trainer -pretrained_weights --pretrained-weights --val --npz",
     "predict": "-i --input -o --output -m --model -d --dataset -c --configuration -f --folds -p --plans -tr --trainer "
     "-chk --checkpoint -step_size --step-size --disable_tta --disable-tta --save_probabilities --save-probabilities "
@@ -190,8 +191,29 @@ def test_pretrain_prints_the_checkpoint_last(calls: dict[str, Any], capsys: pyte
 
 def test_pretrain_lists_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("pretrain").main(["--list"]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert {"mae", "volume_fusion"} <= set(names)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    columns = ("task", "networks", "hidden or mixed", "published", "paper")
+    starts = [lines[0].index(column) for column in columns]
+    words: dict[str, list[list[str]]] = {}
+    name = ""
+    for line in lines[1:-1]:
+        assert all(start == 0 or line[start - 2 : start].strip() == "" for start in starts), "columns are aligned"
+        cells = [line[a:b].split() for a, b in zip(starts, [*starts[1:], None])]
+        name = cells[0][0] if cells[0] else name
+        words[name] = [before + more for before, more in zip(words.get(name, [[]] * len(cells)), cells)]
+    for task in list_tasks():
+        expected = (task.name, ", ".join(task.backbones), task.hides, task.recipe, task.paper)
+        assert words.pop(task.name) == [text.split() for text in expected]
+    assert not words
+
+
+def test_the_list_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from mfm_nnunet.cli import pretrain; pretrain.main(['--list']); "
+        "assert not {'torch', 'numpy', 'nnunetv2', 'timm', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_plan_hands_everything_over(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

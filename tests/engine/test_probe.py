@@ -1,0 +1,480 @@
+"""The downstream probe: it tells good features from bad ones, and the run is the same with it as without."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.engine import probe_data
+from mfm_nnunet.engine.distributed import ALONE
+from mfm_nnunet.engine.launch import check, launch
+from mfm_nnunet.engine.pretrainer import Pretrainer
+from mfm_nnunet.engine.probe import Probe, in_words, predict, prepare
+from mfm_nnunet.engine.probe_data import LabelledVolume, ProbeDataset
+from mfm_nnunet.engine.probe_methods import (
+    Labeller,
+    draw_voxels,
+    features_at,
+    finetuned_labeller,
+    fit_logistic,
+    linear_labeller,
+)
+from mfm_nnunet.engine.report import plot_progress
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.metrics import dice
+from mfm_nnunet.models.backbone import make_backbone
+from mfm_nnunet.models.build import build_network
+from mfm_nnunet.plans.schema import ProbeSettings
+from mfm_nnunet.workspace import Workspace
+from tests.engine import tiny_run
+
+NAME = "Dataset004_Few"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def add_labelled(here: Workspace, shared_data: Path, num_cases: int = 6, **changes: Any) -> None:
+    """A dataset of hippocampus scans that stay where they are."""
+    source = shared_data / "Dataset004_Hippocampus"
+    content = json.loads((source / "dataset.json").read_text())
+    cases = [file.name.removesuffix(".nii.gz") for file in sorted((source / "labelsTr").glob("*.nii.gz"))[:num_cases]]
+    content["dataset"] = {
+        case: {
+            "images": [str(source / "imagesTr" / f"{case}_0000.nii.gz")],
+            "label": str(source / "labelsTr" / f"{case}.nii.gz"),
+        }
+        for case in cases
+    }
+    (here.raw / NAME).mkdir(parents=True, exist_ok=True)
+    (here.raw / NAME / "dataset.json").write_text(json.dumps({**content, **changes}))
+
+
+@pytest.fixture
+def here(tmp_path: Path, shared_data: Path) -> Workspace:
+    """Volumes to pretrain on, and six labelled scans."""
+    here = tiny_run.prepare(tmp_path)
+    add_labelled(here, shared_data)
+    return here
+
+
+def arguments(*settings: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "dataset_name": tiny_run.NAME,
+        "configuration": tiny_run.CONFIGURATION,
+        "plans_name": "mfmPlans",
+        "pretext": "mae",
+        "settings": (*tiny_run.SETTINGS, *settings),
+        "continue_training": False,
+        "device": "cpu",
+        "run_name": None,
+        "probe": 4,
+        **changes,
+    }
+
+
+def prepared(here: Workspace, *settings: str, **changes: Any) -> Probe:
+    """A probe whose cases are preprocessed."""
+    probe = check(here, **arguments(*settings, **changes)).probe
+    assert probe is not None
+    prepare(probe, ALONE)
+    return probe
+
+
+def random_network(probe: Probe, num_outputs: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return build_network(probe.plans, probe.configuration, 1, num_outputs)
+
+
+def patch_size(probe: Probe) -> tuple[int, ...]:
+    return tuple(probe.plans["configurations"][probe.configuration]["patch_size"])
+
+
+def rows(final: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (final.parent / "log.jsonl").read_text().splitlines()]
+
+
+def timeless(final: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows(final)]
+
+
+def weights(file: Path) -> dict[str, Tensor]:
+    return checkpoint.load_weights(file)["network_weights"]
+
+
+def same(first: Path, second: Path) -> bool:
+    one, other = weights(first), weights(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# A run with a probe
+
+
+@pytest.mark.parametrize(("kind", "family"), [("linear", "primus"), ("finetune", "resenc")])
+def test_the_run_is_the_same_with_and_without(
+    here: Workspace, kind: str, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_run.prepare(here.raw.parent, family)
+    settings = ("pretrain.epochs=2", "probe.every=2", f"probe.kind={kind}", "probe.steps=2", "probe.max_cases=2")
+    probed = tiny_run.run(here, settings=settings, probe=4, run_name="probed")
+    printed = capsys.readouterr().err
+    plain = tiny_run.run(here, settings=settings[:1], run_name="plain")
+    assert same(probed, plain)
+    names = ["probe_dice", "probe_dice_Anterior", "probe_dice_Posterior", "probe_seconds"]
+    assert [[name for name in row if name.startswith("probe")] for row in rows(probed)] == [[], names]
+    row = rows(probed)[1]
+    assert all(0 <= row[name] <= 1 for name in names[:3])
+    assert row["probe_dice"] == pytest.approx((row[names[1]] + row[names[2]]) / 2)
+    assert row["probe_seconds"] > 0
+    assert [{k: v for k, v in row.items() if "probe" not in k} for row in timeless(probed)] == timeless(plain)
+    assert printed.count("probe: Dice") == 1
+    assert json.loads((probed.parent / "settings.json").read_text())["probe"]["dataset"] == NAME
+    assert b"hippocampus_0" not in probed.read_bytes()
+
+
+def test_a_run_that_was_killed_goes_on_with_its_probe(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("pretrain.epochs=2", "probe.every=1", "probe.max_cases=3")
+    whole = tiny_run.run(here, settings=settings, probe=4, run_name="whole")
+    step = Pretrainer._step
+    killed = iter(range(9))
+
+    def dying(self: Pretrainer, batch: dict[str, Tensor]) -> float:
+        if next(killed, None) is None:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Pretrainer, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run.run(here, settings=settings, probe=4, run_name="broken")
+    monkeypatch.setattr(Pretrainer, "_step", step)
+    other = ("pretrain.epochs=2", "probe.every=1", "probe.max_cases=4")
+    with pytest.raises(MFMError, match=r"probe\.max_cases was 3, is 4"):
+        tiny_run.run(here, settings=other, probe=4, run_name="broken", continue_training=True)
+    broken = tiny_run.run(here, settings=settings, probe=4, run_name="broken", continue_training=True)
+    assert same(whole, broken)
+    assert timeless(whole) == timeless(broken)
+    assert all("probe_dice" in row for row in rows(whole))
+
+
+def test_only_the_main_process_probes(here: Workspace) -> None:
+    settings = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=2", "probe.max_cases=2")
+    alone = tiny_run.run(here, settings=settings, probe=4)
+    shared = launch(2, here, arguments(*settings, run_name="two"))
+    assert rows(shared)[0]["probe_dice"] == pytest.approx(rows(alone)[0]["probe_dice"], abs=0.02)
+
+
+@pytest.mark.long
+def test_an_error_of_the_main_process_reaches_the_user(here: Workspace, shared_data: Path) -> None:
+    add_labelled(here, shared_data, labels={"background": 0, "Anterior": 1})
+    with pytest.raises(MFMError, match="E_LABEL_VALUE"):
+        launch(2, here, arguments())
+
+
+# What a probe measures
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_trained_features_probe_higher_than_random_ones(here: Workspace, family: str) -> None:
+    tiny_run.prepare(here.raw.parent, family)
+    probe = prepared(here, "probe.max_cases=3")
+    network, trained = random_network(probe), random_network(probe, 3)
+    learn(trained, probe)
+    trained_dice, random_dice = (measured(probe, net)["probe_dice"] for net in (trained, network))
+    assert trained_dice is not None
+    assert random_dice is not None
+    assert random_dice < 0.25
+    assert trained_dice > random_dice + 0.1
+
+
+def learn(network: nn.Module, probe: Probe) -> None:
+    """Train on whole-patch crops of all labelled cases, also the held-out ones: the features then know the labels."""
+    folder, size = probe.dataset.folder, patch_size(probe)
+    volumes = [LabelledVolume(folder, case.name, None) for case in (*probe.dataset.fit, *probe.dataset.held_out)]
+    patches = [
+        (volume.patch(tile, size), torch.from_numpy(volume.label_patch(tile, size)).long())
+        for volume in volumes
+        for tile in volume.tiles(size)
+        if (volume.label_patch(tile, size) > 0).mean() > 0.1
+    ]
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+    rng = np.random.default_rng(0)
+    for _ in range(120):
+        x, y = (torch.stack(parts) for parts in zip(*(patches[i] for i in rng.choice(len(patches), 2))))
+        optimizer.zero_grad()
+        functional.cross_entropy(network(x), y, ignore_index=-1).backward()
+        optimizer.step()
+
+
+def measured(probe: Probe, network: nn.Module) -> dict[str, float | None]:
+    return probe.measure(make_backbone(network, patch_size(probe), "none"), CPU)
+
+
+def test_finetuning_starts_from_the_weights_and_learns(here: Workspace) -> None:
+    """The image holds the label, so few steps are enough."""
+    probe = check(here, **arguments()).probe
+    assert probe is not None
+    volumes = [labelled_boxes((30, 31, 32), seed) for seed in range(3)]
+
+    def finetuned(network: nn.Module, *schedule: float) -> Labeller:
+        torch.manual_seed(1)
+        parts = {"plans": probe.plans, "configuration": probe.configuration, "schedule": schedule, "device": CPU}
+        backbone = make_backbone(network, patch_size(probe), "none")
+        return finetuned_labeller(backbone, volumes[:2], 3, np.random.default_rng(0), dtype=None, **parts)
+
+    network, x = random_network(probe), volumes[2].patch(volumes[2].tiles((16, 16, 16))[0], (16, 16, 16))[None]
+    with torch.no_grad():
+        first, again = (finetuned(network, 1, 1e-9, 2)(x) for _ in range(2))
+        for weight in network.encoder.parameters():  # type: ignore[union-attr]
+            weight.mul_(2)
+        assert torch.equal(first, again)
+        assert not torch.allclose(first, finetuned(network, 1, 1e-9, 2)(x), rtol=0.01)
+        predicted = predict(finetuned(random_network(probe), 40, 3e-3, 2), volumes[2], (16, 16, 16))
+    assert all(dice(volumes[2].labels, predicted, (value,)) > 0.7 for value in (1, 2))
+
+
+@pytest.mark.parametrize("kind", ["linear", "finetune"])
+def test_a_probe_is_a_function_of_weights_and_seed_and_leaves_no_trace(here: Workspace, kind: str) -> None:
+    probe = prepared(here, f"probe.kind={kind}", "probe.steps=2", "probe.max_cases=2")
+    network = random_network(probe)
+    backbone = make_backbone(network, patch_size(probe), "none").train()
+    backbone.network.encoder.eval()  # type: ignore[union-attr, operator]
+    modes = [module.training for module in backbone.modules()]
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    first = probe.measure(backbone, CPU)
+    torch.rand(7), np.random.random(3)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    second = probe.measure(backbone, CPU)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    assert [module.training for module in backbone.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())
+    assert {k: v for k, v in first.items() if k != "probe_seconds"} == {
+        k: v for k, v in second.items() if k != "probe_seconds"
+    }
+    other = replace(probe, seed=1).measure(backbone, CPU)
+    assert other["probe_dice"] != first["probe_dice"]
+
+
+def test_2d(here: Workspace) -> None:
+    probe = prepared(here, "probe.max_cases=2", configuration="2d")
+    values = measured(probe, random_network(probe))
+    assert 0 <= (values["probe_dice"] or -1) <= 1
+
+
+@dataclass
+class InMemory(LabelledVolume):
+    """A volume whose image is made from its labels."""
+
+    image: Any
+    labels: np.ndarray
+
+
+def labelled_boxes(shape: tuple[int, ...], seed: int, ignored: bool = False) -> InMemory:
+    labels = np.kron(np.random.default_rng(seed).integers(0, 3, (4, 4, 4)), np.ones((8, 8, 8)))
+    labels = labels[tuple(slice(size) for size in shape)].astype(np.int16)
+    image = labels[None].astype(np.float32)
+    if ignored:
+        labels[:, : shape[1] // 2] = -1
+        image[:, :, : shape[1] // 2] = 2 - image[:, :, : shape[1] // 2]
+    return InMemory(image, labels)
+
+
+class _Oracle:
+    """Features that hold the label: one channel per class, and a coarse map of noise."""
+
+    def __init__(self, patch: tuple[int, ...]) -> None:
+        self.patch_size = patch
+
+    def __call__(self, x_BCDHW: Tensor) -> list[Tensor]:
+        fine = torch.cat([(x_BCDHW - k).abs() < 0.5 for k in range(3)], dim=1).float()
+        shape = (len(x_BCDHW), 2, *(size // 4 for size in self.patch_size))
+        return [fine, torch.randn(shape, generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize("patch", [(16, 16, 16), (32, 24, 8), (16, 16), (40, 8)])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_features_that_contain_the_label_give_a_dice_of_one(patch: tuple[int, ...], ignored: bool) -> None:
+    """Patches, places, standardisation and the way back all fit together, at every border."""
+    volumes = [labelled_boxes(shape, i, ignored) for i, shape in enumerate([(30, 31, 13), (9, 32, 32), (5, 5, 5)])]
+    oracle = _Oracle(patch)
+    label = linear_labeller(oracle, volumes, 3, np.random.default_rng(0), oracle)  # type: ignore[arg-type]
+    for volume in volumes:
+        with torch.no_grad():
+            predicted = predict(label, volume, patch)
+        for value in (1, 2):
+            score = dice(volume.labels, predicted, (value,), ignore=-1)
+            assert score == 1 or np.isnan(score)
+        assert (predicted == volume.image[0]).all()
+
+
+def test_voxels_are_drawn_from_every_class_alike() -> None:
+    volume = labelled_boxes((30, 31, 32), 0, ignored=True)
+    volume.labels[volume.labels == 2] = 0
+    volume.labels[20:23, 20:23, 20:23] = 2
+    drawn = draw_voxels(volume, (16, 16, 16), 3, 12, np.random.default_rng(0))
+    labels = np.concatenate([labels for _, _, labels in drawn])
+    assert set(labels) == {0, 1, 2}
+    assert all(12 <= (labels == k).sum() <= 24 for k in range(3))
+    for tile, places, values in drawn:
+        assert (volume.label_patch(tile, (16, 16, 16))[tuple(places.T)] == values).all()
+
+
+@pytest.mark.parametrize("patch", [(16, 8, 24), (24, 16)])
+def test_features_of_a_voxel_are_those_of_the_enlarged_map(patch: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(1, 3, *(size // factor for size in patch)) for factor in (1, 2, 8)]
+    mode = "trilinear" if len(patch) == 3 else "bilinear"
+    dense = torch.cat([functional.interpolate(m, size=patch, mode=mode, align_corners=False) for m in maps], dim=1)[0]
+    places = torch.stack([torch.randint(size, (50,)) for size in patch], dim=1)
+    torch.testing.assert_close(features_at(maps, places, patch), dense[(slice(None), *places.T)].T, atol=1e-5, rtol=0)
+
+
+def test_rare_classes_weigh_what_they_are_told() -> None:
+    x = torch.tensor([[0.0], [0.0], [0.0], [0.0]], dtype=torch.float64)
+    y = torch.tensor([0, 0, 0, 1])
+    _, bias = fit_logistic(x, y, torch.tensor([1.0, 1.0]))
+    assert abs(float(bias[0] - bias[1])) < 1e-6
+    _, bias = fit_logistic(x, y, torch.tensor([3.0, 1.0]))
+    assert float(bias[0] - bias[1]) == pytest.approx(np.log(3), abs=0.02)
+
+
+def test_a_label_that_is_nowhere_has_no_dice() -> None:
+    row = {"probe_dice": 0.5, "probe_dice_a": 0.5, "probe_dice_b": None, "probe_seconds": 1.0}
+    assert in_words(row) == "probe: Dice 0.500 (a 0.500, b none)  1.0 s"
+
+
+def test_the_picture_has_the_probe(tmp_path: Path) -> None:
+    rows = [
+        {"epoch": i, "train_loss": 1.0, "validation_loss": 1.0, "learning_rate": 1.0, "seconds": 1} for i in range(3)
+    ]
+    probed = {"probe_dice": 0.5, "probe_dice_a": 0.5, "probe_dice_b": None, "probe_seconds": 1.0}
+    nothing = {"probe_dice": None, "probe_dice_a": None, "probe_dice_b": None, "probe_seconds": 1.0}
+    files = []
+    for name, extra in {"plain": {}, "nothing": nothing, "probed": probed}.items():
+        files.append(tmp_path / name)
+        plot_progress([rows[0], {**rows[1], **extra}, rows[2]], files[-1], "title")
+    plain, nothing_, probed_ = (file.read_bytes() for file in files)
+    assert plain == nothing_
+    assert plain != probed_
+
+
+def test_the_settings_page_lists_them() -> None:
+    text = (Path(__file__).parents[2] / "documentation" / "reference" / "settings.md").read_text()
+    listed = dict(re.findall(r"^\| `probe\.(\w+)` \| \w+ \| ([\w.]+) \|", text, re.MULTILINE))
+    assert listed == {name: str(value) for name, value in asdict(ProbeSettings()).items()}
+
+
+# Which cases
+
+
+def test_split_by_subject(here: Workspace, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [Case(f"{subject}{scan}", (), Path("label"), subject) for subject in "abcdefg" for scan in range(2)]
+    monkeypatch.setattr(probe_data.corpus, "load_cases", lambda folder: cases)
+    probe = check(here, **arguments("probe.max_cases=12")).probe
+    assert probe is not None
+    fit, held_out = ({case.subject for case in part} for part in (probe.dataset.fit, probe.dataset.held_out))
+    assert len(fit) == 4
+    assert len(held_out) == 2
+    assert fit.isdisjoint(held_out)
+    again = check(here, **arguments("probe.max_cases=12")).probe
+    other = check(here, **arguments("probe.max_cases=12", "seed=1")).probe
+    assert again is not None
+    assert other is not None
+    assert probe.dataset == again.dataset
+    assert other.dataset.held_out != probe.dataset.held_out
+    cases[2:] = []
+    cases[1] = replace(cases[1], subject="b")
+    smallest = check(here, **arguments()).probe
+    assert smallest is not None
+    assert (len(smallest.dataset.fit), len(smallest.dataset.held_out)) == (1, 1)
+
+
+def test_preprocessed_cases_are_reused(here: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "mfm_nnunet")
+    prepared(here, "probe.max_cases=4")
+    assert "learns from 3 cases, measures on 1; 4 preprocessed, 0 reused" in caplog.text
+    prepared(here, "probe.max_cases=3", "seed=2")
+    probe = prepared(here, "probe.max_cases=4")
+    assert "0 preprocessed, 4 reused" in caplog.messages[-1].replace("0 preprocessed, 5", "0 preprocessed, 4")
+    assert "has no more" not in caplog.text
+    assert not any(record.levelname == "WARNING" for record in caplog.records)
+    assert probe.dataset.folder == here.preprocessed / NAME / "mfm_tiny"
+
+
+def test_data_of_another_plan_are_not_replaced(here: Workspace) -> None:
+    probe = prepared(here, "probe.max_cases=2")
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in probe.dataset.folder.iterdir())
+    with pytest.raises(MFMError, match=r"E_EXISTS.*preprocessed with other settings"):
+        prepared(here, configuration="2d")
+    assert before == sorted((file.name, file.stat().st_mtime_ns) for file in probe.dataset.folder.iterdir())
+
+
+def test_regions_and_ignored_voxels(tmp_path: Path) -> None:
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    dataset = ProbeDataset(NAME, {"labels": labels}, (), (), (), tmp_path)
+    assert dataset.classes == 3
+    assert dataset.ignored == 3
+    assert dataset.foreground == {"whole": (1, 2), "core": (2,)}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probe": "Dataset004_Fwe"}, "E_NOT_FOUND.*Did you mean 'Dataset004_Few'"),
+        ({"probe": 9}, "E_NOT_FOUND.*there is no dataset 9"),
+        ({"probe": tiny_run.NAME}, "E_NOT_FOUND.*dataset.json"),
+        ({"settings": ("probe.every=0",)}, r"E_CONFIG.*probe\.every=0: must be at least 1"),
+        ({"settings": ("probe.max_cases=1",)}, r"E_CONFIG.*probe\.max_cases=1: must be at least 2"),
+        ({"settings": ("probe.steps=0",)}, r"E_CONFIG.*probe\.steps=0"),
+        ({"settings": ("probe.learning_rate=0",)}, r"E_CONFIG.*probe\.learning_rate=0"),
+        ({"settings": ("probe.kind=knn",)}, "E_CONFIG.*linear, finetune"),
+        ({"settings": ("probe.evry=3",)}, r"Did you mean 'probe\.every'"),
+        ({"settings": ("probe.every=3",), "probe": None}, r"E_CONFIG.*probe\.every is set.*--probe DATASET"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_error(here: Workspace, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MFMError, match=message):
+        tiny_run.run(here, **{"probe": 4, **changes})
+    assert not here.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": {"background": 0}}, "E_CONFIG.*has no labels"),
+        ({"channel_names": {"0": "T1", "1": "T2"}}, "E_CHANNELS.*has 2 channels.*takes 1"),
+        ({"num_cases": 1}, "E_CONFIG.*labels of 1 subject"),
+        ({"labels": {"background": 0, "Anterior": 1}}, r"(?s)E_LABEL_VALUE.*6 of 6 labelled cases.*hippocampus_0"),
+    ],
+)
+def test_wrong_datasets_are_one_clear_error(
+    here: Workspace, shared_data: Path, changes: dict[str, Any], message: str
+) -> None:
+    add_labelled(here, shared_data, **changes)
+    with pytest.raises(MFMError, match=message):
+        tiny_run.run(here, probe=4)
+    assert not here.results.exists()
+
+
+def test_unlabelled_corpus(here: Workspace) -> None:
+    (here.raw / NAME / "corpus.json").write_text("{}")
+    with pytest.raises(MFMError, match=r"E_CONFIG.*has no labels"):
+        tiny_run.run(here, probe=4)
