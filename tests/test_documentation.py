@@ -13,10 +13,11 @@ import json
 import re
 import shlex
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -191,7 +192,10 @@ def test_scripts_and_their_flags_exist(page: Path, calls: dict[str, Any]) -> Non
         for file in files:
             assert (ROOT / file).is_file(), words
             if file.endswith(".py"):
-                flags = set(re.findall(r'"(--[\w-]+)"', (ROOT / file).read_text()))
+                text = (ROOT / file).read_text()
+                if "tests.benchmarks.study" in text:
+                    text += (ROOT / "tests" / "benchmarks" / "study.py").read_text()
+                flags = set(re.findall(r'"(--[\w-]+)"', text))
                 assert {w for w in words if w.startswith("--")} <= flags, words
         if files and files[0].endswith("quickstart.sh"):
             run(["mfm_demo", *words[words.index(files[0]) + 1 :]], calls)
@@ -236,12 +240,15 @@ def type_name(hint: Any) -> str:
     options = [option for option in get_args(hint) if option is not type(None)]
     if type(None) in get_args(hint):
         return f"{type_name(options[0])} or none"
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(type_name(option) for option in options)
     if get_origin(hint) is Literal:
         return "word"
     if get_origin(hint) is dict:
         return "table"
     if get_origin(hint) is tuple:
-        return f"{get_args(hint)[0].__name__}s" if ... in options else f"{len(options)} {options[0].__name__}s"
+        word = "word" if options[0] is str else options[0].__name__
+        return f"{word}s" if ... in options else f"{len(options)} {options[0].__name__}s"
     return hint.__name__
 
 
@@ -316,6 +323,10 @@ def test_the_block_in_the_settings_page_is_a_plans() -> None:
     assert schema.MFMBlock(*derive.settings_for("resenc", False, 2)) == schema.MFMBlock()
 
 
+def _task_of(config: object) -> str:
+    return type(config).__module__.rpartition(".")[2]
+
+
 @every_page
 def test_settings_in_the_text_exist(page: Path) -> None:
     known = set(schema.setting_names(schema.MFMBlock()))
@@ -327,7 +338,8 @@ def test_settings_in_the_text_exist(page: Path) -> None:
         is_file = (ROOT / "mfm_nnunet" / f"{name.replace('.', '/')}.py").is_file()
         assert is_file or name in known, f"{name} is no setting"
         if value and name.startswith("pretext."):
-            (config,) = (config for config in tasks if name[8:] in schema.setting_names(config))
+            of_page = [config for config in tasks if f"pretext_{_task_of(config)}" == page.stem] or tasks
+            (config, *_) = (config for config in of_page if name[8:] in schema.setting_names(config))
             schema.override(config, [f"{name[8:]}={value}"])
         elif value:
             schema.override(schema.MFMBlock(), [f"{name}={value}"])
@@ -358,6 +370,25 @@ def test_each_task_has_a_page_of_the_fixed_form(task: str) -> None:
         assert year is not None, citation
         assert year[1] in found["Paper"], citation
     assert "benchmarks/README.md" in found["Curve"]
+    picture = f"pictures/pretext_{task}.png"
+    assert f"]({picture})" in found["What is hidden or mixed"]
+    assert 2_000 < (REFERENCE / picture).stat().st_size <= 150_000
+
+
+def test_the_page_of_all_tasks_says_what_the_list_says() -> None:
+    text = (REFERENCE / "pretext_tasks.md").read_text()
+    rows = {row["task"].partition("]")[0][1:]: row for row in rows_with(text, "task", "ResEnc", "Primus")}
+    assert list(rows) == [task.name for task in list_tasks()]
+    for task in list_tasks():
+        row = rows[task.name]
+        assert f"(pretext_{task.name}.md)" in row["task"]
+        assert (row["hidden or mixed"], row["published"], row["paper"]) == (task.hides, task.recipe, task.paper)
+        assert [row["ResEnc"], row["Primus"]] == [
+            "x" if family in task.backbones else "-" for family in ("resenc", "primus")
+        ]
+    for name in (name for part in re.findall(r"^\* (.*?): (.*?);?$", text, re.MULTILINE) for name in names_in(part[1])):
+        line = next(line for line in text.splitlines() if line.startswith("* ") and f"`{name}`" in line)
+        assert find_task(name).trains_decoder == line.startswith("* encoder and decoder"), name
 
 
 # Checkpoints

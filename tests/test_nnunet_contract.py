@@ -183,6 +183,10 @@ CALLS: list[tuple[str, int, str]] = [
     ),
     (f"{DNA}.building_blocks.patch_encode_decode.PatchEmbed", 3, ""),
     (f"{DNA}.building_blocks.patch_encode_decode.LayerNormNd", 1, ""),
+    (
+        f"{DNA}.building_blocks.residual.StackedResidualBlocks", 4,
+        "kernel_size initial_stride conv_bias norm_op norm_op_kwargs nonlin nonlin_kwargs",
+    ),
     (f"{DNA}.initialization.weight_init.InitWeights_He", 1, ""),
 ]  # fmt: skip
 """Callable, number of positional arguments that we give (methods: with the object), and names of the keywords."""
@@ -289,7 +293,8 @@ OF_TRAINERS = attributes("self", within="finetune/trainer.py", inside="MFMTraine
 OF_PLANNERS = attributes("self", within="plans/mfm_planner.py", inside="MFMPlanner")
 OWN_OF_PLANNER = {
     "is_2d", "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset", "source",
-    "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory", "_require_memory", "_size_primus",
+    "version", "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory", "_require_memory",
+    "_size_primus",
 }  # fmt: skip
 
 
