@@ -171,7 +171,7 @@ CORPORA: dict[str, tuple[str, str]] = {
     "name with a space": ("-d 702 --images {scans} --name A|B", "letters, digits"),
     "no such folder": ("-d 702 --images nowhere", "nowhere"),
     "empty folder": ("-d 702 --images {empty}", "no image"),
-    "another file": ("-d 702 --images {text}", "a folder, a CSV file or an image"),
+    "another file": ("-d 702 --images {text}", "expected a folder, a CSV file, a pretrain_data.json or an image"),
 }
 
 
