@@ -192,6 +192,7 @@ def test_train_killed_and_continued_equals_unbroken(model: Path, volumes: Site) 
         assert torch.equal(tensor, finals["killed"][key]), key
 
 
+@pytest.mark.long
 def test_scratch_on_primus(volumes: Site) -> None:
     """The other network family through the same commands, pretrained, fine-tuned and predicted."""
     volumes.run("mfm_plan_and_preprocess", "-d", 701, "-c", "3d_fullres", "--network", "primus")
@@ -210,6 +211,7 @@ def test_scratch_on_primus(volumes: Site) -> None:
     assert len(list((volumes.folder / "primus_masks").glob("*.nii.gz"))) == 3
 
 
+@pytest.mark.long
 def test_two_dimensional_pictures(shared_data: Path, tmp_path: Path) -> None:
     """Chest X-rays: unlabelled PNG files as corpus, labelled ones to fine-tune, masks as PNG of the same size."""
     source = shared_data / "Dataset057_CXRLung"

@@ -22,7 +22,7 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.data.storage import require_whole
 from mfm_nnunet.device import default_workers, pick_device
 from mfm_nnunet.engine import probe as probing
-from mfm_nnunet.engine.distributed import join_world, leave_world, require_divisible
+from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
 from mfm_nnunet.engine.pretrainer import Pretrainer, Run
 from mfm_nnunet.engine.probe_data import choose_cases
 from mfm_nnunet.engine.state import STATE_FILES
@@ -157,20 +157,24 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
         torch.cuda.set_device(used)
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
     try:
-        require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
-        cases = _cases(here, arguments["dataset_name"], job.files)
-        run, task, notes = _prepare(job, arguments["configuration"], cases)
-        run = dataclasses.replace(run, folder=job.folder, device=used, world=world, probe=job.probe)
-        pretrainer = Pretrainer(task, run)
-        if job.probe is not None:
-            probing.prepare(job.probe, world)
-        if world.is_main:
-            _announce(run, task, is_new=not arguments["continue_training"])
-            for note in notes:
-                logger.info("%s", note)
-        return pretrainer.run(arguments["continue_training"])
+        return _pretrain(here, job, used, world, arguments)
     finally:
         leave_world(world)
+
+
+def _pretrain(here: Workspace, job: Job, device: torch.device, world: World, arguments: dict[str, Any]) -> Path:
+    require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
+    cases = _cases(here, arguments["dataset_name"], job.files)
+    run, task, notes = _prepare(job, arguments["configuration"], cases)
+    run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe)
+    pretrainer = Pretrainer(task, run)
+    if job.probe is not None:
+        probing.prepare(job.probe, world)
+    if world.is_main:
+        _announce(run, task, is_new=not arguments["continue_training"])
+        for note in notes:
+            logger.info("%s", note)
+    return pretrainer.run(arguments["continue_training"])
 
 
 def preprocessed_files(

@@ -337,7 +337,7 @@ def test_plans_name_their_version_and_build(tmp_path: Path, network: str, versio
     plans = json.loads(result.file.read_text())
     block = schema.block_of(plans)
     assert block.network == "primus"
-    assert (block.pretrain.optimizer, block.pretrain.learning_rate, block.finetune.gradient_clip) == ("adamw", 3e-4, 1)
+    assert (block.pretrain.optimizer, block.pretrain.learning_rate, block.finetune.gradient_clip) == ("adamw", 1e-3, 1)
     for name, patch in (("3d_fullres", (40, 56, 40)), ("2d", (56, 40))):
         kwargs = plans["configurations"][name]["architecture"]["arch_kwargs"]
         assert (kwargs["version"], tuple(kwargs["input_shape"])) == (version, patch)
