@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.models.backbone import make_backbone
-from mfm_nnunet.models.build import encoder_names
+from mfm_nnunet.models.build import encoder_names, head_names
+from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.plans import schema
 from mfm_nnunet.pretext.base import CropRequest, ItemTransform, PretextTask, find_task, list_tasks
 from tests.models.tiny_plans import tiny_network
@@ -182,6 +183,24 @@ def test_conforms(case: Case) -> None:
     again.load_state_dict(task.state_dict())
     with torch.no_grad():
         assert torch.equal(again(batch).loss, shown.loss), "the task's state is not all that it needs to go on"
+
+
+def test_what_is_shipped_fits_the_network_that_is_fine_tuned(case: Case) -> None:
+    """Another number of outputs there: all weights but the output layers travel, or those of the encoder alone."""
+    task = make_task(case)
+    backbone = task.backbone
+    shipped = backbone.network.state_dict() if task.trains_decoder else backbone.encoder_state()
+    target = tiny_network(case.family, case.patch, case.channels, num_outputs=4)
+    with torch.no_grad():
+        for weight in target.parameters():
+            weight.fill_(0.5)
+    report = transfer_weights(shipped, target, source_patch_size=case.patch)
+    assert report.encoder_share == 1
+    assert not report.adapted
+    encoder, heads = encoder_names(target), head_names(target)
+    for name, weight in target.named_parameters():
+        travels = name in encoder or (task.trains_decoder and name not in heads)
+        assert torch.equal(weight, backbone.network.state_dict()[name]) if travels else (weight == 0.5).all(), name
 
 
 def test_anonymised_voxels_are_passed_on_and_left_out(case: Case) -> None:
