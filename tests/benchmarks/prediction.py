@@ -28,6 +28,7 @@ import torch
 
 from mfm_nnunet.predict.batch import PredictOptions, predict_folder
 from mfm_nnunet.predict.predictor import load_model
+from mfm_nnunet.workspace import PLUGIN_FOLDER
 from tests.predict.tiny_model import dataset_json, save_model, tiny_plans, voxels_of, write_scan
 
 
@@ -88,6 +89,7 @@ def _stock(model: Path, images: Path, output: Path, options: PredictOptions, wor
         device=torch.device(str(options.device)),
         allow_tqdm=False,
     )
+    os.environ.setdefault("nnUNet_extTrainer", str(PLUGIN_FOLDER))  # where stock finds the trainer of our models
     predictor.initialize_from_trained_model_folder(str(model), options.folds, options.checkpoint_name)
     predictor.predict_from_files(
         str(images), str(output), num_processes_preprocessing=workers, num_processes_segmentation_export=workers
