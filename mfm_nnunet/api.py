@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused, nearest
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.workspace import Workspace
 
@@ -322,7 +322,7 @@ def _fingerprint(
         except CasesFailedError as error:
             if is_corpus:
                 raise
-            raise _bad_dataset(dataset_name, error.failures, len(cases)) from error
+            raise dataset_refused(dataset_name, error.failures, len(cases), "; nothing was planned") from error
         fingerprint["mfm"] = {
             **fingerprint.get("mfm", {}),
             "signature": signature,
@@ -351,17 +351,6 @@ def _content(file: Path) -> Any:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _bad_dataset(dataset_name: str, failures: list[CaseFailure], num_cases: int) -> MFMError:
-    shown = "\n".join(f"  {failure}" for failure in failures[:20])
-    more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
-    code = failures[0].code if len({failure.code for failure in failures}) == 1 else "E_FORMAT"
-    return MFMError(
-        code,
-        f"{dataset_name}: {len(failures)} of {num_cases} labelled cases cannot be used; nothing was planned. "
-        f"Repair or remove them:\n{shown}{more}",
-    )
 
 
 def _to_preprocess(plans: dict[str, Any], asked: tuple[str, ...] | None, is_corpus: bool) -> list[str]:

@@ -57,6 +57,18 @@ class CasesFailedError(MFMError):
         return (type(self), (self.failures, self.num_cases))
 
 
+def dataset_refused(name: str, failures: list[CaseFailure], num_cases: int, what_for: str) -> MFMError:
+    """The error for a labelled dataset with bad cases; ``what_for`` follows "cannot be used" in the message."""
+    shown = "\n".join(f"  {failure}" for failure in failures[:20])
+    more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
+    code = failures[0].code if len({failure.code for failure in failures}) == 1 else "E_FORMAT"
+    return MFMError(
+        code,
+        f"{name}: {len(failures)} of {num_cases} labelled cases cannot be used{what_for}. Repair or remove them:\n"
+        f"{shown}{more}",
+    )
+
+
 @contextlib.contextmanager
 def about(file: str | os.PathLike[str]) -> Iterator[None]:
     """Put the name of ``file`` in front of the message of an MFMError that is raised inside and does not name it."""

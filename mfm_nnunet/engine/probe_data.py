@@ -21,7 +21,7 @@ from torch import Tensor
 from mfm_nnunet.data import corpus, storage
 from mfm_nnunet.data.preprocess import preprocess_dataset, preprocessing_hash
 from mfm_nnunet.data.volumes import open_volume, read_box
-from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.errors import MFMError, dataset_refused
 from mfm_nnunet.metrics import foreground_labels, ignore_label
 from mfm_nnunet.workspace import Workspace, num_cores
 
@@ -139,22 +139,11 @@ def preprocess(dataset: ProbeDataset, plans: dict[str, Any], configuration: str)
     names = {case.name for case in used}
     failures = [failure for failure in report.failures if failure.case in names]
     if failures:
-        raise _bad_cases(dataset.name, failures, len(used))
+        raise dataset_refused(dataset.name, failures, len(used), " for the probe")
     logger.info(
         "probe on %s: learns from %d cases, measures on %d; %d preprocessed, %d reused",
         dataset.name, len(dataset.fit), len(dataset.held_out), len(report.done), len(report.reused),
     )  # fmt: skip
-
-
-def _bad_cases(name: str, failures: list[CaseFailure], num_cases: int) -> MFMError:
-    shown = "\n".join(f"  {failure}" for failure in failures[:20])
-    more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
-    code = failures[0].code if len({failure.code for failure in failures}) == 1 else "E_FORMAT"
-    return MFMError(
-        code,
-        f"{name}: {len(failures)} of {num_cases} labelled cases cannot be used for the probe. Repair or remove them:\n"
-        f"{shown}{more}",
-    )
 
 
 @dataclass(frozen=True)
