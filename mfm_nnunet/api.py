@@ -50,6 +50,7 @@ def plan_and_preprocess(
     Raises MFMError for bad input (a labelled dataset with any bad case is refused, with the list of all of them), and
     CasesFailedError after finishing when single cases failed and were left out.
     """
+    from mfm_nnunet.interchange.read import find_checkpoint
     from mfm_nnunet.plans.planner import PlanRequest, check_request, format_table, plan
 
     if images is not None and len(datasets) != 1:
@@ -59,7 +60,7 @@ def plan_and_preprocess(
         memory_gb=memory_gb,
         spacing=spacing,
         plans_name=plans_name,
-        like=Path(like) if like else None,
+        like=find_checkpoint(like) if like else None,
         configurations=tuple(configurations) if configurations else None,
     )
     check_request(request)  # before hours of reading
@@ -150,6 +151,7 @@ def train(
     Ctrl-C, and FloatingPointError when the loss becomes non-finite.
     """
     from mfm_nnunet.finetune.run import run_training
+    from mfm_nnunet.interchange.read import find_checkpoint
 
     with places.use(workspace) as here:
         return run_training(
@@ -159,7 +161,7 @@ def train(
             fold,
             plans_name=plans_name,
             trainer=trainer,
-            pretrained_weights=Path(pretrained_weights) if pretrained_weights else None,
+            pretrained_weights=find_checkpoint(pretrained_weights) if pretrained_weights else None,
             overrides=(*_of_recipe(here, recipe, dataset, plans_name, None), *settings),
             continue_training=continue_training,
             only_validate=only_validate,
@@ -218,6 +220,48 @@ def predict(
             device=device,
         )
         return predict_folder(model, Path(input_folder), Path(output_folder), options)
+
+
+def describe_checkpoint(
+    address: str | Path, *, verify: bool = False, token_order: Literal["whd", "hwd"] | None = None
+) -> str:
+    """What a checkpoint is, in lines: task, network, plan, corpus, licence, whom to cite; of any layout that we read.
+
+    With ``verify`` its network is built and every tensor compared with it. ``token_order`` is for a foreign Primus
+    whose file does not say it. Raises MFMError for a file that cannot be read, is damaged, or is no whole network.
+    """
+    from mfm_nnunet.interchange.card import describe_text
+    from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+    from mfm_nnunet.interchange.verify import require_whole
+
+    place = find_checkpoint(address)
+    reading = read_checkpoint(place, token_order)
+    with about(place):
+        if verify:
+            require_whole(reading.content)
+    return describe_text(reading)
+
+
+def convert_checkpoint(
+    address: str | Path,
+    output: str | Path,
+    *,
+    layout: Literal["pth", "folder", "nnssl"] = "folder",
+    licence: str | None = None,
+    token_order: Literal["whd", "hwd"] | None = None,
+) -> Path:
+    """Write a checkpoint of any layout that we read in another one; returns ``output``.
+
+    ``pth`` is our own file, ``folder`` safetensors with JSON and a model card, ``nnssl`` a folder that nnU-Net's
+    development code reads. Raises MFMError as :func:`describe_checkpoint` does, E_EXISTS for an output that is there,
+    E_CONFIG for a network that the layout cannot express.
+    """
+    from mfm_nnunet.interchange.read import convert, find_checkpoint
+
+    place = find_checkpoint(address)
+    with about(place):
+        convert(place, Path(output), layout, licence, token_order)
+    return Path(output)
 
 
 def _of_recipe(

@@ -20,17 +20,18 @@ LEAVES = {
 ALLOWED = {
     "plans.schema": set(),
     "data": {"plans.schema"},
-    "plans": {"plans.schema", "data.reading", "data.corpus", "data.per_case", "models"},
+    "plans": {"plans.schema", "data.reading", "data.corpus", "data.per_case", "models", "interchange"},
     "models": {"plans.schema"},
+    "interchange": {"models", "plans.schema"},
     "pretext": {"models", "data.augment", "plans.schema"},
     "engine": {"pretext.base", "data", "models", "plans.schema"},
     "predict": {"data", "models", "plans.schema"},
-    "finetune": {"models", "plans.schema", "data", "predict"},
+    "finetune": {"models", "plans.schema", "data", "predict", "interchange"},
     "pictures": set(),
     "demo_data": {"data.corpus"},
     "demo_result": {"demo_data", "pictures"},
     "demo": {"api", "demo_data", "demo_result", "plans.schema"},
-    "api": {"data", "plans", "models", "pretext", "engine", "finetune", "predict"},
+    "api": {"data", "plans", "models", "pretext", "engine", "finetune", "predict", "interchange"},
     "cli": {"api", "data", "plans", "models", "pretext", "engine", "finetune", "predict", "demo", "demo_result"},
 }
 """Leaves and the own package come on top."""

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTATION = ROOT / "documentation"
 REFERENCE = DOCUMENTATION / "reference"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCUMENTATION.rglob("*.md"))]
-COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "demo")
+COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo")
 PLACEHOLDERS = {"XXX": "4", "FOLD": "0"}
 FORM = (
     "Idea",
@@ -136,7 +136,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         return job
 
     monkeypatch.setattr(api, "plan_and_preprocess", record("plan_and_preprocess", [SimpleNamespace(file="plan")]))
-    for name in ("pretrain", "train", "predict"):
+    for name in ("pretrain", "train", "predict", "describe_checkpoint", "convert_checkpoint"):
         monkeypatch.setattr(api, name, record(name, "result"))
     monkeypatch.setattr(demo, "run_demo", record("demo", SimpleNamespace(overlays=[], masks=[])))
     monkeypatch.setattr(demo_result, "format_result", lambda result: "")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.interchange.read import read_checkpoint, sha256
 from mfm_nnunet.json_files import ARCHITECTURE_KEYS, plan_problem
 from mfm_nnunet.models.build import check_architecture
 from mfm_nnunet.plans.derive import NO_RESAMPLING, network_of, pad_to_multiple, resolved
@@ -57,23 +57,12 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """The checkpoint at ``path``.
+    """The checkpoint at ``path``, of any layout that :func:`mfm_nnunet.interchange.read.read_checkpoint` knows.
 
-    Raises MFMError as :func:`mfm_nnunet.checkpoint.load_weights` does, E_MODEL_MISMATCH when it is not one of our
-    pretrained checkpoints, E_MODEL_UNSAFE when its plan names anything but networks and layers.
+    Raises MFMError as that does, E_MODEL_MISMATCH when the plan in it is not whole, E_MODEL_UNSAFE when its plan names
+    anything but networks and layers.
     """
-    mfm = checkpoint.load_weights(path).get("mfm")
-    if not isinstance(mfm, dict) or mfm.get("kind") != "pretrained":
-        kind = (
-            f"a {mfm['kind']} model of ours"
-            if isinstance(mfm, dict) and "kind" in mfm
-            else "not written by mfm_pretrain"
-        )
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            f"{path} is {kind}. --like understands only checkpoints of mfm_pretrain yet, because only they hold the "
-            "plan that the network was built from. Give its checkpoint_final.pth, or plan without --like.",
-        )
+    mfm = read_checkpoint(path).mfm
     plans = mfm["plans"] if isinstance(mfm.get("plans"), dict) else {}
     problem, configuration = plan_problem(plans), str(mfm.get("configuration"))
     architecture = None
@@ -87,12 +76,7 @@ def read_source(path: Path) -> Source:
     with about(path):
         check_architecture(*(architecture[key] for key in ARCHITECTURE_KEYS))
         network = block_of(plans).network
-    entry = {
-        "name": path.name,
-        "sha256": checkpoint.sha256(path),
-        "pretext": mfm.get("pretext"),
-        "network": network,
-    }
+    entry = {"name": path.name, "sha256": sha256(path), "pretext": mfm.get("pretext"), "network": network}
     return Source(mfm, entry)
 
 

@@ -18,6 +18,7 @@ from mfm_nnunet.models.build import build_network
 from tests.architectures import primus, resenc
 from tests.bad_input.site import PATCH, Site, accepted, edit_json, nothing_lost, refused, unchanged
 from tests.finetune import tiny
+from tests.interchange import foreign
 
 
 class Payload:
@@ -105,10 +106,9 @@ def network_weights(architecture: dict[str, Any], patch: tuple[int, ...] = PATCH
 
 
 OTHER_NETWORKS: dict[str, tuple[str, Callable[[], dict[str, torch.Tensor]]]] = {
-    "Primus": ("only 0.0%", lambda: network_weights(primus((24, 24, 24)), (24, 24, 24))),
     "2D": ("is 2D", lambda: network_weights(resenc(2), (24, 24))),
     "other widths": ("shape", lambda: network_weights(resenc(features=(8, 16, 16)))),
-    "nothing": ("not in the checkpoint", dict),
+    "nothing": ("no encoder", dict),
 }
 
 
@@ -118,8 +118,13 @@ def test_checkpoint_of_another_network(kind: str, site: Site) -> None:
     file = site.folder / "other.pth"
     torch.save({"network_weights": weights()}, file)
     message = refused(site.train(1, "-pretrained_weights", file), "E_MODEL_MISMATCH", file, hint)
-    assert "--like" in message or "same configuration" in message
+    assert any(advice in message for advice in ("--like", "same configuration", "Only these networks"))
     accepted(site.train(1, "-pretrained_weights", site.pretrained))
+
+
+def test_primus_checkpoint_for_a_unet_plan(site: Site) -> None:
+    file = foreign.OPENMIND["PrimusM-OpenMind-SimMIM"]().write(site.folder)
+    refused(site.train(1, "-pretrained_weights", file), "E_MODEL_MISMATCH", file, "only 0.0%", "--like")
 
 
 def test_unet_checkpoint_for_a_primus_plan(site: Site) -> None:
@@ -146,7 +151,7 @@ def test_pretrained_checkpoint_is_no_model(site: Site) -> None:
     refused(site.predict(site.test_images, site.folder / "out"), "E_MODEL_MISMATCH", final, "mfm_train")
 
 
-def test_stock_checkpoint_starts_a_training_and_plans_nothing(site: Site) -> None:
+def test_stock_checkpoint_starts_a_training_and_a_plan(site: Site) -> None:
     """nnU-Net's own files hold NumPy scalars in their log and no plan block."""
     content = torch.load(site.model / "fold_0" / "checkpoint_final.pth", weights_only=True)
     del content["mfm"]
@@ -154,7 +159,21 @@ def test_stock_checkpoint_starts_a_training_and_plans_nothing(site: Site) -> Non
     file = site.folder / "stock.pth"
     torch.save(content, file)
     accepted(site.train(1, "-pretrained_weights", file))
-    refused(site.plan("-d", 5, "--like", file, "-pl", "mfmNew"), "E_MODEL_MISMATCH", file, "mfm_pretrain")
+    accepted(site.plan("-d", 5, "--like", file, "-pl", "mfmNew"))
+    del content["init_args"]["plans"]["configurations"]["3d_fullres"]["spacing"]
+    torch.save(content, file)
+    refused(site.plan("-d", 5, "--like", file, "-pl", "mfmOther"), "E_MODEL_MISMATCH", file, "spacing")
+
+
+def test_an_address_without_a_commit(site: Site) -> None:
+    for call in (site.train(1, "-pretrained_weights", "hf://a/b"), site.plan("-d", 5, "--like", "hf://a/b")):
+        refused(call, "E_CONFIG", "hf://a/b", "40 hex digits")
+
+
+def test_a_primus_of_unknown_token_order(site: Site) -> None:
+    file = site.folder / "primus.pth"
+    torch.save({"network_weights": network_weights(primus((24, 24, 24)), (24, 24, 24))}, file)
+    refused(site.plan("-d", 5, "--like", file), "E_MODEL_MISMATCH", file, "mfm_checkpoint import")
 
 
 def edited(site: Site, edit: Callable[[dict[str, Any]], object]) -> Path:

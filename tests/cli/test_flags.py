@@ -19,7 +19,7 @@ from mfm_nnunet.cli import run as running
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, StoppedError
 from mfm_nnunet.pretext.registry import list_tasks
 
-COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "demo")
+COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo")
 EVERYWHERE = "-h --help --workspace --debug --version"
 RUNS = "-d --dataset -c --configuration -p --plans --recipe --set --c -device --device -num_gpus --num-gpus"
 FLAGS = {
@@ -31,6 +31,7 @@ FLAGS = {
     "-chk --checkpoint -step_size --step-size --disable_tta --disable-tta --save_probabilities --save-probabilities "
     "-prev_stage_predictions --previous-stage -num_parts --num-parts -part_id --part-id --disable_progress_bar "
     "--verbose -npp -nps --not_on_device --overwrite --resume --continue_prediction --c -device --device",
+    "checkpoint": "-o --output --layout --token-order --licence",
     "demo": "--data --overwrite --set -device --device",
 }
 """Scripts rely on these names: a flag may be added, none may go or be renamed."""
@@ -101,7 +102,7 @@ def test_misspelt_flag_is_refused_with_the_nearest(name: str, flag: str, capsys:
     assert flag in message
     assert len(message.splitlines()) <= 5
     nearest = {"--hlep": "--help", "--workspac": "--workspace", "-devise": "-device"}
-    if flag in nearest and not (name == "plan_and_preprocess" and flag == "-devise"):
+    if flag in nearest and not (name in ("plan_and_preprocess", "checkpoint") and flag == "-devise"):
         assert f"Did you mean '{nearest[flag]}'?" in message
 
 

@@ -1,0 +1,69 @@
+"""``mfm_checkpoint``: describe, verify, export and import pretrained weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from mfm_nnunet.cli import common
+from mfm_nnunet.cli.run import run_command
+
+DESCRIPTION = """\
+What a checkpoint is, whether it is whole, and the way from and to other programs.
+
+  mfm_checkpoint describe CHECKPOINT
+  mfm_checkpoint verify CHECKPOINT
+  mfm_checkpoint export CHECKPOINT -o FOLDER [--layout nnssl]
+  mfm_checkpoint import CHECKPOINT -o FILE.pth [--token-order hwd]
+
+CHECKPOINT is a file or folder of mfm_nnunet, nnssl, OpenMind or nnU-Net, a file:// address, or hf://OWNER/NAME@COMMIT.
+Nothing that it holds is run."""
+ACTIONS = ("describe", "verify", "export", "import")
+
+
+def build_parser() -> common.StrictParser:
+    """The flags of the command."""
+    parser = common.make_parser("mfm_checkpoint", DESCRIPTION)
+    parser.flag("action", f"one of {', '.join(ACTIONS)}", choices=ACTIONS, metavar="ACTION")
+    parser.flag("checkpoint", "file, folder or address", metavar="CHECKPOINT")
+    parser.flag("-o --output", "export: a new folder; import: a new .pth file", metavar="PATH")
+    text = "export: folder (default) is safetensors, JSON and a model card; nnssl is what nnU-Net's newest code reads"
+    parser.flag("--layout", text, choices=("folder", "nnssl"))
+    text = (
+        "the order in which a foreign Primus flattens its tokens, where its file does not say: whd is axis 0 outermost"
+    )
+    parser.flag("--token-order", text, choices=("whd", "hwd"))
+    parser.flag("--licence", "import and export: the licence of the weights, e.g. cc-by-4.0", metavar="NAME")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = build_parser()
+    arguments = parser.parse_strictly(argv)
+    writes = arguments.action in ("export", "import")
+    if writes and arguments.output is None:
+        parser.error(f"{arguments.action} needs -o PATH, where to write.")
+    if not writes and (arguments.output or arguments.licence):
+        parser.error(f"{arguments.action} writes nothing: leave out -o and --licence.")
+    if arguments.layout and arguments.action != "export":
+        parser.error("--layout belongs to export.")
+    return run_command(_run, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from mfm_nnunet import api
+
+    address, token_order = arguments.checkpoint, arguments.token_order
+    if arguments.action in ("describe", "verify"):
+        print(api.describe_checkpoint(address, verify=arguments.action == "verify", token_order=token_order))
+        if arguments.action == "verify":
+            print("whole: all checksums, names, shapes and values were looked at")
+        return
+    layout: Any = (arguments.layout or "folder") if arguments.action == "export" else "pth"
+    print(
+        api.convert_checkpoint(
+            address, arguments.output, layout=layout, licence=arguments.licence, token_order=token_order
+        )
+    )

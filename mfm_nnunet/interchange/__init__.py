@@ -1,0 +1,1 @@
+"""Checkpoints of others read as ours, and ours written for others."""

@@ -1,0 +1,289 @@
+"""A foreign checkpoint in memory -> the same as :mod:`mfm_nnunet.engine` would have written it.
+
+Everything downstream (planning like it, transfer, description, export) then knows one layout. What had to be assumed or
+repaired on the way stands in the notes; tensors that belong to no network of ours are kept apart, by their own names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.interchange import nnssl
+from mfm_nnunet.interchange.architecture import PRIMUS, primus_architecture, unet_architecture
+from mfm_nnunet.interchange.names import Parts, take_apart
+from mfm_nnunet.interchange.repairs import with_axis_0_outermost, without_stale_copies
+from mfm_nnunet.json_files import ARCHITECTURE_KEYS, plan_problem
+from mfm_nnunet.models.build import check_architecture
+from mfm_nnunet.models.primus import decoder_widths
+from mfm_nnunet.plans.schema import FORMAT, MFMBlock, to_dict
+
+Layout = Literal["mfm_nnunet", "nnssl", "nnU-Net", "weights alone"]
+TokenOrder = Literal["whd", "hwd"]
+NORMALIZATIONS = ("ZScoreNormalization", "NoNormalization", "Rescale0_1Normalization", "RGBTo01Normalization")
+"""Those of nnU-Net that need nothing but the image; CT's needs intensities, which nnssl's files do not hold."""
+PUBLISHED_SPACING = 1.0
+"""Millimetres along each axis of OpenMind's corpora, where a file says nothing."""
+PUBLISHED_PATCH = {3: 160, 2: 512}
+_NO_RESAMPLING = "no_resampling_hack"
+_SPLINES = {"order_z": 0, "force_separate_z": None}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A checkpoint as read: ``content`` in our layout, whatever ``layout`` the file has."""
+
+    content: dict[str, Any]
+    layout: Layout
+    others: dict[str, Tensor] = field(default_factory=dict)
+    """The file's tensors that no network of ours has: heads, projectors, token decoders."""
+    notes: tuple[str, ...] = ()
+    """What was assumed or repaired."""
+    names_subjects: bool = False
+    """Whether the file holds its corpus' index, with subjects and paths; it is never copied."""
+
+    @property
+    def mfm(self) -> dict[str, Any]:
+        """The description, as ``documentation/reference/checkpoint.md`` has it."""
+        return self.content["mfm"]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The plan's configuration that was trained, with what it inherits; empty where the description has none."""
+        configurations = (self.mfm.get("plans") or {}).get("configurations") or {}
+        name = str(self.mfm.get("configuration"))
+        return resolved(configurations, name) if name in configurations else {}
+
+
+def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
+    """Convert a file of nnssl or OpenMind, with or without its plan.
+
+    Raises MFMError: E_MODEL_MISMATCH for a network that we do not have and for Primus' weights whose token order
+    nobody knows, E_MODEL_CORRUPT for a plan that cannot be.
+    """
+    plan = nnssl.read_plan(raw.get(nnssl.KEY) or {})
+    trainer = raw.get("trainer_name")
+    trainer = trainer if isinstance(trainer, str) else None
+    parts = take_apart(raw["network_weights"], plan.key_to_encoder, plan.key_to_stem)
+    notes = [] if nnssl.KEY in raw else ["the file has no plan: the network is read off the tensors"]
+    if parts.family == "primus":
+        order = token_order or nnssl.token_order_of(trainer)
+        converted = _primus(parts, plan, order, notes)
+    else:
+        converted = _unet(parts, plan, notes)
+    weights, architecture, seen, others = converted
+    plans = _plans(parts, plan, architecture, seen, notes)
+    mfm = _description(parts, plans, weights, seen, nnssl.task_of(trainer) or trainer)
+    mfm["citations"] = nnssl.plain(raw.get("citations") or [])
+    layout: Layout = "nnssl" if nnssl.KEY in raw or trainer else "weights alone"
+    mfm["source"] = {"layout": layout, "trainer": trainer}
+    init_args = raw.get("init_args")
+    names_subjects = isinstance(init_args, Mapping) and "pretrain_json" in init_args
+    return Reading({"network_weights": weights, "mfm": mfm}, layout, others, tuple(notes), names_subjects)
+
+
+def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
+    """Convert a model that nnU-Net, or our fine-tuning, trained with labels: supervised pretraining.
+
+    Raises MFMError as :func:`from_nnssl`, and E_MODEL_UNSAFE when its plan names anything but networks and layers.
+    """
+    init_args = raw["init_args"]
+    plans, configuration = init_args["plans"], str(init_args.get("configuration"))
+    problem = plan_problem(plans) if isinstance(plans, dict) else "it has no plan"
+    if problem or configuration not in plans["configurations"]:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"the plan in it is not whole ({problem or 'no configuration ' + configuration}). Use a checkpoint that "
+            "nnU-Net or mfm_nnunet wrote.",
+        )
+    parts = take_apart(raw["network_weights"])
+    notes: list[str] = []
+    planned = resolved(plans["configurations"], configuration)
+    planned.pop("inherits_from", None)
+    patch = tuple(int(size) for size in planned["patch_size"])
+    weights, architecture, others = _network_of_nnunet(parts, planned, token_order, notes)
+    check_architecture(*(architecture[key] for key in ARCHITECTURE_KEYS))
+    own = {
+        **plans,
+        "configurations": {configuration: {**planned, "architecture": architecture}},
+        "mfm": to_dict(MFMBlock(network="primus" if parts.family == "primus" else "resenc")),
+    }
+    own.pop("continue_training", None)
+    mfm = _description(parts, own, weights, patch, "supervised", configuration)
+    mfm["citations"] = []
+    mfm["source"] = {"layout": "nnU-Net", "trainer": str(raw.get("trainer_name"))}
+    return Reading({"network_weights": weights, "mfm": mfm}, "nnU-Net", others, tuple(notes))
+
+
+def _network_of_nnunet(
+    parts: Parts, planned: Mapping[str, Any], token_order: TokenOrder | None, notes: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """Weights, architecture and what is not ours; trainers of stock nnU-Net overrule the plan's network (Primus)."""
+    architecture = planned.get("architecture")
+    class_name = str((architecture or {}).get("network_class_name"))
+    is_primus = parts.family == "primus"
+    if architecture is not None and class_name == PRIMUS and is_primus:
+        return parts.weights, architecture, parts.others  # this package's own
+    if is_primus:
+        plan = nnssl.AdaptationPlan(patch_size=tuple(planned["patch_size"]))
+        weights, architecture, _, others = _primus(parts, plan, token_order, notes)
+        return weights, architecture, others
+    if architecture is None or "Primus" in class_name:
+        architecture, more = unet_architecture(parts.family, parts.weights, {})
+        notes += ["the plan does not name this network: it is read off the tensors", *more]
+    return parts.weights, architecture, parts.others
+
+
+_Converted = tuple[dict[str, Tensor], dict[str, Any], tuple[int, ...], dict[str, Tensor]]
+"""Weights, architecture, the patch that the network saw, and what is not ours."""
+
+
+def _unet(parts: Parts, plan: nnssl.AdaptationPlan, notes: list[str]) -> _Converted:
+    weights, changed = without_stale_copies(parts.weights)
+    if changed:
+        notes.append(f"{changed} tensors were untrained copies of sparse pretraining and were replaced by the trained")
+    architecture, more = unet_architecture(parts.family, weights, plan.arch_kwargs)
+    notes += more
+    num_axes = len(architecture["arch_kwargs"]["kernel_sizes"][0])
+    seen = plan.patch_size or plan.recommended_patch or (PUBLISHED_PATCH[num_axes],) * num_axes
+    return weights, architecture, seen, parts.others
+
+
+def _primus(parts: Parts, plan: nnssl.AdaptationPlan, order: str | None, notes: list[str]) -> _Converted:
+    weights, others = dict(parts.weights), dict(parts.others)
+    if order is None:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            "it holds a Primus, and nothing in it says in which order its tokens are flattened; a guess would exchange "
+            "two axes in silence. If you know the order: mfm_checkpoint import FILE --token-order whd or hwd (nnssl's "
+            "SimMIM and nnU-Net 2.6 and newer: whd; nnssl's other tasks: hwd).",
+        )
+    token = tuple(int(size) for size in weights["down_projection.proj.weight"].shape[2:]) if (
+        "down_projection.proj.weight" in weights) else ()  # fmt: skip
+    grid = _grid(weights, token, plan.patch_size, notes)
+    seen = tuple(cells * size for cells, size in zip(grid, token))
+    architecture, more = primus_architecture(weights, seen, plan.class_name, plan.arch_kwargs)
+    notes += more
+    if order == "hwd":
+        weights = with_axis_0_outermost(weights, grid, architecture["arch_kwargs"]["eva_numheads"])
+        notes.append("token order repaired: axis 1 was outermost")
+    if not _decoder_fits(weights, architecture["arch_kwargs"]):
+        for name in [name for name in weights if name.startswith("up_projection.")]:
+            others[name] = weights.pop(name)
+    return weights, architecture, seen, others
+
+
+def _grid(
+    weights: Mapping[str, Tensor], token: Sequence[int], patch: Sequence[int] | None, notes: list[str]
+) -> tuple[int, ...]:
+    """Tokens per axis: what the plan says if the position table has that many rows, else a cube; the table wins."""
+    table = weights.get("eva.pos_embed")
+    if table is None or not token:
+        raise MFMError(
+            "E_MODEL_MISMATCH", "it holds a transformer without 'eva.pos_embed' or patch embedding: no Primus."
+        )
+    rows = table.shape[1]
+    planned = tuple(size // step for size, step in zip(patch or (), token))
+    if patch is not None and len(patch) == len(token) and math.prod(planned) == rows:
+        return planned
+    side = round(rows ** (1 / len(token)))
+    if side ** len(token) != rows:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"its position table has {rows} rows, which are neither a cube nor the tokens of the patch "
+            f"{'that its plan names' if patch else '(no plan names one)'}: where a token stands is unknown.",
+        )
+    if patch is not None:
+        notes.append(
+            f"positions: {rows} rows are a cube of {side} tokens per axis, not the plan's patch of "
+            f"{' x '.join(map(str, patch))} voxels; the table is right where crops were pretrained on"
+        )
+    return (side,) * len(token)
+
+
+def _decoder_fits(weights: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the patch decoder has our widths; DNA's depend on the number of outputs and are ours for five."""
+    layers = sorted(name for name in weights if name.startswith("up_projection.decode.") and name.endswith(".0.weight"))
+    stages = int(math.log2(max(kwargs["patch_embed_size"])))
+    return [int(weights[name].shape[0]) for name in layers] == decoder_widths(kwargs["embed_dim"], stages)[:-1]
+
+
+def _plans(
+    parts: Parts, plan: nnssl.AdaptationPlan, architecture: dict[str, Any], seen: Sequence[int], notes: list[str]
+) -> dict[str, Any]:
+    """A whole plan around the network, with nnU-Net's defaults where pretraining decides nothing."""
+    num_axes, is_primus = len(seen), parts.family == "primus"
+    patch = list(plan.recommended_patch or seen)
+    if len(patch) != num_axes:
+        raise MFMError("E_MODEL_MISMATCH", f"its network is {num_axes}D and its plan's patch is {patch}.")
+    if is_primus:
+        architecture = {**architecture, "arch_kwargs": {**architecture["arch_kwargs"], "input_shape": patch}}
+    normalization = list(plan.normalization) or ["ZScoreNormalization"]
+    if unknown := [name for name in normalization if name not in NORMALIZATIONS]:
+        raise MFMError("E_MODEL_MISMATCH", f"it was pretrained with {unknown[0]}, which cannot be repeated here.")
+    if not plan.normalization:
+        notes.append("normalisation: z-score, as OpenMind's; the file does not say")
+    if plan.spacing is None and plan.is_resampled:
+        notes.append(f"spacing: {PUBLISHED_SPACING:g} mm, as OpenMind's; the file does not say")
+    resampling = "resample_data_or_seg_to_shape" if plan.is_resampled else _NO_RESAMPLING
+    forward = list(plan.transpose_forward or range(3))
+    configuration = {
+        "data_identifier": "foreign",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "batch_dice": False,
+        "patch_size": patch,
+        "spacing": list(plan.spacing or (PUBLISHED_SPACING,) * num_axes),
+        "normalization_schemes": normalization,
+        "use_mask_for_norm": list(plan.use_mask_for_norm) or [False] * len(normalization),
+        "architecture": architecture,
+    }
+    for part, is_labels, order in (("data", False, 3), ("seg", True, 1), ("probabilities", False, 1)):
+        kwargs = {"is_seg": is_labels, "order": order, **_SPLINES} if plan.is_resampled else {}
+        configuration |= {f"resampling_fn_{part}": resampling, f"resampling_fn_{part}_kwargs": kwargs}
+    return {
+        "dataset_name": "foreign",
+        "plans_name": "mfmPrimusPlans" if is_primus else "mfmPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": forward,
+        "transpose_backward": [forward.index(axis) for axis in range(len(forward))],
+        "foreground_intensity_properties_per_channel": {},
+        "configurations": {"2d" if num_axes == 2 else "3d_fullres": configuration},
+        "mfm": to_dict(MFMBlock(network="primus" if is_primus else "resenc")),
+    }
+
+
+def _description(
+    parts: Parts, plans: dict[str, Any], weights: Mapping[str, Tensor], seen: Sequence[int], pretext: str | None,
+    configuration: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    stem = next(tensor for name, tensor in weights.items() if name.startswith(_STEMS[parts.family]) and tensor.ndim > 3)
+    heads = [tensor for name, tensor in weights.items() if name.startswith("decoder.seg_layers.")]
+    heads = heads or [t for name, t in weights.items() if name.startswith("up_projection.") and name.endswith(".bias")]
+    is_whole = any(name.startswith(("decoder.", "up_projection.")) for name in weights)
+    return {
+        "format": FORMAT,
+        "kind": "pretrained",
+        "pretext": pretext,
+        "plans": plans,
+        "configuration": configuration or next(iter(plans["configurations"])),
+        "patch_size": list(seen),
+        "num_inputs": int(stem.shape[1]),
+        "num_outputs": int(heads[-1].shape[0]) if heads else 1,
+        "trained": "network" if is_whole else "encoder",
+        "token_order": "whd",
+    }
+
+
+_STEMS = {"primus": "down_projection.", "resenc": "encoder.stem.", "plain": "encoder.stages.0."}
+
+
+def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration of a plan with what it inherits."""
+    own = configurations[name]
+    return {**(resolved(configurations, own["inherits_from"]) if "inherits_from" in own else {}), **own}

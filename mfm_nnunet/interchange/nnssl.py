@@ -1,0 +1,136 @@
+"""The adaptation plan of nnssl's and OpenMind's checkpoints: what it says, in plain values (arXiv 2412.17041).
+
+Files differ: sequences are lists, tuples or tensors, fields are missing, a configuration has one of four names, SparK
+trainers write no plan at all. Everything that can be read is; what is missing is None or empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mfm_nnunet.errors import MFMError
+
+KEY = "nnssl_adaptation_plan"
+TASKS = (
+    ("simmim", "simmim"), ("spark", "spark3d"), ("s3d", "spark3d"), ("volumefusion", "volume_fusion"),
+    ("genesis", "models_genesis"), ("simclr", "simclr"), ("voco", "voco"), ("swinunetr", "swin_unetr"), ("mae", "mae"),
+)  # fmt: skip
+"""What a trainer's name contains, without underscores and in lower case, and the pretext task that it trains."""
+
+
+@dataclass(frozen=True)
+class AdaptationPlan:
+    """``patch_size`` is what the network saw, ``recommended_patch`` what to fine-tune on; voxels, the plan's order.
+
+    ``spacing`` (mm) is None where nothing was resampled or nothing is said; ``is_resampled`` tells the two apart.
+    """
+
+    class_name: str | None = None
+    arch_kwargs: dict[str, Any] = field(default_factory=dict)
+    num_inputs: int | None = None
+    patch_size: tuple[int, ...] | None = None
+    recommended_patch: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    is_resampled: bool = True
+    normalization: tuple[str, ...] = ()
+    use_mask_for_norm: tuple[bool, ...] = ()
+    transpose_forward: tuple[int, ...] | None = None
+    key_to_encoder: str | None = None
+    key_to_stem: str | None = None
+
+
+def read_plan(raw: Mapping[str, Any]) -> AdaptationPlan:
+    """The plan as its file has it.
+
+    Raises MFMError (E_MODEL_CORRUPT) for a field that is there and of another kind than it can be.
+    """
+    architecture = _table(raw, "architecture_plans")
+    pretrain = _table(raw, "pretrain_plan")
+    configurations = _table(pretrain, "configurations")
+    configuration: Any = next(iter(configurations.values()), {})
+    if not isinstance(configuration, Mapping):
+        raise _wrong("configurations", configuration)
+    return AdaptationPlan(
+        class_name=_text(architecture, "arch_class_name"),
+        arch_kwargs={key: plain(value) for key, value in _table(architecture, "arch_kwargs").items()},
+        num_inputs=_number(raw, "pretrain_num_input_channels"),
+        # The newer field wins: contrastive tasks see crops, and older files keep the corpus' patch in the plan.
+        patch_size=_whole(raw, "pretrain_patch_size") or _whole(configuration, "patch_size"),
+        recommended_patch=_whole(raw, "recommended_downstream_patchsize"),
+        spacing=_row(configuration, "spacing", float),
+        is_resampled=not configuration or configuration.get("spacing") is not None,
+        normalization=_row(configuration, "normalization_schemes", str) or (),
+        use_mask_for_norm=_row(configuration, "use_mask_for_norm", bool) or (),
+        transpose_forward=_whole(pretrain, "transpose_forward"),
+        key_to_encoder=_text(raw, "key_to_encoder"),
+        key_to_stem=_text(raw, "key_to_stem"),
+    )
+
+
+def task_of(trainer: str | None) -> str | None:
+    """The pretext task that a trainer of nnssl trains, by its name; None where the name tells nothing."""
+    words = (trainer or "").replace("_", "").lower()
+    return next((task for word, task in TASKS if word in words), None)
+
+
+def token_order_of(trainer: str | None) -> str | None:
+    """How a Primus trainer of nnssl flattens tokens: ``whd`` or ``hwd``; None without a name that says its task.
+
+    Only its SimMIM module flattens axis 0 outermost; all other Primus modules flatten axis 1 outermost.
+    """
+    task = task_of(trainer)
+    return None if task is None else "whd" if task == "simmim" else "hwd"
+
+
+def plain(value: Any) -> Any:
+    """Lists, numbers and text from tuples and tensors of them."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise _wrong(name, found)
+    return found
+
+
+def _text(values: Mapping[str, Any], name: str) -> str | None:
+    found = values.get(name)
+    if found is not None and not isinstance(found, str):
+        raise _wrong(name, found)
+    return found
+
+
+def _number(values: Mapping[str, Any], name: str) -> int | None:
+    found = plain(values.get(name))
+    if found is not None and (not isinstance(found, (int, float)) or isinstance(found, bool)):
+        raise _wrong(name, found)
+    return None if found is None else int(found)
+
+
+def _whole(values: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
+    return _row(values, name, int)
+
+
+def _row(values: Mapping[str, Any], name: str, kind: type) -> tuple[Any, ...] | None:
+    found = plain(values.get(name))
+    if found is None:
+        return None
+    try:
+        return tuple(kind(item) for item in found)
+    except (TypeError, ValueError) as error:
+        raise _wrong(name, found) from error
+
+
+def _wrong(name: str, value: Any) -> MFMError:
+    return MFMError("E_MODEL_CORRUPT", f"its {KEY} says {name} = {str(value)[:60]!r}, which cannot be. Copy it again.")

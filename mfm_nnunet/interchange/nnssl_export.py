@@ -1,0 +1,140 @@
+"""Our checkpoint in nnssl's layout, which nnU-Net's development code reads: a folder as its hub repositories are.
+
+The reader selects tensors by the beginning of their names and takes the first configuration of the plan, wants every
+field to be there, and lists of plain numbers. Our own key, ``mfm``, stays in the file; readers tolerate it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.interchange import nnssl
+from mfm_nnunet.interchange.architecture import PRIMUS, UNETS
+from mfm_nnunet.interchange.conversion import resolved
+from mfm_nnunet.models.primus import PRIMUS_SIZES
+
+TRAINER = "mfm_nnunet"
+"""No trainer of nnssl: readers must not guess a token order from it."""
+RESENC_L = {
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+    "kernel_sizes": [[3, 3, 3]] * 6,
+    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    "n_conv_per_stage_decoder": [1] * 5,
+}
+
+
+def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
+    """Write ``checkpoint_final.pth``, ``adaptation_plan.json`` and ``config.json`` into ``folder``.
+
+    Raises MFMError: E_EXISTS when the folder holds anything, E_CONFIG for a network that the layout cannot express.
+    """
+    mfm = content["mfm"]
+    plan = adaptation_plan(mfm)
+    if folder.exists() and any(folder.iterdir()):
+        raise MFMError("E_EXISTS", f"{folder}: the folder is not empty. Choose another.")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = {
+        "network_weights": checkpoint.cpu_weights(content["network_weights"]),
+        nnssl.KEY: plan,
+        "trainer_name": TRAINER,
+        "citations": list(mfm.get("citations") or []),
+        "mfm": mfm,
+    }
+    for name, data in (("adaptation_plan.json", {**plan, "trainer_name": TRAINER}), ("config.json", {"mfm": mfm})):
+        with checkpoint.atomic_write(folder / name) as handle:
+            handle.write(json.dumps(data, indent=1).encode())
+    checkpoint.save(file, folder / "checkpoint_final.pth")
+
+
+def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
+    """``nnssl_adaptation_plan`` of a checkpoint with this description.
+
+    Raises MFMError (E_CONFIG) for 2D networks, Primus of other sizes than S, B, M and L, with other tokens than 8
+    voxels or with a convolutional stem, and classes that the layout has no name for.
+    """
+    plans = mfm["plans"]
+    configuration = resolved(plans["configurations"], mfm["configuration"])
+    if len(configuration["patch_size"]) != 3:
+        raise _cannot("2D networks")
+    class_name, kwargs, to_import = _architecture(configuration["architecture"])
+    is_primus = class_name.startswith("Primus")
+    stem = "encoder.stages.0.0.convs.0" if class_name.endswith("PlainConvUNet") else "encoder.stem.convs.0"
+    is_resampled = configuration["resampling_fn_data"] != "no_resampling_hack"
+    pretrain = {
+        "data_identifier": "foreign",
+        "preprocessor_name": configuration.get("preprocessor_name", "DefaultPreprocessor"),
+        "spacing_style": "onemmiso" if is_resampled else "noresample",
+        "normalization_schemes": list(configuration["normalization_schemes"]),
+        "use_mask_for_norm": list(configuration["use_mask_for_norm"]),
+        "resampling_fn_data": configuration["resampling_fn_data"],
+        "resampling_fn_data_kwargs": dict(configuration["resampling_fn_data_kwargs"]),
+        "resampling_fn_mask": configuration["resampling_fn_seg"],
+        "resampling_fn_mask_kwargs": dict(configuration["resampling_fn_seg_kwargs"]),
+        "spacing": [float(value) for value in configuration["spacing"]] if is_resampled else None,
+        "patch_size": list(mfm["patch_size"]),
+    }
+    return {
+        "architecture_plans": {
+            "arch_class_name": class_name,
+            "arch_kwargs": kwargs,
+            "arch_kwargs_requiring_import": to_import,
+        },
+        "pretrain_plan": {
+            "dataset_name": plans["dataset_name"],
+            "plans_name": plans["plans_name"],
+            "original_median_spacing_after_transp": plans.get("original_median_spacing_after_transp"),
+            "image_reader_writer": plans["image_reader_writer"],
+            "transpose_forward": list(plans["transpose_forward"]),
+            "transpose_backward": list(plans["transpose_backward"]),
+            "experiment_planner_used": "MFMPlanner",
+            "configurations": {pretrain["spacing_style"]: pretrain},
+        },
+        "pretrain_num_input_channels": int(mfm["num_inputs"]),
+        "recommended_downstream_patchsize": list(configuration["patch_size"]),
+        "pretrain_patch_size": list(mfm["patch_size"]),
+        "key_to_encoder": "eva" if is_primus else "encoder.stages",
+        "key_to_stem": "down_projection" if is_primus else stem.rpartition(".convs")[0],
+        "keys_to_in_proj": ["down_projection.proj"] if is_primus else [f"{stem}.conv", f"{stem}.all_modules.0"],
+        "key_to_lpe": "eva.pos_embed" if is_primus else None,
+    }
+
+
+def _architecture(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None, list[str] | None]:
+    """Class, arguments and which of them name classes, as the layout says it; named networks have no arguments."""
+    kwargs = dict(architecture["arch_kwargs"])
+    class_name = architecture["network_class_name"]
+    if class_name == PRIMUS:
+        sizes = {name: size for name, size in PRIMUS_SIZES.items() if name != "CPU"}
+        wanted = {key: kwargs[key] for key in ("embed_dim", "eva_depth", "eva_numheads")}
+        size = next((name for name, values in sizes.items() if values == wanted), None)
+        if size is None or list(kwargs["patch_embed_size"]) != [8, 8, 8] or kwargs.get("version", 1) != 1:
+            raise _cannot(
+                f"a Primus with {wanted}, tokens {kwargs['patch_embed_size']}, version {kwargs.get('version', 1)}"
+            )
+        return f"Primus{size}", None, None
+    if class_name not in UNETS.values():
+        raise _cannot(class_name)
+    if class_name == UNETS["resenc"] and all(_listed(kwargs[key], 3) == value for key, value in RESENC_L.items()):
+        return "ResEncL", None, None
+    return class_name, kwargs, list(architecture["_kw_requires_import"])
+
+
+def _listed(value: Any, num_axes: int) -> Any:
+    """Strides and kernels may be single numbers in a plan."""
+    if value and isinstance(value[0], int) and value in ([1, 2, 2, 2, 2, 2], [3] * 6):
+        return [[item] * num_axes for item in value]
+    return [list(item) if isinstance(item, (list, tuple)) else item for item in value]
+
+
+def _cannot(what: str) -> MFMError:
+    return MFMError(
+        "E_CONFIG",
+        f"nnssl's layout cannot express {what}: it has 3D ResEnc and plain U-Nets and Primus S, B, M and L. Export "
+        "as a folder of safetensors, which mfm_nnunet reads.",
+    )

@@ -1,0 +1,123 @@
+"""One way in for every checkpoint: ours, nnssl's and OpenMind's, nnU-Net's, a folder of safetensors, a hub's address.
+
+Nothing that a file holds is run. What comes out is in our layout (:class:`mfm_nnunet.interchange.conversion.Reading`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.interchange import nnssl
+from mfm_nnunet.interchange.address import fetch
+from mfm_nnunet.interchange.conversion import Reading, TokenOrder, from_nnssl, from_nnunet
+from mfm_nnunet.interchange.folder import WEIGHTS, is_folder_checkpoint, read_folder, write_folder
+from mfm_nnunet.interchange.nnssl_export import write_nnssl
+from mfm_nnunet.interchange.verify import require_whole
+from mfm_nnunet.json_files import read_json
+
+logger = logging.getLogger(__name__)
+
+FILES = (WEIGHTS, "checkpoint_final.pth")
+"""What a folder is searched for, the first that exists."""
+SIDE_PLAN = "adaptation_plan.json"
+KNOWN = (
+    "mfm_nnunet (network_weights and mfm; or a folder with model.safetensors and config.json), nnssl and OpenMind "
+    "(network_weights, nnssl_adaptation_plan), nnU-Net (network_weights, init_args), network_weights alone"
+)
+
+
+def find_checkpoint(address: str | Path) -> Path:
+    """The file, or folder of safetensors, that an address means: a path, ``file://``, or ``hf://owner/name@commit``.
+
+    Raises MFMError (E_NOT_FOUND) when there is nothing, and as :func:`mfm_nnunet.interchange.address.fetch`.
+    """
+    place = fetch(address)
+    if not place.is_dir() or is_folder_checkpoint(place):
+        return place
+    found = next((place / name for name in FILES if (place / name).is_file()), None)
+    if found is None:
+        raise MFMError(
+            "E_NOT_FOUND", f"{place}: no checkpoint in this folder. It is searched for {' and '.join(FILES)}."
+        )
+    return found
+
+
+def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Reading:
+    """The checkpoint at ``place`` in our layout; what was assumed or repaired is logged.
+
+    ``token_order`` is for Primus' weights of others where the file does not say it.
+
+    Raises MFMError: as :func:`mfm_nnunet.checkpoint.load`, E_MODEL_CORRUPT for a layout that nobody knows (the error
+    lists the known ones and the keys seen), and as the conversions do.
+    """
+    if is_folder_checkpoint(place):
+        return Reading(read_folder(place), "mfm_nnunet")
+    raw = checkpoint.load(place)
+    with about(place):
+        reading = _recognised(raw, place, token_order)
+    for note in reading.notes:
+        logger.info("%s: %s", place.name, note)
+    return reading
+
+
+def sha256(place: Path) -> str:
+    """The SHA-256 of the weights' file, in hex."""
+    return checkpoint.sha256(place / WEIGHTS if place.is_dir() else place)
+
+
+def convert(
+    place: Path, output: Path, layout: str, licence: str | None = None, token_order: TokenOrder | None = None
+) -> None:
+    """Write the checkpoint at ``place`` to ``output``: ``pth``, ``folder`` or ``nnssl``. It must be whole.
+
+    Raises MFMError: as :func:`read_checkpoint`, E_EXISTS for an output that is there, and as writing does.
+    """
+    reading = read_checkpoint(place, token_order)
+    content = {"network_weights": reading.content["network_weights"], "mfm": {**reading.mfm}}
+    if licence is not None:
+        content["mfm"]["licence"] = licence
+    require_whole(content)
+    if layout == "folder":
+        write_folder(content, output)
+    elif layout == "nnssl":
+        write_nnssl(content, output)
+    elif output.exists():
+        raise MFMError("E_EXISTS", f"{output}: this file is there already. Choose another name.")
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(content, output)
+
+
+def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | None) -> Reading:
+    if not isinstance(raw.get("network_weights"), dict):
+        keys = ", ".join(map(str, list(raw)[:5])) or "nothing"
+        raise MFMError(
+            "E_MODEL_CORRUPT",
+            f"not a checkpoint of a layout that we know: there is no 'network_weights', only {keys}. Known are: "
+            f"{KNOWN}.",
+        )
+    mfm, init_args = raw.get("mfm"), raw.get("init_args")
+    if isinstance(mfm, dict) and mfm.get("kind") == "pretrained":
+        return Reading(dict(raw), "mfm_nnunet")
+    if nnssl.KEY not in raw and isinstance(init_args, Mapping) and isinstance(init_args.get("plans"), Mapping):
+        return from_nnunet(raw, token_order)
+    if isinstance(mfm, dict):
+        raise MFMError(
+            "E_MODEL_MISMATCH", "this file of mfm_nnunet lacks the plan that its network was built from. Copy it again."
+        )
+    return from_nnssl(_with_side_plan(raw, place), token_order)
+
+
+def _with_side_plan(raw: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """A file without plan, completed from ``adaptation_plan.json`` beside it, as released repositories have it."""
+    side = place.parent / SIDE_PLAN
+    if nnssl.KEY in raw or not side.is_file():
+        return dict(raw)
+    plan = read_json(side, "Copy it again, or move it away.", "E_MODEL_CORRUPT")
+    trainer = raw.get("trainer_name") or plan.get("trainer_name")
+    return {**raw, nnssl.KEY: plan, "trainer_name": trainer}

@@ -1,0 +1,57 @@
+"""Whether a checkpoint is whole: its network can be built, and every tensor belongs to it, fits and is finite."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.build import build_network, encoder_names
+
+
+def require_whole(content: Mapping[str, Any]) -> None:
+    """Raise MFMError: E_MODEL_CORRUPT, E_NONFINITE, and as building the network, with the first tensors at fault."""
+    weights: Mapping[str, Tensor] = content["network_weights"]
+    mfm = content["mfm"]
+    network = build_network(_plans_as_seen(mfm), mfm["configuration"], mfm["num_inputs"], mfm["num_outputs"])
+    expected = network.state_dict()
+    wanted = {name for name, _ in network.named_parameters()}
+    if mfm.get("trained") == "encoder":
+        wanted = encoder_names(network)
+    aliases = _names_of_each(network)
+    missing = [name for name in sorted(wanted) if not aliases[name] & set(weights)]
+    foreign = [name for name in weights if name not in expected]
+    wrong = [name for name in weights if name in expected and weights[name].shape != expected[name].shape]
+    for what, names in (("missing", missing), ("not in its network", foreign), ("of another shape", wrong)):
+        if names:
+            raise MFMError(
+                "E_MODEL_CORRUPT",
+                f"{len(names)} tensors are {what}, e.g. {', '.join(names[:3])}. Copy it again, or import it again.",
+            )
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise MFMError("E_NONFINITE", f"the tensor {name} holds NaN or infinity. Use another checkpoint.")
+
+
+def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan with the patch that the network was trained on, which its position table is for."""
+    plans = copy.deepcopy(dict(mfm["plans"]))
+    configuration = plans["configurations"][mfm["configuration"]]
+    configuration["patch_size"] = list(mfm["patch_size"])
+    kwargs = (configuration.get("architecture") or {}).get("arch_kwargs") or {}
+    if "input_shape" in kwargs:
+        kwargs["input_shape"] = list(mfm["patch_size"])
+    return plans
+
+
+def _names_of_each(network: torch.nn.Module) -> dict[str, set[str]]:
+    """All names that a tensor has, by each of them."""
+    names: dict[int, set[str]] = {}
+    state = network.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), set()).add(name)
+    return {name: names[id(tensor)] for name, tensor in state.items()}

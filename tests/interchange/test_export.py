@@ -1,0 +1,270 @@
+"""Ours out: round trips without a bit of difference, what readers of the layout need, nothing that names a machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfm_nnunet import api, checkpoint
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.interchange import nnssl_export
+from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
+from mfm_nnunet.interchange.verify import require_whole
+from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.primus import PRIMUS_SIZES
+from mfm_nnunet.plans.schema import MFMBlock, to_dict
+from tests.architectures import resenc
+from tests.finetune import tiny
+from tests.interchange import foreign
+
+PATCH = {"resenc": (16, 16, 32), "primus": (16, 16, 32)}
+CHANNELS = (1, 3)
+
+
+@pytest.fixture(autouse=True)
+def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Primus-M with a width of 72, so that its name can be written without its 150 million parameters."""
+    monkeypatch.setitem(PRIMUS_SIZES, "M", {"embed_dim": foreign.EMBED, "eva_depth": 2, "eva_numheads": foreign.HEADS})
+
+
+def ours(family: str, num_inputs: int, folder: Path, **changes: Any) -> Path:
+    """A checkpoint as pretraining writes it."""
+    patch = PATCH[family]
+    architecture = resenc(features=foreign.FEATURES) if family == "resenc" else foreign.primus_architecture(patch)
+    configuration = {**tiny.configuration(architecture, patch), "batch_size": 2, **changes}
+    configuration["normalization_schemes"] = ["ZScoreNormalization"] * num_inputs
+    plans = tiny.plans(block=MFMBlock(network=family), **{"3d_fullres": configuration})  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    network = build_network(plans, "3d_fullres", num_inputs, 1)
+    mfm = {
+        "format": 1, "kind": "pretrained", "pretext": "mae", "plans": plans, "configuration": "3d_fullres",
+        "patch_size": list(patch), "num_inputs": num_inputs, "num_outputs": 1, "trained": "network",
+        "corpus": {"num_cases": 9, "num_subjects": 7, "hash": "ab" * 32}, "epoch": 5,
+        "citations": foreign.CITATIONS, "versions": {"mfm_nnunet": "0.1.0"},
+    }  # fmt: skip
+    checkpoint.save({"network_weights": checkpoint.cpu_weights(network.state_dict()), "mfm": mfm}, folder / "a.pth")
+    return folder / "a.pth"
+
+
+def require_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("num_inputs", CHANNELS)
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("layout", ["folder", "nnssl"])
+def test_round_trip(layout: str, family: str, num_inputs: int, tmp_path: Path) -> None:
+    file = ours(family, num_inputs, tmp_path)
+    before = read_checkpoint(file)
+    convert(file, tmp_path / "out", layout)
+    after = read_checkpoint(find_checkpoint(tmp_path / "out"))
+    require_equal(before.content["network_weights"], after.content["network_weights"])
+    assert after.mfm == json.loads(json.dumps(before.mfm))
+    require_whole(after.content)
+
+
+@pytest.mark.parametrize("num_inputs", CHANNELS)
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_a_reader_that_knows_nnssl_alone_gets_the_same(family: str, num_inputs: int, tmp_path: Path) -> None:
+    """Without our key: the plan and the tensors must be enough."""
+    file = ours(family, num_inputs, tmp_path, spacing=[3.0, 1.0, 1.0])
+    convert(file, tmp_path / "out", "nnssl")
+    content = checkpoint.load(tmp_path / "out" / "checkpoint_final.pth")
+    del content["mfm"]
+    torch.save(content, tmp_path / "foreign.pth")
+    before = read_checkpoint(file)
+    if family == "primus":
+        with pytest.raises(MFMError, match="--token-order"):
+            read_checkpoint(tmp_path / "foreign.pth")
+    after = read_checkpoint(tmp_path / "foreign.pth", "whd")
+    configurations = [reading.mfm["plans"]["configurations"]["3d_fullres"] for reading in (before, after)]
+    for key in ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm"):
+        assert configurations[0][key] == configurations[1][key]
+    assert after.mfm["num_inputs"] == num_inputs
+    one, other = (build_network(r.mfm["plans"], "3d_fullres", num_inputs, 1).eval() for r in (before, after))
+    one.load_state_dict(before.content["network_weights"])
+    other.load_state_dict(after.content["network_weights"], strict=False)
+    x = torch.randn(1, num_inputs, *PATCH[family])
+    with torch.no_grad():
+        assert torch.equal(one(x), other(x))
+
+
+def plan_of(family: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    convert(ours(family, 1, folder), folder / "out", "nnssl")
+    content = checkpoint.load(folder / "out" / "checkpoint_final.pth")
+    assert {entry.name for entry in (folder / "out").iterdir()} == {
+        "checkpoint_final.pth", "adaptation_plan.json", "config.json",
+    }  # fmt: skip
+    return content["nnssl_adaptation_plan"], content["network_weights"]
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_what_readers_of_the_layout_need(family: str, tmp_path: Path) -> None:
+    """All fields, plain lists, names that begin with the keys and hold them once."""
+    plan, weights = plan_of(family, tmp_path)
+    json.dumps(plan)
+    checkpoint.require_plain(plan)
+    assert {"architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
+            "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe"} <= set(plan)  # fmt: skip
+    assert set(plan["architecture_plans"]) == {"arch_class_name", "arch_kwargs", "arch_kwargs_requiring_import"}
+    (configuration,) = plan["pretrain_plan"]["configurations"].values()
+    assert len(configuration["spacing"]) == len(configuration["patch_size"]) == 3
+    network = build_network(read_checkpoint(tmp_path / "a.pth").mfm["plans"], "3d_fullres", 1, 1)
+    for key in ("key_to_encoder", "key_to_stem"):
+        prefix = plan[key]
+        chosen = {name for name in weights if name.startswith(prefix)}
+        assert {name.replace(f"{prefix}.", "") for name in chosen} == set(network.get_submodule(prefix).state_dict())
+    assert all(f"{key}.weight" in weights for key in plan["keys_to_in_proj"])
+    assert (plan["key_to_lpe"] in weights) if family == "primus" else plan["key_to_lpe"] is None
+    assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
+    expected = {"resenc": nnssl_export.UNETS["resenc"], "primus": "PrimusM"}
+    assert plan["architecture_plans"]["arch_class_name"] == expected[family]
+
+
+def test_resenc_l_has_its_name() -> None:
+    architecture = resenc(features=(32, 64, 128, 256, 320, 320), blocks=(1, 3, 4, 6, 6, 6))
+    assert nnssl_export._architecture(architecture) == ("ResEncL", None, None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "patch", "expected"),
+    [
+        (resenc(2), (32, 32), "2D"),
+        ({**foreign.primus_architecture((16, 16, 16))}, (16, 16, 16), "width|embed_dim"),
+    ],
+)
+def test_what_the_layout_cannot_express_is_refused(architecture: dict, patch: tuple, expected: str) -> None:
+    kwargs = architecture["arch_kwargs"]
+    if "embed_dim" in kwargs:
+        kwargs["eva_depth"] = 7
+    name = "2d" if len(patch) == 2 else "3d_fullres"
+    plans = tiny.plans(**{name: tiny.configuration(architecture, patch)})
+    mfm = {"plans": plans, "configuration": name, "patch_size": list(patch), "num_inputs": 1}
+    with pytest.raises(MFMError, match=expected) as caught:
+        nnssl_export.adaptation_plan(mfm)
+    assert caught.value.code == "E_CONFIG"
+
+
+def test_the_folder_is_a_hubs(tmp_path: Path) -> None:
+    """Weights once each, a card with the licence and the papers, no path of where it was made."""
+    convert(ours("resenc", 1, tmp_path), tmp_path / "out", "folder", licence="cc-by-4.0")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("license: cc-by-4.0", "Doe, J. (2022)", "not a medical device", "9 volumes of 7 subjects"):
+        assert text in card
+    content = read_checkpoint(tmp_path / "out").content
+    distinct = {tensor.data_ptr(): tensor.numel() for tensor in content["network_weights"].values()}
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size < 1.05 * 4 * sum(distinct.values()) + 40_000
+    for file in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["folder", "nnssl", "pth"])
+def test_nothing_is_overwritten(layout: str, tmp_path: Path) -> None:
+    file = ours("resenc", 1, tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(MFMError) as caught:
+        convert(file, tmp_path / "out", layout)
+    assert caught.value.code == "E_EXISTS"
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "E_MODEL_CORRUPT"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "E_MODEL_CORRUPT"),
+        (lambda folder: (folder / "config.json").write_text("{"), "E_MODEL_CORRUPT"),
+    ],
+)
+def test_a_damaged_folder_is_refused(damage: Any, code: str, tmp_path: Path) -> None:
+    convert(ours("resenc", 1, tmp_path), tmp_path / "out", "folder")
+    damage(tmp_path / "out")
+    with pytest.raises(MFMError) as caught:
+        read_checkpoint(tmp_path / "out")
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("edit", "code", "expected"),
+    [
+        (lambda w: w.pop("encoder.stages.0.blocks.0.conv1.conv.weight"), None, ""),  # its other name is there
+        (lambda w: [w.pop(n) for n in list(w) if "stages.0.blocks.0.conv1" in n], "E_MODEL_CORRUPT", "missing"),
+        (lambda w: w.update(other=torch.zeros(1)), "E_MODEL_CORRUPT", "not in its network"),
+        (lambda w: w.update({"decoder.seg_layers.0.bias": torch.zeros(7)}), "E_MODEL_CORRUPT", "another shape"),
+        (lambda w: w["decoder.seg_layers.0.bias"].fill_(float("nan")), "E_NONFINITE", "seg_layers"),
+    ],
+)
+def test_verify(edit: Any, code: str | None, expected: str, tmp_path: Path) -> None:
+    file = ours("resenc", 1, tmp_path)
+    content = checkpoint.load(file)
+    edit(content["network_weights"])
+    torch.save(content, file)
+    if code is None:
+        api.describe_checkpoint(file, verify=True)
+        return
+    with pytest.raises(MFMError, match=expected) as caught:
+        api.describe_checkpoint(file, verify=True)
+    assert caught.value.code == code
+    api.describe_checkpoint(file)
+
+
+# Models that were trained with labels
+
+
+def trained(architecture: dict[str, Any], patch: tuple[int, ...], folder: Path, **changes: Any) -> Path:
+    """A file of a stock trainer."""
+    plans = tiny.plans(**{"3d_fullres": tiny.configuration(architecture, patch)})
+    network = build_network(plans, "3d_fullres", 1, 3)
+    init_args = {"plans": plans, "configuration": "3d_fullres", "dataset_json": {"names": foreign.SUBJECT}}
+    content = {"network_weights": network.state_dict(), "trainer_name": "nnUNetTrainer", "init_args": init_args}
+    torch.save({**content, **changes}, folder / "checkpoint_final.pth")
+    return folder / "checkpoint_final.pth"
+
+
+def test_a_stock_model_is_supervised_pretraining(tmp_path: Path) -> None:
+    reading = read_checkpoint(trained(resenc(), (16, 16, 16), tmp_path))
+    assert (reading.layout, reading.mfm["pretext"], reading.mfm["num_outputs"]) == ("nnU-Net", "supervised", 3)
+    assert reading.mfm["plans"]["configurations"]["3d_fullres"]["architecture"] == resenc()
+    assert foreign.SUBJECT not in str(reading.content)
+    require_whole(reading.content)
+
+
+def test_a_model_of_an_older_plan_is_read_off_its_tensors(tmp_path: Path) -> None:
+    file = trained(resenc(), (16, 16, 16), tmp_path)
+    content = torch.load(file, weights_only=True)
+    configuration = content["init_args"]["plans"]["configurations"]["3d_fullres"]
+    del configuration["architecture"]
+    configuration["UNet_class_name"] = "ResidualEncoderUNet"
+    torch.save(content, file)
+    reading = read_checkpoint(file)
+    made = reading.mfm["plans"]["configurations"]["3d_fullres"]["architecture"]
+    assert made["arch_kwargs"] == resenc()["arch_kwargs"]
+
+
+def test_a_stock_primus_is_asked_for_its_token_order(tmp_path: Path) -> None:
+    """Stock's Primus trainers leave the U-Net in the plan."""
+    network = foreign.primus((16, 16, 16), num_outputs=3)
+    file = trained(resenc(), (16, 16, 16), tmp_path, network_weights=network.state_dict())
+    with pytest.raises(MFMError, match="--token-order"):
+        read_checkpoint(file)
+    reading = read_checkpoint(file, "whd")
+    assert reading.mfm["plans"]["mfm"] == to_dict(MFMBlock(network="primus"))
+    require_equal(
+        {n: t for n, t in network.state_dict().items() if not n.startswith("up_projection")},
+        {n: t for n, t in reading.content["network_weights"].items() if not n.startswith("up_projection")},
+    )
+
+
+def test_our_own_fine_tuned_primus_needs_no_word(tmp_path: Path) -> None:
+    architecture = foreign.primus_architecture((16, 16, 16))
+    reading = read_checkpoint(trained(architecture, (16, 16, 16), tmp_path, mfm={"kind": "finetuned"}))
+    assert reading.mfm["plans"]["mfm"]["network"] == "primus"
+    require_whole(reading.content)

@@ -1,0 +1,329 @@
+"""Foreign checkpoints come in: names, repairs, plans; equal outputs before and after; refusals that say why."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune.pretrained import transfer_from
+from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
+from mfm_nnunet.interchange.verify import require_whole
+from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.transfer import transfer_weights
+from mfm_nnunet.plans.like import read_source
+from tests.interchange import foreign
+
+EVERY = {**foreign.OPENMIND, **foreign.OTHERS}
+TASKS = {
+    "MAE": "mae", "SimMIM": "simmim", "MG": "models_genesis", "S3D": "spark3d", "VF": "volume_fusion", "VoCo": "voco",
+    "SimCLR": "simclr", "SwinUNETR": "swin_unetr", "nnFoundationCNN": "mae",
+}  # fmt: skip
+
+
+def network_for(mfm: dict[str, Any], num_inputs: int = 1, num_outputs: int = 3) -> nn.Module:
+    """The network that the converted plan describes, untrained, for a labelled dataset."""
+    torch.manual_seed(99)
+    return build_network(mfm["plans"], mfm["configuration"], num_inputs, num_outputs).eval()
+
+
+def encoded(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(network, "eva"):
+        return foreign.new_order(network, x)
+    return network.encoder(x)[-1]  # type: ignore[operator]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EVERY)
+def test_every_released_layout_gives_the_function_that_was_pretrained(name: str, tmp_path: Path) -> None:
+    released = EVERY[name]()
+    file = released.write(tmp_path)
+    reading = read_checkpoint(file)
+    assert reading.mfm["pretext"] == TASKS[name.rpartition("-")[2]]
+    mfm = reading.mfm
+    configuration = mfm["plans"]["configurations"]["3d_fullres"]
+    x = torch.randn(2, 1, *(released.patch if "S3D" not in name else (16, 16, 16)))
+    if hasattr(released.network, "eva"):  # the table is for the patch that was seen
+        configuration["patch_size"] = configuration["architecture"]["arch_kwargs"]["input_shape"] = mfm["patch_size"]
+    target = network_for(mfm)
+    report = transfer_weights(reading.content["network_weights"], target, source_patch_size=mfm["patch_size"])
+    assert report.encoder_share == 1.0
+    assert not report.adapted
+    expected = foreign.old_order(released.network, x) if released.is_old_order else encoded(released.network, x)
+    torch.testing.assert_close(encoded(target, x), expected, rtol=1e-5, atol=1e-5)
+    require_whole(reading.content)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_released_layout_can_be_planned_like(name: str, tmp_path: Path) -> None:
+    source = read_source(EVERY[name]().write(tmp_path))
+    assert source.network == ("primus" if name.startswith("Primus") else "resenc")
+    assert source.configuration == "3d_fullres"
+    assert not source.is_original_spacing
+
+
+@torch.no_grad()
+def test_positions_alone_would_not_be_enough() -> None:
+    """The channels that turn with the first two axes must be exchanged as well, and 5 % of error is not rounding."""
+    released = foreign.OPENMIND["PrimusM-OpenMind-MAE"]()
+    x = torch.randn(1, 1, *released.patch)
+    expected = foreign.old_order(released.network, x)
+    naive = foreign.new_order(released.network, x)
+    grid = [size // 8 for size in released.patch]
+    half = foreign.primus(released.patch)
+    table = half.eva.pos_embed  # type: ignore[union-attr]
+    table.copy_(table.reshape(1, *grid, -1).transpose(1, 2).flatten(1, 3))  # type: ignore[operator, union-attr]
+    for wrong in (naive, foreign.new_order(half, x)):
+        assert (wrong - expected).norm() > 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("num_inputs", [1, 3])
+def test_stale_copies_of_sparse_pretraining_are_replaced_under_both_names(num_inputs: int, tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-S3D"]()
+    reading = read_checkpoint(released.write(tmp_path))
+    assert any("untrained copies" in note for note in reading.notes)
+    trained = released.network.state_dict()
+    for name, tensor in reading.content["network_weights"].items():
+        assert torch.equal(tensor, trained[name]), name
+    target = network_for(reading.mfm, num_inputs)
+    transfer_weights(reading.content["network_weights"], target)
+    state = target.state_dict()
+    for name in ("conv", "all_modules.0"):
+        stem = state[f"encoder.stem.convs.0.{name}.weight"]
+        assert torch.equal(stem, trained["encoder.stem.convs.0.conv.weight"].expand_as(stem) / num_inputs)
+
+
+def test_decoders_come_along_where_there_are_any(tmp_path: Path) -> None:
+    reading = read_checkpoint(foreign.OPENMIND["ResEncL-OpenMind-VF"]().write(tmp_path))
+    report = transfer_weights(reading.content["network_weights"], network_for(reading.mfm))
+    assert "decoder.transpconvs.0.weight" in {entry.name for entry in report.loaded}
+    assert {entry.name.split(".")[1] for entry in report.new} == {"seg_layers"}
+
+
+def test_what_is_not_ours_is_reported_by_name(tmp_path: Path) -> None:
+    file = foreign.OPENMIND["ResEncL-OpenMind-VoCo"]().write(tmp_path)
+    report = transfer_from(file, network_for(read_checkpoint(file).mfm), tmp_path)
+    assert "projector.layer1.0.weight" in {entry.name for entry in report.ignored}
+    written = json.loads((tmp_path / "transfer.json").read_text())
+    assert written["layout"] == "nnssl"
+    assert "projector.layer1.0.weight" in {entry["name"] for entry in written["ignored"]}
+
+
+# Files as they are
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_are_stripped(wrapper: str, tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    weights = released.content["network_weights"]
+    released.content["network_weights"] = {f"{wrapper}{name}": tensor for name, tensor in weights.items()}
+    assert set(read_checkpoint(released.write(tmp_path)).content["network_weights"]) == {
+        name for name in weights if not name.startswith("decoder.encoder.")
+    }
+
+
+def test_an_encoder_of_another_name_is_found_by_the_files_own_words(tmp_path: Path) -> None:
+    """Wrappers inside too; a second encoder (a teacher) is not taken."""
+    released = foreign.OPENMIND["ResEncL-OpenMind-VoCo"]()
+    weights = {n: t for n, t in released.content["network_weights"].items() if n.startswith("encoder.")}
+    named = {f"online_encoder._orig_mod.{name.removeprefix('encoder.')}": tensor for name, tensor in weights.items()}
+    teacher = {f"teacher.{name.removeprefix('encoder.')}": torch.zeros_like(tensor) for name, tensor in weights.items()}
+    released.content["network_weights"] = {**teacher, **named}
+    plan = released.content["nnssl_adaptation_plan"]
+    plan |= {"key_to_encoder": "online_encoder.stages", "key_to_stem": "online_encoder.stem"}
+    reading = read_checkpoint(released.write(tmp_path))
+    assert all(torch.equal(reading.content["network_weights"][name], tensor) for name, tensor in weights.items())
+    assert set(reading.others) == set(teacher)
+    del released.content["nnssl_adaptation_plan"]
+    with pytest.raises(MFMError, match="several encoders"):
+        read_checkpoint(released.write(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_sequences_of_any_kind(kind: Callable[[Any], Any], tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    plan = released.content["nnssl_adaptation_plan"]
+    plan["recommended_downstream_patchsize"] = kind([32, 32, 32])
+    plan["pretrain_plan"]["configurations"]["onemmiso"]["spacing"] = kind([1.0, 1.0, 2.0])
+    mfm = read_checkpoint(released.write(tmp_path)).mfm
+    configuration = mfm["plans"]["configurations"]["3d_fullres"]
+    assert (configuration["patch_size"], configuration["spacing"]) == ([32, 32, 32], [1.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("missing", ["key_to_lpe", "architecture_plans", "key_to_encoder", "keys_to_in_proj"])
+@pytest.mark.parametrize("name", ["ResEncL-OpenMind-MAE", "PrimusM-OpenMind-MAE"])
+def test_fields_may_be_missing(name: str, missing: str, tmp_path: Path) -> None:
+    released = foreign.OPENMIND[name]()
+    del released.content["nnssl_adaptation_plan"][missing], released.content["citations"]
+    file = released.write(tmp_path)
+    if name.startswith("Primus") and missing == "architecture_plans":  # how many heads has a width of 72?
+        with pytest.raises(MFMError, match="how many heads") as caught:
+            read_checkpoint(file)
+        assert caught.value.code == "E_MODEL_MISMATCH"
+        return
+    assert read_checkpoint(file).mfm["citations"] == []
+
+
+def test_a_file_without_a_plan_is_read_off_its_tensors_and_says_so(tmp_path: Path) -> None:
+    reading = read_checkpoint(foreign.OPENMIND["ResEncL-OpenMind-S3D"]().write(tmp_path))
+    kwargs = reading.mfm["plans"]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert kwargs["features_per_stage"] == list(foreign.FEATURES)
+    assert kwargs["n_blocks_per_stage"] == list(foreign.BLOCKS)
+    assert kwargs["strides"] == [[1] * 3, [2] * 3, [2] * 3]
+    assert [note.partition(":")[0] for note in reading.notes] == [
+        "the file has no plan",
+        "12 tensors were untrained copies of sparse pretraining and were replaced by the trained",
+        "normalisation",
+        "spacing",
+    ]
+
+
+def test_the_plan_beside_a_file_is_used(tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    plan = released.content.pop("nnssl_adaptation_plan")
+    plan["pretrain_plan"]["configurations"]["onemmiso"]["spacing"] = [3.0, 1.0, 1.0]
+    released.write(tmp_path)
+    (tmp_path / "adaptation_plan.json").write_text(json.dumps({**plan, "trainer_name": "BaseMAETrainer"}))
+    reading = read_checkpoint(find_checkpoint(tmp_path))
+    assert reading.mfm["plans"]["configurations"]["3d_fullres"]["spacing"] == [3.0, 1.0, 1.0]
+
+
+def test_a_corpus_without_resampling_keeps_each_datasets_spacing(tmp_path: Path) -> None:
+    released = foreign.without_resampling(foreign.OTHERS["nnFoundationCNN"]())
+    assert read_source(released.write(tmp_path)).is_original_spacing
+
+
+def test_files_of_a_gpu_are_read_without_one(tmp_path: Path) -> None:
+    """The tag of the device stands in the file's pickle; it is rewritten here as a GPU's."""
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    plain, tagged = released.write(tmp_path), tmp_path / "cuda.pth"
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tagged, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                data = data.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+                assert b"cuda:0" in data
+            new.writestr(entry, data)
+    read_checkpoint(tagged)
+
+
+# Token order
+
+
+@pytest.mark.parametrize("trainer", [None, "MyTrainer"])
+def test_an_unknown_token_order_is_asked_for(trainer: str | None, tmp_path: Path) -> None:
+    released = foreign.OPENMIND["PrimusM-OpenMind-MAE"]()
+    released.content.pop("trainer_name")
+    if trainer:
+        released.content["trainer_name"] = trainer
+    file = released.write(tmp_path)
+    with pytest.raises(MFMError, match="--token-order") as caught:
+        read_checkpoint(file)
+    assert caught.value.code == "E_MODEL_MISMATCH"
+    weights = [read_checkpoint(file, order).content["network_weights"]["eva.pos_embed"] for order in ("whd", "hwd")]
+    assert not torch.equal(*weights)
+
+
+def test_unequal_first_axes_cannot_be_repaired(tmp_path: Path) -> None:
+    network = foreign.primus((16, 24, 16))
+    plan = foreign.adaptation_plan("PrimusM", (16, 24, 16))
+    file = foreign.Released(foreign.full(network.state_dict(), plan, "BaseEvaMAETrainer"), network, (16, 24, 16))
+    with pytest.raises(MFMError, match="first two axes are equal") as caught:
+        read_checkpoint(file.write(tmp_path))
+    assert caught.value.code == "E_MODEL_MISMATCH"
+    file.content["trainer_name"] = "SimMIMEvaTrainer"
+    assert read_checkpoint(file.write(tmp_path)).mfm["patch_size"] == [16, 24, 16]
+
+
+def test_the_position_table_decides_about_its_grid(tmp_path: Path) -> None:
+    """Crops of 16 voxels under a plan that says 160."""
+    released = foreign.OTHERS["PrimusM-SimCLR"]()
+    plan = released.content["nnssl_adaptation_plan"]
+    plan["recommended_downstream_patchsize"] = (160, 160, 160)
+    plan["pretrain_plan"]["configurations"]["onemmiso"]["patch_size"] = (160, 160, 160)
+    reading = read_checkpoint(released.write(tmp_path))
+    assert reading.mfm["patch_size"] == [16, 16, 16]
+    assert any(note.startswith("positions: 8 rows") for note in reading.notes)
+    configuration = reading.mfm["plans"]["configurations"]["3d_fullres"]
+    assert configuration["patch_size"] == configuration["architecture"]["arch_kwargs"]["input_shape"] == [160] * 3
+
+
+# What is refused
+
+
+def test_a_layout_nobody_knows_lists_those_that_are_known(tmp_path: Path) -> None:
+    torch.save({"model_state_dict": {"a": torch.zeros(1)}, "iteration": 3}, tmp_path / "pymic.pth")
+    with pytest.raises(MFMError) as caught:
+        read_checkpoint(tmp_path / "pymic.pth")
+    assert caught.value.code == "E_MODEL_CORRUPT"
+    for word in ("model_state_dict, iteration", "nnssl_adaptation_plan", "init_args", "model.safetensors", "pymic.pth"):
+        assert word in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("edit", "code", "hint"),
+    [
+        (lambda c: c.update(network_weights={"a": torch.zeros(1)}), "E_MODEL_MISMATCH", "no encoder"),
+        (lambda c: c["nnssl_adaptation_plan"].update(pretrain_plan=3), "E_MODEL_CORRUPT", "pretrain_plan"),
+        (lambda c: c["nnssl_adaptation_plan"].update(key_to_stem=3), "E_MODEL_CORRUPT", "key_to_stem"),
+        (
+            lambda c: c["nnssl_adaptation_plan"].update(recommended_downstream_patchsize="x"),
+            "E_MODEL_CORRUPT",
+            "recommended",
+        ),
+        (
+            lambda c: c["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"].update(
+                normalization_schemes=["CTNormalization"]
+            ),
+            "E_MODEL_MISMATCH",
+            "CTNormalization",
+        ),
+    ],
+)
+def test_broken_contents_are_refused(edit: Callable, code: str, hint: str, tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    edit(released.content)
+    file = released.write(tmp_path)
+    with pytest.raises(MFMError, match=re.escape(str(file))) as caught:
+        read_checkpoint(file)
+    assert caught.value.code == code
+    assert hint in caught.value.message
+
+
+def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(MFMError, match="no checkpoint in this folder") as caught:
+        find_checkpoint(tmp_path)
+    assert caught.value.code == "E_NOT_FOUND"
+
+
+# Import
+
+
+@pytest.mark.parametrize("name", ["PrimusM-OpenMind-MAE", "ResEncL-OpenMind-S3D"])
+def test_what_is_imported_names_nobody_and_is_ours(name: str, tmp_path: Path) -> None:
+    file = EVERY[name]().write(tmp_path)
+    assert foreign.SUBJECT.encode() in file.read_bytes()
+    assert read_checkpoint(file).names_subjects
+    convert(file, tmp_path / "ours.pth", "pth", licence="cc-by-4.0")
+    assert foreign.SUBJECT.encode() not in (tmp_path / "ours.pth").read_bytes()
+    assert str(tmp_path).encode() not in (tmp_path / "ours.pth").read_bytes()
+    reading = read_checkpoint(tmp_path / "ours.pth")
+    assert reading.layout == "mfm_nnunet"
+    assert reading.mfm["licence"] == "cc-by-4.0"
+    assert reading.mfm["citations"] == foreign.CITATIONS
+    before = read_checkpoint(file).content["network_weights"]
+    after = reading.content["network_weights"]
+    assert set(before) == set(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    distinct = {tensor.data_ptr(): tensor.numel() * 4 for tensor in after.values()}
+    assert (tmp_path / "ours.pth").stat().st_size < 1.2 * sum(distinct.values()) + 300 * len(after) + 20_000
+    checkpoint.require_plain(reading.content)
