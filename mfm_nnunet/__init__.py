@@ -1,7 +1,8 @@
 """mfm_nnunet: nnU-Net with weights learned without labels.
 
-The four jobs as functions, imported when first used so that ``import mfm_nnunet`` stays fast:
-``plan_and_preprocess``, ``pretrain``, ``train``, ``predict``. They raise exceptions and never exit the process.
+The jobs as functions, imported when first used so that ``import mfm_nnunet`` stays fast: ``plan_and_preprocess``,
+``pretrain``, ``train``, ``predict``, ``describe_checkpoint``, ``convert_checkpoint``. They raise exceptions and never
+exit the process.
 """
 
 from __future__ import annotations
@@ -11,13 +12,28 @@ from typing import TYPE_CHECKING, Any
 from mfm_nnunet.version import __version__
 
 if TYPE_CHECKING:
-    from mfm_nnunet.api import plan_and_preprocess, predict, pretrain, train
+    from mfm_nnunet.api import (
+        convert_checkpoint,
+        describe_checkpoint,
+        plan_and_preprocess,
+        predict,
+        pretrain,
+        train,
+    )
 
-__all__ = ["__version__", "plan_and_preprocess", "predict", "pretrain", "train"]
+__all__ = [
+    "__version__",
+    "convert_checkpoint",
+    "describe_checkpoint",
+    "plan_and_preprocess",
+    "predict",
+    "pretrain",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"plan_and_preprocess", "predict", "pretrain", "train"}:
+    if name in __all__:
         from mfm_nnunet import api
 
         return getattr(api, name)

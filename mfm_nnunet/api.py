@@ -1,4 +1,4 @@
-"""The four jobs as functions: plan and preprocess, pretrain, train, predict. They raise and never exit.
+"""The jobs as functions: plan and preprocess, pretrain, train, predict, convert checkpoints. They raise and never exit.
 
 This is where the parts are put together; each part knows only what the architecture test allows it to know.
 """

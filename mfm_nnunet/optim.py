@@ -6,7 +6,7 @@ A schedule is a pure function of the epoch, so resuming a run needs no schedule 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -23,9 +23,15 @@ def learning_rate_factor(epoch: float, epochs: int, warmup_epochs: float) -> flo
 
 
 def make_optimizer(
-    parameters: Iterable[torch.nn.Parameter], kind: Literal["sgd", "adamw"], learning_rate: float, weight_decay: float
+    parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+    kind: Literal["sgd", "adamw"],
+    learning_rate: float,
+    weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """nnU-Net's SGD (Nesterov momentum 0.99), or AdamW with betas (0.9, 0.98) as Primus uses it (arXiv 2503.01835)."""
+    """nnU-Net's SGD (Nesterov momentum 0.99), or AdamW with betas (0.9, 0.98) as Primus uses it (arXiv 2503.01835).
+
+    ``parameters`` may be torch's parameter groups.
+    """
     if kind == "sgd":
         return torch.optim.SGD(parameters, learning_rate, momentum=0.99, nesterov=True, weight_decay=weight_decay)
     return torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)

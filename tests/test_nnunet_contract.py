@@ -280,8 +280,9 @@ def trainer(workspace: Path) -> nnUNetTrainer:
 
 
 OWN = {
-    "autocast_dtype", "block", "pretrained_checkpoint", "settings", "stop_flag",
-    "_last_plot", "_stop_if_asked", "_update",
+    "autocast_dtype", "average", "averaged", "block", "new_weights", "prepare", "pretrained_checkpoint", "settings",
+    "stop_flag", "_drop_gradients_of_the_still", "_last_plot", "_num_steps", "_still", "_stop_if_asked", "_transfer",
+    "_update", "_validate",
 }  # fmt: skip
 """What MFMTrainer adds. Everything else that it uses, or sets, must be stock's, or setting it would do nothing."""
 

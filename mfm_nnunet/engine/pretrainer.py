@@ -24,12 +24,12 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.data.crops import CropStream, batches
 from mfm_nnunet.device import autocast
 from mfm_nnunet.engine import report
-from mfm_nnunet.engine.average import WeightAverage
 from mfm_nnunet.engine.compilation import compile_network
 from mfm_nnunet.engine.distributed import ALONE, World, any_true, mean
 from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import StoppedError
+from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.precision import require_sound_bf16
 from mfm_nnunet.optim import learning_rate_factor, make_optimizer
 from mfm_nnunet.plans.schema import PretrainSettings, resolved_warmup

@@ -51,8 +51,11 @@ def fold_value(fold: int | str) -> int | str:
 
 def check_data(
     workspace: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str, fold: int | str
-) -> None:
-    """Raise MFMError unless the configuration is in the plan and its preprocessed data can train the fold."""
+) -> int:
+    """The number of labelled cases that train the fold.
+
+    Raises MFMError unless the configuration is in the plan and its preprocessed data can train the fold.
+    """
     if configuration not in plans["configurations"]:
         raise MFMError(
             "E_CONFIG",
@@ -69,7 +72,7 @@ def check_data(
             f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
         )
     require_fingerprint(folder)
-    require_fold(fold, folder, cases, workspace.raw / dataset_name)
+    return require_fold(fold, folder, cases, workspace.raw / dataset_name)
 
 
 def check_previous_stage(plans: dict[str, Any], configuration: str, dataset_folder: Path, trainer: str) -> None:

@@ -11,20 +11,38 @@ from torch import nn
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import about
+from mfm_nnunet.interchange.conversion import Reading
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
-from mfm_nnunet.models.transfer import Entry, TransferReport, transfer_weights
+from mfm_nnunet.models.build import part_of, stem_names
+from mfm_nnunet.models.transfer import (
+    Entry,
+    Parts,
+    Topology,
+    TransferReport,
+    transfer_weights,
+    unwrapped,
+    without_wrapper_prefixes,
+)
 
 
-def describe(file: Path) -> dict[str, Any]:
+def describe(file: Path, reading: Reading) -> dict[str, Any]:
     """What a plan says about its checkpoint: file name, SHA-256 and pretext task. Never a path."""
-    pretext = read_checkpoint(file).mfm.get("pretext")
-    return {"name": file.name, "sha256": sha256(file), "pretext": pretext}
+    return {"name": file.name, "sha256": sha256(file), "pretext": reading.mfm.get("pretext")}
 
 
-def transfer_from(file: Path, network: nn.Module, output_folder: Path) -> TransferReport:
-    """Move the weights of ``file`` into ``network`` in place and write the report as ``transfer.json``.
+def has_decoder(reading: Reading, network: nn.Module) -> bool:
+    """Whether a checkpoint holds weights of a decoder, as ``network`` names it."""
+    names = without_wrapper_prefixes(reading.content["network_weights"])
+    return any(part_of(name, network) == "decoder" for name in names)
 
-    ``file`` is of any layout that :func:`mfm_nnunet.interchange.read.read_checkpoint` knows.
+
+def transfer_from(
+    file: Path, network: nn.Module, output_folder: Path, parts: Parts = "all_but_heads", topology: Topology = "fit"
+) -> TransferReport:
+    """Move ``parts`` of the weights of ``file`` into ``network`` in place and write the report as ``transfer.json``.
+
+    ``file`` is of any layout that :func:`mfm_nnunet.interchange.read.read_checkpoint` knows; ``topology`` says whether
+    kernels of another size are adapted.
 
     Raises MFMError as reading does, and (E_MODEL_MISMATCH) when the network is another one.
     """
@@ -36,6 +54,8 @@ def transfer_from(file: Path, network: nn.Module, output_folder: Path) -> Transf
             network,
             source_patch_size=reading.mfm.get("patch_size") or configuration.get("patch_size"),
             source_network=(configuration.get("architecture") or {}).get("network_class_name"),
+            parts=parts,
+            topology=topology,
         )
     others = tuple(Entry(name, tensor.numel(), "not in this network") for name, tensor in reading.others.items())
     report = dataclasses.replace(report, ignored=(*report.ignored, *others))
@@ -43,3 +63,15 @@ def transfer_from(file: Path, network: nn.Module, output_folder: Path) -> Transf
     with atomic_write(output_folder / "transfer.json") as handle:
         handle.write(json.dumps({"checkpoint": file.name, **notes, **report.to_dict()}, indent=1).encode())
     return report
+
+
+def untrained_names(report: TransferReport, network: nn.Module) -> set[str]:
+    """Names (of ``named_parameters``) of what the checkpoint did not train for this network.
+
+    That is what stayed new, and the stem's projection where it was adapted to other channels.
+    """
+    plain = unwrapped(network)
+    stem = stem_names(plain)
+    projections = tuple(f"{e.name.rpartition('.')[0]}." for e in report.adapted if e.name in stem)
+    new = {entry.name for entry in report.new}
+    return {name for name, _ in plain.named_parameters() if name in new or name.startswith(projections)}

@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from mfm_nnunet.children import call_recorded, raise_recorded
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
+from mfm_nnunet.finetune.advice import Family, advised
 from mfm_nnunet.finetune.checks import (
     check_data,
     check_previous_stage,
@@ -30,8 +33,9 @@ from mfm_nnunet.finetune.checks import (
     fold_value,
     read_dataset_json,
 )
-from mfm_nnunet.finetune.pretrained import describe, transfer_from
+from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_from
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans.schema import MFMBlock, block_of, to_dict
@@ -92,7 +96,7 @@ def run_training(
         raise MFMError("E_CONFIG", f"trainer {trainer} reads no settings; --set works with MFMTrainer.")
     fold = fold_value(fold)
     dataset_json = read_dataset_json(workspace, dataset_name)
-    check_data(workspace, dataset_name, plans, configuration, fold)
+    num_cases = check_data(workspace, dataset_name, plans, configuration, fold)
     results = workspace.results / dataset_name
     check_previous_stage(plans, configuration, results, found.__name__)
     folder = results / f"{found.__name__}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
@@ -102,8 +106,16 @@ def run_training(
         unfinished.unlink()
     if is_ours:
         with about(plans_file):
-            _check_plan(plans, configuration)
-        plans = _with_settings(plans, configuration, folder, overrides, pretrained_weights, start_from)
+            network = _checked_network(plans, configuration)
+        block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, num_cases)
+        groups.require_fitting(block.finetune, network, num_gpus > 1)
+        groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
+        _require_a_crop_each(block, plans, configuration, num_gpus)
+        if start_from is None:
+            run_settings.save(folder, block, plans)
+        logger.info("run folder: %s", folder)
+        logger.info("settings:\n%s", run_settings.format_settings(block))
+        plans = {**plans, "mfm": to_dict(block)}
     job = Job(
         trainer, plans, configuration, fold, dataset_json, folder,
         used, None if start_from else pretrained_weights, start_from, only_validate, save_probabilities,
@@ -144,35 +156,52 @@ def execute(job: Job) -> None:
         trainer.perform_actual_validation(job.save_probabilities)
 
 
-def _check_plan(plans: dict[str, Any], configuration: str) -> None:
-    """See that the settings can be read and the network can be built, from trusted names, before nnU-Net builds it."""
+def _checked_network(plans: dict[str, Any], configuration: str) -> nn.Module:
+    """The plan's network, built from trusted names before nnU-Net builds it, once the settings can be read."""
     block_of(plans)
     channels = PlansManager(plans).get_configuration(configuration).normalization_schemes
-    build_network(plans, configuration, len(channels), 2)
+    return build_network(plans, configuration, len(channels), 2)
 
 
-def _with_settings(
+def _settings(
     plans: dict[str, Any],
-    configuration: str,
     folder: Path,
     overrides: Sequence[str],
     pretrained_weights: Path | None,
     start_from: Path | None,
-) -> dict[str, Any]:
-    """The plan with the resolved settings in its block; they are logged and saved in the run folder."""
-    about = describe(pretrained_weights) if pretrained_weights is not None else None
+    network: nn.Module,
+    num_cases: int,
+) -> MFMBlock:
+    """The resolved settings of a run; a continued one has those that it began with.
+
+    Raises MFMError (E_CONFIG) when a setting is impossible, or a continued run would get another one.
+    """
+    about, advice = None, []
+    if pretrained_weights is not None:
+        source = read_checkpoint(pretrained_weights)
+        about = describe(pretrained_weights, source)
+        family: Family = "primus" if hasattr(network, "eva") else "resenc"
+        advice = advised(family, num_cases, about["pretext"], has_decoder(source, network))
     saved = run_settings.load(folder, plans) if start_from is not None else None
     base = saved or block_of(plans)
     if start_from is None:
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))
-    block: MFMBlock = run_settings.resolve(base, overrides, about)
+    block = run_settings.resolve(base, overrides, about, advice if start_from is None else ())
     if saved is not None:
-        run_settings.require_same(saved, block, folder)
-    if start_from is None:
-        run_settings.save(folder, block, plans)
-    logger.info("run folder: %s", folder)
-    logger.info("settings:\n%s", run_settings.format_settings(block))
-    return {**plans, "mfm": to_dict(block)}
+        # Settings that are younger than the run are resolved on both sides.
+        run_settings.require_same(run_settings.resolve(saved, (), None), block, folder)
+    return block
+
+
+def _require_a_crop_each(block: MFMBlock, plans: dict[str, Any], configuration: str, num_gpus: int) -> None:
+    """Raise MFMError (E_CONFIG) when a step has fewer crops than there are GPUs."""
+    batch_size = block.finetune.batch_size or PlansManager(plans).get_configuration(configuration).batch_size
+    if batch_size < num_gpus:
+        raise MFMError(
+            "E_CONFIG",
+            f"finetune.batch_size={batch_size}: -num_gpus {num_gpus} needs at least one crop per GPU. Use fewer GPUs, "
+            "or raise it.",
+        )
 
 
 @contextlib.contextmanager

@@ -5,30 +5,39 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import MFMError, about, nearest
+from mfm_nnunet.finetune.advice import Advice, applied
 from mfm_nnunet.json_files import read_json
 from mfm_nnunet.plans.schema import (
     MFMBlock,
     from_dict,
     override,
-    require_legal_schedule,
+    require_legal_finetuning,
+    resolved_decoder_epochs,
     resolved_warmup,
     setting_names,
     to_dict,
 )
+
+logger = logging.getLogger(__name__)
 
 FILE = "settings.json"
 MAY_DIFFER = ("num_workers",)
 """Settings that a continued run may change, because they do not change its result."""
 
 
-def resolve(block: MFMBlock, overrides: Sequence[str], pretrained: Mapping[str, Any] | None) -> MFMBlock:
-    """The block with ``name=value`` overrides and the checkpoint's description applied, and the warm-up resolved.
+def resolve(
+    block: MFMBlock, overrides: Sequence[str], pretrained: Mapping[str, Any] | None, advice: Sequence[Advice] = ()
+) -> MFMBlock:
+    """The block with ``name=value`` overrides and the checkpoint's description applied, and what is open resolved.
+
+    ``advice`` is taken for what is open then and logged with its reasons.
 
     Raises MFMError (E_CONFIG) for an unknown setting, one that training does not have, and an impossible value.
     """
@@ -36,11 +45,18 @@ def resolve(block: MFMBlock, overrides: Sequence[str], pretrained: Mapping[str, 
         _require_of_training(assignment.partition("=")[0].strip(), block)
     block = override(block, overrides)
     settings = block.finetune
-    require_legal_schedule(settings, "finetune.")
+    require_legal_finetuning(settings)
     if (block.num_workers or 0) < 0:
         raise MFMError("E_CONFIG", f"num_workers={block.num_workers}: must not be below 0.")
-    warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
-    settings = dataclasses.replace(settings, warmup_epochs=warmup)
+    settings, taken = applied(settings, list(advice))
+    for item in taken:
+        logger.info("finetune.%s=%s: %s", item.name, item.value, item.reason)
+    settings = dataclasses.replace(
+        settings,
+        warmup_epochs=resolved_warmup(settings.warmup_epochs, settings.epochs),
+        decoder_epochs=resolved_decoder_epochs(settings),
+        layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,
+    )
     if pretrained is not None:
         settings = dataclasses.replace(settings, checkpoint=dict(pretrained))
     return dataclasses.replace(block, finetune=settings)

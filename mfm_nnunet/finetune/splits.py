@@ -25,8 +25,8 @@ Split = dict[str, list[str]]
 """One fold: the case names under "train" and "val"."""
 
 
-def require_fold(fold: int | str, preprocessed_folder: Path, cases: Sequence[str], raw_folder: Path | None) -> None:
-    """Make sure that ``fold`` can be trained, writing the split file if there is none.
+def require_fold(fold: int | str, preprocessed_folder: Path, cases: Sequence[str], raw_folder: Path | None) -> int:
+    """Make sure that ``fold`` can be trained, writing the split file if there is none; the number of training cases.
 
     ``cases`` are the preprocessed ones; ``raw_folder`` tells which belong to one subject, where it exists.
     Raises MFMError (E_CONFIG): no cases, a fold that does not exist, a split that names other cases.
@@ -36,7 +36,7 @@ def require_fold(fold: int | str, preprocessed_folder: Path, cases: Sequence[str
             "E_CONFIG", f"{preprocessed_folder.name} has no labelled cases, so there is nothing to train on."
         )
     if fold == "all":
-        return
+        return len(cases)
     splits = ensure_splits(preprocessed_folder, cases, subjects_of(raw_folder))
     if not isinstance(fold, int) or not 0 <= fold < len(splits):
         raise MFMError(
@@ -45,6 +45,7 @@ def require_fold(fold: int | str, preprocessed_folder: Path, cases: Sequence[str
             f"(training on everything). They are defined in {preprocessed_folder / 'splits_final.json'}.",
         )
     _check_split(splits[fold], fold, cases, preprocessed_folder / "splits_final.json")
+    return len(splits[fold]["train"])
 
 
 def ensure_splits(

@@ -10,8 +10,9 @@ import torch
 
 from mfm_nnunet.checkpoint import cpu_weights, to_plain
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune.lora import merged_state
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
-from mfm_nnunet.plans.schema import FORMAT, to_dict
+from mfm_nnunet.plans.schema import FORMAT, FinetuneSettings, to_dict
 
 if TYPE_CHECKING:
     from mfm_nnunet.finetune.trainer import MFMTrainer
@@ -21,7 +22,7 @@ def content_of(trainer: MFMTrainer) -> dict[str, Any]:
     """nnU-Net's keys and ours (``mfm``); the state at the end of the trainer's current epoch."""
     scaler = trainer.grad_scaler
     content = {
-        "network_weights": cpu_weights(unwrapped(trainer.network).state_dict()),
+        **_weights_of(trainer),
         "optimizer_state": _on_cpu(trainer.optimizer.state_dict()),
         "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
         "logging": trainer.logger.get_checkpoint(),
@@ -40,6 +41,7 @@ def content_of(trainer: MFMTrainer) -> dict[str, Any]:
             "kind": "finetuned",
             "finetune": to_dict(trainer.block.finetune),
             "source": trainer.block.source,
+            "new_weights": None if trainer.new_weights is None else sorted(trainer.new_weights),
             "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
         },
     }
@@ -51,18 +53,26 @@ def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
 
     Raises MFMError: E_MODEL_MISMATCH when it is of another network, E_MODEL_CORRUPT when it is not a whole run.
     """
-    missing = {"network_weights", "optimizer_state", "logging", "_best_ema", "current_epoch", "init_args"} - set(
-        content
-    )
+    trained = "trained_weights" if _ships_other_weights(trainer) else "network_weights"
+    wanted = {"network_weights", trained, "optimizer_state", "logging", "_best_ema", "current_epoch", "init_args"}
+    wanted |= {"averaged_weights"} if trainer.average is not None else set()
+    missing = wanted - set(content)
+    names = (content.get("mfm") or {}).get("new_weights")
+    if names is None and trainer.settings.checkpoint is not None and needs_names(trainer.settings):
+        missing.add("mfm.new_weights")
     if missing:
         raise MFMError(
             "E_MODEL_CORRUPT",
-            f"a checkpoint in {trainer.output_folder} is no state of a run: {', '.join(sorted(missing))} missing.",
+            f"a checkpoint in {trainer.output_folder} is no state of this run: {', '.join(sorted(missing))} missing. "
+            "Move the folder away and train again.",
         )
+    trainer.prepare(None if names is None else set(names))
     try:
-        unwrapped(trainer.network).load_state_dict(without_wrapper_prefixes(content["network_weights"]))
+        unwrapped(trainer.network).load_state_dict(without_wrapper_prefixes(content[trained]))
         trainer.optimizer.load_state_dict(content["optimizer_state"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        if trainer.average is not None:
+            trainer.average.load_state_dict(content["averaged_weights"])
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise MFMError(
             "E_MODEL_MISMATCH",
             f"a checkpoint in {trainer.output_folder} is of another network than the plan: {error}",
@@ -75,6 +85,30 @@ def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
         trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
     if trainer.grad_scaler is not None and content.get("grad_scaler_state"):
         trainer.grad_scaler.load_state_dict(content["grad_scaler_state"])
+
+
+def needs_names(settings: FinetuneSettings) -> bool:
+    """Whether a run can only go on when it is known which weights came from the checkpoint."""
+    return settings.schedule == "sawtooth" or settings.train != "all"
+
+
+def _ships_other_weights(trainer: MFMTrainer) -> bool:
+    """Whether what is validated and shipped (``network_weights``) is not what the optimizer steps."""
+    return trainer.average is not None or trainer.settings.train == "lora"
+
+
+def _weights_of(trainer: MFMTrainer) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights to ship and, where training goes on with others, those and the averages."""
+    network = unwrapped(trainer.network)
+    with trainer.averaged():
+        states = {"network_weights": merged_state(network)}
+    if _ships_other_weights(trainer):
+        states["trained_weights"] = network.state_dict()
+    if trainer.average is not None:
+        states["averaged_weights"] = trainer.average.state_dict()
+    # Together, so that a tensor which is in several of them is in the file once.
+    flat = cpu_weights({f"{part}/{name}": tensor for part, state in states.items() for name, tensor in state.items()})
+    return {part: {name: flat[f"{part}/{name}"] for name in state} for part, state in states.items()}
 
 
 def _on_cpu(value: Any) -> Any:

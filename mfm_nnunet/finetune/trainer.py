@@ -7,7 +7,9 @@ that was killed and continued ends in the same weights as an unbroken one, bit f
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,34 +22,21 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from mfm_nnunet import checkpoint
 from mfm_nnunet.device import autocast, default_workers
 from mfm_nnunet.errors import StoppedError
-from mfm_nnunet.finetune import state, validation
+from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
 from mfm_nnunet.finetune.preprocessed import forget_cases, preprocessed_cases, require_fingerprint, shareable
-from mfm_nnunet.finetune.pretrained import transfer_from
+from mfm_nnunet.finetune.pretrained import transfer_from, untrained_names
+from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, in_words
 from mfm_nnunet.finetune.splits import require_fold
+from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.precision import require_sound_bf16
 from mfm_nnunet.models.transfer import unwrapped
-from mfm_nnunet.optim import learning_rate_factor, make_optimizer
-from mfm_nnunet.plans.schema import block_of, resolved_warmup
+from mfm_nnunet.optim import make_optimizer
+from mfm_nnunet.plans.schema import block_of
 from mfm_nnunet.stopping import StopFlag
 
 CUDA = torch.device("cuda")
 SECONDS_BETWEEN_PLOTS = 300.0
-
-
-class EpochSchedule:
-    """Sets the learning rate as a pure function of the epoch, so it needs no state in checkpoints."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, peak: float, epochs: int, warmup_epochs: int) -> None:
-        self.optimizer = optimizer
-        self.peak = peak
-        self.epochs = epochs
-        self.warmup_epochs = warmup_epochs
-
-    def step(self, epoch: int) -> None:
-        """Linear warm-up, then nnU-Net's polynomial decay."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * learning_rate_factor(epoch, self.epochs, self.warmup_epochs)
 
 
 class MFMTrainer(nnUNetTrainer):
@@ -58,6 +47,10 @@ class MFMTrainer(nnUNetTrainer):
 
     pretrained_checkpoint: Path | None = None
     stop_flag: StopFlag | None = None
+    new_weights: Collection[str] | None = None
+    """Names of the parameters that did not come from a checkpoint; None from scratch."""
+    average: WeightAverage | None = None
+    """The averaged weights, where they are validated and shipped."""
     _best_ema: float | None
 
     def __init__(
@@ -73,6 +66,12 @@ class MFMTrainer(nnUNetTrainer):
         self.num_iterations_per_epoch = self.settings.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.validation_iterations
         self.save_every = 1
+        if self.settings.batch_size is not None:
+            # In the trainer's own view of the configuration; the plan that is saved stays as it is.
+            changed = {**self.configuration_manager.configuration, "batch_size": self.settings.batch_size}
+            self.configuration_manager.configuration = changed
+        self._still: list[torch.nn.Parameter] = []
+        self._num_steps = 0
         self.autocast_dtype = _autocast_dtype(self.settings.precision, self.device)
         if self.autocast_dtype is not torch.float16:  # only fp16 needs its losses scaled
             self.grad_scaler = None
@@ -86,26 +85,71 @@ class MFMTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Build the network under the seed, then move the pretrained weights into it.
 
-        Raises MFMError when the checkpoint cannot be read or belongs to another network, or bf16 cannot be had.
+        Raises MFMError when the checkpoint cannot be read or belongs to another network, when bf16 cannot be had, and
+        when the settings do not fit the network or what the checkpoint holds.
         """
         seed_everything(seed_of(self.block.seed, "network", 0))
         super().initialize()
         if self.autocast_dtype is torch.bfloat16:
             patch_size = self.configuration_manager.patch_size
             require_sound_bf16(unwrapped(self.network), patch_size, self.device, "finetune.precision")
-        if self.pretrained_checkpoint is not None:
-            report = transfer_from(self.pretrained_checkpoint, self.network, Path(self.output_folder))
-            self.print_to_log_file(f"weights from {self.pretrained_checkpoint.name}:\n{report.summary()}")
-            self.print_to_log_file(report.details(), also_print_to_console=False)
+        network = unwrapped(self.network)
+        groups.require_fitting(self.settings, network, self.is_ddp)
+        new = self._transfer() if self.pretrained_checkpoint is not None else None
+        if self.settings.train == "lora":
+            seed_everything(seed_of(self.block.seed, "adapters", 0))
+            lora.add_adapters(network, self.settings.lora_rank, self.settings.lora_alpha)
+        self.prepare(new)
+
+    def _transfer(self) -> set[str]:
+        """Move the pretrained weights into the network and report it; names of what is new."""
+        assert self.pretrained_checkpoint is not None, "there is a checkpoint"
+        parts = "all_but_heads" if self.settings.parts == "auto" else self.settings.parts
+        folder, topology = Path(self.output_folder), self.settings.transfer
+        report = transfer_from(self.pretrained_checkpoint, self.network, folder, parts, topology)
+        self.print_to_log_file(f"weights from {self.pretrained_checkpoint.name}:\n{report.summary()}")
+        self.print_to_log_file(report.details(), also_print_to_console=False)
+        groups.require_no_random_rest(self.settings, unwrapped(self.network), [entry.name for entry in report.new])
+        return untrained_names(report, self.network)
+
+    def prepare(self, new_weights: Collection[str] | None) -> None:
+        """Make what depends on where the weights came from: optimizer, schedule, average; before the first step.
+
+        ``new_weights`` names the parameters that did not come from a checkpoint; None from scratch.
+        """
+        self.new_weights = new_weights
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        network = unwrapped(self.network)
+        self._still = groups.hold_still(network, self.lr_scheduler.all_trained_names(), self.is_ddp)
+        decay = self.settings.ema_decay
+        self.average = WeightAverage(network, decay) if decay is not None else None
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule]:
-        """One optimizer for all parameters, and the schedule of its learning rate."""
-        settings = self.settings
+        """One optimizer for all parameters that ever learn, in groups, and the schedule of their learning rates."""
+        settings, network = self.settings, unwrapped(self.network)
+        described = groups.groups_of(network, settings, self.new_weights)
+        parameters = dict(network.named_parameters())
         optimizer = make_optimizer(
-            self.network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay
+            [{"params": [parameters[name] for name in group.names]} for group in described],
+            settings.optimizer,
+            settings.learning_rate,
+            settings.weight_decay,
         )
-        warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
-        return optimizer, EpochSchedule(optimizer, settings.learning_rate, settings.epochs, warmup)
+        phases = Phases.of(settings, self.new_weights is not None)
+        return optimizer, EpochSchedule(optimizer, described, settings.learning_rate, phases)
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Inside, the network holds what is validated and shipped: the averaged weights, where there are any."""
+        return self.average.in_place() if self.average is not None else contextlib.nullcontext()
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+        """As nnU-Net; without mirroring where the settings say so, in prediction neither."""
+        rotation, do_dummy_2d, initial_patch, axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if not self.settings.mirroring:
+            axes = self.inference_allowed_mirroring_axes = None
+        return rotation, do_dummy_2d, initial_patch, axes
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Networks without a decoder pyramid, and runs without deep supervision, stay as they are."""
@@ -145,16 +189,31 @@ class MFMTrainer(nnUNetTrainer):
         """Nothing: the drawing package that nnU-Net tries is not maintained."""
 
     def on_train_start(self) -> None:
-        """As nnU-Net; MFMError (E_NOT_FOUND) without the fingerprint that goes into the model folder."""
+        """As nnU-Net, and say what learns.
+
+        Raises MFMError: E_NOT_FOUND without the fingerprint that goes into the model folder, E_CONFIG when random
+        weights would never learn.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        groups.require_pretrained(self.settings, self.new_weights is not None)
         require_fingerprint(Path(self.preprocessed_dataset_folder_base))
         super().on_train_start()
+        for line in in_words(self.lr_scheduler, self.settings, unwrapped(self.network)):
+            self.print_to_log_file(line)
         if self.local_rank == 0:
             forget_cases(Path(self.output_folder_base) / "dataset_fingerprint.json")
 
     def on_train_epoch_start(self) -> None:
-        """Seed what draws during training (drop path, dropout) from the epoch, so resuming needs no random state."""
+        """Seed what draws during training (drop path, dropout) from the epoch, so resuming needs no random state.
+
+        Which parameters learn follows from the epoch too.
+        """
         seed_everything(seed_of(self.block.seed, f"epoch {self.local_rank}", self.current_epoch))
         super().on_train_epoch_start()
+        trained = self.lr_scheduler.trained_names(self.current_epoch)
+        self._still = groups.hold_still(unwrapped(self.network), trained, self.is_ddp)
+        self._num_steps = self.current_epoch * self.num_iterations_per_epoch
 
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
         """One gradient step, clipped as the settings say; StoppedError after it when a signal came.
@@ -178,18 +237,24 @@ class MFMTrainer(nnUNetTrainer):
                 f"({self.settings.learning_rate})."
             )
         self._update(loss)
+        if self.average is not None:
+            self.average.update(self._num_steps)
+        self._num_steps += 1
         self._stop_if_asked()
         return {"loss": loss.detach().cpu().numpy()}
 
     def validation_step(self, batch: Batch) -> dict[str, Any]:
-        """As nnU-Net; StoppedError after it when a signal came."""
-        result = super().validation_step(batch)
+        """As nnU-Net, with the weights that are shipped; StoppedError after it when a signal came."""
+        with self.averaged():
+            result = super().validation_step(batch)
         self._stop_if_asked()
         return result
 
     def on_epoch_end(self) -> None:
         """Log the epoch, save ``checkpoint_best`` as nnU-Net and ``checkpoint_latest`` always, plot now and then."""
         self.logger.log("epoch_end_timestamps", time.time(), self.current_epoch)
+        # As a continued run reads it: NumPy's float32 would round nnU-Net's moving average of the Dice otherwise.
+        self.logger.load_checkpoint(checkpoint.to_plain(self.logger.get_checkpoint()))
         last = {key: values[-1] for key, values in self.logger.get_checkpoint().items()}
         dice = np.round(last["dice_per_class_or_region"], 4).tolist()
         seconds = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
@@ -235,10 +300,12 @@ class MFMTrainer(nnUNetTrainer):
         state.restore(self, content if isinstance(content, dict) else checkpoint.load_weights(content))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict the fold's validation cases and write ``validation/summary.json``, in this process.
+        """Predict the fold's validation cases with the shipped weights and write ``validation/summary.json``."""
+        with self.averaged():
+            self._validate(save_probabilities)
 
-        Cascades and several GPUs are left to nnU-Net's own way.
-        """
+    def _validate(self, save_probabilities: bool) -> None:
+        """In this process; cascades and several GPUs are left to nnU-Net's own way."""
         has_next_stage = self.configuration_manager.next_stage_names is not None
         if self.is_ddp or self.is_cascaded or has_next_stage:
             super().perform_actual_validation(save_probabilities)
@@ -259,14 +326,21 @@ class MFMTrainer(nnUNetTrainer):
         """Backward, clip and step, with loss scaling where there is any."""
         if self.grad_scaler is None:
             loss.backward()
+            self._drop_gradients_of_the_still()
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip)
             self.optimizer.step()
             return
         self.grad_scaler.scale(loss).backward()
+        self._drop_gradients_of_the_still()
         self.grad_scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _drop_gradients_of_the_still(self) -> None:
+        """On several GPUs they are computed all the same, see :func:`mfm_nnunet.finetune.groups.hold_still`."""
+        for parameter in self._still:
+            parameter.grad = None
 
     def _stop_if_asked(self) -> None:
         if self.stop_flag is not None and self.stop_flag.exit_code is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -116,6 +116,24 @@ def encoder_names(network: nn.Module) -> set[str]:
     if hasattr(network, "eva"):
         return _with_prefixes(network, "down_projection.", "eva.")
     return _with_prefixes(network, "encoder.")
+
+
+def stem_names(network: nn.Module) -> set[str]:
+    """Names of the weights that see the image, under every name that the state dict has for them."""
+    keys = getattr(network, "keys_to_in_proj", None)
+    if keys:
+        return {f"{key}.weight" for key in keys}
+    encoder = encoder_names(network)
+    return {next((name for name, p in network.named_parameters() if name in encoder and p.ndim >= 4), "")}
+
+
+def part_of(name: str, network: nn.Module) -> Literal["encoder", "decoder", "other"]:
+    """Which part of the network a name of its state dict belongs to; buffers count too."""
+    is_primus = hasattr(network, "eva")
+    encoder = ("down_projection.", "eva.") if is_primus else ("encoder.", "decoder.encoder.")
+    if name.startswith(encoder):
+        return "encoder"
+    return "decoder" if name.startswith("up_projection." if is_primus else "decoder.") else "other"
 
 
 def token_size(network: nn.Module) -> tuple[int, ...]:

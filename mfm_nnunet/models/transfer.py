@@ -10,17 +10,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.build import encoder_names, head_names, token_size
+from mfm_nnunet.models.build import encoder_names, head_names, part_of, stem_names, token_size
 from mfm_nnunet.models.transfer_report import Entry, TransferReport
 
-__all__ = ["Entry", "TransferReport", "transfer_weights", "unwrapped", "without_wrapper_prefixes"]
+__all__ = ["Entry", "Parts", "Topology", "TransferReport", "transfer_weights", "unwrapped", "without_wrapper_prefixes"]
 
 SHOWN_DIFFERENCES = 5
+
+Topology = Literal["fit", "adapt"]
+"""fit: the network was planned like the checkpoint. adapt: it has its own plan, and kernels are made to fit it."""
+
+ADVICE: dict[Topology, str] = {
+    "fit": "; where only kernels differ, keep the plan and give --set finetune.transfer=adapt",
+    "adapt": "",
+}
+
+Parts = Literal["encoder", "encoder_decoder", "all_but_heads"]
+"""What of a network travels; ``all_but_heads`` takes also what is neither encoder nor decoder."""
+
+TRAVELLING: dict[Parts, tuple[str, ...]] = {
+    "encoder": ("encoder",),
+    "encoder_decoder": ("encoder", "decoder"),
+    "all_but_heads": ("encoder", "decoder", "other"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,14 +50,14 @@ class _Target:
     encoder: set[str]
     stem: set[str]
     position: str
+    parts: Parts
+    topology: Topology
 
     @classmethod
-    def of(cls, network: nn.Module) -> _Target:
-        encoder = encoder_names(network)
-        keys = getattr(network, "keys_to_in_proj", None)
-        convolutions = (name for name, p in network.named_parameters() if name in encoder and p.ndim >= 4)
-        stem = {f"{key}.weight" for key in keys} if keys else {next(convolutions, "")}
-        return cls(network, head_names(network), encoder, stem, getattr(network, "key_to_lpe", None) or "eva.pos_embed")
+    def of(cls, network: nn.Module, parts: Parts, topology: Topology) -> _Target:
+        position = getattr(network, "key_to_lpe", None) or "eva.pos_embed"
+        names = head_names(network), encoder_names(network), stem_names(network)
+        return cls(network, *names, position, parts, topology)
 
 
 @dataclass(frozen=True)
@@ -64,16 +82,19 @@ def transfer_weights(
     source_patch_size: Sequence[int] | None = None,
     minimum_encoder_share: float = 0.5,
     source_network: str | None = None,
+    parts: Parts = "all_but_heads",
+    topology: Topology = "fit",
 ) -> TransferReport:
     """Copy pretrained weights into ``network`` in place and report what happened to every tensor.
 
     ``source`` is a state dict (wrapper prefixes are stripped); ``source_patch_size`` (voxels) tells the grid of token
-    positions, which else is taken for a cube; ``source_network`` is a class name for messages.
+    positions, which else is taken for a cube; ``source_network`` is a class name for messages; what is not among
+    ``parts`` stays new, and the report says so; ``topology`` says whether kernels of another size are adapted too.
 
     Raises MFMError: E_MODEL_MISMATCH when less than ``minimum_encoder_share`` of the encoder would come from the
     source or the dimensions differ, E_NONFINITE when the source holds NaN or infinity. The network is untouched then.
     """
-    target = _Target.of(unwrapped(network))
+    target = _Target.of(unwrapped(network), parts, topology)
     weights = without_wrapper_prefixes(source)
     _require_same_dimensions(weights, target.network, source_network)
     decisions = [
@@ -132,6 +153,8 @@ def _decide(
         return _Decision(names, tensor, None, "new", "head")
     if names[0] == "mask_token":
         return _Decision(names, tensor, None, "new", "belongs to masked pretraining")
+    if not {part_of(name, target.network) for name in names} & set(TRAVELLING[target.parts]):
+        return _Decision(names, tensor, None, "new", f"left out by finetune.parts={target.parts}")
     # Sparse pretraining trains the 'all_modules' copy and leaves the other one behind; else the copies are equal.
     name = min(candidates, key=lambda name: (name.startswith("decoder.encoder."), ".all_modules." not in name))
     if not torch.isfinite(weights[name]).all():
@@ -149,18 +172,53 @@ def _fitted(
             return _resized_positions(value, old, new), "adapted", f"positions interpolated from {old} to {new} tokens"
     if value.shape == tensor.shape:
         return value, "loaded", ""
-    same_but_channels = value.shape[:1] + value.shape[2:] == tensor.shape[:1] + tensor.shape[2:]
-    if target.stem & set(names) and value.ndim == tensor.ndim and same_but_channels:
-        return _spread_channels(value, tensor)
+    hows: list[str] = []
+    fitting = value
+    if target.topology == "adapt" and _is_convolution(names, target.network):
+        fitting, hows = _resized_kernel(fitting, tensor)
+    same_but_channels = fitting.shape[:1] + fitting.shape[2:] == tensor.shape[:1] + tensor.shape[2:]
+    if target.stem & set(names) and fitting.ndim == tensor.ndim and fitting.shape != tensor.shape and same_but_channels:
+        fitting, how = _spread_channels(fitting, tensor)
+        hows.append(how)
+    if fitting.shape == tensor.shape:
+        return fitting, "adapted", "; ".join(hows)
     return None, "new", f"shape {tuple(value.shape)} in the checkpoint, {tuple(tensor.shape)} here"
 
 
-def _spread_channels(value: Tensor, tensor: Tensor) -> tuple[Tensor, str, str]:
+def _is_convolution(names: tuple[str, ...], network: nn.Module) -> bool:
+    """Whether the tensor is the kernel of a convolution that keeps or halves a map; a transposed one has its stride."""
+    module = network.get_submodule(names[0].rpartition(".")[0])
+    return isinstance(module, (nn.Conv2d, nn.Conv3d)) and names[0].endswith(".weight")
+
+
+def _resized_kernel(value: Tensor, tensor: Tensor) -> tuple[Tensor, list[str]]:
+    """A kernel with one voxel along an axis from one with several, and the other way round; else as it is.
+
+    Summed, its response to an image that is constant along the axis stays the same; centred between zeros, its response
+    to any image does.
+    """
+    if value.ndim != tensor.ndim:
+        return value, []
+    hows = []
+    before = "x".join(map(str, value.shape[2:]))
+    for axis, (have, want) in enumerate(zip(value.shape[2:], tensor.shape[2:]), start=2):
+        if want == 1 and have % 2:
+            value = value.sum(axis, keepdim=True) if have > 1 else value
+        elif have == 1 and want % 2:
+            padding = [0] * (2 * (value.ndim - 1 - axis)) + [want // 2, want // 2]
+            value = nn.functional.pad(value, padding)
+    after = "x".join(map(str, value.shape[2:]))
+    if before != after:
+        hows.append(f"kernel {before} -> {after}: summed where it became flat, centred between zeros where it grew")
+    return value, hows
+
+
+def _spread_channels(value: Tensor, tensor: Tensor) -> tuple[Tensor, str]:
     """A stem for another number of channels: its response to equal channels stays the same."""
     channels, wanted = value.shape[1], tensor.shape[1]
     how = "repeated" if channels == 1 else "summed over the checkpoint's channels, repeated"
     spread = value.sum(1, keepdim=True) / wanted
-    return spread.expand_as(tensor), "adapted", f"{channels} -> {wanted} input channels: {how} and divided by {wanted}"
+    return spread.expand_as(tensor), f"{channels} -> {wanted} input channels: {how} and divided by {wanted}"
 
 
 def _token_grids(
@@ -242,8 +300,9 @@ def _mismatch(
         "E_MODEL_MISMATCH",
         f"the checkpoint{_of(source_network)} is for another network than this {type(target.network).__name__}: only "
         f"{report.encoder_share:.1%} of the encoder's parameters match. Plan the dataset so that the checkpoint fits: "
-        "mfm_plan_and_preprocess --like CHECKPOINT. The first differences:\n" + "\n".join(lines),
-    )  # fmt: skip
+        f"mfm_plan_and_preprocess --like CHECKPOINT{ADVICE[target.topology]}. The first differences:\n"
+        + "\n".join(lines),
+    )
 
 
 def _of(source_network: str | None) -> str:

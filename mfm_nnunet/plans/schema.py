@@ -69,7 +69,10 @@ class PretrainSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How MFMTrainer trains, with or without a pretrained checkpoint: the schedule is the same."""
+    """How MFMTrainer trains, with or without a pretrained checkpoint: the schedule is the same.
+
+    What is open (None, auto) is resolved at the start of a run, printed and saved.
+    """
 
     epochs: int = 1000
     iterations_per_epoch: int = 250
@@ -84,6 +87,32 @@ class FinetuneSettings:
     """auto: as nnU-Net, fp16 with loss scaling on GPUs, fp32 elsewhere. bf16 pays on CPUs with AVX512-BF16 or AMX."""
     deep_supervision: bool = True
     """Ignored, and reported as off, for networks without a decoder pyramid (Primus)."""
+    schedule: Literal["warmup", "sawtooth"] = "warmup"
+    """warmup: the whole network from the start. sawtooth: first only what did not come from the checkpoint, then all
+    (arXiv 2410.23132); where nothing came from one, the plain warm-up."""
+    decoder_epochs: int | None = None
+    """sawtooth: epochs of its first phase. None: 5 % of the epochs from 300 epochs on, else 10 %, at least 2."""
+    train: Literal["all", "decoder", "head", "lora"] = "all"
+    """What learns in the whole run: decoder leaves the encoder still, head all but the output layers (a linear probe);
+    lora trains the decoder and low-rank adapters in the encoder (arXiv 2106.09685, Primus only)."""
+    lora_rank: int = 8
+    """lora: rank of the adapters."""
+    lora_alpha: float = 16.0
+    """lora: the adapters count ``lora_alpha / lora_rank`` fold."""
+    layer_decay: float | None = None
+    """Primus: each block of the encoder learns at this fraction of the rate of the block after it (arXiv 2106.08254).
+    None: see ``finetune.advice``."""
+    parts: Literal["auto", "encoder", "encoder_decoder", "all_but_heads"] = "auto"
+    """What travels from the checkpoint. auto: see ``finetune.advice``."""
+    transfer: Literal["fit", "adapt"] = "fit"
+    """fit: the plan was made like the checkpoint. adapt: the dataset keeps a plan of its own, and kernels of another
+    size are made to fit it."""
+    ema_decay: float | None = None
+    """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
+    mirroring: bool = True
+    """Mirror crops in training and images in prediction, along all axes as nnU-Net does."""
+    batch_size: int | None = None
+    """Crops per step over all GPUs together. None: as the plan's configuration says."""
     checkpoint: dict[str, Any] | None = None
     """What the weights come from: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
 
@@ -126,6 +155,13 @@ def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
     return round(epochs * (0.05 if epochs >= 300 else 0.1))
 
 
+def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
+    """Length of the sawtooth's first phase in epochs; the setting as it is for the other schedule."""
+    if settings.schedule != "sawtooth" or settings.decoder_epochs is not None:
+        return settings.decoder_epochs
+    return max(2, resolved_warmup(None, settings.epochs))
+
+
 def require_legal_schedule(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
     """Raise MFMError (E_CONFIG) that names the first setting of a schedule which is out of its range."""
     for name in ("epochs", "iterations_per_epoch", "validation_iterations", "learning_rate", "gradient_clip"):
@@ -138,6 +174,42 @@ def require_legal_schedule(settings: PretrainSettings | FinetuneSettings, prefix
         )
     if settings.weight_decay < 0:
         raise MFMError("E_CONFIG", f"{prefix}weight_decay={settings.weight_decay}: must not be below 0.")
+
+
+def require_legal_finetuning(settings: FinetuneSettings) -> None:
+    """Raise MFMError (E_CONFIG) that names the first setting of fine-tuning which is out of its range."""
+    require_legal_schedule(settings, "finetune.")
+    decay, layer_decay = settings.ema_decay, settings.layer_decay
+    problems = {
+        "ema_decay": "must be between 0 and 1" if decay is not None and not 0 < decay < 1 else "",
+        "layer_decay": "must be above 0 and at most 1" if layer_decay is not None and not 0 < layer_decay <= 1 else "",
+        "lora_rank": "must be at least 1" if settings.lora_rank < 1 else "",
+        "lora_alpha": "must be greater than 0" if settings.lora_alpha <= 0 else "",
+        "batch_size": "must be at least 1" if settings.batch_size is not None and settings.batch_size < 1 else "",
+        "decoder_epochs": _sawtooth_problem(settings),
+        "train": "the sawtooth trains all in the end; take finetune.schedule=warmup, or finetune.train=all"
+        if settings.schedule == "sawtooth" and settings.train != "all"
+        else "",
+    }
+    for name, problem in problems.items():
+        if problem:
+            raise MFMError("E_CONFIG", f"finetune.{name}={getattr(settings, name)}: {problem}.")
+
+
+def _sawtooth_problem(settings: FinetuneSettings) -> str:
+    """What is wrong with the length of the sawtooth's phases; empty where nothing is."""
+    first = resolved_decoder_epochs(settings)
+    if settings.schedule != "sawtooth":
+        return "" if first is None else "only finetune.schedule=sawtooth has this phase; set that, or leave this out"
+    ramp = resolved_warmup(settings.warmup_epochs, settings.epochs)
+    if first is None or first < 2:
+        return "must be at least 2"
+    if first + max(ramp, 1) > settings.epochs:
+        return (
+            f"the first phase ({first} epochs) and the warm-up ({ramp}) are longer than finetune.epochs="
+            f"{settings.epochs}, or leave nothing to train the whole network; shorten them, or train longer"
+        )
+    return ""
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

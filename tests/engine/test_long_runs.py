@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.engine import launch
-from mfm_nnunet.engine.average import WeightAverage, decay_at
 from mfm_nnunet.engine.pretrainer import Pretrainer
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer_from
 from mfm_nnunet.models import backbone as backbones
+from mfm_nnunet.models.average import WeightAverage, decay_at
 from mfm_nnunet.models.backbone import AbstractBackbone
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.models.precision import require_sound_bf16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -128,3 +129,20 @@ def test_random_layers_and_adamw(here: Workspace, monkeypatch: pytest.MonkeyPatc
     torch.rand(int.from_bytes(os.urandom(1), "big"))  # what happened in between must not matter
     folder = run_training(here, tiny.NAME, "primus", 0, continue_training=True, device="cpu")
     require_equal(state(folder), wanted)
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on(here: Workspace) -> None:
+    folder = run_training(here, tiny.NAME, "3d_fullres", 0, overrides=SETTINGS, device="cpu")
+    younger = {"schedule", "decoder_epochs", "train", "lora_rank", "lora_alpha", "layer_decay", "parts"}
+    younger |= {"ema_decay", "mirroring", "batch_size"}
+    file = folder / "settings.json"
+    content = json.loads(file.read_text())
+    for name in younger:
+        del content["settings"]["finetune"][name]
+    file.write_text(json.dumps(content))
+    final = checkpoint.load(folder / "checkpoint_final.pth")
+    del final["mfm"]["new_weights"]
+    checkpoint.save({**final, "current_epoch": 2}, folder / "checkpoint_latest.pth")
+    (folder / "checkpoint_final.pth").unlink()
+    assert run_training(here, tiny.NAME, "3d_fullres", 0, continue_training=True, device="cpu") == folder
+    assert (folder / "checkpoint_final.pth").is_file()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.build import encoder_names, head_names
 from mfm_nnunet.models.primus import PrimusSeg
-from mfm_nnunet.models.transfer import transfer_weights
+from mfm_nnunet.models.transfer import Topology, transfer_weights
 
 
 def resenc(
@@ -112,6 +113,60 @@ def test_stem_for_other_channels_keeps_its_response(make, channels: int, wanted:
     old, new = (network.get_submodule(network.keys_to_in_proj[0]) for network in (source, target))
     x = torch.randn(1, 1, 16, 16, 16)
     torch.testing.assert_close(new(x.expand(-1, wanted, -1, -1, -1)), old(x.expand(-1, channels, -1, -1, -1)))
+
+
+def of_kernels(kernels: list[list[int]], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return ResidualEncoderUNet(
+        1, 2, [4, 8], nn.Conv3d, kernels, [[1, 1, 1], [1, 2, 2]], [1, 1], 2, [1], conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+    )  # fmt: skip
+
+
+FLAT, CUBIC = [[1, 3, 3], [1, 3, 3]], [[3, 3, 3], [3, 3, 3]]
+
+
+@torch.no_grad()
+def test_kernels_that_grow_keep_their_response() -> None:
+    source, target = of_kernels(FLAT, seed=1), of_kernels(CUBIC)
+    report = transfer_weights(source.state_dict(), target, topology="adapt")
+    assert any("1x3x3 -> 3x3x3" in entry.how for entry in report.adapted)
+    assert report.encoder_share == 1.0
+    x = torch.randn(1, 1, 6, 8, 8)
+    torch.testing.assert_close(target.encoder(x)[-1], source.encoder(x)[-1])  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_kernels_that_become_flat_respond_alike_to_what_is_constant_along_the_axis() -> None:
+    source, target = of_kernels(CUBIC, seed=1), of_kernels(FLAT)
+    transfer_weights(source.state_dict(), target, topology="adapt")
+    x = torch.randn(1, 1, 1, 8, 8).expand(-1, -1, 9, -1, -1)
+    stem = [network.encoder.stem.convs[0].conv(x)[:, :, 4] for network in (source, target)]  # type: ignore[union-attr, index]
+    torch.testing.assert_close(*stem)
+
+
+def test_kernels_stay_new_unless_they_may_be_adapted() -> None:
+    source = of_kernels(CUBIC, seed=1).state_dict()
+    with pytest.raises(MFMError, match=r"finetune\.transfer=adapt") as caught:
+        transfer_weights(source, of_kernels(FLAT))
+    assert caught.value.code == "E_MODEL_MISMATCH"
+
+
+def test_channels_and_kernel_of_a_stem_are_adapted_together() -> None:
+    source, target = of_kernels(CUBIC, seed=1), resenc(num_inputs=3)
+    state = {name: tensor.sum(2, keepdim=True) if name.startswith("encoder.stem") and tensor.ndim == 5 else tensor
+             for name, tensor in source.state_dict().items()}  # fmt: skip
+    report = transfer_weights(state, target, topology="adapt")
+    (entry,) = report.adapted
+    assert "kernel 1x3x3 -> 3x3x3" in entry.how
+    assert "1 -> 3 input channels" in entry.how
+
+
+@pytest.mark.parametrize("topology", ["fit", "adapt"])
+def test_tokens_of_another_size_are_not_kernels(topology: Topology) -> None:
+    source, target = primus(seed=1), PrimusSeg(1, 2, 24, (1, 8, 8), (2, 16, 16), eva_depth=1, eva_numheads=2)
+    report = transfer_weights(source.state_dict(), target, topology=topology)
+    assert "down_projection.proj.weight" in names(report.new)
 
 
 @pytest.mark.parametrize(
@@ -218,3 +273,51 @@ def test_summary_and_dict_name_every_tensor() -> None:
         assert all(f"{kind:<8} {entry.name}" in details for entry in entries)
         assert len(as_dict[kind]) == len(entries)  # type: ignore[arg-type]
     checkpoint.require_plain(as_dict)
+
+
+@pytest.mark.parametrize("make", [resenc, primus])
+def test_parts_that_are_left_out_are_named(make: Callable[..., nn.Module]) -> None:
+    target = make()
+    before, source = values(target), make(seed=1).state_dict()
+    report = transfer_weights(source, target, parts="encoder")
+    encoder = encoder_names(target)
+    assert names(report.loaded) == encoder
+    heads = head_names(target)
+    left_out = {entry.name for entry in report.new if entry.how == "left out by finetune.parts=encoder"}
+    assert left_out == set(dict(target.named_parameters())) - encoder - heads
+    assert left_out <= names(report.ignored)
+    assert report.encoder_share == 1.0
+    after = target.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in left_out)
+    assert all(torch.equal(after[name], source[name]) for name in encoder)
+
+
+@pytest.mark.parametrize("make", [resenc, primus])
+def test_for_our_networks_encoder_and_decoder_are_all_but_the_heads(make: Callable[..., nn.Module]) -> None:
+    reports = [
+        transfer_weights(make(seed=1).state_dict(), make(), parts=parts)
+        for parts in ("encoder_decoder", "all_but_heads")
+    ]
+    assert reports[0] == reports[1]
+
+
+def test_what_is_neither_encoder_nor_decoder_travels_with_all_but_heads_alone() -> None:
+    def make(seed: int) -> nn.Module:
+        network = resenc(seed=seed)
+        network.extra = nn.Linear(2, 2)
+        return network
+
+    for parts, travels in (("encoder_decoder", False), ("all_but_heads", True)):
+        report = transfer_weights(make(1).state_dict(), make(0), parts=parts)  # type: ignore[arg-type]
+        assert ("extra.weight" in names(report.loaded)) == travels
+
+
+def test_running_statistics_belong_to_their_part() -> None:
+    network = nn.Module()
+    network.encoder = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2))
+    network.decoder = nn.Module()
+    network.decoder.norm = nn.BatchNorm3d(2)
+    source = {name: tensor + 1 for name, tensor in network.state_dict().items()}
+    report = transfer_weights(source, network, parts="encoder")
+    assert "encoder.1.running_mean" in names(report.loaded)
+    assert "decoder.norm.running_mean" in names(report.new)

@@ -1,5 +1,7 @@
 """An exponential moving average of the trained weights (arXiv 1703.01780), smoother than those of a step.
 
+Pretraining and fine-tuning validate and ship it where ``ema_decay`` is set.
+
 Decay ``d`` of update n (0-based) is min(d, (1 + n) / (10 + n)), so that the first steps are forgotten soon.
 """
 

@@ -1,0 +1,263 @@
+"""Who learns with each ``finetune.train``, at which share of the rate, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.finetune import advice, groups
+from mfm_nnunet.finetune.loading import nnunet_loaders
+from mfm_nnunet.finetune.run import run_training
+from mfm_nnunet.finetune.settings import resolve
+from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.models.build import encoder_names, head_names
+from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
+from mfm_nnunet.workspace import Workspace, use
+from tests.finetune import tiny
+from tests.finetune.test_schedule import WITHOUT_LOSS
+from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
+from tests.finetune.test_trainer import train as run
+from tests.models.test_transfer import primus, resenc
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Workspace]:
+    tiny.make(tmp_path)
+    with use(tmp_path) as workspace:
+        yield workspace
+
+
+def names_of(network: nn.Module) -> set[str]:
+    return {name for name, _ in network.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [resenc, primus])
+def test_the_default_is_one_group_in_the_networks_order(make: Any) -> None:
+    """So that optimizer states of older runs, and of stock nnU-Net, fit."""
+    network = make()
+    for new in (None, head_names(network)):
+        (group,) = groups.groups_of(network, FinetuneSettings(), new)
+        assert list(group.names) == [name for name, _ in network.named_parameters()]
+        assert (group.waits, group.scale) == (False, 1.0)
+
+
+@pytest.mark.parametrize("make", [resenc, primus])
+def test_who_learns(make: Any) -> None:
+    network = make()
+    encoder = encoder_names(network)
+    assert groups.trained_names(network, "decoder") == names_of(network) - encoder
+    assert groups.trained_names(network, "head") == head_names(network)
+    new = head_names(network)
+    first, second = groups.groups_of(network, FinetuneSettings(schedule="sawtooth"), new)
+    assert (set(first.names), set(second.names)) == (new, names_of(network) - new)
+    assert (first.waits, second.waits) == (False, True)
+
+
+def test_the_decoder_of_a_u_net_is_what_is_not_encoder() -> None:
+    """``network.decoder`` of nnU-Net holds the encoder too; published code froze nothing for that reason."""
+    network = resenc()
+    assert {id(p) for p in network.encoder.parameters()} <= {id(p) for p in network.decoder.parameters()}
+    learning = groups.trained_names(network, "decoder")
+    parameters = dict(network.named_parameters())
+    assert not {id(parameters[name]) for name in learning} & {id(p) for p in network.encoder.parameters()}
+
+
+def test_layer_decay_of_primus() -> None:
+    network = primus()
+    decayed = groups.groups_of(network, FinetuneSettings(layer_decay=0.5), None)
+    scales = {name: group.scale for group in decayed for name in group.names}
+    assert scales.keys() == names_of(network)
+    assert scales["eva.blocks.0.attn.q_proj.weight"] == 0.5
+    assert scales["eva.pos_embed"] == scales["down_projection.proj.weight"] == 0.25
+    assert scales["eva.norm.weight"] == scales["up_projection.decode.0.0.weight"] == 1
+    assert [group.scale for group in decayed] == [1, 0.5, 0.25]
+    deep = nn.Module()
+    deep.eva = nn.Module()
+    deep.eva.blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(4))
+    assert [groups.layer_scale(f"eva.blocks.{i}.weight", deep, 0.5) for i in range(4)] == [0.5**4, 0.5**3, 0.5**2, 0.5]
+
+
+def test_holding_still() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Conv3d(2, 1, 1)).train()
+    still = groups.hold_still(network, {"2.weight", "2.bias"}, keep_gradients=False)
+    assert len(still) == 4
+    assert [p.requires_grad for p in network.parameters()] == [False] * 4 + [True] * 2
+    network(torch.rand(1, 1, 2, 2, 2)).sum().backward()
+    assert torch.equal(network[1].running_mean, torch.zeros(2))
+    network.train()
+    assert groups.hold_still(network, names_of(network), keep_gradients=False) == []
+    assert all(p.requires_grad for p in network.parameters())
+    assert network[1].training
+
+
+def test_on_several_gpus_gradients_of_the_still_are_dropped_before_clipping(
+    here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DistributedDataParallel expects them, so they are computed there; the step must be the one without them."""
+    weights, seen = [], []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clipping(parameters: Any, *arguments: Any) -> torch.Tensor:
+        parameters = list(parameters)
+        seen.append(sum(p.grad is not None for p in parameters))
+        return clip(parameters, *arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
+    for keep in (False, True):
+        settings = dataclasses.replace(tiny.FINETUNE, train="decoder", gradient_clip=0.01, weight_decay=0.1)
+        trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
+        trainer.pretrained_checkpoint = pretrained_file(tmp_path)
+        trainer.initialize()
+        trained = trainer.lr_scheduler.trained_names(0)
+        trainer._still = groups.hold_still(trainer.network, trained, keep)
+        for _ in range(2):
+            trainer.train_step(next(trainer.get_dataloaders()[0]))
+        weights.append({name: p.detach().clone() for name, p in trainer.network.named_parameters()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert set(seen) == {len(trained - WITHOUT_LOSS)}
+
+
+@pytest.mark.parametrize(
+    ("train", "configuration"), [("decoder", "3d_fullres"), ("head", "3d_fullres"), ("head", "primus")]
+)
+def test_what_is_frozen_never_moves(here: Workspace, tmp_path: Path, train: str, configuration: str) -> None:
+    architecture = tiny.drop_path_primus() if configuration == "primus" else None
+    settings = dataclasses.replace(tiny.FINETUNE, train=train, weight_decay=0.1, ema_decay=0.5)
+    trainer = make_trainer(configuration, block=MFMBlock(finetune=settings, num_workers=0))
+    trainer.pretrained_checkpoint = pretrained_file(tmp_path, architecture)
+    trainer.initialize()
+    before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
+    trainer.train_step(next(trainer.get_dataloaders()[0]))
+    after = dict(trainer.network.named_parameters())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    learning = groups.trained_names(trainer.network, train)
+    assert moved == learning - WITHOUT_LOSS
+    assert {name for name, p in after.items() if p.grad is not None} == moved
+    assert trainer.average is not None
+    assert trainer.average.state_dict().keys() == learning
+
+
+@pytest.mark.parametrize(
+    ("configuration", "overrides", "message"),
+    [
+        ("3d_fullres", ("finetune.layer_decay=0.75",), "skip connections"),
+        ("3d_fullres", ("finetune.train=lora",), "adapters are for Primus"),
+        ("primus", ("finetune.train=lora", "finetune.lora_rank=1000"), "narrowest layer"),
+        ("primus", ("finetune.train=lora",), "-pretrained_weights"),
+        ("3d_fullres", ("finetune.train=decoder",), "the encoder would stay random"),
+        ("3d_fullres", ("finetune.train=head",), "-pretrained_weights"),
+        ("3d_fullres", ("finetune.schedule=zigzag",), "legal values are warmup, sawtooth"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    here: Workspace, configuration: str, overrides: tuple[str, ...], message: str
+) -> None:
+    refused("E_CONFIG", message, lambda: run(here, configuration=configuration, overrides=overrides))
+    assert not list(here.results.rglob("*"))
+
+
+def test_adapters_are_refused_on_several_gpus() -> None:
+    settings = FinetuneSettings(train="lora")
+    groups.require_fitting(settings, primus(), is_distributed=False)
+    refused("E_CONFIG", "-num_gpus 1", lambda: groups.require_fitting(settings, primus(), is_distributed=True))
+
+
+def test_a_trainer_of_stock_commands_refuses_random_frozen_weights(here: Workspace) -> None:
+    settings = dataclasses.replace(tiny.FINETUNE, train="decoder")
+    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
+    refused("E_CONFIG", "-pretrained_weights", trainer.run_training)
+
+
+def test_a_probe_of_a_decoder_that_did_not_travel_is_refused(here: Workspace, tmp_path: Path) -> None:
+    file = pretrained_file(tmp_path)
+    probe = lambda **options: run(here, pretrained_weights=file, **options)  # noqa: E731
+    settings = ("finetune.train=head", "finetune.parts=encoder")
+    refused("E_CONFIG", "the decoder would stay random", lambda: probe(overrides=settings))
+    content = checkpoint.load(file)
+    del content["network_weights"]["decoder.stages.0.convs.0.conv.weight"]
+    del content["network_weights"]["decoder.stages.0.convs.0.all_modules.0.weight"]
+    checkpoint.save(content, file)
+    message = "1 tensors did not come from the checkpoint and would stay random, e.g. decoder.stages.0"
+    refused("E_CONFIG", message, lambda: probe(overrides=("finetune.train=head",)))
+    assert not list(here.results.rglob("*.pth"))
+
+
+def test_each_gpu_needs_a_crop(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mfm_nnunet.finetune.run.pick_device", lambda name: torch.device(name))
+    overrides = ("finetune.batch_size=3",)
+    call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=overrides, num_gpus=4)  # noqa: E731
+    refused("E_CONFIG", "finetune.batch_size=3: -num_gpus 4", call)
+
+
+# Smaller settings
+
+
+def test_batch_size_and_mirroring(here: Workspace) -> None:
+    settings = dataclasses.replace(tiny.FINETUNE, batch_size=3, mirroring=False)
+    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
+    trainer.initialize()
+    loader = trainer.get_dataloaders()[0]
+    assert next(loader)["data"].shape[0] == 3
+    assert trainer.inference_allowed_mirroring_axes is None
+    assert trainer.plans_manager.plans["configurations"]["3d_fullres"]["batch_size"] == 2
+
+    def transforms(trainer: MFMTrainer) -> str:
+        return " ".join(type(t).__name__ for t in nnunet_loaders(trainer)[0].transforms.transforms)
+
+    assert "MirrorTransform" not in transforms(trainer)
+    stock = make_trainer()
+    stock.initialize()
+    assert "MirrorTransform" in transforms(stock)
+    assert stock.inference_allowed_mirroring_axes == (0, 1, 2)
+
+
+# Advice
+
+
+@pytest.mark.parametrize(
+    ("family", "num_cases", "pretext", "has_decoder", "parts", "reason"),
+    [
+        ("resenc", 100, "mae", True, "encoder_decoder", "mae trained the decoder"),
+        ("resenc", 100, "voco", False, "encoder", "left no weights of a decoder"),
+        ("primus", 5, None, True, "encoder_decoder", "with 5 cases finetune.train=lora"),
+        ("primus", 50, "mae", True, "encoder_decoder", "one rate for all blocks"),
+    ],
+)
+def test_advice(family: Any, num_cases: int, pretext: str | None, has_decoder: bool, parts: str, reason: str) -> None:
+    given = advice.advised(family, num_cases, pretext, has_decoder)
+    assert {item.name: item.value for item in given} == {"parts": parts, "layer_decay": 1.0}
+    assert reason in " ".join(item.reason for item in given)
+
+
+def test_advice_is_for_what_is_open_only() -> None:
+    given = advice.advised("resenc", 9, "mae", True)
+    assert resolve(MFMBlock(), (), None, given).finetune.parts == "encoder_decoder"
+    chosen = resolve(MFMBlock(), ("finetune.parts=encoder", "finetune.layer_decay=0.5"), None, given).finetune
+    assert (chosen.parts, chosen.layer_decay) == ("encoder", 0.5)
+    assert resolve(MFMBlock(), (), None).finetune.parts == "auto"
+
+
+def test_what_was_open_is_printed_with_its_reason_and_saved(
+    here: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = pretrained_file(tmp_path)
+    content = checkpoint.load(file)
+    weights = {name: tensor for name, tensor in content["network_weights"].items() if name.startswith("encoder.")}
+    checkpoint.save({**content, "network_weights": weights}, file)
+    monkeypatch.setattr(MFMTrainer, "run_training", lambda self: self.on_train_start())
+    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
+    with caplog.at_level("INFO"):
+        folder = run(here, overrides=("finetune.layer_decay=1.0",), pretrained_weights=file)
+    assert "finetune.parts=encoder: mae left no weights of a decoder" in caplog.text
+    assert "finetune.layer_decay=1.0:" not in caplog.text  # it was given
+    assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["parts"] == "encoder"
+    (log,) = folder.glob("training_log*.txt")
+    assert "parameters are trained (100.0%)" in log.read_text()

@@ -1,0 +1,331 @@
+"""The rates of fine-tuning at every boundary, what is still until when, and resuming in the middle of a sawtooth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune.groups import Group
+from mfm_nnunet.finetune.run import run_training
+from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, rate_factor
+from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.models.transfer import unwrapped
+from mfm_nnunet.optim import learning_rate_factor
+from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock, require_legal_finetuning, resolved_decoder_epochs
+from mfm_nnunet.workspace import Workspace, use
+from tests.architectures import resenc
+from tests.finetune import tiny
+from tests.finetune.test_resume import require_equal, state
+from tests.finetune.test_trainer import pretrained_file, refused
+
+SAWTOOTH = (
+    *("finetune.schedule=sawtooth", "finetune.decoder_epochs=2", "finetune.warmup_epochs=2", "finetune.epochs=6"),
+    *("finetune.iterations_per_epoch=1", "finetune.validation_iterations=1", "num_workers=0"),
+)
+STEM = "encoder.stem.convs.0.conv.weight"
+WITHOUT_LOSS = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
+"""nnU-Net gives the coarsest output of deep supervision a weight of zero, so its layer never learns."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *args: None)
+    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
+    tiny.make(tmp_path)
+    with use(tmp_path) as workspace:
+        yield workspace
+
+
+# Rates
+
+
+def table(epoch: int, first: int, ramp: int, epochs: int) -> tuple[float, float]:
+    """Shares of the peak for new and for transferred weights, as published (lengths D, W and E)."""
+    if epoch < first / 2:
+        return (epoch + 1) / (first / 2), 0.0
+    if epoch < first:
+        return (1 - (epoch - first / 2) / (first / 2)) ** 0.9, 0.0
+    if epoch < first + ramp:
+        return ((epoch - first + 1) / ramp,) * 2
+    return ((1 - (epoch - first - ramp) / (epochs - first - ramp)) ** 0.9,) * 2
+
+
+@pytest.mark.parametrize(("first", "ramp", "epochs"), [(50, 50, 1000), (14, 14, 150), (2, 1, 10), (4, 8, 20)])
+def test_the_sawtooth_is_the_published_table(first: int, ramp: int, epochs: int) -> None:
+    phases = Phases(epochs, ramp, first)
+    boundaries = (0, first // 2 - 1, first // 2, first - 1, first, first + ramp - 1, first + ramp, epochs - 1)
+    for epoch in boundaries:
+        rates = rate_factor(epoch, phases, False), rate_factor(epoch, phases, True)
+        assert rates == pytest.approx(table(epoch, first, ramp, epochs)), epoch
+
+
+def test_the_ramp_reaches_the_peak_and_equal_lengths_have_their_own_phases() -> None:
+    """Published code divides the ramp by D + W, and with D = W never returns its ramp."""
+    phases = Phases(1000, 50, 50)
+    assert [rate_factor(epoch, phases, True) for epoch in (49, 50, 74, 99, 100)] == pytest.approx([0, 0.02, 0.5, 1, 1])
+
+
+def test_an_odd_first_phase_never_exceeds_the_peak() -> None:
+    rates = [rate_factor(epoch, Phases(150, 50, 15), False) for epoch in range(150)]
+    assert max(rates) == 1
+    assert min(rates) > 0
+
+
+def test_the_warm_up_is_as_before() -> None:
+    for epoch in range(20):
+        for waits in (True, False):
+            assert rate_factor(epoch, Phases(20, 4), waits) == learning_rate_factor(epoch, 20, 4)
+
+
+def test_rates_of_groups_are_scaled_and_need_no_state() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], 1.0)
+    groups = (Group(("new",)), Group(("late",), waits=True), Group(("early",), waits=True, scale=0.5))
+    schedule = EpochSchedule(optimizer, groups, 0.1, Phases(20, 4, 4))
+    seen = {}
+    for epoch in (5, 0, 7, 3, 5):
+        schedule.step(epoch)
+        seen.setdefault(epoch, [group["lr"] for group in optimizer.param_groups])
+        assert seen[epoch] == [group["lr"] for group in optimizer.param_groups]
+    assert seen[0] == pytest.approx([0.05, 0, 0])
+    assert seen[7] == pytest.approx([0.1, 0.1, 0.05])
+    assert schedule.trained_names(3) == {"new"}
+    assert schedule.trained_names(4) == {"new", "late", "early"}
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1000, 50), (300, 15), (150, 15), (20, 2), (6, 2)])
+def test_the_default_length_of_the_first_phase(epochs: int, expected: int) -> None:
+    assert resolved_decoder_epochs(FinetuneSettings(epochs=epochs, schedule="sawtooth")) == expected
+    assert resolved_decoder_epochs(FinetuneSettings(epochs=epochs)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "sawtooth", "decoder_epochs": 1}, "decoder_epochs=1: must be at least 2"),
+        ({"schedule": "sawtooth", "epochs": 2}, "the first phase (2 epochs)"),
+        ({"schedule": "sawtooth", "epochs": 10, "decoder_epochs": 6, "warmup_epochs": 5}, "finetune.epochs=10"),
+        ({"decoder_epochs": 5}, "only finetune.schedule=sawtooth"),
+        ({"schedule": "sawtooth", "train": "decoder"}, "finetune.train=all"),
+        ({"ema_decay": 1.0}, "between 0 and 1"),
+        ({"layer_decay": 0.0}, "above 0"),
+        ({"layer_decay": 1.5}, "at most 1"),
+        ({"lora_rank": 0}, "at least 1"),
+        ({"lora_alpha": 0.0}, "greater than 0"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_impossible_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MFMError) as caught:
+        require_legal_finetuning(FinetuneSettings(**changes))
+    assert caught.value.code == "E_CONFIG"
+    assert message in caught.value.message
+
+
+# What is still until when
+
+
+def run(here: Workspace, *settings: str, configuration: str = "3d_fullres", **options: Any) -> Path:
+    return run_training(here, tiny.NAME, configuration, 0, overrides=settings, device="cpu", **options)
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """After every step: which parameters have a gradient, the weights, and the optimizer's state."""
+    steps: list[dict[str, Any]] = []
+    update = MFMTrainer._update
+
+    def recording(self: MFMTrainer, loss: torch.Tensor) -> None:
+        update(self, loss)
+        named = dict(self.network.named_parameters())
+        steps.append(
+            {
+                "gradients": {name for name, p in named.items() if p.grad is not None},
+                "weights": {name: p.detach().clone() for name, p in named.items()},
+                "remembered": {name for name, p in named.items() if p in self.optimizer.state},
+            }
+        )
+
+    monkeypatch.setattr(MFMTrainer, "_update", recording)
+    return steps
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    return {name for name, weight in after["weights"].items() if not torch.equal(before["weights"][name], weight)}
+
+
+def heads(names: set[str]) -> bool:
+    return bool(names) and all(name.startswith("decoder.seg_layers.") for name in names)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_transferred_weights_are_still_until_the_first_phase_ends(
+    here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    steps = recorded(monkeypatch)
+    file = pretrained_file(tmp_path)
+    run(here, *SAWTOOTH, f"finetune.optimizer={optimizer}", "finetune.weight_decay=0.1", pretrained_weights=file)
+    source = checkpoint.load_weights(file)["network_weights"]
+    everything = set(steps[0]["weights"]) - WITHOUT_LOSS
+    for step in steps[:2]:
+        assert heads(step["gradients"])
+        assert step["gradients"] == step["remembered"]  # no momentum fills up meanwhile
+        same = everything - step["gradients"]
+        assert all(torch.equal(step["weights"][name], source[name]) for name in same)
+    assert heads(changed(steps[0], steps[1]))
+    # A bias in front of a norm may have a gradient of exactly zero.
+    assert {name for name in everything if name.endswith("conv.weight")} <= changed(steps[1], steps[2])
+    assert steps[2]["gradients"] == steps[2]["remembered"] == everything
+
+
+def test_a_fresh_start_at_the_release(here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step after the release is that of an optimizer which never saw these weights: lr (g + nesterov g)."""
+    steps, gradients = recorded(monkeypatch), []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clipping(parameters: Any, *arguments: Any) -> torch.Tensor:
+        parameters = list(parameters)
+        norm = clip(parameters, *arguments)
+        gradients.append({id(p): p.grad.clone() for p in parameters if p.grad is not None})
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
+    trainers: list[MFMTrainer] = []
+    start = MFMTrainer.on_train_start
+    monkeypatch.setattr(MFMTrainer, "on_train_start", lambda self: (trainers.append(self), start(self))[1])
+    settings = ("finetune.weight_decay=0.0", "finetune.learning_rate=0.01")
+    run(here, *SAWTOOTH, *settings, pretrained_weights=pretrained_file(tmp_path))
+    stem = dict(trainers[0].network.named_parameters())[STEM]
+    assert id(stem) not in gradients[0]  # not in the norm that is clipped
+    step = steps[2]["weights"][STEM] - steps[1]["weights"][STEM]
+    assert torch.allclose(step, -0.01 * 0.5 * 1.99 * gradients[2][id(stem)], atol=1e-7)
+
+
+def test_an_adapted_stem_learns_from_the_start_and_once(
+    here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published code lists the stem twice among the parameters when the channels differ."""
+    trainer = sawtooth_trainer(pretrained_file(tmp_path))
+    plain = trainer.lr_scheduler.trained_names(0)
+    assert heads(plain)
+    trainer = sawtooth_trainer(pretrained_file(tmp_path), channels=2)
+    assert trainer.lr_scheduler.trained_names(0) - plain == {STEM, STEM.replace("weight", "bias")}
+    listed = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in trainer.network.parameters())
+
+
+def sawtooth_trainer(
+    file: Path, channels: int = 1, epochs: int = 20, features: tuple[int, ...] = (4, 8, 8)
+) -> MFMTrainer:
+    """An initialised trainer with a sawtooth of the default lengths."""
+    settings = FinetuneSettings(epochs, 1, 1, schedule="sawtooth")
+    configuration = tiny.configuration(resenc(features=features))
+    configuration |= {
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+        "use_mask_for_norm": [False] * channels,
+    }
+    plans = tiny.plans(block=MFMBlock(finetune=settings, num_workers=0), **{"3d_fullres": configuration})
+    dataset_json = {"channel_names": {str(c): "MRI" for c in range(channels)}, "file_ending": ".nii.gz"}
+    dataset_json |= {"labels": {"background": 0, "inner": 1, "outer": 2}, "numTraining": 6}
+    trainer = MFMTrainer({**plans, "continue_training": False}, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+    trainer.pretrained_checkpoint = file
+    trainer.initialize()
+    return trainer
+
+
+def test_from_scratch_the_sawtooth_is_the_warm_up_of_equal_length(here: Workspace) -> None:
+    settings = SAWTOOTH[2:]
+    plain = run(here, *settings)
+    wanted = checkpoint.load(plain / "checkpoint_final.pth")["network_weights"]
+    plain.parent.rename(here.results / "plain")
+    folder = run(here, *SAWTOOTH)
+    require_equal(checkpoint.load(folder / "checkpoint_final.pth")["network_weights"], wanted)
+    (log,) = folder.glob("training_log*.txt")
+    assert "nothing came from a checkpoint" in log.read_text()
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_under_data_parallelism_a_run_is_the_same(
+    here: Workspace, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Published code crashes there. DistributedDataParallel computes gradients of the still ones too; they are dropped.
+
+    The network has no pyramid, in which nnU-Net itself gives one output no loss.
+    """
+    file, results = pretrained_file(tmp_path, resenc(features=(4, 8))), []
+    for is_wrapped in (False, True):
+        trainer = sawtooth_trainer(file, epochs=6, features=(4, 8))
+        batch = next(trainer.get_dataloaders()[0])
+        if is_wrapped:
+            request.getfixturevalue("process_group")
+            trainer.network, trainer.is_ddp = torch.nn.parallel.DistributedDataParallel(trainer.network), True
+            trainer.prepare(trainer.new_weights)
+        network = unwrapped(trainer.network)
+        for epoch in range(4):
+            trainer.current_epoch = epoch
+            trainer.on_train_epoch_start()
+            trainer.train_step(batch)
+            results.append({name: p.detach().clone() for name, p in network.named_parameters()})
+    require_equal(results[4:], results[:4])
+    assert torch.equal(results[5][STEM], checkpoint.load_weights(file)["network_weights"][STEM])
+    assert not torch.equal(results[6][STEM], results[5][STEM])
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "primus"])
+def test_resuming_at_every_boundary_is_exact(
+    here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configuration: str
+) -> None:
+    """D = W = 2: stopped at D-1, D, D+W-1 and D+W, each time by another process' worth of state."""
+    architecture = tiny.drop_path_primus() if configuration == "primus" else None
+    file = pretrained_file(tmp_path, architecture)
+    settings = (*SAWTOOTH, "finetune.weight_decay=0.1")
+    if architecture:
+        settings += ("finetune.optimizer=adamw", "finetune.layer_decay=0.5", "finetune.ema_decay=0.9")
+    folder = run(here, *settings, configuration=configuration, pretrained_weights=file)
+    wanted = state(folder)
+    folder.parent.rename(here.results / "unbroken")
+    update = MFMTrainer._update
+
+    class Killed(BaseException):
+        pass
+
+    def killed_at(epoch: int) -> Any:
+        def interrupted(self: MFMTrainer, loss: torch.Tensor) -> None:
+            if self.current_epoch == epoch:
+                raise Killed
+            update(self, loss)
+
+        return interrupted
+
+    for number, epoch in enumerate((1, 2, 3, 4)):
+        options: dict[str, Any] = {"continue_training": True} if number else {"pretrained_weights": file}
+        with monkeypatch.context() as patch:
+            patch.setattr(MFMTrainer, "_update", killed_at(epoch))
+            with pytest.raises(Killed):
+                run(here, *(() if number else settings), configuration=configuration, **options)
+    run(here, configuration=configuration, continue_training=True)
+    require_equal(state(folder), wanted)
+
+
+def test_without_the_names_of_what_is_new_a_run_cannot_go_on(here: Workspace, tmp_path: Path) -> None:
+    folder = run(here, *SAWTOOTH, pretrained_weights=pretrained_file(tmp_path))
+    file = folder / "checkpoint_final.pth"
+    content = checkpoint.load(file)
+    del content["mfm"]["new_weights"]
+    checkpoint.save(content, file)
+    refused("E_MODEL_CORRUPT", "mfm.new_weights", lambda: run(here, continue_training=True))
