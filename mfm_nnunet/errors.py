@@ -44,17 +44,21 @@ class CaseFailure:
 
 
 class CasesFailedError(MFMError):
-    """Some cases failed and the others were done (exit code 3); ``failures`` says which and why."""
+    """Some cases failed and the others were done (exit code 3); ``failures`` says which and why.
 
-    def __init__(self, failures: list[CaseFailure], num_cases: int) -> None:
+    ``noun`` is what they are where they are no cases.
+    """
+
+    def __init__(self, failures: list[CaseFailure], num_cases: int, noun: str = "cases") -> None:
         self.failures = failures
         self.num_cases = num_cases
+        self.noun = noun
         lines = "\n".join(f"  {failure}" for failure in failures)
         others = "the others are done" if len(failures) < num_cases else "so nothing is done"
-        super().__init__("E_CASES_FAILED", f"{len(failures)} of {num_cases} cases failed, {others}:\n{lines}")
+        super().__init__("E_CASES_FAILED", f"{len(failures)} of {num_cases} {noun} failed, {others}:\n{lines}")
 
     def __reduce__(self) -> tuple[type[MFMError], tuple]:
-        return (type(self), (self.failures, self.num_cases))
+        return (type(self), (self.failures, self.num_cases, self.noun))
 
 
 def dataset_refused(name: str, failures: list[CaseFailure], num_cases: int, what_for: str) -> MFMError:

@@ -1,7 +1,7 @@
 """Where everything lives, and nnU-Net's global state around a call.
 
 With no environment variable set, everything is in one workspace folder; ``nnUNet_raw``, ``nnUNet_preprocessed`` and
-``nnUNet_results`` win where they are set. :func:`use` is the only place that writes environment variables.
+``nnUNet_results`` win where they are set. :func:`use` and :func:`use_only` are the only places that write them.
 """
 
 from __future__ import annotations
@@ -84,6 +84,18 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def use_only(root: str | os.PathLike[str]) -> Iterator[Workspace]:
+    """As :func:`use`, with everything in ``root`` also where nnUNet_raw and the like are set."""
+    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        with use(root) as here:
+            yield here
+    finally:
+        os.environ.update(before)
 
 
 def num_cores() -> int:

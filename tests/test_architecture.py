@@ -31,7 +31,8 @@ ALLOWED = {
     "demo_data": {"data.corpus"},
     "demo_result": {"demo_data", "pictures"},
     "demo": {"api", "demo_data", "demo_result", "plans.schema"},
-    "api": {"data", "plans", "models", "pretext", "engine", "finetune", "predict", "interchange"},
+    "study": {"data", "plans", "models", "finetune", "interchange"},
+    "api": {"data", "plans", "models", "pretext", "engine", "finetune", "predict", "study", "interchange"},
     "cli": {"api", "data", "plans", "models", "pretext", "engine", "finetune", "predict", "demo", "demo_result"},
 }
 """Leaves and the own package come on top."""

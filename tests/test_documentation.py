@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTATION = ROOT / "documentation"
 REFERENCE = DOCUMENTATION / "reference"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCUMENTATION.rglob("*.md"))]
-COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo")
+COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo", "study")
 PLACEHOLDERS = {"XXX": "4", "FOLD": "0"}
 FORM = (
     "Idea",
@@ -140,6 +140,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         monkeypatch.setattr(api, name, record(name, "result"))
     monkeypatch.setattr(demo, "run_demo", record("demo", SimpleNamespace(overlays=[], masks=[])))
     monkeypatch.setattr(demo_result, "format_result", lambda result: "")
+    (tmp_path / "table.md").touch()
+    for name in ("run_study", "renew_study"):
+        monkeypatch.setattr(api, name, record(name, tmp_path))
     return seen
 
 
@@ -155,7 +158,7 @@ def run(words: list[str], calls: dict[str, Any]) -> None:
         is_ours = "." not in calls["pretext"]
         config = find_task(calls["pretext"]).Config() if is_ours else None
         schema.override(PretrainRun(schema.PretrainSettings(), config, 0, None), calls["settings"])
-    elif name == "train":
+    elif name == "train" or calls.get("job") == "run_study":
         finetune_settings.resolve(schema.MFMBlock(), calls["settings"], None)
     elif name == "demo":
         schema.override(schema.MFMBlock(), calls["arguments"][2])
@@ -554,7 +557,7 @@ def test_files_and_modules_in_the_text_exist(page: Path) -> None:
             assert (ROOT / span).exists(), span
         module = span.partition(".")[0]
         if (
-            re.fullmatch(r"[a-z]+\.(?!json|pth)[a-z_]+(\.[A-Z]\w+)?", span)
+            re.fullmatch(r"[a-z]+\.(?!json|pth|png)[a-z_]+(\.[A-Z]\w+)?", span)
             and module in packages
             and page.parent != REFERENCE
         ):

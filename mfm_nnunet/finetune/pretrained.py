@@ -39,7 +39,18 @@ def has_decoder(reading: Reading, network: nn.Module) -> bool:
 def transfer_from(
     file: Path, network: nn.Module, output_folder: Path, parts: Parts = "all_but_heads", topology: Topology = "fit"
 ) -> TransferReport:
-    """Move ``parts`` of the weights of ``file`` into ``network`` in place and write the report as ``transfer.json``.
+    """As :func:`transfer`, and write the report as ``transfer.json``."""
+    reading, report = transfer(file, network, parts, topology)
+    about_file = {"checkpoint": file.name, "layout": reading.layout, "notes": list(reading.notes)}
+    with atomic_write(output_folder / "transfer.json") as handle:
+        handle.write(json.dumps({**about_file, **report.to_dict()}, indent=1).encode())
+    return report
+
+
+def transfer(
+    file: Path, network: nn.Module, parts: Parts = "all_but_heads", topology: Topology = "fit"
+) -> tuple[Reading, TransferReport]:
+    """Move ``parts`` of the weights of ``file`` into ``network`` in place; returns what was read, and the report.
 
     ``file`` is of any layout that :func:`mfm_nnunet.interchange.read.read_checkpoint` knows; ``topology`` says whether
     kernels of another size are adapted.
@@ -58,11 +69,7 @@ def transfer_from(
             topology=topology,
         )
     others = tuple(Entry(name, tensor.numel(), "not in this network") for name, tensor in reading.others.items())
-    report = dataclasses.replace(report, ignored=(*report.ignored, *others))
-    notes = {"layout": reading.layout, "notes": list(reading.notes)}
-    with atomic_write(output_folder / "transfer.json") as handle:
-        handle.write(json.dumps({"checkpoint": file.name, **notes, **report.to_dict()}, indent=1).encode())
-    return report
+    return reading, dataclasses.replace(report, ignored=(*report.ignored, *others))
 
 
 def untrained_names(report: TransferReport, network: nn.Module) -> set[str]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.pretext.registry import list_tasks
+from mfm_nnunet.study.statistics import compare_paired, correct_by_holm
 from tests.benchmarks.study import LABELLED, LABELS, Study, base_parser
 
 EXTRA: dict[str, tuple[str, ...]] = {
@@ -48,7 +49,6 @@ LIKE = "mae"
 """The task whose checkpoint of one step the labelled set is planned like; it works on all networks."""
 DEFAULTS = ("pretrain.iterations_per_epoch=25", "pretrain.validation_iterations=1")
 COST_STEPS, COST_WARMUP, COST_ROUNDS = 24, 4, 2
-NUM_BOOTSTRAPS = 10_000
 
 
 def all_pairs() -> list[str]:
@@ -283,26 +283,14 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """The arm, and its difference to scratch: each case averaged over the labels and the seeds that both have."""
     import numpy as np
-    from scipy import stats
 
     row, seeds = describe(arm, cells), [seed for seed in cells if seed in scratch]
     if not seeds:
         return row
     mine, theirs = (np.array([list(c[seed]["dice"].values()) for seed in seeds]).mean((0, 2)) for c in (cells, scratch))
-    difference = mine - theirs
-    draws = np.random.default_rng(0).integers(0, len(difference), (NUM_BOOTSTRAPS, len(difference)))
-    interval = np.percentile(difference[draws].mean(1), [2.5, 97.5]).tolist()
-    p = float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
-    return {**row, "difference": float(difference.mean()), "interval": interval, "better": int((difference > 0).sum()),
-            "cases": len(difference), "seeds_compared": seeds, "p": p}  # fmt: skip
-
-
-def correct_by_holm(rows: list[dict[str, Any]]) -> None:
-    """Adds ``p_holm``, Wilcoxon's p corrected for the number of pairs in the table."""
-    largest = 0.0
-    for rank, row in enumerate(sorted(rows, key=lambda row: row["p"])):
-        largest = max(largest, min(1.0, row["p"] * (len(rows) - rank)))
-        row["p_holm"] = largest
+    paired = compare_paired(mine, theirs)
+    p = paired.pop("p")
+    return {**row, **paired, "seeds_compared": seeds, "p": p}
 
 
 def format_row(row: dict[str, Any]) -> str:

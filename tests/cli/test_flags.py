@@ -19,7 +19,7 @@ from mfm_nnunet.cli import run as running
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, StoppedError
 from mfm_nnunet.pretext.registry import list_tasks
 
-COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo")
+COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo", "study")
 EVERYWHERE = "-h --help --workspace --debug --version"
 RUNS = "-d --dataset -c --configuration -p --plans --recipe --set --c -device --device -num_gpus --num-gpus"
 FLAGS = {
@@ -33,6 +33,8 @@ FLAGS = {
     "--verbose -npp -nps --not_on_device --overwrite --resume --continue_prediction --c -device --device",
     "checkpoint": "-o --output --layout --token-order --licence",
     "demo": "--data --overwrite --set -device --device",
+    "study": "-d --dataset -c --configuration --labels --arms --seeds --test --subjects -p --plans --set "
+    "--tolerance-mm --disable_tta --disable-tta --jobs -o --output --table -device --device",
 }
 """Scripts rely on these names: a flag may be added, none may go or be renamed."""
 
@@ -62,6 +64,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     record("pretrain", Path("run/checkpoint_final.pth"))
     record("train", Path("model/fold_0"))
     record("predict", None)
+    record("run_study", Path("study"))
+    record("renew_study", Path("study"))
     return seen
 
 
@@ -154,6 +158,12 @@ def test_positions_and_flags_alike(line: str, calls: dict[str, Any], capsys: pyt
         ("predict", "-i in -o out -m model --overwrite --resume", "--overwrite"),
         ("predict", "-i in -o out -m model -step_size 1.5", "-step_size"),
         ("predict", "-i in -o out -m model -num_parts 2 -part_id 2", "-part_id"),
+        ("study", "4 3d_fullres --arms scratch", "--labels"),
+        ("study", "4 3d_fullres --labels 5", "--arms"),
+        ("study", "4 3d_fullres --labels 5 --arms", "--arms"),
+        ("study", "4 --labels 5 --arms scratch", "CONFIG"),
+        ("study", "4 3d_fullres --labels 5 --arms scratch --jobs 0", "--jobs"),
+        ("study", "4 3d_fullres --labels 5 --arms scratch --seeds some", "--seeds"),
     ],
 )
 def test_wrong_usage_is_refused(name: str, line: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,6 +262,26 @@ def test_predict_hands_everything_over(calls: dict[str, Any]) -> None:
         "mirroring": False, "save_probabilities": True, "overwrite": False, "resume": True, "previous_stage": "prev",
         "num_parts": 3, "part_id": 1, "device": "cpu", "workspace": None,
     }  # fmt: skip
+
+
+def test_study_hands_everything_over(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("study").mkdir()
+    Path("study/table.md").write_text("the table\n")
+    line = (
+        "4 3d_fullres --labels 5 100% --arms scratch a=b.pth --seeds 2 --test 30% --subjects s.csv -p mfmA "
+        "--disable_tta --set finetune.epochs=3 seed=1 --tolerance-mm 2.5 --jobs 4 -o out -device cpu"
+    )
+    assert command("study").main(line.split()) == 0
+    assert calls.pop("arguments") == ("4", "3d_fullres")
+    assert calls == {
+        "job": "run_study", "labels": ["5", "100%"], "arms": ["scratch", "a=b.pth"], "seeds": 2, "test": "30%",
+        "subjects": "s.csv", "plans_name": "mfmA", "settings": ["finetune.epochs=3", "seed=1"], "tolerance_mm": 2.5,
+        "mirroring": False, "jobs": 4, "device": "cpu", "output": "out", "workspace": None,
+    }  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[0] == "the table"
+    calls.clear()
+    assert command("study").main(["--table", "-o", "out"]) == 0
+    assert (calls["job"], calls["arguments"]) == ("renew_study", ("out", None))
 
 
 def outcome(error: BaseException | None, debug: bool = False) -> int:

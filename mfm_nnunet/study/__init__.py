@@ -1,0 +1,1 @@
+"""The label-efficiency study: how many labels does pretraining save on my data?"""

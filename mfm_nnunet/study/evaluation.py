@@ -1,0 +1,116 @@
+"""Dice and normalised surface distance (NSD) of predicted masks, with what happens to absent labels stated.
+
+Tools for surface metrics differ by tens of points on equal masks, so one library is used, ``surface-distance`` by
+DeepMind, and its name and version stand in every result. NSD is its surface Dice: the share of both surfaces, by area,
+that lies within the tolerance of the other one. For both metrics: a label that is neither in the reference nor in the
+prediction has no score (NaN, left out of means); one that is in only one of them has 0, so false positives count.
+
+``python -m mfm_nnunet.study.evaluation STUDY CELL`` scores one cell of a study; each runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.data.reading import read_label
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import read_json
+from mfm_nnunet.metrics import dice, foreground_labels, ignore_label
+
+LIBRARY = "surface-distance"
+METRICS = ("dice", "nsd")
+RESULT = "result.json"
+"""Written last: a cell that has it is finished."""
+
+
+def require_library() -> dict[str, str]:
+    """Name and version of the library of surface metrics. Raises MFMError (E_NOT_FOUND) where it is not installed."""
+    if importlib.util.find_spec("surface_distance") is None:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"the study measures surfaces with the package {LIBRARY}, which is not installed. "
+            "Run: pip install 'mfm_nnunet[study]'",
+        )
+    return {"name": LIBRARY, "version": importlib.metadata.version(LIBRARY)}
+
+
+def surface_dice(
+    reference: np.ndarray, predicted: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float
+) -> float:
+    """NSD of two boolean masks of 2 or 3 axes: between 0 and 1, NaN when both are empty, 0 when one is."""
+    if not reference.any() and not predicted.any():
+        return float("nan")
+    if not reference.any() or not predicted.any():  # the library would divide by zero, or give infinite distances
+        return 0.0
+    import surface_distance
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it imports from a namespace that SciPy 2 will drop
+        distances = surface_distance.compute_surface_distances(reference, predicted, [float(s) for s in spacing_mm])
+        return float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm))
+
+
+def score_case(
+    reference: np.ndarray,
+    predicted: np.ndarray,
+    spacing_mm: Sequence[float],
+    labels: Mapping[str, tuple[int, ...]],
+    ignore: int | None,
+    tolerance_mm: float,
+) -> dict[str, dict[str, float]]:
+    """The metrics of every label of one case; ``labels`` are names and voxel values.
+
+    Axes of length 1 are dropped: a picture has contours, not surfaces. Voxels of the reference that have the value
+    ``ignore`` belong to no label on either side.
+    """
+    kept = [axis for axis, size in enumerate(reference.shape) if size > 1]
+    shape, spacing = [reference.shape[axis] for axis in kept], [spacing_mm[axis] for axis in kept]
+    reference, predicted = reference.reshape(shape), predicted.reshape(shape)
+    is_counted = np.ones(shape, bool) if ignore is None else reference != ignore
+    return {
+        name: {
+            "dice": dice(reference, predicted, values, ignore),
+            "nsd": surface_dice(
+                np.isin(reference, values) & is_counted, np.isin(predicted, values) & is_counted, spacing, tolerance_mm
+            ),
+        }
+        for name, values in labels.items()
+    }
+
+
+def evaluate_cell(study_folder: Path, cell_folder: Path) -> None:
+    """Score the masks of a cell against the references of the test cases and write its ``result.json``.
+
+    Raises MFMError for a mask or reference that cannot be read.
+    """
+    study = read_json(study_folder / "study.json", "Run mfm_study again.")
+    plans = read_json(cell_folder / "masks" / "plans.json", "Run mfm_study again.")
+    content, reader = study["dataset_json"], plans["image_reader_writer"]
+    labels, ignore = foreground_labels(content), ignore_label(content)
+    scores = {}
+    for name, files in study["test_cases"].items():
+        reference, properties = read_label(Path(files["label"]), reader)
+        predicted, _ = read_label(cell_folder / "masks" / f"{name}{content['file_ending']}", reader)
+        spacing, tolerance = properties["spacing"], study["question"]["tolerance_mm"]
+        case = score_case(reference[0], predicted[0], spacing, labels, ignore, tolerance)
+        scores[name] = {
+            label: {metric: None if value != value else value for metric, value in metrics.items()}
+            for label, metrics in case.items()
+        }
+    result: dict[str, Any] = {"scores": scores, "library": require_library()}
+    with atomic_write(cell_folder / RESULT) as handle:
+        handle.write(json.dumps(result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    evaluate_cell(Path(sys.argv[1]), Path(sys.argv[2]))

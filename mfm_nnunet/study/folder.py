@@ -1,0 +1,198 @@
+"""The folder of a study: begun, continued or refused; ``study.json`` and a workspace of its own.
+
+The study's workspace knows only the pool (everything but the test split): fingerprint, plan and preprocessing see no
+test image. It is preprocessed once; a subset is a fold of ``splits_final.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.data import corpus
+from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.interchange.read import sha256
+from mfm_nnunet.json_files import read_json
+from mfm_nnunet.study.arms import Arm
+from mfm_nnunet.study.design import CELLS, Design, Question, read_subjects
+from mfm_nnunet.study.splits import Cases, draw_test, label_counts
+from mfm_nnunet.version import __version__
+
+RECORD = "study.json"
+STUDY_SETTINGS = ("finetune.validation_iterations=1",)
+"""Set before ``--set``: the final checkpoint is tested, so validation while training decides nothing and costs time."""
+_PARTS = {"question", "labels", "seeds", "compared", "arms", "folds", "test_cases", "library", "dataset_json"}
+_ADVICE = "Give -o another folder, or remove this one to begin anew."
+
+
+def make_design(
+    folder: Path,
+    cases: Sequence[Case],
+    dataset_json: Mapping[str, Any],
+    *,
+    dataset: str,
+    configuration: str,
+    plans: str,
+    arms: tuple[Arm, ...],
+    labels: Sequence[str],
+    seeds: int,
+    test: str,
+    subjects: Path | None,
+    settings: Sequence[str],
+    tolerance_mm: float,
+    mirroring: bool,
+) -> Design:
+    """The design of a study; nothing is written yet.
+
+    Raises MFMError: as the splits do, and E_CONFIG when the folder holds a study that asked something else.
+    """
+    if seeds < 1:
+        raise MFMError("E_CONFIG", f"--seeds {seeds}: at least one training per arm is needed.")
+    if not 0 <= tolerance_mm < float("inf"):
+        raise MFMError("E_CONFIG", f"--tolerance-mm {tolerance_mm}: expected a length in mm, 0 or more.")
+    if any(setting.partition("=")[0].strip() == "seed" for setting in settings):
+        raise MFMError(
+            "E_CONFIG", "--set seed: the study sets the seed of every cell itself. Say how many with --seeds."
+        )
+    of_case = read_subjects(subjects, cases)
+    known = Cases.of(of_case)
+    tested = draw_test(known, test)
+    counts = label_counts(labels, len(known.by_subject) - len(tested))
+    question = Question(
+        dataset=dataset,
+        configuration=configuration,
+        plans=plans,
+        settings=[*STUDY_SETTINGS, *settings],
+        tolerance_mm=tolerance_mm,
+        mirroring=mirroring,
+        test=known.names(tested),
+        subjects=of_case,
+        data=corpus.signature(cases),
+    )
+    folds, known_arms = _continued(folder, question, arms)
+    wanted = [(count, seed) for seed in range(seeds) for count in counts]
+    folds += [fold for fold in wanted if fold not in folds]
+    by_name = {case.name: case for case in cases}
+    return Design(folder, question, arms, counts, seeds, folds, known_arms, by_name, dict(dataset_json))
+
+
+def plans_of(folder: Path) -> str | None:
+    """The plan that the study in a folder trains on, as :class:`Question` names it; None before the first training.
+
+    Raises MFMError as :func:`read_record`.
+    """
+    if not (folder / RECORD).is_file() or not (folder / CELLS).is_dir():
+        return None
+    return str(read_record(folder)["question"].get("plans"))
+
+
+def write_design(design: Design, library: Mapping[str, str]) -> None:
+    """Write ``study.json``, the dataset of the pool, its folds, and links to the test images."""
+    test_images = design.folder / "test"
+    if (design.folder / RECORD).is_file() and read_record(design.folder)["question"] != as_json(design.question):
+        for stale in (design.workspace, test_images):  # of another question, for which nothing was trained
+            shutil.rmtree(stale, ignore_errors=True)
+    write_json(design.folder / RECORD, record_of(design, library))  # first: it tells whose folder this is
+    ending, dataset = design.dataset_json["file_ending"], design.question.dataset
+    test_images.mkdir(exist_ok=True)
+    for case in design.test:
+        for channel, image in enumerate(case.images):
+            link = test_images / f"{case.name}_{channel:04d}{ending}"
+            if not link.is_symlink():
+                link.symlink_to(image.resolve())
+    entries = {case.name: _files(case) for case in design.pool}
+    pool_json = {**design.dataset_json, "numTraining": len(entries), "dataset": entries}
+    write_json(design.workspace / "nnUNet_raw" / dataset / "dataset.json", pool_json)
+    splits = [_fold(design.subset(*fold)) for fold in design.folds]
+    write_json(design.workspace / "nnUNet_preprocessed" / dataset / "splits_final.json", splits)
+
+
+def record_of(design: Design, library: Mapping[str, str]) -> dict[str, Any]:
+    """The part of ``study.json`` that is known before any cell has run."""
+    return {
+        "made_by": f"mfm_study {__version__}",
+        "question": as_json(design.question),
+        "library": dict(library),
+        "labels": design.labels,
+        "seeds": design.seeds,
+        "compared": [arm.name for arm in design.arms],
+        "arms": design.known_arms,
+        "folds": [{"labels": count, "seed": seed, "train": design.subset(count, seed)} for count, seed in design.folds],
+        "test_cases": {case.name: _files(case) for case in design.test},
+        "dataset_json": {
+            key: value for key, value in design.dataset_json.items() if key not in ("dataset", "training")
+        },
+    }
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``study.json`` of a study folder. Raises MFMError: E_NOT_FOUND, or E_FORMAT when it is damaged."""
+    record = read_json(folder / RECORD, f"Is this the folder of a study? {_ADVICE}")
+    lacking = _PARTS - set(record)
+    if lacking:
+        raise MFMError("E_FORMAT", f"{folder / RECORD}: '{min(lacking)}' is missing. {_ADVICE}")
+    return record
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON atomically, with the folders that it needs."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as handle:
+        handle.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def _continued(folder: Path, question: Question, arms: Sequence[Arm]) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    """Folds (their numbers must not change) and arms: those of a study that is continued, and the arms of this call."""
+    mine = {arm.name: _about(arm) for arm in arms}
+    if folder.exists() and not folder.is_dir():
+        raise MFMError("E_EXISTS", f"{folder}: this is a file. Give -o another folder.")
+    if not (folder / RECORD).is_file():
+        if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise MFMError("E_EXISTS", f"{folder}: is not empty and holds no study. Give -o another folder.")
+        return [], mine
+    record = read_record(folder)
+    before, now = record["question"], as_json(question)
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed and not (folder / CELLS).is_dir():  # nothing was trained yet, e.g. because a bad case was repaired
+        return [], mine
+    if changed:
+        differences = "; ".join(_difference(name, before.get(name), now[name]) for name in changed)
+        raise MFMError("E_CONFIG", f"{folder}: holds a study that asks something else: {differences}. {_ADVICE}")
+    for name in mine.keys() & record["arms"].keys():
+        if record["arms"][name]["sha256"] != mine[name]["sha256"]:
+            raise MFMError(
+                "E_CONFIG",
+                f"{folder}: arm '{name}' was another checkpoint. Name this one differently: NAME=CHECKPOINT.",
+            )
+    return [(fold["labels"], fold["seed"]) for fold in record["folds"]], {**record["arms"], **mine}
+
+
+def as_json(question: Question) -> dict[str, Any]:
+    """The question as ``study.json`` holds it."""
+    return {field.name: getattr(question, field.name) for field in dataclasses.fields(question)}
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    values = f"{name} was {before}, is {now}"
+    return values if len(values) < 150 else name
+
+
+def _about(arm: Arm) -> dict[str, Any]:
+    if arm.checkpoint is None:
+        return {"file": None, "sha256": None}
+    return {"file": str(arm.checkpoint), "sha256": sha256(arm.checkpoint)}
+
+
+def _files(case: Case) -> dict[str, Any]:
+    return {"images": [str(image) for image in case.images], "label": str(case.label)}
+
+
+def _fold(train: list[str]) -> dict[str, list[str]]:
+    """A fold that validates on one of its own training cases: nnU-Net wants one, and other labels must stay unseen."""
+    return {"train": train, "val": train[:1]}

@@ -1,0 +1,70 @@
+"""Which plan all arms of a study share: one that is given, or one made from the pool like the first checkpoint.
+
+A study's question names it in a word and a hash, so that cells of different plans never meet in one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.interchange.read import sha256
+from mfm_nnunet.json_files import read_plans
+from mfm_nnunet.plans.planner import PlanRequest, check_request
+from mfm_nnunet.study.arms import Arm
+from mfm_nnunet.workspace import Workspace
+
+STUDY_PLANS = "mfmStudyPlans"
+"""The name of a plan that a study makes; it is in the study's own workspace."""
+OWN, LIKE = "own", "like"
+
+
+def plans_name_of(plans: str) -> str:
+    """The name of the plan that a question's ``plans`` means."""
+    word = plans.partition(" ")[0]
+    return STUDY_PLANS if word in (OWN, LIKE) else word
+
+
+def given_plan(
+    here: Workspace, dataset_name: str, configuration: str, plans_name: str | None
+) -> tuple[dict[str, Any], str] | None:
+    """The plan named with ``-p`` and how a study's question names it; None without one."""
+    if plans_name is None:
+        return None
+    plans = read_plans(here.plans_file(dataset_name, plans_name), f"Plan {dataset_name} again.")
+    if configuration not in plans["configurations"]:
+        raise MFMError(
+            "E_CONFIG",
+            f"plan {plans_name} has no configuration '{configuration}'. "
+            f"{nearest(configuration, plans['configurations'])}",
+        )
+    _refuse_cascade(configuration)
+    digest = hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()
+    return {**plans, "plans_name": plans_name}, f"{plans_name} {digest}"
+
+
+def own_plan(configuration: str, arms: Sequence[Arm]) -> str:
+    """How a study's question names the plan that is to be made; what can be refused already is."""
+    _refuse_cascade(configuration)
+    like = next((arm.checkpoint for arm in arms if arm.checkpoint), None)
+    try:
+        source = check_request(PlanRequest(like=like, configurations=(configuration,)))
+    except MFMError as error:
+        if error.code != "E_MODEL_MISMATCH":
+            raise
+        raise MFMError(error.code, f"{error.message} Or name a plan that all arms fit with -p.") from error
+    if source is not None and source.configuration != configuration:
+        raise MFMError(
+            "E_CONFIG",
+            f"-c {configuration}: {like} was pretrained for {source.configuration}, so the plan would be of that "
+            f"configuration. Give -c {source.configuration}, or a plan with -p.",
+        )
+    return OWN if like is None else f"{LIKE} {sha256(like)}"
+
+
+def _refuse_cascade(configuration: str) -> None:
+    if configuration == "3d_cascade_fullres":
+        raise MFMError("E_CONFIG", "-c 3d_cascade_fullres: a study trains one stage. Take 3d_fullres or 3d_lowres.")

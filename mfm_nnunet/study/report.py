@@ -1,0 +1,178 @@
+"""``table.md`` and ``study.png``: what a study found, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.study.arms import SCRATCH
+
+TITLES = {"dice": "Dice", "nsd": "NSD"}
+_COMPARED = ("against scratch", "95 %", "cases better", "seeds better", "p")
+_COLOURS = ("#2f6fde", "#e0632b", "#1d9a6c", "#9b4fc0", "#c9a227", "#d0417e")
+_GREY = "#6b7078"
+
+
+def table(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The report in Markdown: one table per metric, scores per label, labels saved, and how to read it."""
+    question, num_finished = record["question"], summary["num_finished"]
+    lines = [
+        f"# Label efficiency: {question['dataset']}, {question['configuration']}",
+        "",
+        f"Test cases: {len(record['test_cases'])}. Finished cells: {num_finished} of {summary['num_cells']}.",
+    ]
+    for metric, title in TITLES.items():
+        lines += ["", f"## {_long_title(metric, question)}", ""]
+        columns = ("labels", "start", "seeds", title, *_COMPARED, "scratch needs", "saved")
+        lines += _markdown(columns, [_score_row(record, row, metric) for row in summary["rows"]])
+    lines += ["", "## Each label", "", *_per_label(summary["rows"]), "", "## How to read this", "", *_notes(record)]
+    if summary["failed"]:
+        lines += ["", "## Failed", "", *(f"* {name}: {reason}" for name, reason in summary["failed"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def plot(file: Path, record: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Write a PNG: each metric over the number of labels (logarithmic), a line per arm, bands over the seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    axes: Any = figure.subplots(1, len(TITLES))
+    for axis, metric in zip(axes, TITLES):
+        for arm, colour in zip(record["compared"], _colours(record["compared"])):
+            _draw_arm(axis, [row for row in summary["rows"] if row["arm"] == arm], metric, arm, colour)
+        axis.set_xscale("log")
+        axis.set_xticks(record["labels"], [str(number) for number in record["labels"]])
+        axis.minorticks_off()
+        axis.set(xlabel="labelled subjects in the training", title=_long_title(metric, record["question"]))
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    if axes[0].lines:
+        axes[0].legend(frameon=False, loc="best")
+    question, num_cases = record["question"], len(record["test_cases"])
+    cases = f"{num_cases} test cases" if num_cases > 1 else "1 test case"
+    seeds = (
+        f"lines: mean of {record['seeds']} seeds, bands: lowest to highest seed" if record["seeds"] > 1 else "1 seed"
+    )
+    figure.suptitle(f"{question['dataset']}, {question['configuration']}: {cases}; {seeds}", fontsize=10)
+    FigureCanvasAgg(figure)
+    with atomic_write(file) as handle:
+        figure.savefig(handle, format="png", dpi=130)
+
+
+def _draw_arm(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, arm: str, colour: str) -> None:
+    if not rows:
+        return
+    numbers, parts = [row["labels"] for row in rows], [row[metric] for row in rows]
+    is_scratch = arm == SCRATCH
+    style = {"color": colour, "marker": "o", "markersize": 4.5, "linewidth": 1.8, "zorder": 2 if is_scratch else 3}
+    axis.plot(numbers, [part["mean"] for part in parts], label=arm, linestyle="--" if is_scratch else "-", **style)
+    low, high = ([limit(part["per_seed"]) for part in parts] for limit in (min, max))
+    axis.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
+    if len(numbers) == 1:  # a band of one point has no width
+        axis.vlines(numbers, low, high, color=colour, alpha=0.4, linewidth=4)
+
+
+def _colours(arms: Sequence[str]) -> list[str]:
+    others = [arm for arm in arms if arm != SCRATCH]
+    return [_GREY if arm == SCRATCH else _COLOURS[others.index(arm) % len(_COLOURS)] for arm in arms]
+
+
+def _long_title(metric: str, question: Mapping[str, Any]) -> str:
+    if metric == "dice":
+        return "Dice"
+    return f"Normalised surface distance (NSD) within {question['tolerance_mm']:g} mm"
+
+
+def _score_row(record: Mapping[str, Any], row: Mapping[str, Any], metric: str) -> list[str]:
+    part = row[metric]
+    spread = "" if part["spread"] is None else f" ± {part['spread']:.4f}"
+    cells = [str(row["labels"]), row["arm"], str(len(row["seeds"])), f"{part['mean']:.4f}{spread}"]
+    if compared := part.get("against_scratch"):
+        low, high = compared["interval"]
+        cells += [f"{compared['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+        cells += [f"{compared['better']} of {compared['cases']}"]
+        cells += [f"{compared['seeds_better']} of {len(compared['seeds_compared'])}", f"{compared['p_holm']:.2g}"]
+    else:
+        cells += [""] * len(_COMPARED)
+    if saved := part.get("labels_saved"):
+        return [*cells, _needed(record, saved), _saved(record, row["labels"], saved["needed"])]
+    return [*cells, "", ""]
+
+
+def _needed(record: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """``14.2 (9.1 to more than 34)``; without brackets where all three are the same."""
+    value, low, high = (_number(record, number) for number in (saved["needed"], *saved["interval"]))
+    return value if value == low == high else f"{value} ({low} to {high})"
+
+
+def _number(record: Mapping[str, Any], needed: float | None) -> str:
+    smallest, largest = min(record["labels"]), max(record["labels"])
+    if needed is None:
+        return f"more than {largest}"
+    return f"at most {smallest}" if needed <= smallest else f"{needed:.1f}"
+
+
+def _saved(record: Mapping[str, Any], num_labels: int, needed: float | None) -> str:
+    smallest, largest = min(record["labels"]), max(record["labels"])
+    if needed is None:
+        return f"more than {largest - num_labels}"
+    if needed <= smallest:
+        return f"{smallest - num_labels} or less"
+    return f"{needed - num_labels:+.1f}"
+
+
+def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = list(rows[0]["dice"]["per_label"]) if rows else []
+    columns = [
+        "labels",
+        "start",
+        *(f"{name}, {title}" for name in names for title in TITLES.values()),
+        "min of training",
+    ]
+    cells = [
+        [
+            str(row["labels"]),
+            row["arm"],
+            *(_score(row[metric]["per_label"][name]) for name in names for metric in TITLES),
+            "" if row["minutes_of_training"] is None else f"{row['minutes_of_training']:.1f}",
+        ]
+        for row in rows
+    ]
+    return _markdown(columns, cells)
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    library, smallest, largest = record["library"], min(record["labels"]), max(record["labels"])
+    return [
+        "* labels: labelled subjects in the training. Each seed draws one order of the subjects and takes the first n, "
+        "so smaller subsets are inside larger ones, the subsets differ between seeds, and all starts share them.",
+        "* Dice, NSD: a case's mean over its labels, the mean over cases, then over seeds ± their standard deviation "
+        "(subsets and training together). A label that is neither in the reference nor predicted is left out; one that "
+        "is in only one of them counts 0.",
+        f"* NSD is the surface Dice of {library['name']} {library['version']}; other tools give other numbers.",
+        "* against scratch: each case averaged over seeds, minus scratch with the same labels; 95 %: bootstrap over "
+        "cases; cases, seeds better: those above scratch; p: Wilcoxon signed-rank over cases, two-sided, corrected by "
+        "Holm for all rows of the table. 95 % and p are about other cases, with these very subsets and trainings: what "
+        "others would change is seen in the seeds.",
+        "* scratch needs: labels with which scratch reaches the same score, from its running maximum, interpolated "
+        "over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over cases); nothing is "
+        f"extrapolated below {smallest} or above {largest}. saved: that number minus the row's.",
+        f"* The final checkpoint was tested, never the best. All starts share one plan, {_plan(record['question'])}.",
+    ]
+
+
+def _plan(question: Mapping[str, Any]) -> str:
+    kind, _, _ = question["plans"].partition(" ")
+    known = {"own": "made from all images that do not test", "like": "made like the first checkpoint that was given"}
+    return known.get(kind, f"{kind}, which was given with -p")
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" if line else "|" + "---|" * len(columns) for line in (columns, (), *rows)]

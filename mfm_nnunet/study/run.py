@@ -1,0 +1,161 @@
+"""A study from its design to its report: what can be refused before hours of training, then the cells, then the table.
+
+Planning and preprocessing are not here: :func:`mfm_nnunet.api.run_study` does them in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.per_case import in_threads
+from mfm_nnunet.data.reading import check_label, read_image, read_label
+from mfm_nnunet.device import pick_device
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
+from mfm_nnunet.finetune import settings as finetune_settings
+from mfm_nnunet.finetune.pretrained import transfer
+from mfm_nnunet.metrics import mean_dice
+from mfm_nnunet.models.build import build_network
+from mfm_nnunet.plans.schema import MFMBlock
+from mfm_nnunet.study import cells as running
+from mfm_nnunet.study.commands import TRAINING, commands_script, steps_of
+from mfm_nnunet.study.design import Cell, Design
+from mfm_nnunet.study.evaluation import RESULT
+from mfm_nnunet.study.folder import RECORD, read_record, write_json
+from mfm_nnunet.study.report import plot, table
+from mfm_nnunet.study.summary import case_scores, cells_of, read_results, summarise
+
+logger = logging.getLogger(__name__)
+
+TABLE, PICTURE, COMMANDS = "table.md", "study.png", "commands.sh"
+
+
+def check_settings(settings: Sequence[str]) -> None:
+    """Raise MFMError (E_CONFIG) for a setting that fine-tuning does not have, or an impossible value."""
+    finetune_settings.resolve(MFMBlock(), settings, None)
+
+
+def check_checkpoints(design: Design, plans: Mapping[str, Any]) -> None:
+    """Raise MFMError (E_MODEL_MISMATCH and others) unless every arm's weights fit the network of the plan."""
+    configuration = design.question.configuration
+    num_inputs = len(design.dataset_json.get("channel_names") or design.dataset_json.get("modality") or [0])
+    network = build_network(plans, configuration, num_inputs, 2)
+    topology = finetune_settings.resolve(MFMBlock(), design.question.settings, None).finetune.transfer
+    for arm in (arm for arm in design.arms if arm.checkpoint is not None):
+        assert arm.checkpoint is not None
+        try:
+            _, report = transfer(arm.checkpoint, network, topology=topology)
+        except MFMError as error:
+            raise MFMError(
+                error.code,
+                f"arm {arm.name}, {arm.checkpoint}: {error.message} All arms share one plan, and this is "
+                f"{plans.get('plans_name')}: name one that all fit with -p, or give the checkpoint that decides first; "
+                "both in a new folder (-o) once something was trained.",
+            ) from error
+        logger.info("arm %s: %.0f %% of the encoder's parameters come from it", arm.name, 100 * report.encoder_share)
+
+
+def check_test_cases(design: Design, reader: str) -> None:
+    """Read every test image and its label now, because they are used only after the training.
+
+    Raises MFMError with the list of all that cannot be used.
+    """
+
+    def check(case: Case) -> bool:
+        assert case.label is not None
+        image, properties = read_image(case.images, reader)
+        label, label_properties = read_label(case.label, reader)
+        check_label(label, label_properties, image, properties, design.dataset_json, case.name)
+        return True
+
+    failures = [found for _, found in in_threads(check, design.test, 1) if isinstance(found, CaseFailure)]
+    if failures:
+        raise dataset_refused(
+            f"{design.question.dataset}, test split", failures, len(design.test), "; nothing was trained"
+        )
+
+
+def run_design(
+    design: Design, plans_name: str, device: str = "auto", jobs: int | None = None, lock: IO[bytes] | None = None
+) -> None:
+    """Run all cells that are not finished; table and picture are renewed with every cell.
+
+    Raises CasesFailedError after all others are done when cells failed.
+    """
+    gpus = visible_gpus(device)
+    cells = list(design.cells())
+    todo = [cell for cell in cells if not (design.cell_folder(cell) / RESULT).is_file()]
+    at_once = jobs or (1 if pick_device(device).type == "mps" else running.default_jobs(gpus))
+    num_jobs = min(at_once, max(1, len(todo)))
+    with atomic_write(design.folder / COMMANDS) as handle:
+        handle.write(commands_script(design, plans_name, device).encode())
+    logger.info("%d cells, %d of them finished; %d at a time", len(cells), len(cells) - len(todo), num_jobs)
+
+    def finished(cell: Cell, seconds: dict[str, float]) -> str:
+        _note_seconds(design.cell_folder(cell), seconds)
+        _drop_unused(design.cell_folder(cell))
+        renew(design.folder)
+        result = json.loads((design.cell_folder(cell) / RESULT).read_text())
+        return f"Dice {mean_dice(case_scores(result, 'dice').tolist()):.3f} in {sum(seconds.values()):.0f} s"
+
+    failures = running.run_cells(
+        todo,
+        steps_of(design, plans_name, device),
+        running.slots(num_jobs, gpus),
+        lambda cell: design.folder / "logs" / f"{cell.folder_name}.txt",
+        finished,
+        _known_seconds(design.folder, cells),
+        lock,
+    )
+    renew(design.folder, failures)
+    if failures:
+        raise CasesFailedError(failures, len(cells), "cells")
+
+
+def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
+    """Write ``table.md``, ``study.png`` and the results in ``study.json`` anew from the cells that are finished.
+
+    Raises MFMError (E_NOT_FOUND) when the folder holds no study.
+    """
+    record = read_record(folder)
+    summary = summarise(record, read_results(folder, cells_of(record)), failures)
+    write_json(folder / RECORD, {**record, "results": summary})
+    with atomic_write(folder / TABLE) as handle:
+        handle.write(table(record, summary).encode())
+    plot(folder / PICTURE, record, summary)
+
+
+def visible_gpus(device: str) -> list[str]:
+    """The GPUs that cells are shared among, as CUDA_VISIBLE_DEVICES names them; none where the CPU computes."""
+    if pick_device(device).type != "cuda":
+        return []
+    import torch
+
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[: torch.cuda.device_count()] or [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _note_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
+    """Add the seconds of each step to a result."""
+    result = json.loads((folder / RESULT).read_text())
+    write_json(folder / RESULT, {**result, "seconds": dict(seconds)})
+
+
+def _drop_unused(folder: Path) -> None:
+    """The best checkpoint is never tested, and is as large as the final one."""
+    for file in folder.glob("results/*/*/fold_*/checkpoint_best.pth"):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _known_seconds(folder: Path, cells: Sequence[Cell]) -> list[float]:
+    """How long finished cells took."""
+    found = [result.get("seconds", {}) for result in read_results(folder, cells).values()]
+    return [sum(seconds.values()) for seconds in found if TRAINING in seconds]

@@ -1,0 +1,304 @@
+"""Running cells: finished ones stay, killed ones go on, what fails costs only itself, signals end the children."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfm_nnunet.errors import CasesFailedError, MFMError
+from mfm_nnunet.study import cells, run
+from mfm_nnunet.study.arms import Arm
+from mfm_nnunet.study.cells import Slot, run_cells, slots, time_left
+from mfm_nnunet.study.commands import Step, Steps, all_steps, commands_script, steps_of
+from mfm_nnunet.study.design import Cell, Design, labelled_cases
+from mfm_nnunet.study.folder import make_design, write_design
+from mfm_nnunet.workspace import Workspace
+from tests.study import small
+
+LIBRARY = {"name": "surface-distance", "version": "0.1"}
+PYTHON = "#"
+"""The first word of a step that is a line of Python here."""
+
+
+@pytest.fixture(autouse=True)
+def _polled_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture
+def design(tmp_path: Path) -> Design:
+    """Two arms, one and two labels, one seed; the folder is written."""
+    small.write_raw(tmp_path)
+    (tmp_path / "mae.pth").write_bytes(b"weights")
+    made = design_in(tmp_path)
+    write_design(made, LIBRARY)
+    return made
+
+
+def design_in(root: Path, **changes: Any) -> Design:
+    here = Workspace(*(root / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")))
+    found, dataset_json = labelled_cases(here, small.NAME)
+    asked: dict[str, Any] = {
+        "dataset": small.NAME,
+        "configuration": "3d_fullres",
+        "plans": "own",
+        "arms": (Arm("scratch"), Arm("mae", root / "mae.pth")),
+        "labels": ("1", "2"),
+        "seeds": 1,
+        "test": "4",
+        "subjects": None,
+        "settings": (),
+        "tolerance_mm": 1.0,
+        "mirroring": True,
+    }
+    return make_design(root / "study", found, dataset_json, **{**asked, **changes})
+
+
+def python(code: str) -> Step:
+    return Step("training", (sys.executable, "-c", code))
+
+
+def fake_steps(design: Design, code: str = "") -> Steps:
+    """Each cell notes that it ran, and writes a result; ``code`` comes first and knows ``folder``."""
+
+    def steps(cell: Cell) -> Iterator[Step]:
+        folder = design.cell_folder(cell)
+        text = json.dumps(small.result([0.5, 0.6, 0.7, 0.8]))
+        yield python(
+            f"import pathlib, sys; folder = pathlib.Path({str(folder)!r}); folder.mkdir(parents=True, exist_ok=True); "
+            f"(folder / 'runs').open('a').write('x')\n{code}\n(folder / 'result.json').write_text({text!r})"
+        )
+
+    return steps
+
+
+def num_runs(design: Design, cell: Cell) -> int:
+    file = design.cell_folder(cell) / "runs"
+    return len(file.read_text()) if file.exists() else 0
+
+
+def run_all(design: Design, monkeypatch: pytest.MonkeyPatch, code: str = "", jobs: int = 2) -> None:
+    monkeypatch.setattr(run, "steps_of", lambda *arguments: fake_steps(design, code))
+    run.run_design(design, "mfmStudyPlans", "cpu", jobs)
+
+
+def test_finished_cells_are_not_run_again(design: Design, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(design.cells())
+    design.cell_folder(first).mkdir(parents=True)
+    (design.cell_folder(first) / "result.json").write_text(json.dumps(small.result([0.5] * 4)))
+    run_all(design, monkeypatch)
+    assert [num_runs(design, cell) for cell in design.cells()] == [0, 1, 1, 1]
+    run_all(design, monkeypatch)
+    assert [num_runs(design, cell) for cell in design.cells()] == [0, 1, 1, 1]
+    assert "Finished cells: 4 of 4." in (design.folder / "table.md").read_text()
+    assert (design.folder / "study.png").stat().st_size > 10_000
+    record = json.loads((design.folder / "study.json").read_text())
+    assert record["results"]["num_finished"] == 4
+
+
+def test_one_cell_that_fails_costs_only_itself(design: Design, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "if 'mae__1' in str(folder): sys.exit('E_OOM  training needs more memory than there is. Buy some.')"
+    with pytest.raises(CasesFailedError, match="1 of 4 cells failed, the others are done") as failed:
+        run_all(design, monkeypatch, code)
+    (failure,) = failed.value.failures
+    assert (failure.case, failure.code) == ("mae, 1 labels, seed 0", "E_OOM")
+    assert "training needs more memory" in failure.reason
+    table = (design.folder / "table.md").read_text()
+    assert "Finished cells: 3 of 4." in table
+    assert "* mae, 1 labels, seed 0: E_OOM" in table
+    run_all(design, monkeypatch)
+    assert [num_runs(design, cell) for cell in design.cells()] == [1, 2, 1, 1]
+    assert "## Failed" not in (design.folder / "table.md").read_text()
+
+
+def test_a_failure_without_a_code_tells_the_last_line(design: Design, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CasesFailedError, match=r"E_INTERNAL.*ZeroDivisionError") as failed:
+        run_all(design, monkeypatch, "1 / 0")
+    assert len(failed.value.failures) == 4
+    with pytest.raises(CasesFailedError, match="ended from outside"):
+        run_all(design, monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+
+
+def test_a_stopped_training_goes_on(design: Design) -> None:
+    """``--c`` as soon as there is a checkpoint; a finished training is not repeated."""
+    steps, cell = steps_of(design, "mfmStudyPlans", "auto"), next(design.cells())
+    train, predict, score = all_steps(design, cell, "mfmStudyPlans", "auto")
+    assert list(steps(cell)) == [train, predict, score]
+    model = Path(predict.words[predict.words.index("-m") + 1])
+    fold = model / "fold_0"
+    fold.mkdir(parents=True)
+    (fold / "settings.json").touch()
+    assert next(steps(cell)) == train
+    (fold / "checkpoint_latest.pth").touch()
+    first = next(steps(cell))
+    assert first.words == (*train.words, "--c")
+    assert first.title == "training, continued"
+    (fold / "checkpoint_final.pth").touch()
+    assert list(steps(cell)) == [predict, score]
+
+
+def test_the_commands_of_a_cell(design: Design) -> None:
+    script = commands_script(design, "mfmStudyPlans", "cpu").splitlines()
+    assert sum(line.startswith("# ") for line in script) == 1 + 4
+    train, predict, score = script[script.index("# mae, 2 labels, seed 0") + 1 :][:3]
+    assert f"mfm_train {small.NAME} 3d_fullres 1 -p mfmStudyPlans -pretrained_weights {design.folder.parent}" in train
+    assert "-device cpu --set finetune.validation_iterations=1 seed=0" in train
+    assert f"nnUNet_results={design.folder}/cells/mae__2_labels__seed0/results" in train
+    assert "mfm_predict" in predict
+    assert "-f 1 --resume" in predict
+    assert "mfm_nnunet.study.evaluation" in score
+
+
+def test_the_commands_are_understood(design: Design) -> None:
+    """Every line of the script, as its command reads it."""
+    script = commands_script(design, "mfmStudyPlans", "cpu").splitlines()
+    lines = [shlex.split(line) for line in script if not line.startswith("#")]
+    lines = [[word for word in words if not re.match(r"nnUNet_\w+=", word)] for words in lines]
+    names = [words[0] for words in lines if words and words[0] != "set"]
+    assert names == ["mfm_train", "mfm_predict", "python"] * 4
+    for words in (words for words in lines if words and words[0].startswith("mfm_")):
+        parser = importlib.import_module(words[0].replace("mfm_", "mfm_nnunet.cli.", 1)).build_parser()
+        arguments = parser.parse_strictly(words[1:])
+        assert arguments.device == "cpu"
+
+
+def test_folds_are_the_subsets_and_never_the_test_cases(design: Design) -> None:
+    folder = design.workspace / "nnUNet_preprocessed" / small.NAME
+    splits = json.loads((folder / "splits_final.json").read_text())
+    assert [len(split["train"]) for split in splits] == [1, 2]
+    assert set(splits[0]["train"]) < set(splits[1]["train"])
+    assert all(set(split["val"]) <= set(split["train"]) for split in splits)
+    pool = json.loads((design.workspace / "nnUNet_raw" / small.NAME / "dataset.json").read_text())["dataset"]
+    assert len(pool) == 6
+    assert not set(pool) & set(design.question.test)
+    assert {file.name.partition("_")[0] for file in (design.folder / "test").iterdir()} == set(design.question.test)
+
+
+def test_a_study_may_grow_and_its_folds_keep_their_numbers(design: Design, tmp_path: Path) -> None:
+    design.cell_folder(next(design.cells())).mkdir(parents=True)
+    arms = (Arm("scratch"),)
+    grown = design_in(tmp_path, labels=("1", "100%"), seeds=2, arms=arms)
+    assert grown.folds == [(1, 0), (2, 0), (6, 0), (1, 1), (6, 1)]
+    write_design(grown, LIBRARY)
+    assert design_in(tmp_path).folds == grown.folds
+    record = json.loads((design.folder / "study.json").read_text())
+    assert (set(record["arms"]), record["compared"]) == ({"scratch", "mae"}, ["scratch"])
+
+
+def test_another_question_is_refused_once_something_was_trained(design: Design, tmp_path: Path) -> None:
+    before = design_in(tmp_path, tolerance_mm=2.0)
+    write_design(before, LIBRARY)  # nothing was trained: the folder is anew
+    before.cell_folder(next(before.cells())).mkdir(parents=True)
+    with pytest.raises(MFMError, match=r"E_CONFIG.*tolerance_mm was 2\.0, is 1\.0"):
+        design_in(tmp_path)
+    with pytest.raises(MFMError, match=r"E_CONFIG.*settings was .*validation_iterations"):
+        design_in(tmp_path, tolerance_mm=2.0, settings=("finetune.epochs=5",))
+    with pytest.raises(MFMError, match=r"E_CONFIG.*test was"):
+        design_in(tmp_path, tolerance_mm=2.0, test="5")
+    (tmp_path / "mae.pth").write_bytes(b"other weights")
+    with pytest.raises(MFMError, match=r"E_CONFIG.*arm 'mae' was another checkpoint"):
+        design_in(tmp_path, tolerance_mm=2.0)
+
+
+def test_two_studies_in_one_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(MFMError, match=r"E_EXISTS.*another mfm_study")
+    with cells.alone(tmp_path / "study"), refused, cells.alone(tmp_path / "study"):
+        pass
+    with cells.alone(tmp_path / "study"):
+        pass
+
+
+def test_shares_of_the_computer() -> None:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    (all_of_it,) = slots(1, [])
+    assert all_of_it == Slot(tuple(cores), None)
+    assert [slot.gpu for slot in slots(3, ["0", "GPU-1"])] == ["0", "GPU-1", "0"]
+    many = slots(len(cores), [])
+    assert sorted(core for slot in many for core in slot.cores) == cores
+    assert cells.default_jobs(["0", "1"]) == 2
+
+
+def test_time_left() -> None:
+    assert time_left([100.0, 200.0], 3, [50.0, 400.0], 2) == "about 0:04:35 left"
+    assert time_left([], 3, [1.0], 2) == "time left unknown"
+    assert time_left([5.0], 0, [], 2) == "nothing left"
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from mfm_nnunet.cli.run import run_command
+from mfm_nnunet.study import cells
+from mfm_nnunet.study.commands import Step
+from mfm_nnunet.study.design import Cell
+import argparse
+
+def steps(cell):
+    code = "import signal, sys, time, pathlib; signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1]).touch(), sys.exit(143))); print(1, flush=True); time.sleep(60)"
+    yield Step("training", (sys.executable, "-c", code, sys.argv[1] + "/" + cell.arm))
+
+def job(arguments):
+    folder = Path(sys.argv[1])
+    cells.run_cells([Cell(1, 0, "a"), Cell(1, 0, "b")], steps, cells.slots(2, []), lambda cell: folder / f"{cell.arm}.log", lambda *_: "")
+
+sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[1], debug=False)))
+"""  # noqa: E501
+
+
+def test_signals_end_the_children_cleanly(tmp_path: Path) -> None:
+    """SIGTERM and Ctrl-C, each to a study of its own."""
+    expected = {signal.SIGTERM: 143, signal.SIGINT: 130}
+    folders = {number: tmp_path / number.name for number in expected}
+    processes = {
+        number: subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], stderr=subprocess.PIPE, text=True)
+        for number, folder in folders.items()
+    }
+    logs = [folder / f"{arm}.log" for folder in folders.values() for arm in "ab"]
+    deadline = time.monotonic() + 60
+    while not all(log.exists() and log.read_text().endswith("1\n") for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for number, process in processes.items():
+        process.send_signal(number)
+    for number, process in processes.items():
+        message = process.communicate(timeout=30)[1]
+        assert process.returncode == expected[number]
+        assert all((folders[number] / arm).exists() for arm in "ab"), "a child was not asked to end"
+        assert "the same command goes on" in message
+        assert "Traceback" not in message
+
+
+def test_run_cells_keeps_to_its_slots(tmp_path: Path) -> None:
+    """Never more at a time than there are slots."""
+    code = (
+        f"import pathlib, time; folder = pathlib.Path({str(tmp_path)!r}); me = folder / str(time.time_ns()); "
+        "me.touch(); print(len(list(folder.glob('1*'))), flush=True); time.sleep(0.1); me.unlink()"
+    )
+    many = [Cell(1, seed, "a") for seed in range(5)]
+    seen: list[Cell] = []
+
+    def finished(cell: Cell, seconds: dict[str, float]) -> str:
+        assert seconds["training"] > 0
+        seen.append(cell)
+        return ""
+
+    logs = tmp_path / "logs"
+    failures = run_cells(
+        many, lambda cell: iter([python(code)]), slots(2, []), lambda cell: logs / f"{cell.seed}.txt", finished
+    )
+    assert not failures
+    assert sorted(seen) == many
+    counts = [int(file.read_text().splitlines()[-1]) for file in logs.iterdir()]
+    assert max(counts) <= 2

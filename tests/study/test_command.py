@@ -1,0 +1,219 @@
+"""The command: bad input is one message and exit code 2 before any work; and (long) the whole study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfm_nnunet.cli import study as command
+from mfm_nnunet.study.arms import Arm, parse_arms
+from tests.plans.tiny_data import pretrained_checkpoint
+from tests.study import small
+
+pytest.importorskip("surface_distance", reason="the extra 'study' is not installed")
+ASKED = {"--labels": "2 4", "--arms": "scratch", "--test": "3", "--seeds": "1"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with a dataset of empty files; where a check let them through, reading would fail."""
+    small.write_raw(tmp_path)
+    (tmp_path / "weights.pth").write_bytes(b"none")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def line(changes: dict[str, str], place: str = "4 3d_fullres") -> list[str]:
+    flags = {**ASKED, "--workspace": ".", **changes}
+    return [*place.split(), *(word for flag, value in flags.items() for word in (flag, *value.split()))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "hint"),
+    [
+        ({"--labels": "8"}, "E_CONFIG", "there are 7 subjects"),
+        ({"--labels": "120%"}, "E_CONFIG", "from 0% to 100%"),
+        ({"--labels": "0"}, "E_CONFIG", "at least one label"),
+        ({"--labels": "7 100%"}, "E_CONFIG", "7 and 100% are both 7"),
+        ({"--arms": "scratch nowhere.pth"}, "E_NOT_FOUND", "there is no file nowhere.pth"),
+        ({"--arms": "scratch scratch"}, "E_CONFIG", "two arms are named 'scratch'"),
+        ({"--arms": "a=weights.pth A=weights.pth"}, "E_CONFIG", "a name of its own"),
+        ({"--arms": "scratch=weights.pth"}, "E_CONFIG", "cannot be the name"),
+        ({"--arms": "../x=weights.pth"}, "E_CONFIG", "cannot be the name"),
+        ({"--arms": "weights.pth"}, "E_MODEL_CORRUPT", "weights.pth"),
+        ({"--seeds": "0"}, "E_CONFIG", "--seeds 0"),
+        ({"--test": "0%"}, "E_CONFIG", "empty"),
+        ({"--test": "100%"}, "E_CONFIG", "none would be left"),
+        ({"--test": "10"}, "E_CONFIG", "none would be left"),
+        ({"--test": "who.txt"}, "E_NOT_FOUND", "who.txt"),
+        ({"--subjects": "who.csv"}, "E_NOT_FOUND", "who.csv"),
+        ({"--tolerance-mm": "-1"}, "E_CONFIG", "--tolerance-mm"),
+        ({"--tolerance-mm": "nan"}, "E_CONFIG", "--tolerance-mm"),
+        ({"--set": "finetune.epoch=3"}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
+        ({"--set": "seed=3"}, "E_CONFIG", "--seeds"),
+        ({"--set": "finetune.epochs=0"}, "E_CONFIG", "greater than 0"),
+        ({"-p": "mfmNone"}, "E_NOT_FOUND", "mfmNone"),
+    ],
+)
+def test_bad_input(
+    folder: Path, changes: dict[str, str], code: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(line(changes)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"{code}  "), message
+    assert hint in message
+    assert len(message.splitlines()) <= 5
+    assert "Traceback" not in message
+    assert not (folder / "mfm_study").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "hint"),
+    [
+        ("5 3d_fullres", "E_NOT_FOUND", "there is no dataset 5"),
+        ("4 3d_cascade_fullres", "E_CONFIG", "one stage"),
+        ("4 3d_fulres", "E_CONFIG", "Did you mean '3d_fullres'?"),
+    ],
+)
+def test_bad_dataset_or_configuration(
+    folder: Path, place: str, code: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(line({}, place)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"{code}  "), message
+    assert hint in message
+    assert not (folder / "mfm_study").exists()
+
+
+def test_a_dataset_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = small.write_raw(tmp_path, labels={"background": 0})
+    assert command.main(line({"--workspace": str(tmp_path)})) == 2
+    assert "E_CONFIG  Dataset004_Small has no labels" in capsys.readouterr().err
+    for file in (raw / "labelsTr").iterdir():
+        file.unlink()
+    assert command.main(line({"--workspace": str(tmp_path)})) == 2
+    assert "E_NOT_FOUND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "hint"),
+    [
+        ("name,person\ncase0,a\n", "E_FORMAT", "columns case and subject"),
+        ("case,subject\ncase0,a\n", "E_CONFIG", "9 cases have no subject, e.g. case1"),
+        ("case,subject\n" + "".join(f"case{n},a\n" for n in range(10)), "E_CONFIG", "all 1 subjects would test"),
+    ],
+)
+def test_bad_table_of_subjects(
+    folder: Path, text: str, code: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "who.csv").write_text(text)
+    assert command.main(line({"--subjects": "who.csv", "--test": "1"})) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"{code}  "), message
+    assert hint in message
+
+
+def test_a_checkpoint_of_another_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.finetune import tiny
+
+    pretrained_checkpoint(folder / "flat.pth", tiny.plans(), "2d")
+    assert command.main(line({"--arms": "scratch flat=flat.pth"})) == 2
+    assert "flat.pth was pretrained for 2d" in capsys.readouterr().err
+
+
+def test_the_folder_of_something_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "precious.txt").touch()
+    assert command.main(line({"-o": "mine"})) == 2
+    assert "E_EXISTS" in capsys.readouterr().err
+    assert command.main(line({"-o": "weights.pth"})) == 2
+    assert "E_EXISTS" in capsys.readouterr().err
+    assert [file.name for file in (folder / "mine").iterdir()] == ["precious.txt"]
+    assert command.main(["--table", "-o", "mine"]) == 2
+    assert "E_NOT_FOUND" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_found_before_any_training(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(line({})) == 2
+    message = capsys.readouterr().err
+    assert "7 of 7 labelled cases cannot be used" in message
+    assert not (folder / "mfm_study" / "cells").exists()
+
+
+def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert command.main(line({})) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("E_NOT_FOUND  the study measures surfaces with the package surface-distance")
+    assert "pip install 'mfm_nnunet[study]'" in message
+
+
+def test_names_of_arms(tmp_path: Path) -> None:
+    run = tmp_path / "mfm_pretrain__mae__mfmPlans__3d_fullres__seed 1"
+    run.mkdir()
+    files = [run / "checkpoint_final.pth", tmp_path / "open mind.pth", tmp_path / "a=b.pth"]
+    for file in files:
+        file.touch()
+    words = ["scratch", f"x={files[0]}", *map(str, files[1:])]
+    assert parse_arms(words) == (Arm("scratch"), Arm("x", files[0]), Arm("open_mind", files[1]), Arm("a_b", files[2]))
+    run = run.rename(tmp_path / "mfm_pretrain__mae__mfmPlans__3d_fullres__seed1")
+    assert [arm.name for arm in parse_arms([str(run / files[0].name)])] == ["mae_seed1"]
+
+
+SHORT = ("finetune.epochs=2", "finetune.iterations_per_epoch=2", "num_workers=0")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_the_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pretrain a step, compare with scratch at two numbers of labels; the second call only renews the table."""
+    from mfm_nnunet import api
+    from mfm_nnunet.workspace import Workspace
+    from tests.contract.synthetic import write_dataset
+
+    here = Workspace(*(tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")))
+    name = write_dataset(here, "classes", 8)
+    images = here.raw / name / "imagesTr"
+    api.plan_and_preprocess([701], images=images, configurations=["3d_fullres"], workspace=tmp_path)
+    one = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=1", "pretrain.validation_iterations=1", "num_workers=0")
+    checkpoint = api.pretrain(701, "3d_fullres", settings=one, device="cpu", workspace=tmp_path)
+    flags: dict[str, Any] = {
+        "--labels": "1 50%",
+        "--arms": f"scratch {checkpoint}",
+        "--test": "2",
+        "--jobs": "2",
+        "--workspace": str(tmp_path),
+        "-device": "cpu",
+        "--set": " ".join(SHORT),
+    }
+    words = [*line(flags, "31 3d_fullres"), "--disable_tta"]
+    capsys.readouterr()
+    assert command.main(words) == 0, capsys.readouterr().err
+    table = capsys.readouterr().out
+    assert "Finished cells: 4 of 4." in table
+    study = tmp_path / "mfm_study"
+    record = json.loads((study / "study.json").read_text())
+    assert [(row["labels"], row["arm"]) for row in record["results"]["rows"]] == [
+        *((1, "scratch"), (1, "mae"), (3, "scratch"), (3, "mae"))
+    ]
+    assert all(0 <= row["nsd"]["mean"] <= 1 for row in record["results"]["rows"])
+    assert record["results"]["rows"][1]["dice"]["against_scratch"]["cases"] == 2
+    trained = {case for fold in record["folds"] for case in fold["train"]}
+    assert not trained & set(record["test_cases"])
+    preprocessed = {file.name.partition(".")[0] for file in study.rglob("case_*.pkl")}
+    assert preprocessed
+    assert not preprocessed & set(record["test_cases"]), "the plan and the data of the study know no test image"
+    masks = {path.stat().st_mtime_ns for path in study.glob("cells/*/masks/*.nii.gz")}
+    assert command.main(words) == 0
+    assert "4 of them finished" in capsys.readouterr().err
+    assert masks == {path.stat().st_mtime_ns for path in study.glob("cells/*/masks/*.nii.gz")}
+    assert command.main(["--table", "-o", str(study)]) == 0
+    assert capsys.readouterr().out.startswith(f"# Label efficiency: {name}, 3d_fullres")
+    words[words.index("2") :] = [word if word != "2" else "3" for word in words[words.index("2") :]]
+    assert command.main(words) == 2
+    assert "asks something else" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""Dice and normalised surface distance against cases computed by hand, and what happens to absent labels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.study import evaluation
+from mfm_nnunet.study.evaluation import score_case, surface_dice
+
+pytest.importorskip("surface_distance", reason="the extra 'study' is not installed")
+LABELS = {"whole": (1, 2), "core": (2,)}
+
+
+def square(shift: int = 0) -> np.ndarray:
+    """A square of 10 x 10 pixels in 20 x 20, moved to the right."""
+    mask = np.zeros((20, 20), bool)
+    mask[5:15, 5 + shift : 15 + shift] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("spacing", "tolerance", "expected"),
+    [
+        # Moved by a pixel, the upper and lower side still lie on each other and the left and right ones are a pixel
+        # apart: half of the contour.
+        ((1.0, 1.0), 0.5, 0.5),
+        ((1.0, 1.0), 1.0, 1.0),
+        # Pixels 2 mm wide: 18 pieces of 2 mm along, 18 of 1 mm across, 4 corners of sqrt(5)/2 mm.
+        ((1.0, 2.0), 0.9, (36 + math.sqrt(5)) / (54 + 2 * math.sqrt(5))),
+        # And of the inner side the first and last piece are 1 mm from the other square's corner side.
+        ((1.0, 2.0), 1.0, (38 + math.sqrt(5)) / (54 + 2 * math.sqrt(5))),
+        ((1.0, 2.0), 2.0, 1.0),
+    ],
+)
+def test_a_square_moved_by_a_pixel(spacing: tuple[float, float], tolerance: float, expected: float) -> None:
+    assert surface_dice(square(), square(1), spacing, tolerance) == pytest.approx(expected)
+
+
+def test_a_cube_moved_by_a_voxel() -> None:
+    """Four of six faces stay where they are, so about two thirds of the surface; all of it within one voxel."""
+    cube, moved = np.zeros((2, 20, 20, 20), bool)
+    cube[5:15, 5:15, 5:15] = moved[6:16, 5:15, 5:15] = True
+    assert surface_dice(cube, moved, (1.0, 1.0, 1.0), 0.9) == pytest.approx(2 / 3, abs=0.01)
+    assert surface_dice(cube, moved, (3.0, 1.0, 1.0), 3.0) == 1
+    assert surface_dice(cube, cube, (3.0, 1.0, 1.0), 0.0) == 1
+
+
+def test_absent_labels() -> None:
+    empty = np.zeros((20, 20), bool)
+    assert math.isnan(surface_dice(empty, empty, (1, 1), 1.0))
+    assert surface_dice(empty, square(), (1, 1), 1.0) == 0
+    assert surface_dice(square(), empty, (1, 1), 1.0) == 0
+    scores = score_case(empty.astype(int), square().astype(int), (1, 1), LABELS, None, 1.0)
+    assert scores["whole"] == {"dice": 0, "nsd": 0}
+    assert all(math.isnan(value) for value in scores["core"].values())
+
+
+def test_labels_regions_and_ignored_voxels() -> None:
+    reference = square().astype(int)
+    reference[8:12, 8:12] = 2
+    predicted = square(1).astype(int)
+    scores = score_case(reference, predicted, (1, 1), LABELS, None, 0.5)
+    assert scores["whole"] == {"dice": 0.9, "nsd": pytest.approx(0.5)}
+    assert scores["core"] == {"dice": 0, "nsd": 0}
+    reference[:, 5], reference[:, 15] = 3, 3  # where the two differ nothing counts
+    scores = score_case(reference, predicted, (1, 1), LABELS, 3, 0.0)
+    assert scores["whole"] == {"dice": 1, "nsd": 1}
+
+
+def test_a_picture_has_contours() -> None:
+    """nnU-Net reads a 2D image as one slice of 999 mm."""
+    flat = score_case(square()[None].astype(int), square(1)[None].astype(int), (999, 1, 1), {"a": (1,)}, None, 0.5)
+    assert flat == {"a": {"dice": 0.9, "nsd": pytest.approx(0.5)}}
+
+
+def test_the_library_is_named_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluation.require_library() == {"name": "surface-distance", "version": "0.1"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MFMError, match=r"E_NOT_FOUND.*pip install 'mfm_nnunet\[study\]'"):
+        evaluation.require_library()
