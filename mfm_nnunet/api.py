@@ -285,7 +285,8 @@ def run_study(
 ) -> Path:
     """The label-efficiency study: every arm with every number of labels and seed, tested on one fixed split.
 
-    ``arms`` are ``scratch``, ``CHECKPOINT`` or ``NAME=CHECKPOINT``; ``labels`` and ``test`` are numbers of subjects or
+    ``arms`` are ``scratch``, ``CHECKPOINT`` or ``NAME=CHECKPOINT``, with settings of their own behind commas
+    (``NAME=CHECKPOINT,finetune.parts=encoder``); ``labels`` and ``test`` are numbers of subjects or
     shares such as ``20%`` (``test`` also a file of case names), ``subjects`` a CSV that tells the subject of each case.
     All arms share one plan: the dataset's ``plans_name``, else one made from the pool like the first checkpoint. Cells
     that are finished in the study folder ``output`` are kept. Returns that folder, with ``table.md``, ``study.png`` and
@@ -303,7 +304,8 @@ def run_study(
 
     library = require_library()
     compared = study_arms.parse_arms(arms)
-    study.check_settings(settings)
+    for arm in compared:
+        study.check_settings([*settings, *arm.settings])
     study.visible_gpus(device)  # refuses a device that is not there
     folder = study_folder(output, workspace)
     with places.use(workspace) as here:

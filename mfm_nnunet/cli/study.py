@@ -27,7 +27,7 @@ def build_parser() -> common.StrictParser:
     flag = parser.flag
     text = "numbers of labelled subjects, or shares of those that do not test, e.g. 5 10 20 100%%"
     flag("--labels", text, nargs="+", metavar="N")
-    text = "what to compare: scratch, CHECKPOINT or NAME=CHECKPOINT"
+    text = "what to compare: scratch, CHECKPOINT or NAME=CHECKPOINT, each with settings: ...,finetune.parts=encoder"
     flag("--arms", text, nargs="+", metavar="ARM")
     text = "trainings per arm and number of labels, each with a subset of its own (default: 3)"
     flag("--seeds", text, type=int, default=3, metavar="N")

@@ -26,8 +26,12 @@ from mfm_nnunet.models.transfer import (
 
 
 def describe(file: Path, reading: Reading) -> dict[str, Any]:
-    """What a plan says about its checkpoint: file name, SHA-256 and pretext task. Never a path."""
-    return {"name": file.name, "sha256": sha256(file), "pretext": reading.mfm.get("pretext")}
+    """What a plan says about its checkpoint: file name, SHA-256, pretext task; licence and papers where it names any.
+
+    Never a path. Licence and papers go on with the model, because what is derived from the weights is bound by them.
+    """
+    known = {name: reading.mfm[name] for name in ("licence", "citations") if reading.mfm.get(name)}
+    return {"name": file.name, "sha256": sha256(file), "pretext": reading.mfm.get("pretext"), **known}
 
 
 def has_decoder(reading: Reading, network: nn.Module) -> bool:

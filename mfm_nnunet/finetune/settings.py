@@ -28,7 +28,7 @@ from mfm_nnunet.plans.schema import (
 logger = logging.getLogger(__name__)
 
 FILE = "settings.json"
-MAY_DIFFER = ("num_workers",)
+MAY_DIFFER = ("num_workers", "finetune.checkpoint.licence", "finetune.checkpoint.citations")
 """Settings that a continued run may change, because they do not change its result."""
 
 
@@ -103,7 +103,7 @@ def require_same(before: MFMBlock, now: MFMBlock, folder: Path) -> None:
 def format_settings(block: MFMBlock) -> str:
     """What training reads, one setting per line."""
     values = _flat({"finetune": to_dict(block.finetune), "seed": block.seed, "num_workers": block.num_workers})
-    return "\n".join(f"  {name} = {value}" for name, value in values.items())
+    return "\n".join(f"  {name} = {value}" for name, value in values.items() if not name.endswith(".citations"))
 
 
 def plan_hash(plans: Mapping[str, Any]) -> str:

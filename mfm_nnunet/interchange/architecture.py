@@ -29,9 +29,19 @@ _DECODER_LAYER = re.compile(r"decoder\.stages\.(\d+)\.convs\.(\d+)\.(?:conv|all_
 def unet_architecture(
     family: Family, weights: Mapping[str, Tensor], said: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The architecture of a U-Net, and notes; ``said`` are the file's own arguments of the network, if it has any."""
+    """The architecture of a U-Net, and notes; ``said`` are the file's own arguments of the network, if it has any.
+
+    Raises MFMError (E_MODEL_MISMATCH) when convolutions of a stage are missing.
+    """
     layers = _matches(_BLOCK if family == "resenc" else _LAYER, weights)
-    num_stages = 1 + max(stage for stage, _ in layers)
+    num_stages = 1 + max((stage for stage, _ in layers), default=0)
+    missing = [stage for stage in range(num_stages) if (stage, 0) not in layers]
+    if missing:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"stage {missing[0]} of its U-Net has no first convolution among the weights: they are not a whole "
+            "encoder, or of a network that we do not know.",
+        )
     first = [layers[stage, 0] for stage in range(num_stages)]
     num_axes = first[0].ndim - 2
     strides, notes = _strides(num_stages, num_axes, weights, said)
@@ -45,8 +55,7 @@ def unet_architecture(
         "strides": strides,
         ("n_blocks_per_stage" if family == "resenc" else "n_conv_per_stage"): depths,
         "n_conv_per_stage_decoder": _decoder_depths(num_stages, weights),
-        "conv_bias": any(name.startswith(f"{convolution}.") and name.endswith("0.bias") for name in weights)
-        or f"{convolution}.conv.bias" in weights,
+        "conv_bias": any(f"{convolution}.{name}.bias" in weights for name in ("conv", "all_modules.0")),
         "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{num_axes}d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "dropout_op": None,
@@ -67,15 +76,9 @@ def primus_architecture(
     """The architecture of a Primus for ``patch_size`` (voxels), and notes; ``name`` is the file's, such as PrimusM.
 
     Raises MFMError (E_MODEL_MISMATCH) when the number of heads is said nowhere and the width is of no published size,
-    or the patch embedding is none of version 1.
+    and as :func:`patch_embedding`.
     """
-    embedding = weights.get("down_projection.proj.weight")
-    if embedding is None:
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            "there is no 'down_projection.proj.weight' beside the transformer: it is no Primus of version 1, and only "
-            "those are read from other programs.",
-        )
+    embedding = patch_embedding(weights)
     depth = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("eva.blocks."))
     heads, notes = _num_heads(int(embedding.shape[0]), name, said)
     kwargs = {
@@ -86,6 +89,21 @@ def primus_architecture(
         "eva_numheads": heads,
     }
     return {"network_class_name": PRIMUS, "arch_kwargs": kwargs, "_kw_requires_import": []}, notes
+
+
+def patch_embedding(weights: Mapping[str, Tensor]) -> Tensor:
+    """The kernel of Primus' patch embedding (E, C, *token).
+
+    Raises MFMError (E_MODEL_MISMATCH) where there is none: versions 2 and 3 have a convolutional stem in its place.
+    """
+    embedding = weights.get("down_projection.proj.weight")
+    if embedding is None:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            "there is no 'down_projection.proj.weight' beside the transformer: it is no Primus of version 1, and only "
+            "those are read from other programs.",
+        )
+    return embedding
 
 
 def _matches(pattern: re.Pattern[str], weights: Mapping[str, Tensor]) -> dict[tuple[int, int], Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl
-from mfm_nnunet.interchange.architecture import PRIMUS, primus_architecture, unet_architecture
+from mfm_nnunet.interchange.architecture import PRIMUS, patch_embedding, primus_architecture, unet_architecture
 from mfm_nnunet.interchange.names import Parts, take_apart
 from mfm_nnunet.interchange.repairs import with_axis_0_outermost, without_stale_copies
 from mfm_nnunet.json_files import ARCHITECTURE_KEYS, plan_problem
@@ -115,9 +115,16 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
     }
     own.pop("continue_training", None)
     mfm = _description(parts, own, weights, patch, "supervised", configuration)
-    mfm["citations"] = []
+    mfm |= {"citations": [], **_started_from(raw.get("mfm"))}
     mfm["source"] = {"layout": "nnU-Net", "trainer": str(raw.get("trainer_name"))}
     return Reading({"network_weights": weights, "mfm": mfm}, "nnU-Net", others, tuple(notes))
+
+
+def _started_from(ours: Any) -> dict[str, Any]:
+    """Licence and papers of the checkpoint that a fine-tuned model of ours started from."""
+    settings = ours.get("finetune") if isinstance(ours, Mapping) else None
+    before = settings.get("checkpoint") if isinstance(settings, Mapping) else None
+    return {name: before[name] for name in ("licence", "citations") if name in before} if before else {}
 
 
 def _network_of_nnunet(
@@ -163,8 +170,7 @@ def _primus(parts: Parts, plan: nnssl.AdaptationPlan, order: str | None, notes: 
             "two axes in silence. If you know the order: mfm_checkpoint import FILE --token-order whd or hwd (nnssl's "
             "SimMIM and nnU-Net 2.6 and newer: whd; nnssl's other tasks: hwd).",
         )
-    token = tuple(int(size) for size in weights["down_projection.proj.weight"].shape[2:]) if (
-        "down_projection.proj.weight" in weights) else ()  # fmt: skip
+    token = tuple(int(size) for size in patch_embedding(weights).shape[2:])
     grid = _grid(weights, token, plan.patch_size, notes)
     seen = tuple(cells * size for cells, size in zip(grid, token))
     architecture, more = primus_architecture(weights, seen, plan.class_name, plan.arch_kwargs)
@@ -183,10 +189,8 @@ def _grid(
 ) -> tuple[int, ...]:
     """Tokens per axis: what the plan says if the position table has that many rows, else a cube; the table wins."""
     table = weights.get("eva.pos_embed")
-    if table is None or not token:
-        raise MFMError(
-            "E_MODEL_MISMATCH", "it holds a transformer without 'eva.pos_embed' or patch embedding: no Primus."
-        )
+    if table is None:
+        raise MFMError("E_MODEL_MISMATCH", "it holds a transformer without 'eva.pos_embed': that is no Primus.")
     rows = table.shape[1]
     planned = tuple(size // step for size, step in zip(patch or (), token))
     if patch is not None and len(patch) == len(token) and math.prod(planned) == rows:

@@ -48,6 +48,8 @@ def read_plan(raw: Mapping[str, Any]) -> AdaptationPlan:
 
     Raises MFMError (E_MODEL_CORRUPT) for a field that is there and of another kind than it can be.
     """
+    if not isinstance(raw, Mapping):
+        raise _wrong(KEY, raw)
     architecture = _table(raw, "architecture_plans")
     pretrain = _table(raw, "pretrain_plan")
     configurations = _table(pretrain, "configurations")

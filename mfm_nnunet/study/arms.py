@@ -12,19 +12,24 @@ from mfm_nnunet.interchange.read import find_checkpoint
 
 SCRATCH = "scratch"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_SETTING = re.compile(r",(?=finetune\.)")
 _RUN_FOLDER = "mfm_pretrain__"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to start a training; ``checkpoint`` is None from scratch."""
+    """One way to train; ``checkpoint`` is None from scratch."""
 
     name: str
     checkpoint: Path | None = None
+    settings: tuple[str, ...] = ()
+    """``finetune.name=value``, of this arm alone; they win over the study's."""
 
 
 def parse_arms(words: Sequence[str]) -> tuple[Arm, ...]:
     """The arms ``scratch``, ``CHECKPOINT`` and ``NAME=CHECKPOINT``, in their order.
+
+    Each may be followed by settings of its own: ``NAME=CHECKPOINT,finetune.parts=encoder,finetune.learning_rate=1e-4``.
 
     Raises MFMError: E_CONFIG (none, a name that is no file name, a name twice), E_NOT_FOUND (no such checkpoint).
     """
@@ -42,11 +47,12 @@ def parse_arms(words: Sequence[str]) -> tuple[Arm, ...]:
 
 
 def _parse(word: str) -> Arm:
-    if word == SCRATCH:
-        return Arm(SCRATCH)
-    name, separator, path = word.partition("=")
-    is_named = bool(separator) and not Path(word).exists()
-    place = find_checkpoint(path if is_named else word)
+    base, *settings = [word] if Path(word).exists() else _SETTING.split(word)
+    if base == SCRATCH:
+        return Arm(SCRATCH, settings=tuple(settings))
+    name, separator, path = base.partition("=")
+    is_named = bool(separator) and not Path(base).exists()
+    place = find_checkpoint(path if is_named else base)
     if not is_named:
         name = _default_name(place)
     if not place.exists():
@@ -60,7 +66,7 @@ def _parse(word: str) -> Arm:
             f"--arms {word}: '{name}' cannot be the name of an arm with a checkpoint. Take letters, digits and "
             f"_ . + -, and not {SCRATCH}.",
         )
-    return Arm(name, place.absolute())
+    return Arm(name, place.absolute(), tuple(settings))
 
 
 def _default_name(file: Path) -> str:

@@ -65,7 +65,7 @@ def all_steps(design: Design, cell: Cell, plans_name: str, device: str) -> tuple
     }
     common = ("--workspace", str(folder), *(() if device == "auto" else ("-device", device)))
     weights = () if arm.checkpoint is None else ("-pretrained_weights", str(arm.checkpoint))
-    settings = ("--set", *question.settings, f"seed={cell.seed}")
+    settings = ("--set", *question.settings, *arm.settings, f"seed={cell.seed}")
     train = ("mfm_train", question.dataset, question.configuration, fold, "-p", plans_name)
     predict = ("mfm_predict", "-i", str(design.folder / "test"), "-o", str(folder / "masks"), "-m", str(model))
     tta = () if question.mirroring else ("--disable_tta",)

@@ -165,11 +165,11 @@ def _continued(folder: Path, question: Question, arms: Sequence[Arm]) -> tuple[l
         differences = "; ".join(_difference(name, before.get(name), now[name]) for name in changed)
         raise MFMError("E_CONFIG", f"{folder}: holds a study that asks something else: {differences}. {_ADVICE}")
     for name in mine.keys() & record["arms"].keys():
-        if record["arms"][name]["sha256"] != mine[name]["sha256"]:
-            raise MFMError(
-                "E_CONFIG",
-                f"{folder}: arm '{name}' was another checkpoint. Name this one differently: NAME=CHECKPOINT.",
-            )
+        for part, what in (("sha256", "another checkpoint"), ("settings", "trained with other settings")):
+            if record["arms"][name].get(part) != mine[name][part]:
+                raise MFMError(
+                    "E_CONFIG", f"{folder}: arm '{name}' was {what}. Name this one differently: NAME=CHECKPOINT."
+                )
     return [(fold["labels"], fold["seed"]) for fold in record["folds"]], {**record["arms"], **mine}
 
 
@@ -184,9 +184,10 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 
 def _about(arm: Arm) -> dict[str, Any]:
+    settings = list(arm.settings)
     if arm.checkpoint is None:
-        return {"file": None, "sha256": None}
-    return {"file": str(arm.checkpoint), "sha256": sha256(arm.checkpoint)}
+        return {"file": None, "sha256": None, "settings": settings}
+    return {"file": str(arm.checkpoint), "sha256": sha256(arm.checkpoint), "settings": settings}
 
 
 def _files(case: Case) -> dict[str, Any]:

@@ -161,7 +161,17 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         "over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over cases); nothing is "
         f"extrapolated below {smallest} or above {largest}. saved: that number minus the row's.",
         f"* The final checkpoint was tested, never the best. All starts share one plan, {_plan(record['question'])}.",
+        *_settings(record),
     ]
+
+
+def _settings(record: Mapping[str, Any]) -> list[str]:
+    """What all trainings were told, and what single starts were told beside it."""
+    lines = [f"* Settings of all: {', '.join(record['question']['settings'])}."]
+    for name in record["compared"]:
+        if own := record["arms"][name].get("settings"):
+            lines.append(f"* Settings of {name} alone: {', '.join(own)}.")
+    return lines
 
 
 def _plan(question: Mapping[str, Any]) -> str:

@@ -47,9 +47,10 @@ def check_checkpoints(design: Design, plans: Mapping[str, Any]) -> None:
     configuration = design.question.configuration
     num_inputs = len(design.dataset_json.get("channel_names") or design.dataset_json.get("modality") or [0])
     network = build_network(plans, configuration, num_inputs, 2)
-    topology = finetune_settings.resolve(MFMBlock(), design.question.settings, None).finetune.transfer
     for arm in (arm for arm in design.arms if arm.checkpoint is not None):
         assert arm.checkpoint is not None
+        settings = (*design.question.settings, *arm.settings)
+        topology = finetune_settings.resolve(MFMBlock(), settings, None).finetune.transfer
         try:
             _, report = transfer(arm.checkpoint, network, topology=topology)
         except MFMError as error:

@@ -273,7 +273,13 @@ def test_a_layout_nobody_knows_lists_those_that_are_known(tmp_path: Path) -> Non
     ("edit", "code", "hint"),
     [
         (lambda c: c.update(network_weights={"a": torch.zeros(1)}), "E_MODEL_MISMATCH", "no encoder"),
+        (
+            lambda c: [c["network_weights"].pop(n) for n in list(c["network_weights"]) if "stages.1.blocks.0.c" in n],
+            "E_MODEL_MISMATCH",
+            "stage 1",
+        ),
         (lambda c: c["nnssl_adaptation_plan"].update(pretrain_plan=3), "E_MODEL_CORRUPT", "pretrain_plan"),
+        (lambda c: c.update(nnssl_adaptation_plan=[1]), "E_MODEL_CORRUPT", "nnssl_adaptation_plan"),
         (lambda c: c["nnssl_adaptation_plan"].update(key_to_stem=3), "E_MODEL_CORRUPT", "key_to_stem"),
         (
             lambda c: c["nnssl_adaptation_plan"].update(recommended_downstream_patchsize="x"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mfm_nnunet import api
-from mfm_nnunet.interchange.read import convert
+from mfm_nnunet.interchange.read import convert, read_checkpoint
 from tests.contract import synthetic
 from tests.interchange import foreign
 
@@ -66,7 +66,7 @@ def test_from_a_foreign_file_to_masks(
     write_dataset(tmp_path, num_channels)
     file = foreign_file(family, patch, tmp_path / "foreign")
     if num_channels == 3:  # as it is, or imported first
-        convert(file, tmp_path / "imported.pth", "pth")
+        convert(file, tmp_path / "imported.pth", "pth", licence="cc-by-4.0")
         file = tmp_path / "imported.pth"
     (planned,) = api.plan_and_preprocess([NAME], like=file, workspace=tmp_path, num_processes=1)
     assert planned.plans["configurations"]["3d_fullres"]["patch_size"] == list(patch)
@@ -85,4 +85,7 @@ def test_from_a_foreign_file_to_masks(
     image = nibabel.load(images / "case_4_0000.nii.gz")
     assert mask.shape == image.shape
     assert np.array_equal(mask.affine, image.affine)
+    model = read_checkpoint(fold / "checkpoint_final.pth").mfm
+    assert model["citations"] == foreign.CITATIONS
+    assert model.get("licence") == ("cc-by-4.0" if num_channels == 3 else None)
     assert foreign.SUBJECT.encode() not in (fold / "checkpoint_final.pth").read_bytes()

@@ -212,6 +212,25 @@ def test_another_question_is_refused_once_something_was_trained(design: Design, 
         design_in(tmp_path, tolerance_mm=2.0)
 
 
+def test_settings_of_an_arm_alone(tmp_path: Path) -> None:
+    small.write_raw(tmp_path)
+    (tmp_path / "mae.pth").write_bytes(b"weights")
+    arms = (Arm("scratch"), Arm("enc", tmp_path / "mae.pth", ("finetune.parts=encoder",)))
+    made = design_in(tmp_path, arms=arms, settings=("finetune.epochs=5",))
+    write_design(made, LIBRARY)
+    told = {cell.arm: all_steps(made, cell, "mfmStudyPlans", "cpu")[0].words for cell in made.cells()}
+    assert told["enc"][-4:] == (
+        "finetune.validation_iterations=1",
+        "finetune.epochs=5",
+        "finetune.parts=encoder",
+        "seed=0",
+    )
+    assert "finetune.parts=encoder" not in told["scratch"]
+    made.cell_folder(next(made.cells())).mkdir(parents=True)
+    with pytest.raises(MFMError, match="arm 'enc' was trained with other settings"):
+        design_in(tmp_path, arms=(Arm("enc", tmp_path / "mae.pth"),), settings=("finetune.epochs=5",))
+
+
 def test_two_studies_in_one_folder(tmp_path: Path) -> None:
     refused = pytest.raises(MFMError, match=r"E_EXISTS.*another mfm_study")
     with cells.alone(tmp_path / "study"), refused, cells.alone(tmp_path / "study"):

@@ -165,6 +165,21 @@ def test_names_of_arms(tmp_path: Path) -> None:
     assert [arm.name for arm in parse_arms([str(run / files[0].name)])] == ["mae_seed1"]
 
 
+def test_arms_with_settings_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "vf.pth"
+    file.touch()
+    words = ["scratch,finetune.learning_rate=1e-2", f"enc={file},finetune.parts=encoder,finetune.ema_decay=0.9"]
+    assert parse_arms(words) == (
+        Arm("scratch", None, ("finetune.learning_rate=1e-2",)),
+        Arm("enc", file, ("finetune.parts=encoder", "finetune.ema_decay=0.9")),
+    )
+
+
+def test_an_arm_with_an_impossible_setting(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(line({"--arms": "scratch,finetune.part=encoder"})) == 2
+    assert "Did you mean 'finetune.parts'?" in capsys.readouterr().err
+
+
 SHORT = ("finetune.epochs=2", "finetune.iterations_per_epoch=2", "num_workers=0")
 
 
