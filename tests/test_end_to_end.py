@@ -165,6 +165,7 @@ def test_one_bad_case_costs_no_other(model: Path, volumes: Site, tmp_path: Path)
     assert "broken" in again.stderr
 
 
+@pytest.mark.long  # tests/finetune/test_resume.py kills a smaller run
 def test_train_killed_and_continued_equals_unbroken(model: Path, volumes: Site) -> None:
     """From Volume Fusion, killed with SIGKILL in the second epoch; the unbroken run is trained beside it."""
     weights = pretrained(volumes, "volume_fusion")

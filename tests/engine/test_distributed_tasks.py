@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,20 @@ def _meet(place: Path, rank: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
-    """Family (``request.param``), and the folders of the runs of one and of two processes."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """The folders of the runs of one and of two processes, by family; each family runs once.
+
+    A fixture with the family as its parameter would run anew for every test that names the family.
+    """
+    return functools.cache(lambda family: run_both(family, tmp_path_factory))
+
+
+def run_both(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """All tasks of a family in one process and in two."""
     single, double = (tmp_path_factory.mktemp(name) for name in ("single", "double"))
-    tasks = runs_of(request.param)
-    prepared(double, request.param)
-    command = [sys.executable, "-m", "tests.engine.test_distributed_tasks", str(double), request.param]
+    tasks = runs_of(family)
+    prepared(double, family)
+    command = [sys.executable, "-m", "tests.engine.test_distributed_tasks", str(double), family]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen([*command, str(rank), *tasks], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -100,7 +110,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     ]
     plots = report.plot_progress, report.plot_examples
     try:
-        run_all(single, request.param, tasks)
+        run_all(single, family, tasks)
         texts = [process.communicate(timeout=200)[1] for process in processes]
     finally:
         report.plot_progress, report.plot_examples = plots
@@ -108,15 +118,13 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
-    return request.param, single, double
+    return single, double
 
 
-@pytest.mark.parametrize(
-    ("both", "task"), [(family, task) for family in FAMILIES for task in runs_of(family)], indirect=["both"]
-)
-def test_two_processes_equal_one(task: str, both: tuple[str, Path, Path]) -> None:
+@pytest.mark.parametrize(("family", "task"), [(family, task) for family in FAMILIES for task in runs_of(family)])
+def test_two_processes_equal_one(family: str, task: str, runs: Callable[[str], tuple[Path, Path]]) -> None:
     """All weights after two steps: of the network, and of what the task adds to it."""
-    _, single, double = both
+    single, double = runs(family)
     problems = {file.name: file.read_text() for folder in (single, double) for file in folder.glob(f"{task}_*.txt")}
     assert not problems
     (first, *_), (second, *_) = states = [state_of(folder, task) for folder in (single, double)]
