@@ -87,8 +87,8 @@ mfm_train DATASET {mfm["configuration"]} 0 -p PLANS -pretrained_weights THIS_FOL
 |---|---|
 {rows}
 
-The folder holds no names of subjects or files and no images. It is research software and not a medical device; it was
-pretrained without labels and segments nothing before it is fine-tuned and tested on data like yours.
+The folder holds no names of subjects or files and no images. It is research software and not a medical device: a start
+for fine-tuning, and what comes of it is to be tested on data like yours.
 
 ## Cite
 
