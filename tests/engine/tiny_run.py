@@ -33,7 +33,11 @@ def prepare(folder: Path, family: str = "resenc", num_cases: int = 6) -> Workspa
         network = resenc(features=(8, 16, 16)) if family == "resenc" else primus((16, 16, 16))
         plans = tiny.plans(**{CONFIGURATION: tiny.configuration(network)})
         plans |= {"dataset_name": NAME, "mfm": {"pretrain": {"epochs": 3}}}
-        (data.parent / "mfmPlans.json").write_text(json.dumps(plans))
+        file = data.parent / "mfmPlans.json"
+        if (
+            not file.exists()
+        ):  # two processes of one run may be here at once, and one must not read what the other writes
+            file.write_text(json.dumps(plans))
         for case in range(num_cases):
             volume = np.random.default_rng(case).normal(size=(1, 20, 18, 24)).astype(np.float32)
             volume = np.cumsum(volume, axis=1) / 4
