@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ CONFIGURATION_KEYS = (
     *(f"resampling_fn_{part}_kwargs" for part in ("data", "seg", "probabilities")),
 )  # fmt: skip
 ARCHITECTURE_KEYS = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+NO_RESAMPLING = "no_resampling_hack"
+"""nnU-Net's resampling function that returns its input as it is."""
 
 
 def read_json(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any]:
@@ -46,6 +49,13 @@ def read_plans(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any
     if problem := plan_problem(plans):
         raise MFMError(code, f"{file}: {problem}. {advice}")
     return plans
+
+
+def resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """A configuration of a plan with what it inherits, as a new dict."""
+    own = plans["configurations"][configuration]
+    parent = resolved(plans, own["inherits_from"]) if "inherits_from" in own else {}
+    return copy.deepcopy({**parent, **own})
 
 
 def plan_problem(plans: Mapping[str, Any]) -> str:

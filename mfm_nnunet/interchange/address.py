@@ -23,11 +23,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def is_hub_address(address: str | Path) -> bool:
-    """Whether ``address`` names a repository on a hub."""
-    return str(address).startswith("hf://")
-
-
 def fetch(address: str | Path) -> Path:
     """The local file or folder of an address.
 
@@ -40,7 +35,7 @@ def fetch(address: str | Path) -> Path:
         if parsed.netloc not in ("", "localhost"):
             raise MFMError("E_CONFIG", f"{text}: a file of another computer. Give file:///PATH or a path.")
         return Path(unquote(parsed.path))
-    if not is_hub_address(text):
+    if not text.startswith("hf://"):
         return Path(address)
     match = _HUB.fullmatch(text)
     if match is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mfm_nnunet.interchange.conversion import Reading
+from mfm_nnunet.json_files import NO_RESAMPLING
 
 UNKNOWN_LICENCE = "other"
 
@@ -101,7 +102,7 @@ def _times(sizes: Any) -> str:
 
 
 def _spacing(configuration: Mapping[str, Any]) -> str:
-    if configuration.get("resampling_fn_data") == "no_resampling_hack":
+    if configuration.get("resampling_fn_data") == NO_RESAMPLING:
         return "not resampled"
     return f"spacing {_times(f'{value:g}' for value in configuration['spacing'])} mm"
 

@@ -18,7 +18,7 @@ from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.architecture import PRIMUS, patch_embedding, primus_architecture, unet_architecture
 from mfm_nnunet.interchange.names import Parts, take_apart
 from mfm_nnunet.interchange.repairs import with_axis_0_outermost, without_stale_copies
-from mfm_nnunet.json_files import ARCHITECTURE_KEYS, plan_problem
+from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem, resolved
 from mfm_nnunet.models.build import check_architecture
 from mfm_nnunet.models.primus import decoder_widths
 from mfm_nnunet.plans.schema import FORMAT, MFMBlock, to_dict
@@ -30,7 +30,6 @@ NORMALIZATIONS = ("ZScoreNormalization", "NoNormalization", "Rescale0_1Normaliza
 PUBLISHED_SPACING = 1.0
 """Millimetres along each axis of OpenMind's corpora, where a file says nothing."""
 PUBLISHED_PATCH = {3: 160, 2: 512}
-_NO_RESAMPLING = "no_resampling_hack"
 _SPLINES = {"order_z": 0, "force_separate_z": None}
 
 
@@ -55,9 +54,8 @@ class Reading:
     @property
     def configuration(self) -> dict[str, Any]:
         """The plan's configuration that was trained, with what it inherits; empty where the description has none."""
-        configurations = (self.mfm.get("plans") or {}).get("configurations") or {}
-        name = str(self.mfm.get("configuration"))
-        return resolved(configurations, name) if name in configurations else {}
+        plans, name = self.mfm.get("plans") or {}, str(self.mfm.get("configuration"))
+        return resolved(plans, name) if name in plans.get("configurations", {}) else {}
 
 
 def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
@@ -103,7 +101,7 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
         )
     parts = take_apart(raw["network_weights"])
     notes: list[str] = []
-    planned = resolved(plans["configurations"], configuration)
+    planned = resolved(plans, configuration)
     planned.pop("inherits_from", None)
     patch = tuple(int(size) for size in planned["patch_size"])
     weights, architecture, others = _network_of_nnunet(parts, planned, token_order, notes)
@@ -234,7 +232,7 @@ def _plans(
         notes.append("normalisation: z-score, as OpenMind's; the file does not say")
     if plan.spacing is None and plan.is_resampled:
         notes.append(f"spacing: {PUBLISHED_SPACING:g} mm, as OpenMind's; the file does not say")
-    resampling = "resample_data_or_seg_to_shape" if plan.is_resampled else _NO_RESAMPLING
+    resampling = "resample_data_or_seg_to_shape" if plan.is_resampled else NO_RESAMPLING
     forward = list(plan.transpose_forward or range(3))
     configuration = {
         "data_identifier": "foreign",
@@ -285,9 +283,3 @@ def _description(
 
 
 _STEMS = {"primus": "down_projection.", "resenc": "encoder.stem.", "plain": "encoder.stages.0."}
-
-
-def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration of a plan with what it inherits."""
-    own = configurations[name]
-    return {**(resolved(configurations, own["inherits_from"]) if "inherits_from" in own else {}), **own}

@@ -36,11 +36,6 @@ class Parts:
     weights: dict[str, Tensor]
     others: dict[str, Tensor]
 
-    @property
-    def has_decoder(self) -> bool:
-        """Whether a U-Net's decoder, or Primus' patch decoder, is in the file."""
-        return any(name.startswith(("decoder.", "up_projection.")) for name in self.weights)
-
 
 def take_apart(state: Mapping[str, Tensor], key_to_encoder: str | None = None, key_to_stem: str | None = None) -> Parts:
     """Find encoder, stem and decoder in ``state``; the keys are the file's own words for the first two, if it has any.

@@ -15,7 +15,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.architecture import PRIMUS, UNETS
-from mfm_nnunet.interchange.conversion import resolved
+from mfm_nnunet.json_files import NO_RESAMPLING, resolved
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 
 TRAINER = "mfm_nnunet"
@@ -59,13 +59,13 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
     voxels or with a convolutional stem, and classes that the layout has no name for.
     """
     plans = mfm["plans"]
-    configuration = resolved(plans["configurations"], mfm["configuration"])
+    configuration = resolved(plans, mfm["configuration"])
     if len(configuration["patch_size"]) != 3:
         raise _cannot("2D networks")
     class_name, kwargs, to_import = _architecture(configuration["architecture"])
     is_primus = class_name.startswith("Primus")
     stem = "encoder.stages.0.0.convs.0" if class_name.endswith("PlainConvUNet") else "encoder.stem.convs.0"
-    is_resampled = configuration["resampling_fn_data"] != "no_resampling_hack"
+    is_resampled = configuration["resampling_fn_data"] != NO_RESAMPLING
     pretrain = {
         "data_identifier": "foreign",
         "preprocessor_name": configuration.get("preprocessor_name", "DefaultPreprocessor"),
@@ -120,16 +120,16 @@ def _architecture(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any] 
         return f"Primus{size}", None, None
     if class_name not in UNETS.values():
         raise _cannot(class_name)
-    if class_name == UNETS["resenc"] and all(_listed(kwargs[key], 3) == value for key, value in RESENC_L.items()):
+    if class_name == UNETS["resenc"] and all(_listed(key, kwargs) == value for key, value in RESENC_L.items()):
         return "ResEncL", None, None
     return class_name, kwargs, list(architecture["_kw_requires_import"])
 
 
-def _listed(value: Any, num_axes: int) -> Any:
-    """Strides and kernels may be single numbers in a plan."""
-    if value and isinstance(value[0], int) and value in ([1, 2, 2, 2, 2, 2], [3] * 6):
-        return [[item] * num_axes for item in value]
-    return [list(item) if isinstance(item, (list, tuple)) else item for item in value]
+def _listed(key: str, kwargs: Mapping[str, Any]) -> list[Any]:
+    """An argument of a 3D U-Net; strides and kernels of a stage may be single numbers in a plan."""
+    if key not in ("strides", "kernel_sizes"):
+        return list(kwargs[key])
+    return [[item] * 3 if isinstance(item, int) else list(item) for item in kwargs[key]]
 
 
 def _cannot(what: str) -> MFMError:

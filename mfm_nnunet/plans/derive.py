@@ -7,7 +7,6 @@ Nothing here reads a file or looks at the machine. Sizes are in voxels, spacings
 from __future__ import annotations
 
 import bisect
-import copy
 import hashlib
 import itertools
 import json
@@ -22,9 +21,6 @@ import numpy as np
 from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.plans.schema import FinetuneSettings, PretrainSettings
-
-NO_RESAMPLING = "no_resampling_hack"
-"""nnU-Net's resampling function that returns its input as it is."""
 
 NETWORKS = {"resenc": ("resenc", 1), "primus": ("primus", 1), "primus_v2": ("primus", 2), "primus_v3": ("primus", 3)}
 """What can be asked for: family of the network, which the plan's block names, and version, in its architecture."""
@@ -249,13 +245,6 @@ def select_configurations(
         if value.get("next_stage") not in (None, *kept):
             del value["next_stage"]  # nnU-Net looks the next stage up after training and stops when it is missing.
     return result
-
-
-def resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """A configuration with what it inherits, as a new dict."""
-    own = plans["configurations"][configuration]
-    parent = resolved(plans, own["inherits_from"]) if "inherits_from" in own else {}
-    return copy.deepcopy({**parent, **own})
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

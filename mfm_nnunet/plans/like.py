@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
-from mfm_nnunet.json_files import ARCHITECTURE_KEYS, plan_problem
+from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem, resolved
 from mfm_nnunet.models.build import check_architecture
-from mfm_nnunet.plans.derive import NO_RESAMPLING, network_of, pad_to_multiple, resolved
+from mfm_nnunet.plans.derive import network_of, pad_to_multiple
 from mfm_nnunet.plans.schema import block_of
 
 

@@ -12,9 +12,9 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from mfm_nnunet.json_files import NO_RESAMPLING
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.models.memory import MemoryEstimate, estimate_training_memory, num_parameters
-from mfm_nnunet.plans.derive import NO_RESAMPLING
 from mfm_nnunet.plans.schema import MFMBlock, block_of, resolved_warmup
 
 MEASURED = "a real step on a CPU took 0.9 to 1.9 times this"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ SHORT = (
 )
 LORA = ("finetune.train=lora", "finetune.lora_rank=2", "finetune.lora_alpha=4")
 EMA = ("finetune.ema_decay=0.5",)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *args: None)
-    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
-    tiny.make(tmp_path)
-    with use(tmp_path) as workspace:
-        yield workspace
 
 
 def with_adapters(seed: int = 3) -> torch.nn.Module:

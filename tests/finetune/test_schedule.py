@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
@@ -19,7 +18,7 @@ from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.optim import learning_rate_factor
 from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock, require_legal_finetuning, resolved_decoder_epochs
-from mfm_nnunet.workspace import Workspace, use
+from mfm_nnunet.workspace import Workspace
 from tests.architectures import resenc
 from tests.finetune import tiny
 from tests.finetune.test_resume import require_equal, state
@@ -32,15 +31,6 @@ SAWTOOTH = (
 STEM = "encoder.stem.convs.0.conv.weight"
 WITHOUT_LOSS = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
 """nnU-Net gives the coarsest output of deep supervision a weight of zero, so its layer never learns."""
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *args: None)
-    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
-    tiny.make(tmp_path)
-    with use(tmp_path) as workspace:
-        yield workspace
 
 
 # Rates

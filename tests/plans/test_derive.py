@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mfm_nnunet import json_files
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.plans import derive
 
@@ -186,7 +187,7 @@ def test_wanted_configurations_come_with_what_they_need() -> None:
 
 
 def test_inheritance_is_resolved_into_a_copy() -> None:
-    resolved = derive.resolved({"configurations": STOCK}, "3d_cascade_fullres")
+    resolved = json_files.resolved({"configurations": STOCK}, "3d_cascade_fullres")
     assert resolved["patch_size"] == [1]
     assert resolved["previous_stage"] == "3d_lowres"
     resolved["patch_size"].append(2)
