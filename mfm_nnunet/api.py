@@ -232,12 +232,14 @@ def describe_checkpoint(
     whose file does not say it. Raises MFMError for a file that cannot be read, is damaged, or is no whole network.
     """
     from mfm_nnunet.interchange.card import describe_text
+    from mfm_nnunet.interchange.conversion import DESCRIBED, require_plan
     from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
     from mfm_nnunet.interchange.verify import require_whole
 
     place = find_checkpoint(address)
     reading = read_checkpoint(place, token_order)
     with about(place):
+        require_plan(reading, *DESCRIBED)
         if verify:
             require_whole(reading.content)
     return describe_text(reading)

@@ -58,6 +58,23 @@ class Reading:
         return resolved(plans, name) if name in plans.get("configurations", {}) else {}
 
 
+def require_plan(reading: Reading, *keys: str) -> None:
+    """Raise MFMError (E_MODEL_MISMATCH) unless the plan that the network was built from, and ``keys``, are there.
+
+    Weights alone can start a training; everything that plans, builds or describes the network needs its plan.
+    """
+    plans = reading.mfm["plans"] if isinstance(reading.mfm.get("plans"), dict) else {}
+    problem = plan_problem(plans)
+    if not problem and reading.configuration.get("architecture") is None:
+        problem = f"no configuration {reading.mfm.get('configuration')}"
+    problem = problem or ", ".join(f"no {key}" for key in keys if key not in reading.mfm)
+    if problem:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"it lacks the plan that its network was built from ({problem}). Pretrain again.",
+        )
+
+
 def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
     """Convert a file of nnssl or OpenMind, with or without its plan.
 
@@ -264,7 +281,12 @@ def _description(
     parts: Parts, plans: dict[str, Any], weights: Mapping[str, Tensor], seen: Sequence[int], pretext: str | None,
     configuration: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    stem = next(tensor for name, tensor in weights.items() if name.startswith(_STEMS[parts.family]) and tensor.ndim > 3)
+    prefix = _STEMS[parts.family]
+    stem = next((tensor for name, tensor in weights.items() if name.startswith(prefix) and tensor.ndim > 3), None)
+    if stem is None:
+        raise MFMError(
+            "E_MODEL_MISMATCH", f"no convolution of its stem ({prefix}*) is among the weights: no whole encoder."
+        )
     heads = [tensor for name, tensor in weights.items() if name.startswith("decoder.seg_layers.")]
     heads = heads or [t for name, t in weights.items() if name.startswith("up_projection.") and name.endswith(".bias")]
     is_whole = any(name.startswith(("decoder.", "up_projection.")) for name in weights)
@@ -282,4 +304,6 @@ def _description(
     }
 
 
+DESCRIBED = ("patch_size", "num_inputs", "num_outputs")
+"""What of a description is needed beside its plan to build the network as it was trained."""
 _STEMS = {"primus": "down_projection.", "resenc": "encoder.stem.", "plain": "encoder.stages.0."}

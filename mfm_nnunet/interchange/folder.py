@@ -61,7 +61,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
             weights: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             aliases = json.loads((opened.metadata() or {}).get(_ALIASES, "{}"))
         weights |= {name: weights[first] for name, first in aliases.items()}
-    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MFMError("E_MODEL_CORRUPT", f"{file}: damaged ({error}). Copy the folder again.") from error
     if not isinstance(mfm, dict) or mfm.get("kind") != "pretrained":
         raise MFMError(

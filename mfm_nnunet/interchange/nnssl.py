@@ -56,6 +56,9 @@ def read_plan(raw: Mapping[str, Any]) -> AdaptationPlan:
     configuration: Any = next(iter(configurations.values()), {})
     if not isinstance(configuration, Mapping):
         raise _wrong("configurations", configuration)
+    order = _whole(pretrain, "transpose_forward")
+    if order is not None and sorted(order) != list(range(len(order))):
+        raise _wrong("transpose_forward", order)
     return AdaptationPlan(
         class_name=_text(architecture, "arch_class_name"),
         arch_kwargs={key: plain(value) for key, value in _table(architecture, "arch_kwargs").items()},
@@ -67,7 +70,7 @@ def read_plan(raw: Mapping[str, Any]) -> AdaptationPlan:
         is_resampled=not configuration or configuration.get("spacing") is not None,
         normalization=_row(configuration, "normalization_schemes", str) or (),
         use_mask_for_norm=_row(configuration, "use_mask_for_norm", bool) or (),
-        transpose_forward=_whole(pretrain, "transpose_forward"),
+        transpose_forward=order,
         key_to_encoder=_text(raw, "key_to_encoder"),
         key_to_stem=_text(raw, "key_to_stem"),
     )

@@ -14,7 +14,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.address import fetch
-from mfm_nnunet.interchange.conversion import Reading, TokenOrder, from_nnssl, from_nnunet
+from mfm_nnunet.interchange.conversion import DESCRIBED, Reading, TokenOrder, from_nnssl, from_nnunet, require_plan
 from mfm_nnunet.interchange.folder import WEIGHTS, is_folder_checkpoint, read_folder, write_folder
 from mfm_nnunet.interchange.nnssl_export import write_nnssl
 from mfm_nnunet.interchange.verify import require_whole
@@ -77,7 +77,10 @@ def convert(
 
     Raises MFMError: as :func:`read_checkpoint`, E_EXISTS for an output that is there, and as writing does.
     """
+    if layout == "pth" and output.exists():
+        raise MFMError("E_EXISTS", f"{output}: this file is there already. Choose another name.")
     reading = read_checkpoint(place, token_order)
+    require_plan(reading, *DESCRIBED)
     content = {"network_weights": reading.content["network_weights"], "mfm": {**reading.mfm}}
     if licence is not None:
         content["mfm"]["licence"] = licence
@@ -86,8 +89,6 @@ def convert(
         write_folder(content, output)
     elif layout == "nnssl":
         write_nnssl(content, output)
-    elif output.exists():
-        raise MFMError("E_EXISTS", f"{output}: this file is there already. Choose another name.")
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(content, output)

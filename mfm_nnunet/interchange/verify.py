@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import resolved
 from mfm_nnunet.models.build import build_network, encoder_names
 
 
@@ -39,13 +39,12 @@ def require_whole(content: Mapping[str, Any]) -> None:
 
 def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
     """The plan with the patch that the network was trained on, which its position table is for."""
-    plans = copy.deepcopy(dict(mfm["plans"]))
-    configuration = plans["configurations"][mfm["configuration"]]
-    configuration["patch_size"] = list(mfm["patch_size"])
-    kwargs = (configuration.get("architecture") or {}).get("arch_kwargs") or {}
-    if "input_shape" in kwargs:
-        kwargs["input_shape"] = list(mfm["patch_size"])
-    return plans
+    name, patch = mfm["configuration"], list(mfm["patch_size"])
+    configuration = {**resolved(mfm["plans"], name), "patch_size": patch}
+    configuration.pop("inherits_from", None)
+    if "input_shape" in configuration["architecture"]["arch_kwargs"]:
+        configuration["architecture"]["arch_kwargs"]["input_shape"] = patch
+    return {**mfm["plans"], "configurations": {name: configuration}}
 
 
 def _names_of_each(network: torch.nn.Module) -> dict[str, set[str]]:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.interchange.conversion import require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
-from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem, resolved
+from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, resolved
 from mfm_nnunet.models.build import check_architecture
 from mfm_nnunet.plans.derive import network_of, pad_to_multiple
 from mfm_nnunet.plans.schema import block_of
@@ -62,20 +63,12 @@ def read_source(path: Path) -> Source:
     Raises MFMError as that does, E_MODEL_MISMATCH when the plan in it is not whole, E_MODEL_UNSAFE when its plan names
     anything but networks and layers.
     """
-    mfm = read_checkpoint(path).mfm
-    plans = mfm["plans"] if isinstance(mfm.get("plans"), dict) else {}
-    problem, configuration = plan_problem(plans), str(mfm.get("configuration"))
-    architecture = None
-    if not problem and configuration in plans["configurations"]:
-        architecture = resolved(plans, configuration).get("architecture")
-    if architecture is None:
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            f"{path} lacks the plan that its network was built from ({problem or configuration}). Pretrain again.",
-        )
+    reading = read_checkpoint(path)
+    mfm = reading.mfm
     with about(path):
-        check_architecture(*(architecture[key] for key in ARCHITECTURE_KEYS))
-        network = block_of(plans).network
+        require_plan(reading)
+        check_architecture(*(reading.configuration["architecture"][key] for key in ARCHITECTURE_KEYS))
+        network = block_of(mfm["plans"]).network
     entry = {"name": path.name, "sha256": sha256(path), "pretext": mfm.get("pretext"), "network": network}
     return Source(mfm, entry)
 

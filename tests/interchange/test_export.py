@@ -216,6 +216,28 @@ def test_verify(edit: Any, code: str | None, expected: str, tmp_path: Path) -> N
     api.describe_checkpoint(file)
 
 
+@pytest.mark.parametrize("key", ["plans", "configuration", "num_outputs"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_description_that_is_not_whole(key: str, verify: bool, tmp_path: Path) -> None:
+    file = ours("resenc", 1, tmp_path)
+    content = checkpoint.load(file)
+    del content["mfm"][key]
+    torch.save(content, file)
+    with pytest.raises(MFMError, match=r"a\.pth.*lacks the plan") as caught:
+        api.describe_checkpoint(file, verify=verify)
+    assert caught.value.code == "E_MODEL_MISMATCH"
+
+
+def test_aliases_of_another_kind_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    convert(ours("resenc", 1, tmp_path), tmp_path / "out", "folder")
+    save_file({"a": torch.zeros(1)}, tmp_path / "out" / "model.safetensors", {"aliases": json.dumps({"b": ["a"]})})
+    with pytest.raises(MFMError) as caught:
+        read_checkpoint(tmp_path / "out")
+    assert caught.value.code == "E_MODEL_CORRUPT"
+
+
 # Models that were trained with labels
 
 

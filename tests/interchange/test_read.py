@@ -279,6 +279,16 @@ def test_a_layout_nobody_knows_lists_those_that_are_known(tmp_path: Path) -> Non
             "stage 1",
         ),
         (lambda c: c["nnssl_adaptation_plan"].update(pretrain_plan=3), "E_MODEL_CORRUPT", "pretrain_plan"),
+        (
+            lambda c: [c["network_weights"].pop(n) for n in list(c["network_weights"]) if "encoder.stem" in n],
+            "E_MODEL_MISMATCH",
+            "stem",
+        ),
+        (
+            lambda c: c["nnssl_adaptation_plan"]["pretrain_plan"].update(transpose_forward=[0, 1, 5]),
+            "E_MODEL_CORRUPT",
+            "transpose_forward",
+        ),
         (lambda c: c.update(nnssl_adaptation_plan=[1]), "E_MODEL_CORRUPT", "nnssl_adaptation_plan"),
         (lambda c: c["nnssl_adaptation_plan"].update(key_to_stem=3), "E_MODEL_CORRUPT", "key_to_stem"),
         (
