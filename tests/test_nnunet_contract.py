@@ -36,7 +36,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.plans.derive import NO_RESAMPLING
+from mfm_nnunet.json_files import NO_RESAMPLING
 from mfm_nnunet.plans.mfm_planner import MFMPlanner
 from mfm_nnunet.plans.schema import MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace, use
