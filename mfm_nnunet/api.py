@@ -5,17 +5,14 @@ This is where the parts are put together; each part knows only what the architec
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mfm_nnunet import preparation
 from mfm_nnunet import workspace as places
-from mfm_nnunet.data import corpus
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused, nearest
+from mfm_nnunet.errors import CasesFailedError, MFMError, about, dataset_refused, nearest
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.workspace import Workspace
 
@@ -68,14 +65,16 @@ def plan_and_preprocess(
     results, failures, num_cases = [], [], 0
     with places.use(workspace) as here:
         for dataset in datasets:
-            dataset_name = _registered(here, dataset, images, name)
-            cases, failed = _fingerprint(here, dataset_name, num_processes)
+            dataset_name = preparation.registered(here, dataset, images, name)
+            cases, failed = preparation.fingerprinted(here, dataset_name, num_processes)
             num_cases += len(cases) + len(failed)
             result = plan(here, dataset_name, request)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
             if preprocess:
-                failed += _preprocess(here, dataset_name, cases, result, request.configurations, num_processes)
+                failed += preparation.preprocess(
+                    here, dataset_name, cases, result, request.configurations, num_processes
+                )
             results.append(result)
             failures += failed
     if failures:
@@ -363,7 +362,7 @@ def _plan_study(own: Workspace, design: Design, given: dict[str, Any] | None) ->
     from mfm_nnunet.study.plan import plans_name_of
 
     dataset, configuration = design.question.dataset, design.question.configuration
-    cases, _ = _fingerprint(own, dataset, None)
+    cases, _ = preparation.fingerprinted(own, dataset, None)
     name = plans_name_of(design.question.plans)
     file = own.preprocessed / dataset / f"{name}.json"
     if not file.is_file() and given is not None:
@@ -372,7 +371,7 @@ def _plan_study(own: Workspace, design: Design, given: dict[str, Any] | None) ->
         like = next((arm.checkpoint for arm in design.arms if arm.checkpoint), None)
         plan_and_preprocess([dataset], configurations=[configuration], like=like, plans_name=name, preprocess=False)
     plans = read_plans(file, "Remove the study folder and begin anew.")
-    failures = _preprocess(own, dataset, cases, PlanResult(plans, file, []), (configuration,), None)
+    failures = preparation.preprocess(own, dataset, cases, PlanResult(plans, file, []), (configuration,), None)
     if failures:
         raise dataset_refused(dataset, failures, len(cases), "; nothing was trained")
     return plans
@@ -418,138 +417,3 @@ def _model_folder(
         existing = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
         raise MFMError("E_NOT_FOUND", f"{folder}: no such model. {nearest(folder.name, existing)}")
     return folder
-
-
-def _registered(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
-    """The dataset's name; with ``images`` the corpus is registered first."""
-    if images is None:
-        if name is not None:
-            raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
-        return here.dataset_name(dataset)
-    if not str(dataset).isdigit() or not 1 <= int(dataset) <= 999:
-        raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus needs a number from 1 to 999.")
-    dataset_name = f"Dataset{int(dataset):03d}_{name or 'Corpus'}"
-    others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
-    if others:
-        raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
-    cases = corpus.index_source(Path(images))
-    channels = [f"channel{i}" for i in range(_num_channels(cases))]
-    corpus.register_corpus(here.raw, dataset_name, cases, channels)
-    return dataset_name
-
-
-def _num_channels(cases: list[corpus.Case]) -> int:
-    """Channels of the first image that can be read: one file may hold several (colour pictures)."""
-    from mfm_nnunet.data.reading import read_image, reader_for
-
-    for case in cases:
-        with contextlib.suppress(MFMError):
-            return len(read_image(case.images, reader_for(case.images[0]))[0])
-    return len(cases[0].images)  # planning will refuse each of them with its reason
-
-
-def _fingerprint(
-    here: Workspace, dataset_name: str, num_processes: int | None
-) -> tuple[list[corpus.Case], list[CaseFailure]]:
-    """The good cases of a dataset, and an up-to-date ``dataset_fingerprint.json``; labelled cases must all be good."""
-    from mfm_nnunet.checkpoint import atomic_write
-    from mfm_nnunet.plans.fingerprint import extract_fingerprint
-
-    raw, preprocessed = here.raw / dataset_name, here.preprocessed / dataset_name
-    cases, dataset_json = corpus.load_cases(raw), corpus.read_dataset_json(raw)
-    is_corpus = corpus.is_corpus(raw)
-    unlabelled = [case.name for case in cases if case.label is None]
-    if 0 < len(unlabelled) < len(cases):
-        raise MFMError(
-            "E_NOT_FOUND",
-            f"{raw / 'dataset.json'}: {len(unlabelled)} of {len(cases)} cases have no label, e.g. {unlabelled[0]}. Add "
-            "the labels, or take these cases out.",
-        )
-    file = preprocessed / "dataset_fingerprint.json"
-    known = _known_fingerprint(file)
-    # The rules for labels and channels belong to it: a corrected dataset.json must be checked against all labels.
-    rules = {name: dataset_json.get(name) for name in ("labels", "channel_names", "overwrite_image_reader_writer")}
-    signature = hashlib.sha256((corpus.signature(cases) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
-    if known.get("signature") == signature:
-        failures = [CaseFailure(*failure) for failure in known["failures"]]
-    else:
-        try:
-            fingerprint, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
-            if failures and not is_corpus:
-                raise CasesFailedError(failures, len(cases))
-        except CasesFailedError as error:
-            if is_corpus:
-                raise
-            raise dataset_refused(dataset_name, error.failures, len(cases), "; nothing was planned") from error
-        fingerprint["mfm"] = {
-            **fingerprint.get("mfm", {}),
-            "signature": signature,
-            "failures": [[failure.case, failure.code, failure.reason] for failure in failures],
-        }
-        preprocessed.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as handle:
-            handle.write(json.dumps(fingerprint, indent=1).encode())
-    if _content(preprocessed / "dataset.json") != dataset_json:
-        with atomic_write(preprocessed / "dataset.json") as handle:
-            handle.write(json.dumps(dataset_json, indent=1).encode())
-    bad = {failure.case for failure in failures}
-    return [case for case in cases if case.name not in bad], failures
-
-
-def _known_fingerprint(file: Path) -> dict[str, Any]:
-    """Our part of a fingerprint; empty where there is none, or a damaged one, which is made again."""
-    content = _content(file)
-    known = content.get("mfm") if isinstance(content, dict) else None
-    return known if isinstance(known, dict) and {"signature", "failures"} <= set(known) else {}
-
-
-def _content(file: Path) -> Any:
-    """What a JSON file holds; None if there is none or if it is damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _to_preprocess(plans: dict[str, Any], asked: tuple[str, ...] | None, is_corpus: bool) -> list[str]:
-    """Configurations with data of their own: those asked for, else nnU-Net's default, and for a corpus the 3D one."""
-    known = plans["configurations"]
-    own = [name for name in known if "previous_stage" not in known[name]]
-    if asked:
-        needed = {known[name].get("inherits_from", name) for name in asked} | set(asked)
-        return [name for name in own if name in needed or known[name].get("next_stage") in needed]
-    return ["3d_fullres"] if is_corpus and "3d_fullres" in own else own
-
-
-def _preprocess(
-    here: Workspace,
-    dataset_name: str,
-    cases: list[corpus.Case],
-    result: PlanResult,
-    asked: tuple[str, ...] | None,
-    num_processes: int | None,
-) -> list[CaseFailure]:
-    from mfm_nnunet.data.preprocess import preprocess_dataset
-
-    raw = here.raw / dataset_name
-    dataset_json = corpus.read_dataset_json(raw)
-    failures: list[CaseFailure] = []
-    for configuration in _to_preprocess(result.plans, asked, corpus.is_corpus(raw)):
-        report = preprocess_dataset(
-            cases,
-            result.plans,
-            configuration,
-            dataset_json,
-            here.preprocessed / dataset_name,
-            num_processes or places.num_cores(),
-        )
-        logger.info(
-            "%s %s: %d cases preprocessed, %d reused, %d failed",
-            dataset_name,
-            configuration,
-            len(report.done),
-            len(report.reused),
-            len(report.failures),
-        )
-        failures += [failure for failure in report.failures if failure.case not in {f.case for f in failures}]
-    return failures

@@ -32,7 +32,19 @@ ALLOWED = {
     "demo_result": {"demo_data", "pictures"},
     "demo": {"api", "demo_data", "demo_result", "plans.schema"},
     "study": {"data", "plans", "models", "finetune", "interchange"},
-    "api": {"data", "plans", "models", "pretext", "engine", "finetune", "predict", "study", "interchange"},
+    "preparation": {"data", "plans"},
+    "api": {
+        "preparation",
+        "data",
+        "plans",
+        "models",
+        "pretext",
+        "engine",
+        "finetune",
+        "predict",
+        "study",
+        "interchange",
+    },
     "cli": {"api", "data", "plans", "models", "pretext", "engine", "finetune", "predict", "demo", "demo_result"},
 }
 """Leaves and the own package come on top."""
