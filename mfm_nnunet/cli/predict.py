@@ -112,11 +112,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _set_verbosity(arguments: argparse.Namespace) -> None:
-    logger = logging.getLogger("mfm_nnunet.predict")
-    if arguments.verbose:
-        logger.setLevel(logging.DEBUG)
-    elif arguments.disable_progress_bar:
-        logger.setLevel(logging.WARNING)
+    quiet = logging.WARNING if arguments.disable_progress_bar else logging.NOTSET
+    logging.getLogger("mfm_nnunet.predict").setLevel(logging.DEBUG if arguments.verbose else quiet)
     for name in WITHOUT_EFFECT:
         if getattr(arguments, name):
             logging.getLogger(__name__).info("%s has no effect here.", name)
