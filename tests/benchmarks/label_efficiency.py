@@ -1,9 +1,14 @@
-"""How many labels does pretraining save? ``mfm_study`` on the hippocampus set, from the scans to the picture.
+"""How many labels does pretraining save? ``mfm_study`` on real scans, from the files to the picture.
 
-126 scans are the unlabelled corpus, 74 others are labelled: 42 of them test, and 4 to 32 of the other 32 train. The
-split is by subject (one scan each) and fixed; the tested scans are those of the other hippocampus studies. MAE and
-Volume Fusion pretrain once each; Volume Fusion travels whole, and with its encoder alone. It continues where it was
-stopped; the result is ``study/table.md`` and ``study/study.png``.
+``hippocampus``: 126 MR scans are the unlabelled corpus, 74 others are labelled: 42 of them test, and 4 to 32 of the
+other 32 train. The tested scans are those of the other hippocampus studies.
+
+``sarcoma``: tumours in PET. The corpus is the PET, CT and MR of 24 patients, and 3 other scans; 3 to 24 of these
+patients' PET scans are labelled. 14 other patients test, of whom nothing is in the corpus. ``--data`` is the PET
+dataset; CT, MR and ``unlabelled`` lie beside it.
+
+The split is by patient and fixed. MAE and Volume Fusion pretrain once each; Volume Fusion travels whole, and with its
+encoder alone. It continues where it was stopped; the result is ``study/table.md`` and ``study/study.png``.
 
     python -m tests.benchmarks.label_efficiency --data ../shared/data/Dataset004_Hippocampus --work labels \\
         --pretrain pretrain.epochs=40 pretrain.precision=bf16 --finetune finetune.epochs=16 finetune.precision=bf16
@@ -12,12 +17,11 @@ stopped; the result is ``study/table.md`` and ``study/study.png``.
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
-from tests.benchmarks.study import Study, base_parser
+from tests.benchmarks.study import Study, base_parser, case_names
 
-NUM_CORPUS, NUM_POOL = 126, 32
-LABELLED = "004_Hippocampus"
 ARMS = {
     "mae": ("mae", ""),
     "vf": ("volume_fusion", ""),
@@ -29,25 +33,29 @@ PLANS = "mfmPlans"
 
 def parse() -> argparse.Namespace:
     parser = base_parser(__doc__)
-    parser.add_argument("--labels", nargs="+", default=["4", "8", "16", "32"])
+    parser.add_argument("--scans", default="hippocampus", choices=STUDIES)
+    parser.add_argument("--labels", nargs="+", help="numbers of labelled patients (default: those above)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="beside scratch")
     parser.add_argument("--disable-tta", action="store_true", help="predict the test scans without mirroring")
     return parser.parse_args()
 
 
 class LabelStudy(Study):
-    """The steps from the scans to the call of ``mfm_study``."""
+    """The steps from the scans to the call of ``mfm_study``, for the hippocampus."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        super().__init__(arguments)
-        names = [*self.corpus, *self.train, *self.test]
-        self.corpus, self.pool = names[:NUM_CORPUS], names[NUM_CORPUS : NUM_CORPUS + NUM_POOL]
-        self.test = names[NUM_CORPUS + NUM_POOL :]
+    labelled = "004_Hippocampus"
+    labels: tuple[str, ...] = ("4", "8", "16", "32")
+
+    def split(self) -> None:
+        """The other studies' tests; more cases train, and fewer pretrain."""
+        super().split()
+        rest, size = [*self.corpus, *self.train], int(self.labels[-1])
+        self.corpus, self.train = rest[:-size], rest[-size:]
 
     def prepare(self) -> None:
         """The corpus, planned and preprocessed; the labelled dataset and the names of who tests."""
         super().prepare()
-        self.dataset(LABELLED, [*self.pool, *self.test])
+        self.dataset(self.labelled, [*self.train, *self.test])
         (self.folder / "test_cases.txt").write_text("\n".join(sorted(self.test)) + "\n")
         self.plan_corpus()
 
@@ -62,9 +70,9 @@ class LabelStudy(Study):
         settings = ("--set", *self.arguments.finetune) if self.arguments.finetune else ()
         tta = ("--disable_tta",) if self.arguments.disable_tta else ()
         self.command(
-            "mfm_study", LABELLED[:3], "3d_fullres", "--labels", *self.arguments.labels, "--arms", *arms,
-            "--seeds", self.arguments.seeds, "--test", self.folder / "test_cases.txt", "--jobs", self.arguments.jobs,
-            "-o", self.folder / "study", *tta, *settings, log="study",
+            "mfm_study", self.labelled[:3], "3d_fullres", "--labels", *(self.arguments.labels or self.labels),
+            "--arms", *arms, "--seeds", self.arguments.seeds, "--test", self.folder / "test_cases.txt",
+            "--jobs", self.arguments.jobs, "-o", self.folder / "study", *tta, *settings, log="study",
         )  # fmt: skip
         print((self.folder / "study" / "table.md").read_text())
 
@@ -72,10 +80,43 @@ class LabelStudy(Study):
         return self.checkpoint(pretext, PLANS, "labels")
 
 
+class SarcomaStudy(LabelStudy):
+    """Tumours in PET, with a corpus of PET, CT and MR."""
+
+    labelled = "051_STSPET"
+    labels = ("3", "6", "12", "24")
+
+    def split(self) -> None:
+        """Who tests is drawn from the patients of whom there is PET alone, so that no CT or MR is lost."""
+        names = case_names(self.data)
+        with_more = {name for dataset in self.others.values() for name in case_names(dataset)}
+        pet_alone = [name for name in names if name not in with_more]
+        random.Random(0).shuffle(pet_alone)
+        self.test = pet_alone[: len(names) - int(self.labels[-1])]
+        self.train = self.corpus = [name for name in names if name not in self.test]
+
+    @property
+    def others(self) -> dict[str, Path]:
+        """The datasets of the same patients by modality."""
+        return {"CT": self.data.parent / "Dataset052_STSCT", "MR": self.data.parent / "Dataset053_STSMR"}
+
+    def corpus_rows(self) -> list[tuple[str, Path, str]]:
+        rows = [(f"PET_{name}", self.image(name), "PET") for name in self.corpus]
+        for modality, dataset in self.others.items():
+            images = [dataset / "imagesTr" / f"{name}_0000.nii.gz" for name in case_names(dataset)]
+            images += sorted((self.data.parent / "unlabelled" / modality).glob("*.nii.gz"))
+            rows += [(f"{modality}_{file.name.partition('.')[0]}", file, modality) for file in images]
+        return rows
+
+
+STUDIES = {"hippocampus": LabelStudy, "sarcoma": SarcomaStudy}
+
+
 def main() -> None:
-    study = LabelStudy(parse())
+    arguments = parse()
+    study = STUDIES[arguments.scans](arguments)
     study.prepare()
-    study.parallel(study.pretrain, [(task,) for task in sorted({ARMS[name][0] for name in study.arguments.arms})])
+    study.parallel(study.pretrain, [(task,) for task in sorted({ARMS[name][0] for name in arguments.arms})])
     study.compare()
 
 

@@ -29,13 +29,18 @@ LABELS = {1: "anterior", 2: "posterior"}
 def base_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that every study has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="Dataset004_Hippocampus in nnU-Net's raw format")
+    parser.add_argument("--data", type=Path, required=True, help="the labelled dataset in nnU-Net's raw format")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that the study writes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one core each")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="NAME=VALUE", help="settings of pretraining")
     parser.add_argument("--finetune", nargs="*", default=[], metavar="NAME=VALUE", help="settings of fine-tuning")
     return parser
+
+
+def case_names(dataset: Path) -> list[str]:
+    """The cases of a dataset of one channel in nnU-Net's raw format, sorted."""
+    return sorted(file.name[: -len("_0000.nii.gz")] for file in (dataset / "imagesTr").glob("*_0000.nii.gz"))
 
 
 class Study:
@@ -48,7 +53,11 @@ class Study:
         self.cores: queue.Queue[int] = queue.Queue()
         for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), arguments.jobs):
             self.cores.put(core)
-        names = sorted(file.name[: -len("_0000.nii.gz")] for file in (self.data / "imagesTr").glob("*_0000.nii.gz"))
+        self.split()
+
+    def split(self) -> None:
+        """``corpus``, ``train`` and ``test``: the names of the cases that pretrain, train and test."""
+        names = case_names(self.data)
         random.Random(0).shuffle(names)
         self.corpus, rest = names[:NUM_CORPUS], names[NUM_CORPUS:]
         self.train, self.test = rest[:NUM_TRAIN], rest[NUM_TRAIN:]
@@ -58,13 +67,17 @@ class Study:
         (self.folder / "test").mkdir(parents=True, exist_ok=True)
         with open(self.folder / "corpus.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["case", "image"])
-            writer.writerows([name, self.image(name)] for name in sorted(self.corpus))
+            writer.writerow(["case", "image", "modality"])
+            writer.writerows(self.corpus_rows())
         for name in self.test:
             link = self.folder / "test" / f"{name}_0000.nii.gz"
             if not link.exists():
                 link.symlink_to(self.image(name))
         self.dataset(LABELLED, self.train)
+
+    def corpus_rows(self) -> list[tuple[str, Path, str]]:
+        """Case, image and modality of every scan of the corpus."""
+        return [(name, self.image(name), "MR") for name in sorted(self.corpus)]
 
     def plan_corpus(self, *words: Any) -> None:
         """Register the corpus, plan and preprocess it."""
@@ -133,8 +146,8 @@ class Study:
         import nibabel
         import numpy as np
 
-        truth = np.asarray(nibabel.load(self.data / "labelsTr" / f"{name}.nii.gz").dataobj)
-        mask = np.asarray(nibabel.load(masks / f"{name}.nii.gz").dataobj)
+        truth = np.asarray(nibabel.Nifti1Image.from_filename(self.data / "labelsTr" / f"{name}.nii.gz").dataobj)
+        mask = np.asarray(nibabel.Nifti1Image.from_filename(masks / f"{name}.nii.gz").dataobj)
         pairs = [(truth == label, mask == label) for label in LABELS]
         return [float(2 * (t & m).sum() / max((t.sum() + m.sum()), 1)) for t, m in pairs]
 
