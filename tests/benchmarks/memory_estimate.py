@@ -88,7 +88,7 @@ def main() -> None:
             continue
         with torch.device("meta"):
             network = _network(architecture, patch)
-        estimate = training_memory_bytes(network, (batch, 1, *patch), optimizer)
+        estimate = training_memory_bytes(network, (batch, 1, *patch), optimizer)  # type: ignore[arg-type]
         measured, exact = _in_child(name, {}), _in_child(name, {"MALLOC_MMAP_THRESHOLD_": "65536"})
         ratios.append((measured / estimate, exact / estimate))
         print(

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import importlib.metadata
 import io
 import json
@@ -163,11 +164,11 @@ def resampling(arguments: argparse.Namespace, folder: Path) -> Iterator[Comparis
             ("labels", label, {"order": 1, "is_seg": True}, spacing),
         ):
             call = (array, shape, current, target)
-            settings = {**kwargs, **SPLINE}
+            settings: dict[str, Any] = {**kwargs, **SPLINE}
             yield Comparison(
                 f"resampling {what}, {name}, {'x'.join(map(str, image.shape[1:]))} to {'x'.join(map(str, shape))}",
-                lambda call=call, settings=settings: resample_image(*call, **settings),
-                lambda call=call, settings=settings: resample_data_or_seg_to_shape(*call, **settings),
+                functools.partial(resample_image, *call, **settings),
+                functools.partial(resample_data_or_seg_to_shape, *call, **settings),
                 max_difference,
             )
 
@@ -182,13 +183,12 @@ def case(arguments: argparse.Namespace, folder: Path) -> Iterator[Comparison]:
     for name, image, label, spacing in pairs(arguments):
         dataset_json = {"labels": {"background": 0, **{str(k): k for k in range(1, int(label.max()) + 1)}}}
         manager = PlansManager(make_plans([0.8 * mm for mm in spacing], "ZScoreNormalization"))
+        stock = DefaultPreprocessor(verbose=False)
         rest = (manager, manager.get_configuration("3d_fullres"), dataset_json)
         yield Comparison(
             f"case in memory, {name}",
-            lambda i=image, s=label, p=spacing, r=rest: preprocess_case_npy(i, {"spacing": p}, s, *r),
-            lambda i=image, s=label, p=spacing, r=rest: DefaultPreprocessor(verbose=False).run_case_npy(
-                i, s, {"spacing": p}, *r
-            ),
+            functools.partial(preprocess_case_npy, image, {"spacing": spacing}, label, *rest),
+            functools.partial(stock.run_case_npy, image, label, {"spacing": spacing}, *rest),
             lambda ours, stock: f"image {max_difference(ours[0], stock[0])}; label {max_difference(ours[1], stock[1])}",
         )
 

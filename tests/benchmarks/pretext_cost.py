@@ -145,8 +145,8 @@ def make_network(network: str, arguments: argparse.Namespace, num_outputs: int, 
     if network == "primus":
         architecture = primus_architecture(arguments.size, patch)
     else:
-        sizes = (16, 128, SMALL) if is_small else (32, 320, STANDARD)
-        architecture = resenc_architecture(*sizes, len(patch))
+        base, largest, blocks = (16, 128, SMALL) if is_small else (32, 320, STANDARD)
+        architecture = resenc_architecture(base, largest, blocks, len(patch))
     plans = {
         "plans_name": "cost",
         "configurations": {"only": {"patch_size": list(patch), "architecture": architecture}},

@@ -175,7 +175,7 @@ class PairsStudy(Study):
             times.append(time.process_time())
             return loss
 
-        Pretrainer._step = timed_step  # type: ignore[method-assign]
+        Pretrainer._step = timed_step  # type: ignore[method-assign, assignment]
         run_name = f"cost{os.getpid()}"
         length = ["pretrain.epochs=1", f"pretrain.iterations_per_epoch={COST_WARMUP + COST_STEPS + 1}"]
         api.pretrain(

@@ -62,7 +62,7 @@ def hemispheres() -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Front and back (C, D, H, W) of the left and of the right hemisphere, z-scored; D from top to bottom."""
     from scipy.ndimage import zoom
 
-    brain = np.asarray(nibabel.load(find_template("t1")).dataobj, np.float32)[:, 24:212, 2:156]
+    brain = np.asarray(nibabel.Nifti1Image.from_filename(find_template("t1")).dataobj, np.float32)[:, 24:212, 2:156]
     brain = (brain - brain.mean()) / brain.std()
     voxels = [zoom(part, 1 / VOXEL_MM, order=1) for part in (brain[24:MIDLINE], brain[MIDLINE + 1 : 2 * MIDLINE - 23])]
     # Axes x y z, to the right, front and top, become z y x as a picture has them.
