@@ -120,8 +120,10 @@ def run_design(
         raise CasesFailedError(failures, len(cells), "cells")
 
 
-def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
+def renew(folder: Path, failures: Sequence[CaseFailure] | None = None) -> None:
     """Write ``table.md``, ``study.png`` and the results in ``study.json`` anew from the cells that are finished.
+
+    Without ``failures`` those of the last run are told again, but for cells that are finished by now.
 
     Raises MFMError (E_NOT_FOUND) when the folder holds no study.
     """

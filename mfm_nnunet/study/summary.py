@@ -45,8 +45,13 @@ def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, An
     return {cell: json.loads(file.read_text()) for cell, file in files.items() if file.is_file()}
 
 
-def summarise(record: Mapping[str, Any], results: Results, failures: Sequence[CaseFailure] = ()) -> dict[str, Any]:
-    """``rows`` (one per number of labels and arm with a finished cell), counts, and what failed; JSON values."""
+def summarise(
+    record: Mapping[str, Any], results: Results, failures: Sequence[CaseFailure] | None = None
+) -> dict[str, Any]:
+    """``rows`` (one per number of labels and arm with a finished cell), counts, and what failed; JSON values.
+
+    Without ``failures`` what the record says of cells that are still not finished stays.
+    """
     cells = cells_of(record)
     rows = [
         _row(record, results, num_labels, arm)
@@ -60,7 +65,9 @@ def summarise(record: Mapping[str, Any], results: Results, failures: Sequence[Ca
         "rows": rows,
         "num_cells": len(cells),
         "num_finished": sum(cell in results for cell in cells),
-        "failed": {failure.case: f"{failure.code}  {failure.reason}" for failure in failures},
+        "failed": _still_failed(record, results)
+        if failures is None
+        else {failure.case: f"{failure.code}  {failure.reason}" for failure in failures},
     }
 
 
@@ -71,6 +78,12 @@ def case_scores(result: Mapping[str, Any], metric: str, label: str | None = None
     ]
     numbers = [[value for value in case if value is not None] for case in values]
     return np.array([sum(case) / len(case) if case else math.nan for case in numbers])
+
+
+def _still_failed(record: Mapping[str, Any], results: Results) -> dict[str, str]:
+    finished = {str(cell) for cell in results}
+    known: dict[str, str] = record.get("results", {}).get("failed", {})
+    return {name: reason for name, reason in known.items() if name not in finished}
 
 
 def _seeds(record: Mapping[str, Any], results: Results, num_labels: int, arm: str) -> list[int]:

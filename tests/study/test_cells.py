@@ -118,6 +118,8 @@ def test_one_cell_that_fails_costs_only_itself(design: Design, monkeypatch: pyte
     table = (design.folder / "table.md").read_text()
     assert "Finished cells: 3 of 4." in table
     assert "* mae, 1 labels, seed 0: E_OOM" in table
+    run.renew(design.folder)  # --table forgets no failure, until the cell is finished
+    assert (design.folder / "table.md").read_text() == table
     run_all(design, monkeypatch)
     assert [num_runs(design, cell) for cell in design.cells()] == [1, 2, 1, 1]
     assert "## Failed" not in (design.folder / "table.md").read_text()
