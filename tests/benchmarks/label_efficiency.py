@@ -45,6 +45,7 @@ class LabelStudy(Study):
 
     labelled = "004_Hippocampus"
     labels: tuple[str, ...] = ("4", "8", "16", "32")
+    tolerance_mm = 1.0
 
     def split(self) -> None:
         """The other studies' tests; more cases train, and fewer pretrain."""
@@ -72,7 +73,8 @@ class LabelStudy(Study):
         self.command(
             "mfm_study", self.labelled[:3], "3d_fullres", "--labels", *(self.arguments.labels or self.labels),
             "--arms", *arms, "--seeds", self.arguments.seeds, "--test", self.folder / "test_cases.txt",
-            "--jobs", self.arguments.jobs, "-o", self.folder / "study", *tta, *settings, log="study",
+            "--tolerance-mm", self.tolerance_mm, "--jobs", self.arguments.jobs, "-o", self.folder / "study",
+            *tta, *settings, log="study",
         )  # fmt: skip
         print((self.folder / "study" / "table.md").read_text())
 
@@ -85,6 +87,7 @@ class SarcomaStudy(LabelStudy):
 
     labelled = "051_STSPET"
     labels = ("3", "6", "12", "24")
+    tolerance_mm = 4.0  # about a voxel
 
     def split(self) -> None:
         """Who tests is drawn from the patients of whom there is PET alone, so that no CT or MR is lost."""
