@@ -262,7 +262,8 @@ def convert_checkpoint(
 
     place = find_checkpoint(address)
     with about(place):
-        convert(place, Path(output), layout, licence, token_order)
+        hub_address = str(address) if str(address).startswith("hf://") else None
+        convert(place, Path(output), layout, licence, token_order, hub_address)
     return Path(output)
 
 

@@ -14,6 +14,11 @@ PLAN_KEYS = (
     "dataset_name", "plans_name", "configurations", "image_reader_writer", "transpose_forward", "transpose_backward",
     "foreground_intensity_properties_per_channel",
 )  # fmt: skip
+SHARED_KEYS = (
+    *PLAN_KEYS, "original_median_spacing_after_transp", "original_median_shape_after_transp",
+    "experiment_planner_used", "label_manager", "mfm",
+)  # fmt: skip
+"""Keys of a plan that leave this computer with a checkpoint."""
 CONFIGURATION_KEYS = (
     "data_identifier", "batch_size", "batch_dice", "patch_size", "spacing", "normalization_schemes",
     "use_mask_for_norm", *(f"resampling_fn_{part}" for part in ("data", "seg", "probabilities")),
@@ -56,6 +61,11 @@ def resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     own = plans["configurations"][configuration]
     parent = resolved(plans, own["inherits_from"]) if "inherits_from" in own else {}
     return copy.deepcopy({**parent, **own})
+
+
+def shared_plan(plans: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as checkpoints hold it: planners of others add keys of their own, such as the path of a checkpoint."""
+    return {key: plans[key] for key in plans if key in SHARED_KEYS}
 
 
 def plan_problem(plans: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.action in ("describe", "verify"):
         print(api.describe_checkpoint(address, verify=arguments.action == "verify", token_order=token_order))
         if arguments.action == "verify":
-            print("whole: all checksums, names, shapes and values were looked at")
+            print("whole: names, shapes, values and the checksums that the file has were looked at")
         return
     layout: Any = (arguments.layout or "folder") if arguments.action == "export" else "pth"
     print(

@@ -28,7 +28,7 @@ from mfm_nnunet.engine.probe_data import choose_cases
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
-from mfm_nnunet.json_files import read_plans
+from mfm_nnunet.json_files import read_plans, shared_plan
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans import schema
@@ -261,7 +261,7 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
         "pretext_config": schema.to_dict(config),
         "pretrain": schema.to_dict(resolved.pretrain),
         "seed": resolved.seed,
-        "plans": plans,
+        "plans": shared_plan(plans),
         "configuration": configuration,
         "patch_size": list(patch_size),
         "num_inputs": num_inputs,

@@ -11,6 +11,7 @@ import torch
 from mfm_nnunet.checkpoint import cpu_weights, to_plain
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.lora import merged_state
+from mfm_nnunet.json_files import shared_plan
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
 from mfm_nnunet.plans.schema import FORMAT, FinetuneSettings, to_dict
 
@@ -29,7 +30,7 @@ def content_of(trainer: MFMTrainer) -> dict[str, Any]:
         "_best_ema": trainer._best_ema,
         "current_epoch": trainer.current_epoch + 1,
         "init_args": {
-            "plans": trainer.plans_manager.plans,
+            "plans": shared_plan(trainer.plans_manager.plans),
             "configuration": trainer.configuration_name,
             "fold": trainer.fold,
             "dataset_json": trainer.dataset_json,

@@ -1,7 +1,7 @@
 """The ``architecture`` entry of a plan for weights that come without one: the tensors decide.
 
-Depth, widths, kernels and tokens are read off the shapes. What no shape shows (strides without a decoder, the number
-of heads) comes from what the file says, else from the published family, and the notes say which it was.
+Depth, widths, kernels and tokens are read off the shapes. What no shape shows (strides without a decoder, norms and
+activations, the number of heads) comes from what the file says, else from the published family, and the notes say so.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ UNETS: dict[Family, str] = {
     "plain": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
 }
 PRIMUS = "mfm_nnunet.models.primus.PrimusSeg"
+PUBLISHED_UNETS = ("ResEncL",)
+"""Names that stand for a whole network: norms and activations are known without arguments."""
 _BLOCK = re.compile(r"encoder\.stages\.(\d+)\.blocks\.(\d+)\.conv1\.(?:conv|all_modules\.0)\.weight")
 _LAYER = re.compile(r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.(?:conv|all_modules\.0)\.weight")
 _DECODER_LAYER = re.compile(r"decoder\.stages\.(\d+)\.convs\.(\d+)\.(?:conv|all_modules\.0)\.weight")
 
 
 def unet_architecture(
-    family: Family, weights: Mapping[str, Tensor], said: Mapping[str, Any]
+    family: Family, weights: Mapping[str, Tensor], name: str | None, said: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The architecture of a U-Net, and notes; ``said`` are the file's own arguments of the network, if it has any.
+    """The architecture of a U-Net, and notes.
+
+    ``name`` and ``said`` are the file's own name of the network, such as ResEncL, and its arguments, if it has any.
 
     Raises MFMError (E_MODEL_MISMATCH) when convolutions of a stage are missing.
     """
@@ -56,6 +60,21 @@ def unet_architecture(
         ("n_blocks_per_stage" if family == "resenc" else "n_conv_per_stage"): depths,
         "n_conv_per_stage_decoder": _decoder_depths(num_stages, weights),
         "conv_bias": any(f"{convolution}.{name}.bias" in weights for name in ("conv", "all_modules.0")),
+    }
+    layers_between = between_convolutions(num_axes)
+    if "norm_op" not in said and "nonlin" not in said and name not in PUBLISHED_UNETS:
+        notes.append("norms and activations: InstanceNorm and LeakyReLU, as nnU-Net's; the file does not say")
+    kwargs |= {key: said.get(key, value) for key, value in layers_between.items()}
+    return {
+        "network_class_name": UNETS[family],
+        "arch_kwargs": kwargs,
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }, notes
+
+
+def between_convolutions(num_axes: int) -> dict[str, Any]:
+    """nnU-Net's norm, dropout and activation."""
+    return {
         "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{num_axes}d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "dropout_op": None,
@@ -63,11 +82,6 @@ def unet_architecture(
         "nonlin": "torch.nn.LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
     }
-    return {
-        "network_class_name": UNETS[family],
-        "arch_kwargs": kwargs,
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }, notes
 
 
 def primus_architecture(

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.interchange.conversion import Reading
 from mfm_nnunet.json_files import NO_RESAMPLING
 
+CARD = "README.md"
 UNKNOWN_LICENCE = "other"
+_STATED = re.compile(
+    r"\A---\n(?:(?!---).*\n)*?licen[sc]e:\s*[\"']?(?P<name>[A-Za-z0-9.+-]+)[\"']?\s*\n(?:(?!---).*\n)*---"
+)
+
+
+def stated_licence(folder: Path) -> str | None:
+    """The licence that the model card beside a checkpoint states in its first lines, as hubs want it; or None."""
+    try:
+        with open(folder / CARD, encoding="utf-8") as file:
+            match = _STATED.match(file.read(10_000))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return match["name"] if match and match["name"] != UNKNOWN_LICENCE else None
 
 
 def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
@@ -35,7 +51,11 @@ def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
         )
     if source:
         trainer = f" (trainer {source['trainer']})" if source.get("trainer") else ""
-        found["converted from"] = f"{source['layout']}{trainer}"
+        found["converted from"] = f"{source.get('layout')}{trainer}"
+        known = [source[name] for name in ("address", "file") if source.get(name)]
+        known += [f"SHA-256 {source['sha256'][:12]}"] if source.get("sha256") else []
+        if known:
+            found["original"] = ", ".join(map(str, known))
     found["licence"] = str(mfm.get("licence") or "not stated")
     for package, version in (mfm.get("versions") or {}).items():
         found[f"made with {package}"] = str(version)
@@ -67,7 +87,8 @@ def describe_text(reading: Reading) -> str:
 def model_card(mfm: Mapping[str, Any], num_parameters: int) -> str:
     """A README for a hub: how to use the checkpoint, what it is, what it was not tested for, whom to cite."""
     licence = mfm.get("licence") or UNKNOWN_LICENCE
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts(mfm).items())
+    notes = [("on import", note) for note in (mfm.get("source") or {}).get("notes") or []]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in [*facts(mfm).items(), *notes])
     papers = "\n".join(f"* {text}" for text in citations(mfm)) or "* none named"
     return f"""---
 license: {licence}

@@ -18,7 +18,7 @@ from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.architecture import PRIMUS, patch_embedding, primus_architecture, unet_architecture
 from mfm_nnunet.interchange.names import Parts, take_apart
 from mfm_nnunet.interchange.repairs import with_axis_0_outermost, without_stale_copies
-from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem, resolved
+from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem, resolved, shared_plan
 from mfm_nnunet.models.build import check_architecture
 from mfm_nnunet.models.primus import decoder_widths
 from mfm_nnunet.plans.schema import FORMAT, MFMBlock, to_dict
@@ -75,6 +75,34 @@ def require_plan(reading: Reading, *keys: str) -> None:
         )
 
 
+def ours(content: Mapping[str, Any]) -> Reading:
+    """A checkpoint that this package wrote, with what was noted when it was imported.
+
+    Raises MFMError: E_MODEL_MISMATCH for a newer format, E_MODEL_CORRUPT for an entry of another kind than it can be.
+    """
+    mfm = content["mfm"]
+    if isinstance(mfm.get("format"), int) and mfm["format"] > FORMAT:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"it was written by a newer mfm_nnunet (format {mfm['format']}, this version reads {FORMAT}). Update "
+            "mfm_nnunet.",
+        )
+    for name, kind in _KINDS.items():
+        if mfm.get(name) is not None and not isinstance(mfm[name], kind):
+            raise _no_description(name, mfm[name])
+    corpus, source = mfm.get("corpus") or {}, mfm.get("source") or {}
+    if corpus and not {"num_cases", "num_subjects", "hash"} <= set(corpus):
+        raise _no_description("corpus", corpus)
+    notes = source.get("notes") or []
+    if not isinstance(notes, list):
+        raise _no_description("source.notes", notes)
+    return Reading(dict(content), "mfm_nnunet", notes=tuple(map(str, notes)))
+
+
+def _no_description(name: str, value: Any) -> MFMError:
+    return MFMError("E_MODEL_CORRUPT", f"it says {name} = {str(value)[:60]!r}, which cannot be. Copy it again.")
+
+
 def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
     """Convert a file of nnssl or OpenMind, with or without its plan.
 
@@ -124,11 +152,10 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
     weights, architecture, others = _network_of_nnunet(parts, planned, token_order, notes)
     check_architecture(*(architecture[key] for key in ARCHITECTURE_KEYS))
     own = {
-        **plans,
+        **shared_plan(plans),
         "configurations": {configuration: {**planned, "architecture": architecture}},
         "mfm": to_dict(MFMBlock(network="primus" if parts.family == "primus" else "resenc")),
     }
-    own.pop("continue_training", None)
     mfm = _description(parts, own, weights, patch, "supervised", configuration)
     mfm |= {"citations": [], **_started_from(raw.get("mfm"))}
     mfm["source"] = {"layout": "nnU-Net", "trainer": str(raw.get("trainer_name"))}
@@ -155,8 +182,8 @@ def _network_of_nnunet(
         plan = nnssl.AdaptationPlan(patch_size=tuple(planned["patch_size"]))
         weights, architecture, _, others = _primus(parts, plan, token_order, notes)
         return weights, architecture, others
-    if architecture is None or "Primus" in class_name:
-        architecture, more = unet_architecture(parts.family, parts.weights, {})
+    if architecture is None or "Primus" in class_name or "." not in class_name:  # ResEncL: a name without arguments
+        architecture, more = unet_architecture(parts.family, parts.weights, class_name, {})
         notes += ["the plan does not name this network: it is read off the tensors", *more]
     return parts.weights, architecture, parts.others
 
@@ -169,7 +196,7 @@ def _unet(parts: Parts, plan: nnssl.AdaptationPlan, notes: list[str]) -> _Conver
     weights, changed = without_stale_copies(parts.weights)
     if changed:
         notes.append(f"{changed} tensors were untrained copies of sparse pretraining and were replaced by the trained")
-    architecture, more = unet_architecture(parts.family, weights, plan.arch_kwargs)
+    architecture, more = unet_architecture(parts.family, weights, plan.class_name, plan.arch_kwargs)
     notes += more
     num_axes = len(architecture["arch_kwargs"]["kernel_sizes"][0])
     seen = plan.patch_size or plan.recommended_patch or (PUBLISHED_PATCH[num_axes],) * num_axes
@@ -182,8 +209,9 @@ def _primus(parts: Parts, plan: nnssl.AdaptationPlan, order: str | None, notes: 
         raise MFMError(
             "E_MODEL_MISMATCH",
             "it holds a Primus, and nothing in it says in which order its tokens are flattened; a guess would exchange "
-            "two axes in silence. If you know the order: mfm_checkpoint import FILE --token-order whd or hwd (nnssl's "
-            "SimMIM and nnU-Net 2.6 and newer: whd; nnssl's other tasks: hwd).",
+            "two axes in silence. If you know it: mfm_checkpoint import FILE -o NEW.pth --token-order whd, or hwd "
+            "(nnssl's SimMIM, and dynamic-network-architectures 0.4.3 and newer, which nnU-Net 2.8.1 needs: whd; "
+            "nnssl's other tasks, and that package before 0.4.3: hwd).",
         )
     token = tuple(int(size) for size in patch_embedding(weights).shape[2:])
     grid = _grid(weights, token, plan.patch_size, notes)
@@ -304,6 +332,12 @@ def _description(
     }
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "format": int, "pretext": str, "plans": dict, "configuration": str, "patch_size": (list, tuple),
+    "num_inputs": int, "num_outputs": int, "corpus": dict, "versions": dict, "citations": (list, tuple),
+    "trained": str, "source": dict, "licence": str, "epoch": int,
+}  # fmt: skip
+"""What the entries of a description are, where they are there."""
 DESCRIBED = ("patch_size", "num_inputs", "num_outputs")
 """What of a description is needed beside its plan to build the network as it was trained."""
 _STEMS = {"primus": "down_projection.", "resenc": "encoder.stem.", "plain": "encoder.stages.0."}

@@ -5,6 +5,7 @@ safetensors stores no tensor twice; the names of one tensor are listed in the fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +15,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.checkpoint import atomic_write, sha256
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.interchange.card import model_card
+from mfm_nnunet.interchange.card import CARD, model_card
 from mfm_nnunet.json_files import read_json
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _ALIASES = "aliases"
+_DIGEST = "sha256"
+"""Key of ``config.json``: the SHA-256 of the weights' file, which has no checksums of its own."""
 
 
 def is_folder_checkpoint(place: Path) -> bool:
-    """Whether ``place`` is a folder as :func:`write_folder` makes it."""
-    return (place / WEIGHTS).is_file() and (place / CONFIG).is_file()
+    """Whether ``place`` is a folder as :func:`write_folder` makes it, damaged or not.
+
+    Repositories of others may hold files of these names beside a checkpoint; their ``config.json`` has no ``mfm``.
+    """
+    if not ((place / WEIGHTS).is_file() and (place / CONFIG).is_file()):
+        return False
+    try:
+        return "mfm" in json.loads((place / CONFIG).read_bytes())
+    except (ValueError, TypeError):
+        return True
 
 
 def write_folder(content: Mapping[str, Any], folder: Path) -> None:
@@ -39,9 +50,11 @@ def write_folder(content: Mapping[str, Any], folder: Path) -> None:
         raise MFMError("E_EXISTS", f"{folder}: the folder is not empty. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _once(content["network_weights"])
+    weights = save(tensors, metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
+    config = {"mfm": content["mfm"], _DIGEST: hashlib.sha256(weights).hexdigest()}
     files = {
-        WEIGHTS: save(tensors, metadata={"format": "pt", _ALIASES: json.dumps(aliases)}),
-        CONFIG: json.dumps({"mfm": content["mfm"]}, indent=1).encode(),
+        WEIGHTS: weights,
+        CONFIG: json.dumps(config, indent=1).encode(),
         CARD: model_card(content["mfm"], sum(tensor.numel() for tensor in tensors.values())).encode(),
     }
     for name, data in files.items():
@@ -55,7 +68,12 @@ def read_folder(folder: Path) -> dict[str, Any]:
     Raises MFMError (E_MODEL_CORRUPT) for a damaged file or one that lacks what we wrote.
     """
     file = folder / WEIGHTS
-    mfm = read_json(folder / CONFIG, "Copy the folder again.", "E_MODEL_CORRUPT").get("mfm")
+    config = read_json(folder / CONFIG, "Copy the folder again.", "E_MODEL_CORRUPT")
+    mfm, digest = config.get("mfm"), config.get(_DIGEST)
+    if digest is not None and sha256(file) != digest:
+        raise MFMError(
+            "E_MODEL_CORRUPT", f"{file}: not the weights that {CONFIG} is for (SHA-256). Copy the folder again."
+        )
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             weights: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -7,7 +7,7 @@ heads, projectors and second decoders. Parts are found by the structure of the n
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,12 +17,12 @@ from mfm_nnunet.errors import MFMError
 
 Family = Literal["resenc", "plain", "primus"]
 
-_ENCODERS: dict[Family, re.Pattern[str]] = {
-    "resenc": re.compile(r"(?P<prefix>(?:.+\.)?stages)\.0\.blocks\.0\.conv1\."),
-    "plain": re.compile(r"(?P<prefix>(?:.+\.)?stages)\.0\.0\.convs\.0\."),
-    "primus": re.compile(r"(?P<prefix>(?:.+\.)?eva)\.blocks\.0\.attn\."),
+_ENCODERS: dict[Family, tuple[str, str]] = {
+    "resenc": ("stages", r"0\.blocks\.0\.conv1\."),
+    "plain": ("stages", r"0\.0\.convs\.0\."),
+    "primus": ("eva", r"blocks\.0\.attn\."),
 }
-"""A tensor that the first block of each encoder has; its prefix is the encoder's name."""
+"""The last word of each encoder's usual name, and how the name of a tensor goes on that its first block has."""
 
 _WRAPPERS = ("module", "_orig_mod")
 _DECODER_PARTS = ("stages", "transpconvs", "seg_layers")
@@ -40,8 +40,8 @@ class Parts:
 def take_apart(state: Mapping[str, Tensor], key_to_encoder: str | None = None, key_to_stem: str | None = None) -> Parts:
     """Find encoder, stem and decoder in ``state``; the keys are the file's own words for the first two, if it has any.
 
-    Raises MFMError (E_MODEL_MISMATCH), which shows the first names, when there is no encoder that we know, or several
-    and nothing says which is meant.
+    Raises MFMError (E_MODEL_MISMATCH), which shows the first names, when there is no encoder that we know, when it is
+    not where the file says, and when there are several and nothing says which is meant.
     """
     tensors = {unwrapped_name(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     family, prefix = _find_encoder(tensors, key_to_encoder)
@@ -65,29 +65,49 @@ def unwrapped_name(name: str) -> str:
 
 
 def _find_encoder(tensors: Mapping[str, Tensor], wanted: str | None) -> tuple[Family, str]:
+    if wanted is not None:
+        return _encoder_at(unwrapped_name(wanted), tensors)
     found = {
         match["prefix"]: family
-        for name in tensors
-        for family, pattern in _ENCODERS.items()
-        if (match := pattern.match(name)) and "decoder" not in match["prefix"].split(".")
+        for family, (last, begins) in _ENCODERS.items()
+        for match in _matches(rf"(?P<prefix>(?:.+\.)?{last})\.{begins}", tensors)
+        if "decoder" not in match["prefix"].split(".")
     }
-    if wanted is not None and (name := unwrapped_name(wanted)) in found:
-        return found[name], name
     if len(found) == 1:
         prefix, family = next(iter(found.items()))
         return family, prefix
     if not found:
-        shown = ", ".join(list(tensors)[:5]) or "nothing"
         raise MFMError(
             "E_MODEL_MISMATCH",
             "no encoder of a ResEnc U-Net, plain U-Net or Primus is among the weights; they begin with "
-            f"{shown}. Only these networks can be used.",
+            f"{_shown(tensors)}. Only these networks can be used.",
         )
     raise MFMError(
         "E_MODEL_MISMATCH",
         f"the weights hold several encoders ({', '.join(found)}) and the file does not say which one is meant. Keep "
         "the one that was trained, and remove the others from the file.",
     )
+
+
+def _encoder_at(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[Family, str]:
+    """The encoder that the file itself names, whatever its name is."""
+    for family, (_, begins) in _ENCODERS.items():
+        if next(_matches(rf"{re.escape(prefix)}\.{begins}", tensors), None):
+            return family, prefix
+    raise MFMError(
+        "E_MODEL_MISMATCH",
+        f"the file says that its encoder is '{prefix}', and no encoder of a ResEnc U-Net, plain U-Net or Primus is "
+        f"there; the weights begin with {_shown(tensors)}. Only these networks can be used.",
+    )
+
+
+def _matches(pattern: str, tensors: Mapping[str, Tensor]) -> Iterator[re.Match[str]]:
+    found = (re.match(pattern, name) for name in tensors)
+    return (match for match in found if match)
+
+
+def _shown(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(list(tensors)[:5]) or "nothing"
 
 
 def _renaming(family: Family, prefix: str, key_to_stem: str | None) -> dict[str, str]:

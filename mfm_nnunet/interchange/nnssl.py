@@ -67,7 +67,7 @@ def read_plan(raw: Mapping[str, Any]) -> AdaptationPlan:
         patch_size=_whole(raw, "pretrain_patch_size") or _whole(configuration, "patch_size"),
         recommended_patch=_whole(raw, "recommended_downstream_patchsize"),
         spacing=_row(configuration, "spacing", float),
-        is_resampled=not configuration or configuration.get("spacing") is not None,
+        is_resampled="spacing" not in configuration or configuration["spacing"] is not None,
         normalization=_row(configuration, "normalization_schemes", str) or (),
         use_mask_for_norm=_row(configuration, "use_mask_for_norm", bool) or (),
         transpose_forward=order,

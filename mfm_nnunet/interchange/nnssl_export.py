@@ -14,7 +14,7 @@ from typing import Any
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl
-from mfm_nnunet.interchange.architecture import PRIMUS, UNETS
+from mfm_nnunet.interchange.architecture import PRIMUS, UNETS, between_convolutions
 from mfm_nnunet.json_files import NO_RESAMPLING, resolved
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 
@@ -120,9 +120,17 @@ def _architecture(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any] 
         return f"Primus{size}", None, None
     if class_name not in UNETS.values():
         raise _cannot(class_name)
-    if class_name == UNETS["resenc"] and all(_listed(key, kwargs) == value for key, value in RESENC_L.items()):
+    if class_name == UNETS["resenc"] and _is_resenc_l(kwargs):
         return "ResEncL", None, None
     return class_name, kwargs, list(architecture["_kw_requires_import"])
+
+
+def _is_resenc_l(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a U-Net is the one that the name stands for: readers build norms and activations from the name too."""
+    between = {**between_convolutions(3), "conv_bias": True}
+    return all(_listed(key, kwargs) == value for key, value in RESENC_L.items()) and all(
+        str(kwargs.get(key)).rpartition(".")[2] == str(value).rpartition(".")[2] for key, value in between.items()
+    )
 
 
 def _listed(key: str, kwargs: Mapping[str, Any]) -> list[Any]:

@@ -14,16 +14,25 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.address import fetch
-from mfm_nnunet.interchange.conversion import DESCRIBED, Reading, TokenOrder, from_nnssl, from_nnunet, require_plan
-from mfm_nnunet.interchange.folder import WEIGHTS, is_folder_checkpoint, read_folder, write_folder
+from mfm_nnunet.interchange.card import stated_licence
+from mfm_nnunet.interchange.conversion import (
+    DESCRIBED,
+    Reading,
+    TokenOrder,
+    from_nnssl,
+    from_nnunet,
+    ours,
+    require_plan,
+)
+from mfm_nnunet.interchange.folder import CONFIG, WEIGHTS, is_folder_checkpoint, read_folder, write_folder
 from mfm_nnunet.interchange.nnssl_export import write_nnssl
 from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
-FILES = (WEIGHTS, "checkpoint_final.pth")
-"""What a folder is searched for, the first that exists."""
+FILE = "checkpoint_final.pth"
+"""What a folder of others is searched for."""
 SIDE_PLAN = "adaptation_plan.json"
 KNOWN = (
     "mfm_nnunet (network_weights and mfm; or a folder with model.safetensors and config.json), nnssl and OpenMind "
@@ -37,14 +46,21 @@ def find_checkpoint(address: str | Path) -> Path:
     Raises MFMError (E_NOT_FOUND) when there is nothing, and as :func:`mfm_nnunet.interchange.address.fetch`.
     """
     place = fetch(address)
+    if place.name == WEIGHTS and place.is_file():
+        place = place.parent
     if not place.is_dir() or is_folder_checkpoint(place):
         return place
-    found = next((place / name for name in FILES if (place / name).is_file()), None)
-    if found is None:
+    if (place / FILE).is_file():
+        return place / FILE
+    if (place / WEIGHTS).is_file():
         raise MFMError(
-            "E_NOT_FOUND", f"{place}: no checkpoint in this folder. It is searched for {' and '.join(FILES)}."
+            "E_NOT_FOUND",
+            f"{place / WEIGHTS}: weights without our {CONFIG} beside them; nothing else tells their network. Export "
+            "the checkpoint again (mfm_checkpoint export), or give a .pth file.",
         )
-    return found
+    raise MFMError(
+        "E_NOT_FOUND", f"{place}: no checkpoint in this folder. It is searched for {WEIGHTS} with {CONFIG}, and {FILE}."
+    )
 
 
 def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Reading:
@@ -55,11 +71,15 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
     Raises MFMError: as :func:`mfm_nnunet.checkpoint.load`, E_MODEL_CORRUPT for a layout that nobody knows (the error
     lists the known ones and the keys seen), and as the conversions do.
     """
-    if is_folder_checkpoint(place):
-        return Reading(read_folder(place), "mfm_nnunet")
+    if place.is_dir():
+        content = read_folder(place)
+        with about(place / CONFIG):
+            return ours(content)
     raw = checkpoint.load(place)
     with about(place):
         reading = _recognised(raw, place, token_order)
+    if reading.layout != "mfm_nnunet" and "licence" not in reading.mfm and (licence := stated_licence(place.parent)):
+        reading.mfm["licence"] = licence
     for note in reading.notes:
         logger.info("%s: %s", place.name, note)
     return reading
@@ -71,9 +91,16 @@ def sha256(place: Path) -> str:
 
 
 def convert(
-    place: Path, output: Path, layout: str, licence: str | None = None, token_order: TokenOrder | None = None
+    place: Path,
+    output: Path,
+    layout: str,
+    licence: str | None = None,
+    token_order: TokenOrder | None = None,
+    hub_address: str | None = None,
 ) -> None:
     """Write the checkpoint at ``place`` to ``output``: ``pth``, ``folder`` or ``nnssl``. It must be whole.
+
+    Where a foreign one came from (file name, SHA-256, ``hub_address``) and what was assumed or repaired is kept.
 
     Raises MFMError: as :func:`read_checkpoint`, E_EXISTS for an output that is there, and as writing does.
     """
@@ -82,6 +109,10 @@ def convert(
     reading = read_checkpoint(place, token_order)
     require_plan(reading, *DESCRIBED)
     content = {"network_weights": reading.content["network_weights"], "mfm": {**reading.mfm}}
+    if reading.layout != "mfm_nnunet":
+        origin: dict[str, Any] = {"address": hub_address} if hub_address else {}
+        origin |= {"file": place.name, "sha256": sha256(place), "notes": list(reading.notes)}
+        content["mfm"]["source"] = {**reading.mfm["source"], **origin}
     if licence is not None:
         content["mfm"]["licence"] = licence
     require_whole(content)
@@ -104,7 +135,7 @@ def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | N
         )
     mfm, init_args = raw.get("mfm"), raw.get("init_args")
     if isinstance(mfm, dict) and mfm.get("kind") == "pretrained":
-        return Reading(dict(raw), "mfm_nnunet")
+        return ours(raw)
     if nnssl.KEY not in raw and isinstance(init_args, Mapping) and isinstance(init_args.get("plans"), Mapping):
         return from_nnunet(raw, token_order)
     if isinstance(mfm, dict):

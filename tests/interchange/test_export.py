@@ -130,6 +130,10 @@ def test_what_readers_of_the_layout_need(family: str, tmp_path: Path) -> None:
 def test_resenc_l_has_its_name() -> None:
     architecture = resenc(features=(32, 64, 128, 256, 320, 320), blocks=(1, 3, 4, 6, 6, 6))
     assert nnssl_export._architecture(architecture) == ("ResEncL", None, None)
+    for other in ({"nonlin": "torch.nn.ReLU"}, {"norm_op_kwargs": {"eps": 1e-3, "affine": True}}, {"conv_bias": False}):
+        kwargs = {**architecture["arch_kwargs"], **other}
+        name, said, _ = nnssl_export._architecture({**architecture, "arch_kwargs": kwargs})
+        assert (name, said) == (architecture["network_class_name"], kwargs)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,29 @@ def test_the_folder_is_a_hubs(tmp_path: Path) -> None:
     assert size < 1.05 * 4 * sum(distinct.values()) + 40_000
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_a_folder_is_found_by_its_weights_and_beside_files_of_others(tmp_path: Path) -> None:
+    file = ours("resenc", 1, tmp_path)
+    convert(file, tmp_path / "out", "folder")
+    assert find_checkpoint(tmp_path / "out" / "model.safetensors") == tmp_path / "out"
+    (tmp_path / "out" / "config.json").write_text('{"architectures": ["of others"]}')
+    with pytest.raises(MFMError, match=r"weights without our config\.json") as caught:
+        find_checkpoint(tmp_path / "out")
+    assert caught.value.code == "E_NOT_FOUND"
+    (tmp_path / "out" / "checkpoint_final.pth").write_bytes(file.read_bytes())
+    assert find_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint_final.pth"
+
+
+def test_one_bit_of_the_weights_of_a_folder_is_noticed(tmp_path: Path) -> None:
+    convert(ours("resenc", 1, tmp_path), tmp_path / "out", "folder")
+    weights = tmp_path / "out" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(MFMError, match="SHA-256") as caught:
+        read_checkpoint(tmp_path / "out")
+    assert caught.value.code == "E_MODEL_CORRUPT"
 
 
 @pytest.mark.parametrize("layout", ["folder", "nnssl", "pth"])
@@ -228,11 +255,38 @@ def test_a_description_that_is_not_whole(key: str, verify: bool, tmp_path: Path)
     assert caught.value.code == "E_MODEL_MISMATCH"
 
 
+@pytest.mark.parametrize(
+    ("entry", "code", "expected"),
+    [
+        ({"plans": [1]}, "E_MODEL_CORRUPT", "plans"),
+        ({"corpus": {"num_cases": 9}}, "E_MODEL_CORRUPT", "corpus"),
+        ({"source": {"notes": "none"}}, "E_MODEL_CORRUPT", "source.notes"),
+        ({"format": 2}, "E_MODEL_MISMATCH", "newer"),
+    ],
+)
+def test_a_description_that_cannot_be(entry: dict[str, Any], code: str, expected: str, tmp_path: Path) -> None:
+    """In a file and in a folder."""
+    file = ours("resenc", 1, tmp_path)
+    convert(file, tmp_path / "out", "folder")
+    content, config = checkpoint.load(file), json.loads((tmp_path / "out" / "config.json").read_text())
+    for mfm in (content["mfm"], config["mfm"]):
+        mfm |= entry
+    torch.save(content, file)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    for place in (file, tmp_path / "out"):
+        with pytest.raises(MFMError, match=expected) as caught:
+            read_checkpoint(place)
+        assert caught.value.code == code
+
+
 def test_aliases_of_another_kind_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     convert(ours("resenc", 1, tmp_path), tmp_path / "out", "folder")
     save_file({"a": torch.zeros(1)}, tmp_path / "out" / "model.safetensors", {"aliases": json.dumps({"b": ["a"]})})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["sha256"]  # as older exports have none
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(MFMError) as caught:
         read_checkpoint(tmp_path / "out")
     assert caught.value.code == "E_MODEL_CORRUPT"
@@ -257,6 +311,30 @@ def test_a_stock_model_is_supervised_pretraining(tmp_path: Path) -> None:
     assert reading.mfm["plans"]["configurations"]["3d_fullres"]["architecture"] == resenc()
     assert foreign.SUBJECT not in str(reading.content)
     require_whole(reading.content)
+
+
+def test_what_planners_of_others_noted_does_not_travel(tmp_path: Path) -> None:
+    """nnU-Net's development planner writes the path of the checkpoint into the plan."""
+    file = trained(resenc(), (16, 16, 16), tmp_path)
+    content = torch.load(file, weights_only=True)
+    content["init_args"]["plans"]["pretrain_info"] = {"checkpoint_path": f"/home/{foreign.SUBJECT}/a.pth"}
+    torch.save(content, file)
+    for layout in ("pth", "folder", "nnssl"):
+        convert(file, tmp_path / f"out_{layout}", layout)
+    written = [entry for out in tmp_path.glob("out_*") for entry in (out.iterdir() if out.is_dir() else [out])]
+    assert len(written) == 7
+    assert not [entry.name for entry in written if foreign.SUBJECT.encode() in entry.read_bytes()]
+
+
+def test_a_network_that_is_named_without_arguments_is_read_off_its_tensors(tmp_path: Path) -> None:
+    """As nnU-Net's development trainer leaves a fine-tuned ResEnc-L."""
+    file = trained(resenc(), (16, 16, 16), tmp_path)
+    content = torch.load(file, weights_only=True)
+    configuration = content["init_args"]["plans"]["configurations"]["3d_fullres"]
+    configuration["architecture"] = {"network_class_name": "ResEncL", "arch_kwargs": None, "_kw_requires_import": None}
+    torch.save(content, file)
+    made = read_checkpoint(file).mfm["plans"]["configurations"]["3d_fullres"]["architecture"]
+    assert made == resenc()
 
 
 def test_a_model_of_an_older_plan_is_read_off_its_tensors(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.plans.like import read_source
+from tests.architectures import resenc
 from tests.interchange import foreign
 
 EVERY = {**foreign.OPENMIND, **foreign.OTHERS}
@@ -143,9 +144,61 @@ def test_an_encoder_of_another_name_is_found_by_the_files_own_words(tmp_path: Pa
     reading = read_checkpoint(released.write(tmp_path))
     assert all(torch.equal(reading.content["network_weights"][name], tensor) for name, tensor in weights.items())
     assert set(reading.others) == set(teacher)
+    plan["key_to_encoder"] = "student.stages"
+    with pytest.raises(MFMError, match=r"encoder is 'student\.stages'"):  # what is there is not what is meant
+        read_checkpoint(released.write(tmp_path))
     del released.content["nnssl_adaptation_plan"]
     with pytest.raises(MFMError, match="several encoders"):
         read_checkpoint(released.write(tmp_path))
+
+
+def test_the_files_own_words_may_be_any(tmp_path: Path) -> None:
+    released = foreign.OPENMIND["PrimusM-OpenMind-SimMIM"]()
+    weights = released.content["network_weights"]
+    released.content["network_weights"] = {f"student.{n.replace('eva.', 'vit.')}": t for n, t in weights.items()}
+    released.content["network_weights"] |= {f"teacher.{n}": torch.zeros_like(t) for n, t in weights.items()}
+    plan = released.content["nnssl_adaptation_plan"]
+    plan |= {"key_to_encoder": "student.vit", "key_to_stem": "student.down_projection"}
+    found = read_checkpoint(released.write(tmp_path)).content["network_weights"]
+    assert all(torch.equal(found[name], weights[name]) for name in weights if name.startswith(("eva.", "down_")))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"nonlin": "torch.nn.ReLU"},
+        {"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d", "norm_op_kwargs": {"eps": 1e-3}},
+    ],
+)
+def test_norms_and_activations_are_those_that_the_file_says(said: dict[str, Any], tmp_path: Path) -> None:
+    architecture = resenc(features=foreign.FEATURES, blocks=foreign.BLOCKS)
+    architecture["arch_kwargs"] |= said
+    plans = {"configurations": {"3d_fullres": {"patch_size": [16] * 3, "architecture": architecture}}}
+    network = build_network(plans, "3d_fullres", 1, 1)
+    network(torch.randn(2, 1, 16, 16, 16) + 3)  # running statistics that matter
+    plan = foreign.adaptation_plan("", (16, 16, 16))
+    plan["architecture_plans"] = {
+        "arch_class_name": architecture["network_class_name"],
+        "arch_kwargs": architecture["arch_kwargs"],
+        "arch_kwargs_requiring_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+    content = foreign.full(network.state_dict(), plan, "BaseMAETrainer")
+    reading = read_checkpoint(foreign.Released(content, network, (16, 16, 16)).write(tmp_path))
+    assert reading.notes == ()
+    require_whole(reading.content)
+    target = network_for(reading.mfm)
+    transfer_weights(reading.content["network_weights"], target)
+    x = torch.randn(2, 1, 16, 16, 16)
+    torch.testing.assert_close(encoded(target, x), encoded(network.eval(), x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_spacing_that_is_missing_is_not_one_of_none(tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    del released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"]["spacing"]
+    file = released.write(tmp_path)
+    assert any(note.startswith("spacing: 1 mm") for note in read_checkpoint(file).notes)
+    assert not read_source(file).is_original_spacing
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
@@ -182,6 +235,7 @@ def test_a_file_without_a_plan_is_read_off_its_tensors_and_says_so(tmp_path: Pat
     assert [note.partition(":")[0] for note in reading.notes] == [
         "the file has no plan",
         "12 tensors were untrained copies of sparse pretraining and were replaced by the trained",
+        "norms and activations",
         "normalisation",
         "spacing",
     ]
@@ -340,6 +394,19 @@ def test_what_is_imported_names_nobody_and_is_ours(name: str, tmp_path: Path) ->
     after = reading.content["network_weights"]
     assert set(before) == set(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
+    source = reading.mfm["source"]
+    assert (source["file"], source["sha256"]) == (file.name, checkpoint.sha256(file))
+    assert reading.notes == tuple(source["notes"]) == read_checkpoint(file).notes != ()
     distinct = {tensor.data_ptr(): tensor.numel() * 4 for tensor in after.values()}
     assert (tmp_path / "ours.pth").stat().st_size < 1.2 * sum(distinct.values()) + 300 * len(after) + 20_000
     checkpoint.require_plain(reading.content)
+
+
+@pytest.mark.parametrize(("card", "licence"), [("---\nlicense: cc-by-4.0\n---\n", "cc-by-4.0"), ("license: mit", None)])
+def test_the_licence_of_the_card_beside_a_file_goes_along(card: str, licence: str | None, tmp_path: Path) -> None:
+    file = foreign.OPENMIND["ResEncL-OpenMind-MAE"]().write(tmp_path)
+    (tmp_path / "README.md").write_text(card)
+    assert read_checkpoint(file).mfm.get("licence") == licence
+    convert(file, tmp_path / "ours.pth", "pth")
+    (tmp_path / "README.md").write_text("---\nlicense: other-1.0\n---\n")
+    assert read_checkpoint(tmp_path / "ours.pth").mfm.get("licence") == licence
