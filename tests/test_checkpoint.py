@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,41 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(MFMError) as error:
             checkpoint.load_weights(file)
         assert error.value.code == code
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02M", b"\x80\x02.", b"\x80\x02}q\x00.", b"\x80\x99", b"\x80"])
+def test_pickles_that_end_in_the_middle_of_anything_are_damaged(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "old.pth"
+    file.write_bytes(content)
+    with pytest.raises(MFMError, match="Copy it again") as error:
+        checkpoint.load(file)
+    assert error.value.code == "E_MODEL_CORRUPT"
+
+
+def test_compressed_members_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    """A member of zeros of any size has few bytes when it is compressed."""
+    file, small = tmp_path / "model.pth", tmp_path / "small.pth"
+    checkpoint.save(CONTENT, file)
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(MFMError, match="compressed") as error:
+        checkpoint.load(small)
+    assert error.value.code == "E_MODEL_CORRUPT"
+
+
+def test_code_is_found_before_the_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of many gigabytes is refused as fast as a small one: only the list of its objects is read."""
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "marker"),))
+
+    torch.save({"network_weights": {"a": torch.zeros(3)}, "logging": Evil()}, tmp_path / "evil.pth")
+    for what in ("torch.load", "zipfile.ZipFile.testzip"):
+        monkeypatch.setattr(what, lambda *_, **__: pytest.fail("the weights were read"))
+    with pytest.raises(MFMError, match="E_MODEL_UNSAFE"):
+        checkpoint.load(tmp_path / "evil.pth")
 
 
 def test_stock_checkpoints_with_numpy_scalars_load(tmp_path: Path) -> None:
