@@ -20,6 +20,7 @@ from mfm_nnunet.plans.schema import (
     override,
     require_legal_finetuning,
     resolved_decoder_epochs,
+    resolved_learning_rate,
     resolved_warmup,
     setting_names,
     to_dict,
@@ -51,14 +52,19 @@ def resolve(
     settings, taken = applied(settings, list(advice))
     for item in taken:
         logger.info("finetune.%s=%s: %s", item.name, item.value, item.reason)
+    if pretrained is not None:
+        settings = dataclasses.replace(settings, checkpoint=dict(pretrained))
+    rate = resolved_learning_rate(settings, block.network)
+    if settings.learning_rate is None:
+        start = "a checkpoint" if settings.checkpoint else "scratch"
+        logger.info("finetune.learning_rate=%g: the published rate of this network from %s", rate, start)
     settings = dataclasses.replace(
         settings,
+        learning_rate=rate,
         warmup_epochs=resolved_warmup(settings.warmup_epochs, settings.epochs),
         decoder_epochs=resolved_decoder_epochs(settings),
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,
     )
-    if pretrained is not None:
-        settings = dataclasses.replace(settings, checkpoint=dict(pretrained))
     return dataclasses.replace(block, finetune=settings)
 
 

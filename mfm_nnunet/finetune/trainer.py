@@ -32,7 +32,7 @@ from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.precision import require_sound_bf16
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.optim import make_optimizer
-from mfm_nnunet.plans.schema import block_of
+from mfm_nnunet.plans.schema import block_of, resolved_learning_rate
 from mfm_nnunet.stopping import StopFlag
 
 CUDA = torch.device("cuda")
@@ -60,7 +60,7 @@ class MFMTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, shareable(dataset_json), device)
         self.block = block
         self.settings = block.finetune
-        self.initial_lr = self.settings.learning_rate
+        self.initial_lr = resolved_learning_rate(self.settings, block.network)
         self.weight_decay = self.settings.weight_decay
         self.num_epochs = self.settings.epochs
         self.num_iterations_per_epoch = self.settings.iterations_per_epoch
@@ -132,11 +132,11 @@ class MFMTrainer(nnUNetTrainer):
         optimizer = make_optimizer(
             [{"params": [parameters[name] for name in group.names]} for group in described],
             settings.optimizer,
-            settings.learning_rate,
+            self.initial_lr,
             settings.weight_decay,
         )
         phases = Phases.of(settings, self.new_weights is not None)
-        return optimizer, EpochSchedule(optimizer, described, settings.learning_rate, phases)
+        return optimizer, EpochSchedule(optimizer, described, self.initial_lr, phases)
 
     def averaged(self) -> contextlib.AbstractContextManager:
         """Inside, the network holds what is validated and shipped: the averaged weights, where there are any."""
@@ -234,7 +234,7 @@ class MFMTrainer(nnUNetTrainer):
             raise FloatingPointError(
                 f"the loss became {loss.item()} in epoch {self.current_epoch} before the update; the weights saved "
                 f"last are good. Cases of the batch: {cases}. Check these images, or lower finetune.learning_rate "
-                f"({self.settings.learning_rate})."
+                f"({self.initial_lr})."
             )
         self._update(loss)
         if self.average is not None:

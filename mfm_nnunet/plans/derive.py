@@ -20,7 +20,7 @@ import numpy as np
 
 from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.plans.schema import FinetuneSettings, PretrainSettings
+from mfm_nnunet.plans.schema import PUBLISHED_RATES, FinetuneSettings, PretrainSettings
 
 NETWORKS = {"resenc": ("resenc", 1), "primus": ("primus", 1), "primus_v2": ("primus", 2), "primus_v3": ("primus", 3)}
 """What can be asked for: family of the network, which the plan's block names, and version, in its architecture."""
@@ -172,13 +172,13 @@ def settings_for(
 
     ResEnc: nnU-Net's SGD on GPUs; on the short CPU schedules AdamW, because SGD with momentum 0.99 spends the first
     half of a thousand steps on predicting background. Primus: AdamW as in arXiv 2503.01835, on the short CPU schedules
-    with a higher rate, for the same reason. On GPUs a plan that fits a checkpoint (``is_like``) has the published
-    fine-tuning rate, a tenth (ResEnc) or a third (Primus) of the rate from scratch; short CPU schedules need the full
-    rate to get anywhere.
+    with a higher rate, for the same reason. On GPUs a plan that fits a checkpoint (``is_like``) leaves the rate
+    of fine-tuning open: from a checkpoint it is the published tenth (ResEnc) or third (Primus) of that from scratch,
+    and scratch on the same plan is a fair baseline. Short CPU schedules need the full rate to get anywhere.
     """
     is_primus = network == "primus"
     optimizer: Literal["sgd", "adamw"] = "adamw" if is_primus or is_cpu else "sgd"
-    rate, tuned_rate, decay, clip = (3e-4, 1e-4, 5e-2, 1.0) if is_primus else (1e-2, 1e-3, 3e-5, 12.0)
+    rate, decay, clip = PUBLISHED_RATES[network][0], *((5e-2, 1.0) if is_primus else (3e-5, 12.0))
     if is_cpu:
         rate, decay = 1e-3, (decay if is_primus else 1e-2)
     epochs, iterations, validation = (20, 50, 5) if is_cpu else (1000, 250, 50)
@@ -196,7 +196,7 @@ def settings_for(
         epochs=epochs,
         iterations_per_epoch=iterations,
         validation_iterations=validation,
-        learning_rate=tuned_rate if is_like and not is_cpu else rate,
+        learning_rate=None if is_like and not is_cpu else rate,
         optimizer=optimizer,
         weight_decay=decay,
         gradient_clip=clip,

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from mfm_nnunet.errors import MFMError, nearest
 
 FORMAT = 1
+PUBLISHED_RATES = {"resenc": (1e-2, 1e-3), "primus": (3e-4, 1e-4)}
+"""Peak learning rates from scratch (nnU-Net's; arXiv 2503.01835) and from a checkpoint (arXiv 2412.17041)."""
 """Version of the plan block and of the checkpoint's ``mfm`` key."""
 
 Settings = TypeVar("Settings")
@@ -77,7 +79,8 @@ class FinetuneSettings:
     epochs: int = 1000
     iterations_per_epoch: int = 250
     validation_iterations: int = 50
-    learning_rate: float = 1e-2
+    learning_rate: float | None = 1e-2
+    """None: the published rate of this network and start, see ``PUBLISHED_RATES``."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 3e-5
     warmup_epochs: int | None = None
@@ -155,6 +158,14 @@ def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
     return round(epochs * (0.05 if epochs >= 300 else 0.1))
 
 
+def resolved_learning_rate(settings: FinetuneSettings, network: str) -> float:
+    """The rate of a run with these settings; ``checkpoint`` tells whether it starts from one."""
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    scratch, pretrained = PUBLISHED_RATES[network]
+    return scratch if settings.checkpoint is None else pretrained
+
+
 def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
     """Length of the sawtooth's first phase in epochs; the setting as it is for the other schedule."""
     if settings.schedule != "sawtooth" or settings.decoder_epochs is not None:
@@ -165,8 +176,9 @@ def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
 def require_legal_schedule(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
     """Raise MFMError (E_CONFIG) that names the first setting of a schedule which is out of its range."""
     for name in ("epochs", "iterations_per_epoch", "validation_iterations", "learning_rate", "gradient_clip"):
-        if not getattr(settings, name) > 0:
-            raise MFMError("E_CONFIG", f"{prefix}{name}={getattr(settings, name)}: must be greater than 0.")
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise MFMError("E_CONFIG", f"{prefix}{name}={value}: must be greater than 0.")
     warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
     if not 0 <= warmup <= settings.epochs:
         raise MFMError(

@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from mfm_nnunet.json_files import NO_RESAMPLING
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.models.memory import MemoryEstimate, estimate_training_memory, num_parameters
-from mfm_nnunet.plans.schema import MFMBlock, block_of, resolved_warmup
+from mfm_nnunet.plans.schema import PUBLISHED_RATES, MFMBlock, block_of, resolved_warmup
 
 MEASURED = "a real step on a CPU took 0.9 to 1.9 times this"
 """How good the estimate is, see ``tests/benchmarks/memory_estimate.py``."""
@@ -203,6 +203,11 @@ def _memory(memory: MemoryEstimate, half: bool) -> Decision:
     )
 
 
+def _open_rate(network: str) -> str:
+    scratch, pretrained = PUBLISHED_RATES[network]
+    return f"{pretrained:g} from a checkpoint, {scratch:g} from scratch"
+
+
 def _schedules(block: MFMBlock, why: Circumstances) -> list[Decision]:
     length = "minutes on two cores" if why.memory_gb is None else "as nnU-Net and the published pretraining"
     family = "as published for Primus" if block.network == "primus" else "as nnU-Net trains ResEnc"
@@ -212,7 +217,8 @@ def _schedules(block: MFMBlock, why: Circumstances) -> list[Decision]:
     for name, settings in (("pretraining", block.pretrain), ("fine-tuning", block.finetune)):
         steps = f"{settings.epochs} epochs of {settings.iterations_per_epoch}"
         warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
-        value = f"{settings.optimizer} {settings.learning_rate:g}"
+        rate = settings.learning_rate
+        value = f"{settings.optimizer} " + (f"{rate:g}" if rate is not None else _open_rate(block.network))
         reason = f"{family}: weight decay {settings.weight_decay:g}, clip {settings.gradient_clip:g}"
         decisions += [
             Decision(name, steps, f"{length}; {warmup} epochs of warm-up; change it with --set"),

@@ -261,3 +261,18 @@ def test_what_was_open_is_printed_with_its_reason_and_saved(
     assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["parts"] == "encoder"
     (log,) = folder.glob("training_log*.txt")
     assert "parameters are trained (100.0%)" in log.read_text()
+
+
+@pytest.mark.parametrize(("network", "scratch", "pretrained"), [("resenc", 1e-2, 1e-3), ("primus", 3e-4, 1e-4)])
+def test_an_open_learning_rate_is_that_of_the_start(
+    here: Workspace, network: Any, scratch: float, pretrained: float
+) -> None:
+    """Scratch on a plan that was made for a checkpoint is a fair baseline."""
+    block = MFMBlock(network=network, finetune=FinetuneSettings(learning_rate=None))
+    about = {"name": "a.pth", "sha256": "00", "pretext": "mae"}
+    assert resolve(block, (), None).finetune.learning_rate == scratch
+    resolved = resolve(block, (), about)
+    assert resolved.finetune.learning_rate == pretrained
+    assert resolve(resolved, (), None).finetune.learning_rate == pretrained  # continued
+    assert resolve(block, ("finetune.learning_rate=0.5",), about).finetune.learning_rate == 0.5
+    assert make_trainer(block=block).initial_lr == scratch  # by stock's command, which resolves nothing
