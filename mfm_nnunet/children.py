@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, StoppedError
+
+SECONDS_TO_SAVE = 600
+"""How long processes that were told to stop may take, e.g. to end a probe and to save, before they are killed."""
 
 
 def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -22,6 +26,34 @@ def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) ->
         elif isinstance(error, StoppedError):
             note["exit_code"] = error.exit_code
         (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(note))
+        raise
+
+
+def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], number: int, folder: str) -> None:
+    """Call ``function(rank, *arguments)`` in ``number`` processes and wait for them; ``folder`` is where they note.
+
+    Raises what a process noted. What ends the wait, such as a signal, ends the processes too: each is told to stop and
+    may save, for as long as ``SECONDS_TO_SAVE``.
+    """
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+    context = start_processes(function, arguments, number, join=False)
+    assert context is not None, "it is not joined yet"
+    try:
+        while not context.join():
+            pass
+    except (ProcessRaisedException, ProcessExitedException):
+        raise_recorded(folder)
+        raise
+    except BaseException:
+        for process in context.processes:
+            process.terminate()
+        until = time.monotonic() + SECONDS_TO_SAVE
+        for process in context.processes:
+            process.join(max(0.0, until - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+        raise_recorded(folder)
         raise
 
 

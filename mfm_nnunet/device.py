@@ -24,7 +24,10 @@ def pick_device(name: str) -> torch.device:
         raise MFMError("E_CONFIG", f"-device {name}: known devices are cpu, cuda and mps.")
     if not available[kind]:
         raise MFMError("E_CONFIG", f"-device {name}: there is none on this computer. Use -device cpu.")
-    return torch.device(name)
+    device = torch.device(name)
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MFMError("E_CONFIG", f"-device {name}: this computer has {torch.cuda.device_count()} GPUs.")
+    return device
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 _HANDLED = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 
 
+SAME_STOP_SECONDS = 2.0
+"""Ctrl-C and schedulers signal a whole group of processes, and their parent passes the signal on: that is one stop."""
+
+
 class StopFlag:
-    """Set by the first signal. A second signal ends the process at once; the last saved state stays intact."""
+    """Set by the first signal. A later one ends the process at once; the last saved state stays intact."""
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
+        self._since = 0.0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler."""
-        if self.exit_code is not None:
+        if self.exit_code is None:
+            self.exit_code, self._since = 128 + number, time.monotonic()
+        elif time.monotonic() - self._since > SAME_STOP_SECONDS:
             raise SystemExit(128 + number)
-        self.exit_code = 128 + number
 
 
 @contextlib.contextmanager

@@ -192,11 +192,19 @@ def _around(
 
 
 def batches(
-    stream: CropStream, batch_size: int, first: int, last: int, num_workers: int, rank: int = 0, world_size: int = 1
+    stream: CropStream,
+    batch_size: int,
+    first: int,
+    last: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches ``first`` to ``last - 1`` of a stream, in order; rank ``rank`` gets every ``world_size``-th item.
 
     Batch ``b`` holds the items ``b * batch_size`` to ``(b + 1) * batch_size - 1``, whatever the number of workers.
+    ``pin`` puts them where a GPU copies from.
     """
     indices = [
         list(range(batch * batch_size + rank, (batch + 1) * batch_size, world_size)) for batch in range(first, last)
@@ -205,7 +213,7 @@ def batches(
         stream,
         batch_sampler=indices,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
         worker_init_fn=_leave_signals_to_parent if num_workers else None,
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # else the loader draws from the global generator

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.children import call_recorded, raise_recorded
+from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, raise_recorded
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.storage import require_whole
 from mfm_nnunet.device import default_workers, pick_device
@@ -65,6 +65,7 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
     require_divisible(settings.batch_size, settings.accumulation, num_gpus)
     if device.type == "cuda" and torch.cuda.device_count() < num_gpus:
         raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -153,8 +154,9 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
     job = check(here, **arguments)
     world, used = join_world(job.device), job.device
     if used.type == "cuda":
-        used = torch.device("cuda", world.local_rank)
+        used = torch.device("cuda", world.local_rank) if world.size > 1 or used.index is None else used
         torch.cuda.set_device(used)
+        torch.backends.cudnn.benchmark = True  # all patches have one size
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
     try:
         return _pretrain(here, job, used, world, arguments)
@@ -166,7 +168,8 @@ def _pretrain(here: Workspace, job: Job, device: torch.device, world: World, arg
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
     cases = _cases(here, arguments["dataset_name"], job.files)
     run, task, notes = _prepare(job, arguments["configuration"], cases)
-    run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe)
+    workers = default_workers(world.size) if job.resolved.num_workers is None else job.resolved.num_workers
+    run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe, num_workers=workers)
     pretrainer = Pretrainer(task, run)
     if job.probe is not None:
         probing.prepare(job.probe, world)
@@ -275,9 +278,8 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
         "citations": list(task_class.citations),
         "trained": "network" if task_class.trains_decoder else "encoder",
     }
-    workers = default_workers() if resolved.num_workers is None else resolved.num_workers
     data = (streams.training, streams.validation)
-    run = Run(resolved.pretrain, *data, Path(), torch.device("cpu"), description, resolved.seed, workers)
+    run = Run(resolved.pretrain, *data, Path(), torch.device("cpu"), description, resolved.seed)
     return run, task, streams.notes
 
 

@@ -109,7 +109,7 @@ class Pretrainer:
         last_plot = -math.inf
         stream = batches(
             run.training, self._settings.batch_size, state.step, self._total_steps, run.num_workers,
-            run.world.rank, run.world.size,
+            run.world.rank, run.world.size, pin=run.device.type == "cuda",
         )  # fmt: skip
         while state.step < self._total_steps:
             start = time.monotonic()
@@ -216,8 +216,9 @@ class Pretrainer:
     def _validation_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         run, count = self._run, max(1, self._settings.validation_iterations)
         return batches(
-            run.validation, self._settings.batch_size, 0, count, run.num_workers, run.world.rank, run.world.size
-        )
+            run.validation, self._settings.batch_size, 0, count, run.num_workers, run.world.rank, run.world.size,
+            pin=run.device.type == "cuda",
+        )  # fmt: skip
 
     def _end_epoch(self, epoch: int, progress: report.Progress) -> None:
         """Validate, append to the history, save the state, then write what is derived from it."""
@@ -290,7 +291,8 @@ class Pretrainer:
         self._state, modules = load_state(self._run.folder, self._resume_settings())
         self._task.load_state_dict(modules["task"])
         self._optimizer.load_state_dict(modules["optimizer"])
-        self._scaler.load_state_dict(modules["scaler"])
+        if modules["scaler"]:  # empty where the run had no loss scaling so far, on another device
+            self._scaler.load_state_dict(modules["scaler"])
         if self._average is not None:
             self._average.load_state_dict(modules["average"])
         logger.info("continuing at step %d of %d", self._state.step, self._total_steps)
@@ -333,5 +335,6 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # Older GPUs emulate bf16, which is slower than float32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

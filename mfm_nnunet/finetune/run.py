@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from mfm_nnunet.children import call_recorded, raise_recorded
+from mfm_nnunet.children import call_recorded, run_processes
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.finetune import groups
@@ -101,7 +100,12 @@ def run_training(
     check_previous_stage(plans, configuration, results, found.__name__)
     folder = results / f"{found.__name__}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
     start_from = checkpoint_to_start_from(folder, continue_training, only_validate)
-    used = str(pick_device("cuda" if num_gpus > 1 else device))
+    used = pick_device("cuda" if num_gpus > 1 else device)
+    if used.index:
+        raise MFMError(
+            "E_CONFIG",
+            f"-device {used}: training takes the first GPU that is seen. Set CUDA_VISIBLE_DEVICES instead.",
+        )
     for unfinished in folder.glob(".*.tmp"):  # a process killed while it saved leaves its temporary file
         unfinished.unlink()
     if is_ours:
@@ -118,7 +122,7 @@ def run_training(
         plans = {**plans, "mfm": to_dict(block)}
     job = Job(
         trainer, plans, configuration, fold, dataset_json, folder,
-        used, None if start_from else pretrained_weights, start_from, only_validate, save_probabilities,
+        str(used), None if start_from else pretrained_weights, start_from, only_validate, save_probabilities,
     )  # fmt: skip
     if num_gpus > 1:
         _spawn(job, num_gpus)
@@ -194,13 +198,20 @@ def _settings(
 
 
 def _require_a_crop_each(block: MFMBlock, plans: dict[str, Any], configuration: str, num_gpus: int) -> None:
-    """Raise MFMError (E_CONFIG) when a step has fewer crops than there are GPUs."""
-    batch_size = block.finetune.batch_size or PlansManager(plans).get_configuration(configuration).batch_size
+    """Raise MFMError (E_CONFIG) when the crops of a step cannot be shared among the GPUs."""
+    manager = PlansManager(plans).get_configuration(configuration)
+    batch_size = block.finetune.batch_size or manager.batch_size
     if batch_size < num_gpus:
         raise MFMError(
             "E_CONFIG",
             f"finetune.batch_size={batch_size}: -num_gpus {num_gpus} needs at least one crop per GPU. Use fewer GPUs, "
             "or raise it.",
+        )
+    if manager.batch_dice and batch_size % num_gpus:
+        raise MFMError(
+            "E_CONFIG",
+            f"finetune.batch_size={batch_size}: {configuration} computes its Dice loss over the batches of all GPUs "
+            f"(batch_dice), which must be equally large: set a multiple of -num_gpus {num_gpus}.",
         )
 
 
@@ -236,11 +247,7 @@ def _spawn(job: Job, num_gpus: int) -> None:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as notes:
-        try:
-            torch.multiprocessing.spawn(_execute_distributed, args=(notes, job, num_gpus, port), nprocs=num_gpus)
-        except (ProcessRaisedException, ProcessExitedException):
-            raise_recorded(notes)
-            raise
+        run_processes(_execute_distributed, (notes, job, num_gpus, port), num_gpus, notes)
 
 
 def _execute_distributed(rank: int, notes: str, job: Job, num_gpus: int, port: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.device import autocast, default_workers
@@ -71,6 +72,7 @@ class MFMTrainer(nnUNetTrainer):
             changed = {**self.configuration_manager.configuration, "batch_size": self.settings.batch_size}
             self.configuration_manager.configuration = changed
         self._still: list[torch.nn.Parameter] = []
+        self._trained: set[str] | None = None
         self._num_steps = 0
         self.autocast_dtype = _autocast_dtype(self.settings.precision, self.device)
         if self.autocast_dtype is not torch.float16:  # only fp16 needs its losses scaled
@@ -101,6 +103,29 @@ class MFMTrainer(nnUNetTrainer):
             lora.add_adapters(network, self.settings.lora_rank, self.settings.lora_alpha)
         self.prepare(new)
 
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> torch.nn.Module:
+        """nnU-Net's; without deep supervision the output layers that nothing uses do not learn.
+
+        DistributedDataParallel would wait for their gradients.
+        """
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        decoder = getattr(network, "decoder", None)
+        if decoder is not None and not getattr(decoder, "deep_supervision", True):
+            decoder.seg_layers[:-1].requires_grad_(False)
+        return network
+
+    def _do_i_compile(self) -> bool:
+        return self.settings.compile and super()._do_i_compile()
+
     def _transfer(self) -> set[str]:
         """Move the pretrained weights into the network and report it; names of what is new."""
         assert self.pretrained_checkpoint is not None, "there is a checkpoint"
@@ -120,9 +145,10 @@ class MFMTrainer(nnUNetTrainer):
         self.new_weights = new_weights
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         network = unwrapped(self.network)
-        self._still = groups.hold_still(network, self.lr_scheduler.all_trained_names(), self.is_ddp)
+        trained = self.lr_scheduler.all_trained_names()
+        self._still = groups.hold_still(network, trained, self.is_ddp)
         decay = self.settings.ema_decay
-        self.average = WeightAverage(network, decay) if decay is not None else None
+        self.average = WeightAverage(network, decay, trained) if decay is not None else None
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule]:
         """One optimizer for all parameters that ever learn, in groups, and the schedule of their learning rates."""
@@ -201,6 +227,8 @@ class MFMTrainer(nnUNetTrainer):
         super().on_train_start()
         for line in in_words(self.lr_scheduler, self.settings, unwrapped(self.network)):
             self.print_to_log_file(line)
+        if self.is_ddp:
+            torch.distributed.barrier()  # each process copies the file, and none may after this
         if self.local_rank == 0:
             forget_cases(Path(self.output_folder_base) / "dataset_fingerprint.json")
 
@@ -212,6 +240,11 @@ class MFMTrainer(nnUNetTrainer):
         seed_everything(seed_of(self.block.seed, f"epoch {self.local_rank}", self.current_epoch))
         super().on_train_epoch_start()
         trained = self.lr_scheduler.trained_names(self.current_epoch)
+        if self._trained is not None and trained != self._trained:
+            # Compiled code may not notice that parameters learn from now on, and would give them no gradients
+            # (https://github.com/pytorch/pytorch/issues/139476).
+            torch.compiler.reset()
+        self._trained = trained
         self._still = groups.hold_still(unwrapped(self.network), trained, self.is_ddp)
         self._num_steps = self.current_epoch * self.num_iterations_per_epoch
 
@@ -244,11 +277,25 @@ class MFMTrainer(nnUNetTrainer):
         return {"loss": loss.detach().cpu().numpy()}
 
     def validation_step(self, batch: Batch) -> dict[str, Any]:
-        """As nnU-Net, with the weights that are shipped; StoppedError after it when a signal came."""
-        with self.averaged():
+        """As nnU-Net, with the weights that are shipped; StoppedError after it when a signal came.
+
+        In half precision on GPUs, or in bf16 where that is what is trained in.
+        """
+        with self.averaged(), self._default_autocast_dtype():
             result = super().validation_step(batch)
         self._stop_if_asked()
         return result
+
+    @contextlib.contextmanager
+    def _default_autocast_dtype(self) -> Iterator[None]:
+        """Inside, autocast without a dtype takes that of the training; what is larger than 65504 is NaN in fp16."""
+        before = torch.get_autocast_dtype("cuda")
+        if self.autocast_dtype is not None:
+            torch.set_autocast_dtype("cuda", self.autocast_dtype)
+        try:
+            yield
+        finally:
+            torch.set_autocast_dtype("cuda", before)
 
     def on_epoch_end(self) -> None:
         """Log the epoch, save ``checkpoint_best`` as nnU-Net and ``checkpoint_latest`` always, plot now and then."""
@@ -343,9 +390,14 @@ class MFMTrainer(nnUNetTrainer):
             parameter.grad = None
 
     def _stop_if_asked(self) -> None:
-        if self.stop_flag is not None and self.stop_flag.exit_code is not None:
+        exit_code = (self.stop_flag.exit_code if self.stop_flag is not None else None) or 0
+        if self.is_ddp:  # all processes stop after the same step, else one waits for the others
+            asked = torch.tensor(exit_code, device=self.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            exit_code = int(asked)
+        if exit_code:
             raise StoppedError(
-                self.stop_flag.exit_code,
+                exit_code,
                 f"stopped in epoch {self.current_epoch}; all finished epochs are saved in {self.output_folder}. "
                 "Continue with --c.",
             )

@@ -32,6 +32,7 @@ def predict_cases(
     model = Model(
         trainer.network, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, trainer.device,
         mirror_axes=tuple(axes) if axes else None,
+        autocast_dtype=torch.bfloat16 if getattr(trainer, "autocast_dtype", None) is torch.bfloat16 else torch.float16,
     )  # fmt: skip
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     for case in dataset.identifiers:

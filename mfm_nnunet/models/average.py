@@ -8,7 +8,7 @@ Decay ``d`` of update n (0-based) is min(d, (1 + n) / (10 + n)), so that the fir
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,14 @@ def decay_at(decay: float, update: int) -> float:
 
 
 class WeightAverage:
-    """The average of all parameters of ``module`` that are trained, and of its running statistics, by name."""
+    """The average of all parameters of ``module`` that are trained, and of its running statistics, by name.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    ``trained`` names the parameters; None are those that take gradients.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, trained: Collection[str] | None = None) -> None:
         self._decay = decay
-        self._tensors = dict(_averaged(module))
+        self._tensors = dict(_averaged(module, trained))
         self._averages = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
 
     @torch.no_grad()
@@ -59,9 +62,11 @@ class WeightAverage:
             tensor.data, self._averages[name] = self._averages[name], tensor.data
 
 
-def _averaged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _averaged(module: nn.Module, trained: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
     """Each tensor once, under its first name."""
-    yield from ((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
+    for name, weight in module.named_parameters():
+        if weight.requires_grad if trained is None else name in trained:
+            yield name, weight
     for name, buffer in module.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             yield name, buffer

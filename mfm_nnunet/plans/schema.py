@@ -112,6 +112,8 @@ class FinetuneSettings:
     size are made to fit it."""
     ema_decay: float | None = None
     """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
+    compile: bool = True
+    """torch.compile of the network on CUDA GPUs, as nnU-Net; it needs a C compiler there."""
     mirroring: bool = True
     """Mirror crops in training and images in prediction, along all axes as nnU-Net does."""
     batch_size: int | None = None

@@ -41,6 +41,8 @@ class Model:
     weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """One state dict per fold, their logits are averaged; with an empty list the network predicts as it is."""
     folds: tuple[int | str, ...] = ()
+    autocast_dtype: torch.dtype = torch.float16
+    """Of mixed precision on CUDA: half as stock nnU-Net, or bf16 for what was trained in it."""
     sha256: str = ""
     """Identifies weights, plan and labels together."""
     oom_steps: list[str] = field(default_factory=list)
@@ -71,7 +73,8 @@ class Model:
         total: torch.Tensor | None = None
         for fold in range(max(1, len(self.weights))):
             self._use_fold(fold)
-            with _gpu_settings(self.device):  # anew for each fold: autocast remembers the weights it has converted
+            # Anew for each fold: autocast remembers the weights that it has converted.
+            with _gpu_settings(self.device, self.autocast_dtype):
                 logits = self._slide(x_CDHW, step_size, mirror_axes).to("cpu")
             total = logits if total is None else total.add_(logits)
         assert total is not None
@@ -154,7 +157,7 @@ def _windows(
 
 
 @contextlib.contextmanager
-def _gpu_settings(device: torch.device) -> Iterator[None]:
+def _gpu_settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Mixed precision and cuDNN's search on a CUDA device, as stock nnU-Net predicts; restored afterwards."""
     if device.type != "cuda":
         yield
@@ -162,7 +165,7 @@ def _gpu_settings(device: torch.device) -> Iterator[None]:
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        with torch.autocast("cuda"):
+        with torch.autocast("cuda", dtype):
             yield
     finally:
         torch.backends.cudnn.benchmark = before

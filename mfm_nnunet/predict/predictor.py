@@ -50,7 +50,7 @@ def load_model(
     plans, dataset_json = _read_description(folder)
     chosen = _choose_folds(folder, folds, checkpoint_name)
     files = [folder / f"fold_{fold}" / checkpoint_name for fold in chosen]
-    trainer_name, configuration, mirror_axes, weights = _read_checkpoints(files)
+    trainer_name, configuration, mirror_axes, precision, weights = _read_checkpoints(files)
 
     plans_manager = PlansManager(plans)
     if configuration not in plans.get("configurations", {}):
@@ -68,6 +68,7 @@ def load_model(
         mirror_axes=mirror_axes,
         weights=weights,
         folds=tuple(chosen),
+        autocast_dtype=torch.bfloat16 if precision == "bf16" else torch.float16,
         sha256=_digest([folder / "plans.json", folder / "dataset.json", *files]),
     )
     for file, state in zip(files, weights):
@@ -105,10 +106,10 @@ def _choose_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint_na
 
 def _read_checkpoints(
     files: list[Path],
-) -> tuple[str, str, tuple[int, ...] | None, list[dict[str, torch.Tensor]]]:
-    """Trainer, configuration and mirror axes as the first fold states them, and the weights of all."""
+) -> tuple[str, str, tuple[int, ...] | None, str, list[dict[str, torch.Tensor]]]:
+    """Trainer, configuration, mirror axes and precision as the first fold states them, and the weights of all."""
     weights = []
-    header: tuple[str, str, tuple[int, ...] | None] | None = None
+    header: tuple[str, str, tuple[int, ...] | None, str] | None = None
     for file in files:
         content = load_weights(file)
         weights.append(content["network_weights"])
@@ -121,9 +122,15 @@ def _read_checkpoints(
                 "pretrained checkpoint has no segmentation head). Fine-tune it first: mfm_train.",
             ) from error
         axes = content.get("inference_allowed_mirroring_axes")
-        header = header or (*stated, tuple(axes) if axes else None)
+        header = header or (*stated, tuple(axes) if axes else None, _precision(content.get("mfm")))
     assert header is not None, "at least one fold was chosen"
     return *header, weights
+
+
+def _precision(mfm: Any) -> str:
+    """What MFMTrainer trained in; "auto" for models of others."""
+    settings = mfm.get("finetune") if isinstance(mfm, dict) else None
+    return str(settings.get("precision", "auto")) if isinstance(settings, dict) else "auto"
 
 
 def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.engine import pretrainer
 from mfm_nnunet.engine.launch import launch, split_subjects
 from mfm_nnunet.errors import MFMError
 from tests.engine.tiny_run import NAME, prepare, run
@@ -198,6 +199,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     reference = weights(single)
     largest = max(float((double[name] - reference[name]).abs().max()) for name in reference)
     assert largest < 1e-5
+
+
+def test_automatic_precision_does_not_take_emulated_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs before Ampere emulate it, slower than float32."""
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert pretrainer._autocast_dtype("auto", torch.device("cuda")) is torch.float16
+    assert pretrainer._autocast_dtype("auto", torch.device("cpu")) is None
 
 
 def test_errors_of_child_processes_are_raised_as_they_were(tmp_path: Path) -> None:

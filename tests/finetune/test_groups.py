@@ -195,6 +195,17 @@ def test_each_gpu_needs_a_crop(here: Workspace, monkeypatch: pytest.MonkeyPatch)
     overrides = ("finetune.batch_size=3",)
     call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=overrides, num_gpus=4)  # noqa: E731
     refused("E_CONFIG", "finetune.batch_size=3: -num_gpus 4", call)
+    call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, device="cuda:1")  # noqa: E731
+    refused("E_CONFIG", "CUDA_VISIBLE_DEVICES", call)
+
+
+def test_a_dice_over_all_gpus_needs_batches_of_one_size(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net gathers the sums of all processes into tensors of its own batch's size."""
+    monkeypatch.setattr("mfm_nnunet.finetune.run.pick_device", lambda name: torch.device(name))
+    plans = here.preprocessed / tiny.NAME / "mfmPlans.json"
+    plans.write_text(plans.read_text().replace('"batch_dice": false', '"batch_dice": true'))
+    call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=("finetune.batch_size=3",), num_gpus=2)  # noqa: E731
+    refused("E_CONFIG", "a multiple of -num_gpus 2", call)
 
 
 # Smaller settings

@@ -22,7 +22,7 @@ from mfm_nnunet.workspace import Workspace
 from tests.architectures import resenc
 from tests.finetune import tiny
 from tests.finetune.test_resume import require_equal, state
-from tests.finetune.test_trainer import pretrained_file, refused
+from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
 
 SAWTOOTH = (
     *("finetune.schedule=sawtooth", "finetune.decoder_epochs=2", "finetune.warmup_epochs=2", "finetune.epochs=6"),
@@ -271,6 +271,70 @@ def test_under_data_parallelism_a_run_is_the_same(
     require_equal(results[4:], results[:4])
     assert torch.equal(results[5][STEM], checkpoint.load_weights(file)["network_weights"][STEM])
     assert not torch.equal(results[6][STEM], results[5][STEM])
+
+
+def test_outputs_that_nothing_uses_do_not_stop_data_parallelism(
+    here: Workspace, request: pytest.FixtureRequest
+) -> None:
+    """Without deep supervision, DistributedDataParallel would wait for the gradients of all outputs but the last."""
+    settings = FinetuneSettings(epochs=2, iterations_per_epoch=2, deep_supervision=False)
+    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
+    trainer.initialize()
+    batch = next(trainer.get_dataloaders()[0])
+    request.getfixturevalue("process_group")
+    outputs = trainer.label_manager.num_segmentation_heads
+    network = trainer.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, trainer.num_input_channels, outputs, False
+    )
+    trainer.network, trainer.is_ddp = torch.nn.parallel.DistributedDataParallel(network), True  # as nnU-Net: at once
+    trainer.prepare(None)
+    trainer.on_train_epoch_start()
+    for _ in range(3):
+        trainer.train_step(batch)
+    assert len(unwrapped(trainer.network).decoder.seg_layers) == 2  # type: ignore[union-attr, arg-type]
+
+
+def test_compiled_code_notices_that_the_encoder_learns_from_now_on(here: Workspace, tmp_path: Path) -> None:
+    trainer = sawtooth_trainer(pretrained_file(tmp_path, resenc(features=(4, 8))), epochs=6, features=(4, 8))
+    trainer.network = torch.compile(trainer.network, backend="aot_eager")
+    trainer.prepare(trainer.new_weights)
+    stem = dict(unwrapped(trainer.network).named_parameters())[STEM]
+    batch = next(trainer.get_dataloaders()[0])
+    stems = [stem.detach().clone()]
+    for epoch in range(4):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        trainer.train_step(batch)
+        stems.append(stem.detach().clone())
+    assert torch.equal(stems[0], stems[2])
+    assert not torch.equal(stems[2], stems[3])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_validation_while_training_computes_as_training_does(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, precision: Any, dtype: torch.dtype
+) -> None:
+    seen = []
+    stock = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer.validation_step"
+    monkeypatch.setattr(stock, lambda *_: seen.append(torch.get_autocast_dtype("cuda")))
+    trainer = make_trainer(block=MFMBlock(finetune=FinetuneSettings(precision=precision)))
+    trainer.validation_step({})
+    assert (seen, torch.get_autocast_dtype("cuda")) == ([dtype], torch.float16)
+
+
+def test_averages_hold_the_same_on_one_gpu_and_on_several(here: Workspace, tmp_path: Path) -> None:
+    settings = FinetuneSettings(train="head", ema_decay=0.9, epochs=2)
+    names = []
+    for is_ddp in (False, True):
+        trainer = make_trainer(block=MFMBlock(finetune=settings))
+        trainer.pretrained_checkpoint = pretrained_file(tmp_path)
+        trainer.initialize()
+        trainer.is_ddp = is_ddp
+        trainer.prepare(trainer.new_weights)
+        assert trainer.average is not None
+        names.append(set(trainer.average.state_dict()))
+    assert names[0] == names[1]
+    assert names[0] <= {name for name in names[0] if "seg_layers" in name}
 
 
 # Resuming

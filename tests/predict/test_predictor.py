@@ -78,6 +78,17 @@ def test_existing_folds_are_found(tmp_path: Path) -> None:
     assert load_model(only_all, device="cpu").folds == ("all",)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("auto", torch.float16)])
+def test_what_was_trained_in_bf16_is_predicted_in_it(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
+    """On CUDA; a model of bf16 may hold values that fp16 cannot."""
+    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json())
+    assert load_model(folder, device="cpu").autocast_dtype is torch.float16  # stock's
+    file = next(folder.glob("fold_*/*.pth"))
+    content = torch.load(file, weights_only=True)
+    torch.save({**content, "mfm": {"finetune": {"precision": precision}}}, file)
+    assert load_model(folder, device="cpu").autocast_dtype is dtype
+
+
 def test_the_identity_changes_with_weights_plan_and_labels(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m", tiny_plans(), dataset_json(), folds=(0, 1))
     first = load_model(folder, (0,), device="cpu").sha256
