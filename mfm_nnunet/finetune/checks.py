@@ -18,6 +18,7 @@ from mfm_nnunet.finetune.preprocessed import preprocessed_cases, require_fingerp
 from mfm_nnunet.finetune.splits import require_fold
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.json_files import read_json
+from mfm_nnunet.plans.schema import block_of
 from mfm_nnunet.workspace import Workspace
 
 FINAL = "checkpoint_final.pth"
@@ -66,10 +67,12 @@ def check_data(
     data = folder / PlansManager(plans).get_configuration(configuration).data_identifier
     cases = preprocessed_cases(data)
     if not cases:
+        source = block_of(plans).source
+        like = f" --like CHECKPOINT (it was {source.get('name')}; without it the plan changes)" if source else ""
         raise MFMError(
             "E_NOT_FOUND",
             f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
-            f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
+            f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}{like}",
         )
     require_fingerprint(folder)
     return require_fold(fold, folder, cases, workspace.raw / dataset_name)

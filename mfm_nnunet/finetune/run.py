@@ -234,8 +234,8 @@ def _out_of_memory_is_an_error() -> Iterator[None]:
         reason = (str(error) or "out of memory").splitlines()[0]
         raise MFMError(
             "E_OOM",
-            f"training needs more memory than there is ({reason}). Plan with a smaller --memory-gb, or end what else "
-            "uses the device.",
+            f"training needs more memory than there is ({reason}). Plan with a smaller --memory-gb (where the plan is "
+            "like a checkpoint: --set finetune.batch_size=1), or end what else uses the device.",
         ) from error
 
 
