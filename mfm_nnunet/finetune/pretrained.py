@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,15 @@ def has_decoder(reading: Reading, network: nn.Module) -> bool:
 
 
 def transfer_from(
-    file: Path, network: nn.Module, output_folder: Path, parts: Parts = "all_but_heads", topology: Topology = "fit"
+    file: Path,
+    network: nn.Module,
+    output_folder: Path,
+    parts: Parts = "all_but_heads",
+    topology: Topology = "fit",
+    images: int | None = None,
 ) -> TransferReport:
     """As :func:`transfer`, and write the report as ``transfer.json``."""
-    reading, report = transfer(file, network, parts, topology)
+    reading, report = transfer(file, network, parts, topology, images)
     about_file = {"checkpoint": file.name, "layout": reading.layout, "notes": list(reading.notes)}
     with atomic_write(output_folder / "transfer.json") as handle:
         handle.write(json.dumps({**about_file, **report.to_dict()}, indent=1).encode())
@@ -52,12 +58,16 @@ def transfer_from(
 
 
 def transfer(
-    file: Path, network: nn.Module, parts: Parts = "all_but_heads", topology: Topology = "fit"
+    file: Path,
+    network: nn.Module,
+    parts: Parts = "all_but_heads",
+    topology: Topology = "fit",
+    images: int | None = None,
 ) -> tuple[Reading, TransferReport]:
     """Move ``parts`` of the weights of ``file`` into ``network`` in place; returns what was read, and the report.
 
     ``file`` is of any layout that :func:`mfm_nnunet.interchange.read.read_checkpoint` knows; ``topology`` says whether
-    kernels of another size are adapted.
+    kernels of another size are adapted; ``images`` is the number of image channels, where labels follow them.
 
     Raises MFMError as reading does, and (E_MODEL_MISMATCH) when the network is another one.
     """
@@ -71,9 +81,15 @@ def transfer(
             source_network=(configuration.get("architecture") or {}).get("network_class_name"),
             parts=parts,
             topology=topology,
+            images=(_num_images(configuration), images),
         )
     others = tuple(Entry(name, tensor.numel(), "not in this network") for name, tensor in reading.others.items())
     return reading, dataclasses.replace(report, ignored=(*report.ignored, *others))
+
+
+def _num_images(configuration: Mapping[str, Any]) -> int | None:
+    """The image channels of a checkpoint whose network also takes the labels of a previous stage; else None."""
+    return len(configuration["normalization_schemes"]) if configuration.get("previous_stage") else None
 
 
 def untrained_names(report: TransferReport, network: nn.Module) -> set[str]:

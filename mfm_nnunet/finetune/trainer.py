@@ -131,7 +131,8 @@ class MFMTrainer(nnUNetTrainer):
         assert self.pretrained_checkpoint is not None, "there is a checkpoint"
         parts = "all_but_heads" if self.settings.parts == "auto" else self.settings.parts
         folder, topology = Path(self.output_folder), self.settings.transfer
-        report = transfer_from(self.pretrained_checkpoint, self.network, folder, parts, topology)
+        images = len(self.configuration_manager.normalization_schemes) if self.is_cascaded else None
+        report = transfer_from(self.pretrained_checkpoint, self.network, folder, parts, topology, images)
         self.print_to_log_file(f"weights from {self.pretrained_checkpoint.name}:\n{report.summary()}")
         self.print_to_log_file(report.details(), also_print_to_console=False)
         groups.require_no_random_rest(self.settings, unwrapped(self.network), [entry.name for entry in report.new])

@@ -52,12 +52,14 @@ class _Target:
     position: str
     parts: Parts
     topology: Topology
+    images: tuple[int | None, int | None]
+    """How many of the first channels are images, in the checkpoint and here."""
 
     @classmethod
-    def of(cls, network: nn.Module, parts: Parts, topology: Topology) -> _Target:
+    def of(cls, network: nn.Module, parts: Parts, topology: Topology, images: tuple[int | None, int | None]) -> _Target:
         position = getattr(network, "key_to_lpe", None) or "eva.pos_embed"
         names = head_names(network), encoder_names(network), stem_names(network)
-        return cls(network, *names, position, parts, topology)
+        return cls(network, *names, position, parts, topology, images)
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,19 @@ def transfer_weights(
     source_network: str | None = None,
     parts: Parts = "all_but_heads",
     topology: Topology = "fit",
+    images: tuple[int | None, int | None] = (None, None),
 ) -> TransferReport:
     """Copy pretrained weights into ``network`` in place and report what happened to every tensor.
 
     ``source`` is a state dict (wrapper prefixes are stripped); ``source_patch_size`` (voxels) tells the grid of token
     positions, which else is taken for a cube; ``source_network`` is a class name for messages; what is not among
-    ``parts`` stays new, and the report says so; ``topology`` says whether kernels of another size are adapted too.
+    ``parts`` stays new, and the report says so; ``topology`` says whether kernels of another size are adapted too;
+    ``images`` are the numbers of image channels, in the checkpoint and here, where a cascade has labels behind them.
 
     Raises MFMError: E_MODEL_MISMATCH when less than ``minimum_encoder_share`` of the encoder would come from the
     source or the dimensions differ, E_NONFINITE when the source holds NaN or infinity. The network is untouched then.
     """
-    target = _Target.of(unwrapped(network), parts, topology)
+    target = _Target.of(unwrapped(network), parts, topology, images)
     weights = without_wrapper_prefixes(source)
     _require_same_dimensions(weights, target.network, source_network)
     decisions = [
@@ -170,15 +174,17 @@ def _fitted(
         old, new = _token_grids(value, tensor, target.network, source_patch_size)
         if old and new and old != new:
             return _resized_positions(value, old, new), "adapted", f"positions interpolated from {old} to {new} tokens"
-    if value.shape == tensor.shape:
+    is_stem = bool(target.stem & set(names)) and value.ndim == tensor.ndim > 1
+    channels = _num_images(value, tensor, target.images) if is_stem else (0, 0)
+    if value.shape == tensor.shape and channels[0] == channels[1]:
         return value, "loaded", ""
     hows: list[str] = []
     fitting = value
     if target.topology == "adapt" and _is_convolution(names, target.network):
         fitting, hows = _resized_kernel(fitting, tensor)
     same_but_channels = fitting.shape[:1] + fitting.shape[2:] == tensor.shape[:1] + tensor.shape[2:]
-    if target.stem & set(names) and fitting.ndim == tensor.ndim and fitting.shape != tensor.shape and same_but_channels:
-        fitting, how = _spread_channels(fitting, tensor)
+    if is_stem and same_but_channels and (fitting.shape != tensor.shape or channels[0] != channels[1]):
+        fitting, how = _spread_channels(fitting, tensor, channels)
         hows.append(how)
     if fitting.shape == tensor.shape:
         return fitting, "adapted", "; ".join(hows)
@@ -213,12 +219,28 @@ def _resized_kernel(value: Tensor, tensor: Tensor) -> tuple[Tensor, list[str]]:
     return value, hows
 
 
-def _spread_channels(value: Tensor, tensor: Tensor) -> tuple[Tensor, str]:
-    """A stem for another number of channels: its response to equal channels stays the same."""
-    channels, wanted = value.shape[1], tensor.shape[1]
-    how = "repeated" if channels == 1 else "summed over the checkpoint's channels, repeated"
-    spread = value.sum(1, keepdim=True) / wanted
-    return spread.expand_as(tensor), f"{channels} -> {wanted} input channels: {how} and divided by {wanted}"
+def _num_images(value: Tensor, tensor: Tensor, images: tuple[int | None, int | None]) -> tuple[int, int]:
+    """Image channels of two stems' weights; all of them where nothing else is known."""
+    return images[0] or value.shape[1], images[1] or tensor.shape[1]
+
+
+def _spread_channels(value: Tensor, tensor: Tensor, images: tuple[int, int]) -> tuple[Tensor, str]:
+    """A stem for another number of channels: its response to equal images stays the same.
+
+    The labels of a cascade's previous stage are no images: those of the checkpoint stay behind, ours begin with zero.
+    """
+    channels, wanted = images
+    own = value[:, :channels]
+    if channels == wanted:
+        how = "as they are"
+    else:
+        how = ("repeated" if channels == 1 else "summed, repeated") + f" and divided by {wanted}"
+        own = (own.sum(1, keepdim=True) / wanted).expand(-1, wanted, *own.shape[2:])
+    how = f"{channels} -> {wanted} input channels: {how}"
+    behind, labels = value.shape[1] - channels, tensor.shape[1] - wanted
+    how += f"; {behind} channels of labels stay behind" if behind else ""
+    how += f"; {labels} channels of labels begin with zero" if labels else ""
+    return torch.cat([own, own.new_zeros(len(own), labels, *own.shape[2:])], 1), how
 
 
 def _token_grids(

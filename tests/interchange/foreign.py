@@ -220,7 +220,7 @@ OPENMIND: dict[str, Callable[[], Released]] = {
 
 OTHERS: dict[str, Callable[[], Released]] = {
     "PrimusM-SimCLR": lambda: _primus_file("SimCLREvaTrainer_BS32", True, _projector(EMBED), "encoder."),
-    "nnFoundationCNN": lambda: _unet_file("BaseMAETrainer", key_to_lpe=None),
+    "nnFoundationCNN": lambda: without_resampling(_unet_file("BaseMAETrainer", key_to_lpe=None)),
 }
 """Layouts beside them: a wrapped transformer of crops, and a corpus that was not resampled."""
 

@@ -69,7 +69,7 @@ def test_every_released_layout_can_be_planned_like(name: str, tmp_path: Path) ->
     source = read_source(EVERY[name]().write(tmp_path))
     assert source.network == ("primus" if name.startswith("Primus") else "resenc")
     assert source.configuration == "3d_fullres"
-    assert not source.is_original_spacing
+    assert source.is_original_spacing == (name == "nnFoundationCNN")
 
 
 @torch.no_grad()
@@ -249,11 +249,6 @@ def test_the_plan_beside_a_file_is_used(tmp_path: Path) -> None:
     (tmp_path / "adaptation_plan.json").write_text(json.dumps({**plan, "trainer_name": "BaseMAETrainer"}))
     reading = read_checkpoint(find_checkpoint(tmp_path))
     assert reading.mfm["plans"]["configurations"]["3d_fullres"]["spacing"] == [3.0, 1.0, 1.0]
-
-
-def test_a_corpus_without_resampling_keeps_each_datasets_spacing(tmp_path: Path) -> None:
-    released = foreign.without_resampling(foreign.OTHERS["nnFoundationCNN"]())
-    assert read_source(released.write(tmp_path)).is_original_spacing
 
 
 def test_files_of_a_gpu_are_read_without_one(tmp_path: Path) -> None:

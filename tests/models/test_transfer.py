@@ -115,6 +115,31 @@ def test_stem_for_other_channels_keeps_its_response(make, channels: int, wanted:
     torch.testing.assert_close(new(x.expand(-1, wanted, -1, -1, -1)), old(x.expand(-1, channels, -1, -1, -1)))
 
 
+@pytest.mark.parametrize(
+    ("channels", "wanted", "images"), [(1, 3, (None, 1)), (3, 3, (None, 1)), (3, 1, (1, None)), (3, 4, (2, 1))]
+)
+@pytest.mark.parametrize("make", [resenc, primus])
+def test_labels_of_a_cascade_are_no_images(make, channels: int, wanted: int, images: tuple) -> None:
+    """Those of the checkpoint stay behind and those of the network begin with zero: without them all is as before."""
+    source, target = make(num_inputs=channels, seed=1), make(num_inputs=wanted)
+    report = transfer_weights(source.state_dict(), target, images=images)
+    (entry,) = report.adapted
+    assert ("begin with zero" in entry.how, "stay behind" in entry.how) == (
+        images[1] is not None,
+        images[0] is not None,
+    )
+    old, new = (network.get_submodule(network.keys_to_in_proj[0]) for network in (source, target))
+    x, labels = torch.randn(1, 1, 16, 16, 16), torch.ones(1, 1, 16, 16, 16)
+
+    def given(number: int, own: int | None) -> torch.Tensor:
+        num_images = own or number
+        return torch.cat([x.expand(-1, num_images, -1, -1, -1), labels.expand(-1, number - num_images, -1, -1, -1)], 1)
+
+    without_labels = given(channels, images[0])
+    without_labels[:, images[0] or channels :] = 0
+    torch.testing.assert_close(new(given(wanted, images[1])), old(without_labels))
+
+
 def of_kernels(kernels: list[list[int]], seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return ResidualEncoderUNet(
