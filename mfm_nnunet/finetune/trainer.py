@@ -241,7 +241,7 @@ class MFMTrainer(nnUNetTrainer):
         seed_everything(seed_of(self.block.seed, f"epoch {self.local_rank}", self.current_epoch))
         super().on_train_epoch_start()
         trained = self.lr_scheduler.trained_names(self.current_epoch)
-        if self._trained is not None and trained != self._trained:
+        if hasattr(self.network, "_orig_mod") and self._trained is not None and trained != self._trained:
             # Compiled code may not notice that parameters learn from now on, and would give them no gradients
             # (https://github.com/pytorch/pytorch/issues/139476).
             torch.compiler.reset()
