@@ -281,8 +281,8 @@ def trainer(workspace: Path) -> nnUNetTrainer:
 
 OWN = {
     "autocast_dtype", "average", "averaged", "block", "new_weights", "prepare", "pretrained_checkpoint", "settings",
-    "stop_flag", "_drop_gradients_of_the_still", "_last_plot", "_num_steps", "_still", "_stop_if_asked", "_transfer",
-    "_update", "_validate",
+    "stop_flag", "_default_autocast_dtype", "_drop_gradients_of_the_still", "_last_plot", "_num_steps", "_still",
+    "_stop_if_asked", "_trained", "_transfer", "_update", "_validate",
 }  # fmt: skip
 """What MFMTrainer adds. Everything else that it uses, or sets, must be stock's, or setting it would do nothing."""
 
@@ -340,12 +340,14 @@ def test_trainer_takes_no_further_parameter(workspace: Path) -> None:
         Sixth({**tiny.plans(), "continue_training": False}, "3d_fullres", 0, {"labels": {"background": 0, "a": 1}}, CPU)
 
 
-def test_network_is_built_from_the_plan_by_a_static_method() -> None:
-    """Ours is stock's, in the form with the plan: the predictor asks for that parameter by name."""
-    assert MFMTrainer.build_network_architecture is nnUNetTrainer.build_network_architecture
-    assert isinstance(vars(nnUNetTrainer)["build_network_architecture"], staticmethod)
+def test_network_is_built_from_the_plan_by_a_static_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form with the plan: the predictor asks for that parameter by name; and ours calls stock's."""
     names = "plans_manager configuration_manager num_input_channels num_output_channels enable_deep_supervision"
-    assert parameters(nnUNetTrainer.build_network_architecture) == names.split()
+    for trainer in (MFMTrainer, nnUNetTrainer):
+        assert isinstance(vars(trainer)["build_network_architecture"], staticmethod)
+        assert parameters(trainer.build_network_architecture) == names.split()
+    monkeypatch.setattr(nnUNetTrainer, "build_network_architecture", lambda *arguments: arguments)
+    assert MFMTrainer.build_network_architecture(1, 2, 3, 4, False) == (1, 2, 3, 4, False)  # type: ignore[arg-type]
 
 
 def test_block_survives_the_views_of_a_plan(workspace: Path) -> None:
