@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -33,6 +34,20 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """Mixed precision with ``dtype``; None computes in float32."""
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def default_autocast_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, CUDA's autocast without a dtype, as nnU-Net uses it, takes this one; None leaves it as it is.
+
+    What is larger than 65504 is infinite in fp16, so a network that was trained in bf16 is not to be tried in fp16.
+    """
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_autocast_dtype("cuda", before)
 
 
 def default_workers(world_size: int = 1) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.device import autocast, default_workers
+from mfm_nnunet.device import autocast, default_autocast_dtype, default_workers
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
@@ -282,21 +282,10 @@ class MFMTrainer(nnUNetTrainer):
 
         In half precision on GPUs, or in bf16 where that is what is trained in.
         """
-        with self.averaged(), self._default_autocast_dtype():
+        with self.averaged(), default_autocast_dtype(self.autocast_dtype):
             result = super().validation_step(batch)
         self._stop_if_asked()
         return result
-
-    @contextlib.contextmanager
-    def _default_autocast_dtype(self) -> Iterator[None]:
-        """Inside, autocast without a dtype takes that of the training; what is larger than 65504 is NaN in fp16."""
-        before = torch.get_autocast_dtype("cuda")
-        if self.autocast_dtype is not None:
-            torch.set_autocast_dtype("cuda", self.autocast_dtype)
-        try:
-            yield
-        finally:
-            torch.set_autocast_dtype("cuda", before)
 
     def on_epoch_end(self) -> None:
         """Log the epoch, save ``checkpoint_best`` as nnU-Net and ``checkpoint_latest`` always, plot now and then."""

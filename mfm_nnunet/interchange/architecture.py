@@ -61,10 +61,9 @@ def unet_architecture(
         "n_conv_per_stage_decoder": _decoder_depths(num_stages, weights),
         "conv_bias": any(f"{convolution}.{name}.bias" in weights for name in ("conv", "all_modules.0")),
     }
-    layers_between = between_convolutions(num_axes)
-    if "norm_op" not in said and "nonlin" not in said and name not in PUBLISHED_UNETS:
+    if not {"norm_op", "nonlin"} <= set(said) and name not in PUBLISHED_UNETS:
         notes.append("norms and activations: InstanceNorm and LeakyReLU, as nnU-Net's; the file does not say")
-    kwargs |= {key: said.get(key, value) for key, value in layers_between.items()}
+    kwargs |= {key: said.get(key, value) for key, value in between_convolutions(num_axes).items()}
     return {
         "network_class_name": UNETS[family],
         "arch_kwargs": kwargs,

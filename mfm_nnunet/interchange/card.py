@@ -53,7 +53,7 @@ def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
         trainer = f" (trainer {source['trainer']})" if source.get("trainer") else ""
         found["converted from"] = f"{source.get('layout')}{trainer}"
         known = [source[name] for name in ("address", "file") if source.get(name)]
-        known += [f"SHA-256 {source['sha256'][:12]}"] if source.get("sha256") else []
+        known += [f"SHA-256 {str(source['sha256'])[:12]}"] if source.get("sha256") else []
         if known:
             found["original"] = ", ".join(map(str, known))
     found["licence"] = str(mfm.get("licence") or "not stated")

@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from mfm_nnunet.errors import MFMError, nearest
 
 FORMAT = 1
+"""Version of the plan block and of the checkpoint's ``mfm`` key."""
 PUBLISHED_RATES = {"resenc": (1e-2, 1e-3), "primus": (3e-4, 1e-4)}
 """Peak learning rates from scratch (nnU-Net's; arXiv 2503.01835) and from a checkpoint (arXiv 2412.17041)."""
-"""Version of the plan block and of the checkpoint's ``mfm`` key."""
 
 Settings = TypeVar("Settings")
 
