@@ -50,6 +50,16 @@ def default_autocast_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before)
 
 
+@contextlib.contextmanager
+def out_of_memory_is_an_error(advice: str) -> Iterator[None]:
+    """Raise MFMError (E_OOM) with the reason and ``advice`` for what runs out of memory inside."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = (str(error) or "out of memory").splitlines()[0]
+        raise MFMError("E_OOM", f"training needs more memory than there is ({reason}). {advice}") from error
+
+
 def default_workers(world_size: int = 1) -> int:
     """Background readers per process: none on two cores or fewer (they would only compete), else up to eight."""
     cores = num_cores() // world_size

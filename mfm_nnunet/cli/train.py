@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Sequence
 
 from mfm_nnunet.cli import common
@@ -14,7 +16,7 @@ Train on a labelled dataset, from scratch or from a pretrained checkpoint on the
   mfm_train 4 3d_fullres 0
   mfm_train 4 3d_fullres 0 -p PLANS -pretrained_weights CHECKPOINT
 
-The last line printed is the folder of the fold. The model folder above it is nnU-Net's own."""
+The line on stdout is the folder of the fold. The model folder above it is nnU-Net's own."""
 
 
 def build_parser() -> common.StrictParser:
@@ -42,20 +44,21 @@ def _run(arguments: argparse.Namespace) -> None:
     fold = common.fold_value(arguments.fold)
     from mfm_nnunet import api
 
-    folder = api.train(
-        arguments.dataset,
-        arguments.configuration,
-        fold,
-        plans_name=arguments.plans,
-        trainer=arguments.trainer,
-        pretrained_weights=arguments.pretrained_weights,
-        settings=arguments.settings,
-        continue_training=arguments.continue_training,
-        only_validate=arguments.only_validate,
-        save_probabilities=arguments.save_probabilities,
-        device=arguments.device,
-        num_gpus=arguments.num_gpus,
-        workspace=arguments.workspace,
-        recipe=arguments.recipe,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # what nnU-Net prints is progress; stdout gets the result
+        folder = api.train(
+            arguments.dataset,
+            arguments.configuration,
+            fold,
+            plans_name=arguments.plans,
+            trainer=arguments.trainer,
+            pretrained_weights=arguments.pretrained_weights,
+            settings=arguments.settings,
+            continue_training=arguments.continue_training,
+            only_validate=arguments.only_validate,
+            save_probabilities=arguments.save_probabilities,
+            device=arguments.device,
+            num_gpus=arguments.num_gpus,
+            workspace=arguments.workspace,
+            recipe=arguments.recipe,
+        )
     print(folder)

@@ -9,11 +9,13 @@ import logging
 import multiprocessing
 import os
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from mfm_nnunet.errors import CaseFailure, MFMError
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+SECONDS_BETWEEN_LINES = 15.0
+"""How often a loop over cases says how far it is."""
 
 
 def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
@@ -87,6 +92,20 @@ def in_processes(
             alone = deque([case])
             if (yield from _until_a_death(work, alone, 1)):
                 yield case, _death(case)
+
+
+def with_progress(
+    outcomes: Iterable[tuple[Case, Result | CaseFailure]], num_cases: int, what: str
+) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
+    """The same outcomes; a loop that takes long logs now and then how far it is and how long the rest will take."""
+    start = last = time.monotonic()
+    for number, outcome in enumerate(outcomes, start=1):
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and number < num_cases:
+            left = timedelta(seconds=round((now - start) / number * (num_cases - number)))
+            log.info("%s: %d of %d cases, about %s left", what, number, num_cases, left)
+            last = now
+        yield outcome
 
 
 def _until_a_death(

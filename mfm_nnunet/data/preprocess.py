@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.data import reading, storage
 from mfm_nnunet.data.masks import mask_signature, read_masks
-from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature
+from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature, with_progress
 from mfm_nnunet.data.preprocess_case import preprocess_case_npy, preprocess_mask
 from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
 
@@ -58,13 +58,11 @@ def preprocess_dataset(
     dataset_json: dict[str, Any],
     preprocessed_folder: Path,
     num_processes: int = 1,
-    progress: Callable[[str], None] | None = None,
 ) -> PreprocessReport:
     """Preprocess ``cases`` into ``preprocessed_folder/<data_identifier>/`` and say what was done, reused and refused.
 
     A case is reused when the manifest beside that folder shows it finished from the same sources with the same
     settings. Labels are copied to ``gt_segmentations/``; masks go beside the folder (:mod:`mfm_nnunet.data.masks`).
-    ``progress`` gets one line per case.
     Raises MFMError: E_CONFIG (unknown configuration), E_DISK_FULL (finished cases are kept; run again to go on).
     """
     if configuration not in plans["configurations"]:
@@ -90,13 +88,11 @@ def preprocess_dataset(
         outcomes = in_processes(job, todo, num_processes) if in_pool else in_threads(job, todo, 1)
         # Closed before the staging folder goes: on an error workers are still writing there.
         with contextlib.closing(outcomes):
-            for number, (case, outcome) in enumerate(outcomes, start=1):
+            for case, outcome in with_progress(outcomes, len(todo), f"preprocessing {configuration}"):
                 if isinstance(outcome, CaseFailure):
                     failures[case.name] = outcome
                 else:
                     manifest.add(case.name, settings_hash, outcome)
-                if progress is not None:
-                    progress(f"{number}/{len(todo)}  {failures.get(case.name, case.name)}")
     return PreprocessReport(
         done=[case.name for case in todo if case.name not in failures],
         reused=[case.name for case in reused],

@@ -20,7 +20,7 @@ from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, raise_recorded
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.storage import require_whole
-from mfm_nnunet.device import default_workers, pick_device
+from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
 from mfm_nnunet.engine import probe as probing
 from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
 from mfm_nnunet.engine.pretrainer import Pretrainer, Run
@@ -37,6 +37,11 @@ from mfm_nnunet.stopping import signal_handlers_kept
 from mfm_nnunet.workspace import Workspace, num_cores
 
 logger = logging.getLogger(__name__)
+
+_LESS_MEMORY = (
+    "Compute a step in parts with --set pretrain.accumulation=2 (or more), add pretrain.activation_checkpointing=true, "
+    "take a smaller pretrain.batch_size, or end what else uses the device."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +164,8 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
         torch.backends.cudnn.benchmark = True  # all patches have one size
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
     try:
-        return _pretrain(here, job, used, world, arguments)
+        with out_of_memory_is_an_error(_LESS_MEMORY):
+            return _pretrain(here, job, used, world, arguments)
     finally:
         leave_world(world)
 

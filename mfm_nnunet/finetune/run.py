@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from mfm_nnunet.children import call_recorded, run_processes
-from mfm_nnunet.device import pick_device
+from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
@@ -42,6 +43,11 @@ from mfm_nnunet.stopping import stop_on_signal
 from mfm_nnunet.workspace import Workspace, num_cores
 
 logger = logging.getLogger(__name__)
+
+_LESS_MEMORY = (
+    "Plan with a smaller --memory-gb (where the plan is like a checkpoint: --set finetune.batch_size=1), or end what "
+    "else uses the device."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +148,7 @@ def execute(job: Job) -> None:
     with (
         _threads(device),
         stop_on_signal() if is_ours else contextlib.nullcontext() as flag,
-        _out_of_memory_is_an_error(),
+        out_of_memory_is_an_error(_LESS_MEMORY),
     ):
         plans = {**job.plans, "continue_training": job.start_from is not None}
         trainer = found(plans, job.configuration, job.fold, job.dataset_json, device)
@@ -226,19 +232,6 @@ def _threads(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def _out_of_memory_is_an_error() -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = (str(error) or "out of memory").splitlines()[0]
-        raise MFMError(
-            "E_OOM",
-            f"training needs more memory than there is ({reason}). Plan with a smaller --memory-gb (where the plan is "
-            "like a checkpoint: --set finetune.batch_size=1), or end what else uses the device.",
-        ) from error
-
-
 def _spawn(job: Job, num_gpus: int) -> None:
     """Train on several GPUs of this computer, one process each."""
     if torch.cuda.device_count() < num_gpus:
@@ -254,6 +247,7 @@ def _execute_distributed(rank: int, notes: str, job: Job, num_gpus: int, port: i
     torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl", init_method=f"tcp://localhost:{port}", rank=rank, world_size=num_gpus)
     try:
-        call_recorded(notes, execute, job)
+        with contextlib.redirect_stdout(sys.stderr):  # as mfm_train does in its own process
+            call_recorded(notes, execute, job)
     finally:
         torch.distributed.destroy_process_group()

@@ -18,7 +18,7 @@ import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
 from mfm_nnunet.data import reading
-from mfm_nnunet.data.per_case import in_threads
+from mfm_nnunet.data.per_case import in_threads, with_progress
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def extract_fingerprint(
     failures: list[CaseFailure] = []
     pool = _Pool(num_channels)
     work = functools.partial(_analyse, dataset_json=dataset_json, num_channels=num_channels)
-    for case, outcome in in_threads(work, cases, num_processes):
+    outcomes = in_threads(work, cases, num_processes)
+    for case, outcome in with_progress(outcomes, len(cases), "reading the images"):
         if isinstance(outcome, CaseFailure):
             failures.append(outcome)
             continue

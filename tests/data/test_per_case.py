@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mfm_nnunet.data import per_case
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.per_case import attempt, in_processes, in_threads, source_signature
+from mfm_nnunet.data.per_case import attempt, in_processes, in_threads, source_signature, with_progress
 from mfm_nnunet.errors import CaseFailure, MFMError
 
 CASES = [Case(f"case{i}", (Path(f"case{i}.nii.gz"),)) for i in range(6)]
@@ -48,6 +49,18 @@ def test_threads_keep_the_order_and_report_failures(num_threads: int) -> None:
     results = list(in_threads(work, CASES, num_threads))
     assert [case for case, _ in results] == CASES
     assert [outcome_of(outcome) for _, outcome in results] == EXPECTED
+
+
+def test_a_long_loop_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    clock = iter(range(0, 1000, 10))  # each case takes 10 s
+    monkeypatch.setattr(per_case.time, "monotonic", lambda: next(clock))
+    with caplog.at_level("INFO"):
+        results = list(with_progress(in_threads(work, CASES, 1), len(CASES), "reading"))
+    assert [outcome_of(outcome) for _, outcome in results] == EXPECTED
+    assert caplog.messages == [
+        "reading: 2 of 6 cases, about 0:00:40 left",
+        "reading: 4 of 6 cases, about 0:00:20 left",
+    ]
 
 
 def test_processes_lose_only_the_case_that_kills() -> None:

@@ -473,3 +473,15 @@ def test_the_encoder_of_a_network_is_named_whole() -> None:
         outside = {n for n, t in network.state_dict().items() if t.data_ptr() in kept and n not in state}
         assert all(name.startswith("decoder.encoder.") for name in outside)
         assert isinstance(backbones.make_backbone(network, PATCH, "none"), AbstractBackbone)
+
+
+def test_memory_that_runs_out_is_an_error_with_the_settings_that_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(Pretrainer, "run", too_much)
+    with pytest.raises(MFMError, match="20 GiB.*pretrain.accumulation=2") as caught:
+        run(prepare(tmp_path), settings=ONE_EPOCH)
+    assert caught.value.code == "E_OOM"
