@@ -482,6 +482,6 @@ def test_memory_that_runs_out_is_an_error_with_the_settings_that_help(
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
     monkeypatch.setattr(Pretrainer, "run", too_much)
-    with pytest.raises(MFMError, match="20 GiB.*pretrain.accumulation=2") as caught:
+    with pytest.raises(MFMError, match=r"20 GiB.*pretrain\.accumulation=2") as caught:
         run(prepare(tmp_path), settings=ONE_EPOCH)
     assert caught.value.code == "E_OOM"
