@@ -92,9 +92,12 @@ def fingerprinted(
         preprocessed.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as handle:
             handle.write(json.dumps(fingerprint, indent=1).encode())
-    if _content(preprocessed / "dataset.json") != dataset_json:
-        with atomic_write(preprocessed / "dataset.json") as handle:
-            handle.write(json.dumps(dataset_json, indent=1).encode())
+    # Beside the data, so that pretraining knows subjects and modalities where only the preprocessed data are.
+    for name in ("dataset.json", "corpus.json") if is_corpus else ("dataset.json",):
+        content = _content(raw / name)
+        if _content(preprocessed / name) != content:
+            with atomic_write(preprocessed / name) as handle:
+                handle.write(json.dumps(content, indent=1).encode())
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
 

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "read_dataset_json",
     "register_corpus",
     "signature",
+    "subject_of",
 ]
 
 FORMAT = 1
@@ -118,14 +119,19 @@ def is_corpus(dataset_folder: Path) -> bool:
     return (dataset_folder / "corpus.json").is_file()
 
 
-def corpus_hash(cases: Sequence[Case]) -> str:
-    """SHA-256 over names, modalities and datasets of the cases and sizes of their files; it tells none of them."""
-    lines = [
-        f"{case.name}\0{[_status(file)[0] for file in case.images]}"
-        + _more(case, {kind: _status(file)[0] for kind, file in case.masks.items()})
-        for case in cases
-    ]
-    return _digest(lines)
+def corpus_hash(cases: Sequence[Case], sizes: Mapping[str, Mapping[str, list[int]]] | None = None) -> str:
+    """SHA-256 over names, modalities and datasets of the cases and sizes of their files; it tells none of them.
+
+    ``sizes`` holds what is known of the files of a case, ``images`` and each kind of mask, so that scans which were
+    preprocessed and are not there any more have the same hash; others are looked at.
+    """
+    return _digest([_hash_line(case, (sizes or {}).get(case.name, {})) for case in cases])
+
+
+def _hash_line(case: Case, known: Mapping[str, list[int]]) -> str:
+    images = known.get("images") or [_status(file)[0] for file in case.images]
+    masks = {kind: known[kind][0] if kind in known else _status(file)[0] for kind, file in case.masks.items()}
+    return f"{case.name}\0{images}" + _more(case, masks)
 
 
 def signature(cases: Sequence[Case]) -> str:

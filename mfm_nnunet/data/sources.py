@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from mfm_nnunet.data import bids, listings
@@ -12,6 +15,8 @@ from mfm_nnunet.data.integrity import IMAGE_ENDINGS, ending_of
 from mfm_nnunet.errors import MFMError
 
 _RAW_FOLDERS = ("imagesTr", "imagesTs")
+_DICOM = {".dcm", ".ima"}
+_log = logging.getLogger(__name__)
 
 
 def index_source(source: Path) -> list[Case]:
@@ -46,20 +51,40 @@ def index_source(source: Path) -> list[Case]:
             f"{source}: expected a folder, a CSV file, a pretrain_data.json or an image ({' '.join(IMAGE_ENDINGS)}).",
         )
     if not cases:
-        raise MFMError("E_NOT_FOUND", f"{source}: no image in it. Known endings: {' '.join(IMAGE_ENDINGS)}")
+        is_dicom = any(file.suffix.lower() in _DICOM for file in source.rglob("*"))
+        advice = " DICOM series are not read: convert each to NIfTI first, e.g. with dcm2niix." if is_dicom else ""
+        raise MFMError("E_NOT_FOUND", f"{source}: no image in it.{advice} Known endings: {' '.join(IMAGE_ENDINGS)}")
     return cases
 
 
 def _folder(source: Path) -> list[Case]:
     if (source / listings.NNSSL_FILE).is_file():
         return listings.read_nnssl(source / listings.NNSSL_FILE)
-    images = next((source / name for name in _RAW_FOLDERS if (source / name).is_dir()), source)
+    there = [source / name for name in _RAW_FOLDERS if (source / name).is_dir()]
+    images = there[0] if there else source
+    if there[1:]:
+        _log.warning("%s is not taken: a corpus is one folder, and this is %s. Register it apart.", there[1], images)
     if images.name in _RAW_FOLDERS and _has_channels(images):
         return _raw(images)
     files = sorted(image_files(images), key=lambda file: file.relative_to(images).as_posix())
     if roots := bids.dataset_folders(images, files):
         return bids.cases(images, files, roots)
+    _warn_of_channels(files)
     return named([file.relative_to(images) for file in files], [(file,) for file in files])
+
+
+def _warn_of_channels(files: Sequence[Path]) -> None:
+    """Say it when files look like the channels of one case, which only nnU-Net's folders and tables make of them."""
+    stems = [re.fullmatch(r"(.+)_\d{4}", str(file.parent / stem_of(file))) for file in files]
+    several = [name for name, count in Counter(match[1] for match in stems if match).items() if count > 1]
+    if several:
+        _log.warning(
+            "%d names have several files with channel numbers, e.g. %s_0000: each file is a case of its own here. If "
+            "they are channels of one case, put them into a folder named imagesTr, or list them in a CSV (image_0, "
+            "image_1 ...).",
+            len(several),
+            several[0],
+        )
 
 
 def _has_channels(folder: Path) -> bool:

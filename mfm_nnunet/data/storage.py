@@ -98,6 +98,12 @@ class Manifest:
             return False
         return bool(entry.get("files")) and entry["files"] == file_sizes(self.folder, case)
 
+    def source_sizes(self, case: str, num_images: int) -> dict[str, list[int]]:
+        """Size in bytes of the files that a finished case was made from: its ``images``, and each kind of mask."""
+        sources = self.entries.get(case, {}).get("sources", [])
+        images = [source[0] for source in sources if len(source) == 2][:num_images]
+        return {"images": images, **{source[2]: [source[0]] for source in sources if len(source) == 3}}
+
     def add(self, case: str, settings_hash: str, sources: list[list[Any]]) -> None:
         """Note that the case is finished. Raises MFMError (E_DISK_FULL)."""
         entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}

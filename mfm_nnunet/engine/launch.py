@@ -19,7 +19,7 @@ import torch
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, raise_recorded
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.storage import require_whole
+from mfm_nnunet.data.storage import Manifest, require_whole
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
 from mfm_nnunet.engine import probe as probing
 from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
@@ -239,11 +239,23 @@ def split_subjects(cases: Sequence[corpus.Case], fraction: float, seed: int) -> 
 
 
 def _cases(here: Workspace, dataset_name: str, files: dict[str, Path]) -> list[corpus.Case]:
-    """The preprocessed cases with their subjects; without the raw folder every case is its own subject."""
+    """The preprocessed cases with what is known of them: the raw folder tells, else its copy beside the data.
+
+    Without both the subjects are those that the names of the cases tell.
+    """
     known: dict[str, corpus.Case] = {}
-    if (here.raw / dataset_name / "dataset.json").is_file():
-        known = {case.name: case for case in corpus.load_cases(here.raw / dataset_name)}
-    return [known.get(name, corpus.Case(name, (), None, name)) for name in files]
+    for folder in (here.raw / dataset_name, here.preprocessed / dataset_name):
+        if corpus.is_corpus(folder) or (folder == here.raw / dataset_name and (folder / "dataset.json").is_file()):
+            known = {case.name: case for case in corpus.load_cases(folder)}
+            break
+    return [known.get(name) or corpus.Case(name, (), None, corpus.subject_of(Path(name))) for name in files]
+
+
+def _corpus_hash(cases: list[corpus.Case], files: dict[str, Path], num_inputs: int) -> str:
+    """Of the scans as they were preprocessed: a run goes on where only the preprocessed data are."""
+    manifest = Manifest.read(next(iter(files.values())).parent)
+    sizes = {case.name: manifest.source_sizes(case.name, len(case.images) or num_inputs) for case in cases}
+    return corpus.corpus_hash(cases, sizes)
 
 
 def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Run, PretextTask, list[str]]:
@@ -278,7 +290,7 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
         "corpus": {
             "num_cases": len(cases),
             "num_subjects": len({case.subject for case in cases}),
-            "hash": corpus.corpus_hash(cases),
+            "hash": _corpus_hash(cases, files, num_inputs),
         },
         "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
         "citations": list(task_class.citations),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import shutil
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -57,6 +59,21 @@ def make_table(shared_data: Path, folder: Path) -> Path:
     return table
 
 
+def pretrain(workspace: Path, **changes: Any) -> Path:
+    settings = (
+        "pretrain.epochs=1",
+        "pretrain.iterations_per_epoch=3",
+        "pretrain.validation_iterations=1",
+        "pretrain.warmup_epochs=0",
+        "pretrain.balance_by=dataset,modality",
+        "pretrain.balance_temperature=2",
+        "pretrain.anatomy_fraction=0.5",
+        "pretrain.validation_fraction=0.2",
+        "num_workers=0",
+    )
+    return api.pretrain(701, "3d_fullres", settings=settings, device="cpu", workspace=workspace, **changes)
+
+
 def test_a_mixed_corpus_from_a_table_to_weights(
     shared_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -80,23 +97,7 @@ def test_a_mixed_corpus_from_a_table_to_weights(
         # Anatomy is what is bright, in the preprocessed volume as well.
         assert volume[0][tuple(points.T)].mean() > np.percentile(volume, 80)
     with caplog.at_level(logging.INFO):
-        checkpoint = api.pretrain(
-            701,
-            "3d_fullres",
-            settings=(
-                "pretrain.epochs=1",
-                "pretrain.iterations_per_epoch=3",
-                "pretrain.validation_iterations=1",
-                "pretrain.warmup_epochs=0",
-                "pretrain.balance_by=dataset,modality",
-                "pretrain.balance_temperature=2",
-                "pretrain.anatomy_fraction=0.5",
-                "pretrain.validation_fraction=0.2",
-                "num_workers=0",
-            ),
-            device="cpu",
-            workspace=tmp_path / "ws",
-        )
+        checkpoint = pretrain(tmp_path / "ws")
     assert "balanced by dataset and modality, 3 groups: " in caplog.text
     assert "anonymised voxels of 4 cases are left out of the loss" in caplog.text
     assert "50% of the crops of 4 cases are centred on anatomy" in caplog.text
@@ -107,3 +108,13 @@ def test_a_mixed_corpus_from_a_table_to_weights(
     (row,) = [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
     assert np.isfinite(row["train_loss"])
     assert b"STS_" not in checkpoint.read_bytes()
+
+    # The run can be continued where only the preprocessed data are: subjects and modalities are known there too.
+    shutil.rmtree(tmp_path / "ws" / "nnUNet_raw")
+    for file in tmp_path.glob("*.nii.gz"):  # the masks; the scans are not ours to remove, and nothing refers to them
+        file.unlink()
+    checkpoint.unlink()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert load(pretrain(tmp_path / "ws", continue_training=True))["mfm"]["corpus"] == content["mfm"]["corpus"]
+    assert "continuing at step 3 of 3" in caplog.text

@@ -229,6 +229,31 @@ def test_a_bids_dataset_without_scans(tmp_path: Path) -> None:
     refusal("E_NOT_FOUND", index_source, tmp_path)
 
 
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+def test_files_with_channel_numbers_outside_a_raw_folder_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a_0000.nii.gz", "b_0000.nii.gz", "deep/c_0000.nii.gz")
+    assert len(index_source(tmp_path)) == 3
+    assert not caplog.messages  # one channel each: nothing is lost
+    touch(tmp_path, "deep/c_0001.nii.gz")
+    assert len(index_source(tmp_path)) == 4
+    assert [("c_0000" in line, "imagesTr" in line) for line in caplog.messages] == [(True, True)]
+
+
+def test_the_second_of_two_raw_folders_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTs/b_0000.nii.gz")
+    assert [case.name for case in index_source(tmp_path)] == ["a"]
+    assert "imagesTs is not taken" in caplog.text
+
+
+def test_dicom_is_no_image_and_the_way_out_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "series/0001.dcm")
+    assert "dcm2niix" in str(refusal("E_NOT_FOUND", index_source, tmp_path))
+
+
 # --- corpus.json --------------------------------------------------------------------------------------------------
 
 
