@@ -36,9 +36,17 @@ def registered(here: Workspace, dataset: str | int, images: str | Path | None, n
     if others:
         raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
     cases = corpus.index_source(Path(images))
-    channels = [f"channel{i}" for i in range(_num_channels(cases))]
-    corpus.register_corpus(here.raw, dataset_name, cases, channels)
+    corpus.register_corpus(here.raw, dataset_name, cases, _channel_names(cases))
     return dataset_name
+
+
+def _channel_names(cases: list[corpus.Case]) -> list[str]:
+    """nnU-Net normalises by the channel's name: Hounsfield units keep their meaning where every case is a CT.
+
+    In a mixed corpus one network sees all modalities, so each image is normalised by itself.
+    """
+    is_ct = all(case.modality.casefold() == "ct" for case in cases)
+    return ["CT" if is_ct else f"channel{number}" for number in range(_num_channels(cases))]
 
 
 def _num_channels(cases: list[corpus.Case]) -> int:
