@@ -24,7 +24,8 @@ def build_parser() -> common.StrictParser:
     common.add_dataset_arguments(parser)
     text = "pretext task (default: mae); see --list, or the dotted name of a module of your own"
     parser.flag("--pretext", text, default="mae", metavar="TASK")
-    parser.flag("--run-name", "sets a run apart from others of the same task and plan: the end of its folder's name", metavar="NAME")
+    text = "sets a run apart from others of the same task and plan: the end of its folder's name"
+    parser.flag("--run-name", text, metavar="NAME")
     text = "labelled dataset; every few epochs a linear probe on it logs a Dice (off by default)"
     parser.flag("--probe", text, metavar="DATASET")
     parser.flag("--list", "print a table of the pretext tasks and exit", dest="list_tasks", action="store_true")
