@@ -6,9 +6,12 @@ front, which rises for its first half and decays in its second, and in which tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -81,3 +84,12 @@ def in_words(schedule: EpochSchedule, settings: FinetuneSettings, network: nn.Mo
     elif settings.schedule == "sawtooth":
         lines.append("sawtooth: nothing came from a checkpoint, so the whole network warms up at once")
     return lines
+
+
+def epoch_in_words(last: Mapping[str, Any], epochs_left: int) -> str:
+    """The line of a finished epoch in the log; ``last`` holds what nnU-Net's logger has of it."""
+    dice = np.round(last["dice_per_class_or_region"], 4).tolist()
+    seconds = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
+    losses = f"train_loss {last['train_losses']:.4f}  val_loss {last['val_losses']:.4f}"
+    left = timedelta(seconds=round(seconds * epochs_left))
+    return f"{losses}  pseudo dice {dice}  {seconds:.1f} s  ETA {left}"

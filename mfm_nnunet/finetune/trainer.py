@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
 from mfm_nnunet.finetune.preprocessed import forget_cases, preprocessed_cases, require_fingerprint, shareable
 from mfm_nnunet.finetune.pretrained import transfer_from, untrained_names
-from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, in_words
+from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, epoch_in_words, in_words
 from mfm_nnunet.finetune.splits import require_fold
 from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.precision import require_sound_bf16
@@ -293,11 +292,7 @@ class MFMTrainer(nnUNetTrainer):
         # As a continued run reads it: NumPy's float32 would round nnU-Net's moving average of the Dice otherwise.
         self.logger.load_checkpoint(checkpoint.to_plain(self.logger.get_checkpoint()))
         last = {key: values[-1] for key, values in self.logger.get_checkpoint().items()}
-        dice = np.round(last["dice_per_class_or_region"], 4).tolist()
-        seconds = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
-        losses = f"train_loss {last['train_losses']:.4f}  val_loss {last['val_losses']:.4f}"
-        left = timedelta(seconds=round(seconds * (self.num_epochs - 1 - self.current_epoch)))
-        self.print_to_log_file(f"{losses}  pseudo dice {dice}  {seconds:.1f} s  ETA {left}")
+        self.print_to_log_file(epoch_in_words(last, self.num_epochs - 1 - self.current_epoch))
         folder, ema = Path(self.output_folder), float(last["ema_fg_dice"])
         if self._best_ema is None or ema > self._best_ema:
             self._best_ema = ema
@@ -347,17 +342,9 @@ class MFMTrainer(nnUNetTrainer):
         if self.is_ddp or self.is_cascaded or has_next_stage:
             super().perform_actual_validation(save_probabilities)
             return
-        folder = Path(self.output_folder) / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        _, cases = self.do_split()
-        self.set_deep_supervision_enabled(False)
-        self.network.eval()
-        for case in validation.predict_cases(self, cases, folder, save_probabilities):
+        for case in validation.validate_fold(self, save_probabilities):
             self.print_to_log_file(f"validated {case}")
             self._stop_if_asked()
-        self.set_deep_supervision_enabled(True)
-        summary = validation.evaluate(self, cases, folder)
-        self.print_to_log_file(f"Mean Validation Dice: {validation.mean_dice(summary)}")
 
     def _update(self, loss: torch.Tensor) -> None:
         """Backward, clip and step, with loss scaling where there is any."""

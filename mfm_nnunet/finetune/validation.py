@@ -6,7 +6,7 @@ Stock nnU-Net starts two pools of processes for this, which takes longer than th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,18 @@ from mfm_nnunet.predict.export import export_validation_case
 from mfm_nnunet.predict.predictor import Model
 
 Label = int | tuple[int, ...]
+
+
+def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[str]:
+    """Predict and evaluate the validation cases of the trainer's fold; yields each case's name when it is predicted."""
+    folder = Path(trainer.output_folder) / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    _, cases = trainer.do_split()
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    yield from predict_cases(trainer, cases, folder, save_probabilities)
+    trainer.set_deep_supervision_enabled(True)
+    trainer.print_to_log_file(f"Mean Validation Dice: {mean_dice(evaluate(trainer, cases, folder))}")
 
 
 def predict_cases(
