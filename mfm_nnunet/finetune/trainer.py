@@ -91,6 +91,9 @@ class MFMTrainer(nnUNetTrainer):
         """
         seed_everything(seed_of(self.block.seed, "network", 0))
         super().initialize()
+        if self.batch_size == 1 and not self.is_ddp:
+            # nnU-Net centres the last third of a batch on foreground, which rounds to none of one crop.
+            self.probabilistic_oversampling = True
         if self.autocast_dtype is torch.bfloat16:
             patch_size = self.configuration_manager.patch_size
             require_sound_bf16(unwrapped(self.network), patch_size, self.device, "finetune.precision")

@@ -14,7 +14,7 @@ from torch import nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune import advice, groups
-from mfm_nnunet.finetune.loading import nnunet_loaders
+from mfm_nnunet.finetune.loading import nnunet_loaders, seeded
 from mfm_nnunet.finetune.run import run_training
 from mfm_nnunet.finetune.settings import resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
@@ -228,6 +228,22 @@ def test_batch_size_and_mirroring(here: Workspace) -> None:
     stock.initialize()
     assert "MirrorTransform" in transforms(stock)
     assert stock.inference_allowed_mirroring_axes == (0, 1, 2)
+
+
+def test_a_batch_of_one_crop_sees_foreground_by_chance(here: Workspace) -> None:
+    """nnU-Net rounds the share of such crops to none there; a third of them it is in larger batches too."""
+    settings = dataclasses.replace(tiny.FINETUNE, batch_size=1)
+    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
+    trainer.initialize()
+    loader = nnunet_loaders(trainer)[0]
+    with seeded(5):
+        chosen = [loader.get_do_oversample(0) for _ in range(300)]
+    with seeded(5):
+        assert chosen == [loader.get_do_oversample(0) for _ in range(300)]
+    assert 70 < sum(chosen) < 130
+    pair = make_trainer()
+    pair.initialize()
+    assert [nnunet_loaders(pair)[0].get_do_oversample(index) for index in (0, 1)] == [False, True]  # as nnU-Net's
 
 
 # Advice
