@@ -32,10 +32,11 @@ class Group:
 def groups_of(network: nn.Module, settings: FinetuneSettings, new: Collection[str] | None) -> list[Group]:
     """The groups of all parameters that ever learn, each parameter once, the fastest group first.
 
-    ``network`` is without wrappers; ``new`` names what did not come from a checkpoint, None from scratch.
+    ``network`` is without wrappers; ``new`` names what did not come from a checkpoint as it is, None from scratch.
     """
     is_two_phased = settings.schedule == "sawtooth" and new is not None
-    learning = trained_names(network, settings.train)
+    # A stem that was adapted to other channels is new to them: still, it could not tell them apart.
+    learning = trained_names(network, settings.train) | set(new or ())
     members: dict[tuple[bool, float], list[str]] = {}
     for name, _ in network.named_parameters():
         if name in learning:
@@ -46,7 +47,7 @@ def groups_of(network: nn.Module, settings: FinetuneSettings, new: Collection[st
 
 
 def trained_names(network: nn.Module, train: str) -> set[str]:
-    """Names of the parameters that learn at all with ``finetune.train``."""
+    """Names of the parameters that learn with ``finetune.train`` wherever they come from."""
     names = {name for name, _ in network.named_parameters()}
     if train == "all":
         return names

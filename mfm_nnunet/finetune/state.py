@@ -52,7 +52,8 @@ def content_of(trainer: MFMTrainer) -> dict[str, Any]:
 def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
     """Continue where ``content`` was saved.
 
-    Raises MFMError: E_MODEL_MISMATCH when it is of another network, E_MODEL_CORRUPT when it is not a whole run.
+    Raises MFMError: E_MODEL_MISMATCH when it is of another network, E_MODEL_CORRUPT when it is not a whole run,
+    E_CONFIG when other parameters learn now.
     """
     trained = "trained_weights" if _ships_other_weights(trainer) else "network_weights"
     wanted = {"network_weights", trained, "optimizer_state", "logging", "_best_ema", "current_epoch", "init_args"}
@@ -70,9 +71,12 @@ def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
     trainer.prepare(None if names is None else set(names))
     try:
         unwrapped(trainer.network).load_state_dict(without_wrapper_prefixes(content[trained]))
+        _require_same_groups(trainer, content["optimizer_state"])
         trainer.optimizer.load_state_dict(content["optimizer_state"])
         if trainer.average is not None:
             trainer.average.load_state_dict(content["averaged_weights"])
+    except MFMError:
+        raise
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise MFMError(
             "E_MODEL_MISMATCH",
@@ -86,6 +90,21 @@ def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
         trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
     if trainer.grad_scaler is not None and content.get("grad_scaler_state"):
         trainer.grad_scaler.load_state_dict(content["grad_scaler_state"])
+
+
+def _require_same_groups(trainer: MFMTrainer, optimizer_state: Mapping[str, Any]) -> None:
+    """Raise MFMError (E_CONFIG) when other parameters learn than when the run began."""
+    before, now = (
+        [len(group["params"]) for group in state["param_groups"]]
+        for state in (optimizer_state, trainer.optimizer.state_dict())
+    )
+    if before != now:
+        raise MFMError(
+            "E_CONFIG",
+            f"{trainer.output_folder} was trained by a version in which other weights learned ({sum(before)} tensors "
+            f"in {len(before)} groups, here {sum(now)} in {len(now)}), so it cannot go on. Use it as it is, or train "
+            "again under another plan name.",
+        )
 
 
 def needs_names(settings: FinetuneSettings) -> bool:

@@ -97,7 +97,8 @@ class FinetuneSettings:
     """sawtooth: epochs of its first phase. None: 5 % of the epochs from 300 epochs on, else 10 %, at least 2."""
     train: Literal["all", "decoder", "head", "lora"] = "all"
     """What learns in the whole run: decoder leaves the encoder still, head all but the output layers (a linear probe);
-    lora trains the decoder and low-rank adapters in the encoder (arXiv 2106.09685, Primus only)."""
+    lora trains the decoder and low-rank adapters in the encoder (arXiv 2106.09685, Primus only). A stem that was
+    adapted to other channels learns in each."""
     lora_rank: int = 8
     """lora: rank of the adapters."""
     lora_alpha: float = 16.0

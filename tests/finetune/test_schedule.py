@@ -14,6 +14,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.groups import Group
 from mfm_nnunet.finetune.run import run_training
 from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, rate_factor
+from mfm_nnunet.finetune.state import content_of as state_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.optim import learning_rate_factor
@@ -210,15 +211,55 @@ def test_an_adapted_stem_learns_from_the_start_and_once(
     assert sorted(listed) == sorted(id(p) for p in trainer.network.parameters())
 
 
+@pytest.mark.parametrize("train", ["decoder", "head"])
+def test_an_adapted_stem_is_never_frozen(here: Workspace, tmp_path: Path, train: Any) -> None:
+    """Its channels are copies of one kernel at first, and those of a cascade's labels zero."""
+    for options in ({"channels": 2}, {"is_cascaded": True}):
+        trainer = adapting_trainer(pretrained_file(tmp_path), FinetuneSettings(2, 1, 1, train=train), **options)
+        stem = dict(trainer.network.named_parameters())[STEM]
+        before = stem.detach().clone()
+        assert torch.equal(before[:, 0], before[:, 1]) or not before[:, 1:].any()
+        x = torch.randn(2, stem.shape[1], 16, 16, 16)
+        trainer.train_step({"data": x, "target": [torch.ones(2, 1, *[16 // step] * 3) for step in (1, 2)]})
+        moved = {name for name, p in trainer.network.named_parameters() if p.grad is not None}
+        assert {name for name in moved if name.startswith("encoder.")} == {STEM, STEM.replace("weight", "bias")}
+        assert all(not torch.equal(before[:, c], stem[:, c]) for c in range(stem.shape[1]))
+        assert all(not torch.equal(stem[:, 0], stem[:, c]) for c in range(1, stem.shape[1]))
+    plain = adapting_trainer(pretrained_file(tmp_path), FinetuneSettings(2, 1, 1, train=train))
+    assert STEM not in plain.lr_scheduler.all_trained_names()
+
+
+def test_a_run_in_which_other_weights_learned_does_not_go_on(here: Workspace, tmp_path: Path) -> None:
+    """As one of a version that kept adapted stems still."""
+    settings = FinetuneSettings(2, 1, 1, train="decoder")
+    trainer = adapting_trainer(pretrained_file(tmp_path), settings, channels=2)
+    trainer.train_step({"data": torch.randn(2, 2, 16, 16, 16), "target": [torch.ones(2, 1, *[s] * 3) for s in (16, 8)]})
+    content = state_of(trainer)
+    (group,) = content["optimizer_state"]["param_groups"]
+    group["params"] = group["params"][2:]
+    refused("E_CONFIG", "other weights learned", lambda: trainer.load_checkpoint(content))
+
+
 def sawtooth_trainer(
     file: Path, channels: int = 1, epochs: int = 20, features: tuple[int, ...] = (4, 8, 8)
 ) -> MFMTrainer:
     """An initialised trainer with a sawtooth of the default lengths."""
-    settings = FinetuneSettings(epochs, 1, 1, schedule="sawtooth")
+    return adapting_trainer(file, FinetuneSettings(epochs, 1, 1, schedule="sawtooth"), channels, features)
+
+
+def adapting_trainer(
+    file: Path,
+    settings: FinetuneSettings,
+    channels: int = 1,
+    features: tuple[int, ...] = (4, 8, 8),
+    is_cascaded: bool = False,
+) -> MFMTrainer:
+    """An initialised trainer whose network has one or more images as input, or the labels of a first stage too."""
     configuration = tiny.configuration(resenc(features=features))
     configuration |= {
         "normalization_schemes": ["ZScoreNormalization"] * channels,
         "use_mask_for_norm": [False] * channels,
+        **({"previous_stage": "2d"} if is_cascaded else {}),
     }
     plans = tiny.plans(block=MFMBlock(finetune=settings, num_workers=0), **{"3d_fullres": configuration})
     dataset_json = {"channel_names": {str(c): "MRI" for c in range(channels)}, "file_ending": ".nii.gz"}
