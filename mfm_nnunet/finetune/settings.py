@@ -56,8 +56,8 @@ def resolve(
         settings = dataclasses.replace(settings, checkpoint=dict(pretrained))
     rate = resolved_learning_rate(settings, block.network)
     if settings.learning_rate is None:
-        start = "a checkpoint" if settings.checkpoint else "scratch"
-        logger.info("finetune.learning_rate=%g: the published rate of this network from %s", rate, start)
+        of = block.network, settings.optimizer, "a checkpoint" if settings.checkpoint else "scratch"
+        logger.info("finetune.learning_rate=%g: the published rate of %s with %s from %s", rate, *of)
     settings = dataclasses.replace(
         settings,
         learning_rate=rate,

@@ -165,20 +165,18 @@ def too_little_memory(memory_gb: float, needed_gb: float, network: str, patch: S
     )
 
 
-def settings_for(
-    network: str, is_cpu: bool, batch_size: int, is_like: bool = False
-) -> tuple[PretrainSettings, FinetuneSettings]:
+def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainSettings, FinetuneSettings]:
     """How a network of this family is trained: published optimisers, and a schedule of minutes on the CPU.
 
     ResEnc: nnU-Net's SGD on GPUs; on the short CPU schedules AdamW, because SGD with momentum 0.99 spends the first
     half of a thousand steps on predicting background. Primus: AdamW as in arXiv 2503.01835, on the short CPU schedules
-    with a higher rate, for the same reason. On GPUs a plan that fits a checkpoint (``is_like``) leaves the rate
-    of fine-tuning open: from a checkpoint it is the published tenth (ResEnc) or third (Primus) of that from scratch,
-    and scratch on the same plan is a fair baseline. Short CPU schedules need the full rate to get anywhere.
+    with a higher rate, for the same reason. On GPUs the rate of fine-tuning is left open: from a checkpoint it is the
+    published tenth (ResEnc) or third (Primus) of that from scratch, and scratch on the same plan is a fair baseline.
+    Short CPU schedules need the full rate to get anywhere.
     """
     is_primus = network == "primus"
     optimizer: Literal["sgd", "adamw"] = "adamw" if is_primus or is_cpu else "sgd"
-    rate, decay, clip = PUBLISHED_RATES[network][0], *((5e-2, 1.0) if is_primus else (3e-5, 12.0))
+    rate, decay, clip = PUBLISHED_RATES[network, optimizer][0], *((5e-2, 1.0) if is_primus else (3e-5, 12.0))
     if is_cpu:
         rate, decay = 1e-3, (decay if is_primus else 1e-2)
     epochs, iterations, validation = (20, 50, 5) if is_cpu else (1000, 250, 50)
@@ -196,7 +194,7 @@ def settings_for(
         epochs=epochs,
         iterations_per_epoch=iterations,
         validation_iterations=validation,
-        learning_rate=None if is_like and not is_cpu else rate,
+        learning_rate=rate if is_cpu else None,
         optimizer=optimizer,
         weight_decay=decay,
         gradient_clip=clip,

@@ -225,7 +225,7 @@ class MFMPlanner(ResEncUNetPlanner):
         configurations = plans["configurations"]
         main = configurations["3d_fullres" if "3d_fullres" in configurations else next(iter(configurations))]
         is_cpu = self.memory_gb is None
-        pretrain, finetune = derive.settings_for(self.network, is_cpu, main["batch_size"], self.source is not None)
+        pretrain, finetune = derive.settings_for(self.network, is_cpu, main["batch_size"])
         return MFMBlock(pretrain, finetune, self.source.entry if self.source else None, network=self.network)
 
     def _merge(self, plans: dict[str, Any]) -> None:

@@ -16,8 +16,13 @@ from mfm_nnunet.errors import MFMError, nearest
 
 FORMAT = 1
 """Version of the plan block and of the checkpoint's ``mfm`` key."""
-PUBLISHED_RATES = {"resenc": (1e-2, 1e-3), "primus": (3e-4, 1e-4)}
-"""Peak learning rates from scratch (nnU-Net's; arXiv 2503.01835) and from a checkpoint (arXiv 2412.17041)."""
+PUBLISHED_RATES = {
+    ("resenc", "sgd"): (1e-2, 1e-3),
+    ("resenc", "adamw"): (3e-4, 1e-4),
+    ("primus", "adamw"): (3e-4, 1e-4),
+}
+"""Peak learning rates from scratch and from a checkpoint, by network and optimizer (nnU-Net's; arXiv 2503.01835,
+2412.17041)."""
 
 Settings = TypeVar("Settings")
 
@@ -79,8 +84,8 @@ class FinetuneSettings:
     epochs: int = 1000
     iterations_per_epoch: int = 250
     validation_iterations: int = 50
-    learning_rate: float | None = 1e-2
-    """None: the published rate of this network and start, see ``PUBLISHED_RATES``."""
+    learning_rate: float | None = None
+    """None: the published rate of this network, optimizer and start, see ``PUBLISHED_RATES``."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 3e-5
     warmup_epochs: int | None = None
@@ -162,10 +167,19 @@ def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
 
 
 def resolved_learning_rate(settings: FinetuneSettings, network: str) -> float:
-    """The rate of a run with these settings; ``checkpoint`` tells whether it starts from one."""
+    """The rate of a run with these settings; ``checkpoint`` tells whether it starts from one.
+
+    Raises MFMError (E_CONFIG) when it is open and none was published.
+    """
     if settings.learning_rate is not None:
         return settings.learning_rate
-    scratch, pretrained = PUBLISHED_RATES[network]
+    if (network, settings.optimizer) not in PUBLISHED_RATES:
+        raise MFMError(
+            "E_CONFIG",
+            f"finetune.optimizer={settings.optimizer}: no learning rate was published for {network} with it. Set "
+            "finetune.learning_rate, or use another optimizer.",
+        )
+    scratch, pretrained = PUBLISHED_RATES[network, settings.optimizer]
     return scratch if settings.checkpoint is None else pretrained
 
 

@@ -203,8 +203,8 @@ def _memory(memory: MemoryEstimate, half: bool) -> Decision:
     )
 
 
-def _open_rate(network: str) -> str:
-    scratch, pretrained = PUBLISHED_RATES[network]
+def _open_rate(network: str, optimizer: str) -> str:
+    scratch, pretrained = PUBLISHED_RATES[network, optimizer]
     return f"{pretrained:g} from a checkpoint, {scratch:g} from scratch"
 
 
@@ -218,7 +218,9 @@ def _schedules(block: MFMBlock, why: Circumstances) -> list[Decision]:
         steps = f"{settings.epochs} epochs of {settings.iterations_per_epoch}"
         warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
         rate = settings.learning_rate
-        value = f"{settings.optimizer} " + (f"{rate:g}" if rate is not None else _open_rate(block.network))
+        value = f"{settings.optimizer} " + (
+            f"{rate:g}" if rate is not None else _open_rate(block.network, settings.optimizer)
+        )
         reason = f"{family}: weight decay {settings.weight_decay:g}, clip {settings.gradient_clip:g}"
         decisions += [
             Decision(name, steps, f"{length}; {warmup} epochs of warm-up; change it with --set"),

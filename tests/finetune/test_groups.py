@@ -290,12 +290,15 @@ def test_what_was_open_is_printed_with_its_reason_and_saved(
     assert "parameters are trained (100.0%)" in log.read_text()
 
 
-@pytest.mark.parametrize(("network", "scratch", "pretrained"), [("resenc", 1e-2, 1e-3), ("primus", 3e-4, 1e-4)])
+@pytest.mark.parametrize(
+    ("network", "optimizer", "scratch", "pretrained"),
+    [("resenc", "sgd", 1e-2, 1e-3), ("resenc", "adamw", 3e-4, 1e-4), ("primus", "adamw", 3e-4, 1e-4)],
+)
 def test_an_open_learning_rate_is_that_of_the_start(
-    here: Workspace, network: Any, scratch: float, pretrained: float
+    here: Workspace, network: Any, optimizer: Any, scratch: float, pretrained: float
 ) -> None:
     """Scratch on a plan that was made for a checkpoint is a fair baseline."""
-    block = MFMBlock(network=network, finetune=FinetuneSettings(learning_rate=None))
+    block = MFMBlock(network=network, finetune=FinetuneSettings(optimizer=optimizer))
     about = {"name": "a.pth", "sha256": "00", "pretext": "mae"}
     assert resolve(block, (), None).finetune.learning_rate == scratch
     resolved = resolve(block, (), about)
@@ -303,3 +306,22 @@ def test_an_open_learning_rate_is_that_of_the_start(
     assert resolve(resolved, (), None).finetune.learning_rate == pretrained  # continued
     assert resolve(block, ("finetune.learning_rate=0.5",), about).finetune.learning_rate == 0.5
     assert make_trainer(block=block).initial_lr == scratch  # by stock's command, which resolves nothing
+
+
+def test_an_open_learning_rate_that_nobody_published_is_refused() -> None:
+    block = MFMBlock(network="primus", finetune=FinetuneSettings(optimizer="sgd"))
+    refused("E_CONFIG", "Set finetune.learning_rate", lambda: resolve(block, (), None))
+    assert resolve(block, ("finetune.learning_rate=0.1",), None).finetune.learning_rate == 0.1
+
+
+def test_from_a_checkpoint_a_plan_that_is_not_like_it_has_the_rate_for_it_too(here: Workspace, tmp_path: Path) -> None:
+    """A stock plan, or the dataset's own: neither says a rate."""
+    (here.preprocessed / tiny.NAME / "stockPlans.json").write_text(json.dumps(tiny.plans("stockPlans")))
+    short = (
+        "finetune.epochs=1",
+        "finetune.iterations_per_epoch=1",
+        "finetune.validation_iterations=1",
+        "num_workers=0",
+    )
+    folder = run(here, plans_name="stockPlans", overrides=short, pretrained_weights=pretrained_file(tmp_path))
+    assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["learning_rate"] == 1e-3
