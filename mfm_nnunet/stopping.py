@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from mfm_nnunet.errors import StoppedError
+
 _HANDLED = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 
 
@@ -22,13 +24,25 @@ class StopFlag:
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self._since = 0.0
+        self._message_at_once: str | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler."""
+        if self._message_at_once is not None:
+            raise StoppedError(128 + number, self._message_at_once)
         if self.exit_code is None:
             self.exit_code, self._since = 128 + number, time.monotonic()
         elif time.monotonic() - self._since > SAME_STOP_SECONDS:
             raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def at_once(self, message: str) -> Iterator[None]:
+        """Inside, a signal raises StoppedError with ``message``: for long work of others, who look at no flag."""
+        self._message_at_once = message
+        try:
+            yield
+        finally:
+            self._message_at_once = None
 
 
 @contextlib.contextmanager

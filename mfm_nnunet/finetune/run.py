@@ -38,6 +38,7 @@ from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plans.schema import MFMBlock, block_of, to_dict
 from mfm_nnunet.stopping import stop_on_signal
 from mfm_nnunet.workspace import Workspace, num_cores
@@ -120,6 +121,8 @@ def run_training(
         block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, num_cases)
         groups.require_fitting(block.finetune, network, num_gpus > 1)
         groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
+        if not only_validate:
+            require_scaled_fp16(block.finetune.precision, used)
         _require_a_crop_each(block, plans, configuration, num_gpus)
         if start_from is None:
             run_settings.save(folder, block, plans)

@@ -29,7 +29,7 @@ from mfm_nnunet.finetune.pretrained import transfer_from, untrained_names
 from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, epoch_in_words, in_words
 from mfm_nnunet.finetune.splits import require_fold
 from mfm_nnunet.models.average import WeightAverage
-from mfm_nnunet.models.precision import require_sound_bf16
+from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.optim import make_optimizer
 from mfm_nnunet.plans.schema import block_of, resolved_learning_rate
@@ -37,6 +37,9 @@ from mfm_nnunet.stopping import StopFlag
 
 CUDA = torch.device("cuda")
 SECONDS_BETWEEN_PLOTS = 300.0
+SMALLEST_LOSS_SCALE = 1.0
+"""Scaling is there to make gradients larger. It begins at 2^16, is halved at each step that is skipped because its
+gradients are not finite and doubled after 2000 good ones: below this, smaller losses are no remedy."""
 
 
 class MFMTrainer(nnUNetTrainer):
@@ -73,7 +76,7 @@ class MFMTrainer(nnUNetTrainer):
         self._still: list[torch.nn.Parameter] = []
         self._trained: set[str] | None = None
         self._num_steps = 0
-        self.autocast_dtype = _autocast_dtype(self.settings.precision, self.device)
+        self.autocast_dtype = finetuning_dtype(self.settings.precision, self.device)
         if self.autocast_dtype is not torch.float16:  # only fp16 needs its losses scaled
             self.grad_scaler = None
         self._last_plot = -SECONDS_BETWEEN_PLOTS
@@ -221,8 +224,9 @@ class MFMTrainer(nnUNetTrainer):
         """As nnU-Net, and say what learns.
 
         Raises MFMError: E_NOT_FOUND without the fingerprint that goes into the model folder, E_CONFIG when random
-        weights would never learn.
+        weights would never learn, and for fp16 without CUDA.
         """
+        require_scaled_fp16(self.settings.precision, self.device)
         if not self.was_initialized:
             self.initialize()
         groups.require_pretrained(self.settings, self.new_weights is not None)
@@ -254,7 +258,8 @@ class MFMTrainer(nnUNetTrainer):
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
         """One gradient step, clipped as the settings say; StoppedError after it when a signal came.
 
-        Raises FloatingPointError when the loss is not finite and no loss scaling would skip the step.
+        Raises FloatingPointError when the loss is not finite, or, where loss scaling skips such steps, when too many
+        were skipped.
         """
         x_BCDHW = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
@@ -266,13 +271,11 @@ class MFMTrainer(nnUNetTrainer):
         with autocast(self.device, self.autocast_dtype):
             loss = self.loss(self.network(x_BCDHW), target)
         if self.grad_scaler is None and not torch.isfinite(loss):
-            cases = ", ".join(sorted({str(name) for name in batch.get("keys", ())}))
-            raise FloatingPointError(
-                f"the loss became {loss.item()} in epoch {self.current_epoch} before the update; the weights saved "
-                f"last are good. Cases of the batch: {cases}. Check these images, or lower finetune.learning_rate "
-                f"({self.initial_lr})."
-            )
+            self._refuse_nonfinite(f"the loss became {loss.item()}", batch)
         self._update(loss)
+        if self.grad_scaler is not None and self.grad_scaler.get_scale() < SMALLEST_LOSS_SCALE:
+            reason = f"steps with gradients that are not finite (the last loss was {loss.item()}) were skipped until"
+            self._refuse_nonfinite(f"{reason} their scale fell below {SMALLEST_LOSS_SCALE:g}", batch)
         if self.average is not None:
             self.average.update(self._num_steps)
         self._num_steps += 1
@@ -343,11 +346,22 @@ class MFMTrainer(nnUNetTrainer):
         """In this process; cascades and several GPUs are left to nnU-Net's own way."""
         has_next_stage = self.configuration_manager.next_stage_names is not None
         if self.is_ddp or self.is_cascaded or has_next_stage:
-            super().perform_actual_validation(save_probabilities)
+            self._stop_if_asked()
+            stopped = "stopped in the final validation; the training is saved. Go on with --c."
+            at_once = self.stop_flag.at_once(stopped) if self.stop_flag is not None else contextlib.nullcontext()
+            with at_once, default_autocast_dtype(self.autocast_dtype):
+                super().perform_actual_validation(save_probabilities)
             return
         for case in validation.validate_fold(self, save_probabilities):
             self.print_to_log_file(f"validated {case}")
             self._stop_if_asked()
+
+    def _refuse_nonfinite(self, what: str, batch: Batch) -> None:
+        cases = ", ".join(sorted({str(name) for name in batch.get("keys", ())}))
+        raise FloatingPointError(
+            f"{what} in epoch {self.current_epoch} before the update; the weights saved last are good. Cases of the "
+            f"batch: {cases}. Check these images, or lower finetune.learning_rate ({self.initial_lr})."
+        )
 
     def _update(self, loss: torch.Tensor) -> None:
         """Backward, clip and step, with loss scaling where there is any."""
@@ -376,14 +390,6 @@ class MFMTrainer(nnUNetTrainer):
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
             exit_code = int(asked)
         if exit_code:
-            raise StoppedError(
-                exit_code,
-                f"stopped in epoch {self.current_epoch}; all finished epochs are saved in {self.output_folder}. "
-                "Continue with --c.",
-            )
-
-
-def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    if precision == "auto":
-        return torch.float16 if device.type == "cuda" else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+            saved = f"all finished epochs are saved in {self.output_folder}. Continue with --c."
+            left = saved if self.current_epoch else "no epoch was finished, so nothing is saved. Start it again."
+            raise StoppedError(exit_code, f"stopped in epoch {self.current_epoch}; {left}")

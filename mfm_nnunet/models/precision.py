@@ -1,4 +1,4 @@
-"""Where bf16 must not be used: one fault of torch that would train garbage without a word."""
+"""What fine-tuning computes in, and where half precision must not be used: it would train garbage without a word."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ import torch
 from torch import nn
 
 from mfm_nnunet.errors import MFMError
+
+
+def finetuning_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What ``finetune.precision`` computes in, None for float32; auto is nnU-Net's, and fp16 is for CUDA alone."""
+    if precision in ("auto", "fp16"):
+        return torch.float16 if device.type == "cuda" else None
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def require_scaled_fp16(precision: str, device: torch.device) -> None:
+    """Raise MFMError (E_CONFIG) for training in fp16 where nnU-Net does not scale the losses, which fp16 needs."""
+    if precision == "fp16" and device.type != "cuda":
+        raise MFMError(
+            "E_CONFIG",
+            f"finetune.precision=fp16: only for CUDA GPUs, this is {device.type}. Use finetune.precision=bf16 or fp32.",
+        )
 
 
 def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: torch.device, setting: str) -> None:

@@ -30,6 +30,8 @@ SAWTOOTH = (
     *("finetune.iterations_per_epoch=1", "finetune.validation_iterations=1", "num_workers=0"),
 )
 STEM = "encoder.stem.convs.0.conv.weight"
+VALIDATION = MFMTrainer.perform_actual_validation
+"""Other tests here end without it."""
 WITHOUT_LOSS = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
 """nnU-Net gives the coarsest output of deep supervision a weight of zero, so its layer never learns."""
 
@@ -351,15 +353,18 @@ def test_compiled_code_notices_that_the_encoder_learns_from_now_on(here: Workspa
     assert not torch.equal(stems[2], stems[3])
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_validation_while_training_computes_as_training_does(
-    here: Workspace, monkeypatch: pytest.MonkeyPatch, precision: Any, dtype: torch.dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("step", ["validation_step", "perform_actual_validation"])
+def test_validation_by_nnunet_computes_as_training_does(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, step: str
 ) -> None:
     seen = []
-    stock = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer.validation_step"
+    stock = f"nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer.{step}"
     monkeypatch.setattr(stock, lambda *_: seen.append(torch.get_autocast_dtype("cuda")))
-    trainer = make_trainer(block=MFMBlock(finetune=FinetuneSettings(precision=precision)))
-    trainer.validation_step({})
+    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", VALIDATION)
+    trainer = make_trainer()
+    trainer.is_cascaded, trainer.autocast_dtype = True, dtype
+    getattr(trainer, step)({})
     assert (seen, torch.get_autocast_dtype("cuda")) == ([dtype], torch.float16)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,9 @@ from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.finetune.loading import SeededBatches, batches, nnunet_loaders, seed_of
 from mfm_nnunet.finetune.run import run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
+from mfm_nnunet.stopping import StopFlag, stop_on_signal
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.architectures import resenc
 from tests.finetune import tiny
@@ -190,6 +193,35 @@ def test_a_nonfinite_loss_is_refused_before_the_update(here: Workspace) -> None:
     with pytest.raises(FloatingPointError, match=r"Cases of the batch: subject-\d"):
         trainer.train_step(batch)
     assert torch.equal(before, next(trainer.network.parameters()))
+
+
+def test_scaled_losses_that_stay_nonfinite_end_the_training(here: Workspace) -> None:
+    """As on GPUs, where nnU-Net's scaler skips such steps, for ever if need be."""
+    trainer = make_trainer()
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    before = next(trainer.network.parameters()).detach().clone()
+    batch = next(trainer.get_dataloaders()[0])
+    good = batch["data"].clone()
+    batch["data"][:] = float("nan")
+    for _ in range(16):
+        trainer.train_step(batch)
+    with pytest.raises(FloatingPointError, match=r"scale fell below 1 .*Cases of the batch: subject-\d"):
+        trainer.train_step(batch)
+    assert torch.equal(before, next(trainer.network.parameters()))
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.train_step({**batch, "data": good})
+    assert not torch.equal(before, next(trainer.network.parameters()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_fp16_is_refused_where_losses_are_not_scaled(here: Workspace, device: str) -> None:
+    refused("E_CONFIG", f"this is {device}", lambda: require_scaled_fp16("fp16", torch.device(device)))
+    refused("E_CONFIG", "precision=bf16", lambda: train(here, overrides=("finetune.precision=fp16",)))
+    assert not list(here.results.rglob("*"))
+    trainer = make_trainer(block=MFMBlock(finetune=dataclasses.replace(tiny.FINETUNE, precision="fp16")))
+    refused("E_CONFIG", "only for CUDA", trainer.on_train_start)  # by stock's command
+    require_scaled_fp16("fp16", torch.device("cuda"))
 
 
 # Transfer
@@ -531,6 +563,42 @@ def test_a_signal_stops_after_the_step(
     (latest,) = here.results.rglob("checkpoint_latest.pth")
     assert checkpoint.load(latest)["current_epoch"] == 1
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("epoch", "advice"), [(0, "Start it again."), (1, "Continue with --c.")])
+def test_a_stopped_run_says_how_it_goes_on(here: Workspace, epoch: int, advice: str) -> None:
+    trainer = make_trainer()
+    trainer.current_epoch, trainer.stop_flag = epoch, StopFlag()
+    trainer.stop_flag.exit_code = 143
+    with pytest.raises(StoppedError, match=re.escape(advice)):
+        trainer._stop_if_asked()
+
+
+def test_a_signal_stops_a_validation_by_nnunet_too(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of cascades, of stages before one and of several GPUs, which does not look at the flag."""
+    finished = []
+
+    def predicting(self: nnUNetTrainer, save_probabilities: bool = False) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):  # handlers run between two instructions
+            finished.append(0)
+
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", predicting)
+    trainer = make_trainer()
+    trainer.is_cascaded = True
+    with stop_on_signal() as flag:
+        trainer.stop_flag = flag
+        with pytest.raises(StoppedError, match="final validation") as caught:
+            trainer.perform_actual_validation()
+        assert (caught.value.exit_code, flag.exit_code) == (128 + signal.SIGTERM, None)
+        assert len(finished) < 100
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.exit_code == 128 + signal.SIGTERM  # afterwards it is a flag again
+        finished.clear()
+        trainer.current_epoch = 3
+        with pytest.raises(StoppedError, match="Continue"):
+            trainer.perform_actual_validation()
+        assert not finished
 
 
 def test_other_peoples_trainers_work_with_our_transfer(
