@@ -32,7 +32,7 @@ class Group:
 def groups_of(network: nn.Module, settings: FinetuneSettings, new: Collection[str] | None) -> list[Group]:
     """The groups of all parameters that ever learn, each parameter once, the fastest group first.
 
-    ``network`` is without wrappers; ``new`` names what did not come from a checkpoint as it is, None from scratch.
+    ``network`` is without wrappers; ``new`` names what learns first (:func:`first_names`), None from scratch.
     """
     is_two_phased = settings.schedule == "sawtooth" and new is not None
     # A stem that was adapted to other channels is new to them: still, it could not tell them apart.
@@ -54,6 +54,16 @@ def trained_names(network: nn.Module, train: str) -> set[str]:
     if train == "head":
         return head_names(network)
     return (names - encoder_names(network)) | lora.adapter_names(network)
+
+
+def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[str]) -> set[str]:
+    """What does not wait for a sawtooth's second phase: what a checkpoint did not train, and all but the encoder.
+
+    Without a sawtooth just ``untrained``.
+    """
+    if settings.schedule != "sawtooth":
+        return untrained
+    return untrained | {name for name, _ in network.named_parameters()} - encoder_names(network)
 
 
 def layer_scale(name: str, network: nn.Module, decay: float) -> float:

@@ -1,7 +1,7 @@
 """The learning rate of fine-tuning as pure functions of the epoch, so checkpoints and resuming need no schedule state.
 
 ``warmup`` has one phase: linear warm-up, then polynomial decay. ``sawtooth`` (arXiv 2410.23132) puts a first phase in
-front, which rises for its first half and decays in its second, and in which transferred weights are still.
+front, which rises for its first half and decays in its second, and in which the transferred encoder is still.
 """
 
 from __future__ import annotations

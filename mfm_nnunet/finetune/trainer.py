@@ -51,7 +51,10 @@ class MFMTrainer(nnUNetTrainer):
     pretrained_checkpoint: Path | None = None
     stop_flag: StopFlag | None = None
     new_weights: Collection[str] | None = None
-    """Names of the parameters that did not come from a checkpoint; None from scratch."""
+    """Names of the parameters that learn first (:func:`groups.first_names`); None from scratch.
+
+    It is saved, so a run goes on with those that it began with.
+    """
     average: WeightAverage | None = None
     """The averaged weights, where they are validated and shipped."""
     _best_ema: float | None
@@ -132,7 +135,7 @@ class MFMTrainer(nnUNetTrainer):
         return self.settings.compile and super()._do_i_compile()
 
     def _transfer(self) -> set[str]:
-        """Move the pretrained weights into the network and report it; names of what is new."""
+        """Move the pretrained weights into the network and report it; names of what learns first."""
         assert self.pretrained_checkpoint is not None, "there is a checkpoint"
         parts = "all_but_heads" if self.settings.parts == "auto" else self.settings.parts
         folder, topology = Path(self.output_folder), self.settings.transfer
@@ -141,12 +144,12 @@ class MFMTrainer(nnUNetTrainer):
         self.print_to_log_file(f"weights from {self.pretrained_checkpoint.name}:\n{report.summary()}")
         self.print_to_log_file(report.details(), also_print_to_console=False)
         groups.require_no_random_rest(self.settings, unwrapped(self.network), [entry.name for entry in report.new])
-        return untrained_names(report, self.network)
+        return groups.first_names(unwrapped(self.network), self.settings, untrained_names(report, self.network))
 
     def prepare(self, new_weights: Collection[str] | None) -> None:
         """Make what depends on where the weights came from: optimizer, schedule, average; before the first step.
 
-        ``new_weights`` names the parameters that did not come from a checkpoint; None from scratch.
+        ``new_weights`` names the parameters that learn first (:func:`groups.first_names`); None from scratch.
         """
         self.new_weights = new_weights
         self.optimizer, self.lr_scheduler = self.configure_optimizers()

@@ -96,8 +96,8 @@ class FinetuneSettings:
     deep_supervision: bool = True
     """Ignored, and reported as off, for networks without a decoder pyramid (Primus)."""
     schedule: Literal["warmup", "sawtooth"] = "warmup"
-    """warmup: the whole network from the start. sawtooth: first only what did not come from the checkpoint, then all
-    (arXiv 2410.23132); where nothing came from one, the plain warm-up."""
+    """warmup: the whole network from the start. sawtooth: first all but the encoder that came from the checkpoint, then
+    all (arXiv 2410.23132); where nothing came from one, the plain warm-up."""
     decoder_epochs: int | None = None
     """sawtooth: epochs of its first phase. None: 5 % of the epochs from 300 epochs on, else 10 %, at least 2."""
     train: Literal["all", "decoder", "head", "lora"] = "all"
