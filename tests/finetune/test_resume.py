@@ -108,8 +108,10 @@ def test_killed_in_the_middle_of_an_epoch(here: Workspace, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stop_at", [3, 6])
-def test_random_layers_and_adamw(here: Workspace, monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
-    settings = (*SETTINGS, "finetune.optimizer=adamw", "finetune.learning_rate=1e-3")
+def test_random_layers_and_adamw_within_the_warm_up(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    settings = (*SETTINGS, "finetune.optimizer=adamw", "finetune.learning_rate=1e-3", "finetune.warmup_epochs=3")
     wanted = unbroken(here, "primus", settings)
     update, calls = MFMTrainer._update, []
 
