@@ -281,8 +281,8 @@ def trainer(workspace: Path) -> nnUNetTrainer:
 
 OWN = {
     "autocast_dtype", "average", "averaged", "block", "new_weights", "prepare", "pretrained_checkpoint", "settings",
-    "stop_flag", "_drop_gradients_of_the_still", "_last_plot", "_num_steps", "_refuse_nonfinite", "_still",
-    "_stop_if_asked", "_trained", "_transfer", "_update", "_validate",
+    "stop_flag", "_drop_gradients_of_the_still", "_first_weight", "_last_plot", "_num_steps", "_refuse_nonfinite",
+    "_still", "_stop_if_asked", "_trained", "_transfer", "_update", "_validate",
 }  # fmt: skip
 """What MFMTrainer adds. Everything else that it uses, or sets, must be stock's, or setting it would do nothing."""
 
@@ -347,7 +347,8 @@ def test_network_is_built_from_the_plan_by_a_static_method(monkeypatch: pytest.M
         assert isinstance(vars(trainer)["build_network_architecture"], staticmethod)
         assert parameters(trainer.build_network_architecture) == names.split()
     monkeypatch.setattr(nnUNetTrainer, "build_network_architecture", lambda *arguments: arguments)
-    assert MFMTrainer.build_network_architecture(1, 2, 3, 4, False) == (1, 2, 3, 4, False)  # type: ignore[arg-type]
+    manager = ConfigurationManager(tiny.configuration(tiny.resenc()))
+    assert MFMTrainer.build_network_architecture(1, manager, 3, 4, False) == (1, manager, 3, 4, False)  # type: ignore[arg-type]
 
 
 def test_block_survives_the_views_of_a_plan(workspace: Path) -> None:

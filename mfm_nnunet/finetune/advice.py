@@ -35,6 +35,13 @@ def advised(family: Family, num_cases: int, pretext: str | None, has_decoder: bo
     return [_parts(pretext, has_decoder), _layer_decay(family, num_cases)]
 
 
+def as_begun(settings: FinetuneSettings) -> list[Advice]:
+    """What a continued run leaves open again is as it was resolved when the run began: ``settings`` are those."""
+    names = ("learning_rate", "warmup_epochs", "decoder_epochs", "layer_decay", "parts")
+    values = {name: getattr(settings, name) for name in names}
+    return [Advice(name, value, "as this run began") for name, value in values.items() if value not in (None, "auto")]
+
+
 def applied(settings: FinetuneSettings, advice: list[Advice]) -> tuple[FinetuneSettings, list[Advice]]:
     """The settings with the advice on what they leave open, and the part of the advice that was taken."""
     taken = [item for item in advice if getattr(settings, item.name) in (None, "auto")]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from mfm_nnunet.checkpoint import atomic_write
@@ -85,6 +86,11 @@ def transfer(
         )
     others = tuple(Entry(name, tensor.numel(), "not in this network") for name, tensor in reading.others.items())
     return reading, dataclasses.replace(report, ignored=(*report.ignored, *others))
+
+
+def image_channels(trainer: nnUNetTrainer) -> int | None:
+    """The image channels of a trainer whose network also takes the labels of a previous stage; else None."""
+    return len(trainer.configuration_manager.normalization_schemes) if trainer.is_cascaded else None
 
 
 def _num_images(configuration: Mapping[str, Any]) -> int | None:

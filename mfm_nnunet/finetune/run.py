@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
@@ -24,7 +25,7 @@ from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
-from mfm_nnunet.finetune.advice import Family, advised
+from mfm_nnunet.finetune.advice import Family, advised, as_begun
 from mfm_nnunet.finetune.checks import (
     check_data,
     check_previous_stage,
@@ -33,21 +34,25 @@ from mfm_nnunet.finetune.checks import (
     fold_value,
     read_dataset_json,
 )
-from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_from
+from mfm_nnunet.finetune.pretrained import describe, has_decoder, image_channels, transfer_from
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.json_files import read_plans
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.build import build_network, check_architecture
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plans.schema import MFMBlock, block_of, to_dict
-from mfm_nnunet.stopping import stop_on_signal
+from mfm_nnunet.stopping import StopFlag, stop_on_signal
 from mfm_nnunet.workspace import Workspace, num_cores
 
 logger = logging.getLogger(__name__)
 
 _LESS_MEMORY = (
-    "Plan with a smaller --memory-gb (where the plan is like a checkpoint: --set finetune.batch_size=1), or end what "
-    "else uses the device."
+    "End what else uses the device, or train with less: plan with a smaller --memory-gb (where the plan is like a "
+    "checkpoint: --set finetune.batch_size=1). Once an epoch is saved, --c goes on with the same plan and settings "
+    "only: for others move the fold's folder away first."
+)
+_LESS_MEMORY_TO_VALIDATE = (
+    "The training is finished and saved. Validate it with --val, when nothing else uses the device or with -device cpu."
 )
 
 
@@ -107,6 +112,10 @@ def run_training(
     check_previous_stage(plans, configuration, results, found.__name__)
     folder = results / f"{found.__name__}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
     start_from = checkpoint_to_start_from(folder, continue_training, only_validate)
+    if num_gpus > 1 and device not in ("auto", "cuda"):
+        raise MFMError(
+            "E_CONFIG", f"-num_gpus {num_gpus}: these are the first GPUs that are seen, not -device {device}."
+        )
     used = pick_device("cuda" if num_gpus > 1 else device)
     if used.index:
         raise MFMError(
@@ -119,6 +128,7 @@ def run_training(
         with about(plans_file):
             network = _checked_network(plans, configuration)
         block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, num_cases)
+        run_settings.require_effect(overrides, block.finetune)
         groups.require_fitting(block.finetune, network, num_gpus > 1)
         groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
         if not only_validate:
@@ -129,6 +139,9 @@ def run_training(
         logger.info("run folder: %s", folder)
         logger.info("settings:\n%s", run_settings.format_settings(block))
         plans = {**plans, "mfm": to_dict(block)}
+    else:
+        with about(plans_file):
+            _require_known_architecture(plans, configuration)
     job = Job(
         trainer, plans, configuration, fold, dataset_json, folder,
         str(used), None if start_from else pretrained_weights, start_from, only_validate, save_probabilities,
@@ -148,25 +161,39 @@ def execute(job: Job) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     # Trainers of others do not look at the flag, so for them signals keep their usual effect.
-    with (
-        _threads(device),
-        stop_on_signal() if is_ours else contextlib.nullcontext() as flag,
-        out_of_memory_is_an_error(_LESS_MEMORY),
-    ):
-        plans = {**job.plans, "continue_training": job.start_from is not None}
-        trainer = found(plans, job.configuration, job.fold, job.dataset_json, device)
-        if isinstance(trainer, MFMTrainer):
-            trainer.stop_flag = flag
-            trainer.pretrained_checkpoint = job.pretrained_weights
-        elif job.pretrained_weights is not None:
-            trainer.initialize()
-            report = transfer_from(job.pretrained_weights, trainer.network, Path(trainer.output_folder))
-            trainer.print_to_log_file(f"weights from {job.pretrained_weights.name}:\n{report.summary()}")
-        if job.start_from is not None:
-            trainer.load_checkpoint(str(job.start_from))
-        if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
-            trainer.run_training()
-        trainer.perform_actual_validation(job.save_probabilities)
+    with _threads(device), stop_on_signal() if is_ours else contextlib.nullcontext() as flag:
+        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE if job.only_validate else _LESS_MEMORY):
+            trainer = _trained(job, found, device, flag)
+        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):
+            trainer.perform_actual_validation(job.save_probabilities)
+
+
+def _trained(
+    job: Job, trainer_class: type[nnUNetTrainer], device: torch.device, flag: StopFlag | None
+) -> nnUNetTrainer:
+    """The trainer of a job when its last epoch is done."""
+    plans = {**job.plans, "continue_training": job.start_from is not None}
+    trainer = trainer_class(plans, job.configuration, job.fold, job.dataset_json, device)
+    if isinstance(trainer, MFMTrainer):
+        trainer.stop_flag = flag
+        trainer.pretrained_checkpoint = job.pretrained_weights
+    elif job.pretrained_weights is not None:
+        trainer.initialize()
+        folder, images = Path(trainer.output_folder), image_channels(trainer)
+        report = transfer_from(job.pretrained_weights, trainer.network, folder, images=images)
+        trainer.print_to_log_file(f"weights from {job.pretrained_weights.name}:\n{report.summary()}")
+    if job.start_from is not None:
+        trainer.load_checkpoint(str(job.start_from))
+    if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
+        trainer.run_training()
+    return trainer
+
+
+def _require_known_architecture(plans: dict[str, Any], configuration: str) -> None:
+    """Raise MFMError (E_MODEL_UNSAFE) when trainers of others would import what the plan names, whatever it is."""
+    manager = PlansManager(plans).get_configuration(configuration)
+    to_import = manager.network_arch_init_kwargs_req_import
+    check_architecture(manager.network_arch_class_name, manager.network_arch_init_kwargs, to_import)
 
 
 def _checked_network(plans: dict[str, Any], configuration: str) -> nn.Module:
@@ -194,12 +221,16 @@ def _settings(
         source = read_checkpoint(pretrained_weights)
         about = describe(pretrained_weights, source)
         family: Family = "primus" if hasattr(network, "eva") else "resenc"
-        advice = advised(family, num_cases, about["pretext"], has_decoder(source, network))
+        advice = (
+            [] if start_from is not None else advised(family, num_cases, about["pretext"], has_decoder(source, network))
+        )
     saved = run_settings.load(folder, plans) if start_from is not None else None
     base = saved or block_of(plans)
     if start_from is None:
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))
-    block = run_settings.resolve(base, overrides, about, advice if start_from is None else ())
+    if saved is not None:
+        advice = as_begun(saved.finetune)
+    block = run_settings.resolve(base, overrides, about, advice)
     if saved is not None:
         # Settings that are younger than the run are resolved on both sides.
         run_settings.require_same(run_settings.resolve(saved, (), None), block, folder)

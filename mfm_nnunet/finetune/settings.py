@@ -15,6 +15,7 @@ from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.finetune.advice import Advice, applied
 from mfm_nnunet.json_files import read_json
 from mfm_nnunet.plans.schema import (
+    FinetuneSettings,
     MFMBlock,
     from_dict,
     override,
@@ -66,6 +67,24 @@ def resolve(
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,
     )
     return dataclasses.replace(block, finetune=settings)
+
+
+def require_effect(overrides: Sequence[str], settings: FinetuneSettings) -> None:
+    """Raise MFMError (E_CONFIG) for a setting of adapters that was given to a run without any.
+
+    What only a checkpoint gives an effect is said, not refused: a baseline from scratch is given the same settings.
+    """
+    given = {assignment.partition("=")[0].strip().removeprefix("finetune.") for assignment in overrides}
+    for name in sorted(given & {"lora_rank", "lora_alpha"}):
+        if settings.train != "lora":
+            raise MFMError(
+                "E_CONFIG",
+                f"finetune.{name}={getattr(settings, name)}: only finetune.train=lora has adapters; set that, or leave "
+                "this out.",
+            )
+    for name in sorted(given & {"parts", "transfer"}):
+        if settings.checkpoint is None:
+            logger.info("finetune.%s has no effect: this run starts from scratch", name)
 
 
 def save(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:

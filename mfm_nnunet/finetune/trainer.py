@@ -25,10 +25,11 @@ from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
 from mfm_nnunet.finetune.preprocessed import forget_cases, preprocessed_cases, require_fingerprint, shareable
-from mfm_nnunet.finetune.pretrained import transfer_from, untrained_names
+from mfm_nnunet.finetune.pretrained import image_channels, transfer_from, untrained_names
 from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, epoch_in_words, in_words
 from mfm_nnunet.finetune.splits import require_fold
 from mfm_nnunet.models.average import WeightAverage
+from mfm_nnunet.models.build import knows_deep_supervision
 from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.optim import make_optimizer
@@ -110,6 +111,7 @@ class MFMTrainer(nnUNetTrainer):
             seed_everything(seed_of(self.block.seed, "adapters", 0))
             lora.add_adapters(network, self.settings.lora_rank, self.settings.lora_alpha)
         self.prepare(new)
+        self._first_weight = next(network.parameters()).detach().clone()
 
     @staticmethod
     def build_network_architecture(
@@ -123,8 +125,11 @@ class MFMTrainer(nnUNetTrainer):
 
         DistributedDataParallel would wait for their gradients.
         """
+        pyramid: Any = enable_deep_supervision
+        if not knows_deep_supervision(configuration_manager.network_arch_class_name):
+            pyramid = None  # which nnU-Net's factory does not pass on
         network = nnUNetTrainer.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, pyramid
         )
         decoder = getattr(network, "decoder", None)
         if decoder is not None and not getattr(decoder, "deep_supervision", True):
@@ -139,8 +144,8 @@ class MFMTrainer(nnUNetTrainer):
         assert self.pretrained_checkpoint is not None, "there is a checkpoint"
         parts = "all_but_heads" if self.settings.parts == "auto" else self.settings.parts
         folder, topology = Path(self.output_folder), self.settings.transfer
-        images = len(self.configuration_manager.normalization_schemes) if self.is_cascaded else None
-        report = transfer_from(self.pretrained_checkpoint, self.network, folder, parts, topology, images)
+        file, images = self.pretrained_checkpoint, image_channels(self)
+        report = transfer_from(file, self.network, folder, parts, topology, images)
         self.print_to_log_file(f"weights from {self.pretrained_checkpoint.name}:\n{report.summary()}")
         self.print_to_log_file(report.details(), also_print_to_console=False)
         groups.require_no_random_rest(self.settings, unwrapped(self.network), [entry.name for entry in report.new])
@@ -235,6 +240,13 @@ class MFMTrainer(nnUNetTrainer):
         groups.require_pretrained(self.settings, self.new_weights is not None)
         require_fingerprint(Path(self.preprocessed_dataset_folder_base))
         super().on_train_start()
+        is_new_scratch = self.new_weights is None and self.current_epoch == 0
+        if is_new_scratch and not torch.equal(next(self.network.parameters()), self._first_weight):
+            self.print_to_log_file(
+                "WARNING: something else put weights into the network, e.g. nnUNetv2_train -pretrained_weights. To "
+                f"this run they are random ones: the learning rate is that from scratch ({self.initial_lr:g}), and no "
+                "transfer is reported. Use mfm_train -pretrained_weights."
+            )
         for line in in_words(self.lr_scheduler, self.settings, unwrapped(self.network)):
             self.print_to_log_file(line)
         if self.is_ddp:

@@ -53,7 +53,6 @@ def build_network(
     name, kwargs = manager.network_arch_class_name, manager.network_arch_init_kwargs
     check_architecture(name, kwargs, manager.network_arch_init_kwargs_req_import)
     _require_fitting_patch(kwargs, manager.patch_size, configuration)
-    knows_deep_supervision = f"{_DNA}.architectures.primus." not in name
     try:
         return get_network_from_plans(
             name,
@@ -61,7 +60,7 @@ def build_network(
             manager.network_arch_init_kwargs_req_import,
             num_inputs,
             num_outputs,
-            deep_supervision=deep_supervision if knows_deep_supervision else None,
+            deep_supervision=deep_supervision if knows_deep_supervision(name) else None,
         )
     except (TypeError, ValueError, LookupError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -70,6 +69,11 @@ def build_network(
             f"the plan's network for {configuration} cannot be built: {reason}. Undo the change of the plan, or plan "
             "again.",
         ) from error
+
+
+def knows_deep_supervision(class_name: str) -> bool:
+    """Whether a network of NETWORKS can be told of deep supervision when it is built: all but DNA's own Primus."""
+    return f"{_DNA}.architectures.primus." not in class_name
 
 
 def _require_fitting_patch(kwargs: Mapping[str, Any], patch_size: Sequence[int], configuration: str) -> None:

@@ -16,7 +16,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune import advice, groups
 from mfm_nnunet.finetune.loading import nnunet_loaders, seeded
 from mfm_nnunet.finetune.run import run_training
-from mfm_nnunet.finetune.settings import resolve
+from mfm_nnunet.finetune.settings import require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.build import encoder_names, head_names
 from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
@@ -154,6 +154,7 @@ def test_what_is_frozen_never_moves(here: Workspace, tmp_path: Path, train: str,
         ("primus", ("finetune.train=lora",), "-pretrained_weights"),
         ("3d_fullres", ("finetune.train=decoder",), "the encoder would stay random"),
         ("3d_fullres", ("finetune.train=head",), "-pretrained_weights"),
+        ("primus", ("finetune.lora_rank=4",), "only finetune.train=lora has adapters"),
         ("3d_fullres", ("finetune.schedule=zigzag",), "legal values are warmup, sawtooth"),
     ],
 )
@@ -246,6 +247,16 @@ def test_a_batch_of_one_crop_sees_foreground_by_chance(here: Workspace) -> None:
     assert [nnunet_loaders(pair)[0].get_do_oversample(index) for index in (0, 1)] == [False, True]  # as nnU-Net's
 
 
+def test_what_only_a_checkpoint_gives_an_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    given, about = ("finetune.transfer=adapt", "seed=1"), {"name": "a.pth", "sha256": "00", "pretext": "mae"}
+    with caplog.at_level("INFO"):
+        require_effect(given, FinetuneSettings(transfer="adapt", checkpoint=about))
+        require_effect((), FinetuneSettings(transfer="adapt"))
+        assert not caplog.text
+        require_effect(given, FinetuneSettings(transfer="adapt"))
+    assert "finetune.transfer has no effect" in caplog.text
+
+
 # Advice
 
 
@@ -270,6 +281,17 @@ def test_advice_is_for_what_is_open_only() -> None:
     chosen = resolve(MFMBlock(), ("finetune.parts=encoder", "finetune.layer_decay=0.5"), None, given).finetune
     assert (chosen.parts, chosen.layer_decay) == ("encoder", 0.5)
     assert resolve(MFMBlock(), (), None).finetune.parts == "auto"
+
+
+def test_what_a_continued_run_leaves_open_again_is_as_it_began() -> None:
+    about = {"name": "a.pth", "sha256": "00", "pretext": "mae"}
+    command = ("finetune.parts=auto", "finetune.layer_decay=none", "finetune.learning_rate=none")
+    sawtooth = ("finetune.schedule=sawtooth", "finetune.decoder_epochs=none")
+    given = advice.advised("resenc", 9, "mae", False)
+    begun = resolve(MFMBlock(), (*command, *sawtooth), about, given)
+    assert resolve(begun, (*command, *sawtooth), about, advice.as_begun(begun.finetune)) == begun
+    other = resolve(begun, ("finetune.parts=all_but_heads",), about, advice.as_begun(begun.finetune))
+    refused("E_CONFIG", "finetune.parts was encoder, is all_but_heads", lambda: require_same(begun, other, Path()))
 
 
 def test_what_was_open_is_printed_with_its_reason_and_saved(

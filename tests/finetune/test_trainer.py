@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -30,7 +31,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.finetune.loading import SeededBatches, batches, nnunet_loaders, seed_of
-from mfm_nnunet.finetune.run import run_training
+from mfm_nnunet.finetune.run import Job, _trained, run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
@@ -243,6 +244,26 @@ def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace,
     report = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())
     assert report["checkpoint"] == "some_pretrained.pth"
     assert {entry["name"].rsplit(".", 1)[0] for entry in report["new"]} == {f"decoder.seg_layers.{i}" for i in (0, 1)}
+
+
+def test_weights_from_stocks_command_are_warned_of(here: Workspace, tmp_path: Path) -> None:
+    for file in (None, pretrained_file(tmp_path)):
+        trainer = make_trainer()
+        trainer.initialize()
+        if file is not None:
+            load_pretrained_weights(trainer.network, str(file))
+        trainer.on_train_start()
+        assert ("weights into the network" in Path(trainer.log_file).read_text()) == (file is not None)
+
+
+def test_primus_of_dna_trains(here: Workspace) -> None:
+    """Its classes know nothing of deep supervision, which nnU-Net's trainer passes to all."""
+    architecture = tiny.drop_path_primus()
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.primus.Primus"
+    trainer = make_trainer(configurations={"3d_fullres": tiny.configuration(architecture)})
+    trainer.initialize()
+    loss = trainer.train_step(next(trainer.get_dataloaders()[0]))["loss"]
+    assert np.isfinite(loss)
 
 
 def test_primus_positions_use_the_checkpoints_patch(here: Workspace, tmp_path: Path) -> None:
@@ -467,6 +488,25 @@ def test_wrong_requests(here: Workspace, options: dict[str, Any], code: str, mes
     assert not list(here.results.rglob("*.pth"))
 
 
+def test_several_gpus_are_no_other_device(here: Workspace) -> None:
+    call = functools.partial(run_training, here, tiny.NAME, "3d_fullres", 0, num_gpus=2)
+    for device in ("cpu", "cuda:1"):
+        refused("E_CONFIG", f"not -device {device}", functools.partial(call, device=device))
+
+
+def test_memory_that_runs_out_is_an_error_with_advice_that_can_be_followed(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", exhausted)
+    refused("E_OOM", "Validate it with --val", lambda: train(here, overrides=SHORT))
+    refused("E_OOM", "Validate it with --val", lambda: train(here, only_validate=True))
+    monkeypatch.setattr(MFMTrainer, "train_step", exhausted)
+    refused("E_OOM", "move the fold's folder away first", lambda: train(here, fold=1, overrides=SHORT))
+
+
 def test_an_unknown_device_is_refused(here: Workspace) -> None:
     refused("E_CONFIG", "known devices", lambda: run_training(here, tiny.NAME, "3d_fullres", 0, device="tpu"))
 
@@ -500,7 +540,10 @@ def test_a_plan_that_would_import_foreign_code_is_refused(here: Workspace) -> No
     plans = tiny.plans("mfmForeign")
     plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
     (here.preprocessed / tiny.NAME / "mfmForeign.json").write_text(json.dumps(plans))
-    refused("E_MODEL_UNSAFE", "os.system", lambda: train(here, plans_name="mfmForeign"))
+    for trainer in ("MFMTrainer", "nnUNetTrainer"):
+        call = functools.partial(train, here, plans_name="mfmForeign", trainer=trainer)
+        refused("E_MODEL_UNSAFE", "os.system", call)
+    assert not list(here.results.rglob("*"))
 
 
 @pytest.mark.parametrize(
@@ -530,6 +573,8 @@ def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, t
     refused("E_CONFIG", "finetune.epochs was 1, is 5", lambda: other(overrides=("finetune.epochs=5",)))
     file = pretrained_file(tmp_path)
     refused("E_CONFIG", "finetune.checkpoint", lambda: other(pretrained_weights=file))
+    left_open = ("finetune.parts=auto", "finetune.warmup_epochs=none", "finetune.learning_rate=none")
+    assert other(overrides=(*SHORT, *left_open)) == folder
     (folder / ".checkpoint_latest.pth.1.tmp").touch()  # as a kill in the middle of a save leaves it
     assert other(overrides=(*SHORT, "num_workers=1")) == folder
     assert not list(folder.glob(".*.tmp"))
@@ -623,3 +668,18 @@ def test_other_peoples_trainers_work_with_our_transfer(
     weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
     wanted = checkpoint.load_weights(file)["network_weights"]
     assert torch.equal(weights["encoder.stem.convs.0.conv.weight"], wanted["encoder.stem.convs.0.conv.weight"])
+
+
+def test_other_peoples_cascades_get_weights_for_their_images_alone(here: Workspace, tmp_path: Path) -> None:
+    class Theirs(nnUNetTrainer):
+        def run_training(self) -> None:
+            """Nothing."""
+
+    file = pretrained_file(tmp_path)
+    plans = tiny.plans(**{"3d_fullres": tiny.configuration(resenc()) | {"previous_stage": "2d"}})
+    dataset_json = make_trainer().dataset_json
+    job = Job("Theirs", plans, "3d_fullres", 0, dataset_json, tmp_path, "cpu", file, None, False, False)
+    stem = next(_trained(job, Theirs, CPU, None).network.parameters())
+    source = checkpoint.load_weights(file)["network_weights"]["encoder.stem.convs.0.conv.weight"]
+    assert torch.equal(stem[:, :1], source)
+    assert not stem[:, 1:].any()
