@@ -40,7 +40,7 @@ from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.models.build import build_network, check_architecture
 from mfm_nnunet.models.precision import require_scaled_fp16
-from mfm_nnunet.plans.schema import MFMBlock, block_of, to_dict
+from mfm_nnunet.plans.schema import MFMBlock, block_of, override, to_dict
 from mfm_nnunet.stopping import StopFlag, stop_on_signal
 from mfm_nnunet.workspace import Workspace, num_cores
 
@@ -216,24 +216,25 @@ def _settings(
 
     Raises MFMError (E_CONFIG) when a setting is impossible, or a continued run would get another one.
     """
-    about, advice = None, []
+    saved = run_settings.load(folder, plans) if start_from is not None else None
+    about, advice = None, as_begun(saved.finetune) if saved is not None else []
     if pretrained_weights is not None:
         source = read_checkpoint(pretrained_weights)
         about = describe(pretrained_weights, source)
-        family: Family = "primus" if hasattr(network, "eva") else "resenc"
-        advice = (
-            [] if start_from is not None else advised(family, num_cases, about["pretext"], has_decoder(source, network))
-        )
-    saved = run_settings.load(folder, plans) if start_from is not None else None
+        if start_from is None:
+            family: Family = "primus" if hasattr(network, "eva") else "resenc"
+            advice = advised(family, num_cases, about["pretext"], has_decoder(source, network))
     base = saved or block_of(plans)
     if start_from is None:
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))
-    if saved is not None:
-        advice = as_begun(saved.finetune)
     block = run_settings.resolve(base, overrides, about, advice)
     if saved is not None:
         # Settings that are younger than the run are resolved on both sides.
         run_settings.require_same(run_settings.resolve(saved, (), None), block, folder)
+    elif override(base, overrides).finetune.learning_rate is None:
+        of = block.network, block.finetune.optimizer, "scratch" if about is None else "a checkpoint"
+        rate = block.finetune.learning_rate
+        logger.info("finetune.learning_rate=%g: the published rate of %s with %s from %s", rate, *of)
     return block
 
 

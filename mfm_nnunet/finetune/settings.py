@@ -55,13 +55,9 @@ def resolve(
         logger.info("finetune.%s=%s: %s", item.name, item.value, item.reason)
     if pretrained is not None:
         settings = dataclasses.replace(settings, checkpoint=dict(pretrained))
-    rate = resolved_learning_rate(settings, block.network)
-    if settings.learning_rate is None:
-        of = block.network, settings.optimizer, "a checkpoint" if settings.checkpoint else "scratch"
-        logger.info("finetune.learning_rate=%g: the published rate of %s with %s from %s", rate, *of)
     settings = dataclasses.replace(
         settings,
-        learning_rate=rate,
+        learning_rate=resolved_learning_rate(settings, block.network),
         warmup_epochs=resolved_warmup(settings.warmup_epochs, settings.epochs),
         decoder_epochs=resolved_decoder_epochs(settings),
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,

@@ -336,7 +336,9 @@ def test_an_open_learning_rate_that_nobody_published_is_refused() -> None:
     assert resolve(block, ("finetune.learning_rate=0.1",), None).finetune.learning_rate == 0.1
 
 
-def test_from_a_checkpoint_a_plan_that_is_not_like_it_has_the_rate_for_it_too(here: Workspace, tmp_path: Path) -> None:
+def test_from_a_checkpoint_a_plan_that_is_not_like_it_has_the_rate_for_it_too(
+    here: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A stock plan, or the dataset's own: neither says a rate."""
     (here.preprocessed / tiny.NAME / "stockPlans.json").write_text(json.dumps(tiny.plans("stockPlans")))
     short = (
@@ -345,5 +347,7 @@ def test_from_a_checkpoint_a_plan_that_is_not_like_it_has_the_rate_for_it_too(he
         "finetune.validation_iterations=1",
         "num_workers=0",
     )
-    folder = run(here, plans_name="stockPlans", overrides=short, pretrained_weights=pretrained_file(tmp_path))
+    with caplog.at_level("INFO"):
+        folder = run(here, plans_name="stockPlans", overrides=short, pretrained_weights=pretrained_file(tmp_path))
+    assert "finetune.learning_rate=0.001: the published rate of resenc with sgd from a checkpoint" in caplog.text
     assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["learning_rate"] == 1e-3
