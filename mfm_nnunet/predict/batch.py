@@ -150,7 +150,7 @@ class _Run:
                 self.model.managers,
                 stage / case.name,
                 self.ending,
-                source=case.images[0],
+                header=ready.header,
                 save_probabilities=self.options.save_probabilities,
             )
             entry = {

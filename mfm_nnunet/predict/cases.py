@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -21,6 +22,7 @@ from mfm_nnunet.data.per_case import source_signature
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import read_image, read_label
 from mfm_nnunet.errors import CaseFailure, MFMError, about
+from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class PreparedCase:
     x_CDHW: torch.Tensor
     properties: dict[str, Any]
     input_hashes: dict[str, str]
+    header: nibabel.Nifti1Header | None = None
+    """Of the first image if it is a NIfTI file; read together with the voxels, so that both are of one scan."""
 
 
 def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -> list[Case | CaseFailure]:
@@ -83,6 +87,7 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
     reader = model.plans_manager.plans["image_reader_writer"]
     image, properties = read_image(case.images, reader)
     mask = read_label(case.label, reader)[0] if case.label is not None else None
+    header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
     input_hashes = hash_inputs(case)
     if source_signature(case) != before:
         raise MFMError("E_CHANGED", f"{case.images[0]}: the file changed while it was read. Run the command again.")
@@ -104,7 +109,8 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
     if mask is not None:
         assert seg is not None, "preprocessing returns the mask that it was given"
         x_CDHW = np.vstack((x_CDHW, convert_labelmap_to_one_hot(seg[0], label_manager.foreground_labels, x_CDHW.dtype)))
-    return PreparedCase(torch.from_numpy(np.ascontiguousarray(x_CDHW, np.float32)), properties, input_hashes)
+    x_CDHW = np.ascontiguousarray(x_CDHW, np.float32)
+    return PreparedCase(torch.from_numpy(x_CDHW), properties, input_hashes, header)
 
 
 def hash_inputs(case: Case) -> dict[str, str]:

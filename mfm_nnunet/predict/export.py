@@ -35,13 +35,13 @@ def write_case(
     target_truncated: Path,
     file_ending: str,
     *,
-    source: Path | None = None,
+    header: nibabel.Nifti1Header | None = None,
     save_probabilities: bool = False,
 ) -> None:
     """Write a case's mask and, on request, nnU-Net's ``.npz`` and ``.pkl`` beside it (for its ensembling).
 
-    ``target_truncated`` is the mask's path without its ending, ``source`` the scan whose NIfTI header the mask gets;
-    without it the mask is as nnU-Net's writer makes it. Raises MFMError (E_DISK_FULL).
+    ``target_truncated`` is the mask's path without its ending, ``header`` the scan's NIfTI header, which the mask gets;
+    without it the mask is as nnU-Net's writer makes it. Raises MFMError (E_DISK_FULL, E_GEOMETRY).
     """
     if save_probabilities:
         mask, probabilities = logits_to_probabilities(logits_KDHW, properties, *managers)
@@ -50,11 +50,15 @@ def write_case(
             save_pickle(properties, f"{target_truncated}.pkl")
     else:
         mask = logits_to_mask(logits_KDHW, properties, *managers)
-    write_mask(mask, properties, managers[0], Path(f"{target_truncated}{file_ending}"), source)
+    write_mask(mask, properties, managers[0], Path(f"{target_truncated}{file_ending}"), header)
 
 
 def write_mask(
-    mask_DHW: np.ndarray, properties: dict, plans_manager: PlansManager, target: Path, source: Path | None = None
+    mask_DHW: np.ndarray,
+    properties: dict,
+    plans_manager: PlansManager,
+    target: Path,
+    header: nibabel.Nifti1Header | None = None,
 ) -> None:
     """Write a mask in the axes of nnU-Net's reader as ``target``; see :func:`write_case`.
 
@@ -62,12 +66,12 @@ def write_mask(
     """
     writer = plans_manager.image_reader_writer_class()
     with disk_full_is_an_error(target, mask_DHW.nbytes):
-        if source is not None and target.name.endswith(geometry.NIFTI_ENDINGS):
+        if header is not None and geometry.is_nifti(target):
             # nnU-Net's writer knows the way back to the file's voxel order; the header is then the source's own.
-            plain = target.with_name(f"{target.name}.voxels.nii")
+            plain = target.with_name(".voxels.nii")  # no name of a case, and shorter than any
             writer.write_seg(mask_DHW, str(plain), properties)
             voxels_XYZ = np.asarray(nibabel.load(plain).dataobj.get_unscaled())  # type: ignore[attr-defined]
-            geometry.write_like(voxels_XYZ, geometry.read_header(source), target)
+            geometry.write_like(voxels_XYZ, header, target)
             plain.unlink()
         else:
             writer.write_seg(mask_DHW, str(target), properties)

@@ -16,10 +16,14 @@ import numpy as np
 
 from mfm_nnunet.errors import MFMError
 
-NIFTI_ENDINGS = (".nii", ".nii.gz")
 _TEXT_FIELDS = ("descrip", "aux_file", "db_name", "intent_name")
 _VALUE_FIELDS = {"scl_slope": 1, "scl_inter": 0, "cal_max": 0, "cal_min": 0, "intent_code": 0}
 _VALUE_FIELDS |= {"intent_p1": 0, "intent_p2": 0, "intent_p3": 0}
+
+
+def is_nifti(file: Path) -> bool:
+    """Whether the name is that of a NIfTI file."""
+    return file.name.endswith((".nii", ".nii.gz"))
 
 
 def read_header(file: Path) -> nibabel.Nifti1Header:
@@ -45,9 +49,15 @@ def write_like(mask_XYZ: np.ndarray, header: nibabel.Nifti1Header, target: Path)
 
     Shape, affines, codes, spacing and units keep their bytes; scaling, display range, intent and free text (which may
     name a person) are reset. Header extensions are not copied. ``target`` is compressed when it ends with .gz.
+    Raises MFMError (E_GEOMETRY) when the header is of another shape.
     """
     shape = tuple(int(size) for size in header.get_data_shape())
-    assert mask_XYZ.size == int(np.prod(shape)), f"mask of shape {mask_XYZ.shape} for a scan of shape {shape}"
+    if _without_trailing_ones(mask_XYZ.shape) != _without_trailing_ones(shape):
+        raise MFMError(
+            "E_GEOMETRY",
+            f"{target.name}: the mask has the shape {mask_XYZ.shape}, the scan's header says {shape}, so the header "
+            "cannot be the mask's. Export the scan again.",
+        )
     copy = type(header)(header.binaryblock, header.endianness, check=False)
     copy.set_data_dtype(mask_XYZ.dtype)
     copy["magic"], copy["vox_offset"] = copy.single_magic, copy.single_vox_offset
@@ -68,6 +78,12 @@ def write_like(mask_XYZ: np.ndarray, header: nibabel.Nifti1Header, target: Path)
         else:
             file.write(copy.binaryblock + padding)
             file.write(voxels)
+
+
+def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def _open(file: Path) -> IO[bytes]:

@@ -387,6 +387,24 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     assert _failed(model, source, out) == {"b.1": "E_CHANGED"}
 
 
+def test_a_scan_that_is_replaced_after_it_was_read_does_not_lend_its_geometry(
+    model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    file = source / "a_0000.nii.gz"
+    before = nibabel.load(file).affine
+    predict = Model.predict_logits
+
+    def replaced_meanwhile(self: Model, *arguments: Any, **options: Any) -> torch.Tensor:
+        voxels = np.asarray(nibabel.load(file).dataobj)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([3.0, 3.0, 3.0, 1.0])), file)
+        return predict(self, *arguments, **options)
+
+    monkeypatch.setattr(Model, "predict_logits", replaced_meanwhile)
+    predict_folder(model, source, out, CPU)
+    assert np.array_equal(nibabel.load(out / "a.nii.gz").affine, before)
+
+
 def test_a_second_run_on_the_same_folder_waits_its_turn(model: Path, scans: Path, out: Path) -> None:
     lines: list[str] = []
 

@@ -222,8 +222,9 @@ def test_masks_have_the_geometry_of_the_scan_byte_for_byte(tmp_path: Path, reade
         source, target = tmp_path / f"scan{seed}{ending}", tmp_path / f"mask{seed}{ending}"
         voxels_XYZ = _random_scan(source, seed, reader)
         image, properties = manager.image_reader_writer_class().read_images([str(source)])
-        export.write_mask((image[0] > 100).astype(np.uint8), properties, manager, target, source)
-        before, after = geometry.read_header(source), geometry.read_header(target)
+        before = geometry.read_header(source)
+        export.write_mask((image[0] > 100).astype(np.uint8), properties, manager, target, before)
+        after = geometry.read_header(target)
         assert type(after) is type(before)
         assert after.endianness == before.endianness
         for field in GEOMETRY_FIELDS:
@@ -252,6 +253,16 @@ def test_oddities_that_a_loader_would_repair_stay_as_they_are(tmp_path: Path) ->
     assert nibabel.load(target).get_data_dtype() == np.uint16
 
 
+def test_a_header_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """As many voxels are not enough: a replaced scan may be the same, turned."""
+    source = tmp_path / "scan.nii"
+    nibabel.save(nibabel.Nifti1Image(np.ones((3, 4, 5, 1), np.int16), np.eye(4)), source)
+    header = geometry.read_header(source)
+    geometry.write_like(np.ones((3, 4, 5), np.uint8), header, tmp_path / "mask.nii")
+    with pytest.raises(MFMError, match=r"E_GEOMETRY.*other\.nii"):
+        geometry.write_like(np.ones((5, 4, 3), np.uint8), header, tmp_path / "other.nii")
+
+
 def test_equal_masks_are_equal_files(tmp_path: Path) -> None:
     source = tmp_path / "scan.nii.gz"
     _random_scan(source, 3, "NibabelIO")
@@ -278,7 +289,7 @@ def test_other_volumes_keep_their_geometry(tmp_path: Path, ending: str) -> None:
     sitk.WriteImage(image, str(source))
     manager = PlansManager(tiny_plans())
     voxels, properties = manager.image_reader_writer_class().read_images([str(source)])
-    export.write_mask((voxels[0] > 20).astype(np.uint8), properties, manager, target, source)
+    export.write_mask((voxels[0] > 20).astype(np.uint8), properties, manager, target)
     mask = sitk.ReadImage(str(target))
     assert mask.GetSpacing() == image.GetSpacing()
     assert mask.GetOrigin() == image.GetOrigin()
