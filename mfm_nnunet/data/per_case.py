@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 from mfm_nnunet.errors import CaseFailure, MFMError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mfm_nnunet.data.corpus import Case
 
 log = logging.getLogger(__name__)
@@ -55,9 +57,13 @@ def source_signature(case: Case) -> list[list[int]]:
     try:
         return [[status.st_size, status.st_mtime_ns] for status in (file.stat() for file in files)]
     except OSError as error:
-        raise MFMError(
-            "E_NOT_FOUND", f"{error.filename}: cannot be read ({error.strerror}). Check the path and its permissions."
-        ) from error
+        raise unreadable(error.filename, error) from error
+
+
+def unreadable(file: Path | str, error: OSError) -> MFMError:
+    """The error (E_NOT_FOUND) of a file that the operating system does not give."""
+    reason = error.strerror or error
+    return MFMError("E_NOT_FOUND", f"{file}: cannot be read ({reason}). Check the path and its permissions.")
 
 
 def in_threads(

@@ -7,6 +7,7 @@ background.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -108,8 +110,8 @@ class _Run:
         if not self.options.resume:
             return False
         known = case.name in self.journal.last
-        expected = {**self.identity, "input": hash_inputs(case) if known else {}}
         try:
+            expected = {**self.identity, "input": hash_inputs(case) if known else {}}
             is_done = self.journal.is_done(case.name, self.folder, self._output_names(case.name), expected)
         except MFMError as error:
             self._note_failure(CaseFailure(case.name, error.code, error.message))
@@ -133,7 +135,8 @@ class _Run:
                 raise MFMError(failure.code, failure.reason) from error
             self._note_failure(failure, time.perf_counter() - start)
             return str(failure)
-        (self.folder / ERROR_FOLDER / f"{case.name}.txt").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an old report that cannot be removed makes no mask worse
+            (self.folder / ERROR_FOLDER / f"{case.name}.txt").unlink(missing_ok=True)
         self.report.done.append(case.name)
         return f"{case.name}: done in {time.perf_counter() - start:.1f} s"
 
@@ -176,19 +179,23 @@ class _Run:
             return CaseFailure(name, "E_OOM", "not enough memory for this case. Try -device cpu, or more memory.")
         if is_disk_full(error):
             return CaseFailure(name, "E_DISK_FULL", disk_full(self.folder).message)
-        file = self.folder / ERROR_FOLDER / f"{name}.txt"
-        with disk_full_is_an_error(file):
-            file.parent.mkdir(exist_ok=True)
-            file.write_text("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         first_line = (str(error).splitlines() or [""])[0]
-        reason = f"{type(error).__name__}: {first_line} (traceback: {ERROR_FOLDER}/{file.name})"
-        return CaseFailure(name, "E_INTERNAL", reason)
+        reason = f"{type(error).__name__}: {first_line}"
+        details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        file = self.folder / ERROR_FOLDER / f"{name}.txt"
+        try:
+            with disk_full_is_an_error(file):
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(details)
+        except OSError:  # the folder is somebody else's, or a file; the traceback then goes to the command's log
+            return CaseFailure(name, "E_INTERNAL", reason, details)
+        return CaseFailure(name, "E_INTERNAL", f"{reason} (traceback: {ERROR_FOLDER}/{file.name})")
 
     def _note_failure(self, failure: CaseFailure, seconds: float = 0.0) -> None:
-        stale = [name for name in self._output_names(failure.case) if (self.folder / name).exists()]
+        stale = [name for name in self._output_names(failure.case) if os.path.exists(self.folder / name)]
         if stale and failure.code != "E_CHANGED":
             reason = f"{failure.reason} Attention: {stale[0]} in the output folder is from an earlier run."
-            failure = CaseFailure(failure.case, failure.code, reason)
+            failure = replace(failure, reason=reason)
         logger.debug("%s", failure)
         self.report.failures.append(failure)
         # The journal is passed on together with the masks: it names files and not where they lie.

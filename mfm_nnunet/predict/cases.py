@@ -6,6 +6,7 @@ Legend: C channels, D H W voxels.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.per_case import source_signature
+from mfm_nnunet.data.per_case import source_signature, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import read_image, read_label
 from mfm_nnunet.errors import CaseFailure, MFMError, about
@@ -114,13 +115,22 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
 
 
 def hash_inputs(case: Case) -> dict[str, str]:
-    """SHA-256 of each file of a case by name; empty when one is not an ordinary file any more."""
+    """SHA-256 of each file of a case by name; empty when one is not an ordinary file any more.
+
+    Raises MFMError (E_NOT_FOUND) for a file that cannot be read.
+    """
     files = {file.name: file for file in case.images}
     if case.label is not None:
         files[f"previous_stage/{case.label.name}"] = case.label
-    if not all(file.is_file() for file in files.values()):
+    if not all(os.path.isfile(file) for file in files.values()):
         return {}
-    return {name: sha256(file) for name, file in files.items()}
+    hashes = {}
+    for name, file in files.items():
+        try:
+            hashes[name] = sha256(file)
+        except OSError as error:
+            raise unreadable(file, error) from error
+    return hashes
 
 
 def _group(names: list[str], ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import disk_full, sha256
+from mfm_nnunet.data.per_case import unreadable
 from mfm_nnunet.errors import MFMError
 
 try:
@@ -65,12 +66,18 @@ class Journal:
     def is_done(self, case: str, folder: Path, names: Iterable[str], expected: Mapping[str, Any]) -> bool:
         """Whether ``case`` was finished with the ``expected`` fields and its files are still those that were written.
 
-        ``names`` are the files that would be written now. Raises MFMError (E_CHANGED) when one of them was edited
-        since, or is not ours: it is never overwritten silently.
+        ``names`` are the files that would be written now. Raises MFMError: E_CHANGED when one of them was edited
+        since, or is not ours: it is never overwritten silently; E_NOT_FOUND when one cannot be read.
         """
         entry = self.last.get(case, {})
         outputs = entry.get("output", {})
-        present = {name: sha256(folder / name) for name in {*names, *outputs} if (folder / name).is_file()}
+        present = {}
+        for name in sorted({*names, *outputs}):
+            if os.path.isfile(folder / name):  # unlike Path.is_file, no error for a name that is too long
+                try:
+                    present[name] = sha256(folder / name)
+                except OSError as error:
+                    raise unreadable(folder / name, error) from error
         for name, digest in present.items():
             if digest not in self.written.get(name, set()):
                 raise MFMError(

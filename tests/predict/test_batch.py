@@ -22,7 +22,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError
-from mfm_nnunet.predict import batch
+from mfm_nnunet.predict import batch, cases, journal
 from mfm_nnunet.predict.batch import PredictOptions, PredictReport, predict_folder
 from mfm_nnunet.predict.model import Model
 from tests.predict.tiny_model import dataset_json, save_model, stock_predictor, tiny_plans, voxels_of, write_scan
@@ -328,6 +328,43 @@ def test_errors_inside_are_told_apart(model: Path, scans: Path, out: Path, monke
     assert not (out / "errors" / "b.1.txt").exists()
 
 
+def test_what_cannot_be_read_or_written_costs_its_own_case(
+    model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    shutil.copy(source / "a_0000.nii.gz", source / ("d" * 243 + "_0000.nii.gz"))
+    shutil.copy(source / "a_0000.nii.gz", source / ("e" * 246 + ".nii.gz"))  # a mask's ending makes it too long
+    assert _failed(model, source, out) == {"e" * 246 + ".nii.gz": "E_CHANNELS"}
+    for file in source.glob("[de]*"):
+        file.unlink()
+    original = cases.sha256
+
+    def unreadable(file: Path) -> str:
+        if file.name.startswith("b"):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cases, "sha256", unreadable)
+        (out / "a.nii.gz").unlink()
+        assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
+    assert (out / "a.nii.gz").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "sha256", unreadable)
+        assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
+
+    def breaks(loaded: Model, case: Any) -> Any:
+        raise KeyError(case.name)
+
+    (out / "errors").write_text("a file where the folder of reports should be")
+    assert predict_folder(model, scans, out, replace(CPU, overwrite=True)).done == ["a", "b.1", "c c"]
+    monkeypatch.setattr(batch, "prepare_case", breaks)
+    with pytest.raises(CasesFailedError) as caught:
+        predict_folder(model, source, out, replace(CPU, overwrite=True))
+    assert [failure.code for failure in caught.value.failures] == ["E_INTERNAL"] * 3
+    assert all("Traceback" in failure.details for failure in caught.value.failures)
+
+
 def test_errors_of_the_reading_thread_belong_to_their_case(
     model: Path, scans: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,8 +409,6 @@ def test_a_full_disk_stops_everything_and_leaves_no_half_mask(
 def test_a_file_that_changes_while_it_is_read_is_refused(
     model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mfm_nnunet.predict import cases
-
     source = Path(shutil.copytree(scans, tmp_path / "scans"))
     read = cases.read_image
 
@@ -546,7 +581,7 @@ def test_unusable_folders_and_options_are_refused_before_anything_is_written(
     (other / "scan.NII").write_bytes(b"x")
     file = tmp_path / "file"
     file.write_bytes(b"x")
-    cases: list[tuple[Path, Path, PredictOptions, str]] = [
+    wrong: list[tuple[Path, Path, PredictOptions, str]] = [
         (tmp_path / "nowhere", out, CPU, r"E_NOT_FOUND.*nowhere"),
         (empty, out, CPU, r"E_NOT_FOUND.*_0000\.nii\.gz"),
         (other, out, CPU, r"E_NOT_FOUND.*scan\.NII"),
@@ -560,7 +595,7 @@ def test_unusable_folders_and_options_are_refused_before_anything_is_written(
         (scans, out, replace(CPU, device="gpu"), "E_CONFIG"),
         (scans, out, replace(CPU, folds=(3,)), "E_NOT_FOUND"),
     ]
-    for source, target, options, message in cases:
+    for source, target, options, message in wrong:
         with pytest.raises(MFMError, match=message):
             predict_folder(model, source, target, options)
     assert not out.exists()
