@@ -8,6 +8,7 @@ background.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["PredictOptions", "PredictReport", "predict_folder"]
 
+STARTS_UNTIL_GIVEN_UP = 2
+"""The first may have been the fault of the case that was read beside it; the second was alone."""
+
 
 def predict_folder(
     model_folder: Path, input_folder: Path, output_folder: Path, options: PredictOptions | None = None
@@ -85,6 +89,7 @@ class _Run:
         self.prefix = f"{STAGING_PREFIX}{options.part_id}of{options.num_parts}_"
         self.identity: dict[str, Any] = {"model": model.sha256, "settings": _settings(model, options)}
         self.report = PredictReport(output_folder=folder)
+        self.begun: list[str] = []
 
     def work(self, found: Sequence[Case | CaseFailure]) -> PredictReport:
         """Do all cases, or fail each with its reason."""
@@ -96,19 +101,48 @@ class _Run:
             todo = [item for item in found if isinstance(item, Case) and not self._is_settled(item)]
             for failure in (item for item in found if isinstance(item, CaseFailure)):
                 self._note_failure(failure)
+            # A case that was under way when an earlier run was killed may be what kills: last, and with no other.
+            suspects = [case for case in todo if self.options.resume and self.journal.starts.get(case.name)]
+            groups = [[case for case in todo if case not in suspects], *([case] for case in suspects)]
             reader = ThreadPoolExecutor(1, "mfm_predict_reader")
             try:
-                ahead = _one_ahead(reader, partial(prepare_case, self.model), todo)
+                ahead = itertools.chain.from_iterable(
+                    _one_ahead(partial(self._begin, reader), group) for group in groups
+                )
                 for number, (case, prepared) in enumerate(ahead, start=1):
                     self._say(f"{number} of {len(todo)}  {self._attempt(case, prepared)}")
+            except BaseException:
+                self._note_stop()
+                raise
             finally:
                 reader.shutdown(cancel_futures=True)
         return self.report
+
+    def _begin(self, reader: ThreadPoolExecutor, case: Case) -> Future[PreparedCase]:
+        """Prepare a case in the background; the journal knows of it before it can end the process."""
+        self.journal.write(case.name, "started", **self.identity)
+        self.begun.append(case.name)
+        return reader.submit(prepare_case, self.model, case)
+
+    def _note_stop(self) -> None:
+        """Whoever can still say that it was stopped was not killed by the cases that were under way."""
+        with contextlib.suppress(OSError, MFMError):
+            for name in self.begun:
+                if self.journal.last[name]["status"] == "started":
+                    self.journal.write(name, "stopped", **self.identity)
 
     def _is_settled(self, case: Case) -> bool:
         """Whether a case needs no work: it was done before, or its file may not be replaced."""
         if not self.options.resume:
             return False
+        if self.journal.starts.get(case.name, 0) >= STARTS_UNTIL_GIVEN_UP:
+            reason = (
+                f"the process was killed {self.journal.starts[case.name]} times while it worked on this case, the last "
+                "time on nothing else, most likely because memory ran out. Free or add memory, or crop the image; "
+                "--resume then tries it again."
+            )
+            self._note_failure(CaseFailure(case.name, "E_OOM", reason))
+            return True
         known = case.name in self.journal.last
         try:
             expected = {**self.identity, "input": hash_inputs(case) if known else {}}
@@ -229,12 +263,12 @@ class _Run:
 
 
 def _one_ahead(
-    reader: ThreadPoolExecutor, prepare: Callable[[Case], PreparedCase], cases: Sequence[Case]
+    begin: Callable[[Case], Future[PreparedCase]], cases: Sequence[Case]
 ) -> Iterator[tuple[Case, Future[PreparedCase]]]:
     """Each case with its preparation; that of the next case is already under way."""
     waiting: tuple[Case, Future[PreparedCase]] | None = None
     for case in cases:
-        submitted = (case, reader.submit(prepare, case))
+        submitted = (case, begin(case))
         if waiting is not None:
             yield waiting
         waiting = submitted

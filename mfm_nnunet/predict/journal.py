@@ -42,6 +42,8 @@ class Journal:
         """The newest line of each case."""
         self.written: dict[str, set[str]] = {}
         """All hashes that an output file of ours ever had, by file name."""
+        self.starts: dict[str, int] = {}
+        """How often each case was started and ended in no way since, because the process was killed."""
         entries = [entry for file in sorted(folder.glob("cases*.jsonl")) for entry in _read(file)]
         for entry in sorted(entries, key=lambda entry: str(entry.get("time", ""))):
             self._take(entry)
@@ -90,6 +92,7 @@ class Journal:
 
     def _take(self, entry: dict[str, Any]) -> None:
         self.last[entry["case"]] = entry
+        self.starts[entry["case"]] = self.starts.get(entry["case"], 0) + 1 if entry["status"] == "started" else 0
         for name, digest in entry.get("output", {}).items():
             self.written.setdefault(name, set()).add(digest)
 

@@ -6,7 +6,11 @@ import errno
 import gzip
 import json
 import os
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,7 +195,8 @@ def test_errors_say_how_many_cases_there_were(model: Path, scans: Path, out: Pat
 def test_the_journal_tells_where_a_mask_comes_from(model: Path, scans: Path, out: Path) -> None:
     predict_folder(model, scans, out, CPU)
     lines = _journal(out)
-    assert [line["status"] for line in lines] == ["publishing", "done"] * 3
+    assert {line["status"] for line in lines} == {"started", "publishing", "done"}
+    assert [line["case"] for line in lines if line["status"] == "done"] == ["a", "b.1", "c c"]
     last = lines[-1]
     assert last["case"] == "c c"
     assert list(last["input"]) == ["c c_0000.nii.gz"]
@@ -293,6 +298,51 @@ def test_a_killed_run_goes_on_with_the_same_result(
     assert _masks(out) == _masks(clean)
     assert {file.name for file in out.iterdir()} == BOOKKEEPING | set(_masks(clean))
     assert {line["case"] for line in map(json.loads, (out / "cases.jsonl").read_text().splitlines()[-2:])} == {"c c"}
+
+
+KILLED = """
+import os, pickle, signal, sys
+from mfm_nnunet.predict import batch
+
+arguments, killer = pickle.loads(sys.stdin.buffer.read())
+prepare = batch.prepare_case
+
+def prepare_or_die(model, case):
+    if case.name == killer:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return prepare(model, case)
+
+batch.prepare_case = prepare_or_die
+batch.predict_folder(*arguments)
+"""
+
+
+def test_a_case_that_kills_the_process_costs_no_other(model: Path, scans: Path, out: Path) -> None:
+    resume = replace(CPU, resume=True)
+    for run, masks in ((0, set()), (1, {"a.nii.gz", "c c.nii.gz"})):
+        content = pickle.dumps(((model, scans, out, resume), "b.1"))
+        process = subprocess.run([sys.executable, "-c", KILLED], input=content, timeout=120, check=False)
+        assert process.returncode == -signal.SIGKILL
+        assert _masks(out).keys() >= masks, f"run {run}"
+    with pytest.raises(CasesFailedError, match="killed 2 times") as caught:
+        predict_folder(model, scans, out, resume)
+    assert [(failure.case, failure.code) for failure in caught.value.failures] == [("b.1", "E_OOM")]
+    assert predict_folder(model, scans, out, resume).done == ["b.1"]
+
+
+def test_a_run_that_was_stopped_suspects_no_case(
+    model: Path, scans: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Model, *arguments: Any, **options: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "predict_logits", stop)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                predict_folder(model, scans, out, replace(CPU, resume=True))
+    assert {line["case"] for line in _journal(out) if line["status"] == "stopped"} == {"a", "b.1"}
+    assert predict_folder(model, scans, out, replace(CPU, resume=True)).done == ["a", "b.1", "c c"]
 
 
 def test_interruptions_are_not_taken_for_bad_cases(
@@ -462,7 +512,7 @@ def test_parts_share_a_folder(model: Path, scans: Path, out: Path, tmp_path: Pat
             predict_folder(model, scans, out, options)
         assert predict_folder(model, scans, out, replace(options, resume=True)).skipped == names
     assert _masks(out) == _masks(clean)
-    assert len(_journal(out, "cases_1of2.jsonl")) == 2
+    assert [line["status"] for line in _journal(out, "cases_1of2.jsonl")] == ["started", "publishing", "done"]
     assert predict_folder(model, scans, out, replace(CPU, resume=True)).skipped == ["a", "b.1", "c c"]
     shared = tmp_path / "shared"
     predict_folder(model, scans, shared, replace(CPU, num_parts=2))
