@@ -40,6 +40,7 @@ from mfm_nnunet.predict.options import (
     check_options,
     check_output,
     check_previous_stage,
+    warn_of_others,
 )
 from mfm_nnunet.predict.predictor import Model, load_model
 from mfm_nnunet.version import __version__
@@ -69,10 +70,12 @@ def predict_folder(
     model = load_model(model_folder, options.folds, options.checkpoint_name, options.device)
     check_previous_stage(model, options)
     found = find_cases(input_folder, model, options.previous_stage)
+    names = [item.name if isinstance(item, Case) else item.case for item in found]
     if options.num_parts > 1:
-        names = [item.name if isinstance(item, Case) else item.case for item in found]
         others = [name for k, name in enumerate(names) if k % options.num_parts != options.part_id]
         check_output(output_folder, others, options)
+    if options.overwrite:
+        warn_of_others(output_folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
     report = _Run(model, input_folder, output_folder, options).work(found[options.part_id :: options.num_parts])
     if report.failures:
         num_cases = len(report.done) + len(report.skipped) + len(report.failures)
@@ -97,6 +100,8 @@ class _Run:
         with Journal(self.folder, self.options.num_parts, self.options.part_id) as self.journal:
             for leftover in self.folder.glob(f"{self.prefix}*"):  # of a killed run; ours is the lock
                 shutil.rmtree(leftover, ignore_errors=True)
+            if not self.options.overwrite:
+                self._require_same_maker()
             self._write_copies()
             todo = [item for item in found if isinstance(item, Case) and not self._is_settled(item)]
             for failure in (item for item in found if isinstance(item, CaseFailure)):
@@ -130,6 +135,25 @@ class _Run:
             for name in self.begun:
                 if self.journal.last[name]["status"] == "started":
                     self.journal.write(name, "stopped", **self.identity)
+
+    def _require_same_maker(self) -> None:
+        """Masks of two models, or of other settings, are not mixed; nor is dataset.json exchanged, which names labels.
+
+        Raises MFMError (E_EXISTS).
+        """
+        before = self.journal.newest
+        if not self.journal.written or all(before.get(key) == value for key, value in self.identity.items()):
+            return
+        maker = "another model"
+        if before.get("model") == self.identity["model"]:
+            old, new = before.get("settings", {}), self.identity["settings"]
+            changes = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
+            maker = f"other settings ({', '.join(changes)})"
+        raise MFMError(
+            "E_EXISTS",
+            f"{self.folder}: the masks in it were made with {maker}. Choose another folder, or replace them with "
+            "--overwrite.",
+        )
 
     def _is_settled(self, case: Case) -> bool:
         """Whether a case needs no work: it was done before, or its file may not be replaced."""
@@ -200,8 +224,17 @@ class _Run:
             }
             # Before the files get their names: a run that is killed now must still know them as its own.
             self.journal.write(case.name, "publishing", code="", reason="", **entry)
+            self._remove_outdated(case.name, stage)
             publish(stage, self.folder)
         self.journal.write(case.name, "done", code="", reason="", **entry)
+
+    def _remove_outdated(self, name: str, stage: Path) -> None:
+        """Old probabilities of a case do not stay beside a new mask."""
+        for old in (self.folder / output for output in _output_names(name, self.ending, True)):
+            if not os.path.isfile(old) or os.path.exists(stage / old.name):
+                continue
+            if self.options.overwrite or sha256(old) in self.journal.written.get(old.name, ()):
+                old.unlink()
 
     def _explain(self, name: str, error: Exception) -> CaseFailure:
         """The failure of a case; an unexpected one leaves its traceback in a file."""

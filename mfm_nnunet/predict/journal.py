@@ -44,6 +44,8 @@ class Journal:
         """All hashes that an output file of ours ever had, by file name."""
         self.starts: dict[str, int] = {}
         """How often each case was started and ended in no way since, because the process was killed."""
+        self.newest: dict[str, Any] = {}
+        """The newest line of all: who worked on this folder last, with which settings."""
         entries = [entry for file in sorted(folder.glob("cases*.jsonl")) for entry in _read(file)]
         for entry in sorted(entries, key=lambda entry: str(entry.get("time", ""))):
             self._take(entry)
@@ -91,6 +93,7 @@ class Journal:
         return same and bool(outputs) and entry["status"] in ("done", "publishing") and present == outputs
 
     def _take(self, entry: dict[str, Any]) -> None:
+        self.newest = entry
         self.last[entry["case"]] = entry
         self.starts[entry["case"]] = self.starts.get(entry["case"], 0) + 1 if entry["status"] == "started" else 0
         for name, digest in entry.get("output", {}).items():

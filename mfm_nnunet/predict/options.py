@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import torch
 
+from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import CaseFailure, MFMError
 from mfm_nnunet.predict.export import STAGING_PREFIX
 from mfm_nnunet.predict.journal import journal_name
 from mfm_nnunet.predict.model import Model
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "predict_from_raw_data_args.json"
 """Name that nnU-Net gives to the file with the settings of a prediction."""
@@ -122,6 +126,17 @@ def check_output(folder: Path, other_cases: Sequence[str], options: PredictOptio
             f"{folder}: the output folder is not empty ({len(entries)} entries, e.g. {entries[0]}). Choose another, or "
             "continue with --resume, or replace what is there with --overwrite.",
         )
+
+
+def warn_of_others(folder: Path, masks: set[str]) -> None:
+    """Say which images in the output folder are none of ``masks``, which will be written: they are not replaced."""
+    others = [file.name for file in folder.iterdir() if ending_of(file)] if folder.is_dir() else []
+    others = sorted(name for name in others if name not in masks and not name.startswith("."))
+    if others:
+        logger.warning(
+            "%s: %d masks stay that are not of this input (%s%s); dataset.json beside them is now that of this model",
+            folder, len(others), ", ".join(others[:3]), ", ..." if len(others) > 3 else "",
+        )  # fmt: skip
 
 
 def _belongs_to(file_name: str, cases: set[str]) -> bool:

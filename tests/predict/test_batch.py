@@ -242,17 +242,56 @@ def test_resuming_keeps_what_is_done_and_does_the_rest(model: Path, scans: Path,
     report = predict_folder(model, source, out, resume)
     assert (report.done, report.skipped) == (["c c"], ["a", "b.1"])
     assert _masks(out)["c c.nii.gz"] != first["c c.nii.gz"]
-    report = predict_folder(model, source, out, replace(resume, mirroring=False))
-    assert (report.done, report.skipped) == (["a", "b.1", "c c"], [])
 
 
-def test_resuming_with_another_model_does_all_again(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
-    predict_folder(model, scans, out, CPU)
-    first = _masks(out)
+def test_masks_of_two_models_are_not_mixed(
+    model: Path, scans: Path, out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    labels = {"background": 0, "b": 1, "a": 2}
+    other = save_model(tmp_path / "m", tiny_plans(spacing=(1.0, 1.0, 1.0)), dataset_json(labels))
+    resume = replace(CPU, resume=True)
+    with pytest.raises(MFMError, match=r"E_EXISTS.*another model.*--overwrite"):
+        predict_folder(other, scans, out, resume)
+    with pytest.raises(MFMError, match=r"E_EXISTS.*mirroring was True, is False"):
+        predict_folder(model, scans, out, replace(resume, save_probabilities=True, mirroring=False))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    source = tmp_path / "scans"
+    source.mkdir()
+    for name in ("a_0000.nii.gz", "b.1_0000.nii.gz"):
+        shutil.copy(scans / name, source)
+    with caplog.at_level("WARNING"):
+        assert predict_folder(other, source, out, replace(CPU, overwrite=True)).done == ["a", "b.1"]
+    assert "1 masks stay that are not of this input (c c.nii.gz)" in caplog.text
+    assert sorted(file.name for file in out.iterdir() if file.suffix in (".npz", ".pkl")) == ["c c.npz", "c c.pkl"]
+    assert json.loads((out / "dataset.json").read_text())["labels"] == labels
+    assert predict_folder(other, source, out, resume).skipped == ["a", "b.1"]
+
+
+def test_a_killed_run_that_replaces_masks_goes_on(
+    model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks of the model before are known and replaced, their probabilities too."""
+    predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
     other = save_model(tmp_path / "m", tiny_plans(spacing=(1.0, 1.0, 1.0)), dataset_json())
+    publish = batch.publish
+
+    def killed(stage: Path, folder: Path) -> None:
+        if (stage / "b.1.nii.gz").exists():
+            raise KeyboardInterrupt
+        publish(stage, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict_folder(other, scans, out, replace(CPU, overwrite=True))
     report = predict_folder(other, scans, out, replace(CPU, resume=True))
-    assert report.done == ["a", "b.1", "c c"]
-    assert all(mask != first[name] for name, mask in _masks(out).items())
+    assert (sorted(report.done), report.skipped) == (["b.1", "c c"], ["a"])
+    assert not [*out.glob("*.npz"), *out.glob("*.pkl")]
+    clean = tmp_path / "clean"
+    predict_folder(other, scans, clean, CPU)
+    assert _masks(out) == _masks(clean)
 
 
 def test_masks_that_were_edited_are_not_replaced(model: Path, scans: Path, out: Path) -> None:
@@ -260,10 +299,10 @@ def test_masks_that_were_edited_are_not_replaced(model: Path, scans: Path, out: 
     before = _masks(out)
     edited = gzip.compress(gzip.decompress(before["a.nii.gz"])[:-1] + b"\1")
     (out / "a.nii.gz").write_bytes(edited)
-    options = replace(CPU, resume=True, mirroring=False)
-    assert _failed(model, scans, out, options) == {"a": "E_CHANGED"}
+    (out / "c c.nii.gz").unlink()
+    assert _failed(model, scans, out, replace(CPU, resume=True)) == {"a": "E_CHANGED"}
     assert (out / "a.nii.gz").read_bytes() == edited
-    assert _masks(out)["c c.nii.gz"] != before["c c.nii.gz"]
+    assert _masks(out)["c c.nii.gz"] == before["c c.nii.gz"]
     assert predict_folder(model, scans, out, replace(CPU, overwrite=True)).done == ["a", "b.1", "c c"]
     assert _masks(out) == before
 
