@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.json_files import read_json, read_plans
 from mfm_nnunet.models.build import build_network, check_architecture
+from mfm_nnunet.predict.consistency import differences
 from mfm_nnunet.predict.model import Model
 
 __all__ = ["Model", "load_model"]
@@ -50,29 +52,27 @@ def load_model(
     plans, dataset_json = _read_description(folder)
     chosen = _choose_folds(folder, folds, checkpoint_name)
     files = [folder / f"fold_{fold}" / checkpoint_name for fold in chosen]
-    trainer_name, configuration, mirror_axes, precision, weights = _read_checkpoints(files)
-
+    trained = [_read_fold(file) for file in files]
+    first, configuration = trained[0], trained[0].configuration
+    if configuration not in plans["configurations"]:
+        reason = f"there is no configuration '{configuration}', with which the checkpoint was trained"
+        raise _mismatch(folder / "plans.json", reason)
+    _require_one_model(trained, plans, dataset_json)
     plans_manager = PlansManager(plans)
-    if configuration not in plans.get("configurations", {}):
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            f"{folder / 'plans.json'} has no configuration '{configuration}', with which the checkpoint was trained. "
-            "Put plans.json, dataset.json and the fold folders of one model together.",
-        )
     model = Model(
-        network=_build(trainer_name, plans_manager, configuration, dataset_json),
+        network=_build(first.trainer, plans_manager, configuration, dataset_json),
         plans_manager=plans_manager,
         configuration_manager=plans_manager.get_configuration(configuration),
         dataset_json=dataset_json,
         device=pick_device(device) if isinstance(device, str) else device,
-        mirror_axes=mirror_axes,
-        weights=weights,
+        mirror_axes=first.mirror_axes,
+        weights=[fold.weights for fold in trained],
         folds=tuple(chosen),
-        autocast_dtype=torch.bfloat16 if precision == "bf16" else torch.float16,
+        autocast_dtype=torch.bfloat16 if first.precision == "bf16" else torch.float16,
         sha256=_digest([folder / "plans.json", folder / "dataset.json", *files]),
     )
-    for file, state in zip(files, weights):
-        _require_match(file, state, model.network)
+    for fold in trained:
+        _require_match(fold.file, fold.weights, model.network)
     return model
 
 
@@ -104,27 +104,56 @@ def _choose_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint_na
     )
 
 
-def _read_checkpoints(
-    files: list[Path],
-) -> tuple[str, str, tuple[int, ...] | None, str, list[dict[str, torch.Tensor]]]:
-    """Trainer, configuration, mirror axes and precision as the first fold states them, and the weights of all."""
-    weights = []
-    header: tuple[str, str, tuple[int, ...] | None, str] | None = None
-    for file in files:
-        content = load_weights(file)
-        weights.append(content["network_weights"])
-        try:
-            stated = (str(content["trainer_name"]), str(content["init_args"]["configuration"]))
-        except (KeyError, TypeError) as error:
-            raise MFMError(
-                "E_MODEL_MISMATCH",
-                f"{file}: holds weights but no trainer and configuration, so it is not a fine-tuned model (a "
-                "pretrained checkpoint has no segmentation head). Fine-tune it first: mfm_train.",
-            ) from error
-        axes = content.get("inference_allowed_mirroring_axes")
-        header = header or (*stated, tuple(axes) if axes else None, _precision(content.get("mfm")))
-    assert header is not None, "at least one fold was chosen"
-    return *header, weights
+@dataclass(frozen=True)
+class _Fold:
+    """What a checkpoint says of itself, and its weights."""
+
+    file: Path
+    trainer: str
+    configuration: str
+    mirror_axes: tuple[int, ...] | None
+    precision: str
+    init_args: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+
+def _read_fold(file: Path) -> _Fold:
+    content = load_weights(file)
+    try:
+        trainer, init_args = str(content["trainer_name"]), dict(content["init_args"])
+        configuration = str(init_args["configuration"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"{file}: holds weights but no trainer and configuration, so it is not a fine-tuned model (a "
+            "pretrained checkpoint has no segmentation head). Fine-tune it first: mfm_train.",
+        ) from error
+    axes = content.get("inference_allowed_mirroring_axes")
+    mirror_axes = tuple(int(axis) for axis in axes) if axes else None
+    precision = _precision(content.get("mfm"))
+    return _Fold(file, trainer, configuration, mirror_axes, precision, init_args, content["network_weights"])
+
+
+def _require_one_model(folds: list[_Fold], plans: dict[str, Any], dataset_json: dict[str, Any]) -> None:
+    """Raises MFMError (E_MODEL_MISMATCH) for a fold of another model than the first, or than the folder describes."""
+    first = folds[0]
+    for fold in folds:
+        for name in ("trainer", "configuration", "mirror_axes"):
+            own, other = getattr(fold, name), getattr(first, name)
+            if own != other:
+                raise _mismatch(fold.file, f"{name} is {own}, and {other} in {first.file.parent.name}")
+        if unequal := differences(fold.init_args, plans, fold.configuration, dataset_json):
+            raise _mismatch(
+                fold.file,
+                f"it was trained with other values than plans.json and dataset.json say: {', '.join(unequal)}",
+            )
+
+
+def _mismatch(file: Path, reason: str) -> MFMError:
+    return MFMError(
+        "E_MODEL_MISMATCH",
+        f"{file}: {reason}. Put plans.json, dataset.json and the fold folders of one model together.",
+    )
 
 
 def _precision(mfm: Any) -> str:
@@ -167,11 +196,7 @@ def _require_match(file: Path, state: dict[str, torch.Tensor], network: nn.Modul
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            f"{file}: the weights belong to another network than plans.json describes ({reason}). Put plans.json, "
-            "dataset.json and the fold folders of one model together.",
-        ) from error
+        raise _mismatch(file, f"the weights belong to another network than plans.json describes ({reason})") from error
 
 
 def _digest(files: list[Path]) -> str:

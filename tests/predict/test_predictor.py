@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_the_identity_changes_with_weights_plan_and_labels(tmp_path: Path) -> No
     first = load_model(folder, (0,), device="cpu").sha256
     assert load_model(folder, (0,), device="cpu").sha256 == first
     assert load_model(folder, (1,), device="cpu").sha256 != first
-    (folder / "dataset.json").write_text(json.dumps({**dataset_json(), "labels": {"background": 0, "b": 1, "a": 2}}))
+    (folder / "dataset.json").write_text(json.dumps({**dataset_json(), "numTraining": 6}))
     assert load_model(folder, (0,), device="cpu").sha256 != first
 
 
@@ -144,6 +145,87 @@ def test_damaged_and_foreign_models_are_refused(tmp_path: Path) -> None:
     assert _refused(folder).code == "E_MODEL_MISMATCH"
     (folder / "dataset.json").write_text("{")
     assert _refused(folder).code == "E_MODEL_CORRUPT"
+
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def _edit_plan(**changes: Any) -> Edit:
+    return lambda plans: plans["configurations"]["3d_fullres"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "says"),
+    [
+        ("plans.json", _edit_plan(spacing=[1.0, 1.0, 1.2]), "spacing"),
+        ("plans.json", _edit_plan(patch_size=[16, 16, 32]), "patch_size"),
+        ("plans.json", _edit_plan(normalization_schemes=["NoNormalization"]), "normalization_schemes"),
+        ("plans.json", _edit_plan(use_mask_for_norm=[True]), "use_mask_for_norm"),
+        ("plans.json", _edit_plan(resampling_fn_data_kwargs={"order": 1}), "resampling_fn_data_kwargs"),
+        ("plans.json", lambda plans: plans.update(transpose_forward=[1, 0, 2]), "transpose_forward"),
+        ("dataset.json", lambda content: content.update(labels={"background": 0, "b": 1, "a": 2}), "labels"),
+        ("dataset.json", lambda content: content.update(channel_names={"0": "CT"}), "channel_names"),
+    ],
+)
+def test_description_of_another_model(tmp_path: Path, name: str, edit: Edit, says: str) -> None:
+    """The weights fit, so only what the checkpoints hold tells that the masks would be wrong."""
+    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json(), folds=(0, 1))
+    content = json.loads((folder / name).read_text())
+    edit(content)
+    (folder / name).write_text(json.dumps(content))
+    error = _refused(folder)
+    assert error.code == "E_MODEL_MISMATCH"
+    assert f"json say: {says}." in error.message
+    assert "fold_0" in error.message
+
+
+def test_descriptions_that_decide_the_same(tmp_path: Path) -> None:
+    """Batch sizes, statistics that no normalisation uses, a plan that inherits, tuples, numbers as keys, no plan."""
+    plans = tiny_plans()
+    folder = save_model(tmp_path / "m", plans, dataset_json(REGIONS), folds=(0, 1, 2))
+    whole = plans["configurations"]["3d_fullres"]
+    plans["configurations"] = {"base": whole, "3d_fullres": {"inherits_from": "base", "batch_size": 9}}
+    plans["foreground_intensity_properties_per_channel"]["0"]["mean"] = 77.0
+    (folder / "plans.json").write_text(json.dumps(plans))
+    for fold, changes in ((0, {"spacing": (1, 1, 1), "patch_size": (16, 16, 16)}), (1, {}), (2, None)):
+        file = folder / f"fold_{fold}" / "checkpoint_final.pth"
+        content = torch.load(file, weights_only=True)
+        if changes is None:
+            del content["init_args"]["plans"], content["init_args"]["dataset_json"]
+        else:
+            _edit_plan(**changes)(content["init_args"]["plans"])
+            content["init_args"]["dataset_json"]["channel_names"] = {0: "MR"}
+        torch.save(content, file)
+    assert load_model(folder, device="cpu").folds == (0, 1, 2)
+
+
+def test_intensities_that_normalise_and_the_order_of_regions_count(tmp_path: Path) -> None:
+    plans = tiny_plans()
+    _edit_plan(normalization_schemes=["CTNormalization"])(plans)
+    folder = save_model(tmp_path / "m", plans, dataset_json(REGIONS))
+    assert load_model(folder, device="cpu").folds == (0,)
+    turned = dict(reversed(REGIONS.items()))
+    (folder / "dataset.json").write_text(json.dumps({**dataset_json(REGIONS), "labels": turned}))
+    assert "say: labels." in _refused(folder).message
+    (folder / "dataset.json").write_text(json.dumps(dataset_json(REGIONS)))
+    plans["foreground_intensity_properties_per_channel"]["0"]["mean"] = 77.0
+    (folder / "plans.json").write_text(json.dumps(plans))
+    assert "say: foreground_intensity_properties_per_channel." in _refused(folder).message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("trainer_name", "nnUNetTrainer_5epochs", "trainer"), ("inference_allowed_mirroring_axes", (0,), "mirror_axes")],
+)
+def test_folds_of_two_models(tmp_path: Path, key: str, value: Any, says: str) -> None:
+    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json(), folds=(0, 1))
+    file = folder / "fold_1" / "checkpoint_final.pth"
+    torch.save({**torch.load(file, weights_only=True), key: value}, file)
+    error = _refused(folder)
+    assert error.code == "E_MODEL_MISMATCH"
+    assert "fold_1" in error.message
+    assert f"{says} is" in error.message
+    assert load_model(folder, (0,), device="cpu").folds == (0,)
 
 
 def _written(file: Path, content: bytes) -> Path:

@@ -112,7 +112,7 @@ def save_model(
         checkpoint = {
             "network_weights": network.state_dict(),
             "trainer_name": trainer,
-            "init_args": {"configuration": configuration, "fold": fold, "plans": plans},
+            "init_args": {"configuration": configuration, "fold": fold, "plans": plans, "dataset_json": dataset},
             "inference_allowed_mirroring_axes": mirror_axes,
             "optimizer_state": {},
         }
