@@ -25,6 +25,8 @@ CONFIGURATION_KEYS = (
     *(f"resampling_fn_{part}_kwargs" for part in ("data", "seg", "probabilities")),
 )  # fmt: skip
 ARCHITECTURE_KEYS = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+PREPROCESSOR = "DefaultPreprocessor"
+"""nnU-Net's class whose work we do; older plans do not name one."""
 NO_RESAMPLING = "no_resampling_hack"
 """nnU-Net's resampling function that returns its input as it is."""
 
@@ -61,6 +63,17 @@ def resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     own = plans["configurations"][configuration]
     parent = resolved(plans, own["inherits_from"]) if "inherits_from" in own else {}
     return copy.deepcopy({**parent, **own})
+
+
+def preprocessor_problem(plans: Mapping[str, Any], configuration: str) -> str:
+    """Why our preprocessing is not that of the plan, as a sentence; "" if it is."""
+    named = resolved(plans, configuration).get("preprocessor_name", PREPROCESSOR)
+    if named == PREPROCESSOR:
+        return ""
+    return (
+        f"configuration '{configuration}' names the preprocessor '{named}', and only {PREPROCESSOR} is available here: "
+        "what another one does to the images would be left out."
+    )
 
 
 def shared_plan(plans: Mapping[str, Any]) -> dict[str, Any]:

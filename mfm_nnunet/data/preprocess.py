@@ -23,6 +23,7 @@ from mfm_nnunet.data.masks import mask_signature, read_masks
 from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature, with_progress
 from mfm_nnunet.data.preprocess_case import preprocess_case_npy, preprocess_mask
 from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
+from mfm_nnunet.json_files import preprocessor_problem
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -63,13 +64,16 @@ def preprocess_dataset(
 
     A case is reused when the manifest beside that folder shows it finished from the same sources with the same
     settings. Labels are copied to ``gt_segmentations/``; masks go beside the folder (:mod:`mfm_nnunet.data.masks`).
-    Raises MFMError: E_CONFIG (unknown configuration), E_DISK_FULL (finished cases are kept; run again to go on).
+    Raises MFMError: E_CONFIG (unknown configuration, a foreign preprocessor), E_DISK_FULL (finished cases are kept; run
+    again to go on).
     """
     if configuration not in plans["configurations"]:
         raise MFMError(
             "E_CONFIG",
             f"the plan has no configuration '{configuration}'. {nearest(configuration, plans['configurations'])}",
         )
+    if problem := preprocessor_problem(plans, configuration):
+        raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that the plan is from, or plan here.")
     settings_hash = preprocessing_hash(plans, configuration, dataset_json)
     folder = Path(preprocessed_folder) / _resolved(plans, configuration)["data_identifier"]
     with storage.full_disk_named(folder):

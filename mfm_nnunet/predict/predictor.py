@@ -23,7 +23,7 @@ from mfm_nnunet.checkpoint import load_weights, sha256
 from mfm_nnunet.data.dataset_json import check_dataset_json
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.json_files import read_json, read_plans
+from mfm_nnunet.json_files import preprocessor_problem, read_json, read_plans
 from mfm_nnunet.models.build import build_network, check_architecture
 from mfm_nnunet.predict.consistency import differences
 from mfm_nnunet.predict.model import Model
@@ -57,6 +57,9 @@ def load_model(
     if configuration not in plans["configurations"]:
         reason = f"there is no configuration '{configuration}', with which the checkpoint was trained"
         raise _mismatch(folder / "plans.json", reason)
+    if problem := preprocessor_problem(plans, configuration):
+        advice = "Predict with the program that the model was trained with."
+        raise MFMError("E_MODEL_MISMATCH", f"{folder / 'plans.json'}: {problem} {advice}")
     _require_one_model(trained, plans, dataset_json)
     plans_manager = PlansManager(plans)
     model = Model(

@@ -216,6 +216,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
+def test_a_foreign_preprocessor_is_refused(tmp_path: Path) -> None:
+    plans = make_plans(preprocessor_name="PreprocessorOfSomebody")
+    with pytest.raises(MFMError, match=r"E_CONFIG.*PreprocessorOfSomebody"):
+        run(make_dataset(tmp_path / "raw", 1), tmp_path / "out", plans)
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_are_what_stock_writes(tmp_path: Path) -> None:
     cases = make_dataset(tmp_path / "raw", 2)
     report = run(cases, tmp_path / "out")

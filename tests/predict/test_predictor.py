@@ -179,6 +179,16 @@ def test_description_of_another_model(tmp_path: Path, name: str, edit: Edit, say
     assert "fold_0" in error.message
 
 
+def test_a_foreign_preprocessor_is_refused(tmp_path: Path) -> None:
+    plans = tiny_plans()
+    _edit_plan(preprocessor_name="PreprocessorOfSomebody")(plans)
+    error = _refused(save_model(tmp_path / "m", plans, dataset_json()))
+    assert error.code == "E_MODEL_MISMATCH"
+    assert "PreprocessorOfSomebody" in error.message
+    del plans["configurations"]["3d_fullres"]["preprocessor_name"]  # as older plans are
+    assert load_model(save_model(tmp_path / "n", plans, dataset_json()), device="cpu").folds == (0,)
+
+
 def test_descriptions_that_decide_the_same(tmp_path: Path) -> None:
     """Batch sizes, statistics that no normalisation uses, a plan that inherits, tuples, numbers as keys, no plan."""
     plans = tiny_plans()
