@@ -184,14 +184,19 @@ class _Item:
     """Smallest and largest value of each channel."""
 
 
-def _read_file(file: Path, reader_name: str) -> _Item:
-    """One file through the gate and through nnU-Net's reader, (C, D, H, W); C > 1 only for colour pictures."""
+def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
+    """One file through the gate and through nnU-Net's reader, (C, D, H, W); C > 1 only for colour pictures.
+
+    Label maps and masks have a method of their own there: the spacing of a TIFF stack is in a file beside it, which is
+    named after the case.
+    """
     reader_class = _reader_class(reader_name)
     check_image_file(file)
     try:
         # Float64 beyond the range of float32 becomes infinite, which is reported below with the file's name.
         with np.errstate(over="ignore"), _quiet(file, reader_name), _alone(file, reader_name) as readable:
-            array, properties = reader_class().read_images((str(readable),))
+            reader = reader_class()
+            array, properties = reader.read_seg(str(readable)) if is_map else reader.read_images((str(readable),))
     except MemoryError as error:
         raise MFMError("E_TOO_LARGE", f"{file}: does not fit into memory. Crop it, or use fewer processes.") from error
     except Exception as error:  # Readers raise whatever their libraries raise.
@@ -213,7 +218,7 @@ def _read_file(file: Path, reader_name: str) -> _Item:
 
 def _read_map(file: Path, reader_name: str, what: str) -> _Item:
     """A file with one value per voxel. Raises MFMError (E_CHANNELS) for a colour picture."""
-    item = _read_file(file, reader_name)
+    item = _read_file(file, reader_name, is_map=True)
     if len(item.array) != 1:
         raise MFMError(
             "E_CHANNELS",

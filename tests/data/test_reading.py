@@ -537,6 +537,18 @@ def test_tiff_stacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code_of(lambda: read_image([save_picture(file, array)], "Tiff3DIO")) == "E_NONFINITE"
 
 
+def test_a_tiff_label_has_its_spacing_beside_it(tmp_path: Path) -> None:
+    """As nnU-Net's documentation of the format has it: CASE.json beside the images, and beside the labels."""
+    files = [tmp_path / "imagesTr" / "case_0000.tif", tmp_path / "labelsTr" / "case.tif"]
+    for file in files:
+        file.parent.mkdir()
+        save_picture(file, (volume() > 0).astype(np.uint8))
+        (file.parent / "case.json").write_text('{"spacing": [2, 1, 1]}')
+    image, label = read_image(files[:1], "Tiff3DIO"), read_label(files[1], "Tiff3DIO")
+    assert tuple(label[1]["spacing"]) == (2, 1, 1)
+    check_label(*label, *image, {"labels": {"background": 0, "a": 1}}, "case")
+
+
 def test_a_tiff_cut_between_its_pages(tmp_path: Path) -> None:
     file = tmp_path / "x.tif"
     with tifffile.TiffWriter(file) as writer:
