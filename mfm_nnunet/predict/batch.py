@@ -64,7 +64,7 @@ def predict_folder(
     options = options or PredictOptions()
     model_folder, input_folder, output_folder = Path(model_folder), Path(input_folder), Path(output_folder)
     check_options(options)
-    check_folders(model_folder, input_folder, output_folder)
+    check_folders(model_folder, input_folder, output_folder, options.previous_stage)
     if options.num_parts == 1:
         check_output(output_folder, [], options)
     model = load_model(model_folder, options.folds, options.checkpoint_name, options.device)

@@ -21,7 +21,7 @@ from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.per_case import source_signature, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
-from mfm_nnunet.data.reading import read_image, read_label
+from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model
@@ -81,13 +81,13 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
 def prepare_case(model: Model, case: Case) -> PreparedCase:
     """Read and preprocess a case; the mask of a previous stage becomes further channels.
 
-    Raises MFMError: whatever the input gate refuses, E_CHANNELS, E_LABEL_GEOMETRY, and E_CHANGED when a file changed
-    while it was read.
+    Raises MFMError: whatever the input gate refuses, E_CHANNELS, E_CHANGED when a file changed while it was read,
+    and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
     """
     before = source_signature(case)
     reader = model.plans_manager.plans["image_reader_writer"]
     image, properties = read_image(case.images, reader)
-    mask = read_label(case.label, reader)[0] if case.label is not None else None
+    mask, mask_properties = read_label(case.label, reader) if case.label is not None else (None, {})
     header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
     input_hashes = hash_inputs(case)
     if source_signature(case) != before:
@@ -97,11 +97,10 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
             "E_CHANNELS",
             f"{case.images[0]}: {len(image)} channels, the model expects {model.num_channels}{_channel_names(model)}.",
         )
-    if mask is not None and mask.shape[1:] != image.shape[1:]:
-        raise MFMError(
-            "E_LABEL_GEOMETRY",
-            f"{case.label}: the mask of the previous stage has shape {mask.shape[1:]}, the image {image.shape[1:]}.",
-        )
+    if mask is not None:
+        name = f"{case.label} (mask of the previous stage)"
+        predicted = {label: value for label, value in model.dataset_json["labels"].items() if label != "ignore"}
+        check_label(mask, mask_properties, image, properties, {"labels": predicted}, name)
     plans_manager, configuration_manager, label_manager = model.managers
     with about(case.images[0]):
         x_CDHW, seg, properties = preprocess_case_npy(

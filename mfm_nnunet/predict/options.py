@@ -71,7 +71,9 @@ def check_options(options: PredictOptions) -> None:
         raise MFMError("E_CONFIG", "overwrite and resume exclude each other: replace the masks, or keep them.")
 
 
-def check_folders(model_folder: Path, input_folder: Path, output_folder: Path) -> None:
+def check_folders(
+    model_folder: Path, input_folder: Path, output_folder: Path, previous_stage: Path | None = None
+) -> None:
     if not input_folder.is_dir():
         raise MFMError("E_NOT_FOUND", f"{input_folder}: no such input folder. Check the path.")
     source, target = input_folder.resolve(), output_folder.resolve()
@@ -81,6 +83,10 @@ def check_folders(model_folder: Path, input_folder: Path, output_folder: Path) -
         )
     if target == model_folder.resolve():
         raise MFMError("E_CONFIG", f"{output_folder}: the output folder is the model folder. Choose another.")
+    if previous_stage is not None and target == previous_stage.resolve():
+        raise MFMError(
+            "E_CONFIG", f"{output_folder}: the output folder is that of the previous stage's masks. Choose another."
+        )
     if output_folder.exists() and not output_folder.is_dir():
         raise MFMError("E_EXISTS", f"{output_folder}: is a file; the masks need a folder.")
 

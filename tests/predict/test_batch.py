@@ -636,6 +636,25 @@ def test_a_cascade_takes_the_masks_of_the_previous_stage(scans: Path, out: Path,
         predict_folder(save_model(tmp_path / "n", tiny_plans(), dataset_json()), scans, tmp_path / "o", options)
 
 
+def test_masks_of_a_previous_stage_that_are_of_another_scan(scans: Path, out: Path, tmp_path: Path) -> None:
+    plans = tiny_plans()
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    folder = save_model(tmp_path / "m", plans, dataset_json())
+    previous = tmp_path / "lowres"
+    previous.mkdir()
+    for name, shift, label in (("a", 0, 2), ("b.1", 30, 2), ("c c", 0, 3)):
+        image = nibabel.load(scans / f"{name}_0000.nii.gz")
+        affine = image.affine.copy()
+        affine[2, 3] += shift
+        labels = label * (np.asarray(image.dataobj) > 100).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(labels, affine), previous / f"{name}.nii.gz")
+    options = replace(CPU, previous_stage=previous)
+    assert _failed(folder, scans, out, options) == {"b.1": "E_LABEL_GEOMETRY", "c c": "E_LABEL_VALUE"}
+    assert _masks(out).keys() == {"a.nii.gz"}
+    with pytest.raises(MFMError, match=r"E_CONFIG.*previous stage"):
+        predict_folder(folder, scans, previous, replace(options, overwrite=True))
+
+
 def test_probabilities_can_be_ensembled_by_stock(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
