@@ -121,6 +121,8 @@ class _Run:
                 raise
             finally:
                 reader.shutdown(cancel_futures=True)
+        if self.report.warnings:
+            logger.warning("look at the masks of these cases:\n  %s", "\n  ".join(self.report.warnings))
         return self.report
 
     def _begin(self, reader: ThreadPoolExecutor, case: Case) -> Future[PreparedCase]:
@@ -178,6 +180,7 @@ class _Run:
             if self.journal.last[case.name]["status"] != "done":  # killed between renaming and the last line
                 self.journal.write(**{**self.journal.last[case.name], "status": "done"})
             self.report.skipped.append(case.name)
+            self._warn(case.name, self.journal.last[case.name].get("warnings", ()))
         return is_done
 
     def _attempt(self, case: Case, prepared: Future[PreparedCase]) -> str:
@@ -220,6 +223,7 @@ class _Run:
                 "output": {file.name: sha256(file) for file in sorted(stage.iterdir())},
                 "seconds": round(time.perf_counter() - start, 3),
                 "memory_steps": list(self.model.oom_steps),
+                "warnings": list(ready.warnings),
                 "versions": _versions(self.model.device),
             }
             # Before the files get their names: a run that is killed now must still know them as its own.
@@ -227,6 +231,10 @@ class _Run:
             self._remove_outdated(case.name, stage)
             publish(stage, self.folder)
         self.journal.write(case.name, "done", code="", reason="", **entry)
+        self._warn(case.name, ready.warnings)
+
+    def _warn(self, name: str, warnings: Sequence[str]) -> None:
+        self.report.warnings.extend(f"{name}: {warning}" for warning in warnings)
 
     def _remove_outdated(self, name: str, stage: Path) -> None:
         """Old probabilities of a case do not stay beside a new mask."""

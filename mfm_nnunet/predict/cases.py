@@ -41,6 +41,8 @@ class PreparedCase:
     input_hashes: dict[str, str]
     header: nibabel.Nifti1Header | None = None
     """Of the first image if it is a NIfTI file; read together with the voxels, so that both are of one scan."""
+    warnings: tuple[str, ...] = ()
+    """What is odd about the images and no reason to refuse them."""
 
 
 def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -> list[Case | CaseFailure]:
@@ -101,6 +103,9 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
         name = f"{case.label} (mask of the previous stage)"
         predicted = {label: value for label, value in model.dataset_json["labels"].items() if label != "ignore"}
         check_label(mask, mask_properties, image, properties, {"labels": predicted}, name)
+    # No refusal: models are trained with a sequence that some patients lack and that is filled with zeros.
+    constant = [k for k, channel in enumerate(image) if len(case.images) > 1 and (channel == channel.flat[0]).all()]
+    warnings = tuple(f"channel {k} is {image[k].flat[0]:g} everywhere" for k in constant)
     plans_manager, configuration_manager, label_manager = model.managers
     with about(case.images[0]):
         x_CDHW, seg, properties = preprocess_case_npy(
@@ -110,7 +115,7 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
         assert seg is not None, "preprocessing returns the mask that it was given"
         x_CDHW = np.vstack((x_CDHW, convert_labelmap_to_one_hot(seg[0], label_manager.foreground_labels, x_CDHW.dtype)))
     x_CDHW = np.ascontiguousarray(x_CDHW, np.float32)
-    return PreparedCase(torch.from_numpy(x_CDHW), properties, input_hashes, header)
+    return PreparedCase(torch.from_numpy(x_CDHW), properties, input_hashes, header, warnings)
 
 
 def hash_inputs(case: Case) -> dict[str, str]:

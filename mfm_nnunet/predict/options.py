@@ -57,6 +57,8 @@ class PredictReport:
     skipped: list[str] = field(default_factory=list)
     failures: list[CaseFailure] = field(default_factory=list)
     output_folder: Path = Path()
+    warnings: list[str] = field(default_factory=list)
+    """What is odd about images whose masks are there all the same."""
 
 
 def check_options(options: PredictOptions) -> None:

@@ -589,6 +589,28 @@ def test_several_channels(scans: Path, out: Path, tmp_path: Path) -> None:
     assert list(_journal(out)[-1]["input"]) == ["both_0000.nii.gz", "both_0001.nii.gz"] or _journal(out)[-1]["code"]
 
 
+def test_a_channel_of_one_value_is_noted_with_the_mask(
+    out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_model(tmp_path / "m", tiny_plans(channels=2), dataset_json(channels=("T1", "T2")))
+    source = tmp_path / "scans"
+    source.mkdir()
+    for name in ("a", "b"):
+        write_scan(source / f"{name}_0000.nii.gz")
+        image = nibabel.load(write_scan(source / f"{name}_0001.nii.gz", 1))
+    nibabel.save(nibabel.Nifti1Image(np.zeros(image.shape, np.int16), image.affine), source / "b_0001.nii.gz")
+    for options, done in ((CPU, ["a", "b"]), (replace(CPU, resume=True), [])):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            report = predict_folder(folder, source, out, options)
+        assert (report.done, report.warnings) == (done, ["b: channel 1 is 0 everywhere"])
+        assert "b: channel 1 is 0 everywhere" in caplog.messages[-1]
+    assert [line["warnings"] for line in _journal(out) if line["status"] == "done"] == [
+        [],
+        ["channel 1 is 0 everywhere"],
+    ]
+
+
 def test_other_volumes_and_pictures(out: Path, tmp_path: Path) -> None:
     for ending, reader, dimensions in ((".nrrd", "SimpleITKIO", 3), (".png", "NaturalImage2DIO", 2)):
         channels = ("R", "G", "B") if ending == ".png" else ("CT",)
