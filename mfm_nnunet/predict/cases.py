@@ -19,6 +19,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.data.per_case import source_signature, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
@@ -48,9 +49,10 @@ class PreparedCase:
 def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -> list[Case | CaseFailure]:
     """The cases of ``folder`` in nnU-Net's naming (<case>_0000<ending>, one file per channel), sorted by name.
 
-    A case whose channels are not those of the model is a CaseFailure (E_CHANNELS). For a model of one channel and a
-    folder without any numbered name, each file is a case. ``label`` is the mask of the previous stage, if there is one.
-    Raises MFMError (E_NOT_FOUND, E_CHANNELS) when there is no case at all.
+    A case whose channels are not those of the model is a CaseFailure (E_CHANNELS), and so is an image whose ending
+    differs in letter case or compression (E_FORMAT); other images are named in a warning. For a model of one channel
+    and a folder without any numbered name, each file is a case. ``label`` is the mask of the previous stage, if there
+    is one. Raises MFMError (E_NOT_FOUND, E_CHANNELS) when there is no case at all.
     """
     ending = model.dataset_json["file_ending"]
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -70,6 +72,7 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
         )
         for name in plain
     ]
+    found += _other_images(folder, [name for name in names if name not in matching], ending)
     for name, numbered in channels.items():
         problem = _channel_problem(sorted(numbered), model)
         if problem:
@@ -135,6 +138,27 @@ def hash_inputs(case: Case) -> dict[str, str]:
         except OSError as error:
             raise unreadable(file, error) from error
     return hashes
+
+
+def _other_images(folder: Path, names: list[str], ending: str) -> list[CaseFailure]:
+    """The images that would be cases under the right ending; those of another kind are named in a warning."""
+    kinds = {name: ending_of(Path(name)) for name in names if ending_of(Path(name))}
+    failures = []
+    for name in [
+        name for name, kind in kinds.items() if kind.removesuffix(".gz") == ending.lower().removesuffix(".gz")
+    ]:
+        kind = kinds.pop(name)
+        repair = "Rename it to" if kind == ending.lower() else "Convert it to"
+        reason = (
+            f"{folder / name}: this model reads files that end with '{ending}'. {repair} {name[: -len(kind)]}{ending}."
+        )
+        failures.append(CaseFailure(name, "E_FORMAT", reason))
+    if kinds:
+        logger.warning(
+            "%s: %d images are left out, because this model reads files that end with '%s': %s%s",
+            folder, len(kinds), ending, ", ".join(list(kinds)[:3]), ", ..." if len(kinds) > 3 else "",
+        )  # fmt: skip
+    return failures
 
 
 def _group(names: list[str], ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:

@@ -573,6 +573,26 @@ def test_names_without_a_channel_number(model: Path, scans: Path, out: Path, tmp
     assert not (tmp_path / "out2").exists()
 
 
+def test_images_of_another_ending_are_not_left_out_silently(
+    model: Path, scans: Path, out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "scans"
+    source.mkdir()
+    for name in ("a_0000.nii.gz", "b_0000.NII.GZ", "c_0000.nii", "d_0000.nrrd", "notes.txt"):
+        shutil.copy(scans / "a_0000.nii.gz", source / name)
+    with caplog.at_level("WARNING"), pytest.raises(CasesFailedError) as caught:
+        predict_folder(model, source, out, CPU)
+    assert {failure.case: failure.code for failure in caught.value.failures} == {
+        "b_0000.NII.GZ": "E_FORMAT",
+        "c_0000.nii": "E_FORMAT",
+    }
+    assert "Rename it to b_0000.nii.gz" in str(caught.value)
+    assert "Convert it to c_0000.nii.gz" in str(caught.value)
+    assert "1 images are left out" in caplog.text
+    assert "d_0000.nrrd" in caplog.text
+    assert _masks(out).keys() == {"a.nii.gz"}
+
+
 def test_several_channels(scans: Path, out: Path, tmp_path: Path) -> None:
     plans = tiny_plans(channels=2, reader="NibabelIO")
     folder = save_model(tmp_path / "m", plans, dataset_json(channels=("T1", "T2")))
