@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +51,11 @@ class PreparedCase:
 def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -> list[Case | CaseFailure]:
     """The cases of ``folder`` in nnU-Net's naming (<case>_0000<ending>, one file per channel), sorted by name.
 
-    A case whose channels are not those of the model is a CaseFailure (E_CHANNELS), and so is an image whose ending
-    differs in letter case or compression (E_FORMAT); other images are named in a warning. For a model of one channel
-    and a folder without any numbered name, each file is a case. ``label`` is the mask of the previous stage, if there
-    is one. Raises MFMError (E_NOT_FOUND, E_CHANNELS) when there is no case at all.
+    A CaseFailure is a case whose channels are not those of the model (E_CHANNELS), an image whose ending differs in
+    letter case or compression (E_FORMAT), and cases whose names differ in letter case alone (E_CONFIG); other images
+    are named in a warning. For a model of one channel and a folder without any numbered name, each file is a case.
+    ``label`` is the mask of the previous stage, if there is one. Raises MFMError (E_NOT_FOUND, E_CHANNELS) when there
+    is no case at all.
     """
     ending = model.dataset_json["file_ending"]
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -73,9 +76,13 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
         for name in plain
     ]
     found += _other_images(folder, [name for name in names if name not in matching], ending)
+    spellings = Counter(_spelling(name) for name in channels)
     for name, numbered in channels.items():
         problem = _channel_problem(sorted(numbered), model)
-        if problem:
+        if spellings[_spelling(name)] > 1:
+            reason = f"{folder / name}: another case differs only in letter case or Unicode form. Rename one of them."
+            found.append(CaseFailure(name, "E_CONFIG", reason))
+        elif problem:
             found.append(CaseFailure(name, "E_CHANNELS", f"{folder / name}: {problem}"))
         else:
             mask = previous_stage / f"{name}{ending}" if previous_stage is not None else None
@@ -189,6 +196,11 @@ def _plain_cases(folder: Path, names: list[str], ending: str, model: Model) -> d
         "no file in %s has a channel number (_0000): each of the %d files is taken as a case", folder, len(names)
     )
     return {name[: -len(ending)]: {0: name} for name in names}
+
+
+def _spelling(name: str) -> str:
+    """What file systems that ignore letter case or Unicode form take a name for: two masks would be one file there."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _channel_problem(numbers: list[int], model: Model) -> str:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -591,6 +592,18 @@ def test_images_of_another_ending_are_not_left_out_silently(
     assert "1 images are left out" in caplog.text
     assert "d_0000.nrrd" in caplog.text
     assert _masks(out).keys() == {"a.nii.gz"}
+
+
+def test_names_that_some_file_systems_take_for_one(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    source = tmp_path / "scans"
+    source.mkdir()
+    names = ["Patient", "patient", *(unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))]
+    for name in (*names, "other"):
+        shutil.copy(scans / "a_0000.nii.gz", source / f"{name}_0000.nii.gz")
+    if len(list(source.iterdir())) < 5:
+        pytest.skip("this file system is one of them")
+    assert _failed(model, source, out) == dict.fromkeys(names, "E_CONFIG")
+    assert _masks(out).keys() == {"other.nii.gz"}
 
 
 def test_several_channels(scans: Path, out: Path, tmp_path: Path) -> None:
