@@ -89,6 +89,25 @@ def check_image_file(path: Path) -> None:
         raise MFMError("E_NOT_FOUND", f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
+def files_of(path: Path, is_label: bool = False) -> list[Path]:
+    """The file of an image and those that belong to it: the voxels of a detached header, the spacing of a TIFF stack.
+
+    nnU-Net's Tiff3DIO takes the latter from CASE.json, for images named CASE_0000.tif and for labels named CASE.tif.
+    What is missing or cannot be read is left out: :func:`check_image_file` says why.
+    """
+    ending = ending_of(path)
+    files = [path]
+    if ending in (".tif", ".tiff"):
+        spacing = Path(str(path)[: -len(ending if is_label else f"_0000{ending}")] + ".json")
+        files += [spacing] if os.path.isfile(spacing) else []
+    elif ending in (".nrrd", ".nhdr", ".mha", ".mhd") and os.path.isfile(path):  # opening a pipe would wait for ever
+        with contextlib.suppress(MFMError, OSError):
+            read = headers.nrrd_header if ending in (".nrrd", ".nhdr") else headers.meta_header
+            voxels = read(path).data_file
+            files += [voxels] if voxels != path else []
+    return files
+
+
 def nifti_version(path: Path) -> int:
     """2 for a NIfTI-2 file, else 1 (also when it cannot be read: :func:`check_image_file` says why)."""
     try:

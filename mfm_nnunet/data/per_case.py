@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.errors import CaseFailure, MFMError
 
 if TYPE_CHECKING:
@@ -49,11 +50,12 @@ def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
 
 
 def source_signature(case: Case) -> list[list[int]]:
-    """Size in bytes and time of change in ns of each source file of a case, the label last.
+    """Size in bytes and time of change in ns of each source file of a case and of what belongs to it, the label last.
 
     Raises MFMError (E_NOT_FOUND) for a file that is not there.
     """
-    files = [*case.images, *([case.label] if case.label is not None else [])]
+    files = [file for image in case.images for file in files_of(image)]
+    files += files_of(case.label, is_label=True) if case.label is not None else []
     try:
         return [[status.st_size, status.st_mtime_ns] for status in (file.stat() for file in files)]
     except OSError as error:

@@ -21,7 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.integrity import ending_of
+from mfm_nnunet.data.integrity import ending_of, files_of
 from mfm_nnunet.data.per_case import source_signature, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
@@ -129,13 +129,16 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
 
 
 def hash_inputs(case: Case) -> dict[str, str]:
-    """SHA-256 of each file of a case by name; empty when one is not an ordinary file any more.
+    """SHA-256 of each file of a case and of what belongs to it, by name; empty when one is no ordinary file any more.
 
     Raises MFMError (E_NOT_FOUND) for a file that cannot be read.
     """
-    files = {file.name: file for file in case.images}
+    files = {os.path.relpath(file, image.parent): file for image in case.images for file in files_of(image)}
     if case.label is not None:
-        files[f"previous_stage/{case.label.name}"] = case.label
+        files |= {
+            f"previous_stage/{os.path.relpath(file, case.label.parent)}": file
+            for file in files_of(case.label, is_label=True)
+        }
     if not all(os.path.isfile(file) for file in files.values()):
         return {}
     hashes = {}

@@ -13,6 +13,7 @@ import pytest
 
 from mfm_nnunet.data import per_case
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.masks import mask_signature
 from mfm_nnunet.data.per_case import attempt, in_processes, in_threads, source_signature, with_progress
 from mfm_nnunet.errors import CaseFailure, MFMError
 
@@ -130,3 +131,16 @@ def test_signature_changes_with_the_files(tmp_path: Path) -> None:
     image.unlink()
     with pytest.raises(MFMError, match="E_NOT_FOUND"):
         source_signature(case)
+
+
+def test_signature_changes_with_what_belongs_to_a_file(tmp_path: Path) -> None:
+    image, spacing = tmp_path / "a_0000.tif", tmp_path / "a.json"
+    image.write_bytes(b"12")
+    spacing.write_bytes(b"345")
+    case = Case("a", (image,), anatomy_mask=tmp_path / "a.tif")
+    before = source_signature(case)
+    assert [size for size, _ in before] == [2, 3]
+    (tmp_path / "a.tif").write_bytes(b"6")
+    assert [[size, kind] for size, _, kind in mask_signature(case)] == [[1, "anatomy"], [3, "anatomy"]]
+    spacing.unlink()
+    assert source_signature(case) == before[:1]

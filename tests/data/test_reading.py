@@ -24,6 +24,7 @@ from nnunetv2.imageio.reader_writer_registry import (
 from PIL import Image
 
 from mfm_nnunet.data import integrity
+from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.data.reading import (
     IMAGE_ENDINGS,
     check_image_file,
@@ -460,6 +461,25 @@ def test_damaged_text_headers(tmp_path: Path, name: str, old: bytes, new: bytes,
     assert old in data
     file.write_bytes(data.replace(old, new, 1))
     assert refused(file) == code
+
+
+def test_what_belongs_to_an_image(tmp_path: Path) -> None:
+    for name, voxels in (("x.mhd", "x.raw"), ("y.nhdr", "y.raw")):
+        file = save_itk(tmp_path / name, volume())
+        assert files_of(file) == [file, tmp_path / voxels]
+        (tmp_path / voxels).unlink()
+        assert files_of(file) == [file]
+    for name in ("z.mha", "z.nrrd"):
+        assert files_of(save_itk(tmp_path / name, volume())) == [tmp_path / name]
+    image, label, spacing = (tmp_path / name for name in ("case_0000.tif", "case.tif", "case.json"))
+    assert files_of(image) == [image]
+    spacing.write_text("{}")
+    assert files_of(image) == [image, spacing]
+    assert files_of(label, is_label=True) == [label, spacing]
+    pipe = tmp_path / "pipe.mhd"
+    os.mkfifo(pipe)
+    for file in (pipe, tmp_path / "gone.nrrd", tmp_path / "scan.nii.gz"):
+        assert files_of(file) == [file]
 
 
 def test_data_files_with_skipped_bytes(tmp_path: Path) -> None:

@@ -644,6 +644,22 @@ def test_a_channel_of_one_value_is_noted_with_the_mask(
     ]
 
 
+def test_voxels_beside_their_header_are_part_of_the_scan(out: Path, tmp_path: Path) -> None:
+    plans = tiny_plans(reader="SimpleITKIO")
+    folder = save_model(tmp_path / "m", plans, dataset_json(file_ending=".mhd"))
+    source = tmp_path / "scans"
+    source.mkdir()
+    write_scan(source / "a_0000.mhd")
+    assert predict_folder(folder, source, out, CPU).done == ["a"]
+    assert list(_journal(out)[-1]["input"]) == ["a_0000.mhd", "a_0000.raw"]
+    resume = replace(CPU, resume=True)
+    assert predict_folder(folder, source, out, resume).skipped == ["a"]
+    before = (source / "a_0000.mhd").read_bytes()
+    write_scan(source / "a_0000.mhd", seed=5)
+    assert (source / "a_0000.mhd").read_bytes() == before
+    assert predict_folder(folder, source, out, resume).done == ["a"]
+
+
 def test_other_volumes_and_pictures(out: Path, tmp_path: Path) -> None:
     for ending, reader, dimensions in ((".nrrd", "SimpleITKIO", 3), (".png", "NaturalImage2DIO", 2)):
         channels = ("R", "G", "B") if ending == ".png" else ("CT",)
