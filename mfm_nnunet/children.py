@@ -16,7 +16,7 @@ SECONDS_TO_SAVE = 600
 
 
 def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``function`` in a child process; an error that the user should see is also noted in ``folder``."""
+    """Call ``function`` in a child process; what the user should see of its end is also noted in ``folder``."""
     try:
         return function(*arguments)
     except (MFMError, StoppedError, FloatingPointError) as error:
@@ -26,6 +26,8 @@ def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) ->
         elif isinstance(error, StoppedError):
             note["exit_code"] = error.exit_code
         (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(note))
+        if isinstance(error, StoppedError):
+            raise SystemExit(error.exit_code) from error  # the end of a process without a traceback
         raise
 
 

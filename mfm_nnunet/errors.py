@@ -84,8 +84,12 @@ def about(file: str | os.PathLike[str]) -> Iterator[None]:
         raise MFMError(error.code, f"{file}: {error.message}") from error
 
 
-class StoppedError(Exception):
-    """The work was stopped by a signal after a clean save; ``exit_code`` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+class StoppedError(BaseException):
+    """The work was stopped by a signal after a clean save; ``exit_code`` is 130 (Ctrl-C) or 143 (SIGTERM).
+
+    No Exception, for the reason for which KeyboardInterrupt is none: it may come anywhere, and what catches every error
+    of a reader or of a single case must not take it for a damaged file.
+    """
 
     def __init__(self, exit_code: int, message: str) -> None:
         self.exit_code = exit_code

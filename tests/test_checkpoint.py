@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, StoppedError
 
 CONTENT = {"network_weights": {"a.weight": torch.arange(2000.0)}, "mfm": {"format": 1, "list": [1, "x", None, True]}}
 
@@ -120,6 +120,18 @@ def test_code_is_found_before_the_weights_are_read(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(what, lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(MFMError, match="E_MODEL_UNSAFE"):
         checkpoint.load(tmp_path / "evil.pth")
+
+
+def test_a_stop_while_reading_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.pth"
+    checkpoint.save({"network_weights": {}}, file)
+
+    def stopped(*arguments: object, **keywords: object) -> None:
+        raise StoppedError(143, "stopped by SIGTERM")
+
+    monkeypatch.setattr(torch, "load", stopped)
+    with pytest.raises(StoppedError):
+        checkpoint.load(file)
 
 
 def test_stock_checkpoints_with_numpy_scalars_load(tmp_path: Path) -> None:

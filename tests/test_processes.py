@@ -57,14 +57,19 @@ def test_a_stopped_parent_stops_its_processes_which_save_first(to_all: bool, tmp
     notes = tmp_path / "notes"
     notes.mkdir()
     process = subprocess.Popen(
-        [sys.executable, str(script), str(notes)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(script), str(notes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     until = time.monotonic() + 120
     while len(list(notes.glob("ready_*"))) < 2 and time.monotonic() < until:
         time.sleep(0.1)
     children = [int(file.read_text()) for file in notes.glob("ready_*")]
     (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
     assert process.returncode == 143
     assert "stopped in epoch 3" in output
     assert len(list(notes.glob("saved_*"))) == 2

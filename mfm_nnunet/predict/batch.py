@@ -27,7 +27,7 @@ import torch
 
 from mfm_nnunet.checkpoint import atomic_write, disk_full, sha256
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, StoppedError
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 from mfm_nnunet.predict.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.predict.export import STAGING_PREFIX, disk_full_is_an_error, is_disk_full, publish, staging, write_case
 from mfm_nnunet.predict.journal import Journal
@@ -188,8 +188,6 @@ class _Run:
         start = time.perf_counter()
         try:
             self._predict(case, prepared, start)
-        except StoppedError:
-            raise
         except Exception as error:
             failure = self._explain(case.name, error)
             if failure.code == "E_DISK_FULL":

@@ -15,7 +15,7 @@ from mfm_nnunet.data import per_case
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.masks import mask_signature
 from mfm_nnunet.data.per_case import attempt, in_processes, in_threads, source_signature, with_progress
-from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
 
 CASES = [Case(f"case{i}", (Path(f"case{i}.nii.gz"),)) for i in range(6)]
 
@@ -75,6 +75,14 @@ def test_a_full_disk_stops_everything() -> None:
         attempt(work, full)
     with pytest.raises(MFMError, match="E_DISK_FULL"):
         list(in_processes(work, [CASES[0], full, CASES[4]], 1))
+
+
+def test_a_stop_is_no_bad_case() -> None:
+    def stopped(case: Case) -> str:
+        raise StoppedError(143, "stopped by SIGTERM")
+
+    with pytest.raises(StoppedError):
+        attempt(stopped, CASES[0])
 
 
 PARENT = """
