@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import pickle
+import secrets
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises MFMError (E_DISK_FULL) when the disk is full; an older file of that name stays as it was.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # No process number: containers and hosts that share a disk have the same ones.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -161,6 +161,18 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 
 
+def test_writers_of_one_file_do_not_share_its_temporary_name(tmp_path: Path) -> None:
+    """Two containers may give the same number to their processes."""
+    file = tmp_path / "x.json"
+    with checkpoint.atomic_write(file) as one:
+        one.write(b"one")
+        with checkpoint.atomic_write(file) as other:
+            other.write(b"other")
+        assert file.read_bytes() == b"other"
+    assert file.read_bytes() == b"one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_kill_during_save_leaves_a_whole_file(tmp_path: Path) -> None:
     """One process saves without pause and is killed; what is under the name always verifies."""
     file = tmp_path / "model.pth"

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pickle
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -35,17 +36,30 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
-    """A folder for unfinished files, removed at the end; those that dead processes left behind are removed too."""
-    for left in preprocessed_folder.glob(".partial-*"):
-        pid = left.name.removeprefix(".partial-")
+    """A folder for unfinished files, removed at the end; those that dead processes of this place left are removed too.
+
+    What other hosts and containers left stays: nobody here can tell whether they are still at work.
+    """
+    prefix = f".partial-{_place()}-"
+    for left in preprocessed_folder.glob(f"{prefix}*"):
+        pid = left.name.removeprefix(prefix)
         if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             shutil.rmtree(left, ignore_errors=True)
-    folder = preprocessed_folder / f".partial-{os.getpid()}"
+    folder = preprocessed_folder / f"{prefix}{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place() -> str:
+    """Where a process number means one process: the host, and the namespace of a container that bears its name."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return re.sub(r"[^A-Za-z0-9]", "", f"{platform.node()}{namespace}")
 
 
 def _is_alive(pid: int) -> bool:
@@ -176,7 +190,8 @@ def write_case(
     patch_size: tuple[int, ...],
 ) -> None:
     """Write a case to ``staging`` and move it to ``folder``, where it appears whole. Raises MFMError (E_DISK_FULL)."""
-    staged = {key: staging / f"{key.strip('.')}~{case}" for key in case_files(folder, case)}
+    kinds = {".pkl", ".b2nd", *content.masks, *(["_seg.b2nd"] if content.seg_1DHW is not None else [])}
+    staged = {key: staging / f"{key.strip('.')}~{case}" for key in case_files(folder, case) if key in kinds}
     with atomic_write(staged[".pkl"]) as file:
         pickle.dump(content.properties, file)
     if content.seg_1DHW is not None:
@@ -192,10 +207,9 @@ def write_case(
         # An outdated case disappears first: new properties and masks must never stand beside old voxels.
         for target in reversed(targets.values()):
             target.unlink(missing_ok=True)
-        for key, target in targets.items():
-            if staged[key].exists():
-                target.parent.mkdir(exist_ok=True)
-                os.replace(staged[key], target)
+        for key, file in staged.items():
+            targets[key].parent.mkdir(exist_ok=True)
+            os.replace(file, targets[key])
 
 
 def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:

@@ -21,7 +21,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet.data import preprocess
+from mfm_nnunet.data import preprocess, storage
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_dataset, preprocessing_hash
 from mfm_nnunet.errors import MFMError
@@ -336,11 +336,29 @@ def test_full_disk_stops_and_keeps_what_is_done(tmp_path: Path) -> None:
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    folders = [tmp_path / f".partial-{int(dead.stdout)}", tmp_path / f".partial-{os.getppid()}"]
-    for folder in folders:
-        folder.mkdir()
+    with storage.staging_folder(tmp_path) as staging:
+        here = staging.name.removesuffix(str(os.getpid()))
+    names = [f"{here}{int(dead.stdout)}", f"{here}{os.getppid()}", f".partial-otherhost-{int(dead.stdout)}"]
+    for name in names:
+        (tmp_path / name).mkdir()
     run(make_dataset(tmp_path / "raw", 1), tmp_path)
-    assert [folder.exists() for folder in folders] == [False, True]
+    assert [(tmp_path / name).exists() for name in names] == [False, True, True]
+
+
+def test_a_staged_file_that_is_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label map belongs to the case: without it, the case would be one without labels."""
+    cases, write = make_dataset(tmp_path / "raw", 2), storage._write_array
+
+    def lost(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:
+        write(array, patch_size, file)
+        if file.name == "_seg.b2nd~case0":
+            file.unlink()
+
+    monkeypatch.setattr(storage, "_write_array", lost)
+    report = run(cases, tmp_path / "out")
+    assert [failure.case for failure in report.failures] == ["case0"]
+    assert report.done == ["case1"]
+    assert not list(tmp_path.glob("out/mfm_*/case0.b2nd"))
 
 
 def test_cases_of_others_are_left_alone_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
