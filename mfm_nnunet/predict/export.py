@@ -41,7 +41,8 @@ def write_case(
     """Write a case's mask and, on request, nnU-Net's ``.npz`` and ``.pkl`` beside it (for its ensembling).
 
     ``target_truncated`` is the mask's path without its ending, ``header`` the scan's NIfTI header, which the mask gets;
-    without it the mask is as nnU-Net's writer makes it. Raises MFMError (E_DISK_FULL, E_GEOMETRY).
+    without it the mask is as nnU-Net's writer makes it. Raises MFMError (E_DISK_FULL, E_GEOMETRY), and E_CONFIG where
+    nnU-Net's writer class changes the labels.
     """
     if save_probabilities:
         mask, probabilities = logits_to_probabilities(logits_KDHW, properties, *managers)
@@ -60,7 +61,7 @@ def write_mask(
     target: Path,
     header: nibabel.Nifti1Header | None = None,
 ) -> None:
-    """Write a mask in the axes of nnU-Net's reader as ``target``; see :func:`write_case`.
+    """Write a mask in the axes of nnU-Net's reader as ``target``; see :func:`write_case`, also for what is raised.
 
     ``target`` is not replaced atomically: give a file in a folder of :func:`staging`.
     """
@@ -71,6 +72,12 @@ def write_mask(
             plain = target.with_name(".voxels.nii")  # no name of a case, and shorter than any
             writer.write_seg(mask_DHW, str(plain), properties)
             voxels_XYZ = np.asarray(nibabel.load(plain).dataobj.get_unscaled())  # type: ignore[attr-defined]
+            if not _same_counts(voxels_XYZ.T, mask_DHW):
+                raise MFMError(
+                    "E_CONFIG",
+                    f"{target.name}: nnU-Net's {type(writer).__name__} does not write the labels as they are (largest: "
+                    f"{mask_DHW.max()}). A model with labels above 255 needs another image_reader_writer in its plan.",
+                )
             geometry.write_like(voxels_XYZ, header, target)
             plain.unlink()
         else:
@@ -78,6 +85,13 @@ def write_mask(
             written, _ = writer.read_seg(str(target))
             if not np.array_equal(written.reshape(mask_DHW.shape), mask_DHW):
                 raise OSError(errno.EIO, f"{target} reads back with other values than were written")
+
+
+def _same_counts(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two masks, whose axes may differ, hold each label equally often; by planes, to bound the memory."""
+    num_labels = int(max(one.max(), other.max())) + 1
+    counts = [sum(np.bincount(plane.ravel(), minlength=num_labels) for plane in mask) for mask in (one, other)]
+    return bool(np.array_equal(*counts))
 
 
 def export_validation_case(

@@ -240,6 +240,28 @@ def test_masks_have_the_geometry_of_the_scan_byte_for_byte(tmp_path: Path, reade
         assert np.array_equal(again[0], image[0] > 100)
 
 
+def test_labels_that_a_writer_cannot_hold_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "scan.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.ones((3, 4, 5), np.int16), np.diag([-1, 1, 2, 1])), source)
+    for reader, largest, is_legal in (
+        ("SimpleITKIOWithReorient", 255, True),
+        ("SimpleITKIOWithReorient", 256, False),
+        ("SimpleITKIO", 300, True),
+    ):
+        manager, target = PlansManager(tiny_plans(reader=reader)), tmp_path / f"{reader}_{largest}.nii.gz"
+        image, properties = manager.image_reader_writer_class().read_images([str(source)])
+        mask = np.zeros(image.shape[1:], np.uint16)
+        mask[0, 1, 2] = largest
+        arguments = (mask, properties, manager, target, geometry.read_header(source))
+        if is_legal:
+            export.write_mask(*arguments)
+            assert voxels_of(target).max() == largest
+        else:
+            with pytest.raises(MFMError, match=r"E_CONFIG.*SimpleITKIOWithReorient.*256"):
+                export.write_mask(*arguments)
+            assert not target.exists()
+
+
 def test_oddities_that_a_loader_would_repair_stay_as_they_are(tmp_path: Path) -> None:
     source, target = tmp_path / "scan.nii", tmp_path / "mask.nii"
     nibabel.save(nibabel.Nifti1Image(np.ones((3, 4, 5), np.int16), np.diag([1, 1, 2, 1])), source)
