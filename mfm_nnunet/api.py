@@ -197,8 +197,8 @@ def predict(
 
     The model is a folder, or the dataset, configuration, plan and trainer that it was made with; ``folds`` None means
     all numbered folds that exist, else ``all``. An output folder that is not empty is refused unless ``overwrite`` or
-    ``resume`` (which skips what this very model did already). ``previous_stage`` holds the masks that a cascade starts
-    from; ``part_id`` of ``num_parts`` shares a folder among processes.
+    ``resume`` (which skips what this very model did already, and refuses masks of another). ``previous_stage`` holds
+    the masks that a cascade starts from; ``part_id`` of ``num_parts`` shares a folder among processes.
 
     Raises MFMError for bad input and CasesFailedError after all good cases are done.
     """

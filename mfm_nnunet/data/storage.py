@@ -207,9 +207,9 @@ def write_case(
         # An outdated case disappears first: new properties and masks must never stand beside old voxels.
         for target in reversed(targets.values()):
             target.unlink(missing_ok=True)
-        for key, file in staged.items():
+        for key, finished in staged.items():
             targets[key].parent.mkdir(exist_ok=True)
-            os.replace(file, targets[key])
+            os.replace(finished, targets[key])
 
 
 def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:

@@ -89,9 +89,11 @@ def write_mask(
 
 def _same_counts(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two masks, whose axes may differ, hold each label equally often; by planes, to bound the memory."""
-    num_labels = int(max(one.max(), other.max())) + 1
-    counts = [sum(np.bincount(plane.ravel(), minlength=num_labels) for plane in mask) for mask in (one, other)]
-    return bool(np.array_equal(*counts))
+    counts = np.zeros((2, int(max(one.max(), other.max())) + 1), np.int64)
+    for row, mask in zip(counts, (one, other)):
+        for plane in mask:
+            row += np.bincount(plane.ravel(), minlength=len(row))
+    return np.array_equal(*counts)
 
 
 def export_validation_case(
