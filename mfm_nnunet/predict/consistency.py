@@ -16,9 +16,10 @@ from mfm_nnunet.json_files import plan_problem, resolved
 
 _OF_CONFIGURATION = (
     "spacing", "patch_size", "normalization_schemes", "use_mask_for_norm", "previous_stage",
-    *(f"resampling_fn_{part}" for part in ("data", "seg", "probabilities")),
-    *(f"resampling_fn_{part}_kwargs" for part in ("data", "seg", "probabilities")),
+    *(f"resampling_fn_{part}" for part in ("data", "seg")),
+    *(f"resampling_fn_{part}_kwargs" for part in ("data", "seg")),
 )  # fmt: skip
+"""Not how probabilities are brought back to the image: people set a faster way there, in a model that is theirs."""
 
 
 def differences(
