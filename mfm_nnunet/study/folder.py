@@ -75,9 +75,12 @@ def make_design(
         subjects=of_case,
         data=corpus.signature(cases),
     )
-    folds, known_arms = _continued(folder, question, arms)
+    mine = {arm.name: _about(arm) for arm in arms}
+    before = _continued(folder, question, dataset_json, mine)
+    folds = [(fold["labels"], fold["seed"]) for fold in before.get("folds", [])]  # their numbers must not change
     wanted = [(count, seed) for seed in range(seeds) for count in counts]
     folds += [fold for fold in wanted if fold not in folds]
+    known_arms = {**before.get("arms", {}), **mine}
     by_name = {case.name: case for case in cases}
     return Design(folder, question, arms, counts, seeds, folds, known_arms, by_name, dict(dataset_json))
 
@@ -95,7 +98,8 @@ def plans_of(folder: Path) -> str | None:
 def write_design(design: Design, library: Mapping[str, str]) -> None:
     """Write ``study.json``, the dataset of the pool, its folds, and links to the test images."""
     test_images = design.folder / "test"
-    if (design.folder / RECORD).is_file() and read_record(design.folder)["question"] != as_json(design.question):
+    has_record = (design.folder / RECORD).is_file()
+    if has_record and _differences(read_record(design.folder), design.question, design.dataset_json):
         for stale in (design.workspace, test_images):  # of another question, for which nothing was trained
             shutil.rmtree(stale, ignore_errors=True)
     write_json(design.folder / RECORD, record_of(design, library))  # first: it tells whose folder this is
@@ -147,30 +151,55 @@ def write_json(file: Path, content: Any) -> None:
         handle.write((json.dumps(content, indent=1) + "\n").encode())
 
 
-def _continued(folder: Path, question: Question, arms: Sequence[Arm]) -> tuple[list[tuple[int, int]], dict[str, Any]]:
-    """Folds (their numbers must not change) and arms: those of a study that is continued, and the arms of this call."""
-    mine = {arm.name: _about(arm) for arm in arms}
+def _continued(
+    folder: Path, question: Question, dataset_json: Mapping[str, Any], arms: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``study.json`` of the study that goes on in the folder; empty where nothing was trained yet.
+
+    Raises MFMError (E_EXISTS, E_CONFIG) unless cells of this call may stand beside those that are there.
+    """
     if folder.exists() and not folder.is_dir():
         raise MFMError("E_EXISTS", f"{folder}: this is a file. Give -o another folder.")
     if not (folder / RECORD).is_file():
         if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise MFMError("E_EXISTS", f"{folder}: is not empty and holds no study. Give -o another folder.")
-        return [], mine
+        return {}
     record = read_record(folder)
-    before, now = record["question"], as_json(question)
-    changed = [name for name in now if before.get(name) != now[name]]
-    if changed and not (folder / CELLS).is_dir():  # nothing was trained yet, e.g. because a bad case was repaired
-        return [], mine
-    if changed:
-        differences = "; ".join(_difference(name, before.get(name), now[name]) for name in changed)
-        raise MFMError("E_CONFIG", f"{folder}: holds a study that asks something else: {differences}. {_ADVICE}")
-    for name in mine.keys() & record["arms"].keys():
+    if not (folder / CELLS).is_dir():  # e.g. because a bad case had to be repaired first
+        return {}
+    if differences := _differences(record, question, dataset_json):
+        raise MFMError(
+            "E_CONFIG", f"{folder}: holds a study that asks something else: {'; '.join(differences)}. {_ADVICE}"
+        )
+    for name in arms.keys() & record["arms"].keys():
         for part, what in (("sha256", "another checkpoint"), ("settings", "trained with other settings")):
-            if record["arms"][name].get(part) != mine[name][part]:
+            if record["arms"][name].get(part) != arms[name][part]:
                 raise MFMError(
                     "E_CONFIG", f"{folder}: arm '{name}' was {what}. Name this one differently: NAME=CHECKPOINT."
                 )
-    return [(fold["labels"], fold["seed"]) for fold in record["folds"]], {**record["arms"], **mine}
+    return record
+
+
+def _differences(record: Mapping[str, Any], question: Question, dataset_json: Mapping[str, Any]) -> list[str]:
+    """What decides about scores and is not as ``study.json`` says."""
+    before, now = record["question"], as_json(question)
+    found = [_difference(name, before.get(name), now[name]) for name in now if before.get(name) != now[name]]
+    before, now = _meaning(record["dataset_json"]), _meaning(dataset_json)
+    decide = [name for name in now if before[name] != now[name]]
+    return found + [_difference(f"{name} in dataset.json", before[name], now[name]) for name in decide]
+
+
+def _meaning(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+    """What dataset.json says about the meaning of images and labels; the rest of it is for people."""
+    labels = dataset_json.get("labels", {})
+    has_regions = any(isinstance(values, list) for values in labels.values())
+    return {
+        "labels": list(labels.items()) if has_regions else labels,  # regions are painted in their order
+        "regions_class_order": dataset_json.get("regions_class_order"),
+        "channel_names": dataset_json.get("channel_names") or dataset_json.get("modality"),
+        "file_ending": dataset_json.get("file_ending"),
+        "overwrite_image_reader_writer": dataset_json.get("overwrite_image_reader_writer", "None"),
+    }
 
 
 def as_json(question: Question) -> dict[str, Any]:

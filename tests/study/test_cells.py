@@ -214,6 +214,47 @@ def test_another_question_is_refused_once_something_was_trained(design: Design, 
         design_in(tmp_path, tolerance_mm=2.0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": {"background": 0, "inner": 2, "outer": 1}},
+        {"labels": {"background": 0, "inner": 1, "ignore": 2}},
+        {"channel_names": {"0": "CT"}},
+        {"overwrite_image_reader_writer": "NibabelIO"},
+    ],
+)
+def test_another_meaning_of_the_labels_is_refused_once_something_was_trained(
+    design: Design, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    file = tmp_path / "nnUNet_raw" / small.NAME / "dataset.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, **change}))
+    (design.workspace / "old").touch()
+    write_design(design_in(tmp_path), LIBRARY)  # nothing was trained: the folder is anew
+    assert not (design.workspace / "old").exists()
+    file.write_text(json.dumps({**content, "description": "for people"}))
+    write_design(design_in(tmp_path), LIBRARY)
+    design.cell_folder(next(design.cells())).mkdir(parents=True)
+    design_in(tmp_path)
+    file.write_text(json.dumps({**content, **change}))
+    with pytest.raises(MFMError, match=f"E_CONFIG.*asks something else: {next(iter(change))} in dataset.json"):
+        design_in(tmp_path)
+
+
+def test_regions_in_another_order_are_another_meaning(tmp_path: Path) -> None:
+    raw = small.write_raw(tmp_path, labels={"background": 0, "whole": [1, 2], "core": [2]})  # type: ignore[dict-item]
+    (tmp_path / "mae.pth").write_bytes(b"weights")
+    content = {**json.loads((raw / "dataset.json").read_text()), "regions_class_order": [1, 2]}
+    (raw / "dataset.json").write_text(json.dumps(content))
+    made = design_in(tmp_path)
+    write_design(made, LIBRARY)
+    made.cell_folder(next(made.cells())).mkdir(parents=True)
+    content["labels"] = {"background": 0, "core": [2], "whole": [1, 2]}
+    (raw / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(MFMError, match=r"E_CONFIG.*labels in dataset\.json was"):
+        design_in(tmp_path)
+
+
 def test_settings_of_an_arm_alone(tmp_path: Path) -> None:
     small.write_raw(tmp_path)
     (tmp_path / "mae.pth").write_bytes(b"weights")
