@@ -67,7 +67,7 @@ def all_steps(design: Design, cell: Cell, plans_name: str, device: str) -> tuple
     weights = () if arm.checkpoint is None else ("-pretrained_weights", str(arm.checkpoint))
     settings = ("--set", *question.settings, *arm.settings, f"seed={cell.seed}")
     train = ("mfm_train", question.dataset, question.configuration, fold, "-p", plans_name)
-    predict = ("mfm_predict", "-i", str(design.folder / "test"), "-o", str(folder / "masks"), "-m", str(model))
+    predict = ("mfm_predict", "-i", str(design.test_folder), "-o", str(folder / "masks"), "-m", str(model))
     tta = () if question.mirroring else ("--disable_tta",)
     score = ("python", "-m", "mfm_nnunet.study.evaluation", str(design.folder), str(folder))
     return (

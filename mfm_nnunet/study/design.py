@@ -86,6 +86,16 @@ class Design:
         """The cases that test."""
         return [self.cases[name] for name in self.question.test]
 
+    @property
+    def test_folder(self) -> Path:
+        """Links to the images of the test cases, which is what prediction reads."""
+        return self.folder / "test"
+
+    def test_images(self, case: Case) -> list[Path]:
+        """The links to the channels of a test case."""
+        ending = self.dataset_json["file_ending"]
+        return [self.test_folder / f"{case.name}_{channel:04d}{ending}" for channel in range(len(case.images))]
+
     def cells(self) -> Iterator[Cell]:
         """All cells, seed by seed, so that a study that is stopped early leaves a fair table."""
         for seed in range(self.seeds):

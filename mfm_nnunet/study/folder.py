@@ -16,6 +16,7 @@ from typing import Any
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.headers import meta_header, nrrd_header
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.json_files import read_json
@@ -97,19 +98,17 @@ def plans_of(folder: Path) -> str | None:
 
 def write_design(design: Design, library: Mapping[str, str]) -> None:
     """Write ``study.json``, the dataset of the pool, its folds, and links to the test images."""
-    test_images = design.folder / "test"
     has_record = (design.folder / RECORD).is_file()
     if has_record and _differences(read_record(design.folder), design.question, design.dataset_json):
-        for stale in (design.workspace, test_images):  # of another question, for which nothing was trained
+        for stale in (design.workspace, design.test_folder):  # of another question, for which nothing was trained
             shutil.rmtree(stale, ignore_errors=True)
+    links = _test_links(design)
     write_json(design.folder / RECORD, record_of(design, library))  # first: it tells whose folder this is
-    ending, dataset = design.dataset_json["file_ending"], design.question.dataset
-    test_images.mkdir(exist_ok=True)
-    for case in design.test:
-        for channel, image in enumerate(case.images):
-            link = test_images / f"{case.name}_{channel:04d}{ending}"
-            if not link.is_symlink():
-                link.symlink_to(image.resolve())
+    for link, file in links.items():
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+    dataset = design.question.dataset
     entries = {case.name: _files(case) for case in design.pool}
     pool_json = {**design.dataset_json, "numTraining": len(entries), "dataset": entries}
     write_json(design.workspace / "nnUNet_raw" / dataset / "dataset.json", pool_json)
@@ -221,6 +220,43 @@ def _about(arm: Arm) -> dict[str, Any]:
 
 def _files(case: Case) -> dict[str, Any]:
     return {"images": [str(image) for image in case.images], "label": str(case.label)}
+
+
+def _test_links(design: Design) -> dict[Path, Path]:
+    """The links in the folder of test images, to the images and to what these need beside them.
+
+    Raises MFMError (E_CONFIG) where two images need other files of one name, or one from outside its folder.
+    """
+    links: dict[Path, Path] = {}
+    for case in design.test:
+        pairs = dict(zip(design.test_images(case), case.images))
+        for link, image in [*pairs.items()]:
+            pairs.update({link.parent / name: file for name, file in _companions(link, image).items()})
+        for link, file in pairs.items():
+            if ".." in link.parts or links.setdefault(link, file) != file:
+                raise MFMError(
+                    "E_CONFIG",
+                    f"{file}: belongs to test case {case.name}, and cannot be beside the other test images because of "
+                    "its name. Save the test images as single files, e.g. .nrrd, .mha or .nii.gz.",
+                )
+    return links
+
+
+def _companions(link: Path, image: Path) -> dict[str, Path]:
+    """Files without which an image cannot be read, or loses its spacing, by their names beside its link."""
+    if link.suffix in (".tif", ".tiff"):  # nnU-Net's reader looks for CASE.json beside CASE_0000.tif
+        spacing = image.parent / f"{image.name[: -len('_0000') - len(image.suffix)]}.json"
+        return {f"{link.name[: -len('_0000') - len(link.suffix)]}.json": spacing} if spacing.is_file() else {}
+    header = {".mhd": meta_header, ".nhdr": nrrd_header}.get(link.suffix)
+    if header is None:
+        return {}
+    try:
+        voxels = header(image).data_file
+    except (MFMError, OSError):
+        return {}  # reading tells what is wrong
+    if voxels == image or not voxels.is_relative_to(image.parent):  # in the header's file, or with a whole path
+        return {}
+    return {str(voxels.relative_to(image.parent)): voxels}
 
 
 def _fold(train: list[str]) -> dict[str, list[str]]:

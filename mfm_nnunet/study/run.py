@@ -64,14 +64,14 @@ def check_checkpoints(design: Design, plans: Mapping[str, Any]) -> None:
 
 
 def check_test_cases(design: Design, reader: str) -> None:
-    """Read every test image and its label now, because they are used only after the training.
+    """Read every test image, through its link as prediction does, and its label: they are used only after the training.
 
     Raises MFMError with the list of all that cannot be used.
     """
 
     def check(case: Case) -> bool:
         assert case.label is not None
-        image, properties = read_image(case.images, reader)
+        image, properties = read_image(design.test_images(case), reader)
         label, label_properties = read_label(case.label, reader)
         check_label(label, label_properties, image, properties, design.dataset_json, case.name)
         return True

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
+import tifffile
 
 from mfm_nnunet import workspace
+from mfm_nnunet.data.reading import read_image
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.study import plan, run
 from mfm_nnunet.study.arms import Arm
+from mfm_nnunet.study.folder import write_design
 from tests.finetune import tiny
 from tests.plans.tiny_data import pretrained_checkpoint
 from tests.study import small
-from tests.study.test_cells import design_in
+from tests.study.test_cells import LIBRARY, design_in
 
 
 def test_an_arm_that_does_not_fit_the_plan(tmp_path: Path) -> None:
@@ -29,10 +36,79 @@ def test_an_arm_that_does_not_fit_the_plan(tmp_path: Path) -> None:
 def test_test_cases_that_cannot_be_read_are_all_listed(tmp_path: Path) -> None:
     small.write_raw(tmp_path)
     design = design_in(tmp_path, arms=(Arm("scratch"),))
+    write_design(design, LIBRARY)
     with pytest.raises(MFMError, match="4 of 4 labelled cases cannot be used; nothing was trained") as refused:
         run.check_test_cases(design, "SimpleITKIO")
     assert refused.value.code == "E_EMPTY"
     assert all(f"{name}: E_EMPTY" in refused.value.message for name in design.question.test)
+
+
+def write_volumes(root: Path, ending: str, write: Callable[[Path, np.ndarray], None]) -> None:
+    """The small dataset again, in files that need others beside them."""
+    raw = small.write_raw(root)
+    content = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**content, "file_ending": ending}))
+    for number in range(small.NUM_CASES):
+        array = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+        write(raw / "imagesTr" / f"case{number}_0000{ending}", array)
+        write(raw / "labelsTr" / f"case{number}{ending}", array % 3)
+
+
+def write_itk(file: Path, array: np.ndarray) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.5, 0.6, 2.0))
+    sitk.WriteImage(image, str(file))
+
+
+def write_tiff(file: Path, array: np.ndarray) -> None:
+    tifffile.imwrite(file, array, photometric="minisblack")
+    spacing = file.parent / f"{file.stem.removesuffix('_0000')}.json"
+    spacing.write_text(json.dumps({"spacing": [2.0, 0.6, 0.5]}))
+
+
+@pytest.mark.parametrize(
+    ("ending", "reader", "write"),
+    [
+        (".mhd", "SimpleITKIO", write_itk),
+        (".nhdr", "SimpleITKIO", write_itk),
+        (".tif", "Tiff3DIO", write_tiff),
+    ],
+)
+def test_test_images_keep_what_lies_beside_them(
+    tmp_path: Path, ending: str, reader: str, write: Callable[[Path, np.ndarray], None]
+) -> None:
+    write_volumes(tmp_path, ending, write)
+    design = design_in(tmp_path, arms=(Arm("scratch"),))
+    write_design(design, LIBRARY)
+    for case in design.test:
+        _, properties = read_image(design.test_images(case), reader)
+        assert tuple(properties["spacing"]) == (2.0, 0.6, 0.5)
+
+
+def test_what_prediction_cannot_read_is_found_before_the_training(tmp_path: Path) -> None:
+    write_volumes(tmp_path, ".mhd", write_itk)
+    design = design_in(tmp_path, arms=(Arm("scratch"),))
+    write_design(design, LIBRARY)
+    run.check_test_cases(design, "SimpleITKIO")
+    design.test_images(design.test[0])[0].with_suffix(".raw").unlink()
+    with pytest.raises(MFMError, match="1 of 4 labelled cases cannot be used"):
+        run.check_test_cases(design, "SimpleITKIO")
+
+
+def test_test_images_that_need_other_files_of_one_name(tmp_path: Path) -> None:
+    write_volumes(tmp_path, ".mhd", write_itk)
+    raw = tmp_path / "nnUNet_raw" / small.NAME
+    content = json.loads((raw / "dataset.json").read_text())
+    files = {}
+    for number in range(small.NUM_CASES):
+        folder = raw / f"sub-{number:02d}"
+        folder.mkdir()
+        write_itk(folder / "scan.mhd", np.zeros((3, 4, 5), np.uint8))
+        label = str(raw / "labelsTr" / f"case{number}.mhd")
+        files[f"case{number}"] = {"images": [str(folder / "scan.mhd")], "label": label}
+    (raw / "dataset.json").write_text(json.dumps({**content, "dataset": files}))
+    with pytest.raises(MFMError, match=r"E_CONFIG.*scan\.raw: belongs to test case .* because of its name"):
+        write_design(design_in(tmp_path, arms=(Arm("scratch"),)), LIBRARY)
 
 
 def test_names_of_the_plan(tmp_path: Path) -> None:
