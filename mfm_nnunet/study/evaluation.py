@@ -3,7 +3,8 @@
 Tools for surface metrics differ by tens of points on equal masks, so one library is used, ``surface-distance`` by
 DeepMind, and its name and version stand in every result. NSD is its surface Dice: the share of both surfaces, by area,
 that lies within the tolerance of the other one. For both metrics: a label that is neither in the reference nor in the
-prediction has no score (NaN, left out of means); one that is in only one of them has 0, so false positives count.
+prediction has no score (NaN); one that is in only one of them has 0. Which labels a reference holds is told beside the
+scores: means are of these alone, and predictions of the others are false positives.
 
 ``python -m mfm_nnunet.study.evaluation STUDY CELL`` scores one cell of a study; each runs in a process of its own.
 """
@@ -97,7 +98,7 @@ def evaluate_cell(study_folder: Path, cell_folder: Path) -> None:
     plans = read_json(cell_folder / "masks" / "plans.json", "Run mfm_study again.")
     content, reader = study["dataset_json"], plans["image_reader_writer"]
     labels, ignore = foreground_labels(content), ignore_label(content)
-    scores = {}
+    scores, in_reference = {}, {}
     for name, files in study["test_cases"].items():
         reference, properties = read_label(Path(files["label"]), reader)
         predicted, _ = read_label(cell_folder / "masks" / f"{name}{content['file_ending']}", reader)
@@ -107,7 +108,8 @@ def evaluate_cell(study_folder: Path, cell_folder: Path) -> None:
             label: {metric: None if value != value else value for metric, value in metrics.items()}
             for label, metrics in case.items()
         }
-    result: dict[str, Any] = {"scores": scores, "library": require_library()}
+        in_reference[name] = [label for label, values in labels.items() if np.isin(reference, values).any()]
+    result: dict[str, Any] = {"scores": scores, "in_reference": in_reference, "library": require_library()}
     with atomic_write(cell_folder / RESULT) as handle:
         handle.write(json.dumps(result, indent=1).encode())
 

@@ -10,7 +10,6 @@ from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.study.arms import SCRATCH
 
 TITLES = {"dice": "Dice", "nsd": "NSD"}
-_COMPARED = ("against scratch", "95 %", "cases better", "seeds better", "p")
 _COLOURS = ("#2f6fde", "#e0632b", "#1d9a6c", "#9b4fc0", "#c9a227", "#d0417e")
 _GREY = "#6b7078"
 
@@ -21,11 +20,17 @@ def table(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     lines = [
         f"# Label efficiency: {question['dataset']}, {question['configuration']}",
         "",
-        f"Test cases: {len(record['test_cases'])}. Finished cells: {num_finished} of {summary['num_cells']}.",
+        f"{_test_cases(record)}. Finished cells: {num_finished} of {summary['num_cells']}.",
     ]
+    num_empty = len(record["test_cases"]) - summary["num_cases_with_labels"]
+    if num_finished and num_empty == len(record["test_cases"]):
+        lines += ["", "No reference of a test case holds any label, so there are no scores. Test on other cases."]
+    elif num_finished and num_empty:
+        lines += ["", f"The references of {num_empty} test cases hold no label, so these cases have no scores."]
     for metric, title in TITLES.items():
         lines += ["", f"## {_long_title(metric, question)}", ""]
-        columns = ("labels", "start", "seeds", title, *_COMPARED, "scratch needs", "saved")
+        compared = ("against scratch", "95 %", f"{_unit(record)} better", "seeds better", "p")
+        columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved")
         lines += _markdown(columns, [_score_row(record, row, metric) for row in summary["rows"]])
     lines += ["", "## Each label", "", *_per_label(summary["rows"]), "", "## How to read this", "", *_notes(record)]
     if summary["failed"]:
@@ -51,18 +56,34 @@ def plot(file: Path, record: Mapping[str, Any], summary: Mapping[str, Any]) -> N
         axis.spines[["top", "right"]].set_visible(False)
     if axes[0].lines:
         axes[0].legend(frameon=False, loc="best")
-    question, num_cases = record["question"], len(record["test_cases"])
-    cases = f"{num_cases} test cases" if num_cases > 1 else "1 test case"
+    question = record["question"]
     seeds = (
         f"lines: mean of {record['seeds']} seeds, bands: lowest to highest seed" if record["seeds"] > 1 else "1 seed"
     )
-    figure.suptitle(f"{question['dataset']}, {question['configuration']}: {cases}; {seeds}", fontsize=10)
+    figure.suptitle(
+        f"{question['dataset']}, {question['configuration']}: {_test_cases(record).lower()}; {seeds}", fontsize=10
+    )
     FigureCanvasAgg(figure)
     with atomic_write(file) as handle:
         figure.savefig(handle, format="png", dpi=130)
 
 
+def _num_subjects(record: Mapping[str, Any]) -> int:
+    return len({record["question"]["subjects"][case] for case in record["test_cases"]})
+
+
+def _unit(record: Mapping[str, Any]) -> str:
+    """What is compared: subjects, which are cases where nobody was scanned twice."""
+    return "cases" if _num_subjects(record) == len(record["test_cases"]) else "subjects"
+
+
+def _test_cases(record: Mapping[str, Any]) -> str:
+    number = f"Test cases: {len(record['test_cases'])}"
+    return number if _unit(record) == "cases" else f"{number}, of {_num_subjects(record)} subjects"
+
+
 def _draw_arm(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, arm: str, colour: str) -> None:
+    rows = [row for row in rows if row[metric]["mean"] is not None]
     if not rows:
         return
     numbers, parts = [row["labels"] for row in rows], [row[metric] for row in rows]
@@ -89,14 +110,14 @@ def _long_title(metric: str, question: Mapping[str, Any]) -> str:
 def _score_row(record: Mapping[str, Any], row: Mapping[str, Any], metric: str) -> list[str]:
     part = row[metric]
     spread = "" if part["spread"] is None else f" ± {part['spread']:.4f}"
-    cells = [str(row["labels"]), row["arm"], str(len(row["seeds"])), f"{part['mean']:.4f}{spread}"]
+    cells = [str(row["labels"]), row["arm"], str(len(row["seeds"])), f"{_score(part['mean'])}{spread}"]
     if compared := part.get("against_scratch"):
         low, high = compared["interval"]
         cells += [f"{compared['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
-        cells += [f"{compared['better']} of {compared['cases']}"]
+        cells += [f"{compared['better']} of {compared['subjects']}"]
         cells += [f"{compared['seeds_better']} of {len(compared['seeds_compared'])}", f"{compared['p_holm']:.2g}"]
     else:
-        cells += [""] * len(_COMPARED)
+        cells += [""] * 5
     if saved := part.get("labels_saved"):
         return [*cells, _needed(record, saved), _saved(record, row["labels"], saved["needed"])]
     return [*cells, "", ""]
@@ -126,10 +147,12 @@ def _saved(record: Mapping[str, Any], num_labels: int, needed: float | None) -> 
 
 def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = list(rows[0]["dice"]["per_label"]) if rows else []
+    lacking = list(rows[0]["false_positives"]) if rows else []
     columns = [
         "labels",
         "start",
         *(f"{name}, {title}" for name in names for title in TITLES.values()),
+        *(f"{name}, false positives" for name in lacking),
         "min of training",
     ]
     cells = [
@@ -137,6 +160,7 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             str(row["labels"]),
             row["arm"],
             *(_score(row[metric]["per_label"][name]) for name in names for metric in TITLES),
+            *("{predicted} of {cases}".format(**row["false_positives"][name]) for name in lacking),
             "" if row["minutes_of_training"] is None else f"{row['minutes_of_training']:.1f}",
         ]
         for row in rows
@@ -146,19 +170,22 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
     library, smallest, largest = record["library"], min(record["labels"]), max(record["labels"])
+    unit = _unit(record)
+    case = "a case's mean over the labels that its reference holds"
+    mean = f"{case}, the mean over cases" if unit == "cases" else f"{case}, a subject's over its cases, over subjects"
     return [
         "* labels: labelled subjects in the training. Each seed draws one order of the subjects and takes the first n, "
         "so smaller subsets are inside larger ones, the subsets differ between seeds, and all starts share them.",
-        "* Dice, NSD: a case's mean over its labels, the mean over cases, then over seeds ± their standard deviation "
-        "(subsets and training together). A label that is neither in the reference nor predicted is left out; one that "
-        "is in only one of them counts 0.",
+        f"* Dice, NSD: {mean}, then over seeds ± their standard deviation (subsets and training together). Labels that "
+        "a reference does not hold are left out, for all starts alike; false positives: in how many of the cases "
+        "without the label it was predicted all the same, over all seeds.",
         f"* NSD is the surface Dice of {library['name']} {library['version']}; other tools give other numbers.",
-        "* against scratch: each case averaged over seeds, minus scratch with the same labels; 95 %: bootstrap over "
-        "cases; cases, seeds better: those above scratch; p: Wilcoxon signed-rank over cases, two-sided, corrected by "
-        "Holm for all rows of the table. 95 % and p are about other cases, with these very subsets and trainings: what "
-        "others would change is seen in the seeds.",
+        f"* against scratch: {unit} averaged over seeds, minus scratch with the same labels; 95 %: bootstrap over "
+        f"{unit}; {unit}, seeds better: those above scratch; p: Wilcoxon signed-rank over {unit}, two-sided, "
+        f"corrected by Holm for all rows of the table. 95 % and p are about other {unit}, with these very subsets and "
+        "trainings: what others would change is seen in the seeds.",
         "* scratch needs: labels with which scratch reaches the same score, from its running maximum, interpolated "
-        "over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over cases); nothing is "
+        f"over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over {unit}); nothing is "
         f"extrapolated below {smallest} or above {largest}. saved: that number minus the row's.",
         f"* The final checkpoint was tested, never the best. All starts share one plan, {_plan(record['question'])}.",
         *_settings(record),

@@ -21,7 +21,6 @@ from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.finetune.pretrained import transfer
-from mfm_nnunet.metrics import mean_dice
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans.schema import MFMBlock
 from mfm_nnunet.study import cells as running
@@ -30,7 +29,7 @@ from mfm_nnunet.study.design import Cell, Design
 from mfm_nnunet.study.evaluation import RESULT
 from mfm_nnunet.study.folder import RECORD, read_record, write_json
 from mfm_nnunet.study.report import plot, table
-from mfm_nnunet.study.summary import case_scores, cells_of, read_results, summarise
+from mfm_nnunet.study.summary import Tested, cells_of, read_results, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,8 @@ def run_design(
         _drop_unused(design.cell_folder(cell))
         renew(design.folder)
         result = json.loads((design.cell_folder(cell) / RESULT).read_text())
-        return f"Dice {mean_dice(case_scores(result, 'dice').tolist()):.3f} in {sum(seconds.values()):.0f} s"
+        mean = Tested.of([result], design.question.subjects).mean(result, "dice")
+        return f"Dice {mean:.3f} in {sum(seconds.values()):.0f} s"
 
     failures = running.run_cells(
         todo,

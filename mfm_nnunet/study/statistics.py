@@ -1,7 +1,7 @@
 """Comparisons of segmentations case by case, and how many labels a better start is worth.
 
-Scores are between 0 and 1 and higher is better. The unit of every comparison is a test case, averaged over seeds first:
-seeds of one case are no independent observations.
+Scores are between 0 and 1 and higher is better. The unit of every comparison is called a case here and must be
+independent of the others: the caller averages over seeds first, and over several scans of one subject.
 """
 
 from __future__ import annotations
@@ -74,24 +74,16 @@ def labels_needed(curve: Mapping[int, float], score: float) -> float:
 def labels_needed_interval(curve: Mapping[int, np.ndarray], scores: np.ndarray) -> tuple[float, float]:
     """The bootstrap 95 % interval of :func:`labels_needed` over test cases.
 
-    ``curve`` and ``scores`` hold a score per case, (N,), of the same cases in the same order; NaN where a case has
-    none. All are drawn together, so that what makes a case hard is in both.
+    ``curve`` and ``scores`` hold a score per case, (N,), of the same cases in the same order. All are drawn together,
+    so that what makes a case hard is in both.
     """
     num_cases = len(scores)
     draws = np.random.default_rng(0).integers(0, num_cases, (NUM_BOOTSTRAPS_OF_LABELS, num_cases))
-    means = {number: _means(values, draws) for number, values in curve.items()}
+    means = {number: values[draws].mean(1) for number, values in curve.items()}
     needed = [
         labels_needed({number: float(values[i]) for number, values in means.items()}, float(score))
-        for i, score in enumerate(_means(scores, draws))
+        for i, score in enumerate(scores[draws].mean(1))
     ]
     ordered = sorted(needed)  # np.percentile would interpolate between a number and infinity
     last = len(ordered) - 1
     return ordered[round(0.025 * last)], ordered[round(0.975 * last)]
-
-
-def _means(values: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Means of the drawn cases that have a score; of all cases in the rare draw in which none has."""
-    drawn = values[draws]
-    counts = np.isfinite(drawn).sum(1)
-    sums = np.nansum(drawn, axis=1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nanmean(values))

@@ -1,19 +1,22 @@
 """From the scores of finished cells to what a study found: means, comparisons with scratch, labels saved.
 
-A case has one score per label; its mean is over the labels that it has. Means over cases leave out cases without any.
+The references alone decide what is averaged: a case's score is the mean over the labels that its reference holds, a
+subject's the mean over its cases, and the subjects are compared. So the scores of all cells are of the same things;
+what was predicted where the reference holds no such label is counted beside them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.errors import CaseFailure
+from mfm_nnunet.errors import CaseFailure, MFMError
 from mfm_nnunet.study.arms import SCRATCH
 from mfm_nnunet.study.design import CELLS, Cell
 from mfm_nnunet.study.evaluation import METRICS, RESULT
@@ -27,6 +30,67 @@ from mfm_nnunet.study.statistics import (
 
 Results = Mapping[Cell, Mapping[str, Any]]
 """What ``result.json`` of each finished cell holds."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What every cell is scored on."""
+
+    in_reference: Mapping[str, Collection[str]]
+    """The labels that the reference of each test case holds."""
+    subjects: Mapping[str, str]
+    """The subject of each case."""
+    labels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, results: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) -> Tested:
+        """From the results of finished cells. Raises MFMError (E_FORMAT) where they score different things."""
+        first: Mapping[str, Mapping[str, Any]] = results[0]["scores"] if results else {}
+        names = {case: set(labels) for case, labels in first.items()}
+        if any({case: set(labels) for case, labels in result["scores"].items()} != names for result in results):
+            raise MFMError(
+                "E_FORMAT",
+                "the results of this study's cells are of different cases or labels, so dataset.json was changed in "
+                "between. Remove the folders of the cells that are of the wrong one, and run mfm_study again.",
+            )
+        told = next((result["in_reference"] for result in results if "in_reference" in result), None)
+        if told is None:  # results that do not tell yet: neither here nor there is a label without a score
+            told = {
+                case: [n for n in labels if all(result["scores"][case][n]["dice"] is not None for result in results)]
+                for case, labels in first.items()
+            }
+        return cls(told, subjects, next(iter(first.values()), ()))
+
+    def cases(self, label: str | None = None) -> list[str]:
+        """The cases whose reference holds a label, or any."""
+        return [case for case, held in self.in_reference.items() if (held if label is None else label in held)]
+
+    def num_subjects(self) -> int:
+        """The number of subjects of these cases."""
+        return len({self.subjects[case] for case in self.cases()})
+
+    def scores(self, result: Mapping[str, Any], metric: str, label: str | None = None) -> np.ndarray:
+        """The score of every subject, (S,), of one label or of all; in the same order for all results."""
+        of_subject: dict[str, list[float]] = {}
+        for case in self.cases(label):
+            names = self.in_reference[case] if label is None else [label]
+            values = [result["scores"][case][name][metric] for name in names]
+            of_subject.setdefault(self.subjects[case], []).append(sum(values) / len(values))
+        return np.array([sum(values) / len(values) for values in of_subject.values()])
+
+    def mean(self, result: Mapping[str, Any], metric: str, label: str | None = None) -> float:
+        """The mean over the subjects; NaN when there is none."""
+        return _mean(self.scores(result, metric, label))
+
+    def false_positives(self, results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+        """Per label that some reference lacks: in how many of these cases it was predicted, over all results."""
+        found = {}
+        for label in self.labels:
+            lacking = [case for case, held in self.in_reference.items() if label not in held]
+            scores = [result["scores"][case][label]["dice"] for result in results for case in lacking]
+            if scores:
+                found[label] = {"predicted": sum(score is not None for score in scores), "cases": len(scores)}
+        return found
 
 
 def cells_of(record: Mapping[str, Any]) -> list[Cell]:
@@ -53,8 +117,9 @@ def summarise(
     Without ``failures`` what the record says of cells that are still not finished stays.
     """
     cells = cells_of(record)
+    tested = Tested.of([*results.values()], record["question"]["subjects"])
     rows = [
-        _row(record, results, num_labels, arm)
+        _row(record, results, tested, num_labels, arm)
         for num_labels in record["labels"]
         for arm in record["compared"]
         if _seeds(record, results, num_labels, arm)
@@ -65,19 +130,11 @@ def summarise(
         "rows": rows,
         "num_cells": len(cells),
         "num_finished": sum(cell in results for cell in cells),
+        "num_cases_with_labels": len(tested.cases()),
         "failed": _still_failed(record, results)
         if failures is None
         else {failure.case: f"{failure.code}  {failure.reason}" for failure in failures},
     }
-
-
-def case_scores(result: Mapping[str, Any], metric: str, label: str | None = None) -> np.ndarray:
-    """The score of every test case, (N,), of one label or the mean over a case's labels; NaN where there is none."""
-    values = [
-        [scores[name][metric] for name in scores if label in (None, name)] for scores in result["scores"].values()
-    ]
-    numbers = [[value for value in case if value is not None] for case in values]
-    return np.array([sum(case) / len(case) if case else math.nan for case in numbers])
 
 
 def _still_failed(record: Mapping[str, Any], results: Results) -> dict[str, str]:
@@ -90,7 +147,7 @@ def _seeds(record: Mapping[str, Any], results: Results, num_labels: int, arm: st
     return [seed for seed in range(record["seeds"]) if Cell(num_labels, seed, arm) in results]
 
 
-def _row(record: Mapping[str, Any], results: Results, num_labels: int, arm: str) -> dict[str, Any]:
+def _row(record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str) -> dict[str, Any]:
     seeds = _seeds(record, results, num_labels, arm)
     found = [results[Cell(num_labels, seed, arm)] for seed in seeds]
     minutes = [result["seconds"]["training"] / 60 for result in found if "training" in result.get("seconds", {})]
@@ -99,54 +156,59 @@ def _row(record: Mapping[str, Any], results: Results, num_labels: int, arm: str)
         "labels": num_labels,
         "seeds": seeds,
         "minutes_of_training": float(np.mean(minutes)) if minutes else None,
+        "false_positives": tested.false_positives(found),
     }
     for metric in METRICS:
-        row[metric] = _of_metric(record, results, num_labels, arm, metric)
+        row[metric] = _of_metric(record, results, tested, num_labels, arm, metric)
     return row
 
 
-def _of_metric(record: Mapping[str, Any], results: Results, num_labels: int, arm: str, metric: str) -> dict[str, Any]:
+def _of_metric(
+    record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str, metric: str
+) -> dict[str, Any]:
     """Mean and spread over the seeds, per label too; where there is a fair partner, the comparison with scratch."""
     seeds = _seeds(record, results, num_labels, arm)
     found = [results[Cell(num_labels, seed, arm)] for seed in seeds]
-    per_seed = [_mean(case_scores(result, metric)) for result in found]
+    per_seed = [tested.mean(result, metric) for result in found]
     mean, spread = mean_and_spread(per_seed)
-    names = list(next(iter(found[0]["scores"].values())))
     part: dict[str, Any] = {
-        "mean": mean,
-        "spread": spread,
-        "per_seed": per_seed,
-        "per_label": {name: _label_mean([case_scores(result, metric, name) for result in found]) for name in names},
+        "mean": _or_none(mean),
+        "spread": spread if spread is None else _or_none(spread),
+        "per_seed": [_or_none(value) for value in per_seed],
+        "per_label": {
+            label: _or_none(float(np.mean([tested.mean(result, metric, label) for result in found])))
+            for label in tested.labels
+        },
     }
-    if arm != SCRATCH:
-        if compared := _against_scratch(record, results, num_labels, arm, metric):
+    if arm != SCRATCH and tested.cases():
+        if compared := _against_scratch(record, results, tested, num_labels, arm, metric):
             part["against_scratch"] = compared
-        if saved := _labels_saved(record, results, num_labels, arm, metric):
+        if saved := _labels_saved(record, results, tested, num_labels, arm, metric):
             part["labels_saved"] = saved
     return part
 
 
 def _against_scratch(
-    record: Mapping[str, Any], results: Results, num_labels: int, arm: str, metric: str
+    record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str, metric: str
 ) -> dict[str, Any] | None:
-    """Case by case with scratch at the same number of labels, over the seeds that both have."""
+    """Subject by subject with scratch at the same number of labels, over the seeds that both have."""
     partners = _seeds(record, results, num_labels, SCRATCH)
     seeds = [seed for seed in _seeds(record, results, num_labels, arm) if seed in partners]
     if not seeds:
         return None
-    mine, theirs = (_over_seeds(results, num_labels, name, seeds, metric) for name in (arm, SCRATCH))
-    both = np.isfinite(mine) & np.isfinite(theirs)
-    if not both.any():
-        return None
-    means = [
-        [_mean(_over_seeds(results, num_labels, name, [seed], metric)) for name in (arm, SCRATCH)] for seed in seeds
-    ]
-    better = sum(of_arm > of_scratch for of_arm, of_scratch in means)
-    return {**compare_paired(mine[both], theirs[both]), "seeds_compared": seeds, "seeds_better": better}
+    mine, theirs = (_each_seed(results, tested, num_labels, name, seeds, metric) for name in (arm, SCRATCH))
+    compared = compare_paired(mine.mean(0), theirs.mean(0))
+    return {
+        **compared,
+        "cases": len(tested.cases()),
+        "subjects": compared["cases"],
+        "seeds_compared": seeds,
+        "seeds_better": int((mine.mean(1) > theirs.mean(1)).sum()),
+    }
 
 
 def _labels_saved(
-    record: Mapping[str, Any], results: Results, num_labels: int, arm: str, metric: str
+    record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str, metric: str
 ) -> dict[str, Any] | None:
     """How many labels scratch needs for the arm's mean score; ``needed`` None: more than its largest number.
 
@@ -156,8 +218,8 @@ def _labels_saved(
     seeds = sorted(set(_seeds(record, results, num_labels, arm)).intersection(*curve_seeds))
     if not seeds or SCRATCH not in record["compared"]:
         return None
-    curve = {number: _over_seeds(results, number, SCRATCH, seeds, metric) for number in record["labels"]}
-    mine = _over_seeds(results, num_labels, arm, seeds, metric)
+    curve = {number: _each_seed(results, tested, number, SCRATCH, seeds, metric).mean(0) for number in record["labels"]}
+    mine = _each_seed(results, tested, num_labels, arm, seeds, metric).mean(0)
     needed = labels_needed({number: _mean(values) for number, values in curve.items()}, _mean(mine))
     interval = labels_needed_interval(curve, mine)
     return {
@@ -168,20 +230,15 @@ def _labels_saved(
     }
 
 
-def _over_seeds(results: Results, num_labels: int, arm: str, seeds: Sequence[int], metric: str) -> np.ndarray:
-    """The score of every case, averaged over the seeds in which it has one; NaN where none has."""
-    scores = np.array([case_scores(results[Cell(num_labels, seed, arm)], metric) for seed in seeds])
-    return np.array([_mean(of_case) for of_case in scores.T])
-
-
-def _label_mean(of_seeds: Sequence[np.ndarray]) -> float | None:
-    """A label's mean over cases, then over seeds; None for one that no case has and that was never predicted."""
-    return _or_none(_mean(np.array([_mean(scores) for scores in of_seeds])))
+def _each_seed(
+    results: Results, tested: Tested, num_labels: int, arm: str, seeds: Sequence[int], metric: str
+) -> np.ndarray:
+    """The score of every subject with every seed, (seeds, subjects)."""
+    return np.array([tested.scores(results[Cell(num_labels, seed, arm)], metric) for seed in seeds])
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean of the scores that exist; NaN when none does."""
-    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _or_none(value: float) -> float | None:

@@ -39,6 +39,7 @@ def record(labels: list[int], seeds: int, compared: list[str], num_cases: int = 
             "plans": "own",
             "tolerance_mm": 1.0,
             "settings": ["finetune.epochs=2"],
+            "subjects": {f"case{number}": f"case{number}" for number in range(num_cases)},
         },
         "library": {"name": "surface-distance", "version": "0.1"},
         "labels": labels,

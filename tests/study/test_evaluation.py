@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.study import evaluation
@@ -75,6 +78,30 @@ def test_a_picture_has_contours() -> None:
     """nnU-Net reads a 2D image as one slice of 999 mm."""
     flat = score_case(square()[None].astype(int), square(1)[None].astype(int), (999, 1, 1), {"a": (1,)}, None, 0.5)
     assert flat == {"a": {"dice": 0.9, "nsd": pytest.approx(0.5)}}
+
+
+def test_a_cell_is_scored(tmp_path: Path) -> None:
+    """Scores of every label, and which of them the reference holds; what is not a number is null."""
+    folder, (reference, predicted) = tmp_path / "masks", np.zeros((2, 4, 8, 8), np.uint8)
+    folder.mkdir()
+    reference[1:3, 2:6, 2:6] = 1
+    predicted[1:3, 2:6, 2:6] = 1
+    predicted[0, 0, 0] = 3
+    sitk.WriteImage(sitk.GetImageFromArray(reference), str(tmp_path / "reference.nii.gz"))
+    sitk.WriteImage(sitk.GetImageFromArray(predicted), str(folder / "a.nii.gz"))
+    labels = {"background": 0, "held": 1, "absent": 2, "wrong": 3}
+    study = {
+        "dataset_json": {"labels": labels, "file_ending": ".nii.gz"},
+        "test_cases": {"a": {"label": str(tmp_path / "reference.nii.gz")}},
+        "question": {"tolerance_mm": 1.0},
+    }
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    (folder / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
+    evaluation.evaluate_cell(tmp_path, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["in_reference"] == {"a": ["held"]}
+    values = {"held": {"dice": 1, "nsd": 1}, "absent": {"dice": None, "nsd": None}, "wrong": {"dice": 0, "nsd": 0}}
+    assert result["scores"] == {"a": values}
 
 
 def test_the_library_is_named_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:

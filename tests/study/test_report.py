@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mfm_nnunet.errors import CaseFailure
+from mfm_nnunet.errors import CaseFailure, MFMError
 from mfm_nnunet.study import report, summary
 from mfm_nnunet.study.design import Cell
+from mfm_nnunet.study.statistics import compare_paired
 from tests.study.small import record, result, results
 
 RECORD = record([5, 10, 20], 2, ["scratch", "mae"])
@@ -114,17 +116,83 @@ def test_a_study_without_scratch_compares_nothing() -> None:
     assert "| 5 | mae | 1 | 0.6000 |  |  |  |  |  |  |  |" in report.table(alone, found).splitlines()
 
 
-def test_labels_that_no_case_has_are_left_out() -> None:
-    """The first case lacks one label, the second all, and what one seed lacks another may have."""
+ABSENT = {"dice": None, "nsd": None}
+WRONG = {"dice": 0, "nsd": 0}
+
+
+def test_the_references_alone_decide_what_is_averaged() -> None:
+    """The first reference lacks one label, the second all: what is predicted there is counted beside the scores."""
+    asked = record([5], 2, ["scratch", "mae"], 3)
+    cells = {Cell(5, seed, arm): result([0.5, 0.7, 0.6]) for seed in (0, 1) for arm in ("scratch", "mae")}
+    for cell, of_cell in cells.items():
+        of_cell["in_reference"] = {"case0": ["inner"], "case1": [], "case2": ["inner", "outer"]}
+        of_cell["scores"]["case0"]["outer"] = WRONG if cell.arm == "mae" else ABSENT
+        of_cell["scores"]["case1"] = {"inner": ABSENT, "outer": WRONG if cell == Cell(5, 1, "mae") else ABSENT}
+    found = summary.summarise(asked, cells)
+    for arm in ("scratch", "mae"):
+        dice = row(found, 5, arm)["dice"]
+        assert dice["per_seed"] == pytest.approx([(0.45 + 0.6) / 2] * 2)
+        assert dice["per_label"] == pytest.approx({"inner": (0.45 + 0.55) / 2, "outer": 0.65})
+    compared = row(found, 5, "mae")["dice"]["against_scratch"]
+    assert (compared["difference"], compared["cases"]) == (0, 2)
+    assert row(found, 5, "mae")["false_positives"] == {
+        "inner": {"predicted": 0, "cases": 2},
+        "outer": {"predicted": 3, "cases": 4},
+    }
+    lines = report.table(asked, found).splitlines()
+    assert "The references of 1 test cases hold no label, so these cases have no scores." in lines
+    columns = "| labels | start | inner, Dice | inner, NSD | outer, Dice | outer, NSD | inner, false positives | outer,"
+    assert any(line.startswith(columns) for line in lines)
+    assert any(line.startswith("| 5 | mae |") and "| 0 of 2 | 3 of 4 |" in line for line in lines)
+
+
+def test_results_that_do_not_tell_what_the_references_hold() -> None:
+    """They were written by earlier versions: a label without a score in any cell is not in the reference."""
     first, second = result([0.5, 0.7]), result([0.5, 0.7])
-    first["scores"]["case0"]["outer"] = {"dice": None, "nsd": None}
-    for label in ("inner", "outer"):
-        first["scores"]["case1"][label] = {"dice": None, "nsd": None}
-    assert summary.case_scores(first, "dice").tolist() == pytest.approx([0.45, math.nan], nan_ok=True)
+    first["scores"]["case0"]["outer"], second["scores"]["case0"]["outer"] = ABSENT, WRONG
     both = {Cell(5, 0, "scratch"): first, Cell(5, 1, "scratch"): second}
-    dice = summary.summarise(record([5], 2, ["scratch"], 2), both)["rows"][0]["dice"]
-    assert dice["per_seed"] == pytest.approx([0.45, 0.6])
-    assert dice["per_label"] == pytest.approx({"inner": (0.45 + 0.55) / 2, "outer": 0.65})
+    (only,) = summary.summarise(record([5], 2, ["scratch"], 2), both)["rows"]
+    assert only["dice"]["per_seed"] == pytest.approx([(0.45 + 0.7) / 2] * 2)
+    assert only["false_positives"] == {"outer": {"predicted": 1, "cases": 2}}
+    second["scores"]["case0"]["more"] = WRONG
+    with pytest.raises(MFMError, match=r"E_FORMAT.*different cases or labels"):
+        summary.summarise(record([5], 2, ["scratch"], 2), both)
+
+
+def test_no_reference_holds_a_label(tmp_path: Path) -> None:
+    asked = record([5], 2, ["scratch", "mae"], 2)
+    cells = {Cell(5, seed, arm): result([0.5, 0.7]) for seed in (0, 1) for arm in ("scratch", "mae")}
+    for of_cell in cells.values():
+        of_cell["scores"] = {case: dict.fromkeys(("inner", "outer"), ABSENT) for case in of_cell["scores"]}
+    found = summary.summarise(asked, cells)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    text = report.table(asked, found)
+    assert "No reference of a test case holds any label" in text
+    assert "| 5 | mae | 2 | - |" in text
+    assert "nan" not in text
+    report.plot(tmp_path / "study.png", asked, found)
+
+
+def test_scans_of_one_subject_are_one_observation() -> None:
+    """Four subjects, two of them with two scans: each counts once."""
+    asked = record([5], 1, ["scratch", "mae"], 6)
+    asked["question"]["subjects"] = {f"case{number}": "aabbcd"[number] for number in range(6)}
+    cells = {
+        Cell(5, 0, "scratch"): result([0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+        Cell(5, 0, "mae"): result([0.7, 0.5, 0.7, 0.3, 0.5, 0.6]),
+    }
+    found = summary.summarise(asked, cells)
+    dice = row(found, 5, "mae")["dice"]
+    assert dice["mean"] == pytest.approx((0.6 + 0.5 + 0.5 + 0.6) / 4)
+    compared = dice["against_scratch"]
+    assert compared["difference"] == pytest.approx(0.05)
+    assert (compared["better"], compared["subjects"], compared["cases"]) == (2, 4, 6)
+    assert compared["p"] == pytest.approx(compare_paired(np.array([0.6, 0.5, 0.5, 0.6]), np.full(4, 0.5))["p"])
+    text = report.table(asked, found)
+    assert "Test cases: 6, of 4 subjects. Finished" in text
+    assert "| subjects better |" in text
+    assert "| 2 of 4 |" in text
+    assert "bootstrap over subjects" in text
 
 
 @pytest.mark.parametrize("num_labels", [1, 3])

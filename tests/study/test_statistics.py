@@ -84,6 +84,3 @@ def test_interval_of_labels_needed() -> None:
     low, high = labels_needed_interval(curve, 0.88 + hard * np.array([1, -1] * 5))
     assert 10 < low < 40
     assert high == math.inf
-    missing = 0.6 + hard
-    missing[0] = math.nan
-    assert labels_needed_interval(curve, missing)[0] > 5
