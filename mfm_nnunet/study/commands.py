@@ -56,7 +56,7 @@ def steps_of(design: Design, plans_name: str, device: str) -> Steps:
 def all_steps(design: Design, cell: Cell, plans_name: str, device: str) -> tuple[Step, Step, Step]:
     """What a cell is made of from its beginning: training, prediction, scores."""
     question, folder = design.question, design.cell_folder(cell)
-    arm = next(arm for arm in design.arms if arm.name == cell.arm)
+    arm = design.arm(cell.arm)
     fold, model = str(design.fold(cell)), _fold_folder(design, cell, plans_name).parent
     environment = {
         "nnUNet_raw": str(design.workspace / "nnUNet_raw"),
@@ -80,7 +80,7 @@ def all_steps(design: Design, cell: Cell, plans_name: str, device: str) -> tuple
 def commands_script(design: Design, plans_name: str, device: str) -> str:
     """A shell script that makes every cell from its beginning, by hand and one after the other."""
     lines = ["#!/usr/bin/env bash", "# The commands of every cell of the study; its workspace must be there.", "set -e"]
-    for cell in design.cells():
+    for cell in design.asked():
         lines += ["", f"# {cell}"]
         for step in all_steps(design, cell, plans_name, device):
             variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.metrics import foreground_labels
-from mfm_nnunet.study.arms import Arm
+from mfm_nnunet.study.arms import SCRATCH, Arm
 from mfm_nnunet.study.splits import Cases, nested_subset
 from mfm_nnunet.workspace import Workspace
 
@@ -35,6 +35,23 @@ class Cell:
     def folder_name(self) -> str:
         """Its folder below ``cells``."""
         return f"{self.arm}__{self.num_labels}_labels__seed{self.seed}"
+
+
+def cells_of(record: Mapping[str, Any]) -> list[Cell]:
+    """All cells that any call asked for, as ``study.json`` tells."""
+    if "asked" in record:
+        return [Cell(**cell) for cell in record["asked"]]
+    return [  # a study that was begun by an earlier version tells what its last call asked for
+        Cell(num_labels, seed, arm)
+        for seed in range(record["seeds"])
+        for num_labels in record["labels"]
+        for arm in record["compared"]
+    ]
+
+
+def curve_labels(record: Mapping[str, Any]) -> list[int]:
+    """The numbers of labels of scratch's learning curve, ascending."""
+    return sorted({cell.num_labels for cell in cells_of(record) if cell.arm == SCRATCH})
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,8 @@ class Design:
     folds: list[tuple[int, int]]
     known_arms: dict[str, Any]
     """What ``study.json`` says of the arms of earlier calls and of this one."""
+    asked_before: list[Cell]
+    """The cells that earlier calls asked for."""
     cases: dict[str, Case]
     dataset_json: dict[str, Any]
 
@@ -97,11 +116,20 @@ class Design:
         return [self.test_folder / f"{case.name}_{channel:04d}{ending}" for channel in range(len(case.images))]
 
     def cells(self) -> Iterator[Cell]:
-        """All cells, seed by seed, so that a study that is stopped early leaves a fair table."""
+        """The cells of this call, seed by seed, so that a study that is stopped early leaves a fair table."""
         for seed in range(self.seeds):
             for num_labels in self.labels:
                 for arm in self.arms:
                     yield Cell(num_labels, seed, arm.name)
+
+    def asked(self) -> list[Cell]:
+        """The cells of earlier calls and of this one: what the report is about."""
+        return list(dict.fromkeys([*self.asked_before, *self.cells()]))
+
+    def arm(self, name: str) -> Arm:
+        """An arm of this call or of an earlier one."""
+        known = self.known_arms[name]
+        return Arm(name, Path(known["file"]) if known["file"] else None, tuple(known["settings"]))
 
     def cell_folder(self, cell: Cell) -> Path:
         """Where everything of a cell is."""

@@ -21,7 +21,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.json_files import read_json
 from mfm_nnunet.study.arms import Arm
-from mfm_nnunet.study.design import CELLS, Design, Question, read_subjects
+from mfm_nnunet.study.design import CELLS, Design, Question, cells_of, read_subjects
 from mfm_nnunet.study.splits import Cases, draw_test, label_counts
 from mfm_nnunet.version import __version__
 
@@ -83,7 +83,10 @@ def make_design(
     folds += [fold for fold in wanted if fold not in folds]
     known_arms = {**before.get("arms", {}), **mine}
     by_name = {case.name: case for case in cases}
-    return Design(folder, question, arms, counts, seeds, folds, known_arms, by_name, dict(dataset_json))
+    return Design(
+        folder, question, arms, counts, seeds, folds, known_arms, cells_of(before) if before else [], by_name,
+        dict(dataset_json),
+    )  # fmt: skip
 
 
 def plans_of(folder: Path) -> str | None:
@@ -98,12 +101,15 @@ def plans_of(folder: Path) -> str | None:
 
 def write_design(design: Design, library: Mapping[str, str]) -> None:
     """Write ``study.json``, the dataset of the pool, its folds, and links to the test images."""
-    has_record = (design.folder / RECORD).is_file()
-    if has_record and _differences(read_record(design.folder), design.question, design.dataset_json):
+    before = read_record(design.folder) if (design.folder / RECORD).is_file() else {}
+    if before and _differences(before, design.question, design.dataset_json):
         for stale in (design.workspace, design.test_folder):  # of another question, for which nothing was trained
             shutil.rmtree(stale, ignore_errors=True)
+    record = record_of(design, library)
+    if design.asked_before and "results" in before:
+        record["results"] = before["results"]  # until the first cell ends; it tells what failed in earlier calls
     links = _test_links(design)
-    write_json(design.folder / RECORD, record_of(design, library))  # first: it tells whose folder this is
+    write_json(design.folder / RECORD, record)  # first: it tells whose folder this is
     for link, file in links.items():
         if not link.is_symlink():
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -117,14 +123,16 @@ def write_design(design: Design, library: Mapping[str, str]) -> None:
 
 
 def record_of(design: Design, library: Mapping[str, str]) -> dict[str, Any]:
-    """The part of ``study.json`` that is known before any cell has run."""
+    """The part of ``study.json`` that is known before any cell has run: of this call and of those before it."""
+    asked = design.asked()
     return {
         "made_by": f"mfm_study {__version__}",
         "question": as_json(design.question),
         "library": dict(library),
-        "labels": design.labels,
-        "seeds": design.seeds,
-        "compared": [arm.name for arm in design.arms],
+        "labels": sorted({cell.num_labels for cell in asked}),
+        "seeds": 1 + max(cell.seed for cell in asked),
+        "compared": list(dict.fromkeys(cell.arm for cell in asked)),
+        "asked": [dataclasses.asdict(cell) for cell in asked],
         "arms": design.known_arms,
         "folds": [{"labels": count, "seed": seed, "train": design.subset(count, seed)} for count, seed in design.folds],
         "test_cases": {case.name: _files(case) for case in design.test},

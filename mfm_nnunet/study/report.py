@@ -8,6 +8,7 @@ from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.study.arms import SCRATCH
+from mfm_nnunet.study.design import curve_labels
 
 TITLES = {"dice": "Dice", "nsd": "NSD"}
 _COLOURS = ("#2f6fde", "#e0632b", "#1d9a6c", "#9b4fc0", "#c9a227", "#d0417e")
@@ -56,10 +57,9 @@ def plot(file: Path, record: Mapping[str, Any], summary: Mapping[str, Any]) -> N
         axis.spines[["top", "right"]].set_visible(False)
     if axes[0].lines:
         axes[0].legend(frameon=False, loc="best")
-    question = record["question"]
-    seeds = (
-        f"lines: mean of {record['seeds']} seeds, bands: lowest to highest seed" if record["seeds"] > 1 else "1 seed"
-    )
+    question, counts = record["question"], {len(row["seeds"]) for row in summary["rows"]} or {record["seeds"]}
+    number = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    seeds = "1 seed" if number == "1" else f"lines: mean of {number} seeds, bands: lowest to highest seed"
     figure.suptitle(
         f"{question['dataset']}, {question['configuration']}: {_test_cases(record).lower()}; {seeds}", fontsize=10
     )
@@ -130,19 +130,25 @@ def _needed(record: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
 
 
 def _number(record: Mapping[str, Any], needed: float | None) -> str:
-    smallest, largest = min(record["labels"]), max(record["labels"])
+    smallest, largest = _limits(record)
     if needed is None:
         return f"more than {largest}"
     return f"at most {smallest}" if needed <= smallest else f"{needed:.1f}"
 
 
 def _saved(record: Mapping[str, Any], num_labels: int, needed: float | None) -> str:
-    smallest, largest = min(record["labels"]), max(record["labels"])
+    smallest, largest = _limits(record)
     if needed is None:
         return f"more than {largest - num_labels}"
     if needed <= smallest:
         return f"{smallest - num_labels} or less"
     return f"{needed - num_labels:+.1f}"
+
+
+def _limits(record: Mapping[str, Any]) -> tuple[int, int]:
+    """The smallest and the largest number of labels on scratch's curve; of all where nothing is from scratch."""
+    numbers = curve_labels(record) or record["labels"]
+    return min(numbers), max(numbers)
 
 
 def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -169,8 +175,8 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
-    library, smallest, largest = record["library"], min(record["labels"]), max(record["labels"])
-    unit = _unit(record)
+    library, unit = record["library"], _unit(record)
+    smallest, largest = _limits(record)
     case = "a case's mean over the labels that its reference holds"
     mean = f"{case}, the mean over cases" if unit == "cases" else f"{case}, a subject's over its cases, over subjects"
     return [

@@ -25,11 +25,11 @@ from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans.schema import MFMBlock
 from mfm_nnunet.study import cells as running
 from mfm_nnunet.study.commands import TRAINING, commands_script, steps_of
-from mfm_nnunet.study.design import Cell, Design
+from mfm_nnunet.study.design import Cell, Design, cells_of
 from mfm_nnunet.study.evaluation import RESULT
 from mfm_nnunet.study.folder import RECORD, read_record, write_json
 from mfm_nnunet.study.report import plot, table
-from mfm_nnunet.study.summary import Tested, cells_of, read_results, summarise
+from mfm_nnunet.study.summary import Tested, read_results, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +120,10 @@ def run_design(
         raise CasesFailedError(failures, len(cells), "cells")
 
 
-def renew(folder: Path, failures: Sequence[CaseFailure] | None = None) -> None:
+def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
     """Write ``table.md``, ``study.png`` and the results in ``study.json`` anew from the cells that are finished.
 
-    Without ``failures`` those of the last run are told again, but for cells that are finished by now.
+    What the record says of other failures stays, but for cells that are finished by now.
 
     Raises MFMError (E_NOT_FOUND) when the folder holds no study.
     """

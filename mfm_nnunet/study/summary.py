@@ -18,7 +18,7 @@ import numpy as np
 
 from mfm_nnunet.errors import CaseFailure, MFMError
 from mfm_nnunet.study.arms import SCRATCH
-from mfm_nnunet.study.design import CELLS, Cell
+from mfm_nnunet.study.design import CELLS, Cell, cells_of, curve_labels
 from mfm_nnunet.study.evaluation import METRICS, RESULT
 from mfm_nnunet.study.statistics import (
     compare_paired,
@@ -93,28 +93,16 @@ class Tested:
         return found
 
 
-def cells_of(record: Mapping[str, Any]) -> list[Cell]:
-    """All cells that ``study.json`` asks for."""
-    return [
-        Cell(num_labels, seed, arm)
-        for seed in range(record["seeds"])
-        for num_labels in record["labels"]
-        for arm in record["compared"]
-    ]
-
-
 def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
     """The results of the cells that are finished."""
     files = {cell: folder / CELLS / cell.folder_name / RESULT for cell in cells}
     return {cell: json.loads(file.read_text()) for cell, file in files.items() if file.is_file()}
 
 
-def summarise(
-    record: Mapping[str, Any], results: Results, failures: Sequence[CaseFailure] | None = None
-) -> dict[str, Any]:
+def summarise(record: Mapping[str, Any], results: Results, failures: Sequence[CaseFailure] = ()) -> dict[str, Any]:
     """``rows`` (one per number of labels and arm with a finished cell), counts, and what failed; JSON values.
 
-    Without ``failures`` what the record says of cells that are still not finished stays.
+    ``failures`` are those of this call; what the record says of other cells that are not finished stays.
     """
     cells = cells_of(record)
     tested = Tested.of([*results.values()], record["question"]["subjects"])
@@ -122,7 +110,7 @@ def summarise(
         _row(record, results, tested, num_labels, arm)
         for num_labels in record["labels"]
         for arm in record["compared"]
-        if _seeds(record, results, num_labels, arm)
+        if _seeds(results, num_labels, arm)
     ]
     for metric in METRICS:
         correct_by_holm([row[metric]["against_scratch"] for row in rows if "against_scratch" in row[metric]])
@@ -131,9 +119,10 @@ def summarise(
         "num_cells": len(cells),
         "num_finished": sum(cell in results for cell in cells),
         "num_cases_with_labels": len(tested.cases()),
-        "failed": _still_failed(record, results)
-        if failures is None
-        else {failure.case: f"{failure.code}  {failure.reason}" for failure in failures},
+        "failed": {
+            **_still_failed(record, results),
+            **{failure.case: f"{failure.code}  {failure.reason}" for failure in failures},
+        },
     }
 
 
@@ -143,12 +132,12 @@ def _still_failed(record: Mapping[str, Any], results: Results) -> dict[str, str]
     return {name: reason for name, reason in known.items() if name not in finished}
 
 
-def _seeds(record: Mapping[str, Any], results: Results, num_labels: int, arm: str) -> list[int]:
-    return [seed for seed in range(record["seeds"]) if Cell(num_labels, seed, arm) in results]
+def _seeds(results: Results, num_labels: int, arm: str) -> list[int]:
+    return sorted(cell.seed for cell in results if (cell.num_labels, cell.arm) == (num_labels, arm))
 
 
 def _row(record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str) -> dict[str, Any]:
-    seeds = _seeds(record, results, num_labels, arm)
+    seeds = _seeds(results, num_labels, arm)
     found = [results[Cell(num_labels, seed, arm)] for seed in seeds]
     minutes = [result["seconds"]["training"] / 60 for result in found if "training" in result.get("seconds", {})]
     row: dict[str, Any] = {
@@ -167,7 +156,7 @@ def _of_metric(
     record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str, metric: str
 ) -> dict[str, Any]:
     """Mean and spread over the seeds, per label too; where there is a fair partner, the comparison with scratch."""
-    seeds = _seeds(record, results, num_labels, arm)
+    seeds = _seeds(results, num_labels, arm)
     found = [results[Cell(num_labels, seed, arm)] for seed in seeds]
     per_seed = [tested.mean(result, metric) for result in found]
     mean, spread = mean_and_spread(per_seed)
@@ -181,19 +170,17 @@ def _of_metric(
         },
     }
     if arm != SCRATCH and tested.cases():
-        if compared := _against_scratch(record, results, tested, num_labels, arm, metric):
+        if compared := _against_scratch(results, tested, num_labels, arm, metric):
             part["against_scratch"] = compared
         if saved := _labels_saved(record, results, tested, num_labels, arm, metric):
             part["labels_saved"] = saved
     return part
 
 
-def _against_scratch(
-    record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str, metric: str
-) -> dict[str, Any] | None:
+def _against_scratch(results: Results, tested: Tested, num_labels: int, arm: str, metric: str) -> dict[str, Any] | None:
     """Subject by subject with scratch at the same number of labels, over the seeds that both have."""
-    partners = _seeds(record, results, num_labels, SCRATCH)
-    seeds = [seed for seed in _seeds(record, results, num_labels, arm) if seed in partners]
+    partners = _seeds(results, num_labels, SCRATCH)
+    seeds = [seed for seed in _seeds(results, num_labels, arm) if seed in partners]
     if not seeds:
         return None
     mine, theirs = (_each_seed(results, tested, num_labels, name, seeds, metric) for name in (arm, SCRATCH))
@@ -214,11 +201,12 @@ def _labels_saved(
 
     Only seeds that the arm and scratch at every number of labels have count: means over other seeds would not compare.
     """
-    curve_seeds = [set(_seeds(record, results, number, SCRATCH)) for number in record["labels"]]
-    seeds = sorted(set(_seeds(record, results, num_labels, arm)).intersection(*curve_seeds))
-    if not seeds or SCRATCH not in record["compared"]:
+    numbers = curve_labels(record)
+    curve_seeds = [set(_seeds(results, number, SCRATCH)) for number in numbers]
+    seeds = sorted(set(_seeds(results, num_labels, arm)).intersection(*curve_seeds))
+    if not seeds or not numbers:
         return None
-    curve = {number: _each_seed(results, tested, number, SCRATCH, seeds, metric).mean(0) for number in record["labels"]}
+    curve = {number: _each_seed(results, tested, number, SCRATCH, seeds, metric).mean(0) for number in numbers}
     mine = _each_seed(results, tested, num_labels, arm, seeds, metric).mean(0)
     needed = labels_needed({number: _mean(values) for number, values in curve.items()}, _mean(mine))
     interval = labels_needed_interval(curve, mine)

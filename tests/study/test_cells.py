@@ -196,7 +196,44 @@ def test_a_study_may_grow_and_its_folds_keep_their_numbers(design: Design, tmp_p
     write_design(grown, LIBRARY)
     assert design_in(tmp_path).folds == grown.folds
     record = json.loads((design.folder / "study.json").read_text())
-    assert (set(record["arms"]), record["compared"]) == ({"scratch", "mae"}, ["scratch"])
+    assert (set(record["arms"]), record["compared"]) == ({"scratch", "mae"}, ["scratch", "mae"])
+    assert (record["labels"], record["seeds"]) == ([1, 2, 6], 2)
+
+
+def test_the_report_of_a_study_that_grows_is_about_all_that_was_asked(
+    design: Design, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CasesFailedError):
+        run_all(design, monkeypatch, "if 'mae__1' in str(folder): sys.exit('E_OOM  too large')")
+    arms = (Arm("scratch"), Arm("vf", tmp_path / "mae.pth"))
+    grown = design_in(tmp_path, labels=("2", "4"), arms=arms)
+    write_design(grown, LIBRARY)
+    run_all(grown, monkeypatch)
+    assert [num_runs(design, cell) for cell in design.cells()] == [1, 1, 1, 1], "a call runs only its own cells"
+    record = json.loads((design.folder / "study.json").read_text())
+    rows = [(row["labels"], row["arm"]) for row in record["results"]["rows"]]
+    assert rows == [*((1, "scratch"), (2, "scratch"), (2, "mae"), (2, "vf"), (4, "scratch"), (4, "vf"))]
+    table = (design.folder / "table.md").read_text()
+    assert "Finished cells: 6 of 7." in table
+    assert "* mae, 1 labels, seed 0: E_OOM" in table
+    script = commands_script(grown, "mfmStudyPlans", "cpu").splitlines()
+    assert {f"# {cell}" for cell in design.cells()} < set(script)
+    assert len(record["asked"]) == sum(line.startswith("mfm_predict") or " mfm_predict" in line for line in script)
+
+
+def test_a_study_begun_by_an_earlier_version_goes_on(
+    design: Design, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not tell what was asked, but the numbers of labels, the seeds and the arms of its last call."""
+    run_all(design, monkeypatch)
+    file = design.folder / "study.json"
+    record = json.loads(file.read_text())
+    del record["asked"], record["results"]
+    file.write_text(json.dumps(record))
+    run.renew(design.folder)
+    assert "Finished cells: 4 of 4." in (design.folder / "table.md").read_text()
+    grown = design_in(tmp_path, labels=("4",), arms=(Arm("scratch"),))
+    assert grown.asked() == [*design.cells(), Cell(4, 0, "scratch")]
 
 
 def test_another_question_is_refused_once_something_was_trained(design: Design, tmp_path: Path) -> None:

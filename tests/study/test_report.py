@@ -84,6 +84,17 @@ def test_lines_of_the_table(found: dict[str, Any]) -> None:
     assert "## Failed" not in lines
 
 
+def test_the_curve_of_scratch_may_be_shorter_than_the_table(found: dict[str, Any]) -> None:
+    """Later calls asked for other numbers of labels, without scratch."""
+    more, cell = record([5, 10, 20, 40], 2, ["scratch", "mae"]), Cell(40, 0, "mae")
+    more["asked"] = [*({"arm": c.arm, "num_labels": c.num_labels, "seed": c.seed} for c in (*RESULTS, cell))]
+    grown = summary.summarise(more, {**RESULTS, cell: RESULTS[Cell(20, 0, "mae")]})
+    assert (grown["num_finished"], grown["num_cells"]) == (13, 13)
+    assert row(grown, 5, "mae")["dice"]["labels_saved"] == row(found, 5, "mae")["dice"]["labels_saved"]
+    (line,) = [line for line in report.table(more, grown).splitlines() if line.startswith("| 40 | mae | 1 | 0.8400")]
+    assert line.endswith("| more than 20 | more than -20 |")
+
+
 def test_a_study_that_is_not_finished() -> None:
     """Missing cells are missing rows; comparisons take the seeds that both have, labels saved those that all have."""
     some = {cell: found for cell, found in RESULTS.items() if cell != Cell(20, 1, "scratch") and cell.arm == "scratch"}
