@@ -359,19 +359,21 @@ def study_folder(output: str | Path | None, workspace: str | Path | None) -> Pat
 def _plan_study(own: Workspace, design: Design, given: dict[str, Any] | None) -> dict[str, Any]:
     """The study's plan, made once from the pool or copied, with the whole pool preprocessed."""
     from mfm_nnunet.plans.planner import PlanResult
-    from mfm_nnunet.study.folder import write_json
-    from mfm_nnunet.study.plan import plans_name_of
+    from mfm_nnunet.study import plan as study_plan
+    from mfm_nnunet.study.folder import pin_plan, write_json
 
     dataset, configuration = design.question.dataset, design.question.configuration
     cases, _ = preparation.fingerprinted(own, dataset, None)
-    name = plans_name_of(design.question.plans)
+    name = study_plan.plans_name_of(design.question.plans)
     file = own.preprocessed / dataset / f"{name}.json"
-    if not file.is_file() and given is not None:
+    is_new = not file.is_file()
+    if is_new and given is not None:
         write_json(file, given)
-    elif not file.is_file():
-        like = next((arm.checkpoint for arm in design.arms if arm.checkpoint), None)
+    elif is_new:
+        like = study_plan.made_like(design)
         plan_and_preprocess([dataset], configurations=[configuration], like=like, plans_name=name, preprocess=False)
     plans = read_plans(file, "Remove the study folder and begin anew.")
+    pin_plan(design, plans, file, is_new)
     failures = preparation.preprocess(own, dataset, cases, PlanResult(plans, file, []), (configuration,), None)
     if failures:
         raise dataset_refused(dataset, failures, len(cases), "; nothing was trained")

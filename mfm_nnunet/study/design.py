@@ -11,6 +11,7 @@ from typing import Any
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.study.arms import SCRATCH, Arm
 from mfm_nnunet.study.splits import Cases, nested_subset
@@ -18,6 +19,9 @@ from mfm_nnunet.workspace import Workspace
 
 CELLS = "cells"
 """Folder of the trainings inside the study folder; with it a study's question is settled."""
+
+RUN_SETTINGS = f"results/*/*/fold_*/{finetune_settings.FILE}"
+"""What a training wrote about its settings and its plan, inside its cell's folder."""
 
 
 @dataclass(frozen=True, order=True)
@@ -86,6 +90,8 @@ class Design:
     """What ``study.json`` says of the arms of earlier calls and of this one."""
     asked_before: list[Cell]
     """The cells that earlier calls asked for."""
+    plan_sha256: str | None
+    """The digest of the plan of earlier calls; None before the first training."""
     cases: dict[str, Case]
     dataset_json: dict[str, Any]
 

@@ -22,6 +22,7 @@ from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.json_files import read_json
 from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.design import CELLS, Design, Question, cells_of, read_subjects
+from mfm_nnunet.study.plan import digest, require_known
 from mfm_nnunet.study.splits import Cases, draw_test, label_counts
 from mfm_nnunet.version import __version__
 
@@ -84,9 +85,18 @@ def make_design(
     known_arms = {**before.get("arms", {}), **mine}
     by_name = {case.name: case for case in cases}
     return Design(
-        folder, question, arms, counts, seeds, folds, known_arms, cells_of(before) if before else [], by_name,
-        dict(dataset_json),
-    )  # fmt: skip
+        folder=folder,
+        question=question,
+        arms=arms,
+        labels=counts,
+        seeds=seeds,
+        folds=folds,
+        known_arms=known_arms,
+        asked_before=cells_of(before) if before else [],
+        plan_sha256=before.get("plan_sha256"),
+        cases=by_name,
+        dataset_json=dict(dataset_json),
+    )
 
 
 def plans_of(folder: Path) -> str | None:
@@ -122,12 +132,27 @@ def write_design(design: Design, library: Mapping[str, str]) -> None:
     write_json(design.workspace / "nnUNet_preprocessed" / dataset / "splits_final.json", splits)
 
 
+def pin_plan(design: Design, plans: Mapping[str, Any], file: Path, is_new: bool) -> None:
+    """Write the digest of the study's plan into ``study.json``, or refuse one that is not that of earlier calls.
+
+    Raises MFMError (E_CONFIG); a file that ``is_new`` is removed then, so that it can be made again elsewhere.
+    """
+    try:
+        require_known(design, plans, file)
+    except MFMError:
+        if is_new:
+            file.unlink()
+        raise
+    write_json(design.folder / RECORD, {**read_record(design.folder), "plan_sha256": digest(plans)})
+
+
 def record_of(design: Design, library: Mapping[str, str]) -> dict[str, Any]:
     """The part of ``study.json`` that is known before any cell has run: of this call and of those before it."""
     asked = design.asked()
     return {
         "made_by": f"mfm_study {__version__}",
         "question": as_json(design.question),
+        "plan_sha256": design.plan_sha256,
         "library": dict(library),
         "labels": sorted({cell.num_labels for cell in asked}),
         "seeds": 1 + max(cell.seed for cell in asked),

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.finetune.settings import plan_hash
 from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.plans.planner import PlanRequest, check_request
 from mfm_nnunet.study.arms import Arm
+from mfm_nnunet.study.design import CELLS, RUN_SETTINGS, Design
 from mfm_nnunet.workspace import Workspace
 
 STUDY_PLANS = "mfmStudyPlans"
@@ -42,8 +45,7 @@ def given_plan(
             f"{nearest(configuration, plans['configurations'])}",
         )
     _refuse_cascade(configuration)
-    digest = hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()
-    return {**plans, "plans_name": plans_name}, f"{plans_name} {digest}"
+    return {**plans, "plans_name": plans_name}, f"{plans_name} {digest(plans)}"
 
 
 def own_plan(configuration: str, arms: Sequence[Arm]) -> str:
@@ -63,6 +65,46 @@ def own_plan(configuration: str, arms: Sequence[Arm]) -> str:
             f"configuration. Give -c {source.configuration}, or a plan with -p.",
         )
     return OWN if like is None else f"{LIKE} {sha256(like)}"
+
+
+def made_like(design: Design) -> Path | None:
+    """The checkpoint that the study's own plan is made like, whatever this call compares; None for none.
+
+    Raises MFMError (E_NOT_FOUND) when it is no longer where an arm had it.
+    """
+    kind, _, wanted = design.question.plans.partition(" ")
+    if kind != LIKE:
+        return None
+    files = [Path(arm["file"]) for arm in design.known_arms.values() if arm["sha256"] == wanted]
+    found = next((file for file in files if file.is_file() and sha256(file) == wanted), None)
+    if found is None:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{design.folder}: the plan of this study is made like a checkpoint that is no longer at "
+            f"{' or '.join(map(str, files))}. Put it back, or give it again as an arm.",
+        )
+    return found
+
+
+def require_known(design: Design, plans: Mapping[str, Any], file: Path) -> None:
+    """Raise MFMError (E_CONFIG) when cells of the study were trained on another plan than this, which is ``file``."""
+    stock = plan_hash(plans)
+    # A study that was begun by an earlier version tells no digest, but its trainings do, of the plan without our block.
+    others = [] if design.plan_sha256 else list(design.folder.glob(f"{CELLS}/*/{RUN_SETTINGS}"))
+    known = [json.loads(other.read_text()).get("plan_sha256") for other in others]
+    if design.plan_sha256 in (None, digest(plans)) and all(one == stock for one in known):
+        return
+    raise MFMError(
+        "E_CONFIG",
+        f"{file}: is another plan than the one on which this study's cells were trained. A plan that is made again "
+        "follows the GPU and the version of mfm_nnunet: run the study where it was begun, or put the old plan back. "
+        "Otherwise begin anew with -o another folder.",
+    )
+
+
+def digest(plans: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a plan decides, in hex."""
+    return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_cascade(configuration: str) -> None:

@@ -6,18 +6,22 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
 
-from mfm_nnunet import workspace
+from mfm_nnunet import api, workspace
 from mfm_nnunet.data.reading import read_image
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune.settings import plan_hash
+from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.study import plan, run
 from mfm_nnunet.study.arms import Arm
-from mfm_nnunet.study.folder import write_design
+from mfm_nnunet.study.design import Design
+from mfm_nnunet.study.folder import write_design, write_json
 from tests.finetune import tiny
 from tests.plans.tiny_data import pretrained_checkpoint
 from tests.study import small
@@ -125,6 +129,86 @@ def test_names_of_the_plan(tmp_path: Path) -> None:
         assert plan.plans_name_of(given[1]) == given[0]["plans_name"] == "mfmPlans"
         with pytest.raises(MFMError, match=r"E_CONFIG.*Did you mean '3d_fullres'\?"):
             plan.given_plan(here, tiny.NAME, "3d_fulres", "mfmPlans")
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Design, dict[str, Any]], Path | None]:
+    """Plan a study whose plan will be what is given; returns the checkpoint that it was asked to be like."""
+    small.write_raw(tmp_path)
+    for name in ("mae", "vf"):
+        (tmp_path / f"{name}.pth").write_bytes(name.encode())
+    asked: list[Path | None] = []
+    monkeypatch.setattr(api.preparation, "fingerprinted", lambda *arguments: ([], []))
+    monkeypatch.setattr(api.preparation, "preprocess", lambda *arguments: [])
+
+    def plan_study(design: Design, plans: dict[str, Any]) -> Path | None:
+        def make(datasets: list[str], *, like: Path | None, plans_name: str, **others: Any) -> None:
+            asked.append(like)
+            write_json(own.preprocessed / datasets[0] / f"{plans_name}.json", plans)
+
+        monkeypatch.setattr(api, "plan_and_preprocess", make)
+        write_design(design, LIBRARY)
+        with workspace.use_only(design.workspace) as own:
+            api._plan_study(own, design, None)
+        return asked[-1]
+
+    return plan_study
+
+
+def test_a_plan_that_is_made_again_must_be_the_same(
+    tmp_path: Path, planned: Callable[[Design, dict[str, Any]], Path | None]
+) -> None:
+    file = tmp_path / "study" / "workspace" / "nnUNet_preprocessed" / small.NAME / "mfmStudyPlans.json"
+    first, other = tiny.plans(), {**tiny.plans(), "mfm": {"seed": 7}}
+    planned(design_in(tmp_path), other)
+    file.unlink()
+    design = design_in(tmp_path)  # nothing was trained: another plan is no harm
+    planned(design, first)
+    design.cell_folder(next(design.cells())).mkdir(parents=True)
+    planned(design_in(tmp_path), first)
+    file.unlink()
+    with pytest.raises(MFMError, match=r"E_CONFIG.*mfmStudyPlans\.json: is another plan .* where it was begun"):
+        planned(design_in(tmp_path), other)
+    assert not file.exists(), "it is made again where the study was begun"
+    planned(design_in(tmp_path), first)
+    file.write_text(json.dumps(other))
+    with pytest.raises(MFMError, match="is another plan"):
+        planned(design_in(tmp_path), first)
+
+
+def test_the_plan_of_a_study_begun_by_an_earlier_version(
+    tmp_path: Path, planned: Callable[[Design, dict[str, Any]], Path | None]
+) -> None:
+    """It tells no digest; its trainings do."""
+    design, plans = design_in(tmp_path), tiny.plans()
+    planned(design, plans)
+    record = json.loads((design.folder / "study.json").read_text())
+    del record["plan_sha256"]
+    write_json(design.folder / "study.json", record)
+    run_folder = design.cell_folder(next(design.cells())) / "results" / small.NAME / "model" / "fold_0"
+    write_json(run_folder / "settings.json", {"plan_sha256": plan_hash(plans)})
+    planned(design_in(tmp_path), plans)
+    write_json(design.folder / "study.json", record)
+    write_json(run_folder / "settings.json", {"plan_sha256": "another"})
+    with pytest.raises(MFMError, match="is another plan"):
+        planned(design_in(tmp_path), plans)
+
+
+def test_a_plan_is_made_again_like_the_checkpoint_of_the_first_call(
+    tmp_path: Path, planned: Callable[[Design, dict[str, Any]], Path | None]
+) -> None:
+    mae, vf = Arm("mae", tmp_path / "mae.pth"), Arm("vf", tmp_path / "vf.pth")
+    like = f"like {sha256(tmp_path / 'mae.pth')}"
+    design = design_in(tmp_path, arms=(Arm("scratch"), mae), plans=like)
+    assert planned(design, tiny.plans()) == tmp_path / "mae.pth"
+    design.cell_folder(next(design.cells())).mkdir(parents=True)
+    file = design.workspace / "nnUNet_preprocessed" / small.NAME / "mfmStudyPlans.json"
+    file.unlink()
+    assert planned(design_in(tmp_path, arms=(vf,), plans=like), tiny.plans()) == tmp_path / "mae.pth"
+    file.unlink()
+    (tmp_path / "mae.pth").unlink()
+    with pytest.raises(MFMError, match=r"E_NOT_FOUND.*no longer at .*mae\.pth\. Put it back"):
+        planned(design_in(tmp_path, arms=(vf,), plans=like), tiny.plans())
 
 
 def test_the_workspace_of_a_study_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
