@@ -33,7 +33,17 @@ def table(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         compared = ("against scratch", "95 %", f"{_unit(record)} better", "seeds better", "p")
         columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved")
         lines += _markdown(columns, [_score_row(record, row, metric) for row in summary["rows"]])
-    lines += ["", "## Each label", "", *_per_label(summary["rows"]), "", "## How to read this", "", *_notes(record)]
+    lines += [
+        "",
+        "## Each label",
+        "",
+        *_per_label(summary["rows"]),
+        "",
+        "## How to read this",
+        "",
+        *_notes(record),
+        *_training(summary),
+    ]
     if summary["failed"]:
         lines += ["", "## Failed", "", *(f"* {name}: {reason}" for name, reason in summary["failed"].items())]
     return "\n".join(lines) + "\n"
@@ -205,6 +215,30 @@ def _settings(record: Mapping[str, Any]) -> list[str]:
         if own := record["arms"][name].get("settings"):
             lines.append(f"* Settings of {name} alone: {', '.join(own)}.")
     return lines
+
+
+def _training(summary: Mapping[str, Any]) -> list[str]:
+    """What the trainings of each start really had, because open settings are resolved by start."""
+    arms = summary["training"]
+    lines = [
+        f"* {arm} was trained with {', '.join(_values(name, values) for name, values in settings.items())}."
+        for arm, settings in arms.items()
+    ]
+    of_setting: dict[str, set[str]] = {}
+    for settings in arms.values():
+        for name, values in settings.items():
+            of_setting.setdefault(name, set()).add(str([entry["value"] for entry in values]))
+    if differing := [f"finetune.{name}" for name, found in of_setting.items() if len(found) > 1]:
+        lines.append(f"* So the starts differ not only in their weights, but in {', '.join(differing)}.")
+    return lines
+
+
+def _values(name: str, values: Sequence[Mapping[str, Any]]) -> str:
+    """``finetune.epochs=10``, or with the numbers of labels where these differ."""
+    if len(values) == 1:
+        return f"finetune.{name}={values[0]['value']}"
+    each = (f"{entry['value']} ({', '.join(map(str, entry['labels']))} labels)" for entry in values)
+    return f"finetune.{name}={' and '.join(each)}"
 
 
 def _plan(question: Mapping[str, Any]) -> str:

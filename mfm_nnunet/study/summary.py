@@ -18,7 +18,7 @@ import numpy as np
 
 from mfm_nnunet.errors import CaseFailure, MFMError
 from mfm_nnunet.study.arms import SCRATCH
-from mfm_nnunet.study.design import CELLS, Cell, cells_of, curve_labels
+from mfm_nnunet.study.design import CELLS, RUN_SETTINGS, Cell, cells_of, curve_labels
 from mfm_nnunet.study.evaluation import METRICS, RESULT
 from mfm_nnunet.study.statistics import (
     compare_paired,
@@ -28,6 +28,8 @@ from mfm_nnunet.study.statistics import (
     mean_and_spread,
 )
 
+TOLD_SETTINGS = ("learning_rate", "epochs", "warmup_epochs", "parts")
+"""Settings of fine-tuning that the report tells even where all cells have the same."""
 Results = Mapping[Cell, Mapping[str, Any]]
 """What ``result.json`` of each finished cell holds."""
 
@@ -94,9 +96,21 @@ class Tested:
 
 
 def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
-    """The results of the cells that are finished."""
-    files = {cell: folder / CELLS / cell.folder_name / RESULT for cell in cells}
-    return {cell: json.loads(file.read_text()) for cell, file in files.items() if file.is_file()}
+    """The results of the cells that are finished, with ``trained_with``: the settings of fine-tuning that they had."""
+    folders = {cell: folder / CELLS / cell.folder_name for cell in cells}
+    return {
+        cell: {**json.loads((place / RESULT).read_text()), "trained_with": _trained_with(place)}
+        for cell, place in folders.items()
+        if (place / RESULT).is_file()
+    }
+
+
+def _trained_with(cell_folder: Path) -> dict[str, Any]:
+    """The settings of fine-tuning that a training wrote; none where its folder is gone."""
+    file = next(cell_folder.glob(RUN_SETTINGS), None)
+    found: dict[str, Any] = json.loads(file.read_text())["settings"]["finetune"] if file else {}
+    is_pretrained = found.pop("checkpoint", None) is not None
+    return {name: value for name, value in found.items() if is_pretrained or name != "parts"}
 
 
 def summarise(record: Mapping[str, Any], results: Results, failures: Sequence[CaseFailure] = ()) -> dict[str, Any]:
@@ -119,11 +133,33 @@ def summarise(record: Mapping[str, Any], results: Results, failures: Sequence[Ca
         "num_cells": len(cells),
         "num_finished": sum(cell in results for cell in cells),
         "num_cases_with_labels": len(tested.cases()),
+        "training": _training(results),
         "failed": {
             **_still_failed(record, results),
             **{failure.case: f"{failure.code}  {failure.reason}" for failure in failures},
         },
     }
+
+
+def _training(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """How each arm was trained: the settings that matter most, and all in which any cells differ.
+
+    Per arm and setting the values that occur, each with the numbers of labels at which it does.
+    """
+    known = {cell: result["trained_with"] for cell, result in results.items() if result.get("trained_with")}
+    names = dict.fromkeys([*TOLD_SETTINGS, *(name for settings in known.values() for name in settings)])
+    told = [n for n in names if n in TOLD_SETTINGS or len({json.dumps(s.get(n)) for s in known.values()}) > 1]
+    arms: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for cell in sorted(known):
+        for name in (name for name in told if name in known[cell]):
+            values = arms.setdefault(cell.arm, {}).setdefault(name, [])
+            value = known[cell][name]
+            entry = next((entry for entry in values if entry["value"] == value), None)
+            if entry is None:
+                values.append({"value": value, "labels": [cell.num_labels]})
+            elif cell.num_labels not in entry["labels"]:
+                entry["labels"].append(cell.num_labels)
+    return arms
 
 
 def _still_failed(record: Mapping[str, Any], results: Results) -> dict[str, str]:

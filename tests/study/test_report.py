@@ -12,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.study import report, summary
 from mfm_nnunet.study.design import Cell
 from mfm_nnunet.study.statistics import compare_paired
@@ -125,6 +126,35 @@ def test_a_study_without_scratch_compares_nothing() -> None:
     found = summary.summarise(alone, results({("mae", 5): [0.6]}))
     assert not {"against_scratch", "labels_saved"} & set(found["rows"][0]["dice"])
     assert "| 5 | mae | 1 | 0.6000 |  |  |  |  |  |  |  |" in report.table(alone, found).splitlines()
+
+
+def test_what_each_start_was_really_trained_with(tmp_path: Path) -> None:
+    """As the trainings wrote it: open settings are resolved by start, so starts may differ without a word of --set."""
+    for cell, of_cell in RESULTS.items():
+        folder = tmp_path / "cells" / cell.folder_name
+        fold = folder / "results" / "Dataset004_Small" / "MFMTrainer__mfmStudyPlans__3d_fullres" / "fold_3"
+        fold.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(of_cell))
+        checkpoint, parts = ({"name": "a.pth"}, "encoder_decoder") if cell.arm == "mae" else (None, "auto")
+        settings = FinetuneSettings(
+            learning_rate=1e-3 if checkpoint else 1e-2,
+            epochs=16,
+            warmup_epochs=2,
+            layer_decay=0.75 if (cell.arm, cell.num_labels) == ("mae", 20) else 1.0,
+            parts=parts,  # type: ignore[arg-type]
+            checkpoint=checkpoint,
+        )
+        content = {"settings": to_dict(MFMBlock(finetune=settings))}
+        (fold / "settings.json").write_text(json.dumps(content))
+    found = summary.summarise(RECORD, summary.read_results(tmp_path, list(RESULTS)))
+    lines = report.table(RECORD, found).splitlines()
+    same = "finetune.epochs=16, finetune.warmup_epochs=2"
+    assert f"* scratch was trained with finetune.learning_rate=0.01, {same}, finetune.layer_decay=1.0." in lines
+    decay = "finetune.layer_decay=1.0 (5, 10 labels) and 0.75 (20 labels)"
+    line = f"* mae was trained with finetune.learning_rate=0.001, {same}, finetune.parts=encoder_decoder, {decay}."
+    assert line in lines
+    differing = "finetune.learning_rate, finetune.layer_decay"
+    assert f"* So the starts differ not only in their weights, but in {differing}." in lines
 
 
 ABSENT = {"dice": None, "nsd": None}
