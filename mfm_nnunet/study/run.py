@@ -13,17 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from torch import nn
+
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.per_case import in_threads
 from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
+from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as finetune_settings
-from mfm_nnunet.finetune.pretrained import transfer
+from mfm_nnunet.finetune.advice import Family, advised
+from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
+from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.models.build import build_network
-from mfm_nnunet.plans.schema import MFMBlock
+from mfm_nnunet.plans.schema import MFMBlock, block_of
 from mfm_nnunet.study import cells as running
+from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.commands import TRAINING, commands_script, steps_of
 from mfm_nnunet.study.design import Cell, Design, cells_of
 from mfm_nnunet.study.evaluation import RESULT
@@ -42,24 +48,51 @@ def check_settings(settings: Sequence[str]) -> None:
 
 
 def check_checkpoints(design: Design, plans: Mapping[str, Any]) -> None:
-    """Raise MFMError (E_MODEL_MISMATCH and others) unless every arm's weights fit the network of the plan."""
+    """Raise MFMError (E_MODEL_MISMATCH, E_CONFIG and others) where the training of an arm would be refused.
+
+    Its weights must fit the network of the plan, and its settings the network and what it starts from.
+    """
     configuration = design.question.configuration
     num_inputs = len(design.dataset_json.get("channel_names") or design.dataset_json.get("modality") or [0])
     network = build_network(plans, configuration, num_inputs, 2)
-    for arm in (arm for arm in design.arms if arm.checkpoint is not None):
-        assert arm.checkpoint is not None
-        settings = (*design.question.settings, *arm.settings)
-        topology = finetune_settings.resolve(MFMBlock(), settings, None).finetune.transfer
+    for arm in design.arms:
         try:
-            _, report = transfer(arm.checkpoint, network, topology=topology)
+            _check_arm(arm, design, plans, network)
         except MFMError as error:
+            raise MFMError(error.code, f"arm {arm.name}: {error.message}") from error
+
+
+def _check_arm(arm: Arm, design: Design, plans: Mapping[str, Any], network: nn.Module) -> None:
+    """As training checks it; ``network`` gets the arm's weights."""
+    overrides = (*design.question.settings, *arm.settings)
+    if arm.checkpoint is None:
+        settings = finetune_settings.resolve(block_of(plans), overrides, None).finetune
+        if settings.train != "all":
             raise MFMError(
-                error.code,
-                f"arm {arm.name}, {arm.checkpoint}: {error.message} All arms share one plan, and this is "
-                f"{plans.get('plans_name')}: name one that all fit with -p, or give the checkpoint that decides first; "
-                "both in a new folder (-o) once something was trained.",
-            ) from error
-        logger.info("arm %s: %.0f %% of the encoder's parameters come from it", arm.name, 100 * report.encoder_share)
+                "E_CONFIG",
+                f"finetune.train={settings.train}: from scratch the encoder would stay random. Give this to the arms "
+                f"with a checkpoint alone: NAME=CHECKPOINT,finetune.train={settings.train}.",
+            )
+        groups.require_fitting(settings, network, is_distributed=False)
+        return
+    reading = read_checkpoint(arm.checkpoint)
+    about = describe(arm.checkpoint, reading)
+    family: Family = "primus" if hasattr(network, "eva") else "resenc"
+    advice = advised(family, min(design.labels), about["pretext"], has_decoder(reading, network))
+    settings = finetune_settings.resolve(block_of(plans), overrides, about, advice).finetune
+    groups.require_fitting(settings, network, is_distributed=False)
+    groups.require_pretrained(settings, is_pretrained=True)
+    parts = "all_but_heads" if settings.parts == "auto" else settings.parts
+    try:
+        _, report = transfer(arm.checkpoint, network, parts, settings.transfer)
+    except MFMError as error:
+        raise MFMError(
+            error.code,
+            f"{error.message} All arms share one plan, and this is {plans.get('plans_name')}: name one that all fit "
+            "with -p, or give the checkpoint that decides first; both in a new folder (-o) once something was trained.",
+        ) from error
+    groups.require_no_random_rest(settings, network, [entry.name for entry in report.new])
+    logger.info("arm %s: %.0f %% of the encoder's parameters come from it", arm.name, 100 * report.encoder_share)
 
 
 def check_test_cases(design: Design, reader: str) -> None:

@@ -23,6 +23,7 @@ from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.design import Design
 from mfm_nnunet.study.folder import write_design, write_json
 from tests.finetune import tiny
+from tests.finetune.test_trainer import pretrained_file
 from tests.plans.tiny_data import pretrained_checkpoint
 from tests.study import small
 from tests.study.test_cells import LIBRARY, design_in
@@ -32,9 +33,35 @@ def test_an_arm_that_does_not_fit_the_plan(tmp_path: Path) -> None:
     small.write_raw(tmp_path)
     other = pretrained_checkpoint(tmp_path / "other.pth", tiny.plans(), "3d_fullres")
     design = design_in(tmp_path, arms=(Arm("scratch"), Arm("other", other)))
-    with pytest.raises(MFMError, match=r"(?s)E_MODEL_MISMATCH  arm other, .*other\.pth.* -p"):
+    with pytest.raises(MFMError, match=r"(?s)E_MODEL_MISMATCH  arm other: .*other\.pth.* -p"):
         run.check_checkpoints(design, tiny.plans())
     run.check_checkpoints(design_in(tmp_path, arms=(Arm("scratch"),)), tiny.plans())
+
+
+@pytest.mark.parametrize(
+    ("arms", "settings", "message"),
+    [
+        (["scratch", "mae"], ["finetune.train=decoder"], "arm scratch: finetune.train=decoder: from scratch the"),
+        (["mae"], ["finetune.train=lora"], "arm mae: finetune.train=lora: adapters are for Primus"),
+        (["mae"], ["finetune.layer_decay=0.75"], "arm mae: finetune.layer_decay=0.75"),
+        (["mae"], ["finetune.train=head", "finetune.parts=encoder"], "arm mae: finetune.train=head: only the encoder"),
+    ],
+)
+def test_settings_that_an_arm_cannot_train_with(
+    tmp_path: Path, arms: list[str], settings: list[str], message: str
+) -> None:
+    """Each of its cells would be refused, after hours."""
+    small.write_raw(tmp_path)
+    of_name = {"scratch": Arm("scratch"), "mae": Arm("mae", pretrained_file(tmp_path))}
+    chosen = tuple(of_name[name] for name in arms)
+    plans = {**tiny.plans(), "mfm": {}}
+    run.check_checkpoints(design_in(tmp_path, arms=chosen), plans)
+    with pytest.raises(MFMError) as refused:
+        run.check_checkpoints(design_in(tmp_path, arms=chosen, settings=settings), plans)
+    assert refused.value.code == "E_CONFIG"
+    assert refused.value.message.startswith(message)
+    own = Arm("mae", of_name["mae"].checkpoint, ("finetune.train=decoder",))
+    run.check_checkpoints(design_in(tmp_path, arms=(of_name["scratch"], own)), plans)
 
 
 def test_test_cases_that_cannot_be_read_are_all_listed(tmp_path: Path) -> None:
