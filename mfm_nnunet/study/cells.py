@@ -73,12 +73,16 @@ def alone(folder: Path) -> Iterator[IO[bytes]]:
         if fcntl is not None:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise MFMError(
                     "E_EXISTS",
                     f"{folder}: another mfm_study, or a training that it began, is at work there. Wait until it has "
                     "ended, or end it.",
                 ) from error
+            except OSError as error:
+                logger.warning(
+                    "%s: this file system has no locks (%s): run one mfm_study in it at a time", folder, error
+                )
         yield handle
 
 
