@@ -33,17 +33,8 @@ def table(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         compared = ("against scratch", "95 %", f"{_unit(record)} better", "seeds better", "p")
         columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved")
         lines += _markdown(columns, [_score_row(record, row, metric) for row in summary["rows"]])
-    lines += [
-        "",
-        "## Each label",
-        "",
-        *_per_label(summary["rows"]),
-        "",
-        "## How to read this",
-        "",
-        *_notes(record),
-        *_training(summary),
-    ]
+    lines += ["", "## Each label", "", *_per_label(summary["rows"])]
+    lines += ["", "## How to read this", "", *_notes(record, summary), *_training(summary)]
     if summary["failed"]:
         lines += ["", "## Failed", "", *(f"* {name}: {reason}" for name, reason in summary["failed"].items())]
     return "\n".join(lines) + "\n"
@@ -184,8 +175,9 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return _markdown(columns, cells)
 
 
-def _notes(record: Mapping[str, Any]) -> list[str]:
-    library, unit = record["library"], _unit(record)
+def _notes(record: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
+    libraries, unit = summary["libraries"] or ["{name} {version}".format(**record["library"])], _unit(record)
+    mixed = " (mfm_study scores all cells again with one of them)" if len(libraries) > 1 else ""
     smallest, largest = _limits(record)
     case = "a case's mean over the labels that its reference holds"
     mean = f"{case}, the mean over cases" if unit == "cases" else f"{case}, a subject's over its cases, over subjects"
@@ -195,7 +187,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         f"* Dice, NSD: {mean}, then over seeds ± their standard deviation (subsets and training together). Labels that "
         "a reference does not hold are left out, for all starts alike; false positives: in how many of the cases "
         "without the label it was predicted all the same, over all seeds.",
-        f"* NSD is the surface Dice of {library['name']} {library['version']}; other tools give other numbers.",
+        f"* NSD is the surface Dice of {' and '.join(libraries)}{mixed}; other tools give other numbers.",
         f"* against scratch: {unit} averaged over seeds, minus scratch with the same labels; 95 %: bootstrap over "
         f"{unit}; {unit}, seeds better: those above scratch; p: Wilcoxon signed-rank over {unit}, two-sided, "
         f"corrected by Holm for all rows of the table. 95 % and p are about other {unit}, with these very subsets and "

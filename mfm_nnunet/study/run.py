@@ -120,16 +120,22 @@ def run_design(
 ) -> None:
     """Run all cells that are not finished; table and picture are renewed with every cell.
 
+    Finished ones, of earlier calls too, are scored again where another version of the library scored them, so that all
+    in the table have the same.
+
     Raises CasesFailedError after all others are done when cells failed.
     """
     gpus = visible_gpus(device)
     cells = list(design.cells())
     todo = [cell for cell in cells if not (design.cell_folder(cell) / RESULT).is_file()]
+    again = _scored_otherwise(design)
     at_once = jobs or (1 if pick_device(device).type == "mps" else running.default_jobs(gpus))
-    num_jobs = min(at_once, max(1, len(todo)))
+    num_jobs = min(at_once, max(1, len(todo) + len(again)))
     with atomic_write(design.folder / COMMANDS) as handle:
         handle.write(commands_script(design, plans_name, device).encode())
     logger.info("%d cells, %d of them finished; %d at a time", len(cells), len(cells) - len(todo), num_jobs)
+    if again:
+        logger.info("%d finished cells are scored again, with the version of the library that is here", len(again))
 
     def finished(cell: Cell, seconds: dict[str, float]) -> str:
         _note_seconds(design.cell_folder(cell), seconds)
@@ -140,7 +146,7 @@ def run_design(
         return f"Dice {mean:.3f} in {sum(seconds.values()):.0f} s"
 
     failures = running.run_cells(
-        todo,
+        again + todo,
         steps_of(design, plans_name, device),
         running.slots(num_jobs, gpus),
         lambda cell: design.folder / "logs" / f"{cell.folder_name}.txt",
@@ -150,7 +156,7 @@ def run_design(
     )
     renew(design.folder, failures)
     if failures:
-        raise CasesFailedError(failures, len(cells), "cells")
+        raise CasesFailedError(failures, len(cells) + len(again), "cells")
 
 
 def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
@@ -178,10 +184,16 @@ def visible_gpus(device: str) -> list[str]:
     return named[: torch.cuda.device_count()] or [str(number) for number in range(torch.cuda.device_count())]
 
 
+def _scored_otherwise(design: Design) -> list[Cell]:
+    """The finished cells that another library, or another version of it, scored."""
+    library, found = read_record(design.folder)["library"], read_results(design.folder, design.asked())
+    return [cell for cell, result in found.items() if result.get("library") != library]
+
+
 def _note_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
     """Add the seconds of each step to a result."""
     result = json.loads((folder / RESULT).read_text())
-    write_json(folder / RESULT, {**result, "seconds": dict(seconds)})
+    write_json(folder / RESULT, {**result, "seconds": {**result.get("seconds", {}), **seconds}})
 
 
 def _drop_unused(folder: Path) -> None:

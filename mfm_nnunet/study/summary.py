@@ -134,6 +134,7 @@ def summarise(record: Mapping[str, Any], results: Results, failures: Sequence[Ca
         "num_finished": sum(cell in results for cell in cells),
         "num_cases_with_labels": len(tested.cases()),
         "training": _training(results),
+        "libraries": sorted({"{name} {version}".format(**result["library"]) for result in results.values()}),
         "failed": {
             **_still_failed(record, results),
             **{failure.case: f"{failure.code}  {failure.reason}" for failure in failures},

@@ -10,6 +10,7 @@ from mfm_nnunet.study.design import Cell
 
 NAME = "Dataset004_Small"
 NUM_CASES = 10
+LIBRARY = {"name": "surface-distance", "version": "0.1"}
 
 
 def write_raw(root: Path, labels: dict[str, int] | None = None) -> Path:
@@ -41,7 +42,7 @@ def record(labels: list[int], seeds: int, compared: list[str], num_cases: int = 
             "settings": ["finetune.epochs=2"],
             "subjects": {f"case{number}": f"case{number}" for number in range(num_cases)},
         },
-        "library": {"name": "surface-distance", "version": "0.1"},
+        "library": LIBRARY,
         "labels": labels,
         "seeds": seeds,
         "compared": compared,
@@ -61,7 +62,7 @@ def result(dice: list[float], seconds: float = 90.0) -> dict[str, Any]:
         }
         for number, value in enumerate(dice)
     }
-    return {"scores": scores, "seconds": {"training": seconds, "prediction": 5.0}}
+    return {"scores": scores, "library": LIBRARY, "seconds": {"training": seconds, "prediction": 5.0}}
 
 
 def results(means: dict[tuple[str, int], list[float]]) -> dict[Cell, dict[str, Any]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from mfm_nnunet.study.folder import make_design, write_design
 from mfm_nnunet.workspace import Workspace
 from tests.study import small
 
-LIBRARY = {"name": "surface-distance", "version": "0.1"}
+LIBRARY = small.LIBRARY
 PYTHON = "#"
 """The first word of a step that is a line of Python here."""
 
@@ -136,7 +135,7 @@ def test_a_failure_without_a_code_tells_the_last_line(design: Design, monkeypatc
 def test_a_stopped_training_goes_on(design: Design) -> None:
     """``--c`` as soon as there is a checkpoint; a finished training is not repeated."""
     steps, cell = steps_of(design, "mfmStudyPlans", "auto"), next(design.cells())
-    train, predict, score = all_steps(design, cell, "mfmStudyPlans", "auto")
+    train, predict, score = all_steps(design, cell, "mfmStudyPlans", "auto", design.cell_folder(cell))
     assert list(steps(cell)) == [train, predict, score]
     model = Path(predict.words[predict.words.index("-m") + 1])
     fold = model / "fold_0"
@@ -149,6 +148,8 @@ def test_a_stopped_training_goes_on(design: Design) -> None:
     assert first.title == "training, continued"
     (fold / "checkpoint_final.pth").touch()
     assert list(steps(cell)) == [predict, score]
+    (design.cell_folder(cell) / "result.json").touch()
+    assert list(steps(cell)) == [score]
 
 
 def test_the_commands_of_a_cell(design: Design) -> None:
@@ -157,23 +158,50 @@ def test_the_commands_of_a_cell(design: Design) -> None:
     train, predict, score = script[script.index("# mae, 2 labels, seed 0") + 1 :][:3]
     assert f"mfm_train {small.NAME} 3d_fullres 1 -p mfmStudyPlans -pretrained_weights {design.folder.parent}" in train
     assert "-device cpu --set finetune.validation_iterations=1 seed=0" in train
-    assert f"nnUNet_results={design.folder}/cells/mae__2_labels__seed0/results" in train
-    assert "mfm_predict" in predict
+    assert f"nnUNet_preprocessed={design.workspace}/nnUNet_preprocessed" in train
+    assert 'nnUNet_results="$OUT"/mae__2_labels__seed0/results' in train
+    assert f'mfm_predict -i {design.folder}/test -o "$OUT"/mae__2_labels__seed0/masks' in predict
     assert "-f 1 --resume" in predict
-    assert "mfm_nnunet.study.evaluation" in score
+    assert f'mfm_nnunet.study.evaluation {design.folder} "$OUT"/mae__2_labels__seed0' in score
+    assert f"{design.folder}/cells" not in "\n".join(script), "what is finished stays as it is"
 
 
-def test_the_commands_are_understood(design: Design) -> None:
-    """Every line of the script, as its command reads it."""
-    script = commands_script(design, "mfmStudyPlans", "cpu").splitlines()
-    lines = [shlex.split(line) for line in script if not line.startswith("#")]
-    lines = [[word for word in words if not re.match(r"nnUNet_\w+=", word)] for words in lines]
-    names = [words[0] for words in lines if words and words[0] != "set"]
-    assert names == ["mfm_train", "mfm_predict", "python"] * 4
-    for words in (words for words in lines if words and words[0].startswith("mfm_")):
-        parser = importlib.import_module(words[0].replace("mfm_", "mfm_nnunet.cli.", 1)).build_parser()
-        arguments = parser.parse_strictly(words[1:])
+def test_the_commands_are_understood(tmp_path: Path) -> None:
+    """The script as the shell reads it, with names that need quoting; its words as the commands read them."""
+    root, out = tmp_path / "it's $HOME; here", tmp_path / "out of $1"
+    small.write_raw(root)
+    (root / "mae.pth").write_bytes(b"weights")
+    design = design_in(root)
+    write_design(design, LIBRARY)
+    script = tmp_path / "commands.sh"
+    script.write_text(commands_script(design, "mfmStudyPlans", "cpu"))
+    subprocess.run(["bash", "-n", script], check=True)
+    refused = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "bash commands.sh OUT" in refused.stderr
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("mfm_train", "mfm_predict", "python"):  # they only tell what they were called with
+        note = f"import json, os, sys; print(json.dumps([{name!r}, os.environ.get('nnUNet_results'), *sys.argv[1:]]))"
+        (programs / name).write_text(f"#!{sys.executable}\n{note}\n")
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    told = subprocess.run(["bash", script, out], check=True, capture_output=True, text=True, env=environment)
+    calls = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [words[0] for words in calls] == ["mfm_train", "mfm_predict", "python"] * 4
+    for name, results, *words in calls:
+        if name == "python":
+            assert words[:-1] == ["-m", "mfm_nnunet.study.evaluation", str(design.folder)]
+            assert Path(words[-1]).parent == out
+            continue
+        assert Path(results).is_relative_to(out)
+        parser = importlib.import_module(name.replace("mfm_", "mfm_nnunet.cli.", 1)).build_parser()
+        arguments = parser.parse_strictly(words)
         assert arguments.device == "cpu"
+        assert Path(arguments.workspace).parent == out
+        if name == "mfm_predict":
+            assert (arguments.input, Path(arguments.output).name) == (str(design.test_folder), "masks")
+            assert Path(arguments.output).is_relative_to(out)
 
 
 def test_folds_are_the_subsets_and_never_the_test_cases(design: Design) -> None:
@@ -298,7 +326,7 @@ def test_settings_of_an_arm_alone(tmp_path: Path) -> None:
     arms = (Arm("scratch"), Arm("enc", tmp_path / "mae.pth", ("finetune.parts=encoder",)))
     made = design_in(tmp_path, arms=arms, settings=("finetune.epochs=5",))
     write_design(made, LIBRARY)
-    told = {cell.arm: all_steps(made, cell, "mfmStudyPlans", "cpu")[0].words for cell in made.cells()}
+    told = {cell.arm: all_steps(made, cell, "mfmStudyPlans", "cpu", tmp_path)[0].words for cell in made.cells()}
     assert told["enc"][-4:] == (
         "finetune.validation_iterations=1",
         "finetune.epochs=5",
@@ -317,6 +345,39 @@ def test_two_studies_in_one_folder(tmp_path: Path) -> None:
         pass
     with cells.alone(tmp_path / "study"):
         pass
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cells.fcntl, "flock", refuse)
+    with cells.alone(tmp_path / "study"):
+        assert "this file system has no locks (" in caplog.text
+
+
+def test_cells_of_another_version_of_the_library_are_scored_again(
+    design: Design, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of earlier calls too; nothing is trained or predicted again."""
+    run_all(design, monkeypatch)
+    first, *_, last = design.cells()
+    for cell in (first, last):
+        file = design.cell_folder(cell) / "result.json"
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "library": {**LIBRARY, "version": "0.0"}, "seconds": {"training": 7}}))
+    run.renew(design.folder)
+    note = "surface-distance 0.0 and surface-distance 0.1 (mfm_study scores all cells again with one of them)"
+    assert note in (design.folder / "table.md").read_text()
+    later = design_in(tmp_path, labels=("2",), arms=(Arm("mae", tmp_path / "mae.pth"),))
+    write_design(later, LIBRARY)
+    run_all(later, monkeypatch)
+    assert [num_runs(design, cell) for cell in design.cells()] == [2, 1, 1, 2]
+    assert "Dice of surface-distance 0.1; other" in (design.folder / "table.md").read_text()
+    seconds = json.loads((design.cell_folder(first) / "result.json").read_text())["seconds"]
+    assert seconds["prediction"] == 5, "the seconds of other steps stay"
 
 
 def test_shares_of_the_computer() -> None:

@@ -102,6 +102,10 @@ def test_a_cell_is_scored(tmp_path: Path) -> None:
     assert result["in_reference"] == {"a": ["held"]}
     values = {"held": {"dice": 1, "nsd": 1}, "absent": {"dice": None, "nsd": None}, "wrong": {"dice": 0, "nsd": 0}}
     assert result["scores"] == {"a": values}
+    before = {"scores": {}, "seconds": {"training": 90}}
+    (tmp_path / "result.json").write_text(json.dumps(before))
+    evaluation.evaluate_cell(tmp_path, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == {**result, "seconds": {"training": 90}}
 
 
 def test_the_library_is_named_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:
