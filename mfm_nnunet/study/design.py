@@ -177,7 +177,7 @@ def labelled_cases(here: Workspace, dataset_name: str) -> tuple[list[Case], dict
 def read_subjects(file: Path | None, cases: Sequence[Case]) -> dict[str, str]:
     """The subject of every case: from a CSV with the columns ``case`` and ``subject``, else as the names tell.
 
-    Raises MFMError: E_NOT_FOUND (no such file), E_FORMAT (no such columns), E_CONFIG (a case that is missing).
+    Raises MFMError: E_NOT_FOUND (no such file), E_FORMAT (no such columns), E_CONFIG (a case with no subject or two).
     """
     if file is None:
         return {case.name: case.subject for case in cases}
@@ -186,9 +186,14 @@ def read_subjects(file: Path | None, cases: Sequence[Case]) -> dict[str, str]:
     try:
         with open(file, newline="", encoding="utf-8-sig") as handle:
             rows = list(csv.DictReader(handle, skipinitialspace=True))
-        named = {row["case"].strip(): row["subject"].strip() for row in rows}
+        pairs = {(row["case"].strip(), row["subject"].strip()) for row in rows}
     except (KeyError, AttributeError, ValueError, csv.Error) as error:
         raise MFMError("E_FORMAT", f"--subjects {file}: expected a CSV with the columns case and subject.") from error
+    named = dict(sorted(pairs))
+    if contradicting := sorted(case for case, subject in pairs if named[case] != subject):
+        case = contradicting[0]
+        subjects = " and ".join(sorted(subject for other, subject in pairs if other == case))
+        raise MFMError("E_CONFIG", f"--subjects {file}: case {case} is of {subjects}. Leave one line for each case.")
     missing = [case.name for case in cases if not named.get(case.name)]
     if missing:
         raise MFMError(

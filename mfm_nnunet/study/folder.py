@@ -203,6 +203,14 @@ def _continued(
         raise MFMError(
             "E_CONFIG", f"{folder}: holds a study that asks something else: {'; '.join(differences)}. {_ADVICE}"
         )
+    known = {name.casefold(): name for name in record["arms"]}
+    for name in arms:
+        # Folders are named after arms, and some file systems do not tell upper from lower case.
+        if (other := known.get(name.casefold(), name)) != name:
+            raise MFMError(
+                "E_CONFIG",
+                f"{folder}: holds an arm '{other}'. Name '{name}' the same, or differently: NAME=CHECKPOINT.",
+            )
     for name in arms.keys() & record["arms"].keys():
         for part, what in (("sha256", "another checkpoint"), ("settings", "trained with other settings")):
             if record["arms"][name].get(part) != arms[name][part]:

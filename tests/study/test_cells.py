@@ -274,6 +274,8 @@ def test_another_question_is_refused_once_something_was_trained(design: Design, 
         design_in(tmp_path, tolerance_mm=2.0, settings=("finetune.epochs=5",))
     with pytest.raises(MFMError, match=r"E_CONFIG.*test was"):
         design_in(tmp_path, tolerance_mm=2.0, test="5")
+    with pytest.raises(MFMError, match=r"E_CONFIG.*holds an arm 'mae'\. Name 'MAE' the same"):
+        design_in(tmp_path, tolerance_mm=2.0, arms=(Arm("MAE", tmp_path / "mae.pth"),))
     (tmp_path / "mae.pth").write_bytes(b"other weights")
     with pytest.raises(MFMError, match=r"E_CONFIG.*arm 'mae' was another checkpoint"):
         design_in(tmp_path, tolerance_mm=2.0)

@@ -103,6 +103,7 @@ def test_a_dataset_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ("name,person\ncase0,a\n", "E_FORMAT", "columns case and subject"),
         ("case,subject\ncase0,a\n", "E_CONFIG", "9 cases have no subject, e.g. case1"),
+        ("case,subject\ncase0,b\ncase0,a\ncase0,b\n", "E_CONFIG", "case case0 is of a and b. Leave one line"),
         ("case,subject\n" + "".join(f"case{n},a\n" for n in range(10)), "E_CONFIG", "all 1 subjects would test"),
     ],
 )
