@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.study import Study, base_parser, case_names
 
@@ -52,6 +53,10 @@ class LabelStudy(Study):
         super().split()
         rest, size = [*self.corpus, *self.train], int(self.labels[-1])
         self.corpus, self.train = rest[:-size], rest[-size:]
+
+    def settings_of_all(self) -> dict[str, Any]:
+        """Those of pretraining, and of whom; ``mfm_study`` minds the rest."""
+        return {"pretrain": self.arguments.pretrain, "scans": self.arguments.scans}
 
     def prepare(self) -> None:
         """The corpus, planned and preprocessed; the labelled dataset and the names of who tests."""

@@ -96,22 +96,18 @@ class PairsStudy(Study):
         return self.folder / "costs.json"
 
     def prepare(self) -> None:
-        """Split, register and plan; refuse to mix cells of different settings in one folder."""
+        """Split, register and plan."""
         super().prepare()
-        names = ("budget", "pretrain", "finetune", "disable_tta")
-        settings = {**{name: getattr(self.arguments, name) for name in names}, "extra": EXTRA, "networks": FINETUNE}
-        settings = json.loads(json.dumps(settings))
-        file = self.folder / "study.json"
-        if file.exists() and (before := json.loads(file.read_text())) != settings:
-            changed = [name for name in settings if before.get(name) != settings[name] and name != "extra"]
-            if changed:
-                raise SystemExit(
-                    f"{file}: finished cells were made with other {', '.join(changed)}. Use another --work."
-                )
-        file.write_text(json.dumps(settings, indent=1))
         for network in self.networks:
             self.plan_corpus("--network", network)
             self.parallel(self.plan_network, [(network,)])
+
+    def settings_of_all(self) -> dict[str, Any]:
+        names = ("budget", "pretrain", "finetune", "disable_tta")
+        return {**{name: getattr(self.arguments, name) for name in names}, "networks": FINETUNE}
+
+    def notes(self) -> dict[str, Any]:
+        return {"extra": EXTRA}  # of single tasks, which may join later
 
     def plan_network(self, network: str, core: int) -> None:
         """The labelled set is planned like a checkpoint of one step, so that all arms of a network share the plan."""

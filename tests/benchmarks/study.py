@@ -21,9 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mfm_nnunet.checkpoint import atomic_write
+
 NUM_CORPUS, NUM_TRAIN = 150, 8
 CORPUS, LABELLED = "701_Corpus", "704_Hippocampus8"
 LABELS = {1: "anterior", 2: "posterior"}
+SETTINGS = "study.json"
+"""What the pretrainings and cells in a work folder were made with."""
 
 
 def base_parser(description: str | None) -> argparse.ArgumentParser:
@@ -64,6 +68,7 @@ class Study:
 
     def prepare(self) -> None:
         """Write the split: the corpus as a CSV, the labelled dataset, and links to the test scans."""
+        self.require_same_settings()
         (self.folder / "test").mkdir(parents=True, exist_ok=True)
         with open(self.folder / "corpus.csv", "w", newline="") as file:
             writer = csv.writer(file)
@@ -74,6 +79,25 @@ class Study:
             if not link.exists():
                 link.symlink_to(self.image(name))
         self.dataset(LABELLED, self.train)
+
+    def settings_of_all(self) -> dict[str, Any]:
+        """The settings that every pretraining and cell in the work folder must share."""
+        return {"pretrain": self.arguments.pretrain, "finetune": self.arguments.finetune}
+
+    def require_same_settings(self) -> None:
+        """Refuse to mix what was made with different settings; a folder that tells none is taken for one of these."""
+        settings = json.loads(json.dumps(self.settings_of_all()))
+        file = self.folder / SETTINGS
+        before = json.loads(file.read_text()) if file.exists() else settings
+        if changed := [name for name in settings if before.get(name) != settings[name]]:
+            raise SystemExit(f"{file}: what is finished was made with other {', '.join(changed)}. Use another --work.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as handle:
+            handle.write(json.dumps({**before, **settings, **self.notes()}, indent=1).encode())
+
+    def notes(self) -> dict[str, Any]:
+        """What else is written beside the settings; it may change."""
+        return {}
 
     def corpus_rows(self) -> list[tuple[str, Path, str]]:
         """Case, image and modality of every scan of the corpus."""
@@ -115,7 +139,8 @@ class Study:
         self.command("mfm_predict", "-i", self.folder / "test", "-o", cell / "masks", "-m", model, "-f", "all",
                      "--overwrite", *predict, core=core, log=log)  # fmt: skip
         dice = {name: self.dice(name, cell / "masks") for name in self.test}
-        (cell / "result.json").write_text(json.dumps({**about, "seconds": seconds, "dice": dice}))
+        with atomic_write(cell / "result.json") as handle:
+            handle.write(json.dumps({**about, "seconds": seconds, "dice": dice}).encode())
 
     def image(self, name: str) -> Path:
         return self.data / "imagesTr" / f"{name}_0000.nii.gz"

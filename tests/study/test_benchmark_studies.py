@@ -1,0 +1,75 @@
+"""The studies of tests/benchmarks: what is finished is not mixed with what was made otherwise, and is whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.hippocampus import HippocampusStudy
+from tests.benchmarks.label_efficiency import LabelStudy
+from tests.benchmarks.pretext_pairs import PairsStudy
+from tests.benchmarks.study import Study
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data" / "imagesTr").mkdir(parents=True)
+    for number in range(200):
+        (tmp_path / "data" / "imagesTr" / f"case{number}_0000.nii.gz").touch()
+    (tmp_path / "data" / "dataset.json").write_text("{}")
+    return tmp_path / "data"
+
+
+@pytest.fixture(autouse=True)
+def _no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Study, "command", lambda *words, **options: None)
+
+
+def arguments(data: Path, **changes: Any) -> argparse.Namespace:
+    asked = {"seeds": 1, "jobs": 1, "pretrain": ["pretrain.epochs=2"], "finetune": ["finetune.epochs=2"]}
+    more = {"scans": "hippocampus", "budget": 1.0, "disable_tta": False, "pairs": []}
+    return argparse.Namespace(data=data, work=data.parent / "work", **{**asked, **more, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "may_change"),
+    [
+        (HippocampusStudy, {"finetune": []}, {"seeds": 3}),
+        (LabelStudy, {"pretrain": []}, {"finetune": []}),  # mfm_study minds these itself
+        (PairsStudy, {"budget": 2.0}, {"seeds": 3}),
+    ],
+)
+def test_other_settings_need_another_folder(
+    data: Path, kind: type[Study], changes: dict[str, Any], may_change: dict[str, Any]
+) -> None:
+    folder = data.parent / "work"
+    folder.mkdir()  # one that tells no settings is taken for one of these
+    (folder / "costs.json").write_text("{}")
+    kind(arguments(data)).prepare()
+    kind(arguments(data, **may_change)).prepare()
+    (name,) = changes
+    with pytest.raises(SystemExit, match=rf"study\.json: what is finished was made with other {name}\. Use another"):
+        kind(arguments(data, **changes)).prepare()
+
+
+def test_a_result_is_whole_or_not_there(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(arguments(data))
+    cell = study.cell("scratch", 0)
+    cell.mkdir(parents=True)
+    monkeypatch.setattr(Study, "dice", lambda self, name, masks: [0.5, 0.6])
+
+    def finish(seed: Any) -> None:
+        study.finetune_once(cell, {"seed": seed}, dataset="704_A", plans="mfmPlans", weights=None, core=0)
+
+    real = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *values, **options: real(*values, **options)[:5] + "\udfff")
+    with pytest.raises(UnicodeEncodeError):  # it ends while it writes
+        finish(0)
+    assert not (cell / "result.json").exists()
+    monkeypatch.setattr(json, "dumps", real)
+    finish(0)
+    assert json.loads((cell / "result.json").read_text())["dice"][study.test[0]] == [0.5, 0.6]
