@@ -1,14 +1,17 @@
 """How many labels does pretraining save? ``mfm_study`` on real scans, from the files to the picture.
 
 ``hippocampus``: 126 MR scans are the unlabelled corpus, 74 others are labelled: 42 of them test, and 4 to 32 of the
-other 32 train. The tested scans are those of the other hippocampus studies.
+other 32 train. The tested scans are those of the other hippocampus studies. They are split by scan: the set has left
+and right hippocampi and does not tell which are of one person, so the other side of a tested person may be in the
+corpus or among the training scans, equally for all arms, and the 42 tested scans may not be 42 independent people.
 
 ``sarcoma``: tumours in PET. The corpus is the PET, CT and MR of 24 patients, and 3 other scans; 3 to 24 of these
 patients' PET scans are labelled. 14 other patients test, of whom nothing is in the corpus. ``--data`` is the PET
 dataset; CT, MR and ``unlabelled`` lie beside it.
 
-The split is by patient and fixed. MAE and Volume Fusion pretrain once each; Volume Fusion travels whole, and with its
-encoder alone. It continues where it was stopped; the result is ``study/table.md`` and ``study/study.png``.
+The sarcomas are split by patient; both splits are fixed. MAE and Volume Fusion pretrain once each; Volume Fusion
+travels whole, and with its encoder alone. It continues where it was stopped; the result is ``study/table.md`` and
+``study/study.png``.
 
     python -m tests.benchmarks.label_efficiency --data ../shared/data/Dataset004_Hippocampus --work labels \\
         --pretrain pretrain.epochs=40 pretrain.precision=bf16 --finetune finetune.epochs=16 finetune.precision=bf16

@@ -1,6 +1,7 @@
 """What the studies of pretraining share: split, commands in processes of their own, fine-tuning, Dice and tables.
 
-150 hippocampus scans are the unlabelled corpus (dataset 701), 8 labelled ones train (704) and the other 42 test.
+150 hippocampus scans are the unlabelled corpus (dataset 701), 8 labelled ones train (704) and the other 42 test. The
+split is by scan, because the set does not tell which scans are of one person (left and right hippocampus).
 Everything runs through the four commands, each cell in a process of its own on one core; finished cells are kept, so
 a study continues where it was stopped.
 """
