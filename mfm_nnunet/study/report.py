@@ -34,7 +34,7 @@ def table(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved")
         lines += _markdown(columns, [_score_row(record, row, metric) for row in summary["rows"]])
     lines += ["", "## Each label", "", *_per_label(summary["rows"])]
-    lines += ["", "## How to read this", "", *_notes(record, summary), *_training(summary)]
+    lines += ["", "## How to read this", "", *_notes(record, summary), *_training(record, summary)]
     if summary["failed"]:
         lines += ["", "## Failed", "", *(f"* {name}: {reason}" for name, reason in summary["failed"].items())]
     return "\n".join(lines) + "\n"
@@ -209,9 +209,9 @@ def _settings(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _training(summary: Mapping[str, Any]) -> list[str]:
+def _training(record: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     """What the trainings of each start really had, because open settings are resolved by start."""
-    arms = summary["training"]
+    arms = {arm: summary["training"][arm] for arm in record["compared"] if arm in summary["training"]}
     lines = [
         f"* {arm} was trained with {', '.join(_values(name, values) for name, values in settings.items())}."
         for arm, settings in arms.items()
@@ -220,7 +220,7 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     for settings in arms.values():
         for name, values in settings.items():
             of_setting.setdefault(name, set()).add(str([entry["value"] for entry in values]))
-    if differing := [f"finetune.{name}" for name, found in of_setting.items() if len(found) > 1]:
+    if differing := [f"finetune.{name}" for name, found in of_setting.items() if len(found) > 1 and name != "parts"]:
         lines.append(f"* So the starts differ not only in their weights, but in {', '.join(differing)}.")
     return lines
 

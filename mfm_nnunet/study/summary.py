@@ -61,7 +61,7 @@ class Tested:
                 case: [n for n in labels if all(result["scores"][case][n]["dice"] is not None for result in results)]
                 for case, labels in first.items()
             }
-        return cls(told, subjects, next(iter(first.values()), ()))
+        return cls(told, subjects, tuple(next(iter(first.values()), {})))
 
     def cases(self, label: str | None = None) -> list[str]:
         """The cases whose reference holds a label, or any."""
