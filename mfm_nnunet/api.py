@@ -335,6 +335,7 @@ def run_study(
         plans = _plan_study(own, design, given[0] if given else None)
         study.check_checkpoints(design, plans)
         study.check_test_cases(design, plans["image_reader_writer"])
+        folders.note_asked(design, library)
         study.run_design(design, plans["plans_name"], device, jobs, lock)
     return design.folder
 

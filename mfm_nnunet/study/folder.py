@@ -110,16 +110,14 @@ def plans_of(folder: Path) -> str | None:
 
 
 def write_design(design: Design, library: Mapping[str, str]) -> None:
-    """Write ``study.json``, the dataset of the pool, its folds, and links to the test images."""
+    """Write the dataset of the pool, its folds, links to the test images, and for a new study ``study.json``."""
     before = read_record(design.folder) if (design.folder / RECORD).is_file() else {}
     if before and _differences(before, design.question, design.dataset_json):
         for stale in (design.workspace, design.test_folder):  # of another question, for which nothing was trained
             shutil.rmtree(stale, ignore_errors=True)
-    record = record_of(design, library)
-    if design.asked_before and "results" in before:
-        record["results"] = before["results"]  # until the first cell ends; it tells what failed in earlier calls
     links = _test_links(design)
-    write_json(design.folder / RECORD, record)  # first: it tells whose folder this is
+    if not design.asked_before:
+        write_json(design.folder / RECORD, record_of(design, library))  # first: it tells whose folder this is
     for link, file in links.items():
         if not link.is_symlink():
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +128,11 @@ def write_design(design: Design, library: Mapping[str, str]) -> None:
     write_json(design.workspace / "nnUNet_raw" / dataset / "dataset.json", pool_json)
     splits = [_fold(design.subset(*fold)) for fold in design.folds]
     write_json(design.workspace / "nnUNet_preprocessed" / dataset / "splits_final.json", splits)
+
+
+def note_asked(design: Design, library: Mapping[str, str]) -> None:
+    """Add what this call asks for to ``study.json``, once all checks let it pass: a refused call leaves no trace."""
+    write_json(design.folder / RECORD, {**read_record(design.folder), **record_of(design, library)})
 
 
 def pin_plan(design: Design, plans: Mapping[str, Any], file: Path, is_new: bool) -> None:
@@ -152,7 +155,6 @@ def record_of(design: Design, library: Mapping[str, str]) -> dict[str, Any]:
     return {
         "made_by": f"mfm_study {__version__}",
         "question": as_json(design.question),
-        "plan_sha256": design.plan_sha256,
         "library": dict(library),
         "labels": sorted({cell.num_labels for cell in asked}),
         "seeds": 1 + max(cell.seed for cell in asked),

@@ -22,7 +22,7 @@ from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.cells import Slot, run_cells, slots, time_left
 from mfm_nnunet.study.commands import Step, Steps, all_steps, commands_script, steps_of
 from mfm_nnunet.study.design import Cell, Design, labelled_cases
-from mfm_nnunet.study.folder import make_design, write_design
+from mfm_nnunet.study.folder import make_design, note_asked, read_record, write_design
 from mfm_nnunet.workspace import Workspace
 from tests.study import small
 
@@ -44,6 +44,12 @@ def design(tmp_path: Path) -> Design:
     made = design_in(tmp_path)
     write_design(made, LIBRARY)
     return made
+
+
+def begin(design: Design) -> None:
+    """As the command does before and after its checks."""
+    write_design(design, LIBRARY)
+    note_asked(design, LIBRARY)
 
 
 def design_in(root: Path, **changes: Any) -> Design:
@@ -221,7 +227,7 @@ def test_a_study_may_grow_and_its_folds_keep_their_numbers(design: Design, tmp_p
     arms = (Arm("scratch"),)
     grown = design_in(tmp_path, labels=("1", "100%"), seeds=2, arms=arms)
     assert grown.folds == [(1, 0), (2, 0), (6, 0), (1, 1), (6, 1)]
-    write_design(grown, LIBRARY)
+    begin(grown)
     assert design_in(tmp_path).folds == grown.folds
     record = json.loads((design.folder / "study.json").read_text())
     assert (set(record["arms"]), record["compared"]) == ({"scratch", "mae"}, ["scratch", "mae"])
@@ -235,7 +241,7 @@ def test_the_report_of_a_study_that_grows_is_about_all_that_was_asked(
         run_all(design, monkeypatch, "if 'mae__1' in str(folder): sys.exit('E_OOM  too large')")
     arms = (Arm("scratch"), Arm("vf", tmp_path / "mae.pth"))
     grown = design_in(tmp_path, labels=("2", "4"), arms=arms)
-    write_design(grown, LIBRARY)
+    begin(grown)
     run_all(grown, monkeypatch)
     assert [num_runs(design, cell) for cell in design.cells()] == [1, 1, 1, 1], "a call runs only its own cells"
     record = json.loads((design.folder / "study.json").read_text())
@@ -247,6 +253,19 @@ def test_the_report_of_a_study_that_grows_is_about_all_that_was_asked(
     script = commands_script(grown, "mfmStudyPlans", "cpu").splitlines()
     assert {f"# {cell}" for cell in design.cells()} < set(script)
     assert len(record["asked"]) == sum(line.startswith("mfm_predict") or " mfm_predict" in line for line in script)
+
+
+def test_a_call_that_is_refused_leaves_no_trace(
+    design: Design, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cells never run, and its arm may be given again with what is right."""
+    run_all(design, monkeypatch)
+    before = read_record(design.folder)
+    arms = (Arm("vf", tmp_path / "mae.pth", ("finetune.train=lora",)),)
+    write_design(design_in(tmp_path, labels=("3",), arms=arms), LIBRARY)
+    assert read_record(design.folder) == before
+    begin(design_in(tmp_path, arms=(Arm("vf", tmp_path / "mae.pth"),)))
+    assert read_record(design.folder)["labels"] == [1, 2]
 
 
 def test_a_study_begun_by_an_earlier_version_goes_on(
@@ -374,7 +393,7 @@ def test_cells_of_another_version_of_the_library_are_scored_again(
     note = "surface-distance 0.0 and surface-distance 0.1 (mfm_study scores all cells again with one of them)"
     assert note in (design.folder / "table.md").read_text()
     later = design_in(tmp_path, labels=("2",), arms=(Arm("mae", tmp_path / "mae.pth"),))
-    write_design(later, LIBRARY)
+    begin(later)
     run_all(later, monkeypatch)
     assert [num_runs(design, cell) for cell in design.cells()] == [2, 1, 1, 2]
     assert "Dice of surface-distance 0.1; other" in (design.folder / "table.md").read_text()
