@@ -113,7 +113,10 @@ class Manifest:
         return bool(entry.get("files")) and entry["files"] == file_sizes(self.folder, case)
 
     def source_sizes(self, case: str, num_images: int) -> dict[str, list[int]]:
-        """Size in bytes of the files that a finished case was made from: its ``images``, and each kind of mask."""
+        """Size in bytes of the files that a finished case was made from: its ``images``, and each kind of mask.
+
+        Where files belong to an image (voxels of a detached header), they count among the ``num_images`` first.
+        """
         sources = self.entries.get(case, {}).get("sources", [])
         images = [source[0] for source in sources if len(source) == 2][:num_images]
         return {"images": images, **{source[2]: [source[0]] for source in sources if len(source) == 3}}

@@ -243,11 +243,13 @@ def _cases(here: Workspace, dataset_name: str, files: dict[str, Path]) -> list[c
 
     Without both the subjects are those that the names of the cases tell.
     """
-    known: dict[str, corpus.Case] = {}
-    for folder in (here.raw / dataset_name, here.preprocessed / dataset_name):
-        if corpus.is_corpus(folder) or (folder == here.raw / dataset_name and (folder / "dataset.json").is_file()):
-            known = {case.name: case for case in corpus.load_cases(folder)}
-            break
+    raw, beside = here.raw / dataset_name, here.preprocessed / dataset_name
+    cases: list[corpus.Case] = []
+    if (raw / "dataset.json").is_file():
+        cases = corpus.load_cases(raw)
+    elif corpus.is_corpus(beside):
+        cases = corpus.load_cases(beside)
+    known = {case.name: case for case in cases}
     return [known.get(name) or corpus.Case(name, (), None, corpus.subject_of(Path(name))) for name in files]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.headers import meta_header, nrrd_header
+from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.json_files import read_json
@@ -287,19 +287,13 @@ def _test_links(design: Design) -> dict[Path, Path]:
 
 def _companions(link: Path, image: Path) -> dict[str, Path]:
     """Files without which an image cannot be read, or loses its spacing, by their names beside its link."""
-    if link.suffix in (".tif", ".tiff"):  # nnU-Net's reader looks for CASE.json beside CASE_0000.tif
-        spacing = image.parent / f"{image.name[: -len('_0000') - len(image.suffix)]}.json"
-        return {f"{link.name[: -len('_0000') - len(link.suffix)]}.json": spacing} if spacing.is_file() else {}
-    header = {".mhd": meta_header, ".nhdr": nrrd_header}.get(link.suffix)
-    if header is None:
-        return {}
-    try:
-        voxels = header(image).data_file
-    except (MFMError, OSError):
-        return {}  # reading tells what is wrong
-    if voxels == image or not voxels.is_relative_to(image.parent):  # in the header's file, or with a whole path
-        return {}
-    return {str(voxels.relative_to(image.parent)): voxels}
+    found = {}
+    for file in files_of(image)[1:]:
+        if file.suffix == ".json":  # the spacing of a TIFF stack, which is named after the case
+            found[f"{link.name[: -len('_0000') - len(link.suffix)]}.json"] = file
+        elif file.is_relative_to(image.parent):  # a header with a whole path finds its voxels through the link too
+            found[str(file.relative_to(image.parent))] = file
+    return found
 
 
 def _fold(train: list[str]) -> dict[str, list[str]]:
