@@ -10,8 +10,8 @@ patients' PET scans are labelled. 14 other patients test, of whom nothing is in 
 dataset; CT, MR and ``unlabelled`` lie beside it.
 
 The sarcomas are split by patient; both splits are fixed. MAE and Volume Fusion pretrain once each; Volume Fusion
-travels whole, and with its encoder alone. It continues where it was stopped; the result is ``study/table.md`` and
-``study/study.png``.
+travels whole, and with its encoder alone. Other ways to fine-tune are ``--arms`` too, also later in the same folder. It
+continues where it was stopped; the result is ``study/table.md`` and ``study/study.png``.
 
     python -m tests.benchmarks.label_efficiency --data ../shared/data/Dataset004_Hippocampus --work labels \\
         --pretrain pretrain.epochs=40 pretrain.precision=bf16 --finetune finetune.epochs=16 finetune.precision=bf16
@@ -30,8 +30,12 @@ ARMS = {
     "mae": ("mae", ""),
     "vf": ("volume_fusion", ""),
     "vf_encoder": ("volume_fusion", ",finetune.parts=encoder"),
+    "mae_encoder": ("mae", ",finetune.parts=encoder"),
+    "vf_encoder_sawtooth": ("volume_fusion", ",finetune.parts=encoder,finetune.schedule=sawtooth"),
+    "vf_encoder_slow": ("volume_fusion", ",finetune.parts=encoder,finetune.learning_rate=3e-4"),
 }
 """Arms beside scratch: the pretext task, and settings of the arm alone as ``mfm_study`` takes them."""
+DEFAULT_ARMS = ("mae", "vf", "vf_encoder")
 PLANS = "mfmPlans"
 
 
@@ -39,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser = base_parser(__doc__)
     parser.add_argument("--scans", default="hippocampus", choices=STUDIES)
     parser.add_argument("--labels", nargs="+", help="numbers of labelled patients (default: those above)")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="beside scratch")
+    parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), choices=ARMS, help="beside scratch")
     parser.add_argument("--disable-tta", action="store_true", help="predict the test scans without mirroring")
     return parser.parse_args()
 
