@@ -8,7 +8,6 @@ Legend: C channels, D H W voxels. Axis order is the plan's.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from mfm_nnunet.data.augment import apply_spatial, draw_spatial
 from mfm_nnunet.data.volumes import anatomy_of, anonymised_of, open_volume, read_box
+from mfm_nnunet.data.workers import read_in_order
 from mfm_nnunet.errors import MFMError
 
 
@@ -209,19 +209,5 @@ def batches(
     indices = [
         list(range(batch * batch_size + rank, (batch + 1) * batch_size, world_size)) for batch in range(first, last)
     ]
-    loader = DataLoader(
-        stream,
-        batch_sampler=indices,
-        num_workers=num_workers,
-        pin_memory=pin,
-        worker_init_fn=_leave_signals_to_parent if num_workers else None,
-        prefetch_factor=4 if num_workers else None,
-        generator=torch.Generator(),  # else the loader draws from the global generator
-    )
-    return iter(loader)
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the parent saves first and then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ahead = 4 if num_workers else None
+    return read_in_order(stream, num_workers, pin, default_collate, batch_sampler=indices, prefetch_factor=ahead)

@@ -43,15 +43,25 @@ def anatomy_of(volume: str) -> np.ndarray:
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
-    """The box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image."""
+    """The box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image.
+
+    Raises MFMError (E_SHORT_DATA) for a file that is damaged there.
+    """
     shape = volume.shape[1 + len(leading) :]
     inside = [(max(start, 0), min(start + extent, limit)) for start, extent, limit in zip(lower, size, shape)]
     box = np.zeros((volume.shape[0], *size), np.float32)
     if all(start < stop for start, stop in inside):
         target = tuple(slice(start - low, stop - low) for (start, stop), low in zip(inside, lower))
         source = (slice(None), *leading, *(slice(start, stop) for start, stop in inside))
-        box[(slice(None), *target)] = volume[source]
+        box[(slice(None), *target)] = _voxels(volume, source)
     return box
+
+
+def _voxels(volume: Any, where: tuple[Any, ...]) -> np.ndarray:
+    try:
+        return volume[where]
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _unreadable(str(volume.schunk.urlpath), error) from error
 
 
 def _open(file: str) -> Any:

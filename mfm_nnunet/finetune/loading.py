@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,9 @@ import numpy as np
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+
+from mfm_nnunet.data.workers import read_in_order
 
 Batch = dict[str, Any]
 """nnU-Net's batch: "data" (B, C, D, H, W) float32, "target" a tensor or one per scale, "keys" the case names."""
@@ -41,17 +42,7 @@ def batches(
     source: SeededBatches, first: int, last: int, num_workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """Batches ``first`` to ``last - 1``, in order."""
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=range(first, last),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_parent if num_workers else None,
-        generator=torch.Generator(),  # else the loader draws from the global generator
-    )
-    return iter(loader)
+    return read_in_order(source, num_workers, pin_memory, _as_it_is, batch_size=None, sampler=range(first, last))
 
 
 def nnunet_loaders(trainer: nnUNetTrainer) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
@@ -126,9 +117,3 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the parent ends its step first and then its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -59,6 +59,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_with_a_damaged_middle_is_named(tmp_path: Path, num_workers: int) -> None:
+    """Its header and size are right, so nothing is noticed before its voxels are read."""
+    file = tmp_path / "a.b2nd"
+    blosc2.asarray(np.arange(14400, dtype=np.float32).reshape(1, 20, 24, 30) // 7, urlpath=str(file))
+    content = bytearray(file.read_bytes())
+    middle = slice(len(content) // 4, len(content) // 2)
+    content[middle] = bytes(len(content[middle]))
+    file.write_bytes(content)
+    with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*a\.b2nd: the preprocessed volume cannot be read"):
+        next(batches(make([file], (20, 24, 30)), 1, 0, 1, num_workers))
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_same_batches_for_any_number_of_workers(files: list[Path], num_workers: int) -> None:
