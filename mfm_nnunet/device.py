@@ -7,8 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import OUT_OF_SHARED_MEMORY_WORDS, MFMError, is_out_of_memory
 from mfm_nnunet.workspace import num_cores
+
+_MORE_SHARED_MEMORY = (
+    "Batches travel from the background processes through /dev/shm: start the container with --shm-size=16g or "
+    "--ipc=host, or read in the foreground with --set num_workers=0."
+)
 
 
 def pick_device(name: str) -> torch.device:
@@ -55,8 +60,12 @@ def out_of_memory_is_an_error(advice: str) -> Iterator[None]:
     """Raise MFMError (E_OOM) with the reason and ``advice`` for what runs out of memory inside."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         reason = (str(error) or "out of memory").splitlines()[0]
+        if any(words in str(error) for words in OUT_OF_SHARED_MEMORY_WORDS):
+            advice = _MORE_SHARED_MEMORY
         raise MFMError("E_OOM", f"training needs more memory than there is ({reason}). {advice}") from error
 
 

@@ -29,6 +29,27 @@ class MFMError(ValueError):
         return (type(self), (self.code, self.message))
 
 
+OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "STATUS_ALLOC_FAILED",
+    "is killed by signal: Killed",
+)
+OUT_OF_SHARED_MEMORY_WORDS = ("out of shared memory", "allocate shared memory", "write to file </torch_")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of the computer, of the GPU, or what processes share.
+
+    torch has a type for one of these; the others are RuntimeErrors that only their text tells.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    says = [words in str(error) for words in (*OUT_OF_MEMORY_WORDS, *OUT_OF_SHARED_MEMORY_WORDS)]
+    return isinstance(error, RuntimeError) and any(says)
+
+
 @dataclass(frozen=True)
 class CaseFailure:
     """One case that was left out: its name, the error code and the reason."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from mfm_nnunet import workspace
-from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError
+from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError, is_out_of_memory
 from mfm_nnunet.version import __version__
 
 LOG_FILE = "mfm_error.log"
@@ -110,7 +110,7 @@ def _classify(error: BaseException) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, FloatingPointError):
         return 1, str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return 2, _OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return 2, f"E_DISK_FULL  {error.filename or 'a file'}: the disk is full. Free some space and run again."

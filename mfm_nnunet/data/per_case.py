@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from mfm_nnunet.data.integrity import files_of
-from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,9 +41,9 @@ def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
         if error.code == "E_DISK_FULL":
             raise
         return CaseFailure(case.name, error.code, error.message)
-    except MemoryError:
-        return CaseFailure(case.name, "E_OOM", "not enough memory for this case. Use fewer processes.")
     except Exception as error:
+        if is_out_of_memory(error):
+            return CaseFailure(case.name, "E_OOM", "not enough memory for this case. Use fewer processes.")
         details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         first_line = (str(error).splitlines() or [""])[0]
         return CaseFailure(case.name, "E_INTERNAL", f"{type(error).__name__}: {first_line}", details)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, is_out_of_memory
 from mfm_nnunet.pretext.base import PretextTask
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,9 @@ def compile_network(task: PretextTask, loss: Callable[[], torch.Tensor]) -> None
     task.train()
     try:
         loss().backward()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MFMError(
             "E_CONFIG",

@@ -158,13 +158,13 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
     """
     job = check(here, **arguments)
     world, used = join_world(job.device), job.device
-    if used.type == "cuda":
-        used = torch.device("cuda", world.local_rank) if world.size > 1 or used.index is None else used
-        torch.cuda.set_device(used)
-        torch.backends.cudnn.benchmark = True  # all patches have one size
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
     try:
         with out_of_memory_is_an_error(_LESS_MEMORY):
+            if used.type == "cuda":
+                used = torch.device("cuda", world.local_rank) if world.size > 1 or used.index is None else used
+                torch.cuda.set_device(used)  # takes the first memory
+                torch.backends.cudnn.benchmark = True  # all patches have one size
             return _pretrain(here, job, used, world, arguments)
     finally:
         leave_world(world)
@@ -215,8 +215,13 @@ def preprocessed_files(
     return files
 
 
-def split_subjects(cases: Sequence[corpus.Case], fraction: float, seed: int) -> tuple[set[str], set[str]]:
+def split_subjects(
+    cases: Sequence[corpus.Case], fraction: float, seed: int, volumes_per_item: int = 1
+) -> tuple[set[str], set[str]]:
     """Names of the training and the validation cases, split by subject; the same for the same corpus and seed.
+
+    More subjects than ``fraction`` are held out where it would be fewer volumes than an item is mixed from, and enough
+    are left to train.
 
     Raises MFMError (E_CONFIG) for a single subject, unless ``fraction`` is 0: then validation sees training cases.
     """
@@ -233,9 +238,17 @@ def split_subjects(cases: Sequence[corpus.Case], fraction: float, seed: int) -> 
             "--set pretrain.validation_fraction=0 to validate on the training scans.",
         )
     count = min(max(1, round(fraction * len(subjects))), len(subjects) - 1)
-    held_out = set(random.Random(seed).sample(subjects, count))
-    validation = {case.name for case in cases if case.subject in held_out}
+    validation = _of_subjects(cases, subjects, count, seed)
+    while len(validation) < volumes_per_item and len(names) - len(validation) > volumes_per_item:
+        count += 1
+        validation = _of_subjects(cases, subjects, count, seed)
     return names - validation, validation
+
+
+def _of_subjects(cases: Sequence[corpus.Case], subjects: Sequence[str], count: int, seed: int) -> set[str]:
+    """Names of the cases of ``count`` random subjects."""
+    held_out = set(random.Random(seed).sample(subjects, count))
+    return {case.name for case in cases if case.subject in held_out}
 
 
 def _cases(here: Workspace, dataset_name: str, files: dict[str, Path]) -> list[corpus.Case]:
@@ -273,7 +286,9 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
     config = task_class.resolve(resolved.pretext, backbone.geometry())
     task = task_class(config, backbone)
     _require_enough_items(resolved.pretrain, task_class.smallest_batch(config))
-    training, validation = split_subjects(cases, resolved.pretrain.validation_fraction, resolved.seed)
+    training, validation = split_subjects(
+        cases, resolved.pretrain.validation_fraction, resolved.seed, task_class.volumes_per_item(config)
+    )
     streams = make_streams(
         Corpus(cases, files, training, validation), task_class, config, patch_size, resolved.pretrain, resolved.seed
     )

@@ -27,7 +27,7 @@ import torch
 
 from mfm_nnunet.checkpoint import atomic_write, disk_full, sha256
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory
 from mfm_nnunet.predict.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.predict.export import STAGING_PREFIX, disk_full_is_an_error, is_disk_full, publish, staging, write_case
 from mfm_nnunet.predict.journal import Journal
@@ -246,7 +246,7 @@ class _Run:
         """The failure of a case; an unexpected one leaves its traceback in a file."""
         if isinstance(error, MFMError):
             return CaseFailure(name, error.code, error.message)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if is_out_of_memory(error):
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             return CaseFailure(name, "E_OOM", "not enough memory for this case. Try -device cpu, or more memory.")
