@@ -10,6 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+SMALLEST_LOSS_SCALE = 1.0
+"""Scaling is there to make gradients larger. It begins at 2^16, is halved at each step that is skipped because its
+gradients are not finite and doubled after 2000 good ones: below this, smaller losses are no remedy."""
+
 
 def learning_rate_factor(epoch: float, epochs: int, warmup_epochs: float) -> float:
     """Share of the peak learning rate at ``epoch`` (0-based; fractions are allowed).

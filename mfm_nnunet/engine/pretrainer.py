@@ -31,7 +31,7 @@ from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.precision import require_sound_bf16
-from mfm_nnunet.optim import learning_rate_factor, make_optimizer
+from mfm_nnunet.optim import SMALLEST_LOSS_SCALE, learning_rate_factor, make_optimizer
 from mfm_nnunet.plans.schema import PretrainSettings, resolved_warmup
 from mfm_nnunet.pretext.base import PretextTask, TaskOutput
 from mfm_nnunet.stopping import StopFlag, stop_on_signal
@@ -151,6 +151,8 @@ class Pretrainer:
             self._require_finite(norm, "gradient")
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if self._scaler.get_scale() < SMALLEST_LOSS_SCALE:  # the steps skipped last were too many
+            self._require_finite(norm, "gradient")
         self._task.after_step((step + 1) / self._total_steps)
         if self._average is not None:
             self._average.update(step)

@@ -32,15 +32,12 @@ from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.build import knows_deep_supervision
 from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16
 from mfm_nnunet.models.transfer import unwrapped
-from mfm_nnunet.optim import make_optimizer
+from mfm_nnunet.optim import SMALLEST_LOSS_SCALE, make_optimizer
 from mfm_nnunet.plans.schema import block_of, resolved_learning_rate
 from mfm_nnunet.stopping import StopFlag
 
 CUDA = torch.device("cuda")
 SECONDS_BETWEEN_PLOTS = 300.0
-SMALLEST_LOSS_SCALE = 1.0
-"""Scaling is there to make gradients larger. It begins at 2^16, is halved at each step that is skipped because its
-gradients are not finite and doubled after 2000 good ones: below this, smaller losses are no remedy."""
 
 
 class MFMTrainer(nnUNetTrainer):

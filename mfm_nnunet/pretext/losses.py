@@ -93,7 +93,8 @@ def overlap_loss(cosine_BTN: Tensor, overlap_BTN: Tensor) -> Tensor:
     Of T target crops with N base crops. Overlapping pairs: -log(1 - |overlap - s| + 1e-6) with s = relu(cosine),
     weighted by their overlap; the others: the mean of s squared. Both for each sample, averaged over the samples.
     """
-    guess, overlap = cosine_BTN.float().relu().flatten(1), overlap_BTN.float().flatten(1)
+    # A GPU that multiplies in TF32 finds cosines just above 1, of which the logarithm is not a number.
+    guess, overlap = cosine_BTN.float().relu().clamp(max=1).flatten(1), overlap_BTN.float().flatten(1)
     near = (overlap * -(1 - (overlap - guess).abs() + 1e-6).log()).sum(1) / overlap.sum(1).clamp(min=1e-6)
     is_apart = overlap == 0
     apart = (guess.square() * is_apart).sum(1) / is_apart.sum(1).clamp(min=1)

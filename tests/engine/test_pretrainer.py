@@ -18,6 +18,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.engine import pretrainer
 from mfm_nnunet.engine.launch import launch, split_subjects
+from mfm_nnunet.engine.pretrainer import Pretrainer
 from mfm_nnunet.errors import MFMError
 from tests.engine.tiny_run import NAME, prepare, run
 
@@ -148,6 +149,23 @@ def test_nonfinite_loss_stops_before_the_update_and_names_the_cases(tmp_path: Pa
         run(here, settings=("pretrain.learning_rate=1e30", "pretrain.warmup_epochs=0", "pretrain.gradient_clip=1e30"))
 
 
+def test_gradients_that_loss_scaling_cannot_help_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in fp16, where a step with such gradients is skipped, for ever if need be, and the scale ends at 0."""
+    scaler, backward = torch.amp.GradScaler, Pretrainer._backward
+
+    def spoilt(self: Pretrainer, batch: dict[str, torch.Tensor]) -> float:
+        loss = backward(self, batch)
+        for parameter in self._task.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=4.0))
+    monkeypatch.setattr(Pretrainer, "_backward", spoilt)
+    with pytest.raises(FloatingPointError, match=r"gradient became non-finite at step 2 .*Cases of the batch: case\d"):
+        run(prepare(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -183,6 +201,23 @@ def test_subjects_are_never_split() -> None:
     assert {name[0] for name in training}.isdisjoint({name[0] for name in validation})
     assert len(validation) == 6
     assert split_subjects(cases, 0.25, seed=1) == (training, validation)
+
+
+@pytest.mark.parametrize(("num_subjects", "scans", "held_out"), [(4, 1, 2), (3, 1, 1), (30, 1, 2), (4, 2, 2)])
+def test_as_many_volumes_are_held_out_as_an_item_mixes(num_subjects: int, scans: int, held_out: int) -> None:
+    """And not more, so that the split of a run that was begun stays; with three there are not enough to train."""
+    names = [(subject, scan) for subject in range(num_subjects) for scan in range(scans)]
+    cases = [Case(f"{subject:02}_{scan}", (), None, str(subject)) for subject, scan in names]
+    training, validation = split_subjects(cases, 0.05, 1, volumes_per_item=2)
+    assert len(validation) == held_out
+    assert {name[:2] for name in training}.isdisjoint({name[:2] for name in validation})
+    if held_out == 2 and scans == 2:
+        assert (training, validation) == split_subjects(cases, 0.05, 1)
+
+
+def test_a_task_that_mixes_two_volumes_runs_on_a_small_corpus(tmp_path: Path) -> None:
+    here = prepare(tmp_path)
+    assert run(here, "swin_unetr", settings=("pretrain.epochs=1", "pretrain.validation_fraction=0.05")).exists()
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

@@ -153,6 +153,16 @@ def test_loss_and_gradients_are_finite_at_the_extremes(kind: str) -> None:
         assert torch.isfinite(rows.grad).all()
 
 
+def test_cosines_just_above_one_have_a_loss() -> None:
+    """As TF32 rounds them: 1 - s is below 0 by more than the 1e-6 in the logarithm."""
+    cosine = torch.full((1, 1, 2), 1 + 2e-5, requires_grad=True)
+    loss = overlap_loss(cosine, torch.tensor([[[0.0, 1.0]]]))
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert cosine.grad is not None
+    assert torch.isfinite(cosine.grad).all()
+
+
 # The task
 
 
