@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import about
-from mfm_nnunet.interchange.conversion import Reading
+from mfm_nnunet.interchange.conversion import Reading, require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
+from mfm_nnunet.json_files import NO_RESAMPLING
 from mfm_nnunet.models.build import part_of, stem_names
 from mfm_nnunet.models.transfer import (
+    HOW_TO_FIT,
     Entry,
     Parts,
     Topology,
@@ -42,19 +47,24 @@ def has_decoder(reading: Reading, network: nn.Module) -> bool:
     return any(part_of(name, network) == "decoder" for name in names)
 
 
-def transfer_from(
-    file: Path,
-    network: nn.Module,
-    output_folder: Path,
-    parts: Parts = "all_but_heads",
-    topology: Topology = "fit",
-    images: int | None = None,
+def transfer_into(
+    trainer: nnUNetTrainer, file: Path, parts: Parts = "all_but_heads", topology: Topology = "fit"
 ) -> TransferReport:
-    """As :func:`transfer`, and write the report as ``transfer.json``."""
-    reading, report = transfer(file, network, parts, topology, images)
-    about_file = {"checkpoint": file.name, "layout": reading.layout, "notes": list(reading.notes)}
-    with atomic_write(output_folder / "transfer.json") as handle:
+    """As :func:`transfer`, into the network of a trainer that is initialized; logs what happened.
+
+    ``transfer.json`` in the run's folder has all of it, with the file's name, hash, licence and papers.
+    """
+    dataset = re.sub(r"Dataset0*(\d+)_.*", r"\1", trainer.plans_manager.dataset_name)
+    configuration = "2d" if len(trainer.configuration_manager.patch_size) == 2 else "3d_fullres"
+    how_to_fit = f"mfm_plan_and_preprocess -d {dataset} -c {configuration} --like {shlex.quote(str(file))}"
+    reading, report = transfer(file, trainer.network, parts, topology, _image_channels(trainer), how_to_fit)
+    notes = [*reading.notes, *_differences(reading, trainer)]
+    known = describe(file, reading)
+    about_file = {"checkpoint": known.pop("name"), **known, "layout": reading.layout, "notes": notes}
+    with atomic_write(Path(trainer.output_folder) / "transfer.json") as handle:
         handle.write(json.dumps({**about_file, **report.to_dict()}, indent=1).encode())
+    trainer.print_to_log_file("\n".join([f"weights from {file.name}:", report.summary(), *notes]))
+    trainer.print_to_log_file(report.details(), also_print_to_console=False)
     return report
 
 
@@ -64,17 +74,21 @@ def transfer(
     parts: Parts = "all_but_heads",
     topology: Topology = "fit",
     images: int | None = None,
+    how_to_fit: str = HOW_TO_FIT,
 ) -> tuple[Reading, TransferReport]:
     """Move ``parts`` of the weights of ``file`` into ``network`` in place; returns what was read, and the report.
 
     ``file`` is of any layout that :func:`mfm_nnunet.interchange.read.read_checkpoint` knows; ``topology`` says whether
-    kernels of another size are adapted; ``images`` is the number of image channels, where labels follow them.
+    kernels of another size are adapted; ``images`` is the number of image channels, where labels follow them;
+    ``how_to_fit`` is the command that plans so that it fits, for messages.
 
     Raises MFMError as reading does, and (E_MODEL_MISMATCH) when the network is another one.
     """
     reading = read_checkpoint(file)
-    configuration = reading.configuration
     with about(file):
+        if reading.mfm.get("plans"):
+            require_plan(reading)
+        configuration = reading.configuration
         report = transfer_weights(
             reading.content["network_weights"],
             network,
@@ -83,12 +97,35 @@ def transfer(
             parts=parts,
             topology=topology,
             images=(_num_images(configuration), images),
+            how_to_fit=how_to_fit,
         )
     others = tuple(Entry(name, tensor.numel(), "not in this network") for name, tensor in reading.others.items())
     return reading, dataclasses.replace(report, ignored=(*report.ignored, *others))
 
 
-def image_channels(trainer: nnUNetTrainer) -> int | None:
+def _differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
+    """What of spacing, normalisation and order of the axes the plan has otherwise than the checkpoint, a line each.
+
+    The weights load all the same, and see images that they were not trained on.
+    """
+    theirs, own = reading.configuration, trainer.configuration_manager
+    pairs = []
+    spacing, resamples = theirs.get("spacing"), theirs.get("resampling_fn_data") != NO_RESAMPLING
+    if spacing and None not in spacing and resamples and len(spacing) == len(own.spacing):
+        pairs.append(("spacing in mm", np.round(own.spacing, 3).tolist(), np.round(spacing, 3).tolist()))
+    if schemes := theirs.get("normalization_schemes"):
+        pairs.append(("normalisation", sorted(set(own.normalization_schemes)), sorted(set(map(str, schemes)))))
+    order = (reading.mfm.get("plans") or {}).get("transpose_forward")
+    if order and len(own.patch_size) == 3:
+        pairs.append(("order of the axes", list(trainer.plans_manager.transpose_forward), list(order)))
+    return [
+        f"NOTE: {what}: {here} in this plan, {there} in the checkpoint's; a plan made --like it has the same"
+        for what, here, there in pairs
+        if here != there
+    ]
+
+
+def _image_channels(trainer: nnUNetTrainer) -> int | None:
     """The image channels of a trainer whose network also takes the labels of a previous stage; else None."""
     return len(trainer.configuration_manager.normalization_schemes) if trainer.is_cascaded else None
 

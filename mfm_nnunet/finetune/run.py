@@ -34,7 +34,7 @@ from mfm_nnunet.finetune.checks import (
     fold_value,
     read_dataset_json,
 )
-from mfm_nnunet.finetune.pretrained import describe, has_decoder, image_channels, transfer_from
+from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_into
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.json_files import read_plans
@@ -179,9 +179,7 @@ def _trained(
         trainer.pretrained_checkpoint = job.pretrained_weights
     elif job.pretrained_weights is not None:
         trainer.initialize()
-        folder, images = Path(trainer.output_folder), image_channels(trainer)
-        report = transfer_from(job.pretrained_weights, trainer.network, folder, images=images)
-        trainer.print_to_log_file(f"weights from {job.pretrained_weights.name}:\n{report.summary()}")
+        transfer_into(trainer, job.pretrained_weights)
     if job.start_from is not None:
         trainer.load_checkpoint(str(job.start_from))
     if not job.only_validate and trainer.current_epoch < trainer.num_epochs:

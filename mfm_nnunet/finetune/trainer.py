@@ -25,7 +25,7 @@ from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
 from mfm_nnunet.finetune.preprocessed import forget_cases, preprocessed_cases, require_fingerprint, shareable
-from mfm_nnunet.finetune.pretrained import image_channels, transfer_from, untrained_names
+from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, epoch_in_words, in_words
 from mfm_nnunet.finetune.splits import require_fold
 from mfm_nnunet.models.average import WeightAverage
@@ -140,11 +140,7 @@ class MFMTrainer(nnUNetTrainer):
         """Move the pretrained weights into the network and report it; names of what learns first."""
         assert self.pretrained_checkpoint is not None, "there is a checkpoint"
         parts = "all_but_heads" if self.settings.parts == "auto" else self.settings.parts
-        folder, topology = Path(self.output_folder), self.settings.transfer
-        file, images = self.pretrained_checkpoint, image_channels(self)
-        report = transfer_from(file, self.network, folder, parts, topology, images)
-        self.print_to_log_file(f"weights from {self.pretrained_checkpoint.name}:\n{report.summary()}")
-        self.print_to_log_file(report.details(), also_print_to_console=False)
+        report = transfer_into(self, self.pretrained_checkpoint, parts, self.settings.transfer)
         groups.require_no_random_rest(self.settings, unwrapped(self.network), [entry.name for entry in report.new])
         return groups.first_names(unwrapped(self.network), self.settings, untrained_names(report, self.network))
 

@@ -8,7 +8,8 @@ is adapted where that is meaningful (stem channels, token positions), else it st
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ from mfm_nnunet.models.transfer_report import Entry, TransferReport
 __all__ = ["Entry", "Parts", "Topology", "TransferReport", "transfer_weights", "unwrapped", "without_wrapper_prefixes"]
 
 SHOWN_DIFFERENCES = 5
+MISFIT = "shape"
+"""What the reason of a tensor begins with that stays new because the checkpoint's has another one."""
 
 Topology = Literal["fit", "adapt"]
 """fit: the network was planned like the checkpoint. adapt: it has its own plan, and kernels are made to fit it."""
@@ -31,6 +34,8 @@ ADVICE: dict[Topology, str] = {
     "adapt": "",
 }
 
+HOW_TO_FIT = "mfm_plan_and_preprocess --like CHECKPOINT"
+
 Parts = Literal["encoder", "encoder_decoder", "all_but_heads"]
 """What of a network travels; ``all_but_heads`` takes also what is neither encoder nor decoder."""
 
@@ -39,6 +44,10 @@ TRAVELLING: dict[Parts, tuple[str, ...]] = {
     "encoder_decoder": ("encoder", "decoder"),
     "all_but_heads": ("encoder", "decoder", "other"),
 }
+
+
+_STAGE = re.compile(r"encoder\.stages\.(\d+)\.")
+_LEVEL = re.compile(r"^(decoder\.(?:stages|transpconvs)\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,26 @@ class _Target:
     topology: Topology
     images: tuple[int | None, int | None]
     """How many of the first channels are images, in the checkpoint and here."""
+    deeper: int
+    """How many stages the checkpoint's U-Net has more than this one; below 0: fewer."""
 
     @classmethod
-    def of(cls, network: nn.Module, parts: Parts, topology: Topology, images: tuple[int | None, int | None]) -> _Target:
+    def of(
+        cls,
+        network: nn.Module,
+        weights: Mapping[str, Tensor],
+        parts: Parts,
+        topology: Topology,
+        images: tuple[int | None, int | None],
+    ) -> _Target:
         position = getattr(network, "key_to_lpe", None) or "eva.pos_embed"
         names = head_names(network), encoder_names(network), stem_names(network)
-        return cls(network, *names, position, parts, topology, images)
+        deeper = _num_stages(weights) - _num_stages(network.state_dict())
+        return cls(network, *names, position, parts, topology, images, deeper)
+
+    def in_source(self, name: str) -> str:
+        """The checkpoint's name of the same part: levels of a decoder are numbered from the deepest up."""
+        return _LEVEL.sub(lambda match: f"{match[1]}{int(match[2]) + self.deeper}.", name)
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,8 @@ class _Decision:
     """What one distinct tensor of the target gets; ``value`` None leaves it as it is."""
 
     names: tuple[str, ...]
+    sources: tuple[str, ...]
+    """The checkpoint's names for it, whether they are there or not."""
     target: Tensor
     value: Tensor | None
     kind: str
@@ -87,26 +112,28 @@ def transfer_weights(
     parts: Parts = "all_but_heads",
     topology: Topology = "fit",
     images: tuple[int | None, int | None] = (None, None),
+    how_to_fit: str = HOW_TO_FIT,
 ) -> TransferReport:
     """Copy pretrained weights into ``network`` in place and report what happened to every tensor.
 
     ``source`` is a state dict (wrapper prefixes are stripped); ``source_patch_size`` (voxels) tells the grid of token
     positions, which else is taken for a cube; ``source_network`` is a class name for messages; what is not among
     ``parts`` stays new, and the report says so; ``topology`` says whether kernels of another size are adapted too;
-    ``images`` are the numbers of image channels, in the checkpoint and here, where a cascade has labels behind them.
+    ``images`` are the numbers of image channels, in the checkpoint and here, where a cascade has labels behind them;
+    ``how_to_fit`` is the command that plans the dataset so that the checkpoint fits.
 
     Raises MFMError: E_MODEL_MISMATCH when less than ``minimum_encoder_share`` of the encoder would come from the
     source or the dimensions differ, E_NONFINITE when the source holds NaN or infinity. The network is untouched then.
     """
-    target = _Target.of(unwrapped(network), parts, topology, images)
     weights = without_wrapper_prefixes(source)
+    target = _Target.of(unwrapped(network), weights, parts, topology, images)
     _require_same_dimensions(weights, target.network, source_network)
     decisions = [
         _decide(names, tensor, weights, target, source_patch_size) for names, tensor in _distinct(target.network)
     ]
     report = _report(decisions, weights, target)
     if report.encoder_share < minimum_encoder_share:
-        raise _mismatch(report, decisions, weights, target, source_network)
+        raise _mismatch(report, decisions, weights, target, source_network, how_to_fit)
     _copy(decisions)
     return report
 
@@ -134,6 +161,11 @@ def without_wrapper_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]
     return result
 
 
+def _num_stages(names: Iterable[str]) -> int:
+    """The number of stages of a U-Net's encoder; 0 for other networks."""
+    return 1 + max((int(match[1]) for match in map(_STAGE.match, names) if match), default=-1)
+
+
 def _distinct(network: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:
     """Every parameter and saved buffer once, with all names that it is registered under."""
     groups: dict[int, tuple[list[str], Tensor]] = {}
@@ -150,20 +182,27 @@ def _decide(
     source_patch_size: Sequence[int] | None,
 ) -> _Decision:
     """What happens to one tensor of the network."""
-    candidates = [name for name in names if name in weights]
+    sources = tuple(target.in_source(name) for name in names)
+    candidates = [name for name in sources if name in weights]
+    reason = None
     if not candidates:
-        return _Decision(names, tensor, None, "new", "not in the checkpoint")
-    if target.heads & set(names):
-        return _Decision(names, tensor, None, "new", "head")
-    if names[0] == "mask_token":
-        return _Decision(names, tensor, None, "new", "belongs to masked pretraining")
-    if not {part_of(name, target.network) for name in names} & set(TRAVELLING[target.parts]):
-        return _Decision(names, tensor, None, "new", f"left out by finetune.parts={target.parts}")
+        reason = "not in the checkpoint"
+    elif target.heads & set(names):
+        reason = "head"
+    elif names[0] == "mask_token":
+        reason = "belongs to masked pretraining"
+    elif not {part_of(name, target.network) for name in names} & set(TRAVELLING[target.parts]):
+        reason = f"left out by finetune.parts={target.parts}"
+    if reason is not None:
+        return _Decision(names, sources, tensor, None, "new", reason)
     # Sparse pretraining trains the 'all_modules' copy and leaves the other one behind; else the copies are equal.
     name = min(candidates, key=lambda name: (name.startswith("decoder.encoder."), ".all_modules." not in name))
     if not torch.isfinite(weights[name]).all():
         raise MFMError("E_NONFINITE", f"the checkpoint's tensor {name} holds NaN or infinity. Use another checkpoint.")
-    return _Decision(names, tensor, *_fitted(weights[name], tensor, names, target, source_patch_size))
+    value, kind, how = _fitted(weights[name], tensor, names, target, source_patch_size)
+    if name not in names and value is not None:
+        how = "; ".join(filter(None, (f"{name} of the checkpoint, whose U-Net has another number of stages", how)))
+    return _Decision(names, sources, tensor, value, kind, how)
 
 
 def _fitted(
@@ -188,7 +227,7 @@ def _fitted(
         hows.append(how)
     if fitting.shape == tensor.shape:
         return fitting, "adapted", "; ".join(hows)
-    return None, "new", f"shape {tuple(value.shape)} in the checkpoint, {tuple(tensor.shape)} here"
+    return None, "new", f"{MISFIT} {tuple(value.shape)} in the checkpoint, {tuple(tensor.shape)} here"
 
 
 def _is_convolution(names: tuple[str, ...], network: nn.Module) -> bool:
@@ -274,13 +313,21 @@ def _report(decisions: list[_Decision], weights: Mapping[str, Tensor], target: _
     total = sum(decision.target.numel() for decision in of_encoder)
     taken = sum(decision.target.numel() for decision in of_encoder if decision.value is not None)
     kinds = {kind: tuple(d.entry for d in decisions if d.kind == kind) for kind in ("loaded", "adapted", "new")}
-    return TransferReport(**kinds, ignored=_ignored(decisions, weights), encoder_share=taken / max(total, 1))
+    warning = ""
+    if misfits := [d for d in of_encoder if d.value is None and d.how.startswith(MISFIT)]:
+        warning = (
+            f"WARNING: {len(misfits)} tensors of the encoder stay random, because their shapes differ, e.g. "
+            f"{misfits[0].names[0]}: {misfits[0].how}. Layers behind them were trained on other features. Plan the "
+            f"dataset like the checkpoint (--like){ADVICE[target.topology]}."
+        )
+    ignored, share = _ignored(decisions, weights), taken / max(total, 1)
+    return TransferReport(**kinds, ignored=ignored, encoder_share=share, warning=warning)
 
 
 def _ignored(decisions: list[_Decision], weights: Mapping[str, Tensor]) -> tuple[Entry, ...]:
     """The checkpoint's tensors that nothing used, each once whatever the number of its names."""
-    used = {name for decision in decisions if decision.value is not None for name in decision.names}
-    reasons = {name: decision.how for decision in decisions for name in decision.names}
+    used = {name for decision in decisions if decision.value is not None for name in decision.sources}
+    reasons = {name: decision.how for decision in decisions for name in decision.sources}
     seen = {_place(weights[name]) for name in used if name in weights}
     entries = []
     for name, tensor in weights.items():
@@ -313,6 +360,7 @@ def _mismatch(
     weights: Mapping[str, Tensor],
     target: _Target,
     source_network: str | None,
+    how_to_fit: str,
 ) -> MFMError:
     missing = [d for d in decisions if d.value is None and target.encoder & set(d.names)]
     lines = [f"  {d.names[0]} {tuple(d.target.shape)}: {d.how}" for d in missing[:SHOWN_DIFFERENCES]]
@@ -321,9 +369,8 @@ def _mismatch(
     return MFMError(
         "E_MODEL_MISMATCH",
         f"the checkpoint{_of(source_network)} is for another network than this {type(target.network).__name__}: only "
-        f"{report.encoder_share:.1%} of the encoder's parameters match. Plan the dataset so that the checkpoint fits: "
-        f"mfm_plan_and_preprocess --like CHECKPOINT{ADVICE[target.topology]}. The first differences:\n"
-        + "\n".join(lines),
+        f"{report.encoder_share:.1%} of the encoder's parameters match. Plan the dataset so that the checkpoint fits "
+        f"and train on that plan: {how_to_fit}{ADVICE[target.topology]}. The first differences:\n" + "\n".join(lines),
     )
 
 

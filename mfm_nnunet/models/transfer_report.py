@@ -27,6 +27,8 @@ class TransferReport:
     new: tuple[Entry, ...]
     ignored: tuple[Entry, ...]
     encoder_share: float
+    warning: str = ""
+    """What is likely to be a mistake though most parameters match."""
 
     def summary(self) -> str:
         """A small table: tensors and parameters per kind, the encoder's share, and what was adapted."""
@@ -35,7 +37,7 @@ class TransferReport:
             lines.append(f"{kind:<10}{len(entries):>8}{sum(entry.num_parameters for entry in entries):>14,}")
         lines.append(f"{self.encoder_share:.1%} of the encoder's parameters come from the checkpoint")
         lines += [f"adapted {entry.name}: {entry.how}" for entry in self.adapted]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.warning] if self.warning else lines)
 
     def details(self) -> str:
         """Every tensor by name, one line each."""

@@ -242,8 +242,29 @@ def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace,
     assert "100.0% of the encoder's parameters" in log
     assert "loaded   encoder.stem.convs.0.conv.weight" in log
     report = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())
-    assert report["checkpoint"] == "some_pretrained.pth"
+    assert (report["checkpoint"], report["sha256"]) == (
+        "some_pretrained.pth",
+        checkpoint.sha256(trainer.pretrained_checkpoint),
+    )
+    assert report["notes"] == []
     assert {entry["name"].rsplit(".", 1)[0] for entry in report["new"]} == {f"decoder.seg_layers.{i}" for i in (0, 1)}
+
+
+def test_what_the_plan_has_otherwise_than_the_checkpoint_is_told(here: Workspace, tmp_path: Path) -> None:
+    """Everything fits, and the network sees images that it was not trained on."""
+    file = pretrained_file(tmp_path)
+    content = checkpoint.load(file)
+    plans = content["mfm"]["plans"]
+    plans["transpose_forward"] = [2, 0, 1]
+    plans["configurations"]["pretrained"] |= {"spacing": [3.0, 1.0, 1.0], "normalization_schemes": ["CTNormalization"]}
+    checkpoint.save(content, file)
+    trainer = make_trainer()
+    trainer.pretrained_checkpoint = file
+    trainer.initialize()
+    notes = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())["notes"]
+    assert [note.split(":")[1].strip() for note in notes] == ["spacing in mm", "normalisation", "order of the axes"]
+    assert "[3.0, 1.0, 1.0] in the checkpoint's" in notes[0]
+    assert all(note in Path(trainer.log_file).read_text() for note in notes)
 
 
 def test_weights_from_stocks_command_are_warned_of(here: Workspace, tmp_path: Path) -> None:
@@ -555,6 +576,9 @@ def test_a_checkpoint_of_another_network_is_refused(
 ) -> None:
     file = pretrained_file(tmp_path, architecture)
     refused("E_MODEL_MISMATCH", message, lambda: train(here, pretrained_weights=file))
+    if message == "--like":
+        command = f"mfm_plan_and_preprocess -d 7 -c 3d_fullres --like {file};"
+        refused("E_MODEL_MISMATCH", command, lambda: train(here, pretrained_weights=file))
     assert not list(here.results.rglob("*.pth"))
     train(here, overrides=SHORT)  # what was refused does not stand in the way
 

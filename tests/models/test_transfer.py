@@ -84,6 +84,34 @@ def test_a_file_from_disk_counts_aliases_once(tmp_path: Path) -> None:
     assert not [entry.name for entry in report.ignored if entry.name.startswith("decoder.encoder.")]
 
 
+@pytest.mark.parametrize("wrapper", ["", "module."])
+@pytest.mark.parametrize(("source_stages", "stages"), [(5, 4), (4, 5), (4, 4)])
+def test_levels_of_a_decoder_are_matched_from_full_resolution_down(
+    source_stages: int, stages: int, wrapper: str
+) -> None:
+    """nnU-Net numbers them from the deepest up, where all widths are equal and another level would fit as well."""
+    widths = (4, 8, 8, 8, 8)
+    source, target = resenc(features=widths[:source_stages], seed=1), resenc(features=widths[:stages])
+    fresh = values(target)
+    weights = {wrapper + name: tensor for name, tensor in source.state_dict().items()}
+    report = transfer_weights(weights, target, topology="adapt")
+    theirs, ours = dict(source.named_parameters()), dict(target.named_parameters())
+    for part in ("decoder.stages", "decoder.transpconvs"):
+        for level in range(stages - 1):  # 0 is full resolution
+            mine = {name for name in ours if name.startswith(f"{part}.{stages - 2 - level}.")}
+            assert mine
+            for name in mine:
+                other = name.replace(f"{part}.{stages - 2 - level}.", f"{part}.{source_stages - 2 - level}.")
+                expected = theirs[other] if level < source_stages - 1 else fresh[name]
+                assert torch.equal(ours[name], expected), (name, other)
+    assert {e.how.partition(" of ")[0] for e in report.loaded if "transpconvs.1.weight" in e.name} == {
+        "" if stages == source_stages else f"decoder.transpconvs.{1 + source_stages - stages}.weight"
+    }
+    deepest = {f"decoder.transpconvs.0.{kind}" for kind in ("weight", "bias")}
+    assert deepest <= names(report.new) or stages <= source_stages
+    assert deepest <= names(report.ignored) or source_stages <= stages
+
+
 def test_parameters_stay_the_same_objects() -> None:
     target = resenc()
     optimizer = torch.optim.SGD(target.parameters(), 0.1)
@@ -286,6 +314,17 @@ def test_the_threshold_can_be_lowered() -> None:
         transfer_weights(source, resenc())
     report = transfer_weights(source, resenc(), minimum_encoder_share=0.0)
     assert 0 < report.encoder_share < 0.5
+
+
+@pytest.mark.parametrize(("topology", "is_advised"), [("fit", True), ("adapt", False)])
+def test_an_encoder_that_stays_random_in_part_is_warned_of(topology: Topology, is_advised: bool) -> None:
+    """By parameters it may be a hundredth, and stand before all the others."""
+    source, target = resenc(features=(4, 16, 16), seed=1), resenc(features=(6, 16, 16))
+    summary = transfer_weights(source.state_dict(), target, topology=topology).summary()
+    assert "WARNING" in summary
+    assert "encoder.stem.convs.0.conv.weight: shape (4, 1, 3, 3, 3) in the checkpoint, (6, 1, 3, 3, 3) here" in summary
+    assert ("finetune.transfer=adapt" in summary) == is_advised
+    assert "WARNING" not in transfer_weights(source.state_dict(), resenc(features=(4, 16, 16))).summary()
 
 
 def test_summary_and_dict_name_every_tensor() -> None:
