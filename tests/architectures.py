@@ -33,6 +33,14 @@ def resenc(
     }
 
 
+def plain(num_axes: int = 3, features: Sequence[int] = (4, 8, 8)) -> dict[str, Any]:
+    """The same without residual connections: its first stage is the stem."""
+    architecture = resenc(num_axes, features)
+    kwargs = architecture["arch_kwargs"]
+    kwargs["n_conv_per_stage"] = kwargs.pop("n_blocks_per_stage")
+    return architecture | {"network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet"}
+
+
 def primus(patch_size: Sequence[int], embed_dim: int = 48, **changes: Any) -> dict[str, Any]:
     """A Primus of two blocks and two heads."""
     return {

@@ -63,8 +63,6 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
     if len(configuration["patch_size"]) != 3:
         raise _cannot("2D networks")
     class_name, kwargs, to_import = _architecture(configuration["architecture"])
-    is_primus = class_name.startswith("Primus")
-    stem = "encoder.stages.0.0.convs.0" if class_name.endswith("PlainConvUNet") else "encoder.stem.convs.0"
     is_resampled = configuration["resampling_fn_data"] != NO_RESAMPLING
     pretrain = {
         "data_identifier": "foreign",
@@ -98,11 +96,22 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
         "pretrain_num_input_channels": int(mfm["num_inputs"]),
         "recommended_downstream_patchsize": list(configuration["patch_size"]),
         "pretrain_patch_size": list(mfm["patch_size"]),
-        "key_to_encoder": "eva" if is_primus else "encoder.stages",
-        "key_to_stem": "down_projection" if is_primus else stem.rpartition(".convs")[0],
-        "keys_to_in_proj": ["down_projection.proj"] if is_primus else [f"{stem}.conv", f"{stem}.all_modules.0"],
-        "key_to_lpe": "eva.pos_embed" if is_primus else None,
+        **_keys(class_name),
     }
+
+
+def _keys(class_name: str) -> dict[str, Any]:
+    """Where encoder, stem, first convolution and positions are: each reader's network has the same words for them.
+
+    Readers strip these of the file and load what remains, strictly, where their own words point.
+    """
+    if class_name.startswith("Primus"):
+        encoder, stem, first, positions = "eva", "down_projection", ["down_projection.proj"], "eva.pos_embed"
+    else:
+        encoder, positions = "encoder.stages", None
+        stem, block = ("encoder.stages.0", "0.convs.0") if class_name == UNETS["plain"] else ("encoder.stem", "convs.0")
+        first = [f"{stem}.{block}.{layer}" for layer in ("conv", "all_modules.0")]
+    return {"key_to_encoder": encoder, "key_to_stem": stem, "keys_to_in_proj": first, "key_to_lpe": positions}
 
 
 def _architecture(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None, list[str] | None]:

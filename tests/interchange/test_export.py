@@ -18,11 +18,16 @@ from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 from mfm_nnunet.plans.schema import MFMBlock, to_dict
-from tests.architectures import resenc
+from tests.architectures import plain, resenc
 from tests.finetune import tiny
 from tests.interchange import foreign
 
-PATCH = {"resenc": (16, 16, 32), "primus": (16, 16, 32)}
+PATCH = (16, 16, 32)
+ARCHITECTURES = {
+    "resenc": resenc(features=foreign.FEATURES),
+    "plain": plain(),
+    "primus": foreign.primus_architecture(PATCH),
+}
 CHANNELS = (1, 3)
 
 
@@ -34,16 +39,15 @@ def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ours(family: str, num_inputs: int, folder: Path, **changes: Any) -> Path:
     """A checkpoint as pretraining writes it."""
-    patch = PATCH[family]
-    architecture = resenc(features=foreign.FEATURES) if family == "resenc" else foreign.primus_architecture(patch)
-    configuration = {**tiny.configuration(architecture, patch), "batch_size": 2, **changes}
+    configuration = {**tiny.configuration(ARCHITECTURES[family], PATCH), "batch_size": 2, **changes}
     configuration["normalization_schemes"] = ["ZScoreNormalization"] * num_inputs
-    plans = tiny.plans(block=MFMBlock(network=family), **{"3d_fullres": configuration})  # type: ignore[arg-type]
+    block = MFMBlock(network="primus" if family == "primus" else "resenc")
+    plans = tiny.plans(block=block, **{"3d_fullres": configuration})
     torch.manual_seed(3)
     network = build_network(plans, "3d_fullres", num_inputs, 1)
     mfm = {
         "format": 1, "kind": "pretrained", "pretext": "mae", "plans": plans, "configuration": "3d_fullres",
-        "patch_size": list(patch), "num_inputs": num_inputs, "num_outputs": 1, "trained": "network",
+        "patch_size": list(PATCH), "num_inputs": num_inputs, "num_outputs": 1, "trained": "network",
         "corpus": {"num_cases": 9, "num_subjects": 7, "hash": "ab" * 32}, "epoch": 5,
         "citations": foreign.CITATIONS, "versions": {"mfm_nnunet": "0.1.0"},
     }  # fmt: skip
@@ -57,7 +61,7 @@ def require_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("num_inputs", CHANNELS)
-@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("layout", ["folder", "nnssl"])
 def test_round_trip(layout: str, family: str, num_inputs: int, tmp_path: Path) -> None:
     file = ours(family, num_inputs, tmp_path)
@@ -70,7 +74,7 @@ def test_round_trip(layout: str, family: str, num_inputs: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("num_inputs", CHANNELS)
-@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_a_reader_that_knows_nnssl_alone_gets_the_same(family: str, num_inputs: int, tmp_path: Path) -> None:
     """Without our key: the plan and the tensors must be enough."""
     file = ours(family, num_inputs, tmp_path, spacing=[3.0, 1.0, 1.0])
@@ -90,7 +94,7 @@ def test_a_reader_that_knows_nnssl_alone_gets_the_same(family: str, num_inputs: 
     one, other = (build_network(r.mfm["plans"], "3d_fullres", num_inputs, 1).eval() for r in (before, after))
     one.load_state_dict(before.content["network_weights"])
     other.load_state_dict(after.content["network_weights"], strict=False)
-    x = torch.randn(1, num_inputs, *PATCH[family])
+    x = torch.randn(1, num_inputs, *PATCH)
     with torch.no_grad():
         assert torch.equal(one(x), other(x))
 
@@ -104,7 +108,7 @@ def plan_of(family: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
     return content["nnssl_adaptation_plan"], content["network_weights"]
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_readers_of_the_layout_need(family: str, tmp_path: Path) -> None:
     """All fields, plain lists, names that begin with the keys and hold them once."""
     plan, weights = plan_of(family, tmp_path)
@@ -118,12 +122,12 @@ def test_what_readers_of_the_layout_need(family: str, tmp_path: Path) -> None:
     network = build_network(read_checkpoint(tmp_path / "a.pth").mfm["plans"], "3d_fullres", 1, 1)
     for key in ("key_to_encoder", "key_to_stem"):
         prefix = plan[key]
-        chosen = {name for name in weights if name.startswith(prefix)}
-        assert {name.replace(f"{prefix}.", "") for name in chosen} == set(network.get_submodule(prefix).state_dict())
+        chosen = {n.replace(f"{prefix}.", ""): tensor for n, tensor in weights.items() if n.startswith(prefix)}
+        network.get_submodule(getattr(network, key)).load_state_dict(chosen)  # by the network's own word
     assert all(f"{key}.weight" in weights for key in plan["keys_to_in_proj"])
     assert (plan["key_to_lpe"] in weights) if family == "primus" else plan["key_to_lpe"] is None
     assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
-    expected = {"resenc": nnssl_export.UNETS["resenc"], "primus": "PrimusM"}
+    expected = {**nnssl_export.UNETS, "primus": "PrimusM"}
     assert plan["architecture_plans"]["arch_class_name"] == expected[family]
 
 
