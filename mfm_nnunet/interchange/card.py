@@ -66,7 +66,8 @@ def citations(mfm: Mapping[str, Any]) -> Iterator[str]:
     """The papers to cite, one text each."""
     for entry in mfm.get("citations") or []:
         if isinstance(entry, Mapping):
-            yield from map(str, entry.get("apa_citations") or entry.get("bibtex_citations") or [])
+            texts = entry.get("apa_citations") or entry.get("bibtex_citations") or []
+            yield from map(str, texts if isinstance(texts, (list, tuple)) else [texts])
         else:
             yield str(entry)
 

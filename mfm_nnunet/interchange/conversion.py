@@ -122,12 +122,23 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
     weights, architecture, seen, others = converted
     plans = _plans(parts, plan, architecture, seen, notes)
     mfm = _description(parts, plans, weights, seen, nnssl.task_of(trainer) or trainer)
-    mfm["citations"] = nnssl.plain(raw.get("citations") or [])
+    mfm["citations"] = _papers(raw.get("citations"), notes)
     layout: Layout = "nnssl" if nnssl.KEY in raw or trainer else "weights alone"
     mfm["source"] = {"layout": layout, "trainer": trainer}
     init_args = raw.get("init_args")
     names_subjects = isinstance(init_args, Mapping) and "pretrain_json" in init_args
     return Reading({"network_weights": weights, "mfm": mfm}, layout, others, tuple(notes), names_subjects)
+
+
+def _papers(said: Any, notes: list[str]) -> list[Any]:
+    """The citations of a foreign file as a list, which ours have: some write one text or one table."""
+    said = nnssl.plain(said)
+    if isinstance(said, list):
+        return said
+    if said is not None and not isinstance(said, (str, dict)):
+        notes.append(f"citations: left out, {str(said)[:60]!r} names no papers")
+        return []
+    return [said] if said else []
 
 
 def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:

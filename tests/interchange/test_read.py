@@ -16,6 +16,7 @@ from torch import nn
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
+from mfm_nnunet.interchange.card import citations
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.models.build import build_network
@@ -393,6 +394,24 @@ def test_what_is_imported_names_nobody_and_is_ours(name: str, tmp_path: Path) ->
     distinct = {tensor.data_ptr(): tensor.numel() * 4 for tensor in after.values()}
     assert (tmp_path / "ours.pth").stat().st_size < 1.2 * sum(distinct.values()) + 300 * len(after) + 20_000
     checkpoint.require_plain(reading.content)
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ("Doe, J. (2022)", "Doe, J. (2022)"),
+        ({"apa_citations": "Doe, J. (2022)"}, "Doe, J. (2022)"),
+        (tuple(foreign.CITATIONS), "Doe, J. (2022). A paper."),
+        (2022, None),
+    ],
+)
+def test_citations_of_any_kind_are_ours_after_import(said: Any, text: str | None, tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    released.content["citations"] = said
+    convert(released.write(tmp_path), tmp_path / "ours.pth", "pth")
+    reading = read_checkpoint(tmp_path / "ours.pth")
+    assert list(citations(reading.mfm)) == ([text] if text else [])
+    assert any("citations" in note for note in reading.notes) == (text is None)
 
 
 @pytest.mark.parametrize(("card", "licence"), [("---\nlicense: cc-by-4.0\n---\n", "cc-by-4.0"), ("license: mit", None)])
