@@ -109,11 +109,12 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
     Raises MFMError: E_MODEL_MISMATCH for a network that we do not have and for Primus' weights whose token order
     nobody knows, E_MODEL_CORRUPT for a plan that cannot be.
     """
-    plan = nnssl.read_plan(raw.get(nnssl.KEY) or {})
+    said = raw.get(nnssl.KEY)
+    plan = nnssl.read_plan({} if said is None else said)
     trainer = raw.get("trainer_name")
     trainer = trainer if isinstance(trainer, str) else None
     parts = take_apart(raw["network_weights"], plan.key_to_encoder, plan.key_to_stem)
-    notes = [] if nnssl.KEY in raw else ["the file has no plan: the network is read off the tensors"]
+    notes = [] if said is not None else ["the file has no plan: the network is read off the tensors"]
     if parts.family == "primus":
         order = token_order or nnssl.token_order_of(trainer)
         converted = _primus(parts, plan, order, notes)
@@ -123,7 +124,7 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
     plans = _plans(parts, plan, architecture, seen, notes)
     mfm = _description(parts, plans, weights, seen, nnssl.task_of(trainer) or trainer)
     mfm["citations"] = _papers(raw.get("citations"), notes)
-    layout: Layout = "nnssl" if nnssl.KEY in raw or trainer else "weights alone"
+    layout: Layout = "nnssl" if said is not None or trainer else "weights alone"
     mfm["source"] = {"layout": layout, "trainer": trainer}
     init_args = raw.get("init_args")
     names_subjects = isinstance(init_args, Mapping) and "pretrain_json" in init_args

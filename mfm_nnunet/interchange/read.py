@@ -136,7 +136,7 @@ def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | N
     mfm, init_args = raw.get("mfm"), raw.get("init_args")
     if isinstance(mfm, dict) and mfm.get("kind") == "pretrained":
         return ours(raw)
-    if nnssl.KEY not in raw and isinstance(init_args, Mapping) and isinstance(init_args.get("plans"), Mapping):
+    if raw.get(nnssl.KEY) is None and isinstance(init_args, Mapping) and isinstance(init_args.get("plans"), Mapping):
         return from_nnunet(raw, token_order)
     if isinstance(mfm, dict):
         raise MFMError(
@@ -146,10 +146,11 @@ def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | N
 
 
 def _with_side_plan(raw: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """A file without plan, completed from ``adaptation_plan.json`` beside it, as released repositories have it."""
+    """A file without plan or trainer, completed from ``adaptation_plan.json`` beside it, as repositories have it."""
     side = place.parent / SIDE_PLAN
-    if nnssl.KEY in raw or not side.is_file():
+    lacking = [key for key in (nnssl.KEY, "trainer_name") if raw.get(key) is None]
+    if not lacking or not side.is_file():
         return dict(raw)
     plan = read_json(side, "Copy it again, or move it away.", "E_MODEL_CORRUPT")
-    trainer = raw.get("trainer_name") or plan.get("trainer_name")
-    return {**raw, nnssl.KEY: plan, "trainer_name": trainer}
+    told = {nnssl.KEY: plan, "trainer_name": plan.get("trainer_name")}
+    return {**raw, **{key: told[key] for key in lacking}}

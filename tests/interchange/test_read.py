@@ -240,14 +240,30 @@ def test_a_file_without_a_plan_is_read_off_its_tensors_and_says_so(tmp_path: Pat
     ]
 
 
-def test_the_plan_beside_a_file_is_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("without", [("nnssl_adaptation_plan",), ("nnssl_adaptation_plan", "trainer_name")])
+@pytest.mark.parametrize("is_none", [True, False])
+def test_the_plan_beside_a_file_is_used(without: tuple[str, ...], is_none: bool, tmp_path: Path) -> None:
     released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
-    plan = released.content.pop("nnssl_adaptation_plan")
+    plan = dict(released.content["nnssl_adaptation_plan"])
     plan["pretrain_plan"]["configurations"]["onemmiso"]["spacing"] = [3.0, 1.0, 1.0]
-    released.write(tmp_path)
+    for key in without:
+        released.content[key] = None
+        if not is_none:
+            del released.content[key]
+    file = released.write(tmp_path)
+    assert any(note.startswith("the file has no plan") for note in read_checkpoint(file).notes)
     (tmp_path / "adaptation_plan.json").write_text(json.dumps({**plan, "trainer_name": "BaseMAETrainer"}))
     reading = read_checkpoint(find_checkpoint(tmp_path))
     assert reading.mfm["plans"]["configurations"]["3d_fullres"]["spacing"] == [3.0, 1.0, 1.0]
+    assert (reading.mfm["pretext"], reading.notes) == ("mae", ())
+
+
+def test_the_trainer_beside_a_file_tells_the_token_order(tmp_path: Path) -> None:
+    released = foreign.OPENMIND["PrimusM-OpenMind-MAE"]()
+    trainer = released.content.pop("trainer_name")
+    file = released.write(tmp_path)
+    (tmp_path / "adaptation_plan.json").write_text(json.dumps({"trainer_name": trainer}))
+    assert read_checkpoint(file).notes == ("token order repaired: axis 1 was outermost",)
 
 
 def test_files_of_a_gpu_are_read_without_one(tmp_path: Path) -> None:
