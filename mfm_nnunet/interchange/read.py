@@ -74,11 +74,12 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
     if place.is_dir():
         content = read_folder(place)
         with about(place / CONFIG):
-            return ours(content)
-    raw = checkpoint.load(place)
-    with about(place):
-        reading = _recognised(raw, place, token_order)
-    if reading.layout != "mfm_nnunet" and "licence" not in reading.mfm and (licence := stated_licence(place.parent)):
+            reading = ours(content)
+    else:
+        raw = checkpoint.load(place)
+        with about(place):
+            reading = _recognised(raw, place, token_order)
+    if not reading.mfm.get("licence") and (licence := stated_licence(place if place.is_dir() else place.parent)):
         reading.mfm["licence"] = licence
     for note in reading.notes:
         logger.info("%s: %s", place.name, note)

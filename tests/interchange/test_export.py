@@ -173,6 +173,15 @@ def test_the_folder_is_a_hubs(tmp_path: Path) -> None:
         assert str(tmp_path).encode() not in file.read_bytes()
 
 
+@pytest.mark.parametrize("layout", ["folder", "nnssl"])
+def test_the_licence_of_an_edited_card_counts_where_none_was_given(layout: str, tmp_path: Path) -> None:
+    convert(ours("resenc", 1, tmp_path), tmp_path / "out", layout)
+    place = find_checkpoint(tmp_path / "out")
+    assert "licence" not in read_checkpoint(place).mfm
+    (tmp_path / "out" / "README.md").write_text("---\nlicense: cc-by-sa-4.0\n---\n")
+    assert read_checkpoint(place).mfm["licence"] == "cc-by-sa-4.0"
+
+
 def test_a_folder_is_found_by_its_weights_and_beside_files_of_others(tmp_path: Path) -> None:
     file = ours("resenc", 1, tmp_path)
     convert(file, tmp_path / "out", "folder")
