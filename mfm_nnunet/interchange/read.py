@@ -14,7 +14,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.address import fetch
-from mfm_nnunet.interchange.card import stated_licence
+from mfm_nnunet.interchange.card import UNKNOWN_LICENCE, stated_licence
 from mfm_nnunet.interchange.conversion import (
     DESCRIBED,
     Reading,
@@ -103,7 +103,8 @@ def convert(
 
     Where a foreign one came from (file name, SHA-256, ``hub_address``) and what was assumed or repaired is kept.
 
-    Raises MFMError: as :func:`read_checkpoint`, E_EXISTS for an output that is there, and as writing does.
+    Raises MFMError: as :func:`read_checkpoint`, E_EXISTS for an output that is there, E_CONFIG for a ``licence`` other
+    than the one that it has, and as writing does.
     """
     if layout == "pth" and output.exists():
         raise MFMError("E_EXISTS", f"{output}: this file is there already. Choose another name.")
@@ -115,6 +116,7 @@ def convert(
         origin |= {"file": place.name, "sha256": sha256(place), "notes": list(reading.notes)}
         content["mfm"]["source"] = {**reading.mfm["source"], **origin}
     if licence is not None:
+        _require_same_licence(reading.mfm.get("licence"), licence)
         content["mfm"]["licence"] = licence
     require_whole(content)
     if layout == "folder":
@@ -124,6 +126,17 @@ def convert(
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(content, output)
+
+
+def _require_same_licence(known: str | None, given: str) -> None:
+    """Raise MFMError (E_CONFIG) where weights have another licence: share-alike must not be lost by copy and paste."""
+    if known and known != UNKNOWN_LICENCE and known.casefold() != given.casefold():
+        raise MFMError(
+            "E_CONFIG",
+            f"its licence is {known}, and --licence {given} would replace it. Leave --licence out: converted weights "
+            "keep their licence. If it is wrong, correct the card beside the original, or start from a file without "
+            "one.",
+        )
 
 
 def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | None) -> Reading:

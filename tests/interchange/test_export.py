@@ -182,6 +182,15 @@ def test_the_licence_of_an_edited_card_counts_where_none_was_given(layout: str, 
     assert read_checkpoint(place).mfm["licence"] == "cc-by-sa-4.0"
 
 
+def test_a_licence_is_not_replaced_by_another(tmp_path: Path) -> None:
+    convert(ours("resenc", 1, tmp_path), tmp_path / "one.pth", "pth", licence="cc-by-sa-4.0")
+    with pytest.raises(MFMError, match=r"licence is cc-by-sa-4\.0, and --licence mit") as caught:
+        convert(tmp_path / "one.pth", tmp_path / "two.pth", "pth", licence="mit")
+    assert caught.value.code == "E_CONFIG"
+    assert not (tmp_path / "two.pth").exists()
+    convert(tmp_path / "one.pth", tmp_path / "two.pth", "pth", licence="CC-BY-SA-4.0")
+
+
 def test_a_folder_is_found_by_its_weights_and_beside_files_of_others(tmp_path: Path) -> None:
     file = ours("resenc", 1, tmp_path)
     convert(file, tmp_path / "out", "folder")
