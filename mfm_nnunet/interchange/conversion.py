@@ -131,17 +131,6 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
     return Reading({"network_weights": weights, "mfm": mfm}, layout, others, tuple(notes), names_subjects)
 
 
-def _papers(said: Any, notes: list[str]) -> list[Any]:
-    """The citations of a foreign file as a list, which ours have: some write one text or one table."""
-    said = nnssl.plain(said)
-    if isinstance(said, list):
-        return said
-    if said is not None and not isinstance(said, (str, dict)):
-        notes.append(f"citations: left out, {str(said)[:60]!r} names no papers")
-        return []
-    return [said] if said else []
-
-
 def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
     """Convert a model that nnU-Net, or our fine-tuning, trained with labels: supervised pretraining.
 
@@ -169,9 +158,22 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
         "mfm": to_dict(MFMBlock(network="primus" if parts.family == "primus" else "resenc")),
     }
     mfm = _description(parts, own, weights, patch, "supervised", configuration)
-    mfm |= {"citations": [], **_started_from(raw.get("mfm"))}
+    info = plans.get("pretrain_info")  # of nnU-Net's development code: what the model was fine-tuned from
+    mfm["citations"] = _papers(info.get("citations") if isinstance(info, Mapping) else None, notes)
+    mfm |= _started_from(raw.get("mfm"))
     mfm["source"] = {"layout": "nnU-Net", "trainer": str(raw.get("trainer_name"))}
     return Reading({"network_weights": weights, "mfm": mfm}, "nnU-Net", others, tuple(notes))
+
+
+def _papers(said: Any, notes: list[str]) -> list[Any]:
+    """The citations of a foreign file as a list, which ours have: some write one text or one table."""
+    said = nnssl.plain(said)
+    if isinstance(said, list):
+        return said
+    if said is not None and not isinstance(said, (str, dict)):
+        notes.append(f"citations: left out, {str(said)[:60]!r} names no papers")
+        return []
+    return [said] if said else []
 
 
 def _started_from(ours: Any) -> dict[str, Any]:

@@ -335,14 +335,16 @@ def test_a_stock_model_is_supervised_pretraining(tmp_path: Path) -> None:
     require_whole(reading.content)
 
 
-def test_what_planners_of_others_noted_does_not_travel(tmp_path: Path) -> None:
-    """nnU-Net's development planner writes the path of the checkpoint into the plan."""
+def test_of_what_planners_of_others_noted_only_the_papers_travel(tmp_path: Path) -> None:
+    """nnU-Net's development planner writes the path of the checkpoint into the plan, and whom to cite."""
     file = trained(resenc(), (16, 16, 16), tmp_path)
     content = torch.load(file, weights_only=True)
-    content["init_args"]["plans"]["pretrain_info"] = {"checkpoint_path": f"/home/{foreign.SUBJECT}/a.pth"}
+    noted = {"checkpoint_path": f"/home/{foreign.SUBJECT}/a.pth", "citations": foreign.CITATIONS}
+    content["init_args"]["plans"]["pretrain_info"] = noted
     torch.save(content, file)
     for layout in ("pth", "folder", "nnssl"):
         convert(file, tmp_path / f"out_{layout}", layout)
+        assert read_checkpoint(find_checkpoint(tmp_path / f"out_{layout}")).mfm["citations"] == foreign.CITATIONS
     written = [entry for out in tmp_path.glob("out_*") for entry in (out.iterdir() if out.is_dir() else [out])]
     assert len(written) == 7
     assert not [entry.name for entry in written if foreign.SUBJECT.encode() in entry.read_bytes()]
