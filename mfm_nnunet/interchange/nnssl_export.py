@@ -15,6 +15,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.architecture import PRIMUS, UNETS, between_convolutions
+from mfm_nnunet.interchange.card import CARD, model_card
 from mfm_nnunet.json_files import NO_RESAMPLING, resolved
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 
@@ -30,7 +31,7 @@ RESENC_L = {
 
 
 def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
-    """Write ``checkpoint_final.pth``, ``adaptation_plan.json`` and ``config.json`` into ``folder``.
+    """Write ``checkpoint_final.pth``, ``adaptation_plan.json``, ``config.json`` and a model card into ``folder``.
 
     Raises MFMError: E_EXISTS when the folder holds anything, E_CONFIG for a network that the layout cannot express.
     """
@@ -39,16 +40,23 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise MFMError("E_EXISTS", f"{folder}: the folder is not empty. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
+    weights = checkpoint.cpu_weights(content["network_weights"])
+    num_parameters = sum({id(tensor): tensor.numel() for tensor in weights.values()}.values())
     file = {
-        "network_weights": checkpoint.cpu_weights(content["network_weights"]),
+        "network_weights": weights,
         nnssl.KEY: plan,
         "trainer_name": TRAINER,
         "citations": list(mfm.get("citations") or []),
         "mfm": mfm,
     }
-    for name, data in (("adaptation_plan.json", {**plan, "trainer_name": TRAINER}), ("config.json", {"mfm": mfm})):
+    texts = {
+        "adaptation_plan.json": json.dumps({**plan, "trainer_name": TRAINER}, indent=1),
+        "config.json": json.dumps({"mfm": mfm}, indent=1),
+        CARD: model_card(mfm, num_parameters),
+    }
+    for name, text in texts.items():
         with checkpoint.atomic_write(folder / name) as handle:
-            handle.write(json.dumps(data, indent=1).encode())
+            handle.write(text.encode())
     checkpoint.save(file, folder / "checkpoint_final.pth")
 
 

@@ -103,7 +103,7 @@ def plan_of(family: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
     convert(ours(family, 1, folder), folder / "out", "nnssl")
     content = checkpoint.load(folder / "out" / "checkpoint_final.pth")
     assert {entry.name for entry in (folder / "out").iterdir()} == {
-        "checkpoint_final.pth", "adaptation_plan.json", "config.json",
+        "checkpoint_final.pth", "adaptation_plan.json", "config.json", "README.md",
     }  # fmt: skip
     return content["nnssl_adaptation_plan"], content["network_weights"]
 
@@ -159,12 +159,21 @@ def test_what_the_layout_cannot_express_is_refused(architecture: dict, patch: tu
     assert caught.value.code == "E_CONFIG"
 
 
-def test_the_folder_is_a_hubs(tmp_path: Path) -> None:
-    """Weights once each, a card with the licence and the papers, no path of where it was made."""
-    convert(ours("resenc", 1, tmp_path), tmp_path / "out", "folder", licence="cc-by-4.0")
+@pytest.mark.parametrize("layout", ["folder", "nnssl"])
+def test_the_card_of_a_hubs_page(layout: str, tmp_path: Path) -> None:
+    """With the licence and the papers; each parameter counts once, whatever its names."""
+    file = ours("resenc", 1, tmp_path)
+    convert(file, tmp_path / "out", layout, licence="cc-by-4.0")
     card = (tmp_path / "out" / "README.md").read_text()
-    for text in ("license: cc-by-4.0", "Doe, J. (2022)", "not a medical device", "9 volumes of 7 subjects"):
+    distinct = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint.load(file)["network_weights"].values()}
+    for text in ("license: cc-by-4.0", "Doe, J. (2022)", "not a medical device", "9 volumes of 7 subjects",
+                 f"{sum(distinct.values()):,} parameters"):  # fmt: skip
         assert text in card
+
+
+def test_the_folder_is_a_hubs(tmp_path: Path) -> None:
+    """Weights once each, no path of where it was made."""
+    convert(ours("resenc", 1, tmp_path), tmp_path / "out", "folder")
     content = read_checkpoint(tmp_path / "out").content
     distinct = {tensor.data_ptr(): tensor.numel() for tensor in content["network_weights"].values()}
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -346,7 +355,7 @@ def test_of_what_planners_of_others_noted_only_the_papers_travel(tmp_path: Path)
         convert(file, tmp_path / f"out_{layout}", layout)
         assert read_checkpoint(find_checkpoint(tmp_path / f"out_{layout}")).mfm["citations"] == foreign.CITATIONS
     written = [entry for out in tmp_path.glob("out_*") for entry in (out.iterdir() if out.is_dir() else [out])]
-    assert len(written) == 7
+    assert len(written) == 8
     assert not [entry.name for entry in written if foreign.SUBJECT.encode() in entry.read_bytes()]
 
 
