@@ -16,6 +16,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.architecture import PRIMUS, UNETS, between_convolutions
 from mfm_nnunet.interchange.card import CARD, model_card
+from mfm_nnunet.interchange.verify import with_all_names
 from mfm_nnunet.json_files import NO_RESAMPLING, resolved
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 
@@ -40,7 +41,7 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise MFMError("E_EXISTS", f"{folder}: the folder is not empty. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
-    weights = checkpoint.cpu_weights(content["network_weights"])
+    weights = checkpoint.cpu_weights(with_all_names(content))  # readers load strictly
     num_parameters = sum({id(tensor): tensor.numel() for tensor in weights.values()}.values())
     file = {
         "network_weights": weights,

@@ -1,4 +1,7 @@
-"""Whether a checkpoint is whole: its network can be built, and every tensor belongs to it, fits and is finite."""
+"""A checkpoint beside its network: whether it is whole, and the names that the network has for each tensor.
+
+It is whole when the network can be built and every tensor belongs to it, fits and is finite.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def require_whole(content: Mapping[str, Any]) -> None:
     """Raise MFMError: E_MODEL_CORRUPT, E_NONFINITE, and as building the network, with the first tensors at fault."""
     weights: Mapping[str, Tensor] = content["network_weights"]
     mfm = content["mfm"]
-    network = build_network(_plans_as_seen(mfm), mfm["configuration"], mfm["num_inputs"], mfm["num_outputs"])
+    network = _network_of(mfm)
     expected = network.state_dict()
     wanted = {name for name, _ in network.named_parameters()}
     if mfm.get("trained") == "encoder":
@@ -35,6 +38,21 @@ def require_whole(content: Mapping[str, Any]) -> None:
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise MFMError("E_NONFINITE", f"the tensor {name} holds NaN or infinity. Use another checkpoint.")
+
+
+def with_all_names(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a whole checkpoint, each under all names that its network has for it, where a file has but one.
+
+    Not those of the encoder in a U-Net's decoder: nobody looks for them, and encoders alone stay free of ``decoder``.
+    """
+    weights: Mapping[str, Tensor] = content["network_weights"]
+    names = _names_of_each(_network_of(content["mfm"]))
+    added = {alias: tensor for name, tensor in weights.items() for alias in names[name] if alias not in weights}
+    return {**weights, **{name: tensor for name, tensor in added.items() if not name.startswith("decoder.encoder.")}}
+
+
+def _network_of(mfm: Mapping[str, Any]) -> torch.nn.Module:
+    return build_network(_plans_as_seen(mfm), mfm["configuration"], mfm["num_inputs"], mfm["num_outputs"])
 
 
 def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,8 +99,10 @@ def test_a_reader_that_knows_nnssl_alone_gets_the_same(family: str, num_inputs: 
         assert torch.equal(one(x), other(x))
 
 
-def plan_of(family: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    convert(ours(family, 1, folder), folder / "out", "nnssl")
+def exported(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Plan and weights in nnssl's layout."""
+    folder = file.parent
+    convert(file, folder / "out", "nnssl")
     content = checkpoint.load(folder / "out" / "checkpoint_final.pth")
     assert {entry.name for entry in (folder / "out").iterdir()} == {
         "checkpoint_final.pth", "adaptation_plan.json", "config.json", "README.md",
@@ -108,10 +110,20 @@ def plan_of(family: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
     return content["nnssl_adaptation_plan"], content["network_weights"]
 
 
+def load_strictly(file: Path, plan: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """As nnU-Net's development code does it: names by the file's word, where they go by the network's."""
+    network = build_network(read_checkpoint(file).mfm["plans"], "3d_fullres", 1, 1)
+    for key in ("key_to_encoder", "key_to_stem"):
+        prefix = plan[key]
+        chosen = {n.replace(f"{prefix}.", ""): tensor for n, tensor in weights.items() if n.startswith(prefix)}
+        network.get_submodule(getattr(network, key)).load_state_dict(chosen)
+
+
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_readers_of_the_layout_need(family: str, tmp_path: Path) -> None:
     """All fields, plain lists, names that begin with the keys and hold them once."""
-    plan, weights = plan_of(family, tmp_path)
+    file = ours(family, 1, tmp_path)
+    plan, weights = exported(file)
     json.dumps(plan)
     checkpoint.require_plain(plan)
     assert {"architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
@@ -119,16 +131,28 @@ def test_what_readers_of_the_layout_need(family: str, tmp_path: Path) -> None:
     assert set(plan["architecture_plans"]) == {"arch_class_name", "arch_kwargs", "arch_kwargs_requiring_import"}
     (configuration,) = plan["pretrain_plan"]["configurations"].values()
     assert len(configuration["spacing"]) == len(configuration["patch_size"]) == 3
-    network = build_network(read_checkpoint(tmp_path / "a.pth").mfm["plans"], "3d_fullres", 1, 1)
-    for key in ("key_to_encoder", "key_to_stem"):
-        prefix = plan[key]
-        chosen = {n.replace(f"{prefix}.", ""): tensor for n, tensor in weights.items() if n.startswith(prefix)}
-        network.get_submodule(getattr(network, key)).load_state_dict(chosen)  # by the network's own word
+    load_strictly(file, plan, weights)
     assert all(f"{key}.weight" in weights for key in plan["keys_to_in_proj"])
     assert (plan["key_to_lpe"] in weights) if family == "primus" else plan["key_to_lpe"] is None
     assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
     expected = {**nnssl_export.UNETS, "primus": "PrimusM"}
     assert plan["architecture_plans"]["arch_class_name"] == expected[family]
+
+
+@pytest.mark.parametrize("trained", ["network", "encoder"])
+@pytest.mark.parametrize("left_out", [".all_modules.", ".conv.", ".norm."])
+def test_layers_of_one_name_get_the_other(left_out: str, trained: str, tmp_path: Path) -> None:
+    file = ours("resenc", 1, tmp_path)
+    content = checkpoint.load(file)
+    before = content["network_weights"]
+    if trained == "encoder":
+        before = {name: tensor for name, tensor in before.items() if name.startswith("encoder.")}
+    content["network_weights"] = {name: tensor for name, tensor in before.items() if left_out not in name}
+    content["mfm"]["trained"] = trained
+    torch.save(content, file)
+    plan, weights = exported(file)
+    load_strictly(file, plan, weights)
+    require_equal(*({n: t for n, t in w.items() if not n.startswith("decoder.encoder.")} for w in (before, weights)))
 
 
 def test_resenc_l_has_its_name() -> None:
