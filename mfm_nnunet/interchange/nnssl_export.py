@@ -136,6 +136,8 @@ def _architecture(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any] 
                 f"a Primus with {wanted}, tokens {kwargs['patch_embed_size']}, version {kwargs.get('version', 1)}"
             )
         return f"Primus{size}", None, None
+    if class_name.endswith(".residual_unet.ResidualEncoderUNet"):  # the module's old name
+        class_name = UNETS["resenc"]
     if class_name not in UNETS.values():
         raise _cannot(class_name)
     if class_name == UNETS["resenc"] and _is_resenc_l(kwargs):

@@ -155,6 +155,12 @@ def test_layers_of_one_name_get_the_other(left_out: str, trained: str, tmp_path:
     require_equal(*({n: t for n, t in w.items() if not n.startswith("decoder.encoder.")} for w in (before, weights)))
 
 
+def test_the_old_name_of_a_resenc_u_net_is_todays(tmp_path: Path) -> None:
+    name = "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet"
+    plan, _ = exported(trained(resenc() | {"network_class_name": name}, (16, 16, 16), tmp_path))
+    assert plan["architecture_plans"]["arch_class_name"] == nnssl_export.UNETS["resenc"]
+
+
 def test_resenc_l_has_its_name() -> None:
     architecture = resenc(features=(32, 64, 128, 256, 320, 320), blocks=(1, 3, 4, 6, 6, 6))
     assert nnssl_export._architecture(architecture) == ("ResEncL", None, None)
