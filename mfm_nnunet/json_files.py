@@ -65,6 +65,12 @@ def resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     return copy.deepcopy({**parent, **own})
 
 
+def is_resampled(configuration: Mapping[str, Any]) -> bool:
+    """Whether images are brought to one spacing; plans of others may name none, or none for each axis."""
+    spacing = configuration.get("spacing")
+    return configuration.get("resampling_fn_data") != NO_RESAMPLING and spacing is not None and None not in spacing
+
+
 def preprocessor_problem(plans: Mapping[str, Any], configuration: str) -> str:
     """Why our preprocessing is not that of the plan, as a sentence; "" if it is."""
     named = resolved(plans, configuration).get("preprocessor_name", PREPROCESSOR)

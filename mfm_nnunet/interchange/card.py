@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.interchange.conversion import Reading
-from mfm_nnunet.json_files import NO_RESAMPLING
+from mfm_nnunet.json_files import is_resampled
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "other"
@@ -124,7 +124,7 @@ def _times(sizes: Any) -> str:
 
 
 def _spacing(configuration: Mapping[str, Any]) -> str:
-    if configuration.get("resampling_fn_data") == NO_RESAMPLING:
+    if not is_resampled(configuration):
         return "not resampled"
     return f"spacing {_times(f'{value:g}' for value in configuration['spacing'])} mm"
 

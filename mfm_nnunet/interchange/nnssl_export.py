@@ -17,7 +17,7 @@ from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.architecture import PRIMUS, UNETS, between_convolutions
 from mfm_nnunet.interchange.card import CARD, model_card
 from mfm_nnunet.interchange.verify import with_all_names
-from mfm_nnunet.json_files import NO_RESAMPLING, resolved
+from mfm_nnunet.json_files import is_resampled, resolved
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 
 TRAINER = "mfm_nnunet"
@@ -72,18 +72,18 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
     if len(configuration["patch_size"]) != 3:
         raise _cannot("2D networks")
     class_name, kwargs, to_import = _architecture(configuration["architecture"])
-    is_resampled = configuration["resampling_fn_data"] != NO_RESAMPLING
+    spacing = [float(value) for value in configuration["spacing"]] if is_resampled(configuration) else None
     pretrain = {
         "data_identifier": "foreign",
         "preprocessor_name": configuration.get("preprocessor_name", "DefaultPreprocessor"),
-        "spacing_style": "onemmiso" if is_resampled else "noresample",
+        "spacing_style": "noresample" if spacing is None else "onemmiso" if set(spacing) == {1.0} else "median",
         "normalization_schemes": list(configuration["normalization_schemes"]),
         "use_mask_for_norm": list(configuration["use_mask_for_norm"]),
         "resampling_fn_data": configuration["resampling_fn_data"],
         "resampling_fn_data_kwargs": dict(configuration["resampling_fn_data_kwargs"]),
         "resampling_fn_mask": configuration["resampling_fn_seg"],
         "resampling_fn_mask_kwargs": dict(configuration["resampling_fn_seg_kwargs"]),
-        "spacing": [float(value) for value in configuration["spacing"]] if is_resampled else None,
+        "spacing": spacing,
         "patch_size": list(mfm["patch_size"]),
     }
     return {

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.interchange.conversion import require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
-from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, resolved
+from mfm_nnunet.json_files import ARCHITECTURE_KEYS, is_resampled, resolved
 from mfm_nnunet.models.build import check_architecture
 from mfm_nnunet.plans.derive import network_of, pad_to_multiple
 from mfm_nnunet.plans.schema import block_of
@@ -50,7 +50,7 @@ class Source:
     @property
     def is_original_spacing(self) -> bool:
         """Whether it was pretrained without resampling."""
-        return self._theirs["resampling_fn_data"] == NO_RESAMPLING
+        return not is_resampled(self._theirs)
 
     @property
     def _theirs(self) -> dict[str, Any]:
@@ -90,9 +90,9 @@ def like_spacing(mfm: Mapping[str, Any], own_spacing: Sequence[float], axes: Seq
     A checkpoint without resampling keeps the data set's own; a 2D one says nothing about the slice axis, which stays.
     """
     configuration = resolved(mfm["plans"], mfm["configuration"])
-    theirs = configuration.get("spacing")
-    if theirs is None or configuration.get("resampling_fn_data") == NO_RESAMPLING:
+    if not is_resampled(configuration):
         return [float(value) for value in own_spacing]
+    theirs = configuration["spacing"]
     ordered = [own_spacing[axes[0]], *theirs] if len(theirs) == 2 else list(theirs)
     return [float(ordered[list(axes).index(axis)]) for axis in range(3)]
 
@@ -114,7 +114,8 @@ def plan_like(
     num_channels = len(own["normalization_schemes"])
     for key in ("normalization_schemes", "use_mask_for_norm"):
         own[key] = _per_channel(theirs[key], num_channels, mfm)
-    own |= {key: value for key, value in theirs.items() if key.startswith("resampling_fn_")}
+    if is_resampled(theirs):  # else the target is planned without, whatever functions a plan without spacing names
+        own |= {key: value for key, value in theirs.items() if key.startswith("resampling_fn_")}
     own["batch_size"] = max(2, int(theirs["batch_size"]))
     own["architecture"] = copy.deepcopy(theirs["architecture"])
     own["patch_size"] = like_patch(theirs["patch_size"], theirs["architecture"]["arch_kwargs"], median_shape)

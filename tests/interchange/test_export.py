@@ -161,6 +161,24 @@ def test_the_old_name_of_a_resenc_u_net_is_todays(tmp_path: Path) -> None:
     assert plan["architecture_plans"]["arch_class_name"] == nnssl_export.UNETS["resenc"]
 
 
+@pytest.mark.parametrize(
+    ("spacing", "style", "said"),
+    [
+        ([1.0, 1.0, 1.0], "onemmiso", "spacing 1 x 1 x 1 mm"),
+        ([3.0, 1.0, 1.0], "median", "spacing 3 x 1 x 1 mm"),
+        ([None, None, None], "noresample", "not resampled"),
+        (None, "noresample", "not resampled"),
+    ],
+)
+def test_the_style_of_a_spacing(spacing: list[Any] | None, style: str, said: str, tmp_path: Path) -> None:
+    file = ours("resenc", 1, tmp_path, spacing=spacing)
+    plan, _ = exported(file)
+    ((name, configuration),) = plan["pretrain_plan"]["configurations"].items()
+    assert name == configuration["spacing_style"] == style
+    assert configuration["spacing"] == (None if style == "noresample" else spacing)
+    assert said in api.describe_checkpoint(file)
+
+
 def test_resenc_l_has_its_name() -> None:
     architecture = resenc(features=(32, 64, 128, 256, 320, 320), blocks=(1, 3, 4, 6, 6, 6))
     assert nnssl_export._architecture(architecture) == ("ResEncL", None, None)

@@ -104,8 +104,12 @@ def test_pictures_keep_their_slice_axis_and_cannot_be_planned_like_a_3d_checkpoi
     assert caught.value.code == "E_MODEL_MISMATCH"
 
 
-def test_without_resampling_each_data_set_keeps_its_spacing(tmp_path: Path) -> None:
-    source = corpus_plan(tmp_path, BRAIN, spacing="original").plans
+@pytest.mark.parametrize("spacing", ["as planned", None, [None, None, None]])
+def test_without_resampling_each_data_set_keeps_its_spacing(spacing: Any, tmp_path: Path) -> None:
+    """Plans of others may name no spacing, beside functions that resample."""
+    source = corpus_plan(tmp_path, BRAIN, spacing="original" if spacing == "as planned" else "median").plans
+    if spacing != "as planned":
+        source["configurations"]["3d_fullres"]["spacing"] = spacing
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
     own = plan_like(tmp_path, {"shapes": [[50, 60, 70]] * 3, "spacings": [[2.0, 2.0, 2.0]] * 3}, file).plans
     configuration = own["configurations"]["3d_fullres"]
