@@ -64,13 +64,15 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
 def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
     """``nnssl_adaptation_plan`` of a checkpoint with this description.
 
-    Raises MFMError (E_CONFIG) for 2D networks, Primus of other sizes than S, B, M and L, with other tokens than 8
-    voxels or with a convolutional stem, and classes that the layout has no name for.
+    Raises MFMError (E_CONFIG) for 2D networks, second stages of a cascade, Primus of other sizes than S, B, M and L,
+    with other tokens than 8 voxels or with a convolutional stem, and classes that the layout has no name for.
     """
     plans = mfm["plans"]
     configuration = resolved(plans, mfm["configuration"])
     if len(configuration["patch_size"]) != 3:
         raise _cannot("2D networks")
+    if configuration.get("previous_stage"):
+        raise _cannot("a cascade's second stage, whose stem takes labels beside the image")
     class_name, kwargs, to_import = _architecture(configuration["architecture"])
     spacing = [float(value) for value in configuration["spacing"]] if is_resampled(configuration) else None
     pretrain = {
@@ -163,6 +165,6 @@ def _listed(key: str, kwargs: Mapping[str, Any]) -> list[Any]:
 def _cannot(what: str) -> MFMError:
     return MFMError(
         "E_CONFIG",
-        f"nnssl's layout cannot express {what}: it has 3D ResEnc and plain U-Nets and Primus S, B, M and L. Export "
-        "as a folder of safetensors, which mfm_nnunet reads.",
+        f"nnssl's layout cannot express {what}: it has 3D ResEnc and plain U-Nets and Primus S, B, M and L, of "
+        "images alone. Export as a folder of safetensors, which mfm_nnunet reads.",
     )

@@ -189,18 +189,21 @@ def test_resenc_l_has_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "patch", "expected"),
+    ("architecture", "patch", "changes", "expected"),
     [
-        (resenc(2), (32, 32), "2D"),
-        ({**foreign.primus_architecture((16, 16, 16))}, (16, 16, 16), "width|embed_dim"),
+        (resenc(2), (32, 32), {}, "2D"),
+        (resenc(), (16, 16, 16), {"previous_stage": "3d_lowres"}, "cascade"),
+        ({**foreign.primus_architecture((16, 16, 16))}, (16, 16, 16), {}, "width|embed_dim"),
     ],
 )
-def test_what_the_layout_cannot_express_is_refused(architecture: dict, patch: tuple, expected: str) -> None:
+def test_what_the_layout_cannot_express_is_refused(
+    architecture: dict, patch: tuple, changes: dict, expected: str
+) -> None:
     kwargs = architecture["arch_kwargs"]
     if "embed_dim" in kwargs:
         kwargs["eva_depth"] = 7
     name = "2d" if len(patch) == 2 else "3d_fullres"
-    plans = tiny.plans(**{name: tiny.configuration(architecture, patch)})
+    plans = tiny.plans(**{name: tiny.configuration(architecture, patch) | changes})
     mfm = {"plans": plans, "configuration": name, "patch_size": list(patch), "num_inputs": 1}
     with pytest.raises(MFMError, match=expected) as caught:
         nnssl_export.adaptation_plan(mfm)
