@@ -91,6 +91,7 @@ def model_card(mfm: Mapping[str, Any], num_parameters: int) -> str:
     notes = [("on import", note) for note in (mfm.get("source") or {}).get("notes") or []]
     rows = "\n".join(f"| {name} | {value} |" for name, value in [*facts(mfm).items(), *notes])
     papers = "\n".join(f"* {text}" for text in citations(mfm)) or "* none named"
+    planned = "2d" if len(mfm["patch_size"]) == 2 else "3d_fullres"  # by --like, whatever was pretrained
     return f"""---
 license: {licence}
 library_name: mfm_nnunet
@@ -103,7 +104,7 @@ Weights of {num_parameters:,} parameters, pretrained for medical image segmentat
 
 ```bash
 mfm_plan_and_preprocess -d DATASET --like THIS_FOLDER
-mfm_train DATASET {mfm["configuration"]} 0 -p PLANS -pretrained_weights THIS_FOLDER
+mfm_train DATASET {planned} 0 -p PLANS -pretrained_weights THIS_FOLDER
 ```
 
 | | |

@@ -13,6 +13,7 @@ from torch import Tensor
 from mfm_nnunet import api, checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl_export
+from mfm_nnunet.interchange.card import model_card
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.models.build import build_network
@@ -220,6 +221,14 @@ def test_the_card_of_a_hubs_page(layout: str, tmp_path: Path) -> None:
     for text in ("license: cc-by-4.0", "Doe, J. (2022)", "not a medical device", "9 volumes of 7 subjects",
                  f"{sum(distinct.values()):,} parameters"):  # fmt: skip
         assert text in card
+
+
+@pytest.mark.parametrize(("name", "planned"), [("3d_lowres", "3d_fullres"), ("2d", "2d")])
+def test_the_commands_of_a_card_name_what_is_planned_like_it(name: str, planned: str) -> None:
+    plans = tiny.plans(**{"3d_lowres": tiny.configuration(resenc())})
+    patch = plans["configurations"][name]["patch_size"]
+    card = model_card({"plans": plans, "configuration": name, "patch_size": patch, "num_inputs": 1}, 1)
+    assert f"mfm_train DATASET {planned} 0" in card
 
 
 def test_the_folder_is_a_hubs(tmp_path: Path) -> None:
