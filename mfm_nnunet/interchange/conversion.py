@@ -6,6 +6,7 @@ repaired on the way stands in the notes; tensors that belong to no network of ou
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -270,8 +271,8 @@ def _grid(
 def _decoder_fits(weights: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> bool:
     """Whether the patch decoder has our widths; DNA's depend on the number of outputs and are ours for five."""
     layers = sorted(name for name in weights if name.startswith("up_projection.decode.") and name.endswith(".0.weight"))
-    stages = int(math.log2(max(kwargs["patch_embed_size"])))
-    return [int(weights[name].shape[0]) for name in layers] == decoder_widths(kwargs["embed_dim"], stages)[:-1]
+    widths = decoder_widths(kwargs["embed_dim"], int(math.log2(max(kwargs["patch_embed_size"]))))
+    return [tuple(weights[name].shape[:2]) for name in layers] == list(itertools.pairwise(widths))
 
 
 def _plans(

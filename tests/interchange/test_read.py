@@ -118,6 +118,17 @@ def test_what_is_not_ours_is_reported_by_name(tmp_path: Path) -> None:
     assert "projector.layer1.0.weight" in {entry.name for entry in report.ignored}
 
 
+@pytest.mark.parametrize("last", [16, 24])
+def test_a_patch_decoder_comes_along_where_both_widths_of_each_layer_are_ours(last: int, tmp_path: Path) -> None:
+    released = foreign.OPENMIND["PrimusM-OpenMind-SimMIM"]()
+    weights = released.content["network_weights"]
+    own = {n: t for n, t in released.network.state_dict().items() if n.startswith("up_projection.")}
+    weights |= {n: torch.zeros([last if size == 16 else size for size in t.shape]) for n, t in own.items()}
+    reading = read_checkpoint(released.write(tmp_path))
+    assert set(own) <= set(reading.content["network_weights"] if last == 16 else reading.others)
+    require_whole(reading.content)
+
+
 # Files as they are
 
 
