@@ -60,14 +60,16 @@ class Source:
 def read_source(path: Path) -> Source:
     """The checkpoint at ``path``, of any layout that :func:`mfm_nnunet.interchange.read.read_checkpoint` knows.
 
-    Raises MFMError as that does, E_MODEL_MISMATCH when the plan in it is not whole, E_MODEL_UNSAFE when its plan names
-    anything but networks and layers.
+    Raises MFMError as that does, E_MODEL_MISMATCH when the plan in it is not whole or lacks the intensities that CT is
+    normalised with, E_MODEL_UNSAFE when its plan names anything but networks and layers.
     """
     reading = read_checkpoint(path)
     mfm = reading.mfm
     with about(path):
         require_plan(reading)
         check_architecture(*(reading.configuration["architecture"][key] for key in ARCHITECTURE_KEYS))
+        if "CTNormalization" in reading.configuration["normalization_schemes"]:
+            _require_intensities(mfm["plans"]["foreground_intensity_properties_per_channel"])
         network = block_of(mfm["plans"]).network
     entry = {"name": path.name, "sha256": sha256(path), "pretext": mfm.get("pretext"), "network": network}
     return Source(mfm, entry)
@@ -147,6 +149,15 @@ def like_patch(patch: Sequence[int], arch_kwargs: Mapping[str, Any], median_shap
     if "strides" in arch_kwargs and result == steps:
         result = [min(int(p), 2 * step) for p, step in zip(patch, steps)]
     return result
+
+
+def _require_intensities(intensities: Any) -> None:
+    if not intensities or not isinstance(intensities, dict):
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            "it was trained on images with CTNormalization, and the plan in it has no intensities for that "
+            "('foreground_intensity_properties_per_channel' is empty). Use a checkpoint whose plan has them.",
+        )
 
 
 def _per_channel(values: Sequence[Any], num_channels: int, mfm: Mapping[str, Any]) -> list[Any]:

@@ -126,6 +126,14 @@ def test_ct_is_normalised_with_the_checkpoints_intensities(tmp_path: Path) -> No
     assert plans["foreground_intensity_properties_per_channel"]["0"]["mean"] == 123.0
 
 
+def test_ct_without_the_checkpoints_intensities_is_refused(tmp_path: Path) -> None:
+    source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT",)).plans
+    source["foreground_intensity_properties_per_channel"] = {}
+    with pytest.raises(MFMError, match=r"a\.pth.*foreground_intensity_properties_per_channel") as caught:
+        plan_like(tmp_path, HIPPOCAMPUS, pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres"))
+    assert caught.value.code == "E_MODEL_MISMATCH"
+
+
 def test_channels_that_cannot_be_matched_are_refused(tmp_path: Path) -> None:
     source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT", "MRI")).plans
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
