@@ -82,15 +82,12 @@ def _snapshot(repository: str, commit: str) -> Path:
         raise MFMError("E_CONFIG", f"{where}: this cannot be a repository ({error}). Check owner and name.") from error
     except HfHubHTTPError as error:
         raise _refused(where, error.response.status_code if error.response is not None else 0) from error
-    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        return _without_network(where, repository, commit, error)
-    except OSError as error:
-        if error.errno is not None:  # of the disk
-            raise
-        raise MFMError("E_NETWORK", f"{where}: the download was cut short ({error}). Try again.") from error
     except Exception as error:
-        if type(error).__module__.startswith(_CLIENTS):
+        is_of_client = type(error).__module__.startswith(_CLIENTS)  # those of requests are OSErrors too
+        if is_of_client or isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)):
             return _without_network(where, repository, commit, error)
+        if isinstance(error, OSError) and error.errno is None:  # not of the disk
+            raise MFMError("E_NETWORK", f"{where}: the download was cut short ({error}). Try again.") from error
         raise
 
 

@@ -154,6 +154,18 @@ def test_a_cache_that_another_program_filled_is_completed(
     assert hub.asked == ["checkpoint_final.pth", "config.json", "README.md"]
 
 
+def test_no_connection_of_a_client_that_calls_it_a_file_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """requests' ConnectionError is an OSError without a number: what is in the cache is used."""
+    no_connection = type("ConnectionError", (OSError,), {"__module__": "requests.exceptions"})
+    fetched = hf_hub_download("AnonRes/ResEncL-OpenMind-MAE", "checkpoint_final.pth", revision=COMMIT)
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise no_connection("nobody answers")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    assert str(find_checkpoint(ADDRESS)) == fetched
+
+
 def test_hubs_that_list_no_hash_are_not_trusted(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.listed", lambda name, data: {"rfilename": name})
     with pytest.raises(MFMError, match="lists no hash") as caught:
