@@ -7,6 +7,7 @@ repaired on the way stands in the notes; tensors that belong to no network of ou
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem
 from mfm_nnunet.models.build import check_architecture
 from mfm_nnunet.models.primus import decoder_widths
 from mfm_nnunet.plans.schema import FORMAT, MFMBlock, to_dict
+
+logger = logging.getLogger(__name__)
 
 Layout = Literal["mfm_nnunet", "nnssl", "nnU-Net", "weights alone"]
 TokenOrder = Literal["whd", "hwd"]
@@ -120,6 +123,7 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
         order = token_order or nnssl.token_order_of(trainer)
         converted = _primus(parts, plan, order, notes)
     else:
+        tell_unused(token_order)
         converted = _unet(parts, plan, notes)
     weights, architecture, seen, others = converted
     plans = _plans(parts, plan, architecture, seen, notes)
@@ -166,6 +170,12 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
     return Reading({"network_weights": weights, "mfm": mfm}, "nnU-Net", others, tuple(notes))
 
 
+def tell_unused(token_order: TokenOrder | None) -> None:
+    """Log that an order was given for what has no tokens, or this package's own."""
+    if token_order is not None:
+        logger.info("--token-order %s has no effect: it is for the Primus of other programs", token_order)
+
+
 def _papers(said: Any, notes: list[str]) -> list[Any]:
     """The citations of a foreign file as a list, which ours have: some write one text or one table."""
     said = nnssl.plain(said)
@@ -188,16 +198,15 @@ def _network_of_nnunet(
     parts: Parts, planned: Mapping[str, Any], token_order: TokenOrder | None, notes: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
     """Weights, architecture and what is not ours; trainers of stock nnU-Net overrule the plan's network (Primus)."""
-    architecture = planned.get("architecture")
-    class_name = str((architecture or {}).get("network_class_name"))
+    architecture = planned.get("architecture") or {}
+    class_name = str(architecture.get("network_class_name"))
     is_primus = parts.family == "primus"
-    if architecture is not None and class_name == PRIMUS and is_primus:
-        return parts.weights, architecture, parts.others  # this package's own
-    if is_primus:
+    if is_primus and class_name != PRIMUS:
         plan = nnssl.AdaptationPlan(patch_size=tuple(planned["patch_size"]))
         weights, architecture, _, others = _primus(parts, plan, token_order, notes)
         return weights, architecture, others
-    if architecture is None or "Primus" in class_name or "." not in class_name:  # ResEncL: a name without arguments
+    tell_unused(token_order)
+    if not is_primus and ("Primus" in class_name or "." not in class_name):  # ResEncL: a name without arguments
         architecture, more = unet_architecture(parts.family, parts.weights, class_name, {})
         notes += ["the plan does not name this network: it is read off the tensors", *more]
     return parts.weights, architecture, parts.others

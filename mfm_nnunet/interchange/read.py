@@ -23,6 +23,7 @@ from mfm_nnunet.interchange.conversion import (
     from_nnunet,
     ours,
     require_plan,
+    tell_unused,
 )
 from mfm_nnunet.interchange.folder import CONFIG, WEIGHTS, is_folder_checkpoint, read_folder, write_folder
 from mfm_nnunet.interchange.nnssl_export import write_nnssl
@@ -79,6 +80,8 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
         raw = checkpoint.load(place)
         with about(place):
             reading = _recognised(raw, place, token_order)
+    if reading.layout == "mfm_nnunet":
+        tell_unused(token_order)
     if not reading.mfm.get("licence") and (licence := stated_licence(place if place.is_dir() else place.parent)):
         reading.mfm["licence"] = licence
     for note in reading.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -456,8 +457,12 @@ def test_a_stock_primus_is_asked_for_its_token_order(tmp_path: Path) -> None:
     )
 
 
-def test_our_own_fine_tuned_primus_needs_no_word(tmp_path: Path) -> None:
+def test_our_own_fine_tuned_primus_needs_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     architecture = foreign.primus_architecture((16, 16, 16))
-    reading = read_checkpoint(trained(architecture, (16, 16, 16), tmp_path, mfm={"kind": "finetuned"}))
+    place = trained(architecture, (16, 16, 16), tmp_path, mfm={"kind": "finetuned"})
+    reading = read_checkpoint(place)
     assert reading.mfm["plans"]["mfm"]["network"] == "primus"
     require_whole(reading.content)
+    with caplog.at_level(logging.INFO):
+        read_checkpoint(place, "hwd")
+    assert "--token-order hwd has no effect" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Callable
@@ -306,6 +307,21 @@ def test_an_unknown_token_order_is_asked_for(trainer: str | None, tmp_path: Path
     assert caught.value.code == "E_MODEL_MISMATCH"
     weights = [read_checkpoint(file, order).content["network_weights"]["eva.pos_embed"] for order in ("whd", "hwd")]
     assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_order_that_nobody_needs_is_told_to_have_no_effect(
+    is_ours: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A U-Net has no tokens; ours have one order."""
+    file = foreign.OPENMIND["PrimusM-OpenMind-MAE" if is_ours else "ResEncL-OpenMind-MAE"]().write(tmp_path)
+    with caplog.at_level(logging.INFO):
+        if is_ours:
+            convert(file, tmp_path / "ours.pth", "pth", token_order="hwd")
+            file = tmp_path / "ours.pth"
+        assert "no effect" not in caplog.text
+        read_checkpoint(file, "hwd")
+    assert "--token-order hwd has no effect" in caplog.text
 
 
 def test_unequal_first_axes_cannot_be_repaired(tmp_path: Path) -> None:
