@@ -18,7 +18,7 @@ from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import about
 from mfm_nnunet.interchange.conversion import Reading, require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
-from mfm_nnunet.json_files import NO_RESAMPLING
+from mfm_nnunet.json_files import is_resampled
 from mfm_nnunet.models.build import part_of, stem_names
 from mfm_nnunet.models.transfer import (
     HOW_TO_FIT,
@@ -110,9 +110,8 @@ def _differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
     """
     theirs, own = reading.configuration, trainer.configuration_manager
     pairs = []
-    spacing, resamples = theirs.get("spacing"), theirs.get("resampling_fn_data") != NO_RESAMPLING
-    if spacing and None not in spacing and resamples and len(spacing) == len(own.spacing):
-        pairs.append(("spacing in mm", np.round(own.spacing, 3).tolist(), np.round(spacing, 3).tolist()))
+    if is_resampled(theirs) and len(theirs["spacing"]) == len(own.spacing):
+        pairs.append(("spacing in mm", np.round(own.spacing, 3).tolist(), np.round(theirs["spacing"], 3).tolist()))
     if schemes := theirs.get("normalization_schemes"):
         pairs.append(("normalisation", sorted(set(own.normalization_schemes)), sorted(set(map(str, schemes)))))
     order = (reading.mfm.get("plans") or {}).get("transpose_forward")
