@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from mfm_nnunet import stopping
 from mfm_nnunet.children import run_processes
 from mfm_nnunet.errors import MFMError
+from tests.groups import started
 
 PARENT = """
 import os, signal, sys, time
@@ -56,13 +55,7 @@ def test_a_stopped_parent_stops_its_processes_which_save_first(to_all: bool, tmp
     script.write_text(PARENT)
     notes = tmp_path / "notes"
     notes.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(notes)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = started(script, notes)
     until = time.monotonic() + 120
     while len(list(notes.glob("ready_*"))) < 2 and time.monotonic() < until:
         time.sleep(0.1)

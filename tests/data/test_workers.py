@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch.utils.data import Dataset
 
 from mfm_nnunet.data.workers import read_in_order
 from mfm_nnunet.errors import MFMError
+from tests.groups import started
 
 RUN = """
 import sys
@@ -64,13 +63,7 @@ def test_a_stop_of_the_whole_group_leaves_the_workers_reading(number: signal.Sig
     """As ``timeout``, systemd and Slurm send it; the parent may need batches until it has saved, and ends them then."""
     script, ready = tmp_path / "run.py", tmp_path / "ready"
     script.write_text(RUN)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(ready)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = started(script, ready)
     until = time.monotonic() + 120
     while not ready.exists() and time.monotonic() < until:
         time.sleep(0.05)
