@@ -10,8 +10,9 @@ patients' PET scans are labelled. 14 other patients test, of whom nothing is in 
 dataset; CT, MR and ``unlabelled`` lie beside it.
 
 The sarcomas are split by patient; both splits are fixed. MAE and Volume Fusion pretrain once each; Volume Fusion
-travels whole, and with its encoder alone. Other ways to fine-tune are ``--arms`` too, also later in the same folder. It
-continues where it was stopped; the result is ``study/table.md`` and ``study/study.png``.
+travels whole, and with its encoder alone. Other ways to pretrain and to fine-tune are ``--arms`` too, also later in the
+same folder; ``--scratch-labels`` are numbers that scratch alone is trained with, the other end of a claim about n
+labels. It continues where it was stopped; the result is ``study/table.md`` and ``study/study.png``.
 
     python -m tests.benchmarks.label_efficiency --data ../shared/data/Dataset004_Hippocampus --work labels \\
         --pretrain pretrain.epochs=40 pretrain.precision=bf16 --finetune finetune.epochs=16 finetune.precision=bf16
@@ -21,20 +22,36 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.benchmarks.study import Study, base_parser, case_names
 
+
+class Start(NamedTuple):
+    """A start beside scratch: one pretraining, and how it is fine-tuned."""
+
+    pretext: str
+    finetune: str = ""
+    """Settings of this arm alone, as ``mfm_study`` takes them."""
+    run_name: str = "labels"
+    pretrain: tuple[str, ...] = ()
+    """Settings of this pretraining alone, instead of those of ``--pretrain`` with the same names."""
+
+
+ENCODER = ",finetune.parts=encoder"
 ARMS = {
-    "mae": ("mae", ""),
-    "vf": ("volume_fusion", ""),
-    "vf_encoder": ("volume_fusion", ",finetune.parts=encoder"),
-    "mae_encoder": ("mae", ",finetune.parts=encoder"),
-    "vf_encoder_sawtooth": ("volume_fusion", ",finetune.parts=encoder,finetune.schedule=sawtooth"),
-    "vf_encoder_slow": ("volume_fusion", ",finetune.parts=encoder,finetune.learning_rate=3e-4"),
+    "mae": Start("mae"),
+    "vf": Start("volume_fusion"),
+    "vf_encoder": Start("volume_fusion", ENCODER),
+    "mae_encoder": Start("mae", ENCODER),
+    "vf_encoder_sawtooth": Start("volume_fusion", ENCODER + ",finetune.schedule=sawtooth"),
+    "vf_encoder_slow": Start("volume_fusion", ENCODER + ",finetune.learning_rate=3e-4"),
+    "vf_long_encoder": Start("volume_fusion", ENCODER, "vf_long", ("pretrain.epochs=120",)),
+    "vf_scaled_encoder": Start("volume_fusion", ENCODER, "vf_scaled", ("pretext.scale_range=0.5,2.0",)),
+    "mae_range_encoder": Start("mae", ENCODER, "mae_range", ("pretext.mask_ratio=0.5,0.9",)),
 }
-"""Arms beside scratch: the pretext task, and settings of the arm alone as ``mfm_study`` takes them."""
 DEFAULT_ARMS = ("mae", "vf", "vf_encoder")
 PLANS = "mfmPlans"
 
@@ -44,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scans", default="hippocampus", choices=STUDIES)
     parser.add_argument("--labels", nargs="+", help="numbers of labelled patients (default: those above)")
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), choices=ARMS, help="beside scratch")
+    parser.add_argument("--scratch-labels", nargs="+", default=[], help="further numbers of labels, for scratch alone")
     parser.add_argument("--disable-tta", action="store_true", help="predict the test scans without mirroring")
     return parser.parse_args()
 
@@ -72,26 +90,37 @@ class LabelStudy(Study):
         (self.folder / "test_cases.txt").write_text("\n".join(sorted(self.test)) + "\n")
         self.plan_corpus()
 
-    def pretrain(self, pretext: str, core: int) -> None:
-        words = ("-p", PLANS, "--pretext", pretext, "--run-name", "labels", "--set", *self.arguments.pretrain, "seed=0")
-        self.pretrain_once(self.weights(pretext), *words, core=core, log=pretext)
+    def starts(self) -> list[Start]:
+        """One of the arms for each checkpoint that they need."""
+        asked = [ARMS[name] for name in self.arguments.arms]
+        return list({self.weights(start): start for start in asked}.values())
+
+    def pretrain(self, start: Start, core: int) -> None:
+        by_name = {setting.partition("=")[0]: setting for setting in [*self.arguments.pretrain, *start.pretrain]}
+        words = ("--pretext", start.pretext, "--run-name", start.run_name, "--set", *by_name.values(), "seed=0")
+        log = f"{start.pretext}_{start.run_name}"
+        self.pretrain_once(self.weights(start), "-p", PLANS, *words, core=core, log=log)
 
     def compare(self) -> None:
         """Everything else is ``mfm_study``'s."""
-        chosen = {name: ARMS[name] for name in self.arguments.arms}
-        arms = ("scratch", *(f"{name}={self.weights(task)}{own}" for name, (task, own) in chosen.items()))
+        starts = [f"{name}={self.weights(ARMS[name])}{ARMS[name].finetune}" for name in self.arguments.arms]
+        self.compare_with(self.arguments.labels or self.labels, "scratch", *starts)
+        if self.arguments.scratch_labels:  # the folder has its plan by now
+            self.compare_with(self.arguments.scratch_labels, "scratch")
+        print((self.folder / "study" / "table.md").read_text())
+
+    def compare_with(self, labels: Sequence[str], *arms: str) -> None:
         settings = ("--set", *self.arguments.finetune) if self.arguments.finetune else ()
         tta = ("--disable_tta",) if self.arguments.disable_tta else ()
         self.command(
-            "mfm_study", self.labelled[:3], "3d_fullres", "--labels", *(self.arguments.labels or self.labels),
-            "--arms", *arms, "--seeds", self.arguments.seeds, "--test", self.folder / "test_cases.txt",
+            "mfm_study", self.labelled[:3], "3d_fullres", "--labels", *labels, "--arms", *arms,
+            "--seeds", self.arguments.seeds, "--test", self.folder / "test_cases.txt",
             "--tolerance-mm", self.tolerance_mm, "--jobs", self.arguments.jobs, "-o", self.folder / "study",
             *tta, *settings, log="study",
         )  # fmt: skip
-        print((self.folder / "study" / "table.md").read_text())
 
-    def weights(self, pretext: str) -> Path:
-        return self.checkpoint(pretext, PLANS, "labels")
+    def weights(self, start: Start) -> Path:
+        return self.checkpoint(start.pretext, PLANS, start.run_name)
 
 
 class SarcomaStudy(LabelStudy):
@@ -131,7 +160,7 @@ def main() -> None:
     arguments = parse()
     study = STUDIES[arguments.scans](arguments)
     study.prepare()
-    study.parallel(study.pretrain, [(task,) for task in sorted({ARMS[name][0] for name in arguments.arms})])
+    study.parallel(study.pretrain, [(start,) for start in study.starts()])
     study.compare()
 
 

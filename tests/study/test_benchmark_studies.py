@@ -73,3 +73,23 @@ def test_a_result_is_whole_or_not_there(data: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(json, "dumps", real)
     finish(0)
     assert json.loads((cell / "result.json").read_text())["dice"][study.test[0]] == [0.5, 0.6]
+
+
+def test_starts_have_pretrainings_of_their_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pretraining per checkpoint; its own settings replace those of all; scratch alone has further labels."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(Study, "command", lambda self, *words, **options: commands.append([str(w) for w in words]))
+    asked = {"arms": ["vf_encoder", "vf_long_encoder", "vf"], "labels": ["8"], "scratch_labels": ["32"]}
+    study = LabelStudy(arguments(data, **asked))
+    for start in study.starts():
+        study.pretrain(start, core=0)
+    (study.folder / "study").mkdir(parents=True)
+    (study.folder / "study" / "table.md").touch()
+    study.compare()
+    runs = [(line[line.index("--run-name") + 1], line[line.index("--set") + 1 :]) for line in commands[:2]]
+    assert runs == [("labels", ["pretrain.epochs=2", "seed=0"]), ("vf_long", ["pretrain.epochs=120", "seed=0"])]
+    compared = [line[line.index("--labels") + 1 : line.index("--seeds")] for line in commands[2:]]
+    assert [words[:3] for words in compared] == [["8", "--arms", "scratch"], ["32", "--arms", "scratch"]]
+    assert [word.partition("=")[0] for word in compared[0][3:]] == asked["arms"]
+    assert not compared[1][3:]
+    assert compared[0][4].endswith("__vf_long/checkpoint_final.pth,finetune.parts=encoder")
