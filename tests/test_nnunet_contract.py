@@ -153,6 +153,7 @@ CALLS: list[tuple[str, int, str]] = [
     ("preprocessing.resampling.utils.recursive_find_resampling_fn_by_name", 1, ""),
     ("training.dataloading.nnunet_dataset.comp_blosc2_params", 3, ""),
     ("training.dataloading.nnunet_dataset.nnUNetDatasetBlosc2:_select_filter", 5, ""),
+    ("training.dataloading.nnunet_dataset.nnUNetBaseDataset:load_case", 2, ""),
     ("training.dataloading.data_loader.nnUNetDataLoader", 6, "probabilistic_oversampling transforms"),
     (
         "training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer:get_training_transforms", 5,

@@ -39,7 +39,7 @@ def anatomy_of(volume: str) -> np.ndarray:
     try:
         return np.load(file, allow_pickle=False) if file.exists() else np.zeros((0, 3), np.int32)
     except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(str(file), error) from error
+        raise unreadable(str(file), error) from error
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
@@ -61,19 +61,19 @@ def _voxels(volume: Any, where: tuple[Any, ...]) -> np.ndarray:
     try:
         return volume[where]
     except (RuntimeError, OSError, ValueError) as error:
-        raise _unreadable(str(volume.schunk.urlpath), error) from error
+        raise unreadable(str(volume.schunk.urlpath), error) from error
 
 
 def _open(file: str) -> Any:
     try:
         return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, mmap_mode="r")
     except (RuntimeError, OSError, ValueError) as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
 
 
-def _unreadable(file: str, error: Exception) -> MFMError:
-    return MFMError(
-        "E_SHORT_DATA",
-        f"{file}: the preprocessed volume cannot be read ({error}). Delete it and run mfm_plan_and_preprocess again; "
-        "it makes only what is missing.",
-    )
+PREPROCESS_AGAIN = "run mfm_plan_and_preprocess again; it makes only what is missing."
+
+
+def unreadable(file: str, error: Exception, repair: str = PREPROCESS_AGAIN) -> MFMError:
+    """The error (E_SHORT_DATA) for a preprocessed file that raised ``error`` when it was read."""
+    return MFMError("E_SHORT_DATA", f"{file}: the preprocessed file cannot be read ({error}). Delete it and {repair}")

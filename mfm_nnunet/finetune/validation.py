@@ -18,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune.datasets import NamingDataset
 from mfm_nnunet.predict.export import export_validation_case
 from mfm_nnunet.predict.predictor import Model
 
@@ -39,17 +40,22 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
 def predict_cases(
     trainer: nnUNetTrainer, cases: Iterable[str], output_folder: Path, save_probabilities: bool
 ) -> Iterable[str]:
-    """Predict preprocessed cases with the trainer's network and write their masks; yields each name when it is done."""
+    """Predict preprocessed cases with the trainer's network and write their masks; yields each name when it is done.
+
+    Raises MFMError (E_SHORT_DATA) naming a preprocessed file that cannot be read.
+    """
     axes = trainer.inference_allowed_mirroring_axes
     model = Model(
         trainer.network, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, trainer.device,
         mirror_axes=tuple(axes) if axes else None,
         autocast_dtype=torch.bfloat16 if getattr(trainer, "autocast_dtype", None) is torch.bfloat16 else torch.float16,
     )  # fmt: skip
-    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
+    dataset = NamingDataset(trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases)))
     for case in dataset.identifiers:
-        data, _, _, properties = dataset.load_case(case)
-        logits = model.predict_logits(torch.from_numpy(np.array(data[:])))
+        with dataset.reading():
+            data, _, _, properties = dataset.load_case(case)
+            image_CDHW = torch.from_numpy(np.array(data[:]))
+        logits = model.predict_logits(image_CDHW)
         export_validation_case(
             logits,
             properties,

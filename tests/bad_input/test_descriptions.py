@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.bad_input.site import CORPUS, Site, accepted, edit_json, refused, unchanged, write_dataset, write_json
+from tests.damage import overwrite_middle
 
 Edit = Callable[[dict[str, Any]], object]
 MISSING = object()
@@ -217,6 +218,21 @@ def test_damaged_preprocessed_case(ending: str, how: str, site: Site) -> None:
         refused(site.train(1), "E_SHORT_DATA", file, "mfm_plan_and_preprocess")
     assert "1 cases preprocessed, 2 reused" in accepted(site.plan("-d", 5, "-c", "3d_fullres", "-pl", "mfmOther")).err
     assert file.read_bytes() == good
+
+
+def test_preprocessed_cases_with_a_damaged_middle(site: Site) -> None:
+    """Their sizes and headers are right, so it shows when they are drawn; the message tells how to repair them."""
+    files = sorted(site.data().glob("*_seg.b2nd"))
+    good = [file.read_bytes() for file in files]
+    for file in files:
+        overwrite_middle(file)
+    named = refused(site.train(1), "E_SHORT_DATA", "_seg.b2nd", "Delete it and run mfm_plan_and_preprocess")
+    assert any(str(file) in named for file in files)
+    for file in files:
+        file.unlink()
+    accepted(site.plan("-d", 5, "-c", "3d_fullres", "-pl", "mfmOther"))
+    assert [file.read_bytes() for file in files] == good
+    accepted(site.train(1))
 
 
 def test_damaged_volume_of_a_corpus(site: Site) -> None:

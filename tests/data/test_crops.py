@@ -16,6 +16,7 @@ from mfm_nnunet.data.augment import SpatialParameters, apply_spatial, draw_spati
 from mfm_nnunet.data.crops import CropStream, StreamSettings, batches, read_box
 from mfm_nnunet.data.masks import anatomy_points, mask_file
 from mfm_nnunet.errors import MFMError
+from tests.damage import overwrite_middle
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,8 @@ def test_a_file_with_a_damaged_middle_is_named(tmp_path: Path, num_workers: int)
     """Its header and size are right, so nothing is noticed before its voxels are read."""
     file = tmp_path / "a.b2nd"
     blosc2.asarray(np.arange(14400, dtype=np.float32).reshape(1, 20, 24, 30) // 7, urlpath=str(file))
-    content = bytearray(file.read_bytes())
-    middle = slice(len(content) // 4, len(content) // 2)
-    content[middle] = bytes(len(content[middle]))
-    file.write_bytes(content)
-    with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*a\.b2nd: the preprocessed volume cannot be read"):
+    overwrite_middle(file)
+    with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*a\.b2nd: the preprocessed file cannot be read"):
         next(batches(make([file], (20, 24, 30)), 1, 0, 1, num_workers))
 
 

@@ -38,6 +38,7 @@ from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
 from mfm_nnunet.stopping import StopFlag, stop_on_signal
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.architectures import resenc
+from tests.damage import overwrite_middle
 from tests.finetune import tiny
 
 CPU = torch.device("cpu")
@@ -329,6 +330,15 @@ def test_a_batch_is_nnunets_own_under_its_seed(source: SeededBatches) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     assert same(source.loader.generate_train_batch(), source[3])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_preprocessed_file_is_named(source: SeededBatches, num_workers: int) -> None:
+    """Its size is right and its beginning is whole, so nothing is noticed before it is read."""
+    for file in Path(source.loader._data.dataset.source_folder).glob("*_seg.b2nd"):
+        overwrite_middle(file)
+    with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*_seg\.b2nd: the preprocessed file cannot be read"):
+        next(batches(source, 0, 1, num_workers))
 
 
 def test_reading_leaves_the_global_generators_alone(source: SeededBatches) -> None:
