@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mfm_nnunet.study.design import Cell
 from tests.benchmarks.hippocampus import HippocampusStudy
 from tests.benchmarks.label_efficiency import LabelStudy
+from tests.benchmarks.over_all_labels import over_all, with_fewer
 from tests.benchmarks.pretext_pairs import PairsStudy
 from tests.benchmarks.study import Study
 
@@ -93,3 +96,11 @@ def test_starts_have_pretrainings_of_their_own(data: Path, monkeypatch: pytest.M
     assert [word.partition("=")[0] for word in compared[0][3:]] == asked["arms"]
     assert not compared[1][3:]
     assert compared[0][4].endswith("__vf_long/checkpoint_final.pth,finetune.parts=encoder")
+
+
+def test_which_cells_a_start_is_compared_with() -> None:
+    cells = [Cell(count, seed, arm) for count in (8, 32) for seed in range(2) for arm in ("scratch", "mae")]
+    scores = {cell: np.array([place]) for place, cell in enumerate(cells) if cell != Cell(32, 1, "mae")}
+    assert list(over_all(scores)) == [("mae", [(1, 0), (3, 2), (5, 4)])]
+    fewer = dict(with_fewer(scores, 32))
+    assert fewer == {"mae, 8 labels": [(1, 4), (3, 6)], "scratch, 8 labels": [(0, 4), (2, 6)]}
