@@ -40,16 +40,17 @@ class Start(NamedTuple):
     """Settings of this pretraining alone, instead of those of ``--pretrain`` with the same names."""
 
 
-ENCODER = ",finetune.parts=encoder"
+ENCODER, SLOW = ",finetune.parts=encoder", ",finetune.learning_rate=3e-4"
 ARMS = {
     "mae": Start("mae"),
     "vf": Start("volume_fusion"),
     "vf_encoder": Start("volume_fusion", ENCODER),
     "mae_encoder": Start("mae", ENCODER),
     "vf_encoder_sawtooth": Start("volume_fusion", ENCODER + ",finetune.schedule=sawtooth"),
-    "vf_encoder_slow": Start("volume_fusion", ENCODER + ",finetune.learning_rate=3e-4"),
+    "vf_encoder_slow": Start("volume_fusion", ENCODER + SLOW),
     "vf_long_encoder": Start("volume_fusion", ENCODER, "vf_long", ("pretrain.epochs=120",)),
     "vf_scaled_encoder": Start("volume_fusion", ENCODER, "vf_scaled", ("pretext.scale_range=0.5,2.0",)),
+    "vf_scaled_encoder_slow": Start("volume_fusion", ENCODER + SLOW, "vf_scaled", ("pretext.scale_range=0.5,2.0",)),
     "mae_range_encoder": Start("mae", ENCODER, "mae_range", ("pretext.mask_ratio=0.5,0.9",)),
 }
 DEFAULT_ARMS = ("mae", "vf", "vf_encoder")
