@@ -24,7 +24,7 @@ VALIDATE_AGAIN = "validate the fold of the first stage that holds the case again
 
 
 class NamingDataset:
-    """What nnU-Net's loader needs of a dataset; whoever reads the voxels of a case does it within :meth:`reading`."""
+    """What nnU-Net's loader needs of a dataset; cases are loaded and their voxels read within :meth:`reading`."""
 
     def __init__(self, dataset: nnUNetBaseDataset) -> None:
         self.dataset = dataset
@@ -32,13 +32,9 @@ class NamingDataset:
         self._case: str | None = None
 
     def load_case(self, case: str) -> tuple[Any, Any, Any, dict[str, Any]]:
-        """nnU-Net's image, label map, prediction of the stage before (or None), and properties.
-
-        Raises MFMError (E_SHORT_DATA) naming the file that cannot be opened.
-        """
+        """nnU-Net's image, label map, prediction of the stage before (or None), and properties."""
         self._case = case
-        with self.reading():
-            return self.dataset.load_case(case)
+        return self.dataset.load_case(case)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -41,6 +41,7 @@ class Start(NamedTuple):
 
 
 ENCODER, SLOW = ",finetune.parts=encoder", ",finetune.learning_rate=3e-4"
+VF_SCALED = Start("volume_fusion", ENCODER, "vf_scaled", ("pretext.scale_range=0.5,2.0",))
 ARMS = {
     "mae": Start("mae"),
     "vf": Start("volume_fusion"),
@@ -49,8 +50,8 @@ ARMS = {
     "vf_encoder_sawtooth": Start("volume_fusion", ENCODER + ",finetune.schedule=sawtooth"),
     "vf_encoder_slow": Start("volume_fusion", ENCODER + SLOW),
     "vf_long_encoder": Start("volume_fusion", ENCODER, "vf_long", ("pretrain.epochs=120",)),
-    "vf_scaled_encoder": Start("volume_fusion", ENCODER, "vf_scaled", ("pretext.scale_range=0.5,2.0",)),
-    "vf_scaled_encoder_slow": Start("volume_fusion", ENCODER + SLOW, "vf_scaled", ("pretext.scale_range=0.5,2.0",)),
+    "vf_scaled_encoder": VF_SCALED,
+    "vf_scaled_encoder_slow": VF_SCALED._replace(finetune=ENCODER + SLOW),
     "mae_range_encoder": Start("mae", ENCODER, "mae_range", ("pretext.mask_ratio=0.5,0.9",)),
 }
 DEFAULT_ARMS = ("mae", "vf", "vf_encoder")

@@ -40,8 +40,8 @@ def dataset(tmp_path: Path) -> NamingDataset:
 
 
 def read(dataset: NamingDataset) -> None:
-    image, labels, before, _ = dataset.load_case("a")
     with dataset.reading():
+        image, labels, before, _ = dataset.load_case("a")
         assert all(stored[:].shape == SHAPE for stored in (image, labels, before))
 
 
@@ -73,7 +73,8 @@ def test_files_of_nnunets_older_layout(tmp_path: Path, damage: Callable[[Path], 
     dataset = NamingDataset(nnUNetDatasetNumpy(str(tmp_path), ["a"]))
     dataset.load_case("a")
     damage(tmp_path / "a.npz")
-    with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*a\.npz: the preprocessed file cannot be read"):
+    named = r"E_SHORT_DATA  .*a\.npz: the preprocessed file cannot be read"
+    with pytest.raises(MFMError, match=named), dataset.reading():
         dataset.load_case("a")
 
 
