@@ -26,7 +26,9 @@ def work(rank, folder, notes):
 
 def train(rank, folder):
     with stop_on_signal() as flag:
-        Path(folder, f"ready_{rank}").write_text(str(os.getpid()))
+        note = Path(folder, f"pid_{rank}")
+        note.write_text(str(os.getpid()))
+        note.rename(Path(folder, f"ready_{rank}"))  # whole, whenever it is seen
         until = time.monotonic() + 100
         while flag.exit_code is None and time.monotonic() < until:
             time.sleep(0.05)
