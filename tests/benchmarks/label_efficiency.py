@@ -11,8 +11,9 @@ dataset; CT, MR and ``unlabelled`` lie beside it.
 
 The sarcomas are split by patient; both splits are fixed. MAE and Volume Fusion pretrain once each; Volume Fusion
 travels whole, and with its encoder alone. Other ways to pretrain and to fine-tune are ``--arms`` too, also later in the
-same folder; ``--scratch-labels`` are numbers that scratch alone is trained with, the other end of a claim about n
-labels. It continues where it was stopped; the result is ``study/table.md`` and ``study/study.png``.
+same folder (layer-wise rates are for ``--network primus``); ``--scratch-labels`` are numbers that scratch alone is
+trained with, the other end of a claim about n labels. It continues where it was stopped; the result is
+``study/table.md`` and ``study/study.png``.
 
     python -m tests.benchmarks.label_efficiency --data ../shared/data/Dataset004_Hippocampus --work labels \\
         --pretrain pretrain.epochs=40 pretrain.precision=bf16 --finetune finetune.epochs=16 finetune.precision=bf16
@@ -40,7 +41,7 @@ class Start(NamedTuple):
     """Settings of this pretraining alone, instead of those of ``--pretrain`` with the same names."""
 
 
-ENCODER, SLOW = ",finetune.parts=encoder", ",finetune.learning_rate=3e-4"
+ENCODER, SLOW, LAYERS = ",finetune.parts=encoder", ",finetune.learning_rate=3e-4", ",finetune.layer_decay=0.75"
 VF_SCALED = Start("volume_fusion", ENCODER, "vf_scaled", ("pretext.scale_range=0.5,2.0",))
 ARMS = {
     "mae": Start("mae"),
@@ -53,14 +54,17 @@ ARMS = {
     "vf_scaled_encoder": VF_SCALED,
     "vf_scaled_encoder_slow": VF_SCALED._replace(finetune=ENCODER + SLOW),
     "mae_range_encoder": Start("mae", ENCODER, "mae_range", ("pretext.mask_ratio=0.5,0.9",)),
+    "mae_layers": Start("mae", LAYERS),
+    "vf_encoder_layers": Start("volume_fusion", ENCODER + LAYERS),
 }
 DEFAULT_ARMS = ("mae", "vf", "vf_encoder")
-PLANS = "mfmPlans"
+PLANS = {"resenc": "mfmPlans", "primus": "mfmPrimusPlans"}
 
 
 def parse() -> argparse.Namespace:
     parser = base_parser(__doc__)
     parser.add_argument("--scans", default="hippocampus", choices=STUDIES)
+    parser.add_argument("--network", default="resenc", choices=PLANS)
     parser.add_argument("--labels", nargs="+", help="numbers of labelled patients (default: those above)")
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), choices=ARMS, help="beside scratch")
     parser.add_argument("--scratch-labels", nargs="+", default=[], help="further numbers of labels, for scratch alone")
@@ -82,15 +86,15 @@ class LabelStudy(Study):
         self.corpus, self.train = rest[:-size], rest[-size:]
 
     def settings_of_all(self) -> dict[str, Any]:
-        """Those of pretraining, and of whom; ``mfm_study`` minds the rest."""
-        return {"pretrain": self.arguments.pretrain, "scans": self.arguments.scans}
+        """Those of pretraining, of what, and of whom; ``mfm_study`` minds the rest."""
+        return {name: getattr(self.arguments, name) for name in ("pretrain", "network", "scans")}
 
     def prepare(self) -> None:
         """The corpus, planned and preprocessed; the labelled dataset and the names of who tests."""
         super().prepare()
         self.dataset(self.labelled, [*self.train, *self.test])
         (self.folder / "test_cases.txt").write_text("\n".join(sorted(self.test)) + "\n")
-        self.plan_corpus()
+        self.plan_corpus("--network", self.arguments.network)
 
     def starts(self) -> list[Start]:
         """One of the arms for each checkpoint that they need."""
@@ -101,7 +105,7 @@ class LabelStudy(Study):
         by_name = {setting.partition("=")[0]: setting for setting in [*self.arguments.pretrain, *start.pretrain]}
         words = ("--pretext", start.pretext, "--run-name", start.run_name, "--set", *by_name.values(), "seed=0")
         log = f"{start.pretext}_{start.run_name}"
-        self.pretrain_once(self.weights(start), "-p", PLANS, *words, core=core, log=log)
+        self.pretrain_once(self.weights(start), "-p", PLANS[self.arguments.network], *words, core=core, log=log)
 
     def compare(self) -> None:
         """Everything else is ``mfm_study``'s."""
@@ -122,7 +126,7 @@ class LabelStudy(Study):
         )  # fmt: skip
 
     def weights(self, start: Start) -> Path:
-        return self.checkpoint(start.pretext, PLANS, start.run_name)
+        return self.checkpoint(start.pretext, PLANS[self.arguments.network], start.run_name)
 
 
 class SarcomaStudy(LabelStudy):

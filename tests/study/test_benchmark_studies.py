@@ -34,7 +34,7 @@ def _no_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(data: Path, **changes: Any) -> argparse.Namespace:
     asked = {"seeds": 1, "jobs": 1, "pretrain": ["pretrain.epochs=2"], "finetune": ["finetune.epochs=2"]}
-    more = {"scans": "hippocampus", "budget": 1.0, "disable_tta": False, "pairs": []}
+    more = {"scans": "hippocampus", "network": "resenc", "budget": 1.0, "disable_tta": False, "pairs": []}
     return argparse.Namespace(data=data, work=data.parent / "work", **{**asked, **more, **changes})
 
 
@@ -43,6 +43,7 @@ def arguments(data: Path, **changes: Any) -> argparse.Namespace:
     [
         (HippocampusStudy, {"finetune": []}, {"seeds": 3}),
         (LabelStudy, {"pretrain": []}, {"finetune": []}),  # mfm_study minds these itself
+        (LabelStudy, {"network": "primus"}, {}),
         (PairsStudy, {"budget": 2.0}, {"seeds": 3}),
     ],
 )
@@ -78,12 +79,15 @@ def test_a_result_is_whole_or_not_there(data: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads((cell / "result.json").read_text())["dice"][study.test[0]] == [0.5, 0.6]
 
 
-def test_starts_have_pretrainings_of_their_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("network", "plans"), [("resenc", "mfmPlans"), ("primus", "mfmPrimusPlans")])
+def test_starts_have_pretrainings_of_their_own(
+    data: Path, monkeypatch: pytest.MonkeyPatch, network: str, plans: str
+) -> None:
     """One pretraining per checkpoint; its own settings replace those of all; scratch alone has further labels."""
     commands: list[list[str]] = []
     monkeypatch.setattr(Study, "command", lambda self, *words, **options: commands.append([str(w) for w in words]))
     asked = {"arms": ["vf_encoder", "vf_long_encoder", "vf"], "labels": ["8"], "scratch_labels": ["32"]}
-    study = LabelStudy(arguments(data, **asked))
+    study = LabelStudy(arguments(data, network=network, **asked))
     for start in study.starts():
         study.pretrain(start, core=0)
     (study.folder / "study").mkdir(parents=True)
@@ -91,11 +95,12 @@ def test_starts_have_pretrainings_of_their_own(data: Path, monkeypatch: pytest.M
     study.compare()
     runs = [(line[line.index("--run-name") + 1], line[line.index("--set") + 1 :]) for line in commands[:2]]
     assert runs == [("labels", ["pretrain.epochs=2", "seed=0"]), ("vf_long", ["pretrain.epochs=120", "seed=0"])]
+    assert all(line[line.index("-p") + 1] == plans for line in commands[:2])
     compared = [line[line.index("--labels") + 1 : line.index("--seeds")] for line in commands[2:]]
     assert [words[:3] for words in compared] == [["8", "--arms", "scratch"], ["32", "--arms", "scratch"]]
     assert [word.partition("=")[0] for word in compared[0][3:]] == asked["arms"]
     assert not compared[1][3:]
-    assert compared[0][4].endswith("__vf_long/checkpoint_final.pth,finetune.parts=encoder")
+    assert compared[0][4].endswith(f"__{plans}__3d_fullres__vf_long/checkpoint_final.pth,finetune.parts=encoder")
 
 
 def test_which_cells_a_start_is_compared_with() -> None:
