@@ -30,7 +30,7 @@ from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.models.average import WeightAverage
-from mfm_nnunet.models.precision import require_sound_bf16
+from mfm_nnunet.models.precision import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.optim import SMALLEST_LOSS_SCALE, learning_rate_factor, make_optimizer
 from mfm_nnunet.plans.schema import PretrainSettings, resolved_warmup
 from mfm_nnunet.pretext.base import PretextTask, TaskOutput
@@ -77,6 +77,7 @@ class Pretrainer:
             image = run.training[0]["image"]
             size = image.shape[-len(task.backbone.patch_size) :]
             require_sound_bf16(task.backbone.network, size, run.device, "pretrain.precision")
+            warn_of_slow_bf16(run.device, "pretrain.precision")
         self._scaler = torch.amp.GradScaler(run.device.type, enabled=self._dtype is torch.float16)
         self._average = WeightAverage(task, run.settings.ema_decay) if run.settings.ema_decay is not None else None
         self._state = RunState()

@@ -30,7 +30,7 @@ from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, epoch_in_words, 
 from mfm_nnunet.finetune.splits import require_fold
 from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.build import knows_deep_supervision
-from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16
+from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.optim import SMALLEST_LOSS_SCALE, make_optimizer
 from mfm_nnunet.plans.schema import block_of, resolved_learning_rate
@@ -101,6 +101,7 @@ class MFMTrainer(nnUNetTrainer):
         if self.autocast_dtype is torch.bfloat16:
             patch_size = self.configuration_manager.patch_size
             require_sound_bf16(unwrapped(self.network), patch_size, self.device, "finetune.precision")
+            warn_of_slow_bf16(self.device, "finetune.precision")
         network = unwrapped(self.network)
         groups.require_fitting(self.settings, network, self.is_ddp)
         new = self._transfer() if self.pretrained_checkpoint is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from mfm_nnunet.errors import MFMError
+
+logger = logging.getLogger(__name__)
 
 
 def finetuning_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -44,6 +47,20 @@ def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: to
             "E_CONFIG",
             f"{setting}=bf16: a feature map of this network has two voxels along the first axis (images of "
             f"{tuple(image_size)}), where torch's bf16 convolutions give wrong gradients on CPUs. Use {setting}=fp32.",
+        )
+
+
+def warn_of_slow_bf16(device: torch.device, setting: str) -> None:
+    """Log a warning where the CPU has no bf16 arithmetic: torch imitates it there, which takes several times as long.
+
+    What other processors than x86 can do is not looked at, nor with a torch that does not tell.
+    """
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    if device.type == "cpu" and capabilities.get("architecture") == "x86_64" and not has_bf16:
+        logger.warning(
+            "%s=bf16: this CPU has neither AVX512-BF16 nor AMX, so bf16 is imitated; %s=fp32 is probably faster",
+            *(setting, setting),
         )
 
 

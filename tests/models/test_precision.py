@@ -1,4 +1,4 @@
-"""bf16 on CPUs: refused exactly where torch computes wrong gradients."""
+"""bf16 on CPUs: refused exactly where torch computes wrong gradients, and warned of where it is slow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.precision import require_sound_bf16
+from mfm_nnunet.models.precision import require_sound_bf16, warn_of_slow_bf16
 from tests.models.tiny_plans import tiny_network
 
 CPU = torch.device("cpu")
@@ -45,3 +45,26 @@ def test_other_sizes_are_right_in_torch(slices: int) -> None:
         assert convolution.weight.grad is not None
         gradients.append(convolution.weight.grad.clone())
     assert (gradients[0] - gradients[1]).abs().max() < 0.05 * gradients[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "warns"),
+    [
+        ("cpu", {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+        ("cpu", {"architecture": "x86_64", "avx512_bf16": True}, False),
+        ("cpu", {"architecture": "x86_64", "amx_bf16": True}, False),
+        ("cpu", {"architecture": "arm64"}, False),
+        ("cuda", {"architecture": "x86_64"}, False),
+    ],
+)
+def test_where_bf16_is_imitated_the_faster_setting_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str, capabilities: dict, warns: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    warn_of_slow_bf16(torch.device(device), "pretrain.precision")
+    assert ("pretrain.precision=fp32 is probably faster" in caplog.text) == warns
+
+
+def test_a_torch_that_does_not_tell_what_the_cpu_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    warn_of_slow_bf16(CPU, "pretrain.precision")
