@@ -56,6 +56,8 @@ def read_plan(raw: Mapping[str, Any]) -> AdaptationPlan:
     configuration: Any = next(iter(configurations.values()), {})
     if not isinstance(configuration, Mapping):
         raise _wrong("configurations", configuration)
+    if plain(configuration.get("spacing")) in ([None] * 2, [None] * 3):  # none for each axis is none
+        configuration = {**configuration, "spacing": None}
     order = _whole(pretrain, "transpose_forward")
     if order is not None and sorted(order) != list(range(len(order))):
         raise _wrong("transpose_forward", order)

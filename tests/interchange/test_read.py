@@ -212,6 +212,23 @@ def test_a_spacing_that_is_missing_is_not_one_of_none(tmp_path: Path) -> None:
     assert not read_source(file).is_original_spacing
 
 
+@pytest.mark.parametrize("spacing", [(None, None, None), [None, None, None]])
+def test_a_spacing_of_none_for_each_axis_is_none(spacing: Any, tmp_path: Path) -> None:
+    released = foreign.OTHERS["nnFoundationCNN"]()
+    released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["noresample"]["spacing"] = spacing
+    file = released.write(tmp_path)
+    assert not any(note.startswith("spacing") for note in read_checkpoint(file).notes)
+    assert read_source(file).is_original_spacing
+
+
+@pytest.mark.parametrize("spacing", [(None, 1.0, 1.0), (None,)])
+def test_a_spacing_of_some_axes_is_damaged(spacing: Any, tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"]["spacing"] = spacing
+    with pytest.raises(MFMError, match="spacing"):
+        read_checkpoint(released.write(tmp_path))
+
+
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
 def test_sequences_of_any_kind(kind: Callable[[Any], Any], tmp_path: Path) -> None:
     released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
