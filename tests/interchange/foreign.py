@@ -5,6 +5,7 @@ The names and fields are facts of the published format; nothing here is nnssl's 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,14 +221,16 @@ OPENMIND: dict[str, Callable[[], Released]] = {
 
 OTHERS: dict[str, Callable[[], Released]] = {
     "PrimusM-SimCLR": lambda: _primus_file("SimCLREvaTrainer_BS32", True, _projector(EMBED), "encoder."),
-    "nnFoundationCNN": lambda: without_resampling(_unet_file("BaseMAETrainer", key_to_lpe=None)),
+    "nnFoundationCNN": lambda: without_resampling(_unet_file("BaseMAETrainer")),
 }
 """Layouts beside them: a wrapped transformer of crops, and a corpus that was not resampled."""
 
 
 def without_resampling(released: Released) -> Released:
-    """nnFoundation's CNN: no resampling, so no spacing."""
-    plan = released.content["nnssl_adaptation_plan"]
-    configuration = plan["pretrain_plan"]["configurations"].pop("onemmiso")
-    plan["pretrain_plan"]["configurations"]["noresample"] = {**configuration, "spacing": None}
-    return released
+    """nnFoundation's CNN: no resampling, so no spacing, and three fields only; no trainer tells the task."""
+    kept = ("network_weights", "citations", "nnssl_adaptation_plan")
+    content = {name: released.content[name] for name in kept}
+    configurations = content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]
+    changes = {"spacing": None, "spacing_style": "noresample", "data_identifier": "nnsslPlans_noresample"}
+    configurations["noresample"] = {**configurations.pop("onemmiso"), **changes}
+    return dataclasses.replace(released, content=content)

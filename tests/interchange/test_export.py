@@ -112,13 +112,20 @@ def exported(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return content["nnssl_adaptation_plan"], content["network_weights"]
 
 
-def load_strictly(file: Path, plan: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """As nnU-Net's development code does it: names by the file's word, where they go by the network's."""
-    network = build_network(read_checkpoint(file).mfm["plans"], "3d_fullres", 1, 1)
+def load_strictly(file: Path, plan: dict[str, Any], weights: dict[str, Tensor], num_inputs: int = 1) -> None:
+    """As nnU-Net's development code does it: names by the file's word, where they go by the network's.
+
+    For several channels each name of the stem's layer gets the weights of the first of these names, repeated.
+    """
+    network = build_network(read_checkpoint(file).mfm["plans"], "3d_fullres", num_inputs, 1)
+    repeated = weights[f"{plan['keys_to_in_proj'][0]}.weight"].repeat(1, num_inputs, 1, 1, 1) / num_inputs
     for key in ("key_to_encoder", "key_to_stem"):
         prefix = plan[key]
-        chosen = {n.replace(f"{prefix}.", ""): tensor for n, tensor in weights.items() if n.startswith(prefix)}
-        network.get_submodule(getattr(network, key)).load_state_dict(chosen)
+        chosen = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        if key == "key_to_stem":
+            chosen |= {f"{name}.weight": repeated for name in plan["keys_to_in_proj"]}
+        bare = {name.replace(prefix, "").removeprefix("."): tensor for name, tensor in chosen.items()}
+        network.get_submodule(getattr(network, key)).load_state_dict(bare)
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
@@ -139,6 +146,13 @@ def test_what_readers_of_the_layout_need(family: str, tmp_path: Path) -> None:
     assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
     expected = {**nnssl_export.UNETS, "primus": "PrimusM"}
     assert plan["architecture_plans"]["arch_class_name"] == expected[family]
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_nnunet_loads_one_channel_into_three(family: str, tmp_path: Path) -> None:
+    """A plain U-Net it cannot: there the stem is a stage of the encoder, which it does not repeat."""
+    file = ours(family, 1, tmp_path)
+    load_strictly(file, *exported(file), num_inputs=3)
 
 
 @pytest.mark.parametrize("trained", ["network", "encoder"])

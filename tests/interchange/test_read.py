@@ -29,7 +29,7 @@ from tests.interchange import foreign
 EVERY = {**foreign.OPENMIND, **foreign.OTHERS}
 TASKS = {
     "MAE": "mae", "SimMIM": "simmim", "MG": "models_genesis", "S3D": "spark3d", "VF": "volume_fusion", "VoCo": "voco",
-    "SimCLR": "simclr", "SwinUNETR": "swin_unetr", "nnFoundationCNN": "mae",
+    "SimCLR": "simclr", "SwinUNETR": "swin_unetr", "nnFoundationCNN": None,
 }  # fmt: skip
 
 
@@ -462,6 +462,7 @@ def test_what_is_imported_names_nobody_and_is_ours(name: str, tmp_path: Path) ->
         ("Doe, J. (2022)", "Doe, J. (2022)"),
         ({"apa_citations": "Doe, J. (2022)"}, "Doe, J. (2022)"),
         (tuple(foreign.CITATIONS), "Doe, J. (2022). A paper."),
+        ([{"type": "Pretraining", "bibtex_citations": ["@article{doe2022}"]}], "@article{doe2022}"),
         (2022, None),
     ],
 )
