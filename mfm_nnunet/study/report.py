@@ -202,7 +202,7 @@ def _notes(record: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
 
 def _settings(record: Mapping[str, Any]) -> list[str]:
     """What all trainings were told, and what single starts were told beside it."""
-    lines = [f"* Settings of all: {', '.join(record['question']['settings'])}."]
+    lines = [f"* Settings of all: {', '.join(dict.fromkeys(record['question']['settings']))}."]
     for name in record["compared"]:
         if own := record["arms"][name].get("settings"):
             lines.append(f"* Settings of {name} alone: {', '.join(own)}.")

@@ -56,6 +56,13 @@ def test_means_and_comparison(found: dict[str, Any]) -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def test_a_setting_that_is_given_twice_is_told_once(found: dict[str, Any]) -> None:
+    settings = ["finetune.validation_iterations=1", "finetune.epochs=9", "finetune.validation_iterations=1"]
+    question = {**RECORD["question"], "settings": settings}
+    lines = report.table({**RECORD, "question": question}, found).splitlines()
+    assert "* Settings of all: finetune.validation_iterations=1, finetune.epochs=9." in lines
+
+
 def test_labels_saved(found: dict[str, Any]) -> None:
     halfway = row(found, 5, "mae")["dice"]["labels_saved"]
     assert halfway["needed"] == pytest.approx(math.sqrt(50))
