@@ -1,4 +1,4 @@
-"""What fine-tuning computes in, and where half precision must not be used: it would train garbage without a word."""
+"""What fine-tuning computes in, and where half precision would train garbage without a word, or slowly."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: to
 
 
 def warn_of_slow_bf16(device: torch.device, setting: str) -> None:
-    """Log a warning where the CPU has no bf16 arithmetic: torch imitates it there, which takes several times as long.
+    """Log a warning where the CPU has no bf16 arithmetic: torch imitates it, which took six times as long with AVX2.
 
     What other processors than x86 can do is not looked at, nor with a torch that does not tell.
     """
