@@ -7,7 +7,6 @@ compressed stream is read with its checksum and its length is compared with what
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import stat
@@ -19,12 +18,11 @@ from typing import Any
 import numpy as np
 
 from mfm_nnunet.data import headers, nifti, pictures
+from mfm_nnunet.device import available_memory
 from mfm_nnunet.errors import MFMError
 
 BLOCK = 1 << 20
 """Bytes that are held at once, compressed and decompressed alike."""
-
-CONTROL_GROUPS = "/sys/fs/cgroup"
 
 _MAGIC = {
     ".nii.gz": (b"\x1f\x8b",),
@@ -221,30 +219,13 @@ def non_finite(path: Path, num_voxels: int) -> MFMError:
 
 def _require_memory(path: Path, header: headers.VolumeHeader) -> None:
     """A volume is worked on as float32; one that is larger than the memory that we may use cannot be."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return
-    available = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_memory_limits()])
+    available = available_memory()
     needed = 4 * int(np.prod(header.shape))
     if needed > available:
         raise MFMError(
             "E_TOO_LARGE",
             f"{path}: the volume needs {needed / 1e9:.1f} GB, and only {available / 1e9:.1f} GB may be used. Crop it.",
         )
-
-
-@functools.cache
-def _memory_limits() -> list[int]:
-    """Bytes that the control groups (v2) of this process allow, as containers and schedulers set them."""
-    try:
-        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return []
-    group = Path(f"{CONTROL_GROUPS}/{own}")
-    limits = []
-    for folder in (group, *group.parents):
-        with contextlib.suppress(OSError, ValueError):  # no limit is "max"; outside of the groups there is no such file
-            limits.append(int((folder / "memory.max").read_text()))
-    return limits
 
 
 def _blocks(path: Path, offset: int = 0) -> Iterator[bytes]:

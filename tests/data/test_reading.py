@@ -23,7 +23,6 @@ from nnunetv2.imageio.reader_writer_registry import (
 )
 from PIL import Image
 
-from mfm_nnunet.data import integrity
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.data.reading import (
     IMAGE_ENDINGS,
@@ -347,23 +346,6 @@ def test_a_volume_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch:
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 0 if name == "SC_PHYS_PAGES" else real(name))
     assert refused(file) == "E_TOO_LARGE"
-
-
-@pytest.mark.skipif(not Path("/proc/self/cgroup").is_file(), reason="needs control groups")
-def test_a_volume_beyond_the_memory_limit_of_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "0::" not in Path("/proc/self/cgroup").read_text():
-        pytest.skip("no control groups of version 2")
-    file = save_nifti(tmp_path / "x.nii.gz", volume())
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(integrity, "CONTROL_GROUPS", str(tmp_path))
-    for text in ("max", "1000000000"):
-        limit.write_text(f"{text}\n")
-        integrity._memory_limits.cache_clear()
-        check_image_file(file)
-    limit.write_text("100\n")
-    integrity._memory_limits.cache_clear()
-    assert refused(file) == "E_TOO_LARGE"
-    integrity._memory_limits.cache_clear()
 
 
 def test_mutated_headers_never_crash_and_never_change_the_shape(tmp_path: Path) -> None:
