@@ -56,7 +56,7 @@ class VolumeHeader:
     """Shape (fastest axis first), voxel type, and where the voxels are.
 
     ``file_offset`` counts bytes in ``data_file``, ``stream_offset`` bytes after decompression. A negative
-    ``file_offset`` means "the last bytes of the file".
+    ``file_offset`` means "the last bytes of the file". The value of a voxel is ``slope * stored + inter``.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +65,8 @@ class VolumeHeader:
     file_offset: int = 0
     stream_offset: int = 0
     compression: Literal["none", "gzip", "zlib"] = "none"
+    slope: float = 1.0
+    inter: float = 0.0
 
     @property
     def num_bytes(self) -> int:

@@ -56,8 +56,10 @@ def _volume(path: Path, fields: Any, order: str, first_voxel: int) -> VolumeHead
     slope, inter = float(fields["scl_slope"]), float(fields["scl_inter"])
     if math.isinf(slope) or (math.isfinite(slope) and slope != 0 and not math.isfinite(inter)):
         raise refuse("E_HEADER", path, f"the intensities are scaled by {slope:g} and shifted by {inter:g}")
+    if not math.isfinite(slope) or slope == 0:  # not scaled
+        slope, inter = 1.0, 0.0
     _require_geometry(path, fields, min(num_axes, 3))
-    return VolumeHeader(shape, dtype, path, stream_offset=int(offset) or first_voxel)
+    return VolumeHeader(shape, dtype, path, stream_offset=int(offset) or first_voxel, slope=slope, inter=inter)
 
 
 def _require_geometry(path: Path, fields: Any, num_axes: int) -> None:
