@@ -340,6 +340,8 @@ def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False, most: int | Non
                     data = block.lstrip(b"\0")
                 if not data:
                     return
+                if any_zlib:  # ITK stops after the first and leaves the rest of the voxels to chance
+                    raise MFMError("E_HEADER", f"{path}: holds several compressed streams in a row. Save it again.")
                 decoder = zlib.decompressobj(wbits)
                 continue
             data = decoder.unconsumed_tail or file.read(BLOCK // 16)

@@ -263,7 +263,6 @@ ODDITIES: dict[str, Callable[[Path], Path]] = {
     "scaled": lambda p: save_nifti(p / "x.nii.gz", volume(), scl_slope=2, scl_inter=-7),
     "codes 0/0": lambda p: save_nifti(p / "x.nii.gz", volume(), qform_code=0, sform_code=0),
     "qfac 0": lambda p: save_nifti(p / "x.nii.gz", volume(), pixdim=[0, 1, 1.5, 2, 0, 0, 0, 0]),
-    "vox_offset 0": lambda p: save_nifti(p / "x.nii.gz", volume(), vox_offset=0),
     "trailing axes of length 1": lambda p: save_nifti(p / "x.nii.gz", volume(shape=(*SHAPE, 1, 1))),
     "2D": lambda p: save_nifti(p / "x.nii.gz", volume(shape=(9, 8))),
     "one slice": lambda p: save_nifti(p / "x.nii.gz", volume(shape=(9, 8, 1))),
