@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, StoppedError
-from mfm_nnunet.stopping import raise_on_signal
+from mfm_nnunet.stopping import raise_on_signal, start_resource_tracker
 
 SECONDS_TO_SAVE = 600
 """How long processes that were told to stop may take, e.g. to end a probe and to save, before they are killed."""
@@ -44,6 +44,7 @@ def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], numb
     """
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+    start_resource_tracker()
     with raise_on_signal(), no_child_left():
         context = start_processes(function, arguments, number, join=False)
         assert context is not None, "it is not joined yet"
@@ -62,7 +63,7 @@ def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], numb
 
 @contextlib.contextmanager
 def no_child_left() -> Iterator[None]:
-    """Kill what was started inside with ``multiprocessing`` and is still there at the end, e.g. after a second signal."""
+    """Kill the ``multiprocessing`` children of this block that are left at its end, e.g. after a second signal."""
     before = multiprocessing.active_children()
     try:
         yield

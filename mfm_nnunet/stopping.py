@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from mfm_nnunet.errors import StoppedError
@@ -154,6 +155,25 @@ def stop_signals_ignored() -> None:
     for number in STOP_SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Let processes that start inside never see a stop signal but SIGTERM; here it is only late."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number for number in STOP_SIGNALS if number != signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_resource_tracker() -> None:
+    """Start Python's resource tracker before ``multiprocessing`` does: it would die of SIGHUP and SIGUSR1."""
+    with stop_signals_blocked():
+        resource_tracker.ensure_running()
 
 
 def handled_signals() -> list[int]:

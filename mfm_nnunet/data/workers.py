@@ -39,8 +39,10 @@ def read_in_order(
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Terminals and schedulers signal all processes of a run. The parent ends its step first, for which it may need
-    another batch, and saves: so a worker ignores Ctrl-C, SIGHUP and SIGUSR1, and every SIGTERM that is not its parent's.
+    """Ignore the signals that terminals and schedulers send to all processes of a run, in a worker.
+
+    The parent ends its step first, for which it may need another batch, and saves: so a worker ignores Ctrl-C, SIGHUP
+    and SIGUSR1, and every SIGTERM that is not its parent's.
 
     Where the system does not tell who sent a signal (macOS), any SIGTERM ends it.
     """
