@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from mfm_nnunet import terminal
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory
 
@@ -144,7 +145,8 @@ def _death(case: Case) -> CaseFailure:
 
 
 def _die_with_parent() -> None:
-    """In a worker: end with the process that started it, however that one ends."""
+    """In a worker: end with the process that started it, however that one ends; log as that one does."""
+    terminal.configure_logging()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
