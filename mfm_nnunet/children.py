@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from mfm_nnunet import terminal
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.stopping import raise_on_signal, start_resource_tracker
 
@@ -23,7 +24,9 @@ SECONDS_TO_SAVE = 600
 def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call ``function`` in a child process; what the user should see of its end is also noted in ``folder``."""
     try:
-        return function(*arguments)
+        with terminal.escaped_streams():
+            terminal.configure_logging()
+            return function(*arguments)
     except (MFMError, StoppedError, FloatingPointError) as error:
         note: dict[str, Any] = {"message": str(error)}
         if isinstance(error, MFMError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import logging
 import os
 import select
 import sys
@@ -18,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from mfm_nnunet import workspace
+from mfm_nnunet import terminal, workspace
 from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError, is_out_of_memory
 from mfm_nnunet.version import __version__
 
@@ -42,7 +41,12 @@ def run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.N
     # Idle OpenMP threads that spin starve the data workers on few cores; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("MPLBACKEND", "Agg")
-    _configure_logging()
+    with terminal.escaped_streams():
+        return _run_command(job, arguments)
+
+
+def _run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    terminal.configure_logging()
     if not arguments.debug:  # deprecations inside other libraries are nothing that a user can act on
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -61,20 +65,12 @@ def run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.N
             return exit_code
 
 
-def _configure_logging() -> None:
-    """Plain messages on stderr: ours from INFO, everybody else's from WARNING."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("mfm_nnunet").setLevel(logging.INFO)
-
-
 def _report(error: BaseException, arguments: argparse.Namespace) -> int:
     """Print what the user needs to know about ``error``; returns the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     exit_code, message = _classify(error)
-    lines = message.splitlines() or [type(error).__name__]
+    lines = terminal.one_message(message).splitlines() or [type(error).__name__]
     if arguments.debug:
         traceback.print_exception(type(error), error, error.__traceback__)
     elif len(lines) > MAX_MESSAGE_LINES:
@@ -127,7 +123,7 @@ def _write_log(error: BaseException, arguments: argparse.Namespace) -> str:
     """Append the whole message and traceback to the workspace's error log; returns where it is."""
     file = Path(arguments.workspace or workspace.DEFAULT) / LOG_FILE
     details = "".join([*traceback.format_exception(type(error), error, error.__traceback__), *_unexpected(error)])
-    command = " ".join(sys.argv)
+    details, command = terminal.escaped(details), terminal.one_message(" ".join(sys.argv))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as handle:

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, TypeVar
 
+from mfm_nnunet import terminal
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory
 from mfm_nnunet.stopping import start_resource_tracker, stop_signals_blocked
@@ -215,7 +216,8 @@ def _death(case: Case, exit_codes: Sequence[int]) -> CaseFailure:
 
 
 def _end_with_pipe(reading: Connection) -> None:
-    """In a worker: end when the other end of a pipe is closed, by the parent or by its death."""
+    """In a worker: end when the other end of a pipe is closed, by the parent or by its death. Log as that one does."""
+    terminal.configure_logging()
 
     def follow() -> None:
         with contextlib.suppress(EOFError, OSError):

@@ -95,8 +95,6 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
 
 
 def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> Path:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("mfm_nnunet").setLevel(logging.INFO)
     return pretrain_here(here, **arguments)
 
 
