@@ -32,13 +32,13 @@ from mfm_nnunet.data.pictures import tiff_is_2d
 from mfm_nnunet.errors import MFMError
 
 PROCESSOR_SECONDS = 8
-BYTES_PER_PROCESSOR_SECOND = 5_000_000
-"""A file may take that many seconds, and one more for each that many bytes that its header declares."""
-VOXELS_READ_BESIDE = 1 << 20
+BYTES_PER_PROCESSOR_SECOND = 15_000_000
+"""A file may take that many seconds, and one more for each that many bytes that reading it takes."""
+BYTES_READ_BESIDE = 12 << 20
 """Larger files are read while they are checked; smaller ones afterwards, so that no reader gets what is damaged."""
 SPARE_BYTES = 1 << 30
-BYTES_PER_VOXEL = 40
-"""Readers hold the stored voxels, a copy in float64 and one in float32, some of them twice."""
+MEMORY_FACTOR = 3
+"""Readers may take that many times the bytes that they are expected to take, and :data:`SPARE_BYTES` more."""
 VALUE_TOLERANCE = 1e-5
 """Relative difference between a stored value and the reader's that is rounding to float32."""
 _ITK_READERS = {
@@ -67,12 +67,12 @@ def decode_file(file: Path, reader_name: str, is_map: bool = False, work_folder:
     which is named after the case. Raises MFMError as :func:`integrity.check_image_file` and :mod:`data.reading` say.
     """
     declared = integrity.declared_by(file)
-    _limit(declared.num_voxels)
+    _limit(declared.reading_bytes)
     wanted = reader_name
     if declared.start:
         reader_name = nifti.choose_reader(file, wanted, declared.start)
     read = functools.partial(_read, file, reader_name, is_map, work_folder)
-    if declared.num_voxels < VOXELS_READ_BESIDE:
+    if declared.reading_bytes < BYTES_READ_BESIDE:
         voxels = integrity.check_content(file, declared)
         array, properties = read()
     else:
@@ -157,14 +157,14 @@ def _require_same(file: Path, reader_name: str, voxels: Voxels, array: np.ndarra
         )
 
 
-def _limit(num_voxels: int) -> None:
-    """Limit the processor time and the memory that this process may use for a file of that many voxels."""
+def _limit(reading_bytes: int) -> None:
+    """Limit the processor time and the memory that this process may use for a file that takes so much to read."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    allowed = PROCESSOR_SECONDS + 4 * num_voxels // BYTES_PER_PROCESSOR_SECOND
+    allowed = PROCESSOR_SECONDS + reading_bytes // BYTES_PER_PROCESSOR_SECOND
     _set_limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime) + allowed)
     with contextlib.suppress(OSError):  # other systems than Linux do not say how large a process is
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        _set_limit(resource.RLIMIT_AS, in_use + SPARE_BYTES + BYTES_PER_VOXEL * num_voxels)
+        _set_limit(resource.RLIMIT_AS, in_use + SPARE_BYTES + MEMORY_FACTOR * reading_bytes)
 
 
 def _set_limit(kind: int, value: int) -> None:
@@ -297,7 +297,7 @@ def _shared(array: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
     if not array.transpose(order).flags.c_contiguous:
         array, order = np.ascontiguousarray(array), list(range(array.ndim))
     with _open_memory() as descriptor:
-        rest = memoryview(array.transpose(order)).cast("B")
+        rest = array.transpose(order).data.cast("B")
         while rest:
             rest = rest[os.write(descriptor, rest) :]
         yield descriptor, {"shape": array.shape, "order": order}
