@@ -30,7 +30,8 @@ from mfm_nnunet.data.integrity import (
     require_regular,
 )
 from mfm_nnunet.data.pictures import tiff_is_2d
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.plan_rules import READERS
 
 __all__ = ["IMAGE_ENDINGS", "check_image_file", "check_label", "read_image", "read_label", "read_mask", "reader_for"]
 
@@ -250,10 +251,9 @@ def _reader_class(name: str) -> Any:
 
     # ITK warns on stderr about headers that are refused or accepted here on purpose.
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        return recursive_find_reader_writer_by_name(name)
-    except RuntimeError as error:
-        raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. Check image_reader_writer.") from error
+    if name not in READERS:  # nnU-Net would take whatever its modules hold under that name
+        raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. {nearest(name, READERS)}")
+    return recursive_find_reader_writer_by_name(name)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 from mfm_nnunet.finetune.datasets import NamingDataset
 from mfm_nnunet.predict.export import export_validation_case
 from mfm_nnunet.predict.predictor import Model
@@ -62,7 +63,7 @@ def predict_cases(
             trainer.plans_manager,
             trainer.configuration_manager,
             trainer.dataset_json,
-            output_folder / case,
+            inside(output_folder, case),
             save_probabilities,
         )
         yield case
@@ -75,7 +76,8 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
     """
     ending, labels = trainer.dataset_json["file_ending"], trainer.label_manager
     reference = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations"
-    files = [(reference / (case + ending), prediction_folder / (case + ending)) for case in sorted(cases)]
+    names = [case + ending for case in sorted(cases)]
+    files = [(inside(reference, name), inside(prediction_folder, name)) for name in names]
     missing = [str(file) for file, _ in files if not file.is_file()]
     if missing:
         raise MFMError(
