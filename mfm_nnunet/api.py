@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mfm_nnunet import preparation
 from mfm_nnunet import workspace as places
 from mfm_nnunet.errors import CasesFailedError, MFMError, about, dataset_refused, nearest
+from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.workspace import Workspace
 
@@ -416,7 +417,7 @@ def _model_folder(
 ) -> Path:
     if dataset is None or configuration is None:
         raise MFMError("E_CONFIG", "name the model: either -m MODEL_FOLDER, or -d DATASET and -c CONFIGURATION.")
-    folder = here.results / here.dataset_name(dataset) / f"{trainer}__{plans_name}__{configuration}"
+    folder = inside(here.results, here.dataset_name(dataset), f"{trainer}__{plans_name}__{configuration}")
     if not folder.is_dir():
         existing = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
         raise MFMError("E_NOT_FOUND", f"{folder}: no such model. {nearest(folder.name, existing)}")

@@ -29,7 +29,9 @@ from mfm_nnunet.data.decoder import IDLE_SECONDS, receive, send
 from mfm_nnunet.data.geometry import geometry_of, properties_for, require_sane
 from mfm_nnunet.data.integrity import Voxels, ending_of, files_of, non_finite
 from mfm_nnunet.data.pictures import tiff_is_2d
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import is_unicode
+from mfm_nnunet.plan_rules import READERS
 
 PROCESSOR_SECONDS = 8
 BYTES_PER_PROCESSOR_SECOND = 15_000_000
@@ -130,10 +132,9 @@ def find_reader_class(name: str) -> Any:
 
     # ITK warns on stderr about headers that are refused or accepted here on purpose.
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        return recursive_find_reader_writer_by_name(name)
-    except RuntimeError as error:
-        raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. Check image_reader_writer.") from error
+    if name not in READERS:  # nnU-Net would take whatever its modules hold under that name
+        raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. {nearest(name, READERS)}")
+    return recursive_find_reader_writer_by_name(name)
 
 
 def _require_same(file: Path, reader_name: str, voxels: Voxels, array: np.ndarray) -> None:
@@ -182,7 +183,7 @@ def _readable(file: Path, reader_name: str, is_map: bool, folder: Path | None) -
     A name that is not UTF-8, as old archives have, ends the whole process.
     """
     is_beside = ending_of(file) == ".nii.gz" and reader_name.startswith("SimpleITK") and os.path.lexists(str(file)[:-3])
-    if not is_beside and _is_utf8(str(file)):
+    if not is_beside and is_unicode(str(file)):
         yield file
         return
     with tempfile.TemporaryDirectory(dir=folder) as links:
@@ -192,7 +193,7 @@ def _readable(file: Path, reader_name: str, is_map: bool, folder: Path | None) -
         for other in files_of(file, is_map)[1:]:
             is_spacing = other.suffix == ".json"
             relative = "image.json" if is_spacing else os.path.relpath(other, file.parent)
-            if not _is_utf8(relative) or relative.startswith(os.pardir):
+            if not is_unicode(relative) or relative.startswith(os.pardir):
                 raise MFMError(
                     "E_FORMAT", f"{file}: names the data file {relative}, which its reader cannot open. Rename both."
                 )
@@ -219,14 +220,6 @@ def _one_format(file: Path) -> Iterator[None]:
         yield
     finally:
         sitk.ReadImage, sitk.GetArrayFromImage = read, copy
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:

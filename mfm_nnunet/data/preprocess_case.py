@@ -15,6 +15,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 
 from mfm_nnunet.data.resampling import resampling_function
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.plan_rules import CT
 
 if TYPE_CHECKING:
     from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
@@ -159,8 +160,11 @@ def _normalise(
     """Normalise each channel in place with nnU-Net's scheme."""
     intensities = plans_manager.foreground_intensity_properties_per_channel
     for c, scheme in enumerate(configuration_manager.normalization_schemes):
+        known = intensities.get(str(c))
+        if scheme == CT and not known:
+            raise MFMError("E_CONFIG", f"the plan has no intensities of channel {c}, and {CT} needs them. Plan again.")
         normaliser = _normaliser_class(scheme)(
-            use_mask_for_norm=configuration_manager.use_mask_for_norm[c], intensityproperties=intensities[str(c)]
+            use_mask_for_norm=configuration_manager.use_mask_for_norm[c], intensityproperties=known
         )
         data_CDHW[c] = normaliser.run(data_CDHW[c], None if seg is None else seg[0])
 

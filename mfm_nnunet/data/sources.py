@@ -34,7 +34,7 @@ def index_source(source: Path) -> list[Case]:
     (missing channel files, all listed), E_FORMAT (a listing of another form), E_CONFIG (a listing with a case name
     twice, or with a variable that is not set).
     """
-    source = Path(os.path.abspath(source.expanduser()))
+    source = Path(os.path.abspath(os.path.expanduser(source)))
     if source.is_dir():
         cases = _folder(source)
     elif not source.exists():

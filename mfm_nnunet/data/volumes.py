@@ -36,10 +36,15 @@ def anonymised_of(volume: str) -> Any:
 def anatomy_of(volume: str) -> np.ndarray:
     """Voxels (n, 3) of the anatomy mask of the volume in a file; n is 0 without one."""
     file = mask_file(Path(volume).parent, "anatomy", Path(volume).stem)
+    if not file.exists():
+        return np.zeros((0, 3), np.int32)
     try:
-        return np.load(file, allow_pickle=False) if file.exists() else np.zeros((0, 3), np.int32)
+        points = np.load(file, allow_pickle=False)
+        if not isinstance(points, np.ndarray) or points.dtype.kind != "i" or points.ndim != 2 or points.shape[1] != 3:
+            raise ValueError("it holds no list of voxels")
     except (OSError, ValueError, EOFError) as error:
         raise unreadable(str(file), error) from error
+    return points
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:

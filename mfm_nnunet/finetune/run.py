@@ -24,6 +24,7 @@ from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
 from mfm_nnunet.children import call_recorded, run_processes
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.files import inside, refuse_links
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.advice import Family, advised, as_begun
@@ -102,6 +103,12 @@ def run_training(
     dataset_name = workspace.dataset_name(dataset_name)
     plans_file = workspace.plans_file(dataset_name, plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
+    if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
+        raise MFMError(
+            "E_CONFIG",
+            f"{plans_file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
+            f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
+        )
     found = find_trainer(trainer)
     is_ours = issubclass(found, MFMTrainer)
     if overrides and not is_ours:
@@ -111,7 +118,9 @@ def run_training(
     num_cases = check_data(workspace, dataset_name, plans, configuration, fold)
     results = workspace.results / dataset_name
     check_previous_stage(plans, configuration, results, found.__name__)
-    folder = results / f"{found.__name__}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
+    folder = inside(results, f"{found.__name__}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
+    for written in (folder, folder.parent, folder / "validation"):
+        refuse_links(written)
     start_from = checkpoint_to_start_from(folder, continue_training, only_validate)
     if num_gpus > 1 and device not in ("auto", "cuda"):
         raise MFMError(

@@ -19,6 +19,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.data.per_case import progress
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 from mfm_nnunet.finetune.datasets import NamingDataset
 from mfm_nnunet.predict.export import export_validation_case, remove_dead_stages, require_space
 from mfm_nnunet.predict.predictor import Model
@@ -57,7 +58,7 @@ def predict_cases(
         with dataset.reading():
             data, _, _, properties = dataset.load_case(case)
             image_CDHW = torch.from_numpy(np.array(data[:]))
-        require_space(output_folder / f"{case}{trainer.dataset_json['file_ending']}", properties)
+        require_space(inside(output_folder, f"{case}{trainer.dataset_json['file_ending']}"), properties)
         logits = model.predict_logits(image_CDHW, what=f"validating {case}")
         with progress(0, f"{case}: writing the mask"):
             export_validation_case(
@@ -66,7 +67,7 @@ def predict_cases(
                 trainer.plans_manager,
                 trainer.configuration_manager,
                 trainer.dataset_json,
-                output_folder / case,
+                inside(output_folder, case),
                 save_probabilities,
             )
         yield case
@@ -79,7 +80,8 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
     """
     ending, labels = trainer.dataset_json["file_ending"], trainer.label_manager
     reference = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations"
-    files = [(reference / (case + ending), prediction_folder / (case + ending)) for case in sorted(cases)]
+    names = [case + ending for case in sorted(cases)]
+    files = [(inside(reference, name), inside(prediction_folder, name)) for name in names]
     missing = [str(file) for file, _ in files if not file.is_file()]
     if missing:
         raise MFMError(

@@ -26,6 +26,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data import corpus, reading
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import parse_json, read_plans
 from mfm_nnunet.models.memory import training_memory_bytes
 from mfm_nnunet.models.primus import PrimusSeg, primus_kwargs
 from mfm_nnunet.plans import derive, like
@@ -70,8 +71,13 @@ class MFMPlanner(ResEncUNetPlanner):
             for case in corpus.load_cases(raw)
         }
         # Stock lists imagesTr, which a corpus does not have, with twelve processes; everything else it does is wanted.
-        with mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value=files):
+        # It reads JSON as UTF-8 without a byte order mark.
+        with (
+            mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value=files),
+            mock.patch.object(stock, "load_json", side_effect=lambda file: parse_json(Path(file).read_bytes())),
+        ):
             super().__init__(name, 8, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose)
+        self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # as we understand it, not as it is written
         self.dataset_json.setdefault("numTraining", len(files))
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
@@ -231,9 +237,9 @@ class MFMPlanner(ResEncUNetPlanner):
     def _merge(self, plans: dict[str, Any]) -> None:
         """Keep configurations of the file on disk that are not planned now, and say what changes."""
         try:
-            old = json.loads(self.plans_file.read_text())
+            old = read_plans(self.plans_file, "")
             configurations = dict(old["configurations"])
-        except (ValueError, KeyError, TypeError):
+        except MFMError:
             logger.warning("%s is no plan and is replaced", self.plans_file)
             return
         # Asked for everything, stock decides whether there is a 3d_lowres; one of an older plan must not come back.

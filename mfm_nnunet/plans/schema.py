@@ -252,7 +252,9 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
     Raises MFMError (E_CONFIG) for an unknown key or a value of the wrong type; ``where`` prefixes names in messages.
     """
     hints = get_type_hints(cls)
-    unknown = [key for key in values if key not in hints]
+    if not isinstance(values, Mapping):
+        raise MFMError("E_CONFIG", f"{where.rstrip('.') or 'settings'}: expected a table of names and values.")
+    unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
     return cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
@@ -370,10 +372,10 @@ def _convert_scalar(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = hint(value)
+            if (hint is float or float(value) == number) and math.isfinite(number):
+                return number
         except (ValueError, OverflowError):
-            number = None
-        if number is not None and (hint is float or float(value) == number) and math.isfinite(number):
-            return number
+            pass
     raise MFMError("E_CONFIG", f"{name}={value}: expected {hint.__name__}.")
 
 

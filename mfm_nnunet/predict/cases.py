@@ -21,11 +21,13 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.dataset_json import channel_names
 from mfm_nnunet.data.integrity import ending_of, files_of
 from mfm_nnunet.data.per_case import source_signature, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.errors import CaseFailure, MFMError, about
+from mfm_nnunet.files import inside, is_unicode, shown
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model
 
@@ -79,13 +81,18 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     spellings = Counter(_spelling(name) for name in channels)
     for name, numbered in channels.items():
         problem = _channel_problem(sorted(numbered), model)
-        if spellings[_spelling(name)] > 1:
+        if not is_unicode(name):  # SimpleITK would end the process when it writes the mask
+            reason = (
+                f"{shown(folder / name)}: the name is not UTF-8, so no mask can be named after it. Rename the files."
+            )
+            found.append(CaseFailure(name, "E_CONFIG", reason))
+        elif spellings[_spelling(name)] > 1:
             reason = f"{folder / name}: another case differs only in letter case or Unicode form. Rename one of them."
             found.append(CaseFailure(name, "E_CONFIG", reason))
         elif problem:
             found.append(CaseFailure(name, "E_CHANNELS", f"{folder / name}: {problem}"))
         else:
-            mask = previous_stage / f"{name}{ending}" if previous_stage is not None else None
+            mask = inside(previous_stage, f"{name}{ending}") if previous_stage is not None else None
             found.append(Case(name, tuple(folder / numbered[k] for k in sorted(numbered)), mask))
     return sorted(found, key=lambda item: item.case if isinstance(item, CaseFailure) else item.name)
 
@@ -217,5 +224,5 @@ def _channel_problem(numbers: list[int], model: Model) -> str:
 
 
 def _channel_names(model: Model) -> str:
-    names = model.dataset_json.get("modality") or model.dataset_json["channel_names"]
-    return " (" + ", ".join(f"_{int(number):04d} {name}" for number, name in names.items()) + ")"
+    names = channel_names(model.dataset_json).values()
+    return " (" + ", ".join(f"_{number:04d} {name}" for number, name in enumerate(names)) + ")"
