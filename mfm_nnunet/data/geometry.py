@@ -48,11 +48,12 @@ def geometry_of(properties: Mapping[str, Any]) -> Geometry:
 
 def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
     """Refuse impossible voxel sizes (E_SPACING) and axes that are not perpendicular (E_GEOMETRY)."""
-    # nnU-Net gives the missing axis of a 2D image 999 times the largest spacing, so that axis says nothing.
-    is_2d = array.shape[1] == 1
-    spacing = geometry.spacing[1:] if is_2d else geometry.spacing
+    # nnU-Net gives the missing axis of a 2D image 999 times the largest spacing, and scanners an axis of one voxel
+    # whatever they like, so such an axis says nothing.
     low, high = SPACING_LIMITS_MM
-    if len(geometry.spacing) != 3 or not np.all((spacing >= low) & (spacing <= high)):
+    spacing, is_slice = geometry.spacing, np.equal(array.shape[1:], 1)
+    is_legal = (spacing >= low) & (spacing <= high) if len(spacing) == 3 else np.array(False)
+    if not np.all(is_legal | (is_slice & (spacing > 0) & np.isfinite(spacing))):
         raise MFMError(
             "E_SPACING",
             f"{file}: the voxel size is {_numbers(geometry.spacing)} mm; legal is {low:g} to {high:g} mm. "

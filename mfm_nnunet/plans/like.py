@@ -20,7 +20,7 @@ from mfm_nnunet.interchange.conversion import require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
 from mfm_nnunet.json_files import ARCHITECTURE_KEYS, is_resampled, resolved
 from mfm_nnunet.models.build import check_architecture
-from mfm_nnunet.plans.derive import network_of, pad_to_multiple
+from mfm_nnunet.plans.derive import network_of, pad_to_multiple, slices_first
 from mfm_nnunet.plans.schema import block_of
 
 
@@ -81,9 +81,11 @@ def like_plans_name(checkpoint_plans_name: str) -> str:
     return f"mfmLike{stem.removesuffix('Plans')}Plans"
 
 
-def like_axes(mfm: Mapping[str, Any], is_2d: bool) -> list[int]:
-    """The checkpoint's ``transpose_forward``; images of one slice keep their order, else the slice axis would move."""
-    return [0, 1, 2] if is_2d else [int(axis) for axis in mfm["plans"]["transpose_forward"]]
+def like_axes(mfm: Mapping[str, Any], slice_axis: int | None) -> list[int]:
+    """Return the checkpoint's ``transpose_forward``; for images of one slice the order in which that axis is first."""
+    if slice_axis is not None:
+        return slices_first(slice_axis)
+    return [int(axis) for axis in mfm["plans"]["transpose_forward"]]
 
 
 def like_spacing(mfm: Mapping[str, Any], own_spacing: Sequence[float], axes: Sequence[int]) -> list[float]:

@@ -102,6 +102,7 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
         spacing=request.spacing,
         num_cases=len(planner.dataset_fingerprint["spacings"]),
         planned=planner.planned,
+        slice_axis=planner.slice_axis,
     )
     return PlanResult(plans, planner.plans_file, decisions_for(plans, planner.dataset_json, why))
 

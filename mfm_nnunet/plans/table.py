@@ -41,6 +41,8 @@ class Circumstances:
     spacing: str | Sequence[float]
     num_cases: int
     planned: tuple[str, ...]
+    slice_axis: int | None = None
+    """The axis along which 2D images have one voxel."""
 
 
 def format_table(decisions: Sequence[Decision], width: int = 120) -> str:
@@ -62,7 +64,7 @@ def format_table(decisions: Sequence[Decision], width: int = 120) -> str:
 def decisions_for(plans: dict[str, Any], dataset_json: Mapping[str, Any], why: Circumstances) -> list[Decision]:
     """Each decision of ``plans`` and its reason: of the data set, of each planned configuration, of the schedules."""
     block = block_of(plans)
-    decisions = [_budget(block, why), _axis_order(plans, block)]
+    decisions = [_budget(block, why), _axis_order(plans, block, why)]
     planned = {name: plans["configurations"][name] for name in why.planned}
     first = next(value for value in planned.values() if "normalization_schemes" in value)
     for index, name in enumerate(channel_names(dataset_json).values()):
@@ -95,9 +97,11 @@ def _budget(block: MFMBlock, why: Circumstances) -> Decision:
     return Decision("budget", f"{why.memory_gb:g} GB", f"{origin}; nnU-Net's ResEnc M, L and XL are 8, 24 and 40 GB")
 
 
-def _axis_order(plans: Mapping[str, Any], block: MFMBlock) -> Decision:
-    value = " ".join(map(str, plans["transpose_forward"]))
-    return Decision("axis order", value, "the checkpoint's" if block.source else "axis of the coarsest spacing first")
+def _axis_order(plans: Mapping[str, Any], block: MFMBlock, why: Circumstances) -> Decision:
+    reason = "the checkpoint's" if block.source else "axis of the coarsest spacing first"
+    if why.slice_axis is not None:
+        reason = "the axis of one voxel first: images of a single slice"
+    return Decision("axis order", " ".join(map(str, plans["transpose_forward"])), reason)
 
 
 def _normalisation(index: int, name: str, configuration: Mapping[str, Any], block: MFMBlock) -> Decision:
