@@ -121,7 +121,7 @@ def _refuse_lines(shape: Sequence[int], target: Sequence[float]) -> None:
         raise MFMError(
             "E_DIM",
             f"in the plan's axis order it has {' x '.join(map(str, shape))} voxels, so its single slice lies "
-            "across those of the 2D plan, which would see lines. Save it with its axes in the order of the other images.",
+            "across those of the 2D plan, which would see lines. Save it with its axes in the order of the others.",
         )
 
 

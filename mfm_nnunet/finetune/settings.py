@@ -48,8 +48,6 @@ def resolve(
     block = override(block, overrides)
     settings = block.finetune
     require_legal_finetuning(settings)
-    if (block.num_workers or 0) < 0:
-        raise MFMError("E_CONFIG", f"num_workers={block.num_workers}: must not be below 0.")
     settings, taken = applied(settings, list(advice))
     for item in taken:
         logger.info("finetune.%s=%s: %s", item.name, item.value, item.reason)

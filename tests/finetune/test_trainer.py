@@ -504,7 +504,7 @@ def refused(code: str, message: str, call: Callable[[], Any]) -> None:
         ({"overrides": ("finetune.epoch=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("pretrain.epochs=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("finetune.checkpoint=none",)}, "E_CONFIG", "-pretrained_weights"),
-        ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "greater than 0"),
+        ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "at least 1"),
         ({"overrides": ("finetune.warmup_epochs=4",)}, "E_CONFIG", "warmup_epochs=4"),
         ({"overrides": ("finetune.epochs=many",)}, "E_CONFIG", "expected int"),
         ({"overrides": ("seed=1",), "trainer": "nnUNetTrainer"}, "E_CONFIG", "reads no settings"),
