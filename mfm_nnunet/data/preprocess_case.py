@@ -14,7 +14,9 @@ import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
 from mfm_nnunet.data.resampling import resampling_function
+from mfm_nnunet.data.sizes import Sizes, require_preprocessable
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import is_resampled
 
 if TYPE_CHECKING:
     from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
@@ -28,14 +30,16 @@ def preprocess_case_npy(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
     dataset_json: dict[str, Any],
+    require_size: Callable[[Sizes], None] = require_preprocessable,
 ) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """Transpose, crop to the non-zero box, normalise and resample one case, as ``DefaultPreprocessor.run_case_npy``.
 
     ``image_CDHW`` and ``label`` (1, D, H, W) come from the reader and are not changed; ``properties`` must hold the
     reader's ``spacing`` in mm. Returns data float32, label int8 or int16 with -1 outside the non-zero region (None
-    without a label), and the properties with shapes, box and, for a label, ``class_locations``.
+    without a label), and the properties with shapes, box and, for a label, ``class_locations``. ``require_size`` is
+    called with the shapes before anything is resampled, and raises for a case that is too large.
     Raises MFMError: E_CHANNELS, E_DIM (a 2D image for a 3D configuration, slices across the plan's), E_LABEL_GEOMETRY,
-    E_SPACING (an axis would vanish).
+    E_SPACING (an axis would vanish), E_TOO_LARGE.
     """
     _check_case(image_CDHW, label, configuration_manager)
     _refuse_flat(properties["spacing"], configuration_manager.spacing)
@@ -52,6 +56,10 @@ def preprocess_case_npy(
         seg = _mark_outside(data_CDHW, seg)
     target = _target_spacing(configuration_manager, spacing)
     new_shape = _new_shape(data_CDHW.shape[1:], spacing, target)
+    own_shape = data_CDHW.shape[1:]
+    is_same = not is_resampled(configuration_manager.configuration)
+    shapes = transposed_CDHW.shape[1:], own_shape, own_shape if is_same else new_shape
+    require_size(Sizes(len(data_CDHW), *shapes, tuple(spacing), tuple(target)))
     properties = {
         **properties,
         "shape_before_cropping": transposed_CDHW.shape[1:],

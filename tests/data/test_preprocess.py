@@ -319,6 +319,20 @@ def test_a_bad_case_costs_no_other(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".partial-*"))
 
 
+def test_a_case_that_resampling_would_blow_up_is_refused_and_costs_no_other(tmp_path: Path) -> None:
+    cases = make_dataset(tmp_path / "raw", 2, labelled=False)
+    item = sitk.ReadImage(str(cases[1].images[0]))
+    item.SetSpacing((90.0,) * 3)
+    sitk.WriteImage(item, str(cases[1].images[0]))
+    report = run(cases, tmp_path / "out")
+    assert report.done == ["case0"]
+    assert [failure.code for failure in report.failures] == ["E_TOO_LARGE"]
+    assert "11 x 12 x 13 voxels of 90 x 90 x 90 mm become 990 x 1080 x 1170" in report.failures[0].reason
+    assert cases[1].images[0].name in report.failures[0].reason
+    unresampled = make_plans(resampling_fn_data="no_resampling_hack", resampling_fn_data_kwargs={})
+    assert run(cases, tmp_path / "original", unresampled).done == ["case0", "case1"]
+
+
 def test_an_unknown_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MFMError, match="Did you mean '3d_fullres'"):
         preprocess_dataset([], make_plans(), "3d_fulres", DATASET, tmp_path)
