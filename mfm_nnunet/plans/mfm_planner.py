@@ -354,8 +354,8 @@ def _require_voxels(spacing: Sequence[float], median_shape: Sequence[float]) -> 
     if min(median_shape) < 1 or math.prod(median_shape) < MIN_IMAGE_EDGE ** len(median_shape):
         raise MFMError(
             "E_CONFIG",
-            f"at a spacing of {_times(spacing)} mm the median image has only {_times(median_shape)} voxels. "
-            "Give a finer --spacing, and check that the spacing in the images is right.",
+            f"at a spacing of {derive.times(spacing)} mm the median image has only {derive.times(median_shape)} "
+            "voxels. Give a finer --spacing, and check that the spacing in the images is right.",
         )
 
 
@@ -366,15 +366,11 @@ def _require_two_stages(configurations: Mapping[str, Mapping[str, Any]]) -> None
         if num_stages < MIN_STAGES:
             raise MFMError(
                 "E_CONFIG",
-                f"{name}: the median image of {_times(configuration['median_image_size_in_voxels'])} voxels (at "
-                f"{_times(configuration['spacing'])} mm) leaves the network {num_stages} stage, and a U-Net needs "
-                f"{MIN_STAGES}: at least 8 voxels along two axes, or 12 along one. Give a finer --spacing, check that "
-                "the spacing in the images is right, or plan other configurations only (-c).",
+                f"{name}: the median image of {derive.times(configuration['median_image_size_in_voxels'])} voxels (at "
+                f"{derive.times(configuration['spacing'])} mm) leaves the network {num_stages} stage, and a U-Net "
+                f"needs {MIN_STAGES}: at least 8 voxels along two axes, or 12 along one. Give a finer --spacing, check "
+                "that the spacing in the images is right, or plan other configurations only (-c).",
             )
-
-
-def _times(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)
 
 
 def _without_limit(preset: derive.ResEncPreset) -> derive.ResEncPreset:

@@ -15,10 +15,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from mfm_nnunet.json_files import NO_RESAMPLING
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.models.memory import MemoryEstimate, estimate_training_memory, num_parameters
+from mfm_nnunet.plans.derive import times
 from mfm_nnunet.plans.schema import PUBLISHED_RATES, MFMBlock, block_of, resolved_warmup
 
 MEASURED = "a real step on a CPU took 0.9 to 1.9 times this"
 """How good the estimate is, see ``tests/benchmarks/memory_estimate.py``."""
+
+NAMES = {"ResidualEncoderUNet": "ResEnc U-Net", "ResidualUNet": "residual U-Net", "PlainConvUNet": "plain U-Net"}
+"""U-Nets by class, as people call them."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,8 @@ def _configuration(
     shape = (own["batch_size"], num_inputs, *own["patch_size"])
     memory = estimate_training_memory(network, shape, block.finetune.optimizer, half)
     return [
-        Decision(f"{name}: spacing", _times(own["spacing"], " mm"), _why_spacing(name, own, block, why)),
-        Decision("  patch", _times(own["patch_size"]), _why_patch(own, block)),
+        Decision(f"{name}: spacing", times(own["spacing"], " mm"), _why_spacing(name, own, block, why)),
+        Decision("  patch", times(own["patch_size"]), _why_patch(own, block)),
         Decision("  batch size", str(own["batch_size"]), _why_batch(own, block, why)),
         Decision("  network", *_network(own, why, block)),
         Decision(
@@ -161,11 +165,11 @@ def _why_patch(own: Mapping[str, Any], block: MFMBlock) -> str:
     patch, image = own["patch_size"], own["median_image_size_in_voxels"]
     multiple = "whole tokens of 8 voxels" if block.network == "primus" else "multiples of the strides"
     if all(p >= s for p, s in zip(patch, image)):
-        return f"covers the median image ({_times(image)}), padded to {multiple}"
+        return f"covers the median image ({times(image)}), padded to {multiple}"
     share = math.prod(min(1.0, p / s) for p, s in zip(patch, image))
     limit = ", at most the published 160^3" if block.network == "primus" and len(patch) == 3 else ""
     origin = "the checkpoint's" if block.source else "as large as the budget allows" + limit
-    return f"{origin}, in {multiple}; sees {share:.0%} of the median image ({_times(image)})"
+    return f"{origin}, in {multiple}; sees {share:.0%} of the median image ({times(image)})"
 
 
 def _why_batch(own: Mapping[str, Any], block: MFMBlock, why: Circumstances) -> str:
@@ -190,7 +194,8 @@ def _network(own: Mapping[str, Any], why: Circumstances, block: MFMBlock) -> tup
         reason = f"{num_tokens} tokens; {size}"
     else:
         features = kwargs["features_per_stage"]
-        value = f"ResEnc U-Net, {kwargs['n_stages']} stages, {features[0]} to {features[-1]} features"
+        kind = own["architecture"]["network_class_name"].rpartition(".")[2]
+        value = f"{NAMES.get(kind, kind)}, {kwargs['n_stages']} stages, {features[0]} to {features[-1]} features"
         sizes = {"CPU": "small widths for the CPU", "small": "small widths for a small budget"}
         reason = f"nnU-Net's topology for this patch, {sizes.get(why.preset, 'its own widths')}"
     return value, "the checkpoint's" if block.source else reason
@@ -231,7 +236,3 @@ def _schedules(block: MFMBlock, why: Circumstances) -> list[Decision]:
             Decision("  optimizer", value, reason),
         ]
     return decisions
-
-
-def _times(values: Sequence[float], unit: str = "") -> str:
-    return " x ".join(f"{value:.4g}" for value in values) + unit

@@ -23,6 +23,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.plans import mfm_planner
 from mfm_nnunet.plans.planner import MFMPlanner, PlanRequest, PlanResult, format_table, plan
 from mfm_nnunet.plans.schema import block_of
+from mfm_nnunet.plans.table import Circumstances, decisions_for
 from tests.plans.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, workspace_with, write_json
 
 NAME = "Dataset004_Tiny"
@@ -391,6 +392,19 @@ def test_the_table_names_each_decision_with_its_reason(tmp_path: Path) -> None:
     assert max(map(len, table.splitlines())) <= 100
     assert "8 GB" in table
     assert "covers the median image (36 x 50 x 35)" in " ".join(d.reason for d in decisions)
+
+
+def test_the_table_names_a_plain_u_net_as_what_it_is(tmp_path: Path) -> None:
+    plans = make(tmp_path, HIPPOCAMPUS).plans
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    kwargs = architecture["arch_kwargs"]
+    kwargs["n_conv_per_stage"] = kwargs.pop("n_blocks_per_stage")
+    why = Circumstances("CPU", None, False, "median", 20, ("3d_fullres",))
+    dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}}
+    text = format_table(decisions_for(plans, dataset_json, why))
+    assert "plain U-Net, " in text
+    assert "ResEnc U-Net" not in text
 
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])
