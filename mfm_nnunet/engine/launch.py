@@ -322,23 +322,8 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
 
 def _require_legal(resolved: PretrainRun) -> None:
     """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
+    schema.require_in_range(schema.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
     schema.require_legal_schedule(resolved.pretrain, "pretrain.")
-    rules = [
-        (resolved.pretrain.batch_size > 0, f"pretrain.batch_size={resolved.pretrain.batch_size}: must be at least 1"),
-        (
-            resolved.pretrain.accumulation > 0,
-            f"pretrain.accumulation={resolved.pretrain.accumulation}: must be at least 1",
-        ),
-        (
-            0 < (0.5 if resolved.pretrain.ema_decay is None else resolved.pretrain.ema_decay) < 1,
-            f"pretrain.ema_decay={resolved.pretrain.ema_decay}: must be between 0 and 1, or none",
-        ),
-        (resolved.seed >= 0, f"seed={resolved.seed}: must not be below 0"),
-        ((resolved.num_workers or 0) >= 0, f"num_workers={resolved.num_workers}: must not be below 0"),
-    ]
-    for holds, rule in rules:
-        if not holds:
-            raise MFMError("E_CONFIG", f"{rule}.")
     require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
 
 

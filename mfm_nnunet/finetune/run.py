@@ -137,7 +137,7 @@ def run_training(
         with about(plans_file):
             network = _checked_network(plans, configuration)
         block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, num_cases)
-        run_settings.require_effect(overrides, block.finetune)
+        run_settings.require_effect(overrides, block.finetune, used.type)
         groups.require_fitting(block.finetune, network, num_gpus > 1)
         groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
         if not only_validate:

@@ -136,7 +136,7 @@ class _Run:
         """Prepare a case in the background; the journal knows of it before it can end the process."""
         self.journal.write(case.name, "started", **self.identity)
         self.begun.append(case.name)
-        return reader.submit(prepare_case, self.model, case)
+        return reader.submit(prepare_case, self.model, case, self.options)
 
     def _note_stop(self) -> None:
         """Whoever can still say that it was stopped was not killed by the cases that were under way."""

@@ -5,6 +5,7 @@ Legend: C channels, D H W voxels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -26,10 +27,12 @@ from mfm_nnunet.data.integrity import ending_of, files_of
 from mfm_nnunet.data.per_case import source_signature, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
+from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
 from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.files import inside, is_unicode, shown
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model
+from mfm_nnunet.predict.options import PredictOptions
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +100,12 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     return sorted(found, key=lambda item: item.case if isinstance(item, CaseFailure) else item.name)
 
 
-def prepare_case(model: Model, case: Case) -> PreparedCase:
+def prepare_case(model: Model, case: Case, options: PredictOptions | None = None) -> PreparedCase:
     """Read and preprocess a case; the mask of a previous stage becomes further channels.
 
-    Raises MFMError: whatever the input gate refuses, E_CHANNELS, E_CHANGED when a file changed while it was read,
-    and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
+    ``options`` decide how much memory and time the prediction will take. Raises MFMError: whatever the input gate
+    refuses, E_CHANNELS, E_CHANGED when a file changed while it was read, E_TOO_LARGE before anything too large is
+    resampled, and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
     """
     before = source_signature(case)
     reader = model.plans_manager.plans["image_reader_writer"]
@@ -124,15 +128,27 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
     constant = [k for k, channel in enumerate(image) if len(case.images) > 1 and (channel == channel.flat[0]).all()]
     warnings = tuple(f"channel {k} is {image[k].flat[0]:g} everywhere" for k in constant)
     plans_manager, configuration_manager, label_manager = model.managers
+    require_size = functools.partial(_require_predictable, model, options or PredictOptions())
     with about(case.images[0]):
         x_CDHW, seg, properties = preprocess_case_npy(
-            image, properties, mask, plans_manager, configuration_manager, model.dataset_json
+            image, properties, mask, plans_manager, configuration_manager, model.dataset_json, require_size
         )
     if mask is not None:
         assert seg is not None, "preprocessing returns the mask that it was given"
         x_CDHW = np.vstack((x_CDHW, convert_labelmap_to_one_hot(seg[0], label_manager.foreground_labels, x_CDHW.dtype)))
     x_CDHW = np.ascontiguousarray(x_CDHW, np.float32)
     return PreparedCase(torch.from_numpy(x_CDHW), properties, input_hashes, header, warnings)
+
+
+def _require_predictable(model: Model, options: PredictOptions, sizes: Sizes) -> None:
+    """Raise MFMError (E_TOO_LARGE) for a case that the model cannot predict in the memory and time that there is."""
+    require_predictable(
+        sizes,
+        model.label_manager.num_segmentation_heads,
+        count_windows(sizes.resampled, model.configuration_manager.patch_size, options.step_size),
+        num_folds=len(model.weights),
+        probabilities=options.save_probabilities,
+    )
 
 
 def hash_inputs(case: Case) -> dict[str, str]:

@@ -347,10 +347,10 @@ from mfm_nnunet.predict import batch
 arguments, killer = pickle.loads(sys.stdin.buffer.read())
 prepare = batch.prepare_case
 
-def prepare_or_die(model, case):
+def prepare_or_die(model, case, options):
     if case.name == killer:
         os.kill(os.getpid(), signal.SIGKILL)
-    return prepare(model, case)
+    return prepare(model, case, options)
 
 batch.prepare_case = prepare_or_die
 batch.predict_folder(*arguments)
@@ -443,7 +443,7 @@ def test_what_cannot_be_read_or_written_costs_its_own_case(
         patch.setattr(journal, "sha256", unreadable)
         assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
 
-    def breaks(loaded: Model, case: Any) -> Any:
+    def breaks(loaded: Model, case: Any, options: PredictOptions) -> Any:
         raise KeyError(case.name)
 
     (out / "errors").write_text("a file where the folder of reports should be")
@@ -460,10 +460,10 @@ def test_errors_of_the_reading_thread_belong_to_their_case(
 ) -> None:
     prepare = batch.prepare_case
 
-    def fails(loaded: Model, case: Any) -> Any:
+    def fails(loaded: Model, case: Any, options: PredictOptions) -> Any:
         if case.name == "b.1":
             raise MemoryError
-        return prepare(loaded, case)
+        return prepare(loaded, case, options)
 
     monkeypatch.setattr(batch, "prepare_case", fails)
     assert _failed(model, scans, out) == {"b.1": "E_OOM"}
