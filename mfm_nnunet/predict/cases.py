@@ -25,6 +25,7 @@ from mfm_nnunet.data.integrity import ending_of, files_of
 from mfm_nnunet.data.per_case import source_signature, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
+from mfm_nnunet.data.sources import dicom_advice
 from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model
@@ -61,10 +62,11 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     matching = [name for name in names if name.endswith(ending)]
     if not matching:
-        other = f"It holds {len(names)} other files, e.g. {names[0]}." if names else "It is empty."
+        other = f"It holds {len(names)} others, e.g. {names[0]}." if names else "It is empty."
         raise MFMError(
             "E_NOT_FOUND",
-            f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other}",
+            f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other} "
+            f"{dicom_advice(folder)}",
         )
     channels, plain = _group(matching, ending)
     if not channels:
