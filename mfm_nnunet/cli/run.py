@@ -1,6 +1,7 @@
 """Do the job of a command: errors become messages of a few lines and exit codes.
 
-Exit codes: 0 done, 1 internal error, 2 usage or input, 3 some cases failed, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 internal error, 2 usage or input, 3 some cases failed, 128 + number of the signal that stopped it
+(130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1).
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ import argparse
 import errno
 import os
 import select
-import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from mfm_nnunet import terminal, workspace
 from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError, is_out_of_memory
@@ -51,29 +50,19 @@ def _run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.
     if not arguments.debug:  # deprecations inside other libraries are nothing that a user can act on
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-    before = signal.signal(signal.SIGTERM, _Terminator())
-    try:
-        job(arguments)
-        sys.stdout.flush()
-        return 0
-    except BaseException as error:
-        return 1 if _is_stdout_closed(error) else _report(error, arguments)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    from mfm_nnunet.stopping import end_despite_threads, raise_on_signal
 
-
-class _Terminator:
-    """SIGTERM as an exception, so that half-written files are cleaned up; forked workers die of it as usual."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != self.process:
-            os.kill(os.getpid(), number)
-            return
-        raise StoppedError(128 + number, "stopped by SIGTERM.")
+    with raise_on_signal(is_command=True) as flag:
+        try:
+            job(arguments)
+            sys.stdout.flush()
+            return 0
+        except BaseException as error:
+            with flag.noted("this message"):
+                exit_code = 1 if _is_stdout_closed(error) else _report(error, arguments)
+            if isinstance(error, StoppedError):
+                end_despite_threads(exit_code)
+            return exit_code
 
 
 def _report(error: BaseException, arguments: argparse.Namespace) -> int:
@@ -100,7 +89,7 @@ def _classify(error: BaseException) -> tuple[int, str]:
         return 3, str(error)
     if isinstance(error, StoppedError):
         return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt):  # raised by a library: a real Ctrl-C is a StoppedError
         return 130, "stopped by Ctrl-C."
     if isinstance(error, MFMError) or (isinstance(error, ValueError) and _is_raised_by_us(error)):
         return 2, str(error)
