@@ -22,7 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.integrity import ending_of, files_of
-from mfm_nnunet.data.per_case import source_signature, unreadable
+from mfm_nnunet.data.per_case import unchanged, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.data.sources import dicom_advice
@@ -98,14 +98,12 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
     Raises MFMError: whatever the input gate refuses, E_CHANNELS, E_CHANGED when a file changed while it was read,
     and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
     """
-    before = source_signature(case)
     reader = model.plans_manager.plans["image_reader_writer"]
-    image, properties = read_image(case.images, reader)
-    mask, mask_properties = read_label(case.label, reader) if case.label is not None else (None, {})
-    header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
-    input_hashes = hash_inputs(case)
-    if source_signature(case) != before:
-        raise MFMError("E_CHANGED", f"{case.images[0]}: the file changed while it was read. Run the command again.")
+    with unchanged(case):
+        image, properties = read_image(case.images, reader)
+        mask, mask_properties = read_label(case.label, reader) if case.label is not None else (None, {})
+        header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
+        input_hashes = hash_inputs(case)
     if len(image) != model.num_channels:
         raise MFMError(
             "E_CHANNELS",
@@ -133,7 +131,7 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
 def hash_inputs(case: Case) -> dict[str, str]:
     """SHA-256 of each file of a case and of what belongs to it, by name; empty when one is no ordinary file any more.
 
-    Raises MFMError (E_NOT_FOUND) for a file that cannot be read.
+    Raises MFMError (E_NOT_FOUND, E_PERMISSION) for a file that cannot be read.
     """
     files = {os.path.relpath(file, image.parent): file for image in case.images for file in files_of(image)}
     if case.label is not None:
