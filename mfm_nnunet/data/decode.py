@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.data import integrity
+from mfm_nnunet.data import integrity, nifti
 from mfm_nnunet.data.decoder import IDLE_SECONDS, receive, send
-from mfm_nnunet.data.geometry import geometry_of, require_sane
-from mfm_nnunet.data.integrity import Voxels, ending_of, files_of, nifti_version, non_finite
+from mfm_nnunet.data.geometry import geometry_of, properties_for, require_sane
+from mfm_nnunet.data.integrity import Voxels, ending_of, files_of, non_finite
 from mfm_nnunet.data.pictures import tiff_is_2d
 from mfm_nnunet.errors import MFMError
 
@@ -56,6 +56,8 @@ class Decoded:
     array: np.ndarray
     properties: dict[str, Any]
     ranges: list[tuple[float, float]]
+    contradiction: str
+    """How the header puts the image in two places; empty where it does not."""
 
 
 def decode_file(file: Path, reader_name: str, is_map: bool = False, work_folder: Path | None = None) -> Decoded:
@@ -66,6 +68,9 @@ def decode_file(file: Path, reader_name: str, is_map: bool = False, work_folder:
     """
     declared = integrity.declared_by(file)
     _limit(declared.num_voxels)
+    wanted = reader_name
+    if declared.start:
+        reader_name = nifti.choose_reader(file, wanted, declared.start)
     read = functools.partial(_read, file, reader_name, is_map, work_folder)
     if declared.num_voxels < VOXELS_READ_BESIDE:
         voxels = integrity.check_content(file, declared)
@@ -92,7 +97,9 @@ def decode_file(file: Path, reader_name: str, is_map: bool = False, work_folder:
     if voxels is not None:
         _require_same(file, reader_name, voxels, array)
     require_sane(file, array, geometry_of(properties))
-    return Decoded(array, properties, ranges)
+    if reader_name != wanted:
+        properties = properties_for(wanted, properties)
+    return Decoded(array, properties, ranges, nifti.contradiction(declared.start))
 
 
 def _read(file: Path, reader_name: str, is_map: bool, work_folder: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -228,20 +235,11 @@ def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
     reason = " ".join((str(error) or type(error).__name__).split())
     if "bad_alloc" in reason or "allocate memory" in reason.lower():
         raise MemoryError(reason) from error
-    is_nifti = ending_of(file) in (".nii", ".nii.gz")
     if "orthonormal" in reason:
-        advice = ' Or set "overwrite_image_reader_writer": "NibabelIO" in dataset.json.' if is_nifti else ""
-        return MFMError(
-            "E_GEOMETRY", f"{file}: its axes are not perpendicular. Resample it onto a regular grid.{advice}"
-        )
+        return MFMError("E_GEOMETRY", f"{file}: its axes are not perpendicular. Resample it onto a regular grid.")
     if "3d images" in reason.lower():
         return MFMError("E_DIM", f"{file}: {reader_name} reads images with exactly three axes. Save it as 3D.")
-    advice = "Export it again."
-    if reader_name.startswith("SimpleITKIO") and is_nifti and nifti_version(file) == 2:
-        advice = (
-            'It is NIfTI-2: save it as NIfTI-1, or set "overwrite_image_reader_writer": "NibabelIO" in dataset.json.'
-        )
-    return MFMError("E_FORMAT", f"{file}: nnU-Net's {reader_name} cannot read it ({reason[-200:]}). {advice}")
+    return MFMError("E_FORMAT", f"{file}: nnU-Net's {reader_name} cannot read it ({reason[-200:]}). Export it again.")
 
 
 def serve(descriptor: str, work_folder: str) -> None:
@@ -269,7 +267,12 @@ def _answer(channel: socket.socket, request: dict[str, Any], work_folder: Path) 
             return
         decoded = decode_file(file, request["reader"], request["is_map"], work_folder)
         with _shared(decoded.array) as (descriptor, layout):
-            content = {**layout, "properties": to_json(decoded.properties), "ranges": decoded.ranges}
+            content = {
+                **layout,
+                "properties": to_json(decoded.properties),
+                "ranges": decoded.ranges,
+                "contradiction": decoded.contradiction,
+            }
             send(channel, content, descriptor)
     except MFMError as error:
         send(channel, {"error": [error.code, error.message]})

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.stopping import stop_signals_blocked
 
 IDLE_SECONDS = 60.0
 """How long a child waits for the next file before it ends."""
@@ -109,9 +110,10 @@ class _Child:
             stdout, stderr = self.printed.values()
             # The search path is handed over, because "python -m" would put the current folder in front of it.
             command = [sys.executable, "-c", _START, str(other.fileno()), self.folder, *sys.path]
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, pass_fds=(other.fileno(),)
-            )
+            with stop_signals_blocked():  # a terminal signals all processes; this one decides when a child ends
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, pass_fds=(other.fileno(),)
+                )
         with _lock:
             _living.add(self)
 

@@ -77,6 +77,8 @@ class Declared:
     ending: str
     header: headers.VolumeHeader | None
     num_voxels: int
+    start: bytes = b""
+    """The header of a NIfTI file as it stands there."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,10 @@ def declared_by(path: Path) -> Declared:
     ending = require_regular(path)
     with _access(path):
         _require_content(path, ending)
-        header = None
+        header, start = None, b""
         if ending in (".nii", ".nii.gz"):
-            header = nifti.nifti_header(path, _first_bytes(path, ending))
+            start = _first_bytes(path, ending)
+            header = nifti.nifti_header(path, start)
         elif ending in (".nrrd", ".nhdr"):
             header = headers.nrrd_header(path)
         elif ending in (".mha", ".mhd"):
@@ -124,7 +127,7 @@ def declared_by(path: Path) -> Declared:
             _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
         num_voxels = pictures.num_bytes(path) if header is None else math.prod(header.shape)
         _require_memory(path, num_voxels)
-    return Declared(ending, header, num_voxels)
+    return Declared(ending, header, num_voxels, start)
 
 
 def check_content(path: Path, declared: Declared) -> Voxels | None:
@@ -184,15 +187,6 @@ def files_of(path: Path, is_label: bool = False) -> list[Path]:
             voxels = read(path).data_file
             files += [voxels] if voxels != path else []
     return files
-
-
-def nifti_version(path: Path) -> int:
-    """2 for a NIfTI-2 file, else 1 (also when it cannot be read: :func:`check_image_file` says why)."""
-    try:
-        start = _first_bytes(path, require_regular(path))
-    except (MFMError, OSError):
-        return 1
-    return 2 if start[:4] in _MAGIC[".nii"][2:] else 1
 
 
 def require_regular(path: Path) -> str:

@@ -24,6 +24,7 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mfm_nnunet import terminal
+from mfm_nnunet.data import decoder
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory
 from mfm_nnunet.stopping import start_resource_tracker, stop_signals_blocked
@@ -128,14 +129,9 @@ def reader_threads(number: int) -> Iterator[ThreadPoolExecutor]:
         yield executor
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
-        _end_readers()
+        decoder.end_all()  # what still decodes files for threads that nobody waits for
         raise
     executor.shutdown()
-
-
-def _end_readers() -> None:
-    """End what still decodes files for threads that nobody waits for."""
-    # THE LEAD FILLS THIS IN: mfm_nnunet.data.decoder.end_all()
 
 
 def in_processes(

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mfm_nnunet.data import decoder
+from mfm_nnunet.data import decoder, nifti
 from mfm_nnunet.data.decode import find_reader_class, from_json
 from mfm_nnunet.data.geometry import Geometry, difference, geometry_of
-from mfm_nnunet.data.integrity import IMAGE_ENDINGS, check_image_file, ending_of, nifti_version
+from mfm_nnunet.data.integrity import IMAGE_ENDINGS, check_image_file, ending_of
 from mfm_nnunet.errors import MFMError
 
 __all__ = ["IMAGE_ENDINGS", "check_image_file", "check_label", "read_image", "read_label", "read_mask", "reader_for"]
@@ -51,11 +51,8 @@ def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str
         return "NaturalImage2DIO"
     if ending in (".tif", ".tiff"):
         return decoder.call(Path(file), {"task": "name_reader"}).content["reader"]
-    if ending == ".nii.gz":
-        # SimpleITK cannot read NIfTI-2; stock nnU-Net finds that out by trying.
-        return "NibabelIO" if nifti_version(file) == 2 else "SimpleITKIO"
-    if ending == ".nii":
-        return "NibabelIO"
+    if ending in (".nii", ".nii.gz"):
+        return nifti.choose_reader(Path(file), "SimpleITKIO" if ending == ".nii.gz" else "NibabelIO")
     if ending:
         return "SimpleITKIO"
     raise MFMError("E_FORMAT", f"{file}: not a known image format. Known endings: {' '.join(IMAGE_ENDINGS)}")
@@ -177,6 +174,7 @@ def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
     shape = [content["shape"][axis] for axis in order]
     array = np.frombuffer(reply.voxels, np.float32).reshape(shape).transpose(np.argsort(order))
     properties = from_json(content["properties"])
+    nifti.warn_of_contradiction(file, content["contradiction"])
     return _Item(array, properties, geometry_of(properties), content["ranges"])
 
 

@@ -1,7 +1,7 @@
 """What reading costs: nnU-Net's reader alone, the gate in this process, the gate in a child, and an earlier version.
 
-Every side reads the same real scans in a process of its own, in turn (A B C D, A B C D ...), after one round more that is
-not counted. The median ratio to the first side that is named is the number to quote, with its range.
+Every side reads the same real scans in a process of its own, in turn (A B C D, A B C D ...), after one round that does
+not count. The median ratio to the first side that is named is the number to quote, with its range.
 
     python -m tests.benchmarks.reading --before CHECKOUT --rounds 7
 """
