@@ -305,7 +305,6 @@ def run_study(
     from mfm_nnunet.study import run as study
     from mfm_nnunet.study.evaluation import require_library
 
-    library = require_library()
     compared = study_arms.parse_arms(arms)
     for arm in compared:
         study.check_settings([*settings, *arm.settings])
@@ -331,6 +330,7 @@ def run_study(
             tolerance_mm=tolerance_mm,
             mirroring=mirroring,
         )
+    library = require_library()  # last of what is checked before any work, so that it hides no other mistake
     with study.running.alone(design.folder) as lock, places.use_only(design.workspace) as own:
         folders.write_design(design, library)
         plans = _plan_study(own, design, given[0] if given else None)
@@ -420,5 +420,6 @@ def _model_folder(
     folder = inside(here.results, here.dataset_name(dataset), f"{trainer}__{plans_name}__{configuration}")
     if not folder.is_dir():
         existing = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
-        raise MFMError("E_NOT_FOUND", f"{folder}: no such model. {nearest(folder.name, existing)}")
+        advice = nearest(folder.name, existing) if existing else here.where_else("results")
+        raise MFMError("E_NOT_FOUND", f"{folder}: no such model. {advice}")
     return folder

@@ -75,7 +75,7 @@ def fingerprinted(
     from mfm_nnunet.checkpoint import atomic_write
     from mfm_nnunet.plans.fingerprint import extract_fingerprint
 
-    raw, preprocessed = here.raw / dataset_name, here.preprocessed / dataset_name
+    raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
     cases, dataset_json = corpus.load_cases(raw), corpus.read_dataset_json(raw)
     is_corpus = corpus.is_corpus(raw)
     unlabelled = [case.name for case in cases if case.label is None]

@@ -24,10 +24,11 @@ from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.dataset_json import channel_names
 from mfm_nnunet.data.integrity import ending_of, files_of
-from mfm_nnunet.data.per_case import source_signature, unreadable
+from mfm_nnunet.data.per_case import unchanged, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
+from mfm_nnunet.data.sources import dicom_advice
 from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.files import inside, is_unicode, shown
 from mfm_nnunet.predict import geometry
@@ -66,10 +67,11 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     matching = [name for name in names if name.endswith(ending)]
     if not matching:
-        other = f"It holds {len(names)} other files, e.g. {names[0]}." if names else "It is empty."
+        other = f"It holds {len(names)} others, e.g. {names[0]}." if names else "It is empty."
         raise MFMError(
             "E_NOT_FOUND",
-            f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other}",
+            f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other} "
+            f"{dicom_advice(folder)}",
         )
     channels, plain = _group(matching, ending)
     if not channels:
@@ -107,14 +109,12 @@ def prepare_case(model: Model, case: Case, options: PredictOptions | None = None
     refuses, E_CHANNELS, E_CHANGED when a file changed while it was read, E_TOO_LARGE before anything too large is
     resampled, and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
     """
-    before = source_signature(case)
     reader = model.plans_manager.plans["image_reader_writer"]
-    image, properties = read_image(case.images, reader)
-    mask, mask_properties = read_label(case.label, reader) if case.label is not None else (None, {})
-    header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
-    input_hashes = hash_inputs(case)
-    if source_signature(case) != before:
-        raise MFMError("E_CHANGED", f"{case.images[0]}: the file changed while it was read. Run the command again.")
+    with unchanged(case):
+        image, properties = read_image(case.images, reader)
+        mask, mask_properties = read_label(case.label, reader) if case.label is not None else (None, {})
+        header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
+        input_hashes = hash_inputs(case)
     if len(image) != model.num_channels:
         raise MFMError(
             "E_CHANNELS",
@@ -154,7 +154,7 @@ def _require_predictable(model: Model, options: PredictOptions, sizes: Sizes) ->
 def hash_inputs(case: Case) -> dict[str, str]:
     """SHA-256 of each file of a case and of what belongs to it, by name; empty when one is no ordinary file any more.
 
-    Raises MFMError (E_NOT_FOUND) for a file that cannot be read.
+    Raises MFMError (E_NOT_FOUND, E_PERMISSION) for a file that cannot be read.
     """
     files = {os.path.relpath(file, image.parent): file for image in case.images for file in files_of(image)}
     if case.label is not None:

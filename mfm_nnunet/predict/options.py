@@ -81,6 +81,12 @@ def check_options(options: PredictOptions) -> None:
 def check_folders(
     model_folder: Path, input_folder: Path, output_folder: Path, previous_stage: Path | None = None
 ) -> None:
+    if input_folder.exists() and not input_folder.is_dir():
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{input_folder}: this is a file, and the input is a folder of images. Put the image into a folder of its "
+            "own and give that one.",
+        )
     if not input_folder.is_dir():
         raise MFMError("E_NOT_FOUND", f"{input_folder}: no such input folder. Check the path.")
     source, target = input_folder.resolve(), output_folder.resolve()

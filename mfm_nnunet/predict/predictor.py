@@ -31,6 +31,7 @@ from mfm_nnunet.predict.model import Model
 
 __all__ = ["Model", "load_model"]
 
+_MODEL_FOLDER = "A model folder has plans.json, dataset.json and folders fold_X with a checkpoint."
 PLAIN_TRAINERS = ("MFMTrainer", "nnUNetTrainer")
 """Trainers whose network is the plan's; others are asked to build theirs."""
 
@@ -47,9 +48,7 @@ def load_model(
     E_NOT_FOUND (says what was looked for and what exists), E_MODEL_CORRUPT, E_MODEL_UNSAFE, E_MODEL_MISMATCH.
     """
     folder = Path(model_folder)
-    if not folder.is_dir():
-        siblings = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
-        raise MFMError("E_NOT_FOUND", f"{folder}: no such model folder. {nearest(folder.name, siblings)}")
+    _require_model_folder(folder)
     plans, dataset_json = _read_description(folder)
     chosen = _choose_folds(folder, folds, checkpoint_name)
     files = [folder / f"fold_{fold}" / checkpoint_name for fold in chosen]
@@ -80,9 +79,30 @@ def load_model(
     return model
 
 
+def _require_model_folder(folder: Path) -> None:
+    """Raise MFMError (E_NOT_FOUND) for what is no model folder; it names the folder that is, where one is near."""
+    place = folder.absolute()
+    if (place / "plans.json").exists():
+        return
+    above = next((near for near in (place.parent, place.parent.parent) if (near / "plans.json").is_file()), None)
+    below = sorted(entry.name for entry in place.glob("*__*__*") if (entry / "plans.json").is_file())
+    beside = [entry.name for entry in place.parent.glob("*__*__*")] if place.parent.is_dir() else []
+    problem = None
+    if not place.exists():
+        problem = f"no such model folder. {nearest(place.name, beside) if beside else 'Check the path.'}"
+    elif above is not None:
+        problem = f"this is a part of a model. Give its folder, {above}, and choose with -f FOLD and -chk FILE."
+    elif not place.is_dir():
+        problem = f"this is a file. {_MODEL_FOLDER} Give that folder."
+    elif below:
+        problem = f"holds models, and is none. Give one of them: {', '.join(below)}."
+    if problem:
+        raise MFMError("E_NOT_FOUND", f"{folder}: {problem}")
+
+
 def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The plan and the dataset.json of a model folder, both whole."""
-    advice = "A model folder has plans.json, dataset.json and folders fold_X with a checkpoint. Copy it again."
+    advice = f"{_MODEL_FOLDER} Copy it again."
     plans = read_plans(folder / "plans.json", advice, "E_MODEL_CORRUPT")
     return plans, read_dataset_json(folder / "dataset.json", advice, "E_MODEL_CORRUPT", of_model=True)
 

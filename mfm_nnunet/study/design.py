@@ -159,7 +159,7 @@ def labelled_cases(here: Workspace, dataset_name: str) -> tuple[list[Case], dict
 
     Raises MFMError: E_CONFIG for a corpus, or a dataset that names no structure; E_NOT_FOUND for missing files.
     """
-    raw = here.raw / dataset_name
+    raw = here.raw_folder(dataset_name)
     cases, content = corpus.load_cases(raw), corpus.read_dataset_json(raw)
     unlabelled = [case.name for case in cases if case.label is None]
     if corpus.is_corpus(raw) or len(unlabelled) == len(cases) or not foreground_labels(content):

@@ -10,6 +10,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet.data import preprocess, storage
+from mfm_nnunet.data import preprocess, reading, storage
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_dataset, preprocessing_hash
 from mfm_nnunet.errors import MFMError
@@ -282,6 +283,29 @@ def test_finished_cases_are_reused_and_changed_ones_done_again(tmp_path: Path) -
     assert run(cases, out, make_plans(spacing=[1.0, 1.0, 2.0])).done == ["case0", "case1", "case2"]
     assert run([dataclasses.replace(case, label=None) for case in cases], out).reused == []
     assert not list(out.glob("mfm_*/*_seg.b2nd"))
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("part", ["image", "label"])
+def test_a_file_that_changes_while_it_is_read(
+    part: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether what was read looks damaged or not."""
+    cases, out = make_dataset(tmp_path / "raw", 2), tmp_path / "out"
+    read = reading.read_image
+
+    def changed_meanwhile(files: Sequence[Path], reader: str) -> Any:
+        found = read(files, reader)
+        if files == cases[1].images:
+            os.utime(files[0] if part == "image" else cases[1].label, ns=(1, 1))
+            if fails:
+                raise MFMError("E_SHORT_DATA", "cut off")
+        return found
+
+    monkeypatch.setattr(reading, "read_image", changed_meanwhile)
+    report = run(cases, out)
+    assert (report.done, [failure.code for failure in report.failures]) == (["case0"], ["E_CHANGED"])
+    assert not list(out.rglob("case1*"))
 
 
 def test_hash_depends_on_what_preprocessing_depends_on() -> None:

@@ -512,6 +512,27 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     assert _failed(model, source, out) == {"b.1": "E_CHANGED"}
 
 
+@pytest.mark.parametrize("change", ["grown", "unlinked", "none"])
+def test_a_file_that_cannot_be_read_because_it_changes(
+    change: str, model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half-written file looks damaged; that it changed is what the user needs to know."""
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    read = cases.read_image
+
+    def damaged_meanwhile(files: Sequence[Path], reader: str) -> Any:
+        if not files[0].name.startswith("b"):
+            return read(files, reader)
+        if change == "grown":
+            files[0].write_bytes(files[0].read_bytes() + b"x")
+        elif change == "unlinked":
+            files[0].unlink()
+        raise MFMError("E_FORMAT", "damaged")
+
+    monkeypatch.setattr(cases, "read_image", damaged_meanwhile)
+    assert _failed(model, source, out) == {"b.1": "E_CHANGED" if change == "grown" else "E_FORMAT"}
+
+
 def test_a_scan_that_is_replaced_after_it_was_read_does_not_lend_its_geometry(
     model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
