@@ -109,7 +109,7 @@ def is_rounded(path: Path) -> bool:
 
 
 def warn_of_contradiction(path: Path) -> None:
-    """Log, once for a file, that its qform and sform put it in different places. See decision 20."""
+    """Log, once for a file, that its qform and sform put it in different places."""
     found = _parse_file(path) if path not in _warned and len(_warned) < MAX_WARNINGS else None
     if found is None or not (words := _contradiction(found.fields)):
         return
