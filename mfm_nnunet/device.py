@@ -1,14 +1,25 @@
-"""Which device a command runs on, and how many background processes read for it."""
+"""Which device a command runs on, how much memory it may use, and how many background processes read for it.
+
+torch is imported where it is used: the check of an image file asks for the memory only, and must not wait for torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
+import sys
 from collections.abc import Iterator
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mfm_nnunet.errors import OUT_OF_SHARED_MEMORY_WORDS, MFMError, is_out_of_memory
 from mfm_nnunet.workspace import num_cores
+
+if TYPE_CHECKING:
+    import torch
+
+CONTROL_GROUPS = "/sys/fs/cgroup"
 
 _MORE_SHARED_MEMORY = (
     "Batches travel from the background processes through /dev/shm: start the container with --shm-size=16g or "
@@ -21,6 +32,8 @@ def pick_device(name: str) -> torch.device:
 
     Raises MFMError (E_CONFIG) for an unknown device and for one that this computer lacks.
     """
+    import torch
+
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
@@ -38,6 +51,8 @@ def pick_device(name: str) -> torch.device:
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """Mixed precision with ``dtype``; None computes in float32."""
+    import torch
+
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
 
@@ -47,6 +62,8 @@ def default_autocast_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
     What is larger than 65504 is infinite in fp16, so a network that was trained in bf16 is not to be tried in fp16.
     """
+    import torch
+
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", dtype or before)
     try:
@@ -73,3 +90,28 @@ def default_workers(world_size: int = 1) -> int:
     """Background readers per process: none on two cores or fewer (they would only compete), else up to eight."""
     cores = num_cores() // world_size
     return 0 if cores <= 2 else min(cores - 1, 8)
+
+
+def available_memory() -> int:
+    """Return the bytes of main memory that this process may use: of the computer, or of its container if that is less.
+
+    Where the system does not say, the result is ``sys.maxsize``. What other programs use now is not subtracted.
+    """
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return sys.maxsize
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_memory_limits()])
+
+
+@functools.cache
+def _memory_limits() -> list[int]:
+    """Return the bytes that the control groups (v2) of this process allow, as containers and schedulers set them."""
+    try:
+        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    group = Path(f"{CONTROL_GROUPS}/{own}")
+    limits = []
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # no limit is "max"; outside of the groups there is no such file
+            limits.append(int((folder / "memory.max").read_text()))
+    return limits

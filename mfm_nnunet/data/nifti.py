@@ -77,15 +77,16 @@ def read_start(path: Path) -> bytes:
         return stream.read(nifti2.header_dtype.itemsize)
 
 
-def choose_reader(path: Path, reader_name: str) -> str:
+def choose_reader(path: Path, reader_name: str, start: bytes | None = None) -> str:
     """Return ``reader_name``, or the other of nnU-Net's two readers for NIfTI where only that reads the file as meant.
 
     SimpleITKIO cannot read NIfTI-2 and axes that were rounded to a few digits (see :func:`is_rounded`). NibabelIO reads
     nothing but three axes, takes every length for mm, and refuses a quaternion that is a little too long. Raises
     MFMError (E_SPACING) where ``reader_name`` would read a voxel size wrongly and the other cannot read the file. For
-    what is no NIfTI file ``reader_name`` is returned; the gate says what is wrong with it.
+    what is no NIfTI file ``reader_name`` is returned; the gate says what is wrong with it. ``start`` are the first
+    bytes where they are known.
     """
-    found = _parse_file(path)
+    found = _parse_file(path) if start is None else _parse(start)
     if found is None or _is_able(found, reader_name):
         return reader_name
     other = _OTHER_READER.get(reader_name)
@@ -108,10 +109,15 @@ def is_rounded(path: Path) -> bool:
     return found is not None and _is_rounded(found)
 
 
-def warn_of_contradiction(path: Path) -> None:
-    """Log, once for a file, that its qform and sform put it in different places."""
-    found = _parse_file(path) if path not in _warned and len(_warned) < MAX_WARNINGS else None
-    if found is None or not (words := _contradiction(found.fields)):
+def contradiction(start: bytes) -> str:
+    """Return how qform and sform in a header put a file in different places; empty where they do not."""
+    found = _parse(start)
+    return "" if found is None else _contradiction(found.fields)
+
+
+def warn_of_contradiction(path: Path, words: str) -> None:
+    """Log, once for a file, the :func:`contradiction` in its header, if there is one."""
+    if not words or path in _warned or len(_warned) == MAX_WARNINGS:
         return
     _warned.add(path)
     _log.warning(

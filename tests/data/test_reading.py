@@ -23,7 +23,6 @@ from nnunetv2.imageio.reader_writer_registry import (
 )
 from PIL import Image
 
-from mfm_nnunet.data import integrity
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.data.reading import (
     IMAGE_ENDINGS,
@@ -294,8 +293,9 @@ def test_big_endian_and_nifti_2(tmp_path: Path, ending: str) -> None:
     nibabel.save(nibabel.Nifti2Image(array, affine()), two)
     assert reader_for(two) == "NibabelIO"
     require_as_stock(two)
-    with pytest.raises(MFMError, match="NIfTI-2"):
-        read_image([two], "SimpleITKIO")
+    image, properties = read_image([two], "SimpleITKIO")  # nibabel stands in
+    np.testing.assert_array_equal(image, stock(two, "NibabelIO")[0])
+    assert set(properties) == {"sitk_stuff", "spacing"}
 
 
 def test_one_stem_with_two_endings(tmp_path: Path) -> None:
@@ -323,7 +323,10 @@ def test_header_extension_and_gzip_members(tmp_path: Path) -> None:
 
 def test_trailing_axes_of_length_1_with_a_reader_that_cannot(tmp_path: Path) -> None:
     file = save_nifti(tmp_path / "x.nii.gz", volume(shape=(*SHAPE, 1)))
-    assert code_of(lambda: read_image([file], "NibabelIO")) == "E_DIM"
+    image, properties = read_image([file], "NibabelIO")  # SimpleITK stands in
+    np.testing.assert_array_equal(image, stock(file, "SimpleITKIO")[0])
+    np.testing.assert_array_equal(properties["nibabel_stuff"]["original_affine"], affine())
+    assert code_of(lambda: read_image([file], "NibabelIOWithReorient")) == "E_DIM"
 
 
 def test_a_gzip_bomb_is_stopped_at_the_size_that_the_header_promises(tmp_path: Path) -> None:
@@ -346,23 +349,6 @@ def test_a_volume_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch:
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 0 if name == "SC_PHYS_PAGES" else real(name))
     assert refused(file) == "E_TOO_LARGE"
-
-
-@pytest.mark.skipif(not Path("/proc/self/cgroup").is_file(), reason="needs control groups")
-def test_a_volume_beyond_the_memory_limit_of_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "0::" not in Path("/proc/self/cgroup").read_text():
-        pytest.skip("no control groups of version 2")
-    file = save_nifti(tmp_path / "x.nii.gz", volume())
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(integrity, "CONTROL_GROUPS", str(tmp_path))
-    for text in ("max", "1000000000"):
-        limit.write_text(f"{text}\n")
-        integrity._memory_limits.cache_clear()
-        check_image_file(file)
-    limit.write_text("100\n")
-    integrity._memory_limits.cache_clear()
-    assert refused(file) == "E_TOO_LARGE"
-    integrity._memory_limits.cache_clear()
 
 
 def test_mutated_headers_never_crash_and_never_change_the_shape(tmp_path: Path) -> None:
