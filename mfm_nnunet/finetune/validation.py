@@ -18,7 +18,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune.datasets import NamingDataset
 from mfm_nnunet.predict.export import export_validation_case
 from mfm_nnunet.predict.predictor import Model
 
@@ -42,7 +41,7 @@ def predict_cases(
 ) -> Iterable[str]:
     """Predict preprocessed cases with the trainer's network and write their masks; yields each name when it is done.
 
-    Raises MFMError (E_SHORT_DATA) naming a preprocessed file that cannot be read.
+    Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a preprocessed file that cannot be read.
     """
     axes = trainer.inference_allowed_mirroring_axes
     model = Model(
@@ -50,11 +49,10 @@ def predict_cases(
         mirror_axes=tuple(axes) if axes else None,
         autocast_dtype=torch.bfloat16 if getattr(trainer, "autocast_dtype", None) is torch.bfloat16 else torch.float16,
     )  # fmt: skip
-    dataset = NamingDataset(trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases)))
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     for case in dataset.identifiers:
-        with dataset.reading():
-            data, _, _, properties = dataset.load_case(case)
-            image_CDHW = torch.from_numpy(np.array(data[:]))
+        data, _, _, properties = dataset.load_case(case)
+        image_CDHW = torch.from_numpy(np.array(data[:]))
         logits = model.predict_logits(image_CDHW)
         export_validation_case(
             logits,
