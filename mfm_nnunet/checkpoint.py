@@ -310,6 +310,20 @@ def _verify_checksums(file: Path) -> None:
 
 
 @contextlib.contextmanager
+def weights_only_forced() -> Iterator[None]:
+    """Inside, ``torch.load`` builds tensors and plain values only, also where code of others asks for anything."""
+    force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name) for name in (force, allow) if name in os.environ}
+    os.environ[force] = "1"
+    try:
+        with _plain_numpy_allowed():
+            yield
+    finally:
+        del os.environ[force]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
 def _plain_numpy_allowed() -> Iterator[None]:
     """Stock nnU-Net checkpoints hold NumPy scalars in their log; these types carry data and run no code."""
     import numpy as np

@@ -154,6 +154,12 @@ CALLS: list[tuple[str, int, str]] = [
     ("training.dataloading.nnunet_dataset.comp_blosc2_params", 3, ""),
     ("training.dataloading.nnunet_dataset.nnUNetDatasetBlosc2:_select_filter", 5, ""),
     ("training.dataloading.nnunet_dataset.nnUNetBaseDataset:load_case", 2, ""),
+    ("training.dataloading.nnunet_dataset.nnUNetDatasetBlosc2:save_seg", 4, ""),
+    (
+        "training.dataloading.nnunet_dataset.nnUNetDatasetNumpy:unpack_dataset", 1,
+        "overwrite_existing num_processes verify",
+    ),
+    ("training.dataloading.nnunet_dataset.infer_dataset_class", 1, ""),
     ("training.dataloading.data_loader.nnUNetDataLoader", 6, "probabilistic_oversampling transforms"),
     (
         "training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer:get_training_transforms", 5,

@@ -25,6 +25,8 @@ import numpy as np
 
 from mfm_nnunet.checkpoint import atomic_write, full_disk_named
 from mfm_nnunet.data import masks
+from mfm_nnunet.data.properties import read_properties
+from mfm_nnunet.data.volumes import open_array, read_arrays
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, is_file_name, open_to_append, shown, whole_number
 from mfm_nnunet.json_files import parse_json
@@ -191,14 +193,17 @@ def require_whole(folder: Path) -> None:
 
 
 def _is_readable(file: Path) -> bool:
-    if file.suffix == ".pkl":  # never loaded for a check, because pickles run code; a whole one ends with its stop sign
-        return file.read_bytes().endswith(b".")
+    """Return whether a preprocessed file can be opened; a file that could run code is refused (E_DATA_UNSAFE)."""
     try:
-        if file.suffix == ".npy":
-            np.load(file, allow_pickle=False)
-            return True
-        blosc2.open(urlpath=str(file), mode="r")
-    except (RuntimeError, OSError, ValueError):
+        if file.suffix == ".pkl":
+            read_properties(file)
+        elif file.suffix == ".npy":
+            read_arrays(file)
+        else:
+            open_array(str(file))
+    except MFMError as error:
+        if error.code == "E_DATA_UNSAFE":
+            raise
         return False
     return True
 

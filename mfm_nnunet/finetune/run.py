@@ -20,7 +20,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
+from mfm_nnunet.checkpoint import full_disk_named, load_weights, remove_leftovers, weights_only_forced
 from mfm_nnunet.children import call_recorded, run_processes
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about
@@ -36,6 +36,7 @@ from mfm_nnunet.finetune.checks import (
     fold_value,
     read_dataset_json,
 )
+from mfm_nnunet.finetune.datasets import next_stage_checked, use_checked_data
 from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_into
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import read_checkpoint
@@ -175,7 +176,7 @@ def execute(job: Job) -> None:
     with full_disk_named(job.folder), _threads(device), flagged as flag:
         with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE if job.only_validate else _LESS_MEMORY):
             trainer = _trained(job, found, device, flag)
-        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):
+        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE), next_stage_checked():
             trainer.perform_actual_validation(job.save_probabilities)
 
 
@@ -188,11 +189,15 @@ def _trained(
     if isinstance(trainer, MFMTrainer):
         trainer.stop_flag = flag
         trainer.pretrained_checkpoint = job.pretrained_weights
-    elif job.pretrained_weights is not None:
-        trainer.initialize()
-        transfer_into(trainer, job.pretrained_weights)
+    else:
+        use_checked_data(trainer)
+        if job.pretrained_weights is not None:
+            transfer_into(trainer, job.pretrained_weights)
     if job.start_from is not None:
-        trainer.load_checkpoint(str(job.start_from))
+        if not isinstance(trainer, MFMTrainer):
+            load_weights(job.start_from)  # says what is wrong with the file, which nnU-Net's loading would not
+        with weights_only_forced():
+            trainer.load_checkpoint(str(job.start_from))
     if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
         trainer.run_training()
     return trainer

@@ -21,7 +21,6 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from mfm_nnunet.data.per_case import progress
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
-from mfm_nnunet.finetune.datasets import NamingDataset
 from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.predict.export import export_validation_case, remove_dead_stages, require_space
 from mfm_nnunet.predict.predictor import Model
@@ -47,7 +46,7 @@ def predict_cases(
 ) -> Iterable[str]:
     """Predict preprocessed cases with the trainer's network and write their masks; yields each name when it is done.
 
-    Raises MFMError (E_SHORT_DATA) naming a preprocessed file that cannot be read.
+    Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a preprocessed file that cannot be read.
     """
     axes = trainer.inference_allowed_mirroring_axes
     model = Model(
@@ -55,11 +54,10 @@ def predict_cases(
         mirror_axes=tuple(axes) if axes else None,
         autocast_dtype=torch.bfloat16 if getattr(trainer, "autocast_dtype", None) is torch.bfloat16 else torch.float16,
     )  # fmt: skip
-    dataset = NamingDataset(trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases)))
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     for case in dataset.identifiers:
-        with dataset.reading():
-            data, _, _, properties = dataset.load_case(case)
-            image_CDHW = torch.from_numpy(np.array(data[:]))
+        data, _, _, properties = dataset.load_case(case)
+        image_CDHW = torch.from_numpy(np.array(data[:]))
         require_space(inside(output_folder, f"{case}{trainer.dataset_json['file_ending']}"), properties)
         logits = model.predict_logits(image_CDHW, what=f"validating {case}")
         with progress(0, f"{case}: writing the mask"):

@@ -337,7 +337,7 @@ def test_a_batch_is_nnunets_own_under_its_seed(source: SeededBatches) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_damaged_preprocessed_file_is_named(source: SeededBatches, num_workers: int) -> None:
     """Its size is right and its beginning is whole, so nothing is noticed before it is read."""
-    for file in Path(source.loader._data.dataset.source_folder).glob("*_seg.b2nd"):
+    for file in Path(source.loader._data.source_folder).glob("*_seg.b2nd"):
         overwrite_middle(file)
     with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*_seg\.b2nd: the preprocessed file cannot be read"):
         next(batches(source, 0, 1, num_workers))
