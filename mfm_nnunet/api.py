@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mfm_nnunet import preparation
 from mfm_nnunet import workspace as places
+from mfm_nnunet.data import decoder
 from mfm_nnunet.errors import CasesFailedError, MFMError, about, dataset_refused, nearest
 from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import read_plans
@@ -49,6 +50,7 @@ def plan_and_preprocess(
     Raises MFMError for bad input (a labelled dataset with any bad case is refused, with the list of all of them), and
     CasesFailedError after finishing when single cases failed and were left out.
     """
+    decoder.warm()
     from mfm_nnunet.interchange.read import find_checkpoint
     from mfm_nnunet.plans.planner import PlanRequest, check_request, format_table, plan
 
@@ -203,6 +205,7 @@ def predict(
 
     Raises MFMError for bad input and CasesFailedError after all good cases are done.
     """
+    decoder.warm()
     from mfm_nnunet.predict.batch import PredictOptions, predict_folder
 
     with places.use(workspace) as here:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.data.per_case import progress
+from mfm_nnunet.data.reading import read_label
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
 from mfm_nnunet.metrics import foreground_labels
@@ -91,7 +91,7 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
         )  # fmt: skip
     summary = summarise(
         files,
-        trainer.plans_manager.image_reader_writer_class(),
+        trainer.plans_manager.plans["image_reader_writer"],
         labels.foreground_regions if labels.has_regions else labels.foreground_labels,
         labels.ignore_label,
     )
@@ -99,14 +99,26 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
     return summary
 
 
+class _CheckedReader:
+    """Read label maps as nnU-Net's reader of that name does, through the input gate."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def read_seg(self, file: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return a label map (1, D, H, W) and its properties. Raises MFMError."""
+        return read_label(Path(file), self.name)
+
+
 def summarise(
-    files: Sequence[tuple[Path, Path]], reader: BaseReaderWriter, labels: Sequence[Label], ignore_label: int | None
+    files: Sequence[tuple[Path, Path]], reader_name: str, labels: Sequence[Label], ignore_label: int | None
 ) -> dict[str, Any]:
     """Return metrics of (reference, prediction) pairs in nnU-Net's layout: per case, mean per label, foreground mean.
 
     A label that neither masks nor references have is NaN, as nnU-Net writes it. nnU-Net makes the foreground mean NaN
     then; here it is the mean of the labels that have a value.
     """
+    reader: Any = _CheckedReader(reader_name)
     results = [compute_metrics(str(truth), str(mask), reader, list(labels), ignore_label) for truth, mask in files]
     names = list(results[0]["metrics"][labels[0]])
     with warnings.catch_warnings():

@@ -465,18 +465,18 @@ def test_a_label_that_nothing_has_is_named_and_leaves_the_mean_of_the_others(tmp
         sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / f"{name}.nii.gz"))
     pairs = [(tmp_path / "truth.nii.gz", tmp_path / "mask.nii.gz")]
     dataset_json = {"labels": {"background": 0, "liver": 1, "spleen": 2, "cyst": 3, "ignore": 4}}
-    summary = validation.summarise(pairs, SimpleITKIO(), [1, 2, 3], 4)
+    summary = validation.summarise(pairs, "SimpleITKIO", [1, 2, 3], 4)
     assert summary["mean"][3]["Dice"] != summary["mean"][3]["Dice"]
     assert [summary["mean"][label]["Dice"] for label in (1, 2)] == [1.0, 0.0]
     assert summary["foreground_mean"]["Dice"] == 0.5
     line = validation.format_dice(summary, dataset_json)
     assert line == "Mean Validation Dice: 0.5 (without cyst, which neither masks nor references have)"
-    summary = validation.summarise(pairs, SimpleITKIO(), [1, 2], None)
+    summary = validation.summarise(pairs, "SimpleITKIO", [1, 2], None)
     assert validation.format_dice(summary, dataset_json) == "Mean Validation Dice: 0.5"
     regions = {"labels": {"background": 0, "organs": [1, 2], "cysts": [3, 5]}}
-    summary = validation.summarise(pairs, SimpleITKIO(), [(1, 2), (3, 5)], None)
+    summary = validation.summarise(pairs, "SimpleITKIO", [(1, 2), (3, 5)], None)
     assert "without cysts" in validation.format_dice(summary, regions)
-    summary = validation.summarise(pairs, SimpleITKIO(), [3], None)
+    summary = validation.summarise(pairs, "SimpleITKIO", [3], None)
     assert validation.format_dice(summary, dataset_json).startswith("Mean Validation Dice: nan (without cyst")
 
 
