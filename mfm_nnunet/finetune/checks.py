@@ -66,8 +66,16 @@ def check_data(
             f"plan {plans['plans_name']} has no configuration '{configuration}'. "
             f"{nearest(configuration, plans['configurations'])}",
         )
+    resolved = PlansManager(plans).get_configuration(configuration)
+    for stage in resolved.next_stage_names or ():
+        if stage not in plans["configurations"]:  # nnU-Net looks it up when the training is done
+            raise MFMError(
+                "E_CONFIG",
+                f"configuration '{configuration}' has the next_stage '{stage}', which the plan does not have. "
+                f"{nearest(stage, plans['configurations'])}",
+            )
     folder = workspace.preprocessed / dataset_name
-    data = inside(folder, PlansManager(plans).get_configuration(configuration).data_identifier)
+    data = inside(folder, resolved.data_identifier)
     cases = preprocessed_cases(data)
     if not cases:
         source = block_of(plans).source

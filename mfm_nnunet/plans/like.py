@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.files import shown
 from mfm_nnunet.interchange.conversion import require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
 from mfm_nnunet.json_files import ARCHITECTURE_KEYS, is_resampled, resolved
@@ -76,7 +77,7 @@ def read_source(path: Path) -> Source:
         if "CTNormalization" in reading.configuration["normalization_schemes"]:
             _require_intensities(mfm["plans"]["foreground_intensity_properties_per_channel"])
         network = block_of(mfm["plans"]).network
-    entry = {"name": path.name, "sha256": sha256(path), "pretext": mfm.get("pretext"), "network": network}
+    entry = {"name": shown(path.name), "sha256": sha256(path), "pretext": mfm.get("pretext"), "network": network}
     return Source(mfm, entry)
 
 
@@ -150,8 +151,14 @@ def like_patch(patch: Sequence[int], arch_kwargs: Mapping[str, Any], median_shap
     if "strides" in arch_kwargs:
         strides = [[s] * len(patch) if isinstance(s, int) else s for s in arch_kwargs["strides"]]
         steps = [math.prod(axis) for axis in zip(*strides)]
-    else:
+    elif "patch_embed_size" in arch_kwargs:
         steps = [int(size) for size in arch_kwargs["patch_embed_size"]]
+    else:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            "the plan in the checkpoint tells neither strides nor the size of a token of its network, so no patch can "
+            "be planned for it. Use a checkpoint whose plan is whole.",
+        )
     result = [min(int(p), pad_to_multiple(size, step)) for p, size, step in zip(patch, median_shape, steps)]
     if "strides" in arch_kwargs and result == steps:
         result = [min(int(p), 2 * step) for p, step in zip(patch, steps)]

@@ -154,6 +154,10 @@ def _edit_plan(**changes: Any) -> Edit:
     return lambda plans: plans["configurations"]["3d_fullres"].update(changes)
 
 
+def _edit_axes(order: list[int]) -> Edit:
+    return lambda plans: plans.update(transpose_forward=order, transpose_backward=[order.index(k) for k in range(3)])
+
+
 @pytest.mark.parametrize(
     ("name", "edit", "says"),
     [
@@ -162,7 +166,7 @@ def _edit_plan(**changes: Any) -> Edit:
         ("plans.json", _edit_plan(normalization_schemes=["NoNormalization"]), "normalization_schemes"),
         ("plans.json", _edit_plan(use_mask_for_norm=[True]), "use_mask_for_norm"),
         ("plans.json", _edit_plan(resampling_fn_data_kwargs={"order": 1}), "resampling_fn_data_kwargs"),
-        ("plans.json", lambda plans: plans.update(transpose_forward=[1, 0, 2]), "transpose_forward"),
+        ("plans.json", _edit_axes([1, 0, 2]), "transpose_forward"),
         ("dataset.json", lambda content: content.update(labels={"background": 0, "b": 1, "a": 2}), "labels"),
         ("dataset.json", lambda content: content.update(channel_names={"0": "CT"}), "channel_names"),
     ],
