@@ -212,12 +212,22 @@ def _open_picture(path: Path, content: io.BytesIO | None = None) -> Iterator[Ima
 
 
 def check_bmp(path: Path) -> None:
-    """Compare the length with the header and decode. Raises MFMError (E_FORMAT, E_SHORT_DATA, E_TOO_LARGE)."""
+    """Compare the length with the header and decode.
+
+    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_TOO_LARGE).
+    """
     with open(path, "rb") as file:
-        start = file.read(6)
-    if len(start) < 6 or path.stat().st_size < struct.unpack("<I", start[2:])[0]:
+        start = file.read(34)
+    if len(start) < 34 or path.stat().st_size < struct.unpack("<I", start[2:6])[0]:
         raise MFMError("E_SHORT_DATA", f"{path}: the picture is cut off. Copy it again.")
     check_picture(path)
+    first_pixel, kind, width, height, _, bits, compression = struct.unpack("<IIiiHHI", start[10:34])
+    row = (width * bits + 31) // 32 * 4
+    # Longer headers than the usual one have a colour profile behind the pixels.
+    if kind == 40 and compression == 0 and path.stat().st_size >= first_pixel + row * (abs(height) + 1):
+        raise MFMError(
+            "E_HEADER", f"{path}: holds more rows than the {abs(height)} that its header describes. Export it again."
+        )
 
 
 def check_tiff(path: Path) -> None:
