@@ -11,7 +11,9 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from mfm_nnunet.data import tiff
 from mfm_nnunet.data.headers import refuse
@@ -186,13 +188,30 @@ def _require_jpeg_rows(path: Path, picture: Image.Image) -> None:
     """
     from PIL import ImageChops
 
-    content = path.read_bytes()
-    end = content.rfind(b"\xff\xd9")
-    if end < 0:
-        return
-    with _open_picture(path, io.BytesIO(content[:end] + _NO_MARKER + content[end:])) as other:
+    with _open_picture(path, io.BytesIO(_with_more(path.read_bytes()))) as other:
         if ImageChops.difference(picture, other).getbbox() is not None:
             raise MFMError("E_SHORT_DATA", f"{path}: the last rows of the picture are missing. Copy it again.")
+
+
+def _with_more(jpeg: bytes) -> bytes:
+    """Return a JPEG stream with bytes before its end mark that belong to no row."""
+    end = jpeg.rfind(b"\xff\xd9")
+    return jpeg[:end] + _NO_MARKER + jpeg[end:] if end >= 0 else jpeg
+
+
+def _require_tiff_rows(path: Path, file: Any) -> None:
+    """Notice rows that are missing in a strip or tile that is a JPEG stream of its own."""
+    for page in file.series[0].pages:
+        segments = file.filehandle.read_segments(page.dataoffsets, page.databytecounts)
+        for data, index in segments:
+            pair = (
+                page.keyframe.decode(stream, index, jpegtables=page.jpegtables)[0]
+                for stream in (data, _with_more(data))
+            )
+            if not np.array_equal(*pair):
+                raise refuse(
+                    "E_SHORT_DATA", path, f"part {index} of page {page.index} lacks rows", "Copy the file again."
+                )
 
 
 @contextlib.contextmanager
@@ -242,6 +261,8 @@ def check_tiff(path: Path) -> None:
         _require_one_volume(path, file, pages)
         if file.asarray().shape != volume.shape:
             raise refuse("E_SHORT_DATA", path, f"its pages do not make {volume.shape}", "Copy the file again.")
+        if volume.keyframe.compression in (6, 7):  # JPEG
+            _require_tiff_rows(path, file)
 
 
 def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int, tiff.Page]) -> None:

@@ -419,6 +419,21 @@ def test_a_page_that_is_stored_in_another_way(tmp_path: Path) -> None:
     assert code_of(file) == "E_HEADER"
 
 
+@pytest.mark.parametrize("options", [{}, {"rowsperstrip": 40}, {"tile": (64, 64)}])
+def test_a_strip_of_jpeg_that_lacks_rows(tmp_path: Path, options: dict[str, Any]) -> None:
+    file = tmp_path / "x.tif"
+    tifffile.imwrite(file, np.stack([SMOOTH] * 3), compression="jpeg", photometric="minisblack", **options)
+    check_image_file(file)
+    content = bytearray(file.read_bytes())
+    with tifffile.TiffFile(file) as handle:
+        page = handle.pages[1]
+        start, length = page.dataoffsets[-1], page.databytecounts[-1]
+    stream = content[start : start + length]
+    content[start : start + length] = (stream[: length * 3 // 4] + b"\xff\xd9").ljust(length, b"\0")
+    file.write_bytes(content)
+    assert code_of(file) == "E_SHORT_DATA"
+
+
 # --- OME and ImageJ -------------------------------------------------------------------------------------------------
 
 
