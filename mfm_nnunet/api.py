@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mfm_nnunet import preparation
 from mfm_nnunet import workspace as places
 from mfm_nnunet.errors import CasesFailedError, MFMError, about, dataset_refused, nearest
+from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.workspace import Workspace
 
@@ -304,7 +305,6 @@ def run_study(
     from mfm_nnunet.study import run as study
     from mfm_nnunet.study.evaluation import require_library
 
-    library = require_library()
     compared = study_arms.parse_arms(arms)
     for arm in compared:
         study.check_settings([*settings, *arm.settings])
@@ -330,6 +330,7 @@ def run_study(
             tolerance_mm=tolerance_mm,
             mirroring=mirroring,
         )
+    library = require_library()  # last of what is checked before any work, so that it hides no other mistake
     with study.running.alone(design.folder) as lock, places.use_only(design.workspace) as own:
         folders.write_design(design, library)
         plans = _plan_study(own, design, given[0] if given else None)
@@ -416,8 +417,9 @@ def _model_folder(
 ) -> Path:
     if dataset is None or configuration is None:
         raise MFMError("E_CONFIG", "name the model: either -m MODEL_FOLDER, or -d DATASET and -c CONFIGURATION.")
-    folder = here.results / here.dataset_name(dataset) / f"{trainer}__{plans_name}__{configuration}"
+    folder = inside(here.results, here.dataset_name(dataset), f"{trainer}__{plans_name}__{configuration}")
     if not folder.is_dir():
         existing = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
-        raise MFMError("E_NOT_FOUND", f"{folder}: no such model. {nearest(folder.name, existing)}")
+        advice = nearest(folder.name, existing) if existing else here.where_else("results")
+        raise MFMError("E_NOT_FOUND", f"{folder}: no such model. {advice}")
     return folder

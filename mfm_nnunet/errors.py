@@ -123,4 +123,4 @@ def nearest(name: str, legal: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"Did you mean '{close[0]}'?"
-    return "Known: " + ", ".join(names) + "." if names else "There is none yet."
+    return "Known: " + ", ".join(names) + "." if names else "There is none here."

@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import inside, require_unicode, whole_number
 
 DEFAULT = "mfm_workspace"
 PLUGIN_FOLDER = Path(__file__).parent / "finetune" / "nnunet_plugin"
@@ -26,6 +28,20 @@ class Workspace:
     raw: Path
     preprocessed: Path
     results: Path
+    root: Path | None = None
+    """The workspace, in which all are that no environment variable names."""
+    variables: tuple[str, ...] = ()
+    """The environment variables that name a folder, e.g. ``nnUNet_raw``."""
+
+    def where_else(self, part: Literal["raw", "preprocessed", "results"]) -> str:
+        """Return the advice for something that is not in a folder: what says where that folder is."""
+        variable, folder = f"nnUNet_{part}", getattr(self, part)
+        if variable in self.variables:
+            state = "" if folder.is_dir() else ", which is no folder"
+            return f"The environment variable {variable} is {folder}{state}; correct or unset it if that is not meant."
+        if self.root is not None and not self.root.is_dir():
+            return f"The workspace {self.root} is not there: give yours with --workspace."
+        return "If it is in another workspace, give that with --workspace."
 
     def dataset_names(self) -> list[str]:
         """The datasets and corpora that have a raw or a preprocessed folder here."""
@@ -40,18 +56,27 @@ class Workspace:
         names, wanted = self.dataset_names(), str(name_or_id)
         if wanted in names:
             return wanted
-        if wanted.isdigit():
-            matches = [name for name in names if re.fullmatch(rf"Dataset0*{int(wanted)}_.*", name)]
+        number = whole_number(wanted)
+        if number is not None:
+            matches = [name for name in names if re.fullmatch(rf"Dataset0*{number}_.*", name)]
             if len(matches) == 1:
                 return matches[0]
             if matches:
                 raise MFMError("E_CONFIG", f"dataset {wanted} is ambiguous: {', '.join(matches)}. Give the full name.")
-        raise MFMError("E_NOT_FOUND", f"there is no dataset {wanted} in {self.raw}. {nearest(wanted, names)}")
+        advice = nearest(wanted, names) if names else self.where_else("raw")
+        raise MFMError("E_NOT_FOUND", f"there is no dataset {wanted} in {self.raw}. {advice}")
+
+    def raw_folder(self, dataset_name: str) -> Path:
+        """The folder of a dataset's images; MFMError (E_NOT_FOUND) says where raw data are looked for."""
+        folder = self.raw / dataset_name
+        if not folder.is_dir():
+            raise MFMError("E_NOT_FOUND", f"{folder}: no such folder of raw data. {self.where_else('raw')}")
+        return folder
 
     def plans_file(self, dataset_name: str, plans_name: str) -> Path:
         """The plans file; MFMError (E_NOT_FOUND) with the nearest existing plan when it is missing."""
         folder = self.preprocessed / dataset_name
-        file = folder / f"{plans_name}.json"
+        file = inside(folder, f"{plans_name}.json")
         if file.is_file():
             return file
         skip = {"dataset", "dataset_fingerprint", "splits_final", "corpus", "mfm_fingerprint"}
@@ -65,10 +90,18 @@ class Workspace:
 
 @contextlib.contextmanager
 def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
-    """The workspace for the duration of a call, with nnU-Net's environment variables set and restored after."""
+    """The workspace for the duration of a call, with nnU-Net's environment variables set and restored after.
+
+    Raises MFMError (E_EXISTS) where a file is in the place of the workspace.
+    """
     root = Path(workspace or DEFAULT).absolute()
     names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    given = tuple(name for name in names if os.environ.get(name))
+    if len(given) < len(names) and root.exists() and not root.is_dir():
+        raise MFMError("E_EXISTS", f"--workspace {root}: this is a file, and the workspace is a folder. Give a folder.")
     values = {name: os.environ.get(name) or str(root / name) for name in names}
+    for name, path in values.items():
+        require_unicode(path, name)
     plugins = [p for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p and Path(p) != PLUGIN_FOLDER]
     values["nnUNet_extTrainer"] = os.pathsep.join([*plugins, str(PLUGIN_FOLDER)])
     values["nnUNet_def_n_proc"] = os.environ.get("nnUNet_def_n_proc") or str(num_cores())
@@ -77,7 +110,8 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
-        yield Workspace(*(Path(values[name]) for name in names))
+        raw, preprocessed, results = (Path(values[name]) for name in names)
+        yield Workspace(raw, preprocessed, results, root, given)
     finally:
         for name, value in before.items():
             if value is None:

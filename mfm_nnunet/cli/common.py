@@ -6,17 +6,23 @@ Nothing heavy is imported here, so ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from mfm_nnunet import terminal, workspace
-from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import whole_number
 from mfm_nnunet.version import __version__
 
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_NOT_SET = ("source", "network", "format")
+"""Parts of a plan's block that no run sets."""
+_ALIKE = 0.65
+"""How alike a flag must be to be proposed, from 0 to 1: ``--dry-run`` is not meant to be ``--run-name``."""
 _POSITIONS = {"dataset": "DATASET (-d)", "configuration": "CONFIG (-c)", "fold": "FOLD (-f)"}
 
 
@@ -28,6 +34,8 @@ class StrictParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.settings: tuple[str, ...] = ()
+        """The parts of the settings that ``--set`` takes here, e.g. ``pretrain``."""
 
     def flag(self, names: str, help_text: str, **kwargs: Any) -> None:
         """Add one flag; ``names`` are its spellings, separated by spaces."""
@@ -46,7 +54,7 @@ class StrictParser(argparse.ArgumentParser):
                 break
             flag = token.split("=", 1)[0]
             if flag.startswith("-") and flag != "-" and flag not in legal and not _NUMBER.fullmatch(token):
-                self.error(f"unknown flag {flag}. {_nearest_flag(flag, legal)}")
+                self.error(f"unknown flag {flag}. {_nearest_flag(flag, legal, self.settings)}".rstrip())
         return self.parse_intermixed_args(tokens)
 
     def error(self, message: str) -> NoReturn:
@@ -77,19 +85,20 @@ def add_dataset_arguments(parser: StrictParser, has_fold: bool = False) -> None:
         parser.flag("-f --fold", "the same as a flag", dest="fold_flag", metavar="FOLD")
 
 
-def add_run_arguments(parser: StrictParser, examples: str) -> None:
+def add_run_arguments(parser: StrictParser, examples: str, parts: Sequence[str]) -> None:
     """Plan, settings, device and number of GPUs of a training run."""
     parser.flag("-p --plans", "name of the plan (default: mfmPlans)", default="mfmPlans", metavar="PLANS")
     text = "settings of a whole run: the name of a shipped recipe, or a .json file; --set wins over it"
     parser.flag("--recipe", text, metavar="NAME|FILE")
-    add_settings(parser, examples)
+    add_settings(parser, examples, parts)
     parser.flag("--c", "continue a stopped or killed run where it was", dest="continue_training", action="store_true")
     add_device(parser)
     parser.flag("-num_gpus --num-gpus", "number of GPUs (default: 1)", type=positive_int, default=1, metavar="N")
 
 
-def add_settings(parser: StrictParser, examples: str) -> None:
-    """``--set name=value ...``."""
+def add_settings(parser: StrictParser, examples: str, parts: Sequence[str]) -> None:
+    """``--set name=value ...``, of these parts of the settings and of those that belong to none."""
+    parser.settings = tuple(parts)
     text = f"change a setting; several may follow, e.g. {examples}"
     parser.flag("--set", text, dest="settings", action="append", default=[], metavar="NAME=VALUE", type=_assignment)
 
@@ -116,15 +125,16 @@ def fold_value(text: str) -> int | str:
     """A fold: a number or ``all``. Raises MFMError (E_CONFIG) for anything else."""
     if text == "all":
         return text
-    if text.isdigit():
-        return int(text)
+    number = whole_number(text)
+    if number is not None:
+        return number
     raise MFMError("E_CONFIG", f"fold {text}: expected a number from 0, or all.")
 
 
 def positive_int(text: str) -> int:
     """An argparse type."""
-    if text.isdigit() and int(text) > 0:
-        return int(text)
+    if number := whole_number(text):
+        return number
     raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
 
 
@@ -152,12 +162,17 @@ def _assignment(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected name=value, got {text}")
 
 
-def _nearest_flag(flag: str, legal: Sequence[str]) -> str:
-    """The advice for an unknown flag: the settings of that name where there are any, else the nearest flag."""
+def _nearest_flag(flag: str, legal: Sequence[str], parts: Sequence[str]) -> str:
+    """The advice for an unknown flag: the settings of that name where there are any, else a flag that is spelt alike.
+
+    ``parts`` are the parts of the settings that the command takes.
+    """
     from mfm_nnunet.plans.schema import MFMBlock, setting_names
 
     word = flag.lstrip("-").replace("-", "_")
-    settings = [name for name in setting_names(MFMBlock()) if word in (name, name.rpartition(".")[2])]
+    names = [name for name in setting_names(MFMBlock()) if name.rpartition(".")[0] in (*parts, "")]
+    settings = [name for name in names if name not in _NOT_SET and word in (name, name.rpartition(".")[2])]
     if settings and "--set" in legal:
         return f"Settings are given with --set: {' or '.join(f'{name}=VALUE' for name in settings)}."
-    return nearest(flag, legal)
+    alike = difflib.get_close_matches(flag, legal, n=1, cutoff=_ALIKE)
+    return f"Did you mean '{alike[0]}'?" if alike else ""

@@ -32,7 +32,7 @@ def build_parser() -> common.StrictParser:
     parser = common.make_parser("mfm_demo", DESCRIPTION, default_workspace="mfm_demo")
     parser.flag("--data", "a labelled dataset in nnU-Net's raw format (2D or 3D); read in place", metavar="DIR")
     parser.flag("--overwrite", "remove what an earlier demo made in the workspace and start anew", action="store_true")
-    common.add_settings(parser, "pretrain.epochs=10 finetune.epochs=10 seed=1")
+    common.add_settings(parser, "pretrain.epochs=10 finetune.epochs=10 seed=1", ["pretrain", "finetune"])
     common.add_device(parser)
     return parser
 

@@ -30,7 +30,7 @@ def build_parser() -> common.StrictParser:
     text = "labelled dataset; every few epochs a linear probe on it logs a Dice (off by default)"
     parser.flag("--probe", text, metavar="DATASET")
     parser.flag("--list", "print a table of the pretext tasks and exit", dest="list_tasks", action="store_true")
-    common.add_run_arguments(parser, "pretrain.epochs=300 pretrain.batch_size=4 seed=1")
+    common.add_run_arguments(parser, "pretrain.epochs=300 pretrain.batch_size=4 seed=1", ["pretrain"])
     return parser
 
 

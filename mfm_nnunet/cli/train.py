@@ -29,7 +29,8 @@ def build_parser() -> common.StrictParser:
     parser.flag("-pretrained_weights --pretrained-weights", text, metavar="CHECKPOINT")
     parser.flag("--val", "only validate a run that is finished", dest="only_validate", action="store_true")
     parser.flag("--npz", "save the probabilities of the validation", dest="save_probabilities", action="store_true")
-    common.add_run_arguments(parser, "finetune.epochs=200 finetune.learning_rate=1e-3 seed=1")
+    examples = "finetune.epochs=200 finetune.learning_rate=1e-3 seed=1"
+    common.add_run_arguments(parser, examples, ["finetune"])
     return parser
 
 

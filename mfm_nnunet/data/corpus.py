@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.dataset_json import check_dataset_json
+from mfm_nnunet.data import dataset_json as dataset_jsons
 from mfm_nnunet.data.index import Case, group_channels, require_channels, subject_of, with_digest
 from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import is_file_name
 from mfm_nnunet.json_files import read_json
 
 __all__ = [
@@ -109,9 +110,7 @@ def load_cases(dataset_folder: Path) -> list[Case]:
 def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
     """``dataset.json`` of a raw folder. Raises MFMError (E_NOT_FOUND, E_FORMAT) with everything that is wrong in it."""
     file = dataset_folder / "dataset.json"
-    content = read_json(file, "Every dataset needs one; repair it or register the images again.")
-    check_dataset_json(content, file)
-    return content
+    return dataset_jsons.read_dataset_json(file, "Every dataset needs one; repair it or register the images again.")
 
 
 def is_corpus(dataset_folder: Path) -> bool:
@@ -246,12 +245,19 @@ def _entry(case: Case) -> dict[str, Any]:
 def _read_corpus(folder: Path) -> dict[str, Any]:
     file, advice = folder / "corpus.json", "Delete the folder and register the images again."
     content = read_json(file, advice)
-    keys = {"name", "images", "subject"}
     cases = content.get("cases")
-    is_whole = isinstance(cases, list) and all(isinstance(entry, dict) and keys <= set(entry) for entry in cases)
-    if content.get("format") != FORMAT or "source" not in content or not is_whole:
+    is_whole = isinstance(cases, list) and all(_is_entry(entry) for entry in cases)
+    if content.get("format") != FORMAT or not isinstance(content.get("source"), str) or not is_whole:
         raise MFMError("E_FORMAT", f"{file}: of an unknown format, or parts are missing. {advice}")
     return content
+
+
+def _is_entry(entry: Any) -> bool:
+    """Return whether a case of corpus.json is as :func:`_entry` writes it; volumes are named after its name."""
+    if not isinstance(entry, dict) or not is_file_name(entry.get("name")) or not isinstance(entry.get("images"), list):
+        return False
+    texts = [*entry["images"], entry.get("subject"), *(entry.get(key, "") for key in (*_WORDS, *_MASKS))]
+    return bool(entry["images"]) and all(isinstance(text, str) and "\0" not in text for text in texts)
 
 
 def _mapped(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:

@@ -88,11 +88,16 @@ def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[Pur
                 if not isinstance(entries, list):
                     raise _not_nnssl(file, f"session '{session}' of '{subject}' has no list 'images'")
                 # Identifiers may hold slashes; each is one part of the place here.
-                place = PurePath(*(name.replace("/", "_") or "_" for name in (dataset, subject, session)))
+                place = PurePath(*(_part(name) for name in (dataset, subject, session)))
                 for entry in entries:
                     if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
                         raise _not_nnssl(file, f"an image of '{subject}' has no 'image_path'")
                     yield place, entry
+
+
+def _part(name: str) -> str:
+    """An identifier as one part of a path."""
+    return "_" if name in ("", ".", "..") else name.replace("/", "_")
 
 
 def _nnssl_level(file: Path, content: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,7 +125,7 @@ def _nnssl_path(file: Path, path: str) -> Path:
 
 def _nnssl_masks(file: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     associated = entry.get("associated_masks") or {}
-    if not isinstance(associated, dict):
+    if not isinstance(associated, dict) or not all(isinstance(path, (str, type(None))) for path in associated.values()):
         raise _not_nnssl(file, f"'associated_masks' of {entry['image_path']} is no table")
     return {field: _nnssl_path(file, associated[name]) for name, field in _MASK_COLUMNS.items() if associated.get(name)}
 
@@ -143,15 +148,16 @@ def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns that hold images, and the rows, with trimmed names in lower case."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        first = text.partition("\n")[0]
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+        header = [name.strip().lower() for name in reader.fieldnames or []]
+        rows = [
+            {name: (row.get(key) or "").strip() for name, key in zip(header, reader.fieldnames or [])} for row in reader
+        ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MFMError("E_FORMAT", f"{file}: cannot be read as a CSV table ({error}).") from error
-    first = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-    header = [name.strip().lower() for name in reader.fieldnames or []]
-    rows = [
-        {name: (row.get(key) or "").strip() for name, key in zip(header, reader.fieldnames or [])} for row in reader
-    ]
-    channels = sorted((name for name in header if re.fullmatch(r"image_\d+", name)), key=lambda name: int(name[6:]))
+    numbered = [name for name in header if re.fullmatch(r"image_[0-9]{1,4}", name)]
+    channels = sorted(numbered, key=lambda name: int(name[6:]))
     columns = ["image"] if "image" in header else channels
     if not columns:
         found = f"only {', '.join(header)}" if header else "and no first line"
@@ -160,7 +166,7 @@ def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _absolute(path: str, folder: Path) -> Path:
-    return Path(os.path.abspath(folder / Path(path).expanduser()))
+    return Path(os.path.abspath(folder / os.path.expanduser(path)))
 
 
 def _with_columns(file: Path, cells: list[dict[str, str]], cases: list[Case]) -> list[Case]:

@@ -21,7 +21,9 @@ import numpy as np
 from mfm_nnunet.data import reading
 from mfm_nnunet.data.geometry import difference, geometry_of
 from mfm_nnunet.data.integrity import files_of
+from mfm_nnunet.data.per_case import unreadable
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 
 if TYPE_CHECKING:
     from mfm_nnunet.data.index import Case
@@ -34,7 +36,7 @@ ENDINGS = {"anonymised": ".b2nd", "anatomy": ".npy"}
 
 def mask_file(folder: Path, kind: str, case: str) -> Path:
     """Where the mask of a case lies whose volume is in ``folder``."""
-    return folder.with_name(f"{folder.name}_{kind}") / f"{case}{ENDINGS[kind]}"
+    return inside(folder.with_name(f"{folder.name}_{kind}"), f"{case}{ENDINGS[kind]}")
 
 
 def masked_cases(folder: Path, kind: str) -> set[str]:
@@ -44,13 +46,11 @@ def masked_cases(folder: Path, kind: str) -> set[str]:
 
 
 def mask_signature(case: Case) -> list[list[Any]]:
-    """Size in bytes, time of change in ns and kind of each mask file. Raises MFMError (E_NOT_FOUND)."""
+    """Size in bytes, time of change in ns and kind of each mask file. Raises MFMError (E_NOT_FOUND, E_PERMISSION)."""
     try:
         status = [(kind, file.stat()) for kind, mask in case.masks.items() for file in files_of(mask, is_label=True)]
     except OSError as error:
-        raise MFMError(
-            "E_NOT_FOUND", f"{error.filename}: the mask cannot be read ({error.strerror}). Check the path."
-        ) from error
+        raise unreadable(error.filename, error) from error
     return [[found.st_size, found.st_mtime_ns, kind] for kind, found in status]
 
 

@@ -6,6 +6,7 @@ Used by the fingerprint (``plans``) and by preprocessing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mfm_nnunet import terminal
 from mfm_nnunet.data import decoder
@@ -70,10 +71,36 @@ def source_signature(case: Case) -> list[list[int]]:
         raise unreadable(error.filename, error) from error
 
 
+@contextlib.contextmanager
+def unchanged(case: Case, signature: Callable[[Case], list[list[Any]]] = source_signature) -> Iterator[list[list[Any]]]:
+    """Raise MFMError (E_CHANGED) when the files of a case change inside, in place of what a half-written one raised.
+
+    Yields their ``signature``. A file that vanishes keeps the error of its reading.
+    """
+    before = signature(case)
+    failure: Exception | None = None
+    try:
+        yield before
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        failure = error
+    try:
+        is_changed = signature(case) != before
+    except MFMError as error:
+        raise failure or error from error
+    if is_changed:
+        text = f"{case.images[0]}: the file changed while it was read. Run the command again."
+        raise MFMError("E_CHANGED", text) from failure
+    if failure is not None:
+        raise failure
+
+
 def unreadable(file: Path | str, error: OSError) -> MFMError:
-    """The error (E_NOT_FOUND) of a file that the operating system does not give."""
+    """The error (E_NOT_FOUND, E_PERMISSION) of a file that the operating system does not give."""
+    code = "E_PERMISSION" if error.errno in (errno.EACCES, errno.EPERM) else "E_NOT_FOUND"
     reason = error.strerror or error
-    return MFMError("E_NOT_FOUND", f"{file}: cannot be read ({reason}). Check the path and its permissions.")
+    return MFMError(code, f"{file}: cannot be read ({reason}). Check the path and its permissions.")
 
 
 def in_threads(

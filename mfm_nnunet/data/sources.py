@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -16,6 +17,8 @@ from mfm_nnunet.errors import MFMError
 
 _RAW_FOLDERS = ("imagesTr", "imagesTs")
 _DICOM = {".dcm", ".ima"}
+MAX_FILES_ASKED = 1000
+"""How many files of a folder without images are asked whether they are DICOM."""
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +37,7 @@ def index_source(source: Path) -> list[Case]:
     (missing channel files, all listed), E_FORMAT (a listing of another form), E_CONFIG (a listing with a case name
     twice, or with a variable that is not set).
     """
-    source = Path(os.path.abspath(source.expanduser()))
+    source = Path(os.path.abspath(os.path.expanduser(source)))
     if source.is_dir():
         cases = _folder(source)
     elif not source.exists():
@@ -48,13 +51,37 @@ def index_source(source: Path) -> list[Case]:
     else:
         raise MFMError(
             "E_FORMAT",
-            f"{source}: expected a folder, a CSV file, a pretrain_data.json or an image ({' '.join(IMAGE_ENDINGS)}).",
+            f"{source}: expected a folder, a CSV file, a pretrain_data.json or an image ({' '.join(IMAGE_ENDINGS)}). "
+            f"{dicom_advice(source)}",
         )
     if not cases:
-        is_dicom = any(file.suffix.lower() in _DICOM for file in source.rglob("*"))
-        advice = " DICOM series are not read: convert each to NIfTI first, e.g. with dcm2niix." if is_dicom else ""
-        raise MFMError("E_NOT_FOUND", f"{source}: no image in it.{advice} Known endings: {' '.join(IMAGE_ENDINGS)}")
+        advice = dicom_advice(source)
+        raise MFMError("E_NOT_FOUND", f"{source}: no image in it. {advice}Known endings: {' '.join(IMAGE_ENDINGS)}")
     return cases
+
+
+def dicom_advice(source: Path) -> str:
+    """Return what to do with DICOM files, which are not read, where ``source`` is one or holds some; else ""."""
+    files = [source] if source.is_file() else itertools.islice(source.rglob("*"), MAX_FILES_ASKED)
+    if not any(_is_dicom(file) for file in files):
+        return ""
+    return (
+        "DICOM series are not read: convert each to NIfTI first, e.g. pip install dcm2niix, then dcm2niix -z y -o "
+        "NIFTI_FOLDER DICOM_FOLDER. "
+    )
+
+
+def _is_dicom(file: Path) -> bool:
+    """Tell DICOM by its name, or by its first bytes: archives export files without an ending."""
+    if file.suffix.lower() in _DICOM:
+        return True
+    try:
+        if not file.is_file():
+            return False
+        with open(file, "rb") as handle:
+            return handle.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def _folder(source: Path) -> list[Case]:

@@ -28,6 +28,7 @@ from mfm_nnunet.engine.probe_data import choose_cases
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
+from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import read_plans, shared_plan
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
@@ -142,7 +143,7 @@ def check(
     if run_name and not re.fullmatch(r"[A-Za-z0-9._+-]+", run_name):
         raise MFMError("E_CONFIG", f"--run-name {run_name}: a name of letters, digits, _ . + and - is needed.")
     name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
-    folder = here.results / dataset_name / name
+    folder = inside(here.results, dataset_name, name)
     _require_free(folder, continue_training)
     job = Job(plans, files, task_class, resolved, folder, pick_device(device))
     if probe is None:
@@ -204,7 +205,7 @@ def preprocessed_files(
     identifier = plans["configurations"][configuration].get("data_identifier")
     if identifier is None:
         raise MFMError("E_CONFIG", f"{configuration} is a cascade stage; pretrain 3d_fullres instead.")
-    folder = here.preprocessed / dataset_name / identifier
+    folder = inside(here.preprocessed, dataset_name, identifier)
     files = {f.stem: f for f in sorted(folder.glob("*.b2nd")) if not f.stem.endswith("_seg")}
     if not files:
         raise MFMError(
@@ -321,23 +322,8 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
 
 def _require_legal(resolved: PretrainRun) -> None:
     """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
+    schema.require_in_range(schema.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
     schema.require_legal_schedule(resolved.pretrain, "pretrain.")
-    rules = [
-        (resolved.pretrain.batch_size > 0, f"pretrain.batch_size={resolved.pretrain.batch_size}: must be at least 1"),
-        (
-            resolved.pretrain.accumulation > 0,
-            f"pretrain.accumulation={resolved.pretrain.accumulation}: must be at least 1",
-        ),
-        (
-            0 < (0.5 if resolved.pretrain.ema_decay is None else resolved.pretrain.ema_decay) < 1,
-            f"pretrain.ema_decay={resolved.pretrain.ema_decay}: must be between 0 and 1, or none",
-        ),
-        (resolved.seed >= 0, f"seed={resolved.seed}: must not be below 0"),
-        ((resolved.num_workers or 0) >= 0, f"num_workers={resolved.num_workers}: must not be below 0"),
-    ]
-    for holds, rule in rules:
-        if not holds:
-            raise MFMError("E_CONFIG", f"{rule}.")
     require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
 
 

@@ -51,7 +51,7 @@ def require_fingerprint(preprocessed_folder: Path) -> None:
 
 def forget_cases(fingerprint_file: Path) -> None:
     """Drop our own part of a copied fingerprint: it names cases, and model folders are shared."""
-    fingerprint = json.loads(fingerprint_file.read_text())
+    fingerprint = read_json(fingerprint_file, "Run mfm_plan_and_preprocess again, and train again.")
     if fingerprint.pop("mfm", None) is not None:
         with atomic_write(fingerprint_file) as handle:
             handle.write(json.dumps(fingerprint, indent=1).encode())

@@ -10,12 +10,14 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data import corpus
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +65,22 @@ def ensure_splits(
             handle.write(json.dumps(splits, indent=4).encode())
         return splits
     try:
-        splits = json.loads(file.read_text())
+        splits = parse_json(file.read_bytes())
         if not isinstance(splits, list) or not splits:
             raise ValueError("it holds no list, or an empty one")
-        return [{"train": list(split["train"]), "val": list(split["val"])} for split in splits]
+        return [{part: _names(split[part], part) for part in ("train", "val")} for split in splits]
     except (ValueError, KeyError, TypeError) as error:
         raise MFMError(
             "E_CONFIG",
             f"{file}: not a list of folds with 'train' and 'val' ({error}). Repair the file, or delete it to get the "
             "default folds.",
         ) from error
+
+
+def _names(cases: Any, part: str) -> list[str]:
+    if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+        raise ValueError(f"'{part}' is no list of case names")
+    return cases
 
 
 def make_splits(cases: Sequence[str], subjects: Mapping[str, str]) -> list[Split]:

@@ -23,6 +23,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.device import autocast, default_autocast_dtype, default_workers
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.finetune import groups, lora, state, validation
+from mfm_nnunet.finetune.datasets import checked, next_stage_checked
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
 from mfm_nnunet.finetune.preprocessed import forget_cases, preprocessed_cases, require_fingerprint, shareable
 from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
@@ -95,6 +96,7 @@ class MFMTrainer(nnUNetTrainer):
         """
         seed_everything(seed_of(self.block.seed, "network", 0))
         super().initialize()
+        self.dataset_class: Any = checked(self.dataset_class)
         if self.batch_size == 1 and not self.is_ddp:
             # nnU-Net centres the last third of a batch on foreground, which rounds to none of one crop.
             self.probabilistic_oversampling = True
@@ -358,7 +360,7 @@ class MFMTrainer(nnUNetTrainer):
         stopped = "stopped in the final validation; the training is saved. Go on with --c."
         with self.stop_flag.at_once(stopped) if self.stop_flag is not None else contextlib.nullcontext():
             if self.is_ddp or self.is_cascaded or has_next_stage:
-                with default_autocast_dtype(self.autocast_dtype):
+                with default_autocast_dtype(self.autocast_dtype), next_stage_checked():
                     super().perform_actual_validation(save_probabilities)
                 return
             for case in validation.validate_fold(self, save_probabilities):

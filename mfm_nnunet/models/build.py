@@ -83,7 +83,9 @@ def _require_fitting_patch(kwargs: Mapping[str, Any], patch_size: Sequence[int],
     strides = [[stride] * num_axes if isinstance(stride, int) else stride for stride in kwargs.get("strides", ())]
     steps = [math.prod(along_axis) for along_axis in zip(*strides)] or list(kwargs.get("patch_embed_size", ()))
     problem = ""
-    if isinstance(convolution, str) and not convolution.endswith(f"Conv{num_axes}d"):
+    if kwargs.get("n_stages") == 1:
+        problem = "the network has one stage, and a U-Net needs two"
+    elif isinstance(convolution, str) and not convolution.endswith(f"Conv{num_axes}d"):
         problem = f"the network's layers are {convolution.rpartition('.')[2]}"
     elif steps and (len(steps) != num_axes or any(size % step for size, step in zip(patch_size, steps))):
         problem = f"the network needs multiples of {' x '.join(map(str, steps))}"

@@ -5,6 +5,7 @@ Legend: C channels, D H W voxels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -21,13 +22,18 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.dataset_json import channel_names
 from mfm_nnunet.data.integrity import ending_of, files_of
-from mfm_nnunet.data.per_case import source_signature, unreadable
+from mfm_nnunet.data.per_case import unchanged, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
+from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
+from mfm_nnunet.data.sources import dicom_advice
 from mfm_nnunet.errors import CaseFailure, MFMError, about
+from mfm_nnunet.files import inside, is_unicode, shown
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model
+from mfm_nnunet.predict.options import PredictOptions
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +67,11 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     matching = [name for name in names if name.endswith(ending)]
     if not matching:
-        other = f"It holds {len(names)} other files, e.g. {names[0]}." if names else "It is empty."
+        other = f"It holds {len(names)} others, e.g. {names[0]}." if names else "It is empty."
         raise MFMError(
             "E_NOT_FOUND",
-            f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other}",
+            f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other} "
+            f"{dicom_advice(folder)}",
         )
     channels, plain = _group(matching, ending)
     if not channels:
@@ -79,31 +86,35 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     spellings = Counter(_spelling(name) for name in channels)
     for name, numbered in channels.items():
         problem = _channel_problem(sorted(numbered), model)
-        if spellings[_spelling(name)] > 1:
+        if not is_unicode(name):  # SimpleITK would end the process when it writes the mask
+            reason = (
+                f"{shown(folder / name)}: the name is not UTF-8, so no mask can be named after it. Rename the files."
+            )
+            found.append(CaseFailure(name, "E_CONFIG", reason))
+        elif spellings[_spelling(name)] > 1:
             reason = f"{folder / name}: another case differs only in letter case or Unicode form. Rename one of them."
             found.append(CaseFailure(name, "E_CONFIG", reason))
         elif problem:
             found.append(CaseFailure(name, "E_CHANNELS", f"{folder / name}: {problem}"))
         else:
-            mask = previous_stage / f"{name}{ending}" if previous_stage is not None else None
+            mask = inside(previous_stage, f"{name}{ending}") if previous_stage is not None else None
             found.append(Case(name, tuple(folder / numbered[k] for k in sorted(numbered)), mask))
     return sorted(found, key=lambda item: item.case if isinstance(item, CaseFailure) else item.name)
 
 
-def prepare_case(model: Model, case: Case) -> PreparedCase:
+def prepare_case(model: Model, case: Case, options: PredictOptions | None = None) -> PreparedCase:
     """Read and preprocess a case; the mask of a previous stage becomes further channels.
 
-    Raises MFMError: whatever the input gate refuses, E_CHANNELS, E_CHANGED when a file changed while it was read,
-    and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
+    ``options`` decide how much memory and time the prediction will take. Raises MFMError: whatever the input gate
+    refuses, E_CHANNELS, E_CHANGED when a file changed while it was read, E_TOO_LARGE before anything too large is
+    resampled, and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
     """
-    before = source_signature(case)
     reader = model.plans_manager.plans["image_reader_writer"]
-    image, properties = read_image(case.images, reader)
-    mask, mask_properties = read_label(case.label, reader) if case.label is not None else (None, {})
-    header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
-    input_hashes = hash_inputs(case)
-    if source_signature(case) != before:
-        raise MFMError("E_CHANGED", f"{case.images[0]}: the file changed while it was read. Run the command again.")
+    with unchanged(case):
+        image, properties = read_image(case.images, reader)
+        mask, mask_properties = read_label(case.label, reader) if case.label is not None else (None, {})
+        header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
+        input_hashes = hash_inputs(case)
     if len(image) != model.num_channels:
         raise MFMError(
             "E_CHANNELS",
@@ -117,9 +128,10 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
     constant = [k for k, channel in enumerate(image) if len(case.images) > 1 and (channel == channel.flat[0]).all()]
     warnings = tuple(f"channel {k} is {image[k].flat[0]:g} everywhere" for k in constant)
     plans_manager, configuration_manager, label_manager = model.managers
+    require_size = functools.partial(_require_predictable, model, options or PredictOptions())
     with about(case.images[0]):
         x_CDHW, seg, properties = preprocess_case_npy(
-            image, properties, mask, plans_manager, configuration_manager, model.dataset_json
+            image, properties, mask, plans_manager, configuration_manager, model.dataset_json, require_size
         )
     if mask is not None:
         assert seg is not None, "preprocessing returns the mask that it was given"
@@ -128,10 +140,21 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
     return PreparedCase(torch.from_numpy(x_CDHW), properties, input_hashes, header, warnings)
 
 
+def _require_predictable(model: Model, options: PredictOptions, sizes: Sizes) -> None:
+    """Raise MFMError (E_TOO_LARGE) for a case that the model cannot predict in the memory and time that there is."""
+    require_predictable(
+        sizes,
+        model.label_manager.num_segmentation_heads,
+        count_windows(sizes.resampled, model.configuration_manager.patch_size, options.step_size),
+        num_folds=len(model.weights),
+        probabilities=options.save_probabilities,
+    )
+
+
 def hash_inputs(case: Case) -> dict[str, str]:
     """SHA-256 of each file of a case and of what belongs to it, by name; empty when one is no ordinary file any more.
 
-    Raises MFMError (E_NOT_FOUND) for a file that cannot be read.
+    Raises MFMError (E_NOT_FOUND, E_PERMISSION) for a file that cannot be read.
     """
     files = {os.path.relpath(file, image.parent): file for image in case.images for file in files_of(image)}
     if case.label is not None:
@@ -217,5 +240,5 @@ def _channel_problem(numbers: list[int], model: Model) -> str:
 
 
 def _channel_names(model: Model) -> str:
-    names = model.dataset_json.get("modality") or model.dataset_json["channel_names"]
-    return " (" + ", ".join(f"_{int(number):04d} {name}" for number, name in names.items()) + ")"
+    names = channel_names(model.dataset_json).values()
+    return " (" + ", ".join(f"_{number:04d} {name}" for number, name in enumerate(names)) + ")"

@@ -85,7 +85,7 @@ class Model:
         assert total is not None
         if len(self.weights) > 1:
             total /= len(self.weights)
-        if not torch.isfinite(total).all():
+        if not all(torch.isfinite(logits_DHW).all() for logits_DHW in total):  # one class at a time, to save memory
             raise MFMError(
                 "E_NONFINITE",
                 "the network's output holds NaN or infinite values for this image. Look at its intensities; if they "

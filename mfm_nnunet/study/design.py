@@ -11,6 +11,7 @@ from typing import Any
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.study.arms import SCRATCH, Arm
@@ -119,7 +120,7 @@ class Design:
     def test_images(self, case: Case) -> list[Path]:
         """The links to the channels of a test case."""
         ending = self.dataset_json["file_ending"]
-        return [self.test_folder / f"{case.name}_{channel:04d}{ending}" for channel in range(len(case.images))]
+        return [inside(self.test_folder, f"{case.name}_{channel:04d}{ending}") for channel in range(len(case.images))]
 
     def cells(self) -> Iterator[Cell]:
         """The cells of this call, seed by seed, so that a study that is stopped early leaves a fair table."""
@@ -139,7 +140,7 @@ class Design:
 
     def cell_folder(self, cell: Cell) -> Path:
         """Where everything of a cell is."""
-        return self.folder / CELLS / cell.folder_name
+        return inside(self.folder, CELLS, cell.folder_name)
 
     def fold(self, cell: Cell) -> int:
         """The fold that trains on the cell's subset."""
@@ -158,7 +159,7 @@ def labelled_cases(here: Workspace, dataset_name: str) -> tuple[list[Case], dict
 
     Raises MFMError: E_CONFIG for a corpus, or a dataset that names no structure; E_NOT_FOUND for missing files.
     """
-    raw = here.raw / dataset_name
+    raw = here.raw_folder(dataset_name)
     cases, content = corpus.load_cases(raw), corpus.read_dataset_json(raw)
     unlabelled = [case.name for case in cases if case.label is None]
     if corpus.is_corpus(raw) or len(unlabelled) == len(cases) or not foreground_labels(content):

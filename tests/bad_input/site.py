@@ -100,10 +100,10 @@ class Site:
         content = json.loads((self.preprocessed(dataset) / f"{plans}.json").read_text())
         return self.preprocessed(dataset) / content["configurations"]["3d_fullres"]["data_identifier"]
 
-    def run(self, command: str, *words: object) -> Outcome:
-        """Call a command in this process."""
+    def run(self, command: str, *words: object, in_workspace: bool = True) -> Outcome:
+        """Call a command in this process; the workspace is this one unless the words name another."""
         self.call()
-        line = [*map(str, words), "--workspace", str(self.workspace)]
+        line = [*map(str, words), *(("--workspace", str(self.workspace)) if in_workspace else ())]
         try:
             code = importlib.import_module(f"mfm_nnunet.cli.{command}").main(line)
         except SystemExit as stopped:  # argparse

@@ -64,7 +64,8 @@ def test_input_that_is_none(site: Site) -> None:
         refused(site.predict(empty, site.folder / "out"), "E_NOT_FOUND", empty, ".nii.gz")
         refused(site.predict(text, site.folder / "out"), "E_NOT_FOUND", text, "notes.txt")
         refused(site.predict(site.folder / "nowhere", site.folder / "out"), "E_NOT_FOUND", "nowhere")
-        refused(site.predict(site.test_images / "test0_0000.nii.gz", site.folder / "out"), "E_NOT_FOUND", "folder")
+        file = site.test_images / "test0_0000.nii.gz"
+        refused(site.predict(file, site.folder / "out"), "E_NOT_FOUND", file, "this is a file", "folder of its own")
 
 
 def test_masks_that_were_made_or_edited(site: Site) -> None:

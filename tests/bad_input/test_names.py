@@ -65,6 +65,12 @@ def test_unknown_name(what: str, site: Site) -> None:
 MODELS: dict[str, tuple[str, str]] = {
     "folder": ("-m nowhere", "nowhere"),
     "folder that is none": ("-m {images}", "plans.json"),
+    "checkpoint of a fold": ("-m {model}/fold_0/checkpoint_final.pth", "Give its folder, {model}"),
+    "fold as a folder": ("-m {model}/fold_0", "Give its folder, {model}"),
+    "file of a model": ("-m {model}/dataset.json", "Give its folder, {model}"),
+    "folder of models": ("-m {model}/..", "MFMTrainer__mfmPlans__3d_fullres"),
+    "misspelt folder": ("-m {model}s", "'MFMTrainer__mfmPlans__3d_fullres'"),
+    "pretrained checkpoint": ("-m {pretrained}", "folders fold_X"),
     "dataset": ("-d 6 -c 3d_fullres", LABELLED),
     "configuration": ("-d 5 -c 2d", "'MFMTrainer__mfmPlans__3d_fullres'"),
     "fold": ("-d 5 -c 3d_fullres -f 3", "Folds with this checkpoint: 0"),
@@ -76,10 +82,62 @@ MODELS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("what", MODELS)
 def test_unknown_model(what: str, site: Site) -> None:
-    words, hint = MODELS[what]
+    places = {"images": site.test_images, "model": site.model, "pretrained": site.pretrained}
+    words, hint = (text.format(**places) for text in MODELS[what])
     with unchanged(site.folder):
-        line = words.format(images=site.test_images).split()
-        refused(site.predict(site.test_images, site.folder / "out", *line), hint)
+        refused(site.predict(site.test_images, site.folder / "out", *words.split()), hint)
+
+
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+NOT_HERE: dict[str, tuple[str, str]] = {
+    "plan_and_preprocess": ("-d 5", "nnUNet_raw"),
+    "pretrain": ("701 3d_fullres", "nnUNet_raw"),
+    "train": ("5 3d_fullres 0", "nnUNet_raw"),
+    "predict": ("-i {images} -o out -d 5 -c 3d_fullres", "nnUNet_raw"),
+    "study": ("5 3d_fullres --labels 1 --arms scratch", "nnUNet_raw"),
+}
+
+
+@pytest.mark.parametrize("command", NOT_HERE)
+def test_another_workspace(command: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace that is missing, that is a file, and a variable that names nothing: each says where it was set."""
+    words, variable = NOT_HERE[command]
+    line = words.format(images=site.test_images).split()
+    monkeypatch.chdir(site.folder)
+    file = site.folder / "file"
+    file.write_text("")
+    with unchanged(site.folder):
+        missing = site.run(command, *line, "--workspace", site.folder / "nowhere", in_workspace=False)
+        refused(missing, "E_NOT_FOUND", site.folder / "nowhere", "--workspace")
+        refused(site.run(command, *line, "--workspace", file, in_workspace=False), "E_EXISTS", "--workspace", file)
+        for name in VARIABLES:
+            monkeypatch.setenv(name, str(site.folder / "typo"))
+        refused(site.run(command, *line), "E_NOT_FOUND", variable, site.folder / "typo")
+
+
+def test_results_of_another_place(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_results", str(site.folder / "typo"))
+    line = ("-d", "5", "-c", "3d_fullres")
+    refused(site.predict(site.test_images, site.folder / "out", *line), "E_NOT_FOUND", "nnUNet_results", "typo")
+
+
+def test_raw_data_of_another_place(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is preprocessed is found, and planning needs the raw folder."""
+    monkeypatch.setenv("nnUNet_raw", str(site.folder / "typo"))
+    refused(site.plan("-d", 5), "E_NOT_FOUND", "nnUNet_raw", "typo")
+    refused(site.run("study", 5, "3d_fullres", "--labels", 1, "--arms", "scratch"), "E_NOT_FOUND", "nnUNet_raw")
+
+
+@pytest.mark.parametrize("name", ["IM-0001.dcm", "I0000001", "deep/er/1.2.840.1"])
+def test_dicom_is_to_be_converted(name: str, site: Site) -> None:
+    """By its ending, and by its first bytes where archives give none; for prediction, and for a corpus."""
+    file = site.folder / "study" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(bytes(128) + b"DICM" + bytes(100))
+    outcomes = [site.predict(site.folder / "study", site.folder / "out")]
+    outcomes += [site.plan("-d", 702, "--images", source) for source in (site.folder / "study", file)]
+    for outcome in outcomes:
+        refused(outcome, "E_FORMAT" if outcome is outcomes[2] else "E_NOT_FOUND", "dcm2niix")
 
 
 PRETRAIN_SETTINGS = {
@@ -91,6 +149,7 @@ PRETRAIN_SETTINGS = {
     "pretrain.epochs=2.5": "expected int",
     "pretrain.epochs=0": "pretrain.epochs=0",
     "pretrain.epochs=-1": "pretrain.epochs=-1",
+    "pretrain.epochs=1000000000000000000000": "at most 1000000",
     "pretrain.iterations_per_epoch=0": "pretrain.iterations_per_epoch=0",
     "pretrain.batch_size=0": "pretrain.batch_size=0",
     "pretrain.learning_rate=nan": "pretrain.learning_rate",
@@ -130,6 +189,9 @@ FINETUNE_SETTINGS = {
     "finetune.precision=half": "auto, fp32, bf16, fp16",
     "finetune.deep_supervision=maybe": "expected bool",
     "finetune.checkpoint=x.pth": "-pretrained_weights",
+    "finetune.iterations_per_epoch=1000000001": "at most 1000000",
+    "finetune.batch_size=1000000000": "finetune.batch_size",
+    "seed=-1": "seed=-1: must be at least 0",
     "network=primus": "training has no setting 'network'",
     "num_workers=-1": "num_workers",
 }
@@ -214,6 +276,8 @@ def test_table_of_scans(what: str, site: Site) -> None:
         ("train", "5 3d_fullres 1 -pretrained_weight x.pth", "-pretrained_weights"),
         ("predict", "-i in -o out -m model --overwrit", "--overwrite"),
         ("train", "5 3d_fullres 1 --epochs 3", "finetune.epochs=VALUE"),
+        ("pretrain", "701 3d_fullres --epochs 3", "with --set: pretrain.epochs=VALUE."),
+        ("demo", "--learning-rate 3", "pretrain.learning_rate=VALUE or finetune.learning_rate=VALUE"),
     ],
 )
 def test_misspelt_flag(command: str, words: str, nearest: str, site: Site) -> None:

@@ -110,6 +110,13 @@ def test_misspelt_flag_is_refused_with_the_nearest(name: str, flag: str, capsys:
         assert f"Did you mean '{nearest[flag]}'?" in message
 
 
+@pytest.mark.parametrize("flag", ["--dry-run", "--wandb"])
+def test_a_flag_like_none_proposes_none(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("pretrain").main(["701", "3d_fullres", flag])
+    assert capsys.readouterr().err == f"mfm_pretrain: unknown flag {flag}.\nSee mfm_pretrain --help.\n"
+
+
 def test_a_setting_given_as_a_flag_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("train").main(["4", "3d_fullres", "0", "--epochs", "5"])

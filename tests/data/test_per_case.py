@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import re
@@ -55,6 +56,42 @@ def test_threads_keep_the_order_and_report_failures(num_threads: int) -> None:
     results = list(in_threads(work, CASES, num_threads))
     assert [case for case, _ in results] == CASES
     assert [outcome_of(outcome) for _, outcome in results] == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EACCES, "E_PERMISSION"),
+        (errno.EPERM, "E_PERMISSION"),
+        (errno.ENOENT, "E_NOT_FOUND"),
+        (errno.EIO, "E_NOT_FOUND"),
+    ],
+)
+def test_what_the_system_does_not_give(number: int, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image, and of a mask."""
+
+    def refuse(path: Path, **_: bool) -> None:
+        raise OSError(number, "no", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    case = Case("a", (Path("a.nii.gz"),), anatomy_mask=Path("m.nii.gz"))
+    for signature, file in ((source_signature, "a.nii.gz"), (mask_signature, "m.nii.gz")):
+        with pytest.raises(MFMError, match=file) as caught:
+            signature(case)
+        assert caught.value.code == code
+
+
+def test_memory_that_runs_out_is_no_change(tmp_path: Path) -> None:
+    file = tmp_path / "a.nii.gz"
+    file.write_bytes(b"1")
+
+    def read() -> None:
+        with per_case.unchanged(Case("a", (file,))):
+            file.write_bytes(b"12")
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        read()
 
 
 def test_a_long_loop_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

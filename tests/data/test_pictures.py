@@ -361,7 +361,7 @@ def test_pages_on_top_of_each_other(tmp_path: Path) -> None:
         (4, 257, 20, "E_HEADER"),  # half the height: tifffile decodes it as it does the first
         (4, 256, 0, "E_HEADER"),
         (0, 277, 2, "E_DATATYPE"),
-        (0, 257, 1 << 30, "E_SHORT_DATA"),
+        (0, 257, 1 << 20, "E_SHORT_DATA"),
     ],
 )
 def test_damaged_pages(stack: Path, page: int, tag: int, value: int, code: str) -> None:

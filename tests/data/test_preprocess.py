@@ -10,6 +10,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet.data import preprocess, storage
+from mfm_nnunet.data import preprocess, reading, storage
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_dataset, preprocessing_hash
 from mfm_nnunet.errors import MFMError
@@ -178,6 +179,16 @@ def test_2d_equals_stock() -> None:
     assert_equal(*both(image, label, plans, spacing=(999, 1.0, 1.0)))
 
 
+def test_slices_across_those_of_a_2d_plan_are_refused_and_not_cut_into_lines() -> None:
+    image, label = make_case(4, shape=(30, 1, 40), margin=0)
+    with pytest.raises(MFMError, match="30 x 1 x 40 voxels") as caught:
+        both(image, label, make_plans(patch_size=[16, 16], spacing=[0.8, 1.1]), spacing=(1.0, 1.0, 1.0))
+    assert caught.value.code == "E_DIM"
+    along = make_plans(patch_size=[16, 16], spacing=[0.8, 1.1])
+    along |= {"transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2]}
+    assert_equal(*both(image, label, along, spacing=(1.0, 0.5, 1.0)))
+
+
 def test_image_without_any_zero_and_image_of_zeros_equal_stock() -> None:
     image, label = make_case(5)
     assert_equal(*both(image + 100, label, make_plans(use_mask_for_norm=[True])))
@@ -274,6 +285,29 @@ def test_finished_cases_are_reused_and_changed_ones_done_again(tmp_path: Path) -
     assert not list(out.glob("mfm_*/*_seg.b2nd"))
 
 
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("part", ["image", "label"])
+def test_a_file_that_changes_while_it_is_read(
+    part: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether what was read looks damaged or not."""
+    cases, out = make_dataset(tmp_path / "raw", 2), tmp_path / "out"
+    read = reading.read_image
+
+    def changed_meanwhile(files: Sequence[Path], reader: str) -> Any:
+        found = read(files, reader)
+        if files == cases[1].images:
+            os.utime(files[0] if part == "image" else cases[1].label, ns=(1, 1))
+            if fails:
+                raise MFMError("E_SHORT_DATA", "cut off")
+        return found
+
+    monkeypatch.setattr(reading, "read_image", changed_meanwhile)
+    report = run(cases, out)
+    assert (report.done, [failure.code for failure in report.failures]) == (["case0"], ["E_CHANGED"])
+    assert not list(out.rglob("case1*"))
+
+
 def test_hash_depends_on_what_preprocessing_depends_on() -> None:
     base = preprocessing_hash(make_plans(), "3d_fullres", DATASET)
     assert base == preprocessing_hash(
@@ -307,6 +341,20 @@ def test_a_bad_case_costs_no_other(tmp_path: Path) -> None:
         "case1": "E_EMPTY", "case2": "E_GZIP_TRUNCATED", "gone": "E_NOT_FOUND", "case3_seg": "E_CONFIG"
     }  # fmt: skip
     assert not list((tmp_path / "out").glob(".partial-*"))
+
+
+def test_a_case_that_resampling_would_blow_up_is_refused_and_costs_no_other(tmp_path: Path) -> None:
+    cases = make_dataset(tmp_path / "raw", 2, labelled=False)
+    item = sitk.ReadImage(str(cases[1].images[0]))
+    item.SetSpacing((90.0,) * 3)
+    sitk.WriteImage(item, str(cases[1].images[0]))
+    report = run(cases, tmp_path / "out")
+    assert report.done == ["case0"]
+    assert [failure.code for failure in report.failures] == ["E_TOO_LARGE"]
+    assert "11 x 12 x 13 voxels of 90 x 90 x 90 mm become 990 x 1080 x 1170" in report.failures[0].reason
+    assert cases[1].images[0].name in report.failures[0].reason
+    unresampled = make_plans(resampling_fn_data="no_resampling_hack", resampling_fn_data_kwargs={})
+    assert run(cases, tmp_path / "original", unresampled).done == ["case0", "case1"]
 
 
 def test_an_unknown_configuration_is_refused(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_gradients_that_loss_scaling_cannot_help_end_the_run(tmp_path: Path, mon
         ({"settings": ("pretext.mask_ration=0.5",)}, r"Did you mean 'pretext\.mask_ratio'"),
         ({"settings": ("pretext.mask_ratio=1.5",)}, "mask_ratio"),
         ({"settings": ("pretrain.validation_fraction=2",)}, "validation_fraction"),
-        ({"settings": ("pretrain.epochs=0",)}, r"pretrain\.epochs=0: must be greater"),
+        ({"settings": ("pretrain.epochs=0",)}, r"pretrain\.epochs=0: must be at least 1"),
         ({"settings": ("pretrain.batch_size=0",)}, r"batch_size=0: must be at least 1"),
         ({"settings": ("pretrain.warmup_epochs=9",)}, r"warmup_epochs=9: must be from 0 to"),
         ({"device": "tpu"}, "cpu, cuda and mps"),

@@ -20,6 +20,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import maybe_load_checkpoint
@@ -30,6 +31,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.finetune import validation
 from mfm_nnunet.finetune.loading import SeededBatches, batches, nnunet_loaders, seed_of
 from mfm_nnunet.finetune.run import Job, _trained, run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
@@ -335,7 +337,7 @@ def test_a_batch_is_nnunets_own_under_its_seed(source: SeededBatches) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_damaged_preprocessed_file_is_named(source: SeededBatches, num_workers: int) -> None:
     """Its size is right and its beginning is whole, so nothing is noticed before it is read."""
-    for file in Path(source.loader._data.dataset.source_folder).glob("*_seg.b2nd"):
+    for file in Path(source.loader._data.source_folder).glob("*_seg.b2nd"):
         overwrite_middle(file)
     with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*_seg\.b2nd: the preprocessed file cannot be read"):
         next(batches(source, 0, 1, num_workers))
@@ -448,14 +450,34 @@ def test_stock_pretrained_loading_accepts_our_file(trained: tuple[Path, Workspac
 def test_validation_summary_equals_nnunets(trained: tuple[Path, Workspace, Path]) -> None:
     root, workspace, folder = trained
     ours = json.loads((folder / "validation" / "summary.json").read_text())
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-
     compute_metrics_on_folder(
         str(workspace.preprocessed / tiny.NAME / "gt_segmentations"), str(folder / "validation"),
         str(root / "stock.json"), SimpleITKIO(), ".nii.gz", [1, 2], None, num_processes=1,
     )  # fmt: skip
     assert ours == json.loads((root / "stock.json").read_text())
     assert len(ours["metric_per_case"]) == 2
+
+
+def test_a_label_that_nothing_has_is_named_and_leaves_the_mean_of_the_others(tmp_path: Path) -> None:
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[:2], labels[2:3] = 1, 2
+    for name, voxels in (("truth", labels), ("mask", np.where(labels == 2, 0, labels))):
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / f"{name}.nii.gz"))
+    pairs = [(tmp_path / "truth.nii.gz", tmp_path / "mask.nii.gz")]
+    dataset_json = {"labels": {"background": 0, "liver": 1, "spleen": 2, "cyst": 3, "ignore": 4}}
+    summary = validation.summarise(pairs, SimpleITKIO(), [1, 2, 3], 4)
+    assert summary["mean"][3]["Dice"] != summary["mean"][3]["Dice"]
+    assert [summary["mean"][label]["Dice"] for label in (1, 2)] == [1.0, 0.0]
+    assert summary["foreground_mean"]["Dice"] == 0.5
+    line = validation.format_dice(summary, dataset_json)
+    assert line == "Mean Validation Dice: 0.5 (without cyst, which neither masks nor references have)"
+    summary = validation.summarise(pairs, SimpleITKIO(), [1, 2], None)
+    assert validation.format_dice(summary, dataset_json) == "Mean Validation Dice: 0.5"
+    regions = {"labels": {"background": 0, "organs": [1, 2], "cysts": [3, 5]}}
+    summary = validation.summarise(pairs, SimpleITKIO(), [(1, 2), (3, 5)], None)
+    assert "without cysts" in validation.format_dice(summary, regions)
+    summary = validation.summarise(pairs, SimpleITKIO(), [3], None)
+    assert validation.format_dice(summary, dataset_json).startswith("Mean Validation Dice: nan (without cyst")
 
 
 def test_validating_again_gives_the_same(trained: tuple[Path, Workspace, Path]) -> None:
@@ -504,7 +526,7 @@ def refused(code: str, message: str, call: Callable[[], Any]) -> None:
         ({"overrides": ("finetune.epoch=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("pretrain.epochs=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("finetune.checkpoint=none",)}, "E_CONFIG", "-pretrained_weights"),
-        ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "greater than 0"),
+        ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "at least 1"),
         ({"overrides": ("finetune.warmup_epochs=4",)}, "E_CONFIG", "warmup_epochs=4"),
         ({"overrides": ("finetune.epochs=many",)}, "E_CONFIG", "expected int"),
         ({"overrides": ("seed=1",), "trainer": "nnUNetTrainer"}, "E_CONFIG", "reads no settings"),

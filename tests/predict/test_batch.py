@@ -347,10 +347,10 @@ from mfm_nnunet.predict import batch
 arguments, killer = pickle.loads(sys.stdin.buffer.read())
 prepare = batch.prepare_case
 
-def prepare_or_die(model, case):
+def prepare_or_die(model, case, options):
     if case.name == killer:
         os.kill(os.getpid(), signal.SIGKILL)
-    return prepare(model, case)
+    return prepare(model, case, options)
 
 batch.prepare_case = prepare_or_die
 batch.predict_folder(*arguments)
@@ -443,7 +443,7 @@ def test_what_cannot_be_read_or_written_costs_its_own_case(
         patch.setattr(journal, "sha256", unreadable)
         assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
 
-    def breaks(loaded: Model, case: Any) -> Any:
+    def breaks(loaded: Model, case: Any, options: PredictOptions) -> Any:
         raise KeyError(case.name)
 
     (out / "errors").write_text("a file where the folder of reports should be")
@@ -460,10 +460,10 @@ def test_errors_of_the_reading_thread_belong_to_their_case(
 ) -> None:
     prepare = batch.prepare_case
 
-    def fails(loaded: Model, case: Any) -> Any:
+    def fails(loaded: Model, case: Any, options: PredictOptions) -> Any:
         if case.name == "b.1":
             raise MemoryError
-        return prepare(loaded, case)
+        return prepare(loaded, case, options)
 
     monkeypatch.setattr(batch, "prepare_case", fails)
     assert _failed(model, scans, out) == {"b.1": "E_OOM"}
@@ -510,6 +510,27 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(cases, "read_image", changed_meanwhile)
     assert _failed(model, source, out) == {"b.1": "E_CHANGED"}
+
+
+@pytest.mark.parametrize("change", ["grown", "unlinked", "none"])
+def test_a_file_that_cannot_be_read_because_it_changes(
+    change: str, model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half-written file looks damaged; that it changed is what the user needs to know."""
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    read = cases.read_image
+
+    def damaged_meanwhile(files: Sequence[Path], reader: str) -> Any:
+        if not files[0].name.startswith("b"):
+            return read(files, reader)
+        if change == "grown":
+            files[0].write_bytes(files[0].read_bytes() + b"x")
+        elif change == "unlinked":
+            files[0].unlink()
+        raise MFMError("E_FORMAT", "damaged")
+
+    monkeypatch.setattr(cases, "read_image", damaged_meanwhile)
+    assert _failed(model, source, out) == {"b.1": "E_CHANGED" if change == "grown" else "E_FORMAT"}
 
 
 def test_a_scan_that_is_replaced_after_it_was_read_does_not_lend_its_geometry(

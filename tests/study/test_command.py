@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,20 @@ def line(changes: dict[str, str], place: str = "4 3d_fullres") -> list[str]:
     return [*place.split(), *(word for flag, value in flags.items() for word in (flag, *value.split()))]
 
 
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_a_missing_package_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_library(monkeypatch)
+    assert command.main(line({})) == 2
+    assert "E_NOT_FOUND  the study measures surfaces with the package surface-distance" in capsys.readouterr().err
+    assert not (folder / "mfm_study").exists()
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
 @pytest.mark.parametrize(
     ("changes", "code", "hint"),
     [
@@ -59,8 +74,17 @@ def line(changes: dict[str, str], place: str = "4 3d_fullres") -> list[str]:
     ],
 )
 def test_bad_input(
-    folder: Path, changes: dict[str, str], code: str, hint: str, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    changes: dict[str, str],
+    code: str,
+    hint: str,
+    is_installed: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A package that is missing hides no other mistake."""
+    if not is_installed:
+        without_library(monkeypatch)
     assert command.main(line(changes)) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"{code}  "), message
