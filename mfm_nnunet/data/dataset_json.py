@@ -73,6 +73,9 @@ def check_dataset_json(content: Mapping[str, Any], file: Path, code: str = "E_FO
     problems += _case_problems(content.get("dataset", {}))
     if not isinstance(content.get("overwrite_image_reader_writer", ""), str):
         problems.append("overwrite_image_reader_writer must be the name of a reader")
+    number = content.get("numTraining", 0)
+    if type(number) is not int or number < 0:
+        problems.append("numTraining must be the number of cases, from 0")
     if problems:
         raise MFMError(code, f"{file}: {'; '.join(problems)}. {ADVICE}")
 

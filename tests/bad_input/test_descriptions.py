@@ -30,6 +30,7 @@ def put(**changes: Any) -> Edit:
 
 
 DATASET_JSON: dict[str, tuple[str, Edit]] = {
+    "a number of cases as text": ("numTraining", put(numTraining="three")),
     "no labels": ("labels", put(labels=MISSING)),
     "no ending": ("file_ending", put(file_ending=MISSING)),
     "no channels": ("channel_names", put(channel_names=MISSING)),
