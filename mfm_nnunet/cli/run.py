@@ -79,7 +79,7 @@ def _report(error: BaseException, arguments: argparse.Namespace) -> int:
         lines = [*lines[: MAX_MESSAGE_LINES - 1], f"  ... and {num_hidden} more lines, all in {place}"]
     elif exit_code == 1 or _unexpected(error):
         lines[-1] += f" (Details: {_write_log(error, arguments)}; or run with --debug.)"
-    print("\n".join(lines), file=sys.stderr)
+    print(shown("\n".join(lines)), file=sys.stderr)
     return exit_code
 
 

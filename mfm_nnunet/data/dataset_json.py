@@ -130,7 +130,8 @@ def _label_problems(labels: Any, order: Any) -> list[str]:
         problems.append(f"labels: ignore must be the highest value, here {len(used)}")
     if any(len(numbers or ()) > 1 for numbers in values.values()):
         wanted = sum(numbers != [0] for numbers in values.values())
-        numbers = [_values(item) for item in order] if isinstance(order, list) else []
+        is_list = isinstance(order, list) and not any(isinstance(item, list) for item in order)
+        numbers = [_values(item) for item in order] if is_list else []
         if len(numbers) != wanted or any(number is None or not 0 < number[0] <= MAX_LABEL for number in numbers):
             problems.append(f"regions need a regions_class_order, a list of {wanted} numbers, one per region")
     return problems

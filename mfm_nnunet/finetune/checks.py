@@ -35,7 +35,7 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         return MFMTrainer
     found: Any = None  # nnU-Net finds whatever has that name in its modules: functions and libraries too
     if name.isidentifier():
-        with contextlib.suppress(RuntimeError, AssertionError), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.suppress(RuntimeError, AssertionError, TypeError), contextlib.redirect_stdout(io.StringIO()):
             found = recursive_find_trainer_class_by_name(name)
     if isinstance(found, type) and issubclass(found, nnUNetTrainer):
         return found

@@ -207,11 +207,8 @@ def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, d
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            found: Any = recursive_find_trainer_class_by_name(trainer_name)
-        build: Any = getattr(found, "build_network_architecture", None)
-        if build is None:  # nnU-Net finds whatever its modules hold under that name
-            raise RuntimeError(f"{trainer_name} is no trainer")
-    except (RuntimeError, AssertionError) as error:
+            build = recursive_find_trainer_class_by_name(trainer_name).build_network_architecture
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:  # it may find no class at all
         raise MFMError(
             "E_MODEL_MISMATCH",
             f"the model was trained with '{trainer_name}', which this installation of nnU-Net does not have. Install "
