@@ -16,7 +16,7 @@ import pickle
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,15 +150,15 @@ def stored_cases(folder: Path) -> set[str]:
     return {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
 
 
-def require_whole(folder: Path) -> None:
-    """Raise MFMError (E_SHORT_DATA) when cases of a data folder were damaged after they were written.
+def require_whole(folder: Path, cases: Collection[str] | None = None) -> None:
+    """Raise MFMError (E_SHORT_DATA) when ``cases`` of a data folder (None: any) were damaged after they were written.
 
     Only files whose size is not the one in the manifest are opened; folders of stock nnU-Net have no manifest. A mask
     that was written and is gone counts as damaged: without it, its voxels would be taken for others.
     """
     entries = Manifest.read(folder).entries
     damaged = []
-    for case in sorted(stored_cases(folder) & set(entries)):
+    for case in sorted(stored_cases(folder) & set(entries) & set(entries if cases is None else cases)):
         expected, sizes = entries[case].get("files", {}), file_sizes(folder, case)
         suspects = [key for key, size in sizes.items() if size != expected.get(key)]
         files = case_files(folder, case)
@@ -252,13 +252,3 @@ def full_disk_named(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise disk_full(path) from error
         raise
-
-
-def check_case_name(case: str) -> None:
-    """Raises MFMError (E_CONFIG) for a name that cannot be the stem of nnU-Net's files."""
-    if case.endswith("_seg") or not re.fullmatch(r"[^/\\\0]+", case) or case.startswith("."):
-        raise MFMError(
-            "E_CONFIG",
-            f"'{case}' cannot be the name of a case: nnU-Net would take its file for a label map or not find it. "
-            "Rename the image.",
-        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.index import spelling_of
 from mfm_nnunet.data.integrity import ending_of, files_of
 from mfm_nnunet.data.per_case import source_signature, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
@@ -76,10 +76,10 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
         for name in plain
     ]
     found += _other_images(folder, [name for name in names if name not in matching], ending)
-    spellings = Counter(_spelling(name) for name in channels)
+    spellings = Counter(spelling_of(name) for name in channels)
     for name, numbered in channels.items():
         problem = _channel_problem(sorted(numbered), model)
-        if spellings[_spelling(name)] > 1:
+        if spellings[spelling_of(name)] > 1:
             reason = f"{folder / name}: another case differs only in letter case or Unicode form. Rename one of them."
             found.append(CaseFailure(name, "E_CONFIG", reason))
         elif problem:
@@ -199,11 +199,6 @@ def _plain_cases(folder: Path, names: list[str], ending: str, model: Model) -> d
         "no file in %s has a channel number (_0000): each of the %d files is taken as a case", folder, len(names)
     )
     return {name[: -len(ending)]: {0: name} for name in names}
-
-
-def _spelling(name: str) -> str:
-    """What file systems that ignore letter case or Unicode form take a name for: two masks would be one file there."""
-    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _channel_problem(numbers: list[int], model: Model) -> str:
