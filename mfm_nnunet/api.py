@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mfm_nnunet import preparation
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import decoder
-from mfm_nnunet.errors import CasesFailedError, MFMError, about, dataset_refused, nearest
+from mfm_nnunet.errors import CasesFailedError, MFMError, about, nearest
 from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.workspace import Workspace
@@ -379,9 +379,7 @@ def _plan_study(own: Workspace, design: Design, given: dict[str, Any] | None) ->
         plan_and_preprocess([dataset], configurations=[configuration], like=like, plans_name=name, preprocess=False)
     plans = read_plans(file, "Remove the study folder and begin anew.")
     pin_plan(design, plans, file, is_new)
-    failures = preparation.preprocess(own, dataset, cases, PlanResult(plans, file, []), (configuration,), None)
-    if failures:
-        raise dataset_refused(dataset, failures, len(cases), "; nothing was trained")
+    preparation.preprocess(own, dataset, cases, PlanResult(plans, file, []), (configuration,), None)
     return plans
 
 

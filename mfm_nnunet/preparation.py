@@ -9,11 +9,14 @@ import contextlib
 import hashlib
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
+from mfm_nnunet.data.index import PICTURES
+from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
 from mfm_nnunet.files import whole_number
 from mfm_nnunet.json_files import parse_json
@@ -29,6 +32,8 @@ FINGERPRINT = {
     "foreground_intensity_properties_per_channel",
 }
 """What planning takes from a fingerprint."""
+_MOST_PICTURES = 9
+"""So many pictures are read to find out whether a corpus is grey or in colour."""
 
 
 def registered(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
@@ -59,13 +64,22 @@ def _channel_names(cases: list[corpus.Case]) -> list[str]:
 
 
 def _num_channels(cases: list[corpus.Case]) -> int:
-    """Channels of the first image that can be read: one file may hold several (colour pictures)."""
+    """Channels of the first image that can be read: one file may hold several (colour pictures).
+
+    Pictures may be grey or coloured; of several the commoner kind decides, so that one of the other kind costs itself.
+    """
     from mfm_nnunet.data.reading import read_image, reader_for
 
-    for case in cases:
+    is_picture = ending_of(cases[0].images[0]) in PICTURES
+    asked = cases[:: max(1, len(cases) // _MOST_PICTURES)][:_MOST_PICTURES] if is_picture else cases
+    found: Counter[int] = Counter()
+    for case in asked:
         with contextlib.suppress(MFMError):
-            return len(read_image(case.images, reader_for(case.images[0]))[0])
-    return len(cases[0].images)  # planning will refuse each of them with its reason
+            found[len(read_image(case.images, reader_for(case.images[0]))[0])] += 1
+        if found and not is_picture:
+            break
+    # planning will refuse each of them with its reason, where none can be read
+    return found.most_common(1)[0][0] if found else len(cases[0].images)
 
 
 def fingerprinted(
@@ -78,6 +92,8 @@ def fingerprinted(
     raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
     cases, dataset_json = corpus.load_cases(raw), corpus.read_dataset_json(raw)
     is_corpus = corpus.is_corpus(raw)
+    if not is_corpus:
+        corpus.warn_of_differences(raw, dataset_json, cases)
     unlabelled = [case.name for case in cases if case.label is None]
     if 0 < len(unlabelled) < len(cases):
         raise MFMError(
@@ -155,7 +171,10 @@ def preprocess(
     asked: tuple[str, ...] | None,
     num_processes: int | None,
 ) -> list[CaseFailure]:
-    """Preprocess the cases for the configurations asked for (else the default ones); the cases that failed."""
+    """Preprocess the cases for the configurations asked for (else the default ones); the cases that failed.
+
+    Raises MFMError when cases of a labelled dataset failed: it is refused as a whole, as when it is fingerprinted.
+    """
     from mfm_nnunet.data.preprocess import preprocess_dataset
 
     raw = here.raw / dataset_name
@@ -179,4 +198,6 @@ def preprocess(
             len(report.failures),
         )
         failures += [failure for failure in report.failures if failure.case not in {f.case for f in failures}]
+    if failures and not corpus.is_corpus(raw):
+        raise dataset_refused(dataset_name, failures, len(cases), "; without them nothing can be trained")
     return failures

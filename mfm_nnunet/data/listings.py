@@ -18,10 +18,15 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mfm_nnunet.data.index import Case, named, safe_name
+from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.json_files import read_json
 
 NNSSL_FILE = "pretrain_data.json"
+OF_PREPROCESSED = (
+    "is nnssl's index of data that it preprocessed. Give the pretrain_data.json of the raw folder "
+    "($nnssl_raw/DATASET/pretrain_data.json) instead."
+)
 _MASK_COLUMNS = {
     "anatomy_mask": "anatomy_mask",
     "anonymisation_mask": "anonymisation_mask",
@@ -57,9 +62,12 @@ def read_nnssl(file: Path) -> list[Case]:
     """The cases of nnssl's index: collection, datasets, subjects, sessions, images with their associated masks.
 
     Paths may begin with a variable (``$nnssl_raw/...``); relative ones start at the file's folder. Raises MFMError:
-    E_FORMAT (another structure), E_CONFIG (a variable that is not set), E_NOT_FOUND (missing files, all listed).
+    E_FORMAT (another structure, or the index of preprocessed data), E_CONFIG (a variable that is not set), E_NOT_FOUND
+    (missing files, all listed).
     """
     entries = list(_nnssl_entries(file, read_json(file, "Write it again with nnssl, or list the images in a CSV.")))
+    if is_of_preprocessed(file) or (entries and not any(ending_of(Path(e["image_path"])) for _, e in entries)):
+        raise MFMError("E_FORMAT", f"{file}: {OF_PREPROCESSED}")
     images = [_nnssl_path(file, entry["image_path"]) for _, entry in entries]
     masks = [_nnssl_masks(file, entry) for _, entry in entries]
     wanted = [path for image, of_case in zip(images, masks) for path in (image, *of_case.values())]
@@ -77,6 +85,11 @@ def read_nnssl(file: Path) -> list[Case]:
         )
         for case, (place, entry), of_case in zip(cases, entries, masks)
     ]
+
+
+def is_of_preprocessed(file: Path) -> bool:
+    """Return whether a file has the name of nnssl's index of preprocessed data, ``pretrain_data__PLAN.json``."""
+    return re.fullmatch(r"pretrain_data__.+\.json", file.name) is not None
 
 
 def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[PurePath, dict[str, Any]]]:

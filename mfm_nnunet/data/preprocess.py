@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.data import reading, storage
+from mfm_nnunet.data.index import check_case_name
 from mfm_nnunet.data.masks import mask_signature, read_masks
 from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.preprocess_case import preprocess_case_npy, preprocess_mask
@@ -132,7 +133,7 @@ class Job:
 
     def __call__(self, case: Case) -> list[list[Any]]:
         """Read, preprocess and store one case; returns the signature of its source files. Raises MFMError."""
-        storage.check_case_name(case.name)
+        check_case_name(case.name)
         with unchanged(case, _signature) as signature:
             content, patch_size = self._prepared(case)
         self.copy_label(case)

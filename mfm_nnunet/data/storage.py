@@ -15,7 +15,7 @@ import pickle
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,9 @@ from mfm_nnunet.data import masks
 from mfm_nnunet.data.properties import read_properties
 from mfm_nnunet.data.volumes import open_array, read_arrays
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside, is_file_name, open_to_append, shown, whole_number
+from mfm_nnunet.files import inside, is_file_name, open_to_append, whole_number
 from mfm_nnunet.json_files import parse_json
 
-ROOM_FOR_ENDING = 40
-"""Bytes of a file's name that are kept for what is put before and behind the name of a case."""
 ENDINGS = (".pkl", "_seg.b2nd", ".b2nd")
 """Files of a case in the order in which they appear; nnU-Net takes the last as the sign that the case is there."""
 
@@ -170,15 +168,15 @@ def stored_cases(folder: Path) -> set[str]:
     return {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
 
 
-def require_whole(folder: Path) -> None:
-    """Raise MFMError (E_SHORT_DATA) when cases of a data folder were damaged after they were written.
+def require_whole(folder: Path, cases: Collection[str] | None = None) -> None:
+    """Raise MFMError (E_SHORT_DATA) when ``cases`` of a data folder (None: any) were damaged after they were written.
 
     Only files whose size is not the one in the manifest are opened; folders of stock nnU-Net have no manifest. A mask
     that was written and is gone counts as damaged: without it, its voxels would be taken for others.
     """
     entries = Manifest.read(folder).entries
     damaged = []
-    for case in sorted(stored_cases(folder) & set(entries)):
+    for case in sorted(stored_cases(folder) & set(entries) & set(entries if cases is None else cases)):
         expected, sizes = entries[case].get("files", {}), file_sizes(folder, case)
         suspects = [key for key, size in sizes.items() if size != expected.get(key)]
         files = case_files(folder, case)
@@ -264,13 +262,3 @@ def copy_label(label: Path, target: Path, staging: Path) -> None:
         shutil.copyfile(label, temporary)
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         os.replace(temporary, target)
-
-
-def check_case_name(case: str) -> None:
-    """Raises MFMError (E_CONFIG) for a name that cannot be the stem of nnU-Net's files."""
-    if case.endswith("_seg") or case.startswith(".") or not is_file_name(f"{case}{'':_<{ROOM_FOR_ENDING}}"):
-        raise MFMError(
-            "E_CONFIG",
-            f"'{shown(case)}' cannot be the name of a case: nnU-Net would take its file for a label map or not find "
-            "it. Rename the image.",
-        )

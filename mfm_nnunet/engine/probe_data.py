@@ -126,7 +126,8 @@ def preprocess(dataset: ProbeDataset, plans: dict[str, Any], configuration: str)
     """
     settings_hash = preprocessing_hash(plans, configuration, dataset.dataset_json)
     stored, entries = storage.stored_cases(dataset.folder), storage.Manifest.read(dataset.folder).entries
-    foreign = sorted(case for case in stored if entries.get(case, {}).get("hash") != settings_hash)
+    current = {case.name for case in (*dataset.fit, *dataset.held_out, *dataset.others)}
+    foreign = sorted(case for case in stored & current if entries.get(case, {}).get("hash") != settings_hash)
     if foreign:
         raise MFMError(
             "E_EXISTS",

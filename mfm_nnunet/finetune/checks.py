@@ -15,8 +15,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from mfm_nnunet.data import dataset_json as dataset_jsons
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import inside, whole_number
-from mfm_nnunet.finetune.preprocessed import preprocessed_cases, require_fingerprint
-from mfm_nnunet.finetune.splits import require_fold
+from mfm_nnunet.finetune.preprocessed import require_fingerprint, select_cases
+from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.plans.schema import block_of
 from mfm_nnunet.workspace import Workspace
@@ -54,9 +54,14 @@ def fold_value(fold: int | str) -> int | str:
 
 
 def check_data(
-    workspace: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str, fold: int | str
-) -> int:
-    """The number of labelled cases that train the fold.
+    workspace: Workspace,
+    dataset_name: str,
+    plans: dict[str, Any],
+    configuration: str,
+    fold: int | str,
+    trainer: type[nnUNetTrainer] = MFMTrainer,
+) -> Split:
+    """Return the labelled cases that train and validate the fold.
 
     Raises MFMError unless the configuration is in the plan and its preprocessed data can train the fold.
     """
@@ -76,8 +81,8 @@ def check_data(
             )
     folder = workspace.preprocessed / dataset_name
     data = inside(folder, resolved.data_identifier)
-    cases = preprocessed_cases(data)
-    if not cases:
+    selection = select_cases(workspace.raw_folder(dataset_name), folder, data)
+    if not selection.cases:
         source = block_of(plans).source
         like = f" --like CHECKPOINT (it was {source.get('name')}; without it the plan changes)" if source else ""
         raise MFMError(
@@ -86,7 +91,7 @@ def check_data(
             f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}{like}",
         )
     require_fingerprint(folder)
-    return require_fold(fold, folder, cases, workspace.raw / dataset_name)
+    return choose_split(fold, folder, selection, trainer_lists_folder=not issubclass(trainer, MFMTrainer))
 
 
 def check_previous_stage(plans: dict[str, Any], configuration: str, dataset_folder: Path, trainer: str) -> None:

@@ -38,6 +38,7 @@ from mfm_nnunet.finetune.checks import (
 )
 from mfm_nnunet.finetune.datasets import next_stage_checked, use_checked_data
 from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_into
+from mfm_nnunet.finetune.splits import Split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.json_files import read_plans
@@ -75,6 +76,8 @@ class Job:
     """The checkpoint of this run to go on from."""
     only_validate: bool
     save_probabilities: bool
+    split: Split | None = None
+    """The cases that train and validate, chosen once for all processes; None: the trainer chooses."""
 
 
 def run_training(
@@ -116,7 +119,7 @@ def run_training(
         raise MFMError("E_CONFIG", f"trainer {trainer} reads no settings; --set works with MFMTrainer.")
     fold = fold_value(fold)
     dataset_json = read_dataset_json(workspace, dataset_name)
-    num_cases = check_data(workspace, dataset_name, plans, configuration, fold)
+    split = check_data(workspace, dataset_name, plans, configuration, fold, found)
     results = workspace.results / dataset_name
     check_previous_stage(plans, configuration, results, found.__name__)
     folder = inside(results, f"{found.__name__}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
@@ -137,7 +140,7 @@ def run_training(
     if is_ours:
         with about(plans_file):
             network = _checked_network(plans, configuration)
-        block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, num_cases)
+        block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, len(split["train"]))
         run_settings.require_effect(overrides, block.finetune, used.type)
         groups.require_fitting(block.finetune, network, num_gpus > 1)
         groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
@@ -155,6 +158,7 @@ def run_training(
     job = Job(
         trainer, plans, configuration, fold, dataset_json, folder,
         str(used), None if start_from else pretrained_weights, start_from, only_validate, save_probabilities,
+        split,
     )  # fmt: skip
     if num_gpus > 1:
         _spawn(job, num_gpus)
@@ -188,6 +192,7 @@ def _trained(
     trainer = trainer_class(plans, job.configuration, job.fold, job.dataset_json, device)
     if isinstance(trainer, MFMTrainer):
         trainer.stop_flag = flag
+        trainer.split = job.split
         trainer.pretrained_checkpoint = job.pretrained_weights
     else:
         use_checked_data(trainer)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
-from mfm_nnunet.data import reading
+from mfm_nnunet.data import corpus, reading
 from mfm_nnunet.data.per_case import in_threads, with_progress
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 
@@ -108,6 +108,10 @@ def extract_fingerprint(
 def _analyse(case: Case, *, dataset_json: dict[str, Any], num_channels: int) -> CaseStatistics:
     reader = reading.reader_for(case.images[0], dataset_json)
     image_CDHW, properties = reading.read_image(case.images, reader)
+    if case.label is None:
+        corpus.require_scan(case.images[0], image_CDHW)
+    if len(image_CDHW) != num_channels and case.label is None and len(case.images) == 1:
+        raise MFMError("E_CHANNELS", _other_colours(case, len(image_CDHW), num_channels))
     if len(image_CDHW) != num_channels:
         raise MFMError(
             "E_CHANNELS",
@@ -131,6 +135,16 @@ def _analyse(case: Case, *, dataset_json: dict[str, Any], num_channels: int) -> 
         shape_after_crop=[int(n) for n in shape],
         relative_size=float(np.prod(shape) / np.prod(image_CDHW.shape[1:])),
         channels=[_summarise(x_DHW[box][foreground_DHW]) for x_DHW in image_CDHW] if has_foreground else None,
+    )
+
+
+def _other_colours(case: Case, found: int, wanted: int) -> str:
+    """Why a picture of a corpus is refused; in a corpus one file has several channels only if it is in colour."""
+    kinds = {1: "grey", 3: "in colour", 4: "in colour with transparency"}
+    is_kind, wanted_kind = kinds.get(found, "of another kind"), kinds.get(wanted, "of another kind")
+    return (
+        f"{case.images[0]}: is {is_kind} ({found} channels), and this corpus is {wanted_kind} ({wanted} channels). "
+        f"Save it as the others are, or register the pictures that are {is_kind} as a corpus of their own."
     )
 
 

@@ -9,7 +9,6 @@ import functools
 import logging
 import os
 import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,15 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from mfm_nnunet.checkpoint import sha256
+from mfm_nnunet.data import dicom
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.dataset_json import channel_names
+from mfm_nnunet.data.index import spelling_of
 from mfm_nnunet.data.integrity import ending_of, files_of
 from mfm_nnunet.data.per_case import unchanged, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
-from mfm_nnunet.data.sources import dicom_advice
 from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.files import inside, is_unicode, shown
 from mfm_nnunet.predict import geometry
@@ -71,7 +71,7 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
         raise MFMError(
             "E_NOT_FOUND",
             f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other} "
-            f"{dicom_advice(folder)}",
+            f"{dicom.advice(folder)}",
         )
     channels, plain = _group(matching, ending)
     if not channels:
@@ -83,7 +83,7 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
         for name in plain
     ]
     found += _other_images(folder, [name for name in names if name not in matching], ending)
-    spellings = Counter(_spelling(name) for name in channels)
+    spellings = Counter(spelling_of(name) for name in channels)
     for name, numbered in channels.items():
         problem = _channel_problem(sorted(numbered), model)
         if not is_unicode(name):  # SimpleITK would end the process when it writes the mask
@@ -91,7 +91,7 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
                 f"{shown(folder / name)}: the name is not UTF-8, so no mask can be named after it. Rename the files."
             )
             found.append(CaseFailure(name, "E_CONFIG", reason))
-        elif spellings[_spelling(name)] > 1:
+        elif spellings[spelling_of(name)] > 1:
             reason = f"{folder / name}: another case differs only in letter case or Unicode form. Rename one of them."
             found.append(CaseFailure(name, "E_CONFIG", reason))
         elif problem:
@@ -222,11 +222,6 @@ def _plain_cases(folder: Path, names: list[str], ending: str, model: Model) -> d
         "no file in %s has a channel number (_0000): each of the %d files is taken as a case", folder, len(names)
     )
     return {name[: -len(ending)]: {0: name} for name in names}
-
-
-def _spelling(name: str) -> str:
-    """What file systems that ignore letter case or Unicode form take a name for: two masks would be one file there."""
-    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _channel_problem(numbers: list[int], model: Model) -> str:

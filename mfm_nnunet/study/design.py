@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.study.arms import SCRATCH, Arm
 from mfm_nnunet.study.splits import Cases, nested_subset
 from mfm_nnunet.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 CELLS = "cells"
 """Folder of the trainings inside the study folder; with it a study's question is settled."""
@@ -201,4 +204,6 @@ def read_subjects(file: Path | None, cases: Sequence[Case]) -> dict[str, str]:
             "E_CONFIG",
             f"--subjects {file}: {len(missing)} cases have no subject, e.g. {missing[0]}. Add a line for each.",
         )
+    if others := sorted(set(named) - {case.name for case in cases}):
+        logger.warning("--subjects %s: %d cases are not in the dataset, e.g. %s", file, len(others), others[0])
     return {case.name: named[case.name] for case in cases}

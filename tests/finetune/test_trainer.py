@@ -737,3 +737,26 @@ def test_other_peoples_cascades_get_weights_for_their_images_alone(here: Workspa
     source = checkpoint.load_weights(file)["network_weights"]["encoder.stem.convs.0.conv.weight"]
     assert torch.equal(stem[:, :1], source)
     assert not stem[:, 1:].any()
+
+
+@pytest.mark.parametrize("fold", ["all", 0])
+def test_a_removed_case_is_in_no_dataset(here: Workspace, fold: int | str) -> None:
+    """The trainer alone, as stock nnU-Net's command makes it: the list of the last planning counts, not the folder."""
+    file = here.preprocessed / tiny.NAME / "dataset_fingerprint.json"
+    names = [f"subject-{number:02d}" for number in range(5)]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mfm": {"case_names": names}}))
+    trainer = make_trainer()
+    trainer.fold = fold
+    training, held_out = trainer.get_tr_and_val_datasets()
+    assert {*training.identifiers, *held_out.identifiers} == set(names)
+    assert isinstance(training, nnUNetDatasetBlosc2)
+
+
+def test_trainers_of_others_are_refused_where_a_case_was_removed(here: Workspace) -> None:
+    """They list the folder."""
+    file = here.preprocessed / tiny.NAME / "dataset_fingerprint.json"
+    names = [f"subject-{number:02d}" for number in range(5)]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mfm": {"case_names": names}}))
+    with pytest.raises(MFMError, match="subject-05") as caught:
+        run_training(here, tiny.NAME, "3d_fullres", "all", trainer="nnUNetTrainer", device="cpu")
+    assert caught.value.code == "E_CONFIG"
