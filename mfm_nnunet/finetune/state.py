@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mfm_nnunet.checkpoint import cpu_weights, to_plain
+from mfm_nnunet.checkpoint import atomic_write, cpu_weights, to_plain
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.lora import merged_state
 from mfm_nnunet.json_files import shared_plan
@@ -47,6 +49,19 @@ def content_of(trainer: MFMTrainer) -> dict[str, Any]:
         },
     }
     return to_plain(content)
+
+
+def write_descriptions(trainer: MFMTrainer) -> None:
+    """Write plan and dataset.json into the model folder, as nnU-Net does when a training starts, but atomically.
+
+    On a full disk nnU-Net would leave half a file there, for the folds that are finished too.
+    """
+    folder = Path(trainer.output_folder_base)
+    folder.mkdir(parents=True, exist_ok=True)
+    if trainer.local_rank == 0:
+        for name, content in (("plans.json", trainer.plans_manager.plans), ("dataset.json", trainer.dataset_json)):
+            with atomic_write(folder / name) as file:
+                file.write(json.dumps(content, indent=4).encode())
 
 
 def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:

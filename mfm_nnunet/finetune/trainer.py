@@ -45,7 +45,7 @@ SECONDS_BETWEEN_PLOTS = 300.0
 class MFMTrainer(nnUNetTrainer):
     """Fine-tunes the network of a plan; ``pretrained_checkpoint`` is set before :meth:`initialize`, None is scratch.
 
-    ``stop_flag`` is set by whoever catches signals; training then ends after the current step with StoppedError.
+    ``stop_flag`` is set when a signal comes; training then ends after the current step with StoppedError.
     """
 
     pretrained_checkpoint: Path | None = None
@@ -247,6 +247,7 @@ class MFMTrainer(nnUNetTrainer):
             self.initialize()
         groups.require_pretrained(self.settings, self.new_weights is not None)
         require_fingerprint(Path(self.preprocessed_dataset_folder_base))
+        state.write_descriptions(self)
         super().on_train_start()
         is_new_scratch = self.new_weights is None and self.current_epoch == 0
         if is_new_scratch and not torch.equal(next(self.network.parameters()), self._first_weight):
@@ -334,7 +335,8 @@ class MFMTrainer(nnUNetTrainer):
         # A picture takes more than a second, as long as an epoch on small data.
         if self.local_rank == 0 and (is_last or time.monotonic() - self._last_plot > SECONDS_BETWEEN_PLOTS):
             self._last_plot = time.monotonic()
-            self.logger.plot_progress_png(self.output_folder)
+            with checkpoint.full_disk_named(folder / "progress.png"):
+                self.logger.plot_progress_png(self.output_folder)
         self.current_epoch += 1
 
     def on_train_end(self) -> None:

@@ -17,12 +17,13 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summa
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from mfm_nnunet.checkpoint import full_disk_named
 from mfm_nnunet.data.per_case import progress
 from mfm_nnunet.data.reading import read_label
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
 from mfm_nnunet.metrics import foreground_labels
-from mfm_nnunet.predict.export import export_validation_case, remove_dead_stages, require_space
+from mfm_nnunet.predict.export import export_validation_case, publish, remove_dead_stages, require_space, staging
 from mfm_nnunet.predict.predictor import Model
 
 Label = int | tuple[int, ...]
@@ -95,7 +96,9 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
         labels.foreground_regions if labels.has_regions else labels.foreground_labels,
         labels.ignore_label,
     )
-    save_summary_json(summary, str(prediction_folder / "summary.json"))
+    with full_disk_named(prediction_folder / "summary.json"), staging(prediction_folder) as stage:
+        save_summary_json(summary, str(stage / "summary.json"))
+        publish(stage, prediction_folder)
     return summary
 
 

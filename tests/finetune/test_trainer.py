@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +38,8 @@ from mfm_nnunet.finetune.run import Job, _trained, run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
-from mfm_nnunet.stopping import StopFlag, stop_on_signal
+from mfm_nnunet.predict.model import Model
+from mfm_nnunet.stopping import STOP_SIGNALS, StopFlag, stop_on_signal
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.architectures import resenc
 from tests.damage import overwrite_middle
@@ -643,7 +645,7 @@ def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, t
     refused("E_CONFIG", "was changed after this run began", other)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_stops_after_the_step(
     here: Workspace, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -673,6 +675,28 @@ def test_a_stopped_run_says_how_it_goes_on(here: Workspace, epoch: int, advice: 
     trainer.stop_flag.exit_code = 143
     with pytest.raises(StoppedError, match=re.escape(advice)):
         trainer._stop_if_asked()
+
+
+def test_a_signal_stops_the_validation_within_a_case(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the tile is finished; the mask under way does not appear, and the training is saved."""
+    train(here, overrides=SHORT)
+    tiles = []
+
+    def predicting(self: Model, tile: torch.Tensor, axes: object) -> torch.Tensor:
+        tiles.append(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for _ in range(100):  # handlers run between two instructions
+            tiles.append(1)
+        return tile
+
+    monkeypatch.setattr(Model, "_mirrored", predicting)
+    (folder,) = here.results.rglob("validation")
+    shutil.rmtree(folder)
+    with pytest.raises(StoppedError, match="final validation") as caught:
+        train(here, overrides=SHORT, only_validate=True)
+    assert caught.value.exit_code == 128 + signal.SIGUSR1
+    assert len(tiles) < 101
+    assert not list(folder.iterdir())
 
 
 def test_a_signal_stops_a_validation_by_nnunet_too(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
