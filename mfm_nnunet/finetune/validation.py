@@ -18,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune.datasets import require_geometry
 from mfm_nnunet.predict.export import export_validation_case
 from mfm_nnunet.predict.predictor import Model
 
@@ -52,6 +53,7 @@ def predict_cases(
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     for case in dataset.identifiers:
         data, _, _, properties = dataset.load_case(case)
+        require_geometry(Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl", properties)
         image_CDHW = torch.from_numpy(np.array(data[:]))
         logits = model.predict_logits(image_CDHW)
         export_validation_case(
