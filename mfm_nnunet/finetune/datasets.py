@@ -135,6 +135,23 @@ def _properties_of(file: Path) -> dict[str, Any]:
     return properties
 
 
+def require_geometry(file: Path, properties: dict[str, Any]) -> None:
+    """Raise MFMError (E_SHORT_DATA) unless properties from ``file`` say where in its scan a preprocessed image lies."""
+    try:
+        whole, inside = (
+            np.array(properties[name], float).reshape(3)
+            for name in ("shape_before_cropping", "shape_after_cropping_and_before_resampling")
+        )
+        spacing = np.array(properties["spacing"], float).reshape(3)
+        lower, upper = np.array(properties["bbox_used_for_cropping"], float).reshape(3, 2).T
+        is_sound = (lower >= 0).all() and (upper <= whole).all() and (upper - lower == inside).all()
+        is_sound &= bool((inside > 0).all() and (spacing > 0).all() and np.isfinite(spacing).all())
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable(str(file), f"where the image lies in its scan is missing or odd: {error!r}") from error
+    if not is_sound:
+        raise unreadable(str(file), "its shapes, box and spacing contradict each other")
+
+
 def _are_voxels(value: Any) -> bool:
     """Return whether ``value`` is nnU-Net's array of voxels (n, 4), channel first; n may be 0."""
     if not isinstance(value, np.ndarray) or value.ndim == 0:

@@ -22,6 +22,7 @@ from mfm_nnunet.data.per_case import progress
 from mfm_nnunet.data.reading import read_label
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
+from mfm_nnunet.finetune.datasets import require_geometry
 from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.predict.export import export_validation_case, publish, remove_dead_stages, require_space, staging
 from mfm_nnunet.predict.predictor import Model
@@ -58,6 +59,7 @@ def predict_cases(
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     for case in dataset.identifiers:
         data, _, _, properties = dataset.load_case(case)
+        require_geometry(Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl", properties)
         image_CDHW = torch.from_numpy(np.array(data[:]))
         require_space(inside(output_folder, f"{case}{trainer.dataset_json['file_ending']}"), properties)
         logits = model.predict_logits(image_CDHW, what=f"validating {case}")

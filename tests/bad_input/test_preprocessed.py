@@ -73,6 +73,22 @@ def test_pickles_of_a_labelled_dataset(name: str, site: Site, mark: Path) -> Non
         refused(site.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", site.data(), ".pkl")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape_before_cropping": None},
+        {"spacing": (0.0, 1.0, 1.0)},
+        {"spacing": [[1.0], [1.0]]},
+        {"bbox_used_for_cropping": [[0, 999]] * 3},
+        {"shape_after_cropping_and_before_resampling": (1, 2)},
+    ],
+)
+def test_properties_that_cannot_be(change: dict[str, Any], site: Site) -> None:
+    for file in site.data().glob("*.pkl"):
+        file.write_bytes(pickle.dumps({**read_properties(file), **change}))
+    refused(site.run("train", 5, "3d_fullres", 0, "--val"), "E_SHORT_DATA", site.data(), ".pkl")
+
+
 def test_a_pickle_that_is_exchanged_after_the_check(site: Site, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the size in the manifest, and is there only when training has begun."""
     files = list(site.data().glob("*.pkl"))
