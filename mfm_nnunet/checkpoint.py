@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import secrets
 import warnings
 import zipfile
@@ -24,29 +25,105 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from mfm_nnunet.errors import MFMError
 
+try:
+    import fcntl
+except ImportError:  # only POSIX has it; without it leftovers stay
+    fcntl = None  # type: ignore[assignment]
+
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open ``path`` for writing such that it appears whole or not at all.
 
-    Raises MFMError (E_DISK_FULL) when the disk is full; an older file of that name stays as it was.
+    What killed processes left beside it is removed. Raises MFMError (E_DISK_FULL) when the disk is full; an older file
+    of that name stays as it was.
     """
     target = Path(path)
-    # No process number: containers and hosts that share a disk have the same ones.
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    remove_leftovers(target.parent)
+    with full_disk_named(target), _temporary(target) as (temporary, file):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
         os.replace(temporary, target)
         _sync_folder(target.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(target) from error
-        raise
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Open a new file beside ``target``, locked so that others see that it is in use; removed at the end."""
+    while True:
+        # No process number: containers and hosts that share a disk have the same ones.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        with open(temporary, "xb") as file:
+            try:
+                if _lock(file.fileno()) is False or not temporary.exists():
+                    continue  # taken for a leftover by a process that was faster
+                yield temporary, file
+                return
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if _TEMPORARY_NAME.fullmatch(name):
+                with contextlib.suppress(OSError), locked(folder / name) as is_free:
+                    if is_free:
+                        (folder / name).unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Lock a file or folder for this process, and yield whether that worked; the system unlocks it for a dead one.
+
+    It does not work where another process holds the lock, nor on a file system without locks.
+    """
+    # Never another file than this one, nor a wait for a pipe.
+    safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, safely | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+    try:
+        yield bool(_lock(handle))
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open file; False where another process has it, None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the operating system refused a write for want of space."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turn the system's errors of a full disk into MFMError (E_DISK_FULL) that names ``path``.
+
+    Where that is a folder, the file in it that the error names, if it names one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            named = error.filename2 or error.filename  # of a copy, the second is the one that was written
+            is_better = path.is_dir() and isinstance(named, (str, bytes, os.PathLike))
+            raise disk_full(Path(os.fsdecode(named)) if is_better else path) from error
+        raise
 
 
 def disk_full(path: Path) -> MFMError:

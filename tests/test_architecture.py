@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "mfm_nnunet"
 ROOT = "mfm_nnunet"
 LEAVES = {
     *("errors", "version", "workspace", "checkpoint", "children", "json_files"),
-    *("optim", "stopping", "device", "metrics"),
+    *("optim", "stopping", "device", "metrics", "terminal"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
@@ -50,7 +50,7 @@ ALLOWED = {
 """Leaves and the own package come on top."""
 
 FORBIDDEN_EXTERNAL = {"pretext": {"nnunetv2"}, "plans.schema": {"torch", "numpy", "nnunetv2"}}
-LIGHT = {"cli", "errors", "version", "workspace", "plans.schema"}
+LIGHT = {"cli", "errors", "version", "workspace", "plans.schema", "terminal"}
 """What a command may import before it runs its job, besides the standard library."""
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from mfm_nnunet import terminal
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
 
@@ -59,10 +60,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.action in ("describe", "verify"):
         print(api.describe_checkpoint(address, verify=arguments.action == "verify", token_order=token_order))
         if arguments.action == "verify":
-            print("whole: names, shapes, values and the checksums that the file has were looked at")
+            print("OK (names, shapes, values, and the checksums that the file has)")
         return
     layout: Any = (arguments.layout or "folder") if arguments.action == "export" else "pth"
-    print(
+    terminal.print_path(
         api.convert_checkpoint(
             address, arguments.output, layout=layout, licence=arguments.licence, token_order=token_order
         )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from mfm_nnunet import workspace
+from mfm_nnunet import terminal, workspace
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.version import __version__
 
@@ -51,7 +51,7 @@ class StrictParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and exit with 2."""
-        self.exit(2, f"{self.prog}: {message}\nSee {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: {terminal.one_message(message)}\nSee {self.prog} --help.\n")
 
 
 def make_parser(name: str, description: str, default_workspace: str | None = None) -> StrictParser:

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from mfm_nnunet import terminal
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
 
@@ -78,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
         preprocess=not arguments.no_preprocessing,
     )
     for result in results:
-        print(result.file)
+        terminal.print_path(result.file)
 
 
 def _spacing(parser: common.StrictParser, words: list[str]) -> str | tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from mfm_nnunet import terminal
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
 
@@ -60,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> None:
         probe=arguments.probe,
         recipe=arguments.recipe,
     )
-    print(checkpoint)
+    terminal.print_path(checkpoint)
 
 
 def _list_tasks(arguments: argparse.Namespace) -> None:

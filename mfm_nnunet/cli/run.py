@@ -1,25 +1,23 @@
 """Do the job of a command: errors become messages of a few lines and exit codes.
 
-Exit codes: 0 done, 1 internal error, 2 usage or input, 3 some cases failed, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 internal error, 2 usage or input, 3 some cases failed, 128 + number of the signal that stopped it
+(130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1).
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import logging
 import os
 import select
-import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
-from mfm_nnunet import workspace
+from mfm_nnunet import terminal, workspace
 from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError, is_out_of_memory
 from mfm_nnunet.version import __version__
 
@@ -43,41 +41,28 @@ def run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.N
     # Idle OpenMP threads that spin starve the data workers on few cores; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("MPLBACKEND", "Agg")
-    _configure_logging()
+    with terminal.escaped_streams():
+        return _run_command(job, arguments)
+
+
+def _run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    terminal.configure_logging()
     if not arguments.debug:  # deprecations inside other libraries are nothing that a user can act on
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-    before = signal.signal(signal.SIGTERM, _Terminator())
-    try:
-        job(arguments)
-        sys.stdout.flush()
-        return 0
-    except BaseException as error:
-        return 1 if _is_stdout_closed(error) else _report(error, arguments)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    from mfm_nnunet.stopping import end_despite_threads, raise_on_signal
 
-
-class _Terminator:
-    """SIGTERM as an exception, so that half-written files are cleaned up; forked workers die of it as usual."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != self.process:
-            os.kill(os.getpid(), number)
-            return
-        raise StoppedError(128 + number, "stopped by SIGTERM.")
-
-
-def _configure_logging() -> None:
-    """Plain messages on stderr: ours from INFO, everybody else's from WARNING."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("mfm_nnunet").setLevel(logging.INFO)
+    with raise_on_signal(is_command=True) as flag:
+        try:
+            job(arguments)
+            sys.stdout.flush()
+            return 0
+        except BaseException as error:
+            with flag.noted("this message"):
+                exit_code = 1 if _is_stdout_closed(error) else _report(error, arguments)
+            if isinstance(error, StoppedError):
+                end_despite_threads(exit_code)
+            return exit_code
 
 
 def _report(error: BaseException, arguments: argparse.Namespace) -> int:
@@ -85,7 +70,7 @@ def _report(error: BaseException, arguments: argparse.Namespace) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     exit_code, message = _classify(error)
-    lines = message.splitlines() or [type(error).__name__]
+    lines = terminal.one_message(message).splitlines() or [type(error).__name__]
     if arguments.debug:
         traceback.print_exception(type(error), error, error.__traceback__)
     elif len(lines) > MAX_MESSAGE_LINES:
@@ -104,7 +89,7 @@ def _classify(error: BaseException) -> tuple[int, str]:
         return 3, str(error)
     if isinstance(error, StoppedError):
         return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt):  # raised by a library: a real Ctrl-C is a StoppedError
         return 130, "stopped by Ctrl-C."
     if isinstance(error, MFMError) or (isinstance(error, ValueError) and _is_raised_by_us(error)):
         return 2, str(error)
@@ -138,7 +123,7 @@ def _write_log(error: BaseException, arguments: argparse.Namespace) -> str:
     """Append the whole message and traceback to the workspace's error log; returns where it is."""
     file = Path(arguments.workspace or workspace.DEFAULT) / LOG_FILE
     details = "".join([*traceback.format_exception(type(error), error, error.__traceback__), *_unexpected(error)])
-    command = " ".join(sys.argv)
+    details, command = terminal.escaped(details), terminal.one_message(" ".join(sys.argv))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as handle:

@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from mfm_nnunet import terminal
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
 
@@ -87,4 +88,4 @@ def _run(arguments: argparse.Namespace) -> None:
             )
     print((folder / "table.md").read_text(encoding="utf-8"))
     for name in ("table.md", "study.png", "study.json", "commands.sh"):
-        print(folder / name)
+        terminal.print_path(folder / name)

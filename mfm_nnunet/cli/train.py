@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from mfm_nnunet import terminal
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
 
@@ -61,4 +62,4 @@ def _run(arguments: argparse.Namespace) -> None:
             workspace=arguments.workspace,
             recipe=arguments.recipe,
         )
-    print(folder)
+    terminal.print_path(folder)

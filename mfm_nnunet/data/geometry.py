@@ -22,6 +22,8 @@ ORIGIN_TOLERANCE = 0.1
 """Distance of two origins, in units of the smallest voxel edge, that is rounding."""
 DIRECTION_TOLERANCE = 1e-3
 """Difference of two direction cosines that is rounding."""
+ANGLE_TOLERANCE = 2e-3
+"""Cosine of the angle between two axes that were perpendicular before their cosines were rounded to three digits."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,40 @@ def geometry_of(properties: Mapping[str, Any]) -> Geometry:
     return Geometry(spacing, None, None)
 
 
+def properties_for(reader_name: str, properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nnU-Net's properties of a NIfTI file in the form of ``reader_name``, where another reader stood in for it.
+
+    Spacing stays as it is. The world coordinates of SimpleITK and nibabel differ in the sign of the first two.
+    """
+    spacing = np.array(properties["spacing"][::-1], dtype=float)
+    if reader_name == "SimpleITKIO" and "nibabel_stuff" in properties:
+        affine = np.array(properties["nibabel_stuff"]["original_affine"], dtype=float)
+        affine[:2] *= -1
+        direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        place = {"spacing": spacing, "origin": affine[:3, 3], "direction": direction.ravel()}
+        return {
+            "sitk_stuff": {key: tuple(value.tolist()) for key, value in place.items()},
+            "spacing": list(spacing[::-1]),
+        }
+    if reader_name == "NibabelIO" and (itk := properties.get("sitk_stuff")):
+        num_axes = len(itk["spacing"])
+        affine = np.eye(4)
+        affine[:num_axes, :num_axes] = np.reshape(itk["direction"], (num_axes, num_axes))
+        affine[:3, :3] *= spacing
+        affine[:num_axes, 3] = itk["origin"]
+        affine[:2] *= -1
+        return {"nibabel_stuff": {"original_affine": affine}, "spacing": list(spacing[::-1])}
+    return dict(properties)
+
+
 def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
     """Refuse impossible voxel sizes (E_SPACING) and axes that are not perpendicular (E_GEOMETRY)."""
-    # nnU-Net gives the missing axis of a 2D image 999 times the largest spacing, and scanners an axis of one voxel
-    # whatever they like, so such an axis says nothing.
     low, high = SPACING_LIMITS_MM
-    spacing, is_slice = geometry.spacing, np.equal(array.shape[1:], 1)
-    is_legal = (spacing >= low) & (spacing <= high) if len(spacing) == 3 else np.array(False)
-    if not np.all(is_legal | (is_slice & (spacing > 0) & np.isfinite(spacing))):
+    is_legal = (geometry.spacing >= low) & (geometry.spacing <= high)
+    if len(is_legal) == 3:
+        # The size of a single voxel says nothing: nnU-Net's readers give a 2D image 999 times the largest spacing.
+        is_legal |= (np.array(array.shape[1:]) == 1) & (geometry.spacing > 0) & np.isfinite(geometry.spacing)
+    if len(is_legal) != 3 or not np.all(is_legal):
         raise MFMError(
             "E_SPACING",
             f"{file}: the voxel size is {_numbers(geometry.spacing)} mm; legal is {low:g} to {high:g} mm. "
@@ -62,7 +90,7 @@ def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
     if geometry.direction is None or geometry.origin is None:
         return
     gram = geometry.direction.T @ geometry.direction
-    if not np.all(np.isfinite(geometry.origin)) or not np.allclose(gram, np.eye(len(gram)), atol=DIRECTION_TOLERANCE):
+    if not np.all(np.isfinite(geometry.origin)) or not np.allclose(gram, np.eye(len(gram)), atol=ANGLE_TOLERANCE):
         raise MFMError("E_GEOMETRY", f"{file}: the axes in the header are not perpendicular. Resample the image.")
 
 

@@ -7,11 +7,13 @@ compressed stream is read with its checksum and its length is compared with what
 from __future__ import annotations
 
 import contextlib
-import itertools
+import errno
+import math
 import os
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,14 @@ from mfm_nnunet.errors import MFMError
 
 BLOCK = 1 << 20
 """Bytes that are held at once, compressed and decompressed alike."""
+HEADER_BYTES = 540
+"""The larger of the two NIfTI headers."""
+NUM_SAMPLES = 4096
+"""Voxels, evenly spaced over a volume, that are compared with the reader's."""
+MAX_DEFLATE_RATIO = 1040
+"""No stream of gzip or zlib holds more than this many times its size."""
+READING_BYTES_PER_VOXEL = 12
+"""Memory that nnU-Net's readers take at their peak: the stored voxels, a copy, and the float32 array."""
 
 _MAGIC = {
     ".nii.gz": (b"\x1f\x8b",),
@@ -60,31 +70,104 @@ def ending_of(path: Path) -> str:
     return next((ending for ending in IMAGE_ENDINGS if name.endswith(ending)), "")
 
 
-def check_image_file(path: Path) -> None:
-    """Return when ``path`` is a regular, complete image file of a known format.
+@dataclass(frozen=True)
+class Declared:
+    """What the first bytes of a file say of the rest: the header of a volume, or the number of values of a picture."""
+
+    ending: str
+    header: headers.VolumeHeader | None
+    num_voxels: int
+    start: bytes = b""
+    """The header of a NIfTI file as it stands there."""
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """A summary of the voxels in a file, in their order there, to compare with what a reader returns."""
+
+    num_voxels: int
+    lowest: float
+    highest: float
+    samples: np.ndarray
+    """The values of every ``step``-th voxel, and of the last."""
+    step: int
+    rounded_from: float
+    """The largest number that took part in their computation, of which rounding errors are a share."""
+
+
+def check_image_file(path: Path) -> Voxels | None:
+    """Check that ``path`` is a regular, complete image file of a known format; None for a picture.
 
     Raises MFMError: E_NOT_FOUND, E_NOT_REGULAR, E_EMPTY, E_FORMAT, E_GZIP_TRUNCATED, E_GZIP_CRC, E_HEADER, E_DIM,
     E_DATATYPE, E_SHORT_DATA, E_NONFINITE, E_SPACING, E_GEOMETRY, E_TOO_LARGE. Memory stays at a few megabytes for
     volumes; pictures are decoded. Nothing is read from a FIFO or device.
     """
+    return check_content(path, declared_by(path))
+
+
+def declared_by(path: Path) -> Declared:
+    """Read what a file declares, and refuse what cannot be held in memory before any of it is decompressed.
+
+    Raises MFMError as :func:`check_image_file`.
+    """
     ending = require_regular(path)
-    try:
+    with _access(path):
         _require_content(path, ending)
+        header, start = None, b""
         if ending in (".nii", ".nii.gz"):
-            _check_nifti(path, compressed=ending == ".nii.gz")
-        elif ending == ".png":
-            pictures.check_png(path)
-        elif ending == ".bmp":
-            pictures.check_bmp(path)
-        elif ending in (".jpg", ".jpeg"):
-            pictures.check_picture(path)
-        elif ending in (".tif", ".tiff"):
-            pictures.check_tiff(path)
+            start = _first_bytes(path, ending)
+            header = nifti.nifti_header(path, start)
+        elif ending in (".nrrd", ".nhdr"):
+            header = headers.nrrd_header(path)
+        elif ending in (".mha", ".mhd"):
+            header = headers.meta_header(path)
+        elif ending == ".gipl":
+            header = headers.gipl_header(path)
+        if header is not None:
+            _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
+        num_voxels = pictures.num_bytes(path) if header is None else math.prod(header.shape)
+        _require_memory(path, num_voxels)
+    return Declared(ending, header, num_voxels, start)
+
+
+def check_content(path: Path, declared: Declared) -> Voxels | None:
+    """Check that a file holds what it declares. Raises MFMError as :func:`check_image_file`."""
+    with _access(path):
+        header = declared.header
+        if header is None:
+            check = {".png": pictures.check_png, ".bmp": pictures.check_bmp}
+            check |= dict.fromkeys((".tif", ".tiff"), pictures.check_tiff)
+            check.get(declared.ending, pictures.check_picture)(path)
+            return None
+        offset = header.file_offset
+        if offset < 0:
+            offset = max(header.data_file.stat().st_size - header.num_bytes, 0)
+        if declared.ending == ".nii.gz":
+            blocks = _gunzip(path)
+        elif header.compression == "none":
+            blocks = _blocks(header.data_file, offset)
         else:
-            read = {".nrrd": headers.nrrd_header, ".nhdr": headers.nrrd_header, ".gipl": headers.gipl_header}
-            _check_voxels(path, read.get(ending, headers.meta_header)(path))
+            blocks = _gunzip(header.data_file, offset, any_zlib=header.compression == "zlib")
+        return _count(path, header, blocks)
+
+
+@contextlib.contextmanager
+def _access(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise MFMError("E_NOT_FOUND", f"{path}: cannot be read ({error.strerror or error}).") from error
+        code = "E_PERMISSION" if error.errno in (errno.EACCES, errno.EPERM) else "E_NOT_FOUND"
+        raise MFMError(code, f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def _first_bytes(path: Path, ending: str) -> bytes:
+    """Return as much of a NIfTI file, decompressed, as its header may take; less of a file that is shorter."""
+    start = b""
+    for block in _gunzip(path, most=HEADER_BYTES) if ending == ".nii.gz" else _blocks(path):
+        start += block[:HEADER_BYTES]
+        if len(start) >= HEADER_BYTES:  # the members of a concatenated gzip file may be smaller than the header
+            break
+    return start
 
 
 def files_of(path: Path, is_label: bool = False) -> list[Path]:
@@ -104,16 +187,6 @@ def files_of(path: Path, is_label: bool = False) -> list[Path]:
             voxels = read(path).data_file
             files += [voxels] if voxels != path else []
     return files
-
-
-def nifti_version(path: Path) -> int:
-    """2 for a NIfTI-2 file, else 1 (also when it cannot be read: :func:`check_image_file` says why)."""
-    try:
-        require_regular(path)
-        start = next(_gunzip(path) if ending_of(path) == ".nii.gz" else _blocks(path), b"")
-    except (MFMError, OSError):
-        return 1
-    return 2 if start[:4] in _MAGIC[".nii"][2:] else 1
 
 
 def require_regular(path: Path) -> str:
@@ -152,38 +225,17 @@ def _require_content(path: Path, ending: str) -> None:
     )
 
 
-def _check_nifti(path: Path, compressed: bool) -> None:
-    blocks = _gunzip(path) if compressed else _blocks(path)
-    start = b""
-    for block in blocks:  # The members of a concatenated gzip file may be smaller than the header.
-        start += block
-        if len(start) >= 540:
-            break
-    header = nifti.nifti_header(path, start)
-    _count(path, header, itertools.chain([start], blocks))
-    _require_memory(path, header)
-
-
-def _check_voxels(path: Path, header: headers.VolumeHeader) -> None:
-    """The data behind an NRRD, MetaImage or GIPL header."""
-    offset = header.file_offset
-    if offset < 0:
-        offset = max(header.data_file.stat().st_size - header.num_bytes, 0)
-    if header.compression == "none":
-        blocks = _blocks(header.data_file, offset)
-    else:
-        blocks = _gunzip(header.data_file, offset, any_zlib=header.compression == "zlib")
-    _count(path, header, blocks)
-    _require_memory(path, header)
-
-
-def _count(path: Path, header: headers.VolumeHeader, blocks: Iterable[bytes]) -> None:
-    """Compare the bytes that are there with the promised number and count voxels that are not finite.
+def _count(path: Path, header: headers.VolumeHeader, blocks: Iterable[bytes]) -> Voxels:
+    """Compare the bytes that are there with the promised number, count voxels that are not finite, and take samples.
 
     Floats are looked at here and not only in the array, because SimpleITK turns NaN in a NIfTI file into 0.
     """
     promised = header.stream_offset + header.num_bytes
-    seen = num_bad = 0
+    size = header.dtype.itemsize
+    num_voxels = header.num_bytes // size
+    step = max(num_voxels // NUM_SAMPLES, 1)
+    samples, ranges = [], []
+    seen = index = num_bad = 0
     rest = b""
     for block in blocks:
         skip = max(header.stream_offset - seen, 0)
@@ -194,18 +246,35 @@ def _count(path: Path, header: headers.VolumeHeader, blocks: Iterable[bytes]) ->
                 f"{path}: holds more data than the {promised} bytes that its header describes, so the header or the "
                 "data is wrong. Export the image again.",
             )
-        if header.dtype.kind == "f":
-            rest += block[skip:]
-            whole = len(rest) - len(rest) % header.dtype.itemsize
-            values = np.frombuffer(rest[:whole], header.dtype)
+        rest = rest + block[skip:] if rest or skip else block
+        values = np.frombuffer(rest, header.dtype, len(rest) // size)
+        rest = rest[values.nbytes :]
+        if not values.size:
+            continue
+        lowest, highest = values.min(), values.max()
+        if header.dtype.kind == "f" and not (np.isfinite(lowest) and np.isfinite(highest)):
             num_bad += values.size - int(np.count_nonzero(np.isfinite(values)))
-            rest = rest[whole:]
+        ranges.append((lowest, highest))
+        samples.append(values[-index % step :: step].copy())  # a view would keep all blocks
+        index += values.size
+        last = values[-1:].copy()
     if seen < promised:
         raise MFMError(
             "E_SHORT_DATA", f"{path}: holds {seen} of the {promised} bytes that its header describes. Copy it again."
         )
     if num_bad:
         raise non_finite(path, num_bad)
+    return _summary(header, num_voxels, ranges, np.concatenate([*samples, last]), step)
+
+
+def _summary(
+    header: headers.VolumeHeader, num_voxels: int, ranges: list[tuple[Any, Any]], samples: np.ndarray, step: int
+) -> Voxels:
+    """Scale stored values as the header says."""
+    limits = float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
+    lowest, highest = sorted(limit * header.slope + header.inter for limit in limits)
+    rounded_from = max(*(abs(limit * header.slope) for limit in limits), abs(header.inter))
+    return Voxels(num_voxels, lowest, highest, samples.astype(float) * header.slope + header.inter, step, rounded_from)
 
 
 def non_finite(path: Path, num_voxels: int) -> MFMError:
@@ -217,14 +286,25 @@ def non_finite(path: Path, num_voxels: int) -> MFMError:
     )
 
 
-def _require_memory(path: Path, header: headers.VolumeHeader) -> None:
-    """A volume is worked on as float32; one that is larger than the memory that we may use cannot be."""
-    available = available_memory()
-    needed = 4 * int(np.prod(header.shape))
+def _require_possible(path: Path, header: headers.VolumeHeader, is_compressed: bool) -> None:
+    """Refuse a file that is too small for what its header describes, however well it is compressed."""
+    present = header.data_file.stat().st_size
+    most = present * MAX_DEFLATE_RATIO if is_compressed else present
+    if most < header.num_bytes:
+        raise MFMError(
+            "E_SHORT_DATA",
+            f"{path}: its {present} bytes cannot hold the {header.num_bytes} that its header describes. Copy it again.",
+        )
+
+
+def _require_memory(path: Path, num_voxels: int) -> None:
+    """Refuse a volume whose reading needs more memory than we may use."""
+    available, needed = available_memory(), READING_BYTES_PER_VOXEL * num_voxels
     if needed > available:
         raise MFMError(
             "E_TOO_LARGE",
-            f"{path}: the volume needs {needed / 1e9:.1f} GB, and only {available / 1e9:.1f} GB may be used. Crop it.",
+            f"{path}: reading the volume needs {needed / 1e9:.1f} GB, and only {available / 1e9:.1f} GB may be used. "
+            "Crop it.",
         )
 
 
@@ -235,8 +315,8 @@ def _blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
             yield block
 
 
-def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False) -> Iterator[bytes]:
-    """The decompressed bytes in blocks of bounded size, with checksums verified.
+def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False, most: int | None = None) -> Iterator[bytes]:
+    """The decompressed bytes in blocks of at most ``most`` (default: BLOCK) bytes, with checksums verified.
 
     Several gzip members in a row are one stream, and zeros after the last are padding, as for gzip itself.
     """
@@ -245,7 +325,7 @@ def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False) -> Iterator[byt
         file.seek(offset)
         decoder, data = zlib.decompressobj(wbits), file.read(BLOCK // 16)
         while True:
-            out = _inflate(path, decoder, data)
+            out = _inflate(path, decoder, data, most or BLOCK)
             if out:
                 yield out
             if decoder.eof:
@@ -254,6 +334,8 @@ def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False) -> Iterator[byt
                     data = block.lstrip(b"\0")
                 if not data:
                     return
+                if any_zlib:  # ITK stops after the first and leaves the rest of the voxels to chance
+                    raise MFMError("E_HEADER", f"{path}: holds several compressed streams in a row. Save it again.")
                 decoder = zlib.decompressobj(wbits)
                 continue
             data = decoder.unconsumed_tail or file.read(BLOCK // 16)
@@ -261,9 +343,9 @@ def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False) -> Iterator[byt
                 raise MFMError("E_GZIP_TRUNCATED", f"{path}: the compressed data is cut off. Copy the file again.")
 
 
-def _inflate(path: Path, decoder: Any, data: bytes) -> bytes:
+def _inflate(path: Path, decoder: Any, data: bytes, most: int) -> bytes:
     try:
-        return decoder.decompress(data, BLOCK)
+        return decoder.decompress(data, most)
     except zlib.error as error:
         reason = str(error).rpartition(": ")[2]
         raise MFMError("E_GZIP_CRC", f"{path}: the compressed data is damaged ({reason}). Copy it again.") from error

@@ -5,21 +5,28 @@ Used by the fingerprint (``plans``) and by preprocessing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, TypeVar
 
+from mfm_nnunet import terminal
+from mfm_nnunet.data import decoder
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory
+from mfm_nnunet.stopping import start_resource_tracker, stop_signals_blocked
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 15.0
 """How often a loop over cases says how far it is."""
@@ -72,18 +80,31 @@ def in_threads(
     work: Callable[[Case], Result], cases: Iterable[Case], num_threads: int
 ) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
     """Each case with its outcome, in the order given; few are begun ahead, so that few results wait in memory."""
-    if num_threads <= 1:
-        yield from ((case, attempt(work, case)) for case in cases)
-        return
-    with ThreadPoolExecutor(num_threads) as executor:
+    with reader_threads(num_threads) as executor:
         begun: deque[tuple[Case, Future[Result | CaseFailure]]] = deque()
         for case in cases:
+            if num_threads <= 1:
+                yield case, attempt(work, case)
+                continue
             begun.append((case, executor.submit(attempt, work, case)))
             if len(begun) > num_threads:
                 first, future = begun.popleft()
                 yield first, future.result()
         for case, future in begun:
             yield case, future.result()
+
+
+@contextlib.contextmanager
+def reader_threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield an executor for reading; what ends it early, such as a signal, does not wait for its threads."""
+    executor = ThreadPoolExecutor(max(1, number), "mfm_reader")
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        decoder.end_all()  # what still decodes files for threads that nobody waits for
+        raise
+    executor.shutdown()
 
 
 def in_processes(
@@ -95,61 +116,108 @@ def in_processes(
     """
     waiting = deque(cases)
     while waiting:
-        suspects = yield from _until_a_death(work, waiting, num_processes)
+        suspects, _ = yield from _until_a_death(work, waiting, num_processes)
         for case in suspects:
-            alone = deque([case])
-            if (yield from _until_a_death(work, alone, 1)):
-                yield case, _death(case)
+            again, exit_codes = yield from _until_a_death(work, deque([case]), 1)
+            if again:
+                yield case, _death(case, exit_codes)
 
 
-def with_progress(
-    outcomes: Iterable[tuple[Case, Result | CaseFailure]], num_cases: int, what: str
-) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
-    """The same outcomes; a loop that takes long logs now and then how far it is and how long the rest will take."""
-    start = last = time.monotonic()
-    for number, outcome in enumerate(outcomes, start=1):
-        now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES and number < num_cases:
-            left = timedelta(seconds=round((now - start) / number * (num_cases - number)))
-            log.info("%s: %d of %d cases, about %s left", what, number, num_cases, left)
-            last = now
-        yield outcome
+@contextlib.contextmanager
+def progress(num_parts: int, what: str, unit: str = "cases") -> Iterator[Callable[[], None]]:
+    """Log every ``SECONDS_BETWEEN_LINES`` how far long work is, from a thread, so that one long part is no silence.
+
+    Call what is yielded after each part; ``num_parts`` is 0 for work without parts.
+    """
+    start, num_done, is_over = time.monotonic(), 0, threading.Event()
+
+    def count() -> None:
+        nonlocal num_done
+        num_done += 1
+
+    def speak() -> None:
+        while not is_over.wait(SECONDS_BETWEEN_LINES):
+            seconds, done = time.monotonic() - start, min(num_done, num_parts)
+            text = f"{what}: {done} of {num_parts} {unit}" if num_parts else f"{what}: {_clock(seconds)} so far"
+            log.info("%s%s", text, f", about {_clock(seconds / done * (num_parts - done))} left" if done else "")
+
+    speaker = threading.Thread(target=speak, daemon=True, name="progress")
+    speaker.start()
+    try:
+        yield count
+    finally:
+        is_over.set()
+        speaker.join()
+
+
+@contextlib.contextmanager
+def with_progress(outcomes: Generator[Item, None, None], num_cases: int, what: str) -> Iterator[Iterator[Item]]:
+    """Yield the same outcomes, one for each case, with :func:`progress`; at the end, also an early one, close them."""
+
+    def counted() -> Iterator[Item]:
+        for outcome in outcomes:
+            count()
+            yield outcome
+
+    with contextlib.closing(outcomes), progress(num_cases, what) as count:
+        yield counted()
+
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def _until_a_death(
     work: Callable[[Case], Result], waiting: deque[Case], num_processes: int
-) -> Generator[tuple[Case, Result | CaseFailure], None, list[Case]]:
-    """Work through ``waiting``; when a worker dies, stop and return the cases that were under way."""
-    executor = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _die_with_parent)
+) -> Generator[tuple[Case, Result | CaseFailure], None, tuple[list[Case], list[int]]]:
+    """Work through ``waiting``; when a worker dies, stop and return the cases under way and the workers' exit codes."""
+    start_resource_tracker()
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    reading, writing = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(num_processes, context, _end_with_pipe, (reading,))
     running: dict[Future[Result | CaseFailure], Case] = {}
+    workers: set[BaseProcess] = set()
     try:
         while waiting or running:
             while waiting and len(running) <= num_processes:
-                running[executor.submit(attempt, work, waiting[0])] = waiting[0]
+                with stop_signals_blocked():  # a terminal signals all processes; the parent ends the workers
+                    running[executor.submit(attempt, work, waiting[0])] = waiting[0]
                 waiting.popleft()
+                workers |= set(multiprocessing.active_children()) - others
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 outcome = future.result()
                 yield running.pop(future), outcome
     except BrokenProcessPool:
         log.warning("a worker process died; its cases are tried once more, one by one")
+    except BaseException:
+        writing.close()  # ends the workers, which would finish their cases first
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-    return list(running.values())
+        writing.close()
+        reading.close()
+    return list(running.values()), [worker.exitcode for worker in workers if worker.exitcode]
 
 
-def _death(case: Case) -> CaseFailure:
+def _death(case: Case, exit_codes: Sequence[int]) -> CaseFailure:
+    """The failure of a case on which a worker died; memory is blamed only for SIGKILL, which is how systems take it."""
+    if -signal.SIGKILL in exit_codes:
+        reason = "the worker process was killed, as systems do when memory runs out. Use fewer processes."
+        return CaseFailure(case.name, "E_OOM", reason)
+    ends = [f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}" for code in exit_codes]
+    reason = f"the worker process ended {', '.join(ends) or 'without a word'} while it worked on this case"
     return CaseFailure(
-        case.name, "E_OOM", "the worker process was killed, most likely because memory ran out. Use fewer processes."
+        case.name, "E_PROCESS_DIED", f"{reason}: a library crashed on it. Leave the case out, or export it again."
     )
 
 
-def _die_with_parent() -> None:
-    """In a worker: end with the process that started it, however that one ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _end_with_pipe(reading: Connection) -> None:
+    """In a worker: end when the other end of a pipe is closed, by the parent or by its death. Log as that one does."""
+    terminal.configure_logging()
 
     def follow() -> None:
-        parent.join()
+        with contextlib.suppress(EOFError, OSError):
+            reading.recv()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -7,7 +7,6 @@ where it was and a changed source is done again. Nothing that another plan uses 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -91,8 +90,8 @@ def preprocess_dataset(
         in_pool = _pool_pays(todo, num_processes)
         outcomes = in_processes(job, todo, num_processes) if in_pool else in_threads(job, todo, 1)
         # Closed before the staging folder goes: on an error workers are still writing there.
-        with contextlib.closing(outcomes):
-            for case, outcome in with_progress(outcomes, len(todo), f"preprocessing {configuration}"):
+        with with_progress(outcomes, len(todo), f"preprocessing {configuration}") as counted:
+            for case, outcome in counted:
                 if isinstance(outcome, CaseFailure):
                     failures[case.name] = outcome
                 else:

@@ -6,36 +6,32 @@ them is checked here. Shapes: C channels, D H W voxels in the reader's axis orde
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import logging
-import os
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mfm_nnunet.data.geometry import Geometry, difference, geometry_of, require_sane
-from mfm_nnunet.data.integrity import (
-    IMAGE_ENDINGS,
-    check_image_file,
-    ending_of,
-    nifti_version,
-    non_finite,
-    require_regular,
-)
-from mfm_nnunet.data.pictures import tiff_is_2d
+from mfm_nnunet.data import decoder, nifti
+from mfm_nnunet.data.decode import find_reader_class, from_json
+from mfm_nnunet.data.geometry import Geometry, difference, geometry_of
+from mfm_nnunet.data.integrity import IMAGE_ENDINGS, check_image_file, ending_of
 from mfm_nnunet.errors import MFMError
 
 __all__ = ["IMAGE_ENDINGS", "check_image_file", "check_label", "read_image", "read_label", "read_mask", "reader_for"]
 
 _log = logging.getLogger(__name__)
-_stdout_lock = threading.Lock()
+
+
+class _Item(NamedTuple):
+    """One file: ``array`` (C, D, H, W), nnU-Net's properties, its place, and the range of values of each channel."""
+
+    array: np.ndarray
+    properties: dict[str, Any]
+    geometry: Geometry
+    ranges: list[tuple[float, float]]
 
 
 def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str:
@@ -47,20 +43,16 @@ def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str
     wanted = (dataset_json or {}).get("overwrite_image_reader_writer", "None")
     if wanted != "None":
         try:
-            return _reader_class(wanted).__name__
+            return find_reader_class(wanted).__name__
         except MFMError:
             _warn_of_reader(str(wanted))
     ending = ending_of(file)
     if ending in (".png", ".bmp", ".jpg", ".jpeg"):
         return "NaturalImage2DIO"
     if ending in (".tif", ".tiff"):
-        require_regular(file)
-        return "NaturalImage2DIO" if tiff_is_2d(file) else "Tiff3DIO"
-    if ending == ".nii.gz":
-        # SimpleITK cannot read NIfTI-2; stock nnU-Net finds that out by trying.
-        return "NibabelIO" if nifti_version(file) == 2 else "SimpleITKIO"
-    if ending == ".nii":
-        return "NibabelIO"
+        return decoder.call(Path(file), {"task": "name_reader"}).content["reader"]
+    if ending in (".nii", ".nii.gz"):
+        return nifti.choose_reader(Path(file), "SimpleITKIO" if ending == ".nii.gz" else "NibabelIO")
     if ending:
         return "SimpleITKIO"
     raise MFMError("E_FORMAT", f"{file}: not a known image format. Known endings: {' '.join(IMAGE_ENDINGS)}")
@@ -175,45 +167,15 @@ def known_labels(dataset_json: Mapping[str, Any]) -> set[int]:
     return {int(item) for value in values for item in (value if isinstance(value, (list, tuple)) else [value])}
 
 
-@dataclass(frozen=True)
-class _Item:
-    array: np.ndarray
-    properties: dict[str, Any]
-    geometry: Geometry
-    ranges: list[tuple[float, float]]
-    """Smallest and largest value of each channel."""
-
-
 def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
-    """One file through the gate and through nnU-Net's reader, (C, D, H, W); C > 1 only for colour pictures.
-
-    Label maps and masks have a method of their own there: the spacing of a TIFF stack is in a file beside it, which is
-    named after the case.
-    """
-    reader_class = _reader_class(reader_name)
-    check_image_file(file)
-    try:
-        # Float64 beyond the range of float32 becomes infinite, which is reported below with the file's name.
-        with np.errstate(over="ignore"), _quiet(file, reader_name), _alone(file, reader_name) as readable:
-            reader = reader_class()
-            array, properties = reader.read_seg(str(readable)) if is_map else reader.read_images((str(readable),))
-    except MemoryError as error:
-        raise MFMError("E_TOO_LARGE", f"{file}: does not fit into memory. Crop it, or use fewer processes.") from error
-    except Exception as error:  # Readers raise whatever their libraries raise.
-        raise _reader_failed(file, reader_name, error) from error
-    if array.ndim != 4 or (len(array) > 1 and reader_name != "NaturalImage2DIO"):
-        raise MFMError(
-            "E_DIM", f"{file}: holds several volumes (read as {array.shape}). Split it into one file per channel."
-        )
-    if array.size == 0:
-        raise MFMError("E_HEADER", f"{file}: holds no voxel. Export it again.")
-    ranges = [(float(x_DHW.min()), float(x_DHW.max())) for x_DHW in array]
-    # The minimum and the maximum are NaN or infinite as soon as one voxel is.
-    if not np.all(np.isfinite(ranges)):
-        raise non_finite(file, array.size - int(np.count_nonzero(np.isfinite(array))))
-    geometry = geometry_of(properties)
-    require_sane(file, array, geometry)
-    return _Item(array, properties, geometry, ranges)
+    """Read one file in a child process (:mod:`mfm_nnunet.data.decode`)."""
+    reply = decoder.call(file, {"task": "decode", "reader": reader_name, "is_map": is_map})
+    content, order = reply.content, reply.content["order"]
+    shape = [content["shape"][axis] for axis in order]
+    array = np.frombuffer(reply.voxels, np.float32).reshape(shape).transpose(np.argsort(order))
+    properties = from_json(content["properties"])
+    nifti.warn_of_contradiction(file, content["contradiction"])
+    return _Item(array, properties, geometry_of(properties), content["ranges"])
 
 
 def _read_map(file: Path, reader_name: str, what: str) -> _Item:
@@ -226,67 +188,6 @@ def _read_map(file: Path, reader_name: str, what: str) -> _Item:
             "Save its numbers as a grey picture.",
         )
     return item
-
-
-def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
-    reason = " ".join((str(error) or type(error).__name__).split())
-    if "orthonormal" in reason:
-        return MFMError("E_GEOMETRY", f"{file}: its axes are not perpendicular. Resample it onto a regular grid.")
-    if "3d images" in reason.lower():
-        return MFMError("E_DIM", f"{file}: {reader_name} reads images with exactly three axes. Save it as 3D.")
-    advice = "Export it again."
-    if reader_name.startswith("SimpleITKIO") and ending_of(file) in (".nii", ".nii.gz") and nifti_version(file) == 2:
-        advice = (
-            'It is NIfTI-2: save it as NIfTI-1, or set "overwrite_image_reader_writer": "NibabelIO" in dataset.json.'
-        )
-    return MFMError("E_FORMAT", f"{file}: nnU-Net's {reader_name} cannot read it ({reason[-200:]}). {advice}")
-
-
-@functools.cache
-def _reader_class(name: str) -> Any:
-    """nnU-Net's reader class of that name, found once (the search imports a package). MFMError (E_CONFIG) if none."""
-    import SimpleITK as sitk
-    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
-
-    # ITK warns on stderr about headers that are refused or accepted here on purpose.
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        return recursive_find_reader_writer_by_name(name)
-    except RuntimeError as error:
-        raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. Check image_reader_writer.") from error
-
-
-@contextlib.contextmanager
-def _alone(file: Path, reader_name: str) -> Iterator[Path]:
-    """``file``, or a link to it in an empty folder where SimpleITK would read another file.
-
-    For x.nii.gz it takes the header from x.nii.gz and the voxels from x.nii, if there is one in the same folder.
-    """
-    other = Path(str(file)[: -len(".gz")])
-    if ending_of(file) != ".nii.gz" or not reader_name.startswith("SimpleITK") or not os.path.lexists(other):
-        yield file
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder, "image.nii.gz")
-        link.symlink_to(file.absolute())
-        yield link
-
-
-@contextlib.contextmanager
-def _quiet(file: Path, reader_name: str) -> Iterator[None]:
-    """Keep the console clean; what a reader prints goes to the log.
-
-    Only Tiff3DIO prints when given one file. Redirecting stdout is global and other threads may be printing, so it is
-    done for no other reader.
-    """
-    if reader_name != "Tiff3DIO":
-        yield
-        return
-    printed = io.StringIO()
-    with _stdout_lock, contextlib.redirect_stdout(printed):
-        yield
-    if message := " ".join(printed.getvalue().split()):
-        _log.warning("%s: %s", file, message)
 
 
 def _values(label: np.ndarray) -> list[int]:

@@ -8,7 +8,6 @@ nnU-Net accepts no other file endings inside it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from mfm_nnunet.checkpoint import atomic_write, disk_full
+from mfm_nnunet.checkpoint import atomic_write, full_disk_named
 from mfm_nnunet.data import masks
 from mfm_nnunet.errors import MFMError
 
@@ -241,17 +240,6 @@ def copy_label(label: Path, target: Path, staging: Path) -> None:
         shutil.copyfile(label, temporary)
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         os.replace(temporary, target)
-
-
-@contextlib.contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    """Turn the system's errors of a full disk into MFMError (E_DISK_FULL)."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(path) from error
-        raise
 
 
 def check_case_name(case: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.stopping import stop_signals_ignored
 
 
 def read_in_order(
@@ -38,12 +39,14 @@ def read_in_order(
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Terminals and schedulers signal all processes of a run. The parent ends its step first, for which it may need
-    another batch, and saves: so a worker ignores Ctrl-C, and every SIGTERM that is not its parent's.
+    """Ignore the signals that terminals and schedulers send to all processes of a run, in a worker.
+
+    The parent ends its step first, for which it may need another batch, and saves: so a worker ignores Ctrl-C, SIGHUP
+    and SIGUSR1, and every SIGTERM that is not its parent's.
 
     Where the system does not tell who sent a signal (macOS), any SIGTERM ends it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop_signals_ignored()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

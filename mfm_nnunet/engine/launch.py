@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, raise_recorded
+from mfm_nnunet.checkpoint import atomic_write, remove_leftovers
+from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, no_child_left, raise_recorded
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.storage import Manifest, require_whole
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
@@ -33,7 +33,7 @@ from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.plans import schema
 from mfm_nnunet.pretext.base import PretextTask, find_task
-from mfm_nnunet.stopping import signal_handlers_kept
+from mfm_nnunet.stopping import raise_on_signal, signal_handlers_kept, start_resource_tracker
 from mfm_nnunet.workspace import Workspace, num_cores
 
 logger = logging.getLogger(__name__)
@@ -81,19 +81,20 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
         max_restarts=0,
         start_method="spawn",
     )
-    with tempfile.TemporaryDirectory() as notes, signal_handlers_kept():
+    start_resource_tracker()
+    # Signals are ours: torchrun's agent would take one that is sent twice for two, and does not know SIGUSR1.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    with tempfile.TemporaryDirectory() as notes, raise_on_signal(), signal_handlers_kept(), no_child_left():
         try:
             return elastic_launch(config, call_recorded)(notes, _pretrain_worker, here, arguments)[0]
-        except (ChildFailedError, SignalException) as error:
-            raise_recorded(notes)
+        except (ChildFailedError, SignalException, StoppedError) as error:
             if isinstance(error, SignalException):
-                raise StoppedError(128 + error.sigval, "stopped by a signal. Continue with --c.") from error
-            raise
+                error = StoppedError(128 + error.sigval, "stopped by a signal. Continue with --c.")
+            raise_recorded(notes, error.exit_code if isinstance(error, StoppedError) else None)
+            raise error
 
 
 def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> Path:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("mfm_nnunet").setLevel(logging.INFO)
     return pretrain_here(here, **arguments)
 
 
@@ -351,6 +352,7 @@ def _require_free(folder: Path, continue_training: bool) -> None:
 def _announce(run: Run, task: PretextTask, is_new: bool) -> None:
     """Say what is about to happen; a new run's settings are written into its folder, those of an old one are kept."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run.folder)
     names = ("pretext", "pretext_config", "pretrain", "seed", "versions")
     values = {**{name: run.description[name] for name in names}, "num_workers": run.num_workers}
     if run.probe is not None:

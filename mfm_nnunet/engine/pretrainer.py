@@ -34,7 +34,7 @@ from mfm_nnunet.models.precision import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.optim import SMALLEST_LOSS_SCALE, learning_rate_factor, make_optimizer
 from mfm_nnunet.plans.schema import PretrainSettings, resolved_warmup
 from mfm_nnunet.pretext.base import PretextTask, TaskOutput
-from mfm_nnunet.stopping import StopFlag, stop_on_signal
+from mfm_nnunet.stopping import StopFlag, name_of, stop_on_signal
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Pretrainer:
             self._load()
         if self._settings.compile:
             self._compile()
-        with stop_on_signal() as stop:
+        with stop_on_signal("this step, or the validation of this epoch") as stop:
             self._train(stop)
         return self._finish()
 
@@ -314,11 +314,8 @@ class Pretrainer:
         if self._run.world.is_main:
             self._save()
         exit_code = stop.exit_code or 143
-        signal_name = "Ctrl-C" if exit_code == 130 else "SIGTERM"
-        raise StoppedError(
-            exit_code,
-            f"stopped by {signal_name}; saved at step {self._state.step} of {self._total_steps}. Continue with --c.",
-        )
+        where = f"saved at step {self._state.step} of {self._total_steps}"
+        raise StoppedError(exit_code, f"stopped by {name_of(exit_code - 128)}; {where}. Continue with --c.")
 
     def _finish(self) -> Path:
         final = self._run.folder / "checkpoint_final.pth"

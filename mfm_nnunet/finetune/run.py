@@ -20,6 +20,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
 from mfm_nnunet.children import call_recorded, run_processes
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about
@@ -122,8 +123,7 @@ def run_training(
             "E_CONFIG",
             f"-device {used}: training takes the first GPU that is seen. Set CUDA_VISIBLE_DEVICES instead.",
         )
-    for unfinished in folder.glob(".*.tmp"):  # a process killed while it saved leaves its temporary file
-        unfinished.unlink()
+    remove_leftovers(folder)
     if is_ours:
         with about(plans_file):
             network = _checked_network(plans, configuration)
@@ -161,7 +161,9 @@ def execute(job: Job) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     # Trainers of others do not look at the flag, so for them signals keep their usual effect.
-    with _threads(device), stop_on_signal() if is_ours else contextlib.nullcontext() as flag:
+    flagged = stop_on_signal() if is_ours else contextlib.nullcontext()
+    # nnU-Net writes logs, plans and pictures itself, and its errors do not always name the file.
+    with full_disk_named(job.folder), _threads(device), flagged as flag:
         with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE if job.only_validate else _LESS_MEMORY):
             trainer = _trained(job, found, device, flag)
         with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):

@@ -352,18 +352,17 @@ class MFMTrainer(nnUNetTrainer):
             self._validate(save_probabilities)
 
     def _validate(self, save_probabilities: bool) -> None:
-        """In this process; cascades and several GPUs are left to nnU-Net's own way."""
+        """In this process; cascades and several GPUs are left to nnU-Net's own way. A signal stops it at once."""
+        self._stop_if_asked()
         has_next_stage = self.configuration_manager.next_stage_names is not None
-        if self.is_ddp or self.is_cascaded or has_next_stage:
-            self._stop_if_asked()
-            stopped = "stopped in the final validation; the training is saved. Go on with --c."
-            at_once = self.stop_flag.at_once(stopped) if self.stop_flag is not None else contextlib.nullcontext()
-            with at_once, default_autocast_dtype(self.autocast_dtype):
-                super().perform_actual_validation(save_probabilities)
-            return
-        for case in validation.validate_fold(self, save_probabilities):
-            self.print_to_log_file(f"validated {case}")
-            self._stop_if_asked()
+        stopped = "stopped in the final validation; the training is saved. Go on with --c."
+        with self.stop_flag.at_once(stopped) if self.stop_flag is not None else contextlib.nullcontext():
+            if self.is_ddp or self.is_cascaded or has_next_stage:
+                with default_autocast_dtype(self.autocast_dtype):
+                    super().perform_actual_validation(save_probabilities)
+                return
+            for case in validation.validate_fold(self, save_probabilities):
+                self.print_to_log_file(f"validated {case}")
 
     def _refuse_nonfinite(self, what: str, batch: Batch) -> None:
         cases = ", ".join(sorted({str(name) for name in batch.get("keys", ())}))

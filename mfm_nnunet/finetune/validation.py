@@ -18,10 +18,11 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from mfm_nnunet.data.per_case import progress
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.datasets import NamingDataset
 from mfm_nnunet.metrics import foreground_labels
-from mfm_nnunet.predict.export import export_validation_case
+from mfm_nnunet.predict.export import export_validation_case, remove_dead_stages, require_space
 from mfm_nnunet.predict.predictor import Model
 
 Label = int | tuple[int, ...]
@@ -31,6 +32,7 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
     """Predict and evaluate the validation cases of the trainer's fold; yields each case's name when it is predicted."""
     folder = Path(trainer.output_folder) / "validation"
     folder.mkdir(parents=True, exist_ok=True)
+    remove_dead_stages(folder)
     _, cases = trainer.do_split()
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
@@ -57,16 +59,18 @@ def predict_cases(
         with dataset.reading():
             data, _, _, properties = dataset.load_case(case)
             image_CDHW = torch.from_numpy(np.array(data[:]))
-        logits = model.predict_logits(image_CDHW)
-        export_validation_case(
-            logits,
-            properties,
-            trainer.plans_manager,
-            trainer.configuration_manager,
-            trainer.dataset_json,
-            output_folder / case,
-            save_probabilities,
-        )
+        require_space(output_folder / f"{case}{trainer.dataset_json['file_ending']}", properties)
+        logits = model.predict_logits(image_CDHW, what=f"validating {case}")
+        with progress(0, f"{case}: writing the mask"):
+            export_validation_case(
+                logits,
+                properties,
+                trainer.plans_manager,
+                trainer.configuration_manager,
+                trainer.dataset_json,
+                output_folder / case,
+                save_probabilities,
+            )
         yield case
 
 

@@ -100,6 +100,9 @@ def primus_architecture(
         "input_shape": [int(size) for size in patch_size],
         "eva_depth": depth,
         "eva_numheads": heads,
+        # The start of the layer scale is of no account here; whether there is one decides about the function.
+        "init_values": 0.1 if "eva.blocks.0.gamma_1" in weights else None,
+        "scale_attn_inner": "eva.blocks.0.attn.norm.weight" in weights,
     }
     return {"network_class_name": PRIMUS, "arch_kwargs": kwargs, "_kw_requires_import": []}, notes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mfm_nnunet.interchange.conversion import Reading
 from mfm_nnunet.json_files import is_resampled
@@ -31,12 +31,11 @@ def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
     """What there is to say, in order; nothing about subjects, because nothing is in the description."""
     plans, name = mfm["plans"], mfm["configuration"]
     configuration = plans["configurations"][name]
-    architecture = configuration.get("architecture") or {}
-    kwargs = architecture.get("arch_kwargs") or {}
+    network, kwargs = _architecture(mfm)
     corpus, source = mfm.get("corpus") or {}, mfm.get("source") or {}
     found = {
         "pretext task": mfm.get("pretext") or "unknown",
-        "network": str(architecture.get("network_class_name", "unknown")).rpartition(".")[2] + _size(kwargs),
+        "network": network + _size(kwargs),
         "trained": "the whole network" if mfm.get("trained") == "network" else "the encoder",
         "input": f"{mfm['num_inputs']} channel(s), patch {_times(mfm['patch_size'])} voxels",
         "configuration": f"{name}, patch {_times(configuration['patch_size'])}, {_spacing(configuration)}",
@@ -85,7 +84,7 @@ def describe_text(reading: Reading) -> str:
     return "\n".join(f"{name:<22}{value}" for name, value in found)
 
 
-def model_card(mfm: Mapping[str, Any], num_parameters: int) -> str:
+def model_card(mfm: Mapping[str, Any], num_parameters: int, layout: Literal["folder", "nnssl"] = "folder") -> str:
     """A README for a hub: how to use the checkpoint, what it is, what it was not tested for, whom to cite."""
     licence = mfm.get("licence") or UNKNOWN_LICENCE
     notes = [("on import", note) for note in (mfm.get("source") or {}).get("notes") or []]
@@ -111,6 +110,7 @@ mfm_train DATASET {planned} 0 -p PLANS -pretrained_weights THIS_FOLDER
 |---|---|
 {rows}
 
+{_without_us(mfm, layout)}
 The folder holds no names of subjects or files and no images. It is research software and not a medical device: a start
 for fine-tuning, and what comes of it is to be tested on data like yours.
 
@@ -118,6 +118,86 @@ for fine-tuning, and what comes of it is to be tested on data like yours.
 
 {papers}
 """
+
+
+def _without_us(mfm: Mapping[str, Any], layout: Literal["folder", "nnssl"]) -> str:
+    """How other programs use the weights: lines of Python that build the network and load what fits it."""
+    name, kwargs = _architecture(mfm)
+    if name == "PrimusSeg":
+        if kwargs.get("version", 1) != 1 or len(mfm["patch_size"]) != 3:
+            return ""
+        build, notes = _PRIMUS, [_ABOUT_PRIMUS]
+    elif name in ("ResidualEncoderUNet", "PlainConvUNet"):
+        build, notes = _UNET, []
+    else:
+        return ""
+    imports, weights = _WEIGHTS[layout]
+    if layout == "folder":
+        notes.insert(0, "`strict=False`: a tensor that has several names is stored under the first.")
+    elif name == "PrimusSeg":
+        notes.append(AXES_OF_NNSSL)
+    text = "\n".join(notes)
+    return f"""## Without mfm_nnunet
+
+```python
+{build.format(imports=imports, weights=weights)}```
+
+{text}
+"""
+
+
+_WEIGHTS = {
+    "folder": ("from safetensors.torch import load_file", 'load_file("model.safetensors")'),
+    "nnssl": ("import torch", 'torch.load("checkpoint_final.pth", weights_only=True)["network_weights"]'),
+}
+"""The import that reads the weights of a layout, and the expression."""
+_UNET = """\
+import json
+{imports}
+from dynamic_network_architectures.architectures import unet
+from torch import nn
+
+mfm = json.load(open("config.json"))["mfm"]
+architecture = mfm["plans"]["configurations"][mfm["configuration"]]["architecture"]
+kwargs = dict(architecture["arch_kwargs"])
+for key in architecture["_kw_requires_import"]:  # names of classes of torch.nn, or none
+    kwargs[key] = getattr(nn, str(kwargs[key]).split(".")[-1], None)
+network_class = getattr(unet, architecture["network_class_name"].split(".")[-1])
+network = network_class(mfm["num_inputs"], num_classes=mfm["num_outputs"], **kwargs)
+missing, unexpected = network.load_state_dict({weights}, strict=False)
+assert not unexpected
+"""
+_PRIMUS = """\
+import json
+{imports}
+from dynamic_network_architectures.architectures.primus import Primus
+
+mfm = json.load(open("config.json"))["mfm"]
+kwargs = mfm["plans"]["configurations"][mfm["configuration"]]["architecture"]["arch_kwargs"]
+kwargs = {{"init_values": 0.1, "scale_attn_inner": True, **kwargs, "input_shape": mfm["patch_size"]}}
+network = Primus(mfm["num_inputs"], num_classes=mfm["num_outputs"], **kwargs)
+weights = {weights}
+encoder = {{name: weights[name] for name in weights if name.startswith(("down_projection.", "eva."))}}
+missing, unexpected = network.load_state_dict(encoder, strict=False)
+assert not unexpected
+"""
+_ABOUT_PRIMUS = (
+    "It needs dynamic-network-architectures 0.4.3 or newer, which flattens tokens axis 0 outermost (w h d), as these "
+    "weights do.\nStem and transformer fit; the patch decoder is that of mfm_nnunet, whose widths do not depend on "
+    "the number of outputs."
+)
+AXES_OF_NNSSL = (
+    "nnU-Net's development code flattens tokens in the same order. nnssl itself flattens axis 1 outermost (h w d) in "
+    "all tasks but SimMIM: to continue its pretraining\nfrom this file exchanges the first two axes. Start such a "
+    "run from the original weights."
+)
+
+
+def _architecture(mfm: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Name of the network's class, without its module, and its arguments."""
+    architecture = mfm["plans"]["configurations"][mfm["configuration"]].get("architecture") or {}
+    name = str(architecture.get("network_class_name", "unknown")).rpartition(".")[2]
+    return name, architecture.get("arch_kwargs") or {}
 
 
 def _times(sizes: Any) -> str:

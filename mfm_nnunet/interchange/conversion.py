@@ -114,11 +114,13 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
     nobody knows, E_MODEL_CORRUPT for a plan that cannot be.
     """
     said = raw.get(nnssl.KEY)
-    plan = nnssl.read_plan({} if said is None else said)
+    init_args = raw.get("init_args")
+    trained_with = nnssl.plan_of_training(init_args)
+    plan = nnssl.read_plan({} if said is None else said, trained_with)
     trainer = raw.get("trainer_name")
     trainer = trainer if isinstance(trainer, str) else None
     parts = take_apart(raw["network_weights"], plan.key_to_encoder, plan.key_to_stem)
-    notes = [] if said is not None else ["the file has no plan: the network is read off the tensors"]
+    notes = [] if said is not None else [_without_plan(trained_with)]
     if parts.family == "primus":
         order = token_order or nnssl.token_order_of(trainer)
         converted = _primus(parts, plan, order, notes)
@@ -131,9 +133,18 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
     mfm["citations"] = _papers(raw.get("citations"), notes)
     layout: Layout = "nnssl" if said is not None or trainer else "weights alone"
     mfm["source"] = {"layout": layout, "trainer": trainer}
-    init_args = raw.get("init_args")
     names_subjects = isinstance(init_args, Mapping) and "pretrain_json" in init_args
     return Reading({"network_weights": weights, "mfm": mfm}, layout, others, tuple(notes), names_subjects)
+
+
+def _without_plan(trained_with: Mapping[str, Any]) -> str:
+    """The note about a file of a trainer that writes no adaptation plan."""
+    if not trained_with:
+        return "the file has no plan: the network is read off the tensors"
+    return (
+        "the file has no adaptation plan: the network is read off the tensors; what is known of spacing, "
+        "normalisation, axes and patch is from the plan of its training"
+    )
 
 
 def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
@@ -223,7 +234,10 @@ def _unet(parts: Parts, plan: nnssl.AdaptationPlan, notes: list[str]) -> _Conver
     architecture, more = unet_architecture(parts.family, weights, plan.class_name, plan.arch_kwargs)
     notes += more
     num_axes = len(architecture["arch_kwargs"]["kernel_sizes"][0])
-    seen = plan.patch_size or plan.recommended_patch or (PUBLISHED_PATCH[num_axes],) * num_axes
+    seen = plan.patch_size or plan.recommended_patch
+    if seen is None:
+        seen = (PUBLISHED_PATCH[num_axes],) * num_axes
+        notes.append(f"patch: {PUBLISHED_PATCH[num_axes]} voxels along each axis, as published; the file does not say")
     return weights, architecture, seen, parts.others
 
 
@@ -301,6 +315,8 @@ def _plans(
         notes.append("normalisation: z-score, as OpenMind's; the file does not say")
     if plan.spacing is None and plan.is_resampled:
         notes.append(f"spacing: {PUBLISHED_SPACING:g} mm, as OpenMind's; the file does not say")
+    if plan.transpose_forward is None:
+        notes.append("axes: in the order of the files, as OpenMind's; the file does not say")
     resampling = "resample_data_or_seg_to_shape" if plan.is_resampled else NO_RESAMPLING
     forward = list(plan.transpose_forward or range(3))
     configuration = {

@@ -21,6 +21,9 @@ TASKS = (
 )  # fmt: skip
 """What a trainer's name contains, without underscores and in lower case, and the pretext task that it trains."""
 
+TRAINED_WITH = ("spacing", "normalization_schemes", "use_mask_for_norm", "patch_size")
+"""Fields of a configuration that describe how the images were prepared, and what the network saw of them."""
+
 
 @dataclass(frozen=True)
 class AdaptationPlan:
@@ -43,19 +46,18 @@ class AdaptationPlan:
     key_to_stem: str | None = None
 
 
-def read_plan(raw: Mapping[str, Any]) -> AdaptationPlan:
-    """The plan as its file has it.
+def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = None) -> AdaptationPlan:
+    """The plan as its file has it; what it lacks of images and patch is taken from ``trained_with``.
+
+    ``trained_with`` is the result of :func:`plan_of_training`.
 
     Raises MFMError (E_MODEL_CORRUPT) for a field that is there and of another kind than it can be.
     """
     if not isinstance(raw, Mapping):
         raise _wrong(KEY, raw)
     architecture = _table(raw, "architecture_plans")
-    pretrain = _table(raw, "pretrain_plan")
-    configurations = _table(pretrain, "configurations")
-    configuration: Any = next(iter(configurations.values()), {})
-    if not isinstance(configuration, Mapping):
-        raise _wrong("configurations", configuration)
+    pretrain = {**(trained_with or {}), **_table(raw, "pretrain_plan")}
+    configuration = {**_first_configuration(trained_with or {}), **_first_configuration(pretrain)}
     if plain(configuration.get("spacing")) in ([None] * 2, [None] * 3):  # none for each axis is none
         configuration = {**configuration, "spacing": None}
     order = _whole(pretrain, "transpose_forward")
@@ -76,6 +78,25 @@ def read_plan(raw: Mapping[str, Any]) -> AdaptationPlan:
         key_to_encoder=_text(raw, "key_to_encoder"),
         key_to_stem=_text(raw, "key_to_stem"),
     )
+
+
+def plan_of_training(init_args: Any) -> dict[str, Any]:
+    """Return a ``pretrain_plan`` from the arguments of a trainer of nnssl; empty where they hold none.
+
+    SparK trainers write no adaptation plan, but like all trainers the plan that they were started with. It is beside
+    the index of the corpus (subjects, ages, paths), so nothing but the fields of :data:`TRAINED_WITH` is taken.
+    """
+    plan = init_args.get("plan") if isinstance(init_args, Mapping) else None
+    configurations = plan.get("configurations") if isinstance(plan, Mapping) else None
+    if not isinstance(plan, Mapping) or not isinstance(configurations, Mapping):
+        return {}
+    name = init_args.get("configuration_name")
+    configuration = configurations.get(name) if isinstance(name, str) else None
+    if not isinstance(configuration, Mapping):
+        return {}
+    taken = {key: configuration[key] for key in TRAINED_WITH if key in configuration}
+    axes = {"transpose_forward": plan["transpose_forward"]} if "transpose_forward" in plan else {}
+    return {**axes, "configurations": {name: taken}}
 
 
 def task_of(trainer: str | None) -> str | None:
@@ -100,6 +121,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _first_configuration(pretrain: Mapping[str, Any]) -> Mapping[str, Any]:
+    configuration: Any = next(iter(_table(pretrain, "configurations").values()), {})
+    if not isinstance(configuration, Mapping):
+        raise _wrong("configurations", configuration)
+    return configuration
 
 
 def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

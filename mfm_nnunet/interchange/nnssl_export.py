@@ -29,6 +29,8 @@ RESENC_L = {
     "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
     "n_conv_per_stage_decoder": [1] * 5,
 }
+_PRIMUS = {"version": 1, "init_values": 0.1, "scale_attn_inner": True}
+"""What else the names of Primus stand for."""
 
 
 def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
@@ -53,7 +55,7 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     texts = {
         "adaptation_plan.json": json.dumps({**plan, "trainer_name": TRAINER}, indent=1),
         "config.json": json.dumps({"mfm": mfm}, indent=1),
-        CARD: model_card(mfm, num_parameters),
+        CARD: model_card(mfm, num_parameters, "nnssl"),
     }
     for name, text in texts.items():
         with checkpoint.atomic_write(folder / name) as handle:
@@ -120,7 +122,8 @@ def _keys(class_name: str) -> dict[str, Any]:
         encoder, stem, first, positions = "eva", "down_projection", ["down_projection.proj"], "eva.pos_embed"
     else:
         encoder, positions = "encoder.stages", None
-        stem, block = ("encoder.stages.0", "0.convs.0") if class_name == UNETS["plain"] else ("encoder.stem", "convs.0")
+        is_plain = class_name == _short(UNETS["plain"])
+        stem, block = ("encoder.stages.0", "0.convs.0") if is_plain else ("encoder.stem", "convs.0")
         first = [f"{stem}.{block}.{layer}" for layer in ("conv", "all_modules.0")]
     return {"key_to_encoder": encoder, "key_to_stem": stem, "keys_to_in_proj": first, "key_to_lpe": positions}
 
@@ -133,10 +136,11 @@ def _architecture(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any] 
         sizes = {name: size for name, size in PRIMUS_SIZES.items() if name != "CPU"}
         wanted = {key: kwargs[key] for key in ("embed_dim", "eva_depth", "eva_numheads")}
         size = next((name for name, values in sizes.items() if values == wanted), None)
-        if size is None or list(kwargs["patch_embed_size"]) != [8, 8, 8] or kwargs.get("version", 1) != 1:
-            raise _cannot(
-                f"a Primus with {wanted}, tokens {kwargs['patch_embed_size']}, version {kwargs.get('version', 1)}"
-            )
+        others = {key: kwargs.get(key, value) for key, value in _PRIMUS.items()}
+        if others["init_values"] is not None:  # what the layer scale started from is in no weights
+            others["init_values"] = _PRIMUS["init_values"]
+        if size is None or list(kwargs["patch_embed_size"]) != [8, 8, 8] or others != _PRIMUS:
+            raise _cannot(f"a Primus with {wanted | others}, tokens {kwargs['patch_embed_size']}")
         return f"Primus{size}", None, None
     if class_name.endswith(".residual_unet.ResidualEncoderUNet"):  # the module's old name
         class_name = UNETS["resenc"]
@@ -144,7 +148,12 @@ def _architecture(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any] 
         raise _cannot(class_name)
     if class_name == UNETS["resenc"] and _is_resenc_l(kwargs):
         return "ResEncL", None, None
-    return class_name, kwargs, list(architecture["_kw_requires_import"])
+    return _short(class_name), kwargs, list(architecture["_kw_requires_import"])
+
+
+def _short(class_name: str) -> str:
+    """The name without its module: nnssl knows no other, and nnU-Net's development code takes both."""
+    return class_name.rpartition(".")[2]
 
 
 def _is_resenc_l(kwargs: Mapping[str, Any]) -> bool:

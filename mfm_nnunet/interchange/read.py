@@ -59,8 +59,11 @@ def find_checkpoint(address: str | Path) -> Path:
             f"{place / WEIGHTS}: weights without our {CONFIG} beside them; nothing else tells their network. Export "
             "the checkpoint again (mfm_checkpoint export), or give a .pth file.",
         )
+    below = sorted(place.glob(f"fold_*/{FILE}"))
+    advice = f" Give one of its folders, e.g. {below[0].parent}." if below else ""
     raise MFMError(
-        "E_NOT_FOUND", f"{place}: no checkpoint in this folder. It is searched for {WEIGHTS} with {CONFIG}, and {FILE}."
+        "E_NOT_FOUND",
+        f"{place}: no checkpoint in this folder. It is searched for {WEIGHTS} with {CONFIG}, and {FILE}.{advice}",
     )
 
 
@@ -163,10 +166,16 @@ def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | N
 
 
 def _with_side_plan(raw: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """A file without plan or trainer, completed from ``adaptation_plan.json`` beside it, as repositories have it."""
-    side = place.parent / SIDE_PLAN
+    """A file without plan or trainer, completed from ``adaptation_plan.json``.
+
+    Repositories have it beside the file. Trainers of nnssl write it into the folder of the run, and their checkpoints
+    into a folder ``fold_all`` below.
+    """
+    folder = place.absolute().parent
+    folders = [folder, folder.parent] if folder.name.startswith("fold_") else [folder]
+    side = next((parent / SIDE_PLAN for parent in folders if (parent / SIDE_PLAN).is_file()), None)
     lacking = [key for key in (nnssl.KEY, "trainer_name") if raw.get(key) is None]
-    if not lacking or not side.is_file():
+    if not lacking or side is None:
         return dict(raw)
     plan = read_json(side, "Copy it again, or move it away.", "E_MODEL_CORRUPT")
     told = {nnssl.KEY: plan, "trainer_name": plan.get("trainer_name")}

@@ -74,13 +74,14 @@ def extract_fingerprint(
     pool = _Pool(num_channels)
     work = functools.partial(_analyse, dataset_json=dataset_json, num_channels=num_channels)
     outcomes = in_threads(work, cases, num_processes)
-    for case, outcome in with_progress(outcomes, len(cases), "reading the images"):
-        if isinstance(outcome, CaseFailure):
-            failures.append(outcome)
-            continue
-        used.append(case)
-        pool.add(outcome.channels)
-        statistics.append(replace(outcome, channels=None))
+    with with_progress(outcomes, len(cases), "reading the images") as counted:
+        for case, outcome in counted:
+            if isinstance(outcome, CaseFailure):
+                failures.append(outcome)
+                continue
+            used.append(case)
+            pool.add(outcome.channels)
+            statistics.append(replace(outcome, channels=None))
     if not used:
         raise CasesFailedError(failures, len(cases))
     if not pool.has_foreground:

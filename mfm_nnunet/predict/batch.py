@@ -25,11 +25,19 @@ from typing import Any
 
 import torch
 
-from mfm_nnunet.checkpoint import atomic_write, disk_full, sha256
+from mfm_nnunet.checkpoint import atomic_write, disk_full, is_disk_full, sha256
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.per_case import progress, reader_threads
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory
 from mfm_nnunet.predict.cases import PreparedCase, find_cases, hash_inputs, prepare_case
-from mfm_nnunet.predict.export import STAGING_PREFIX, disk_full_is_an_error, is_disk_full, publish, staging, write_case
+from mfm_nnunet.predict.export import (
+    STAGING_PREFIX,
+    disk_full_is_an_error,
+    publish,
+    require_space,
+    staging,
+    write_case,
+)
 from mfm_nnunet.predict.journal import Journal
 from mfm_nnunet.predict.options import (
     ERROR_FOLDER,
@@ -109,18 +117,16 @@ class _Run:
             # A case that was under way when an earlier run was killed may be what kills: last, and with no other.
             suspects = [case for case in todo if self.options.resume and self.journal.starts.get(case.name)]
             groups = [[case for case in todo if case not in suspects], *([case] for case in suspects)]
-            reader = ThreadPoolExecutor(1, "mfm_predict_reader")
             try:
-                ahead = itertools.chain.from_iterable(
-                    _one_ahead(partial(self._begin, reader), group) for group in groups
-                )
-                for number, (case, prepared) in enumerate(ahead, start=1):
-                    self._say(f"{number} of {len(todo)}  {self._attempt(case, prepared)}")
+                with reader_threads(1) as reader:
+                    ahead = itertools.chain.from_iterable(
+                        _one_ahead(partial(self._begin, reader), group) for group in groups
+                    )
+                    for number, (case, prepared) in enumerate(ahead, start=1):
+                        self._say(f"{number} of {len(todo)}  {self._attempt(case, prepared)}")
             except BaseException:
                 self._note_stop()
                 raise
-            finally:
-                reader.shutdown(cancel_futures=True)
         if self.report.warnings:
             logger.warning("look at the masks of these cases:\n  %s", "\n  ".join(self.report.warnings))
         return self.report
@@ -163,11 +169,11 @@ class _Run:
             return False
         if self.journal.starts.get(case.name, 0) >= STARTS_UNTIL_GIVEN_UP:
             reason = (
-                f"the process was killed {self.journal.starts[case.name]} times while it worked on this case, the last "
-                "time on nothing else, most likely because memory ran out. Free or add memory, or crop the image; "
-                "--resume then tries it again."
+                f"the process died {self.journal.starts[case.name]} times while it worked on this case, the last time "
+                "on nothing else: it was killed, e.g. because memory ran out, or a library crashed on the file. Add "
+                "memory, crop the image or export it again; --resume then tries it again."
             )
-            self._note_failure(CaseFailure(case.name, "E_OOM", reason))
+            self._note_failure(CaseFailure(case.name, "E_PROCESS_DIED", reason))
             return True
         known = case.name in self.journal.last
         try:
@@ -201,11 +207,13 @@ class _Run:
 
     def _predict(self, case: Case, prepared: Future[PreparedCase], start: float) -> None:
         self.model.oom_steps.clear()
-        ready = prepared.result()
+        with progress(0, f"{case.name}: reading"):
+            ready = prepared.result()
+        require_space(self.folder / f"{case.name}{self.ending}", ready.properties)
         logits = self.model.predict_logits(
-            ready.x_CDHW, step_size=self.options.step_size, mirroring=self.options.mirroring
+            ready.x_CDHW, step_size=self.options.step_size, mirroring=self.options.mirroring, what=case.name
         )
-        with staging(self.folder, self.prefix) as stage:
+        with progress(0, f"{case.name}: writing the mask"), staging(self.folder, self.prefix) as stage:
             write_case(
                 logits,
                 ready.properties,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from mfm_nnunet.checkpoint import disk_full
+from mfm_nnunet.checkpoint import disk_full, full_disk_named, is_disk_full, locked
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.logits import logits_to_mask, logits_to_probabilities
@@ -26,6 +27,8 @@ from mfm_nnunet.predict.logits import logits_to_mask, logits_to_probabilities
 logger = logging.getLogger(__name__)
 
 STAGING_PREFIX = ".partial_"
+_HEADER_BYTES = 1 << 16
+"""More than the headers of mask formats have: a write of a mask needs so much besides its voxels."""
 
 
 def write_case(
@@ -122,14 +125,21 @@ def export_validation_case(
 @contextlib.contextmanager
 def staging(folder: Path, prefix: str = STAGING_PREFIX) -> Iterator[Path]:
     """A hidden folder inside ``folder``, and thus on the same disk, for files that are not whole yet."""
-    try:
+    with full_disk_named(folder):
         stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-    except OSError as error:
-        raise (disk_full(folder) if is_disk_full(error) else error) from None
     try:
-        yield stage
+        with locked(stage):
+            yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def remove_dead_stages(folder: Path) -> None:
+    """Remove the staging folders that killed processes left in ``folder``."""
+    for stage in folder.glob(f"{STAGING_PREFIX}*"):
+        with locked(stage) as is_free:
+            if is_free:
+                shutil.rmtree(stage, ignore_errors=True)
 
 
 def publish(stage: Path, folder: Path) -> None:
@@ -160,9 +170,16 @@ def disk_full_is_an_error(path: Path, num_bytes: int = 1) -> Iterator[None]:
     except MFMError:
         raise
     except Exception as error:
-        if is_disk_full(error) or (not isinstance(error, OSError) and _refuses(path.parent, num_bytes)):
+        is_hidden = getattr(error, "errno", None) in (None, errno.EIO)
+        if is_disk_full(error) or (is_hidden and _refuses(path.parent, num_bytes + _HEADER_BYTES)):
             raise disk_full(path) from error
         raise
+
+
+def require_space(target: Path, properties: dict) -> None:
+    """Raise MFMError (E_DISK_FULL) where a case's mask has no room, before it is computed."""
+    if shutil.disk_usage(target.parent).free < math.prod(properties["shape_before_cropping"]):
+        raise disk_full(target)
 
 
 def _refuses(folder: Path, num_bytes: int) -> bool:
@@ -175,8 +192,3 @@ def _refuses(folder: Path, num_bytes: int) -> bool:
     except OSError as error:
         return is_disk_full(error)
     return False
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether the operating system refused a write for want of space."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import IO
 
 import nibabel
 import numpy as np
 
+from mfm_nnunet.data.nifti import read_start
 from mfm_nnunet.errors import MFMError
 
 _TEXT_FIELDS = ("descrip", "aux_file", "db_name", "intent_name")
@@ -31,8 +31,7 @@ def read_header(file: Path) -> nibabel.Nifti1Header:
 
     Raises MFMError (E_HEADER) when the file is no NIfTI.
     """
-    with _open(file) as handle:
-        start = handle.read(nibabel.Nifti2Header.template_dtype.itemsize)
+    start = read_start(file)
     for header_class in (nibabel.Nifti1Header, nibabel.Nifti2Header):
         size = header_class.template_dtype.itemsize
         for endianness in "<>":
@@ -84,9 +83,3 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return shape
-
-
-def _open(file: Path) -> IO[bytes]:
-    with open(file, "rb") as handle:
-        compressed = handle.read(2) == b"\x1f\x8b"
-    return gzip.open(file, "rb") if compressed else open(file, "rb")  # type: ignore[return-value]

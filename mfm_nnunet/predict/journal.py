@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.checkpoint import disk_full, sha256
+from mfm_nnunet.checkpoint import full_disk_named, sha256
 from mfm_nnunet.data.per_case import unreadable
 from mfm_nnunet.errors import MFMError
 
@@ -100,14 +99,10 @@ class Journal:
             self.written.setdefault(name, set()).add(digest)
 
     def _append(self, line: bytes) -> None:
-        try:
+        with full_disk_named(self.file):
             self._handle.write(line)
             self._handle.flush()
             os.fsync(self._handle.fileno())
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise disk_full(self.file) from error
-            raise
 
     def _lock(self) -> None:
         if fcntl is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from mfm_nnunet.data.per_case import progress
 from mfm_nnunet.errors import MFMError
 
 logger = logging.getLogger(__name__)
@@ -63,19 +64,23 @@ class Model:
         return self.plans_manager, self.configuration_manager, self.label_manager
 
     @torch.inference_mode()
-    def predict_logits(self, x_CDHW: torch.Tensor, *, step_size: float = 0.5, mirroring: bool = True) -> torch.Tensor:
+    def predict_logits(
+        self, x_CDHW: torch.Tensor, *, step_size: float = 0.5, mirroring: bool = True, what: str = "prediction"
+    ) -> torch.Tensor:
         """The logits (K, D, H, W), half precision on the CPU, of a preprocessed image (float32).
 
-        ``step_size`` is the distance of neighbouring windows as a share of the patch. Raises MFMError (E_NONFINITE),
+        ``step_size`` is the distance of neighbouring windows as a share of the patch; ``what`` begins the lines that
+        say how far a long prediction is. Raises MFMError (E_NONFINITE),
         torch.OutOfMemoryError when even a single window does not fit.
         """
         mirror_axes = self.mirror_axes if mirroring else None
         total: torch.Tensor | None = None
         for fold in range(max(1, len(self.weights))):
             self._use_fold(fold)
+            which = f"{what}, fold {fold + 1} of {len(self.weights)}" if len(self.weights) > 1 else what
             # Anew for each fold: autocast remembers the weights that it has converted.
             with _gpu_settings(self.device, self.autocast_dtype):
-                logits = self._slide(x_CDHW, step_size, mirror_axes).to("cpu")
+                logits = self._slide(x_CDHW, step_size, mirror_axes, which).to("cpu")
             total = logits if total is None else total.add_(logits)
         assert total is not None
         if len(self.weights) > 1:
@@ -94,14 +99,17 @@ class Model:
             self._loaded = fold
         self.network.to(self.device).eval()
 
-    def _slide(self, x_CDHW: torch.Tensor, step_size: float, mirror_axes: Sequence[int] | None) -> torch.Tensor:
+    def _slide(
+        self, x_CDHW: torch.Tensor, step_size: float, mirror_axes: Sequence[int] | None, what: str
+    ) -> torch.Tensor:
         patch_size = tuple(self.configuration_manager.patch_size)
         padded, unpad = pad_nd_image(x_CDHW, patch_size, "constant", {"value": 0}, True, None)
         windows = list(_windows(tuple(padded.shape[1:]), patch_size, step_size))
         place = self.device if self.device.type == "cuda" else torch.device("cpu")
         logits = None
         try:
-            logits = self._accumulate(padded, windows, mirror_axes, place)
+            with progress(len(windows), what, "tiles") as count:
+                logits = self._accumulate(padded, windows, mirror_axes, place, count)
         except torch.OutOfMemoryError:
             if place.type == "cpu":
                 raise
@@ -109,7 +117,8 @@ class Model:
             self.oom_steps.append("logits accumulated on the CPU")
             logger.warning("%s ran out of memory: the logits are accumulated on the CPU instead", self.device)
             torch.cuda.empty_cache()
-            logits = self._accumulate(padded, windows, mirror_axes, torch.device("cpu"))
+            with progress(len(windows), what, "tiles") as count:
+                logits = self._accumulate(padded, windows, mirror_axes, torch.device("cpu"), count)
         return logits[(slice(None), *unpad[1:])]
 
     def _accumulate(
@@ -118,8 +127,9 @@ class Model:
         windows: list[tuple[slice | int, ...]],
         mirror_axes: Sequence[int] | None,
         place: torch.device,
+        count: Callable[[], None],
     ) -> torch.Tensor:
-        """Weighted mean of the windows' logits, kept on ``place``."""
+        """Weighted mean of the windows' logits, kept on ``place``; ``count`` is called after each."""
         x_CDHW = x_CDHW.to(place)
         shape = x_CDHW.shape[1:]
         logits = torch.zeros((self.label_manager.num_segmentation_heads, *shape), dtype=torch.half, device=place)
@@ -131,6 +141,7 @@ class Model:
             prediction = self._mirrored(tile, mirror_axes)[0].to(place)
             logits[(slice(None), *window)] += prediction.mul_(gaussian)
             weight[window] += gaussian
+            count()
         return logits.div_(weight)
 
     def _mirrored(self, tile: torch.Tensor, mirror_axes: Sequence[int] | None) -> torch.Tensor:

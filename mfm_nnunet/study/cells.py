@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
+from mfm_nnunet.checkpoint import full_disk_named
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
 from mfm_nnunet.stopping import stop_on_signal
 from mfm_nnunet.study.commands import TRAINING, Step, Steps
@@ -127,9 +128,13 @@ class _Run:
         """Wait for its end until ``deadline`` (monotonic seconds), then kill it with all that it started."""
         if self.process is None:
             return
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the running command with all that it started."""
+        if self.process is not None and self.process.poll() is None:
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
@@ -144,7 +149,7 @@ class _Run:
         if self.slot.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.slot.gpu
         self.step_start = time.monotonic()
-        with open(self.log, "ab") as handle:
+        with full_disk_named(self.log), open(self.log, "ab") as handle:
             self.offset = handle.tell()
             handle.write(f"$ {shlex.join(self.step.words)}\n".encode())
             handle.flush()
@@ -169,7 +174,7 @@ class _Run:
             handle.seek(self.offset)
             lines = [line for line in handle.read().decode(errors="replace").splitlines() if line.strip()]
         where = f"{self.step.title}, see {self.log}"
-        if code in (130, 143) or code < 0:
+        if code > 128 or code < 0:
             return CaseFailure(str(self.cell), "E_INTERNAL", f"{where}: it was ended from outside (exit code {code}).")
         found = [match for line in lines if (match := _CODE.search(line))]
         if found:
@@ -189,15 +194,15 @@ def run_cells(
     """Run cells in their order, one per slot at a time; returns the failures, of which each costs only its own cell.
 
     ``finished`` is called with the seconds of each step when a cell is done, and returns what to say about it;
-    ``known_seconds`` are how long cells took before, for the time left. Raises StoppedError on SIGTERM or Ctrl-C, after
-    the children have ended cleanly, as they also do when anything else ends this early.
+    ``known_seconds`` are how long cells took before, for the time left. Raises StoppedError on a stop signal, after
+    the children have ended cleanly, as they also do when anything else ends this early; a second signal kills them.
     """
     waiting, free = deque(cells), list(reversed(places))
     runs: list[_Run] = []
     failures: list[CaseFailure] = []
     durations = list(known_seconds)
     num_done = 0
-    with stop_on_signal() as flag:
+    with stop_on_signal("the current step of each training") as flag:
         try:
             while waiting or runs:
                 if flag.exit_code is not None:
@@ -255,5 +260,9 @@ def _stop(runs: Sequence[_Run]) -> None:
     for run in active:
         run.stop()
     deadline = time.monotonic() + SECONDS_TO_STOP
-    for run in active:
-        run.wait(deadline)
+    try:
+        for run in active:
+            run.wait(deadline)
+    finally:
+        for run in active:
+            run.kill()

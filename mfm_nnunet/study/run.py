@@ -17,7 +17,7 @@ from torch import nn
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.per_case import in_threads
+from mfm_nnunet.data.per_case import in_threads, with_progress
 from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
@@ -108,7 +108,8 @@ def check_test_cases(design: Design, reader: str) -> None:
         check_label(label, label_properties, image, properties, design.dataset_json, case.name)
         return True
 
-    failures = [found for _, found in in_threads(check, design.test, 1) if isinstance(found, CaseFailure)]
+    with with_progress(in_threads(check, design.test, 1), len(design.test), "reading the test cases") as outcomes:
+        failures = [found for _, found in outcomes if isinstance(found, CaseFailure)]
     if failures:
         raise dataset_refused(
             f"{design.question.dataset}, test split", failures, len(design.test), "; nothing was trained"

@@ -250,6 +250,47 @@ def test_masks_of_strange_names(site: Site) -> None:
     assert {file.name for file in (site.folder / "neue Masken").glob("*.nii.gz")} == {f"{n}.nii.gz" for n in names}
 
 
+def steering(text: str) -> list[str]:
+    """Characters that do something to a terminal."""
+    return [character for character in text if not character.isprintable() and character != "\n"]
+
+
+def test_names_of_scans(site: Site) -> None:
+    """Through the commands: failed cases, warnings, and a message with the path of the folder; and in the log."""
+    images = site.folder / "in \x1b[31m"
+    for name in ("good", "bad\x1b[2J\u202e", "two\nlines"):
+        write_scan(images / f"{name}_0000.nii.gz", 1)
+    for name in ("bad\x1b[2J\u202e", "two\nlines"):
+        (images / f"{name}_0000.nii.gz").write_bytes(b"no scan")
+    (images / "other\x1b[2J.png").write_bytes(b"")
+    outcome = site.predict(images, site.folder / "out")
+    shown = refused(outcome, r"bad\x1b[2J\u202e", r"two\nlines", code=3)
+    assert len(shown.splitlines()) == 3
+    assert r"other\x1b[2J.png" in outcome.err
+    for text in (outcome.out, outcome.err, site.log):
+        assert not steering(text)
+
+
+def test_names_of_a_corpus_and_of_flags(empty: Site) -> None:
+    for number, name in enumerate(("good", "bad \x1b[2J", "also \u202e")):
+        write_scan(empty.scans / f"{name}.nii.gz", number)
+    (empty.scans / "bad \x1b[2J.nii.gz").write_bytes(b"no scan")
+    outcomes = [empty.plan("-d", 701, "-c", "3d_fullres", "--images", empty.scans)]
+    outcomes += [empty.run("plan_and_preprocess", *words) for words in (("--\x1b[2J",), ("-d", "4", "--like", "\x1b"))]
+    for outcome in outcomes:
+        assert outcome.code in (2, 3)
+        assert not steering(outcome.out + outcome.err)
+
+
+def test_words_of_a_checkpoint(site: Site) -> None:
+    content = torch.load(site.pretrained, weights_only=True)
+    content["mfm"] |= {"licence": "cc\x1b[2J", "citations": ["Doe\u202e (2022)"]}
+    torch.save(content, site.folder / "a\x1b[2J.pth")
+    outcome = accepted(site.run("checkpoint", "describe", site.folder / "a\x1b[2J.pth"))
+    assert r"cc\x1b[2J" in outcome.out
+    assert not steering(outcome.out)
+
+
 def test_new_scans_are_added_and_known_ones_stay(empty: Site) -> None:
     for number in range(2):
         write_scan(empty.scans / f"scan{number}.nii.gz", number)

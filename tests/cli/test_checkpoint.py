@@ -39,7 +39,7 @@ def test_import_verify_and_export(file: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["verify", "ours.pth"]) == 0
     out = capsys.readouterr().out
     assert "cc-by-4.0" in out
-    assert out.endswith("whole: names, shapes, values and the checksums that the file has were looked at\n")
+    assert out.splitlines()[-1].startswith("OK")
     assert main(["export", "ours.pth", "-o", "hub"]) == 0
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["mfm"]["licence"] == "cc-by-4.0"
     assert main(["verify", "hub"]) == 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.masks import mask_signature
 from mfm_nnunet.data.per_case import attempt, in_processes, in_threads, source_signature, with_progress
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
+from tests.groups import started, wait_for_end
 
 CASES = [Case(f"case{i}", (Path(f"case{i}.nii.gz"),)) for i in range(6)]
 
@@ -53,20 +58,85 @@ def test_threads_keep_the_order_and_report_failures(num_threads: int) -> None:
 
 
 def test_a_long_loop_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    clock = iter(range(0, 1000, 10))  # each case takes 10 s
-    monkeypatch.setattr(per_case.time, "monotonic", lambda: next(clock))
-    with caplog.at_level("INFO"):
-        results = list(with_progress(in_threads(work, CASES, 1), len(CASES), "reading"))
-    assert [outcome_of(outcome) for _, outcome in results] == EXPECTED
-    assert caplog.messages == [
-        "reading: 2 of 6 cases, about 0:00:40 left",
-        "reading: 4 of 6 cases, about 0:00:20 left",
-    ]
+    """Also while a single case takes long, from the first one on."""
+    monkeypatch.setattr(per_case, "SECONDS_BETWEEN_LINES", 0.01)
+
+    def until_said(case: Case) -> str:
+        expected = f"reading: {CASES.index(case)} of 6 cases"
+        until = time.monotonic() + 60
+        while not any(expected in message for message in caplog.messages) and time.monotonic() < until:
+            time.sleep(0.01)
+        return work(case)
+
+    with caplog.at_level("INFO"), with_progress(in_threads(until_said, CASES, 1), len(CASES), "reading") as outcomes:
+        assert [outcome_of(outcome) for _, outcome in outcomes] == EXPECTED
+    numbers = [int(message.split()[1]) for message in caplog.messages]
+    assert numbers == sorted(numbers)
+    assert set(numbers) >= set(range(6))
+    assert caplog.messages[0] == "reading: 0 of 6 cases"
+    assert re.fullmatch(
+        r"reading: 3 of 6 cases, about 0:\d\d:\d\d left", next(m for m in caplog.messages if ": 3" in m)
+    )
+
+
+def test_work_without_parts_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(per_case, "SECONDS_BETWEEN_LINES", 0.01)
+    with caplog.at_level("INFO"), per_case.progress(0, "writing"):
+        until = time.monotonic() + 60
+        while not caplog.messages and time.monotonic() < until:
+            time.sleep(0.01)
+    assert caplog.messages[0] == "writing: 0:00:00 so far"
+    count = len(caplog.messages)
+    time.sleep(0.1)
+    assert len(caplog.messages) == count, "it speaks after its end"
+
+
+def test_what_ends_a_loop_does_not_wait_for_its_threads() -> None:
+    """A reader may never come back from a damaged file."""
+    is_over, begun = threading.Event(), threading.Event()
+
+    def hang(case: Case) -> None:
+        begun.set()
+        is_over.wait(120)
+
+    def stop() -> Iterator[Case]:
+        yield from CASES[:2]
+        begun.wait(60)
+        raise StoppedError(143, "stopped by SIGTERM")
+
+    start = time.monotonic()
+    with pytest.raises(StoppedError):
+        list(in_threads(hang, stop(), 2))
+    assert time.monotonic() - start < 60
+    is_over.set()
 
 
 def test_processes_lose_only_the_case_that_kills() -> None:
     results = {case.name: outcome_of(outcome) for case, outcome in in_processes(deadly, CASES, 2)}
     assert [results[case.name] for case in CASES] == EXPECTED
+
+
+def crash(case: Case) -> str:
+    if case.name == "case2":
+        faulthandler.disable()
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if case.name == "case3":
+        os._exit(7)
+    return case.name
+
+
+def test_memory_is_not_blamed_for_a_crash() -> None:
+    failures = [outcome for _, outcome in in_processes(crash, CASES[1:4], 1) if isinstance(outcome, CaseFailure)]
+    assert [(failure.case, failure.code) for failure in failures] == [
+        ("case2", "E_PROCESS_DIED"),
+        ("case3", "E_PROCESS_DIED"),
+    ]
+    assert "SIGSEGV" in failures[0].reason
+    assert "exit code 7" in failures[1].reason
+    assert not any("memory" in failure.reason for failure in failures)
 
 
 def test_a_full_disk_stops_everything() -> None:
@@ -116,6 +186,52 @@ def test_workers_die_with_their_parent(tmp_path: Path) -> None:
     while is_running(worker) and time.monotonic() < until:
         time.sleep(0.05)
     assert not is_running(worker)
+
+
+STOPPED_PARENT = """
+import argparse, sys
+from pathlib import Path
+from mfm_nnunet.cli.run import run_command
+from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.per_case import in_processes, in_threads, with_progress
+from tests.data.test_per_case import sleep
+
+def job(arguments):
+    loop = {"processes": in_processes, "threads": in_threads}[sys.argv[1]]
+    cases = [Case(name, (Path(sys.argv[2], name),)) for name in "ab"]
+    with with_progress(loop(sleep, cases, 2), 2, "sleeping") as outcomes:
+        list(outcomes)
+
+if __name__ == "__main__":
+    sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[2], debug=False)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("loop", "number"),
+    [
+        ("threads", signal.SIGTERM),
+        ("threads", signal.SIGHUP),
+        ("processes", signal.SIGINT),
+        ("processes", signal.SIGUSR1),
+    ],
+)
+def test_a_stop_of_the_whole_group_waits_for_no_case(loop: str, number: signal.Signals, tmp_path: Path) -> None:
+    """Within seconds, with one message and no traceback of a worker; none is left."""
+    script = tmp_path / "parent.py"
+    script.write_text(STOPPED_PARENT)
+    process = started(script, loop, tmp_path)
+    until = time.monotonic() + 120
+    while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "ab"):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)  # a case takes 120 s
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[-1] == f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}."
+    assert "Traceback" not in errors
+    assert "worker" not in errors
+    assert not wait_for_end(process.pid)
 
 
 def is_running(pid: int) -> bool:

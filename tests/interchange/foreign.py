@@ -147,6 +147,21 @@ def full(weights: dict[str, Tensor], plan: dict[str, Any] | None, trainer: str |
     return {key: value for key, value in content.items() if not (key == "trainer_name" and value is None)}
 
 
+def training_plan(name: str, patch: Sequence[int], spacing: Any, axes: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+    """``plan`` and ``configuration_name`` as trainers keep them in ``init_args``: several configurations, one used."""
+    of_plan = adaptation_plan("ResEncL", patch)["pretrain_plan"]
+    used = {
+        **of_plan["configurations"]["onemmiso"],
+        "data_identifier": f"nnsslPlans_{name}",
+        "spacing_style": name,
+        "spacing": spacing,
+        "batch_size": 8,
+    }
+    other = {**used, "spacing": [9.0, 9.0, 9.0], "patch_size": [64, 64, 64], "spacing_style": "other"}
+    plan = {**of_plan, "transpose_forward": list(axes), "configurations": {"other": other, name: used}}
+    return {"plan": plan, "configuration_name": name}
+
+
 def _built(architecture: dict[str, Any], patch: Sequence[int], num_inputs: int, outputs: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     plans = {"configurations": {"3d_fullres": {"patch_size": list(patch), "architecture": architecture}}}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +147,7 @@ def test_what_readers_of_the_layout_need(family: str, tmp_path: Path) -> None:
     assert all(f"{key}.weight" in weights for key in plan["keys_to_in_proj"])
     assert (plan["key_to_lpe"] in weights) if family == "primus" else plan["key_to_lpe"] is None
     assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
-    expected = {**nnssl_export.UNETS, "primus": "PrimusM"}
+    expected = {"resenc": "ResidualEncoderUNet", "plain": "PlainConvUNet", "primus": "PrimusM"}
     assert plan["architecture_plans"]["arch_class_name"] == expected[family]
 
 
@@ -174,7 +177,7 @@ def test_layers_of_one_name_get_the_other(left_out: str, trained: str, tmp_path:
 def test_the_old_name_of_a_resenc_u_net_is_todays(tmp_path: Path) -> None:
     name = "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet"
     plan, _ = exported(trained(resenc() | {"network_class_name": name}, (16, 16, 16), tmp_path))
-    assert plan["architecture_plans"]["arch_class_name"] == nnssl_export.UNETS["resenc"]
+    assert plan["architecture_plans"]["arch_class_name"] == "ResidualEncoderUNet"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ def test_resenc_l_has_its_name() -> None:
     for other in ({"nonlin": "torch.nn.ReLU"}, {"norm_op_kwargs": {"eps": 1e-3, "affine": True}}, {"conv_bias": False}):
         kwargs = {**architecture["arch_kwargs"], **other}
         name, said, _ = nnssl_export._architecture({**architecture, "arch_kwargs": kwargs})
-        assert (name, said) == (architecture["network_class_name"], kwargs)
+        assert (name, said) == ("ResidualEncoderUNet", kwargs)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +227,125 @@ def test_what_the_layout_cannot_express_is_refused(
     with pytest.raises(MFMError, match=expected) as caught:
         nnssl_export.adaptation_plan(mfm)
     assert caught.value.code == "E_CONFIG"
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [({}, False), ({"init_values": 1e-5}, False), ({"init_values": None}, True), ({"scale_attn_inner": False}, True)],
+)
+def test_the_name_of_a_primus_stands_for_its_function(changes: dict[str, Any], is_refused: bool) -> None:
+    architecture = foreign.primus_architecture((16, 16, 16))
+    architecture["arch_kwargs"] |= changes
+    if not is_refused:
+        assert nnssl_export._architecture(architecture) == ("PrimusM", None, None)
+        return
+    with pytest.raises(MFMError, match=next(iter(changes))) as caught:
+        nnssl_export._architecture(architecture)
+    assert caught.value.code == "E_CONFIG"
+
+
+# Weights for programs that do not have this package
+
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OTHER_PROGRAM = """
+import sys
+sys.modules["mfm_nnunet"] = sys.modules["nnunetv2"] = None  # as where they are not installed
+{lines}
+import torch
+x = torch.load("x.pt")
+with torch.no_grad():
+    if hasattr(network, "eva"):
+        grid = network.down_projection(x)
+        features = [network.eva(grid.flatten(2).transpose(1, 2))[0]]
+    else:
+        features = [*network.encoder(x), network(x)]
+torch.save(features, "features.pt")
+"""
+
+
+def features_elsewhere(folder: Path, x: Tensor) -> list[Tensor]:
+    """What a network gives that is built by the lines of the card, in a process without this package."""
+    (lines,) = PYTHON.findall((folder / "README.md").read_text())
+    assert len(lines.splitlines()) <= 16
+    torch.save(x, folder / "x.pt")
+    (folder / "other.py").write_text(OTHER_PROGRAM.format(lines=lines))
+    result = subprocess.run([sys.executable, "other.py"], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return torch.load(folder / "features.pt", weights_only=True)
+
+
+def features_here(file: Path, x: Tensor) -> list[Tensor]:
+    content = read_checkpoint(file).content
+    mfm = content["mfm"]
+    configuration = mfm["plans"]["configurations"]["3d_fullres"]
+    configuration["patch_size"] = mfm["patch_size"]
+    if "input_shape" in configuration["architecture"]["arch_kwargs"]:
+        configuration["architecture"]["arch_kwargs"]["input_shape"] = mfm["patch_size"]
+    network = build_network(mfm["plans"], "3d_fullres", mfm["num_inputs"], mfm["num_outputs"]).eval()
+    network.load_state_dict(content["network_weights"], strict=False)
+    with torch.no_grad():
+        if hasattr(network, "eva"):
+            tokens = network.down_projection(x).flatten(2).transpose(1, 2)  # type: ignore[operator]
+            return [network.eva(tokens)[0]]  # type: ignore[operator]
+        return [*network.encoder(x), network(x)]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("layout", ["folder", "nnssl"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_the_lines_of_the_card_make_the_weights_usable_without_us(family: str, layout: str, tmp_path: Path) -> None:
+    file = ours(family, 1, tmp_path)
+    convert(file, tmp_path / "out", layout)
+    x = torch.randn(1, 1, *PATCH)
+    require_close(features_elsewhere(tmp_path / "out", x), features_here(file, x))
+
+
+@pytest.mark.parametrize("name", ["PrimusM-OpenMind-MAE", "PrimusM-SimCLR", "ResEncL-OpenMind-VoCo"])
+def test_the_lines_serve_what_came_from_others(name: str, tmp_path: Path) -> None:
+    """Whose patch is another than the one to fine-tune on, and of which a U-Net may be the encoder alone."""
+    released = {**foreign.OPENMIND, **foreign.OTHERS}[name]()
+    plan = released.content["nnssl_adaptation_plan"]
+    plan["recommended_downstream_patchsize"] = (32, 32, 32)
+    file = released.write(tmp_path)
+    convert(file, tmp_path / "out", "folder")
+    x = torch.randn(1, 1, *read_checkpoint(file).mfm["patch_size"])
+    elsewhere, here = features_elsewhere(tmp_path / "out", x), features_here(file, x)
+    if name.startswith("ResEnc"):  # its decoder is random
+        elsewhere, here = elsewhere[:-1], here[:-1]
+    require_close(elsewhere, here)
+
+
+@pytest.mark.parametrize("left_out", [(), ("gamma_1", "gamma_2"), ("attn.norm.weight", "attn.norm.bias")])
+def test_a_foreign_primus_describes_its_layer_scale_and_inner_norm(left_out: tuple[str, ...], tmp_path: Path) -> None:
+    """The tensors decide: without them it is another function."""
+    released = foreign.OPENMIND["PrimusM-OpenMind-SimMIM"]()
+    weights = released.content["network_weights"]
+    released.content["network_weights"] = {n: t for n, t in weights.items() if not n.endswith(left_out or "mask_token")}
+    file = released.write(tmp_path)
+    convert(file, tmp_path / "out", "folder")
+    mfm = json.loads((tmp_path / "out" / "config.json").read_text())["mfm"]
+    kwargs = mfm["plans"]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert (kwargs["init_values"] is None) == ("gamma_1" in left_out)
+    assert kwargs["scale_attn_inner"] == ("attn.norm.weight" not in left_out)
+    x = torch.randn(1, 1, *released.patch)
+    require_close(features_elsewhere(tmp_path / "out", x), features_here(file, x))
+
+
+def test_the_reference_has_the_lines_of_the_card(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "documentation" / "reference" / "checkpoint.md").read_text()
+    convert(ours("resenc", 1, tmp_path), tmp_path / "out", "folder")
+    assert PYTHON.findall(page) == PYTHON.findall((tmp_path / "out" / "README.md").read_text())
+
+
+def require_close(one: list[Tensor], other: list[Tensor]) -> None:
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "is_warned"), [("folder", False), ("nnssl", True)])
+def test_who_goes_on_in_nnssl_is_warned_of_the_axes(layout: str, is_warned: bool, tmp_path: Path) -> None:
+    convert(ours("primus", 1, tmp_path), tmp_path / "out", layout)
+    assert ("exchanges the first two axes" in (tmp_path / "out" / "README.md").read_text()) == is_warned
 
 
 @pytest.mark.parametrize("layout", ["folder", "nnssl"])

@@ -264,9 +264,103 @@ def test_a_file_without_a_plan_is_read_off_its_tensors_and_says_so(tmp_path: Pat
         "the file has no plan",
         "12 tensors were untrained copies of sparse pretraining and were replaced by the trained",
         "norms and activations",
+        "patch",
         "normalisation",
         "spacing",
+        "axes",
     ]
+
+
+def spark_run(folder: Path, **init_args: Any) -> Path:
+    """The checkpoint of S3D in the folder of its run, which holds ``fold_all/checkpoint_final.pth``."""
+    released = foreign.OPENMIND["ResEncL-OpenMind-S3D"]()
+    released.content["init_args"] |= init_args
+    return released.write(folder / "Dataset745_Corpus" / "SparkMAETrainer_BS8__nnsslPlans__median" / "fold_all")
+
+
+def prepared_with(mfm: dict[str, Any]) -> dict[str, Any]:
+    configuration = mfm["plans"]["configurations"]["3d_fullres"]
+    return {name: configuration[name] for name in ("spacing", "normalization_schemes", "patch_size")} | {
+        "seen": mfm["patch_size"],
+        "axes": mfm["plans"]["transpose_forward"],
+    }
+
+
+OF_THE_RUN = {
+    "spacing": [3.0, 1.0, 0.5],
+    "normalization_schemes": ["ZScoreNormalization"],
+    "patch_size": [32, 48, 16],
+    "seen": [32, 48, 16],
+    "axes": [2, 0, 1],
+}
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_the_plan_of_a_run_is_found_above_its_fold(
+    is_relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's ``adaptation_plan.json`` is beside ``fold_all``, also for a file of the current folder."""
+    file = spark_run(tmp_path)
+    plan = foreign.adaptation_plan("ResEncL", (32, 48, 16))
+    plan["pretrain_plan"] |= {"transpose_forward": [2, 0, 1], "transpose_backward": [1, 2, 0]}
+    plan["pretrain_plan"]["configurations"]["onemmiso"]["spacing"] = [3.0, 1.0, 0.5]
+    (file.parent.parent / "adaptation_plan.json").write_text(json.dumps(plan))
+    if is_relative:
+        monkeypatch.chdir(file.parent)
+        file = Path(file.name)
+    reading = read_checkpoint(file)
+    assert prepared_with(reading.mfm) == OF_THE_RUN
+    assert len(reading.notes) == 1
+    assert "untrained copies" in reading.notes[0]
+
+
+def test_a_plan_above_any_other_folder_is_not_taken(tmp_path: Path) -> None:
+    file = foreign.OPENMIND["ResEncL-OpenMind-S3D"]().write(tmp_path / "weights")
+    (tmp_path / "adaptation_plan.json").write_text(json.dumps(foreign.adaptation_plan("ResEncL", (32, 48, 16))))
+    assert any(note.startswith("the file has no plan") for note in read_checkpoint(file).notes)
+
+
+def test_what_a_training_began_with_is_used_where_there_is_no_plan_for_others(tmp_path: Path) -> None:
+    """The configuration that was trained, not the first; and nothing of the corpus' index."""
+    file = spark_run(tmp_path, **foreign.training_plan("median", (32, 48, 16), (3.0, 1.0, 0.5), (2, 0, 1)))
+    reading = read_checkpoint(file)
+    assert prepared_with(reading.mfm) == OF_THE_RUN
+    assert not [note for note in reading.notes if "does not say" in note and "norms and activations" not in note]
+    assert foreign.SUBJECT not in str(reading.content)
+    convert(file, tmp_path / "imported.pth", "pth")
+    assert foreign.SUBJECT.encode() not in (tmp_path / "imported.pth").read_bytes()
+
+
+def test_a_training_without_resampling_is_no_training_at_a_millimetre(tmp_path: Path) -> None:
+    file = spark_run(tmp_path, **foreign.training_plan("noresample", (32, 48, 16), None))
+    assert read_source(file).is_original_spacing
+
+
+@pytest.mark.parametrize(
+    "init_args",
+    [{"plan": 3}, {"plan": {"configurations": []}}, {"configuration_name": ["median"]}, {"configuration_name": "x"}],
+)
+def test_arguments_of_a_training_that_say_nothing(init_args: dict[str, Any], tmp_path: Path) -> None:
+    usual = foreign.training_plan("median", (32, 48, 16), (3.0, 1.0, 0.5))
+    reading = read_checkpoint(spark_run(tmp_path, **(usual | init_args)))
+    assert {"spacing", "axes", "patch", "normalisation"} <= {note.partition(":")[0] for note in reading.notes}
+
+
+def test_a_field_that_the_plan_for_others_lacks_is_the_trainings(tmp_path: Path) -> None:
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    del released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"]["spacing"]
+    released.content["init_args"] |= foreign.training_plan("onemmiso", (64, 64, 64), (2.0, 2.0, 2.0))
+    reading = read_checkpoint(released.write(tmp_path))
+    configuration = reading.mfm["plans"]["configurations"]["3d_fullres"]
+    assert (configuration["spacing"], configuration["patch_size"]) == ([2.0, 2.0, 2.0], [32, 32, 32])
+    assert reading.notes == ()
+
+
+def test_the_folder_of_a_run_names_its_fold(tmp_path: Path) -> None:
+    file = spark_run(tmp_path)
+    with pytest.raises(MFMError, match="fold_all") as caught:
+        find_checkpoint(file.parent.parent)
+    assert caught.value.code == "E_NOT_FOUND"
 
 
 @pytest.mark.parametrize("without", [("nnssl_adaptation_plan",), ("nnssl_adaptation_plan", "trainer_name")])

@@ -364,9 +364,9 @@ def test_a_case_that_kills_the_process_costs_no_other(model: Path, scans: Path, 
         process = subprocess.run([sys.executable, "-c", KILLED], input=content, timeout=120, check=False)
         assert process.returncode == -signal.SIGKILL
         assert _masks(out).keys() >= masks, f"run {run}"
-    with pytest.raises(CasesFailedError, match="killed 2 times") as caught:
+    with pytest.raises(CasesFailedError, match="died 2 times") as caught:
         predict_folder(model, scans, out, resume)
-    assert [(failure.case, failure.code) for failure in caught.value.failures] == [("b.1", "E_OOM")]
+    assert [(failure.case, failure.code) for failure in caught.value.failures] == [("b.1", "E_PROCESS_DIED")]
     assert predict_folder(model, scans, out, resume).done == ["b.1"]
 
 

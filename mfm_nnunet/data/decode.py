@@ -1,0 +1,348 @@
+"""Decode images in a child process: the input gate, then nnU-Net's reader, then a comparison of both.
+
+:mod:`mfm_nnunet.data.decoder` starts the process and asks. Shapes: C channels, D H W voxels in the reader's axis order
+(2D images have D = 1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import tempfile
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfm_nnunet.data import integrity, nifti
+from mfm_nnunet.data.decoder import IDLE_SECONDS, receive, send
+from mfm_nnunet.data.geometry import geometry_of, properties_for, require_sane
+from mfm_nnunet.data.integrity import Voxels, ending_of, files_of, non_finite
+from mfm_nnunet.data.pictures import tiff_is_2d
+from mfm_nnunet.errors import MFMError
+
+PROCESSOR_SECONDS = 8
+BYTES_PER_PROCESSOR_SECOND = 5_000_000
+"""A file may take that many seconds, and one more for each that many bytes that its header declares."""
+VOXELS_READ_BESIDE = 1 << 20
+"""Larger files are read while they are checked; smaller ones afterwards, so that no reader gets what is damaged."""
+SPARE_BYTES = 1 << 30
+BYTES_PER_VOXEL = 40
+"""Readers hold the stored voxels, a copy in float64 and one in float32, some of them twice."""
+VALUE_TOLERANCE = 1e-5
+"""Relative difference between a stored value and the reader's that is rounding to float32."""
+_ITK_READERS = {
+    **dict.fromkeys((".nii", ".nii.gz"), "NiftiImageIO"),
+    **dict.fromkeys((".nrrd", ".nhdr"), "NrrdImageIO"),
+    **dict.fromkeys((".mha", ".mhd"), "MetaImageIO"),
+    ".gipl": "GiplImageIO",
+}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One image: ``array`` (C, D, H, W) float32, nnU-Net's properties, and the range of values of each channel."""
+
+    array: np.ndarray
+    properties: dict[str, Any]
+    ranges: list[tuple[float, float]]
+    contradiction: str
+    """How the header puts the image in two places; empty where it does not."""
+
+
+def decode_file(file: Path, reader_name: str, is_map: bool = False, work_folder: Path | None = None) -> Decoded:
+    """Check an image file, read it with nnU-Net's reader and compare what both found; C > 1 only for colour pictures.
+
+    Label maps and masks have a method of their own in the readers: the spacing of a TIFF stack is in a file beside it,
+    which is named after the case. Raises MFMError as :func:`integrity.check_image_file` and :mod:`data.reading` say.
+    """
+    declared = integrity.declared_by(file)
+    _limit(declared.num_voxels)
+    wanted = reader_name
+    if declared.start:
+        reader_name = nifti.choose_reader(file, wanted, declared.start)
+    read = functools.partial(_read, file, reader_name, is_map, work_folder)
+    if declared.num_voxels < VOXELS_READ_BESIDE:
+        voxels = integrity.check_content(file, declared)
+        array, properties = read()
+    else:
+        with ThreadPoolExecutor(1) as beside:
+            reading = beside.submit(read)
+            voxels = integrity.check_content(file, declared)  # where both fail, this names the better reason
+        array, properties = reading.result()
+    if array.ndim != 4 or (len(array) > 1 and reader_name != "NaturalImage2DIO"):
+        raise MFMError(
+            "E_DIM", f"{file}: holds several volumes (read as {array.shape}). Split it into one file per channel."
+        )
+    if array.size == 0:
+        raise MFMError("E_HEADER", f"{file}: holds no voxel. Export it again.")
+    if voxels is None:
+        ranges = [(float(x_DHW.min()), float(x_DHW.max())) for x_DHW in array]
+    else:
+        with np.errstate(over="ignore"):
+            ranges = [(float(np.float32(voxels.lowest)), float(np.float32(voxels.highest)))]
+    # The minimum and the maximum are NaN or infinite as soon as one voxel is.
+    if not np.all(np.isfinite(ranges)):
+        raise non_finite(file, array.size - int(np.count_nonzero(np.isfinite(array))))
+    if voxels is not None:
+        _require_same(file, reader_name, voxels, array)
+    require_sane(file, array, geometry_of(properties))
+    if reader_name != wanted:
+        properties = properties_for(wanted, properties)
+    return Decoded(array, properties, ranges, nifti.contradiction(declared.start))
+
+
+def _read(file: Path, reader_name: str, is_map: bool, work_folder: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return what nnU-Net's reader returns for one file. Raises MFMError, and MemoryError."""
+    reader = find_reader_class(reader_name)()
+    try:
+        # Float64 beyond the range of float32 becomes infinite, which is reported with the file's name.
+        with np.errstate(over="ignore"), _readable(file, reader_name, is_map, work_folder) as place, _one_format(file):
+            return reader.read_seg(str(place)) if is_map else reader.read_images((str(place),))
+    except MemoryError:
+        raise
+    except Exception as error:  # Readers raise whatever their libraries raise.
+        raise _reader_failed(file, reader_name, error) from error
+
+
+def name_reader(file: Path) -> str:
+    """Return the name of nnU-Net's reader class for a TIFF file. Raises MFMError for one that cannot be opened."""
+    integrity.require_regular(file)
+    _limit(0)
+    return "NaturalImage2DIO" if tiff_is_2d(file) else "Tiff3DIO"
+
+
+@functools.cache
+def find_reader_class(name: str) -> Any:
+    """Return nnU-Net's reader class of that name. Raises MFMError (E_CONFIG) if there is none."""
+    import SimpleITK as sitk
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+    # ITK warns on stderr about headers that are refused or accepted here on purpose.
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        return recursive_find_reader_writer_by_name(name)
+    except RuntimeError as error:
+        raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. Check image_reader_writer.") from error
+
+
+def _require_same(file: Path, reader_name: str, voxels: Voxels, array: np.ndarray) -> None:
+    """Compare the reader's voxels with those that the gate found in the file.
+
+    Readers that lose their place in a file return the neighbours' values, or whatever was in memory, without a word.
+    """
+    is_same = voxels.num_voxels == array.size
+    if is_same and "Reorient" in reader_name:  # the same voxels in another order
+        expected, found = np.array([voxels.lowest, voxels.highest]), np.array([array.min(), array.max()], float)
+    elif is_same:
+        expected, found = voxels.samples, np.append(array.flat[:: voxels.step], array.flat[-1]).astype(float)
+    if is_same:
+        allowed = VALUE_TOLERANCE * np.maximum(np.abs(expected), voxels.rounded_from)
+        is_same = bool(np.all(np.abs(expected - found) <= allowed))
+    if not is_same:
+        raise MFMError(
+            "E_FORMAT",
+            f"{file}: nnU-Net's {reader_name} decodes other voxels than the file holds, because its header is read "
+            "differently there. Export it again.",
+        )
+
+
+def _limit(num_voxels: int) -> None:
+    """Limit the processor time and the memory that this process may use for a file of that many voxels."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    allowed = PROCESSOR_SECONDS + 4 * num_voxels // BYTES_PER_PROCESSOR_SECOND
+    _set_limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime) + allowed)
+    with contextlib.suppress(OSError):  # other systems than Linux do not say how large a process is
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _set_limit(resource.RLIMIT_AS, in_use + SPARE_BYTES + BYTES_PER_VOXEL * num_voxels)
+
+
+def _set_limit(kind: int, value: int) -> None:
+    _, highest = resource.getrlimit(kind)
+    value = value if highest == resource.RLIM_INFINITY else min(value, highest)
+    with contextlib.suppress(OSError, ValueError, OverflowError):  # a limit that the system does not know
+        resource.setrlimit(kind, (value, highest))
+
+
+@contextlib.contextmanager
+def _readable(file: Path, reader_name: str, is_map: bool, folder: Path | None) -> Iterator[Path]:
+    """Yield ``file``, or a link to it where the reader would abort or read another file.
+
+    For x.nii.gz SimpleITK takes the header from x.nii.gz and the voxels from x.nii, if there is one in the same folder.
+    A name that is not UTF-8, as old archives have, ends the whole process.
+    """
+    is_beside = ending_of(file) == ".nii.gz" and reader_name.startswith("SimpleITK") and os.path.lexists(str(file)[:-3])
+    if not is_beside and _is_utf8(str(file)):
+        yield file
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as links:
+        ending = ending_of(file)
+        name = f"image{ending}" if is_map else f"image_0000{ending}"
+        Path(links, name).symlink_to(file.absolute())
+        for other in files_of(file, is_map)[1:]:
+            is_spacing = other.suffix == ".json"
+            relative = "image.json" if is_spacing else os.path.relpath(other, file.parent)
+            if not _is_utf8(relative) or relative.startswith(os.pardir):
+                raise MFMError(
+                    "E_FORMAT", f"{file}: names the data file {relative}, which its reader cannot open. Rename both."
+                )
+            Path(links, relative).parent.mkdir(parents=True, exist_ok=True)
+            Path(links, relative).symlink_to(other.absolute())
+        yield Path(links, name)
+
+
+@contextlib.contextmanager
+def _one_format(file: Path) -> Iterator[None]:
+    """Let SimpleITK decode with the reader of the file's own format, where it would try twenty, each on any content.
+
+    And without a copy of the voxels: nnU-Net's readers make one of their own in float32.
+    """
+    import SimpleITK as sitk
+
+    name = _ITK_READERS.get(ending_of(file))
+    if name is None:
+        yield
+        return
+    read, copy = sitk.ReadImage, sitk.GetArrayFromImage
+    sitk.ReadImage, sitk.GetArrayFromImage = functools.partial(read, imageIO=name), sitk.GetArrayViewFromImage
+    try:
+        yield
+    finally:
+        sitk.ReadImage, sitk.GetArrayFromImage = read, copy
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
+    if isinstance(error, MFMError):
+        return error
+    reason = " ".join((str(error) or type(error).__name__).split())
+    if "bad_alloc" in reason or "allocate memory" in reason.lower():
+        raise MemoryError(reason) from error
+    if "orthonormal" in reason:
+        return MFMError("E_GEOMETRY", f"{file}: its axes are not perpendicular. Resample it onto a regular grid.")
+    if "3d images" in reason.lower():
+        return MFMError("E_DIM", f"{file}: {reader_name} reads images with exactly three axes. Save it as 3D.")
+    return MFMError("E_FORMAT", f"{file}: nnU-Net's {reader_name} cannot read it ({reason[-200:]}). Export it again.")
+
+
+def serve(descriptor: str, work_folder: str) -> None:
+    """Answer requests until the parent is gone or asks nothing for a while."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"):  # the parent decides when a child ends
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    _set_limit(resource.RLIMIT_CORE, 0)
+    with contextlib.suppress(OSError):  # if memory runs out, the system should end this process and not its parent
+        Path("/proc/self/oom_score_adj").write_text("500")
+    find_reader_class("SimpleITKIO")
+    with socket.socket(fileno=int(descriptor)) as channel, contextlib.suppress(OSError, EOFError):
+        channel.settimeout(IDLE_SECONDS)
+        send(channel, {"ready": True})
+        while True:
+            request = receive(channel).content
+            _answer(channel, request, Path(work_folder))
+    shutil.rmtree(work_folder, ignore_errors=True)
+
+
+def _answer(channel: socket.socket, request: dict[str, Any], work_folder: Path) -> None:
+    file = Path(request["file"])
+    try:
+        if request["task"] == "name_reader":
+            send(channel, {"reader": name_reader(file)})
+            return
+        decoded = decode_file(file, request["reader"], request["is_map"], work_folder)
+        with _shared(decoded.array) as (descriptor, layout):
+            content = {
+                **layout,
+                "properties": to_json(decoded.properties),
+                "ranges": decoded.ranges,
+                "contradiction": decoded.contradiction,
+            }
+            send(channel, content, descriptor)
+    except MFMError as error:
+        send(channel, {"error": [error.code, error.message]})
+    except MemoryError:
+        reason = "reading it needs more memory than its header promises, or than there is. Export it again, or crop it."
+        send(channel, {"error": ["E_READER_MEMORY", f"{file}: {reason}"]})
+    except OSError as error:
+        if isinstance(error, (BrokenPipeError, ConnectionError)):
+            raise
+        send(channel, {"internal": traceback.format_exc()})
+    except Exception:
+        send(channel, {"internal": traceback.format_exc()})
+
+
+@contextlib.contextmanager
+def _shared(array: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Put an array into memory that has no name; yields its descriptor, and shape and order of axes in memory.
+
+    The order of axes is kept, because sums over an array are rounded in the order of its memory.
+    """
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    if not array.transpose(order).flags.c_contiguous:
+        array, order = np.ascontiguousarray(array), list(range(array.ndim))
+    with _open_memory() as descriptor:
+        rest = memoryview(array.transpose(order)).cast("B")
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        yield descriptor, {"shape": array.shape, "order": order}
+
+
+@contextlib.contextmanager
+def _open_memory() -> Iterator[int]:
+    """Yield the descriptor of a file in memory; where the system has none, of one without a name on the disk."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("mfm_voxels")
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+        return
+    with tempfile.TemporaryFile() as file:
+        yield file.fileno()
+
+
+def to_json(value: Any) -> Any:
+    """Return nnU-Net's properties as JSON values from which :func:`from_json` makes the same types again."""
+    if isinstance(value, dict):
+        return {"dict": {key: to_json(item) for key, item in value.items()}}
+    if isinstance(value, tuple):
+        return {"tuple": [to_json(item) for item in value]}
+    if isinstance(value, list):
+        return [to_json(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        kind = "array" if isinstance(value, np.ndarray) else "scalar"
+        return {kind: [value.dtype.str, list(value.shape), value.tobytes().hex()]}
+    assert value is None or isinstance(value, (bool, int, float, str)), f"{type(value).__name__} is not plain"
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Return what :func:`to_json` was given."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "dict":
+        return {key: from_json(item) for key, item in content.items()}
+    if kind == "tuple":
+        return tuple(from_json(item) for item in content)
+    dtype, shape, data = content
+    array = np.frombuffer(bytes.fromhex(data), dtype).reshape(shape).copy()
+    return array if kind == "array" else array[()]

@@ -1,0 +1,97 @@
+"""Text on its way to a terminal or a log: what would steer the terminal is shown as an escape sequence.
+
+Names of files, and words out of them, are from strangers. A name may hold sequences that move the cursor, recolour or
+retitle a terminal, change the direction of the text, or break the line and imitate a message; bytes that are no UTF-8
+cannot be printed at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+"""Control characters but tab and line feed, marks of direction, breaks of lines, and bytes that are no UTF-8."""
+_STRAY_BREAK = re.compile(r"\n(?!  |\Z)")
+_PROGRESS = re.compile(r"\r(\x1b\[2K)?|\n*(\x1b\[A)+\Z")
+"""How a write begins that renews a line, or moves up to one: progress bars, no names."""
+
+
+def escaped(text: str) -> str:
+    """Return ``text`` with each character that steers a terminal as Python writes it, e.g. ``\\x1b``."""
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_message(text: str) -> str:
+    """Return an error or a line of a log, :func:`escaped`, with line breaks of names as ``\\n``.
+
+    Messages of several lines indent all but the first, so any other line break is part of a name.
+    """
+    return _STRAY_BREAK.sub(r"\\n", escaped(text))
+
+
+def print_path(path: Path) -> None:
+    """Print a path as a line of stdout: byte by byte for a program that reads it, escaped on a terminal."""
+    stream = sys.stdout.stream if isinstance(sys.stdout, _Escaping) else sys.stdout
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None or stream.isatty():
+        sys.stdout.write(f"{path}\n")
+        return
+    stream.flush()
+    buffer.write(os.fsencode(path) + os.linesep.encode())
+    buffer.flush()
+
+
+@contextlib.contextmanager
+def escaped_streams() -> Iterator[None]:
+    """Escape what this process prints: our lines, and those of all libraries that print by Python."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast("TextIO", _Escaping(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def configure_logging() -> None:
+    """Log plain messages to stderr: ours from INFO, everybody else's from WARNING."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("mfm_nnunet").setLevel(logging.INFO)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        is_ours = record.name.partition(".")[0] == "mfm_nnunet"
+        has_lines = "\n" in str(record.msg) or record.exc_info
+        return one_message(text) if is_ours and not has_lines else escaped(text)
+
+
+class _Escaping:
+    """A text stream that escapes what is written to it; all else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        begin = _PROGRESS.match(text)
+        kept = begin.end() if begin else 0
+        self.stream.write(text[:kept] + escaped(text[kept:]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
