@@ -302,8 +302,8 @@ OF_TRAINERS = attributes("self", within="finetune/trainer.py", inside="MFMTraine
 
 OF_PLANNERS = attributes("self", within="plans/mfm_planner.py", inside="MFMPlanner")
 OWN_OF_PLANNER = {
-    "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset", "slice_axis",
-    "source", "version", "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory",
+    "cases", "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset",
+    "slice_axis", "source", "version", "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory",
     "_require_memory", "_size_primus",
 }  # fmt: skip
 

@@ -226,7 +226,8 @@ def _file_format(cases: Sequence[Case]) -> dict[str, str]:
     result = {"file_ending": endings.most_common(1)[0][0]}
     if not set(endings) & PICTURES:
         if len(endings) > 1 or set(endings) & {".mhd", ".nhdr"}:
-            result["overwrite_image_reader_writer"] = "SimpleITKIO"
+            is_nifti = set(endings) <= {".nii", ".nii.gz"}
+            result["overwrite_image_reader_writer"] = "NibabelIO" if is_nifti else "SimpleITKIO"
     elif set(endings) <= PICTURES:
         if (len(endings) > 1 and not set(endings) <= {".tif", ".tiff"}) or set(endings) & {".jpg", ".jpeg"}:
             result["overwrite_image_reader_writer"] = "NaturalImage2DIO"

@@ -80,12 +80,12 @@ def properties_for(reader_name: str, properties: Mapping[str, Any]) -> dict[str,
 
 def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
     """Refuse impossible voxel sizes (E_SPACING) and axes that are not perpendicular (E_GEOMETRY)."""
-    # nnU-Net gives the missing axis of a 2D image 999 times the largest spacing, and scanners an axis of one voxel
-    # whatever they like, so such an axis says nothing.
     low, high = SPACING_LIMITS_MM
-    spacing, is_slice = geometry.spacing, np.equal(array.shape[1:], 1)
-    is_legal = (spacing >= low) & (spacing <= high) if len(spacing) == 3 else np.array(False)
-    if not np.all(is_legal | (is_slice & (spacing > 0) & np.isfinite(spacing))):
+    is_legal = (geometry.spacing >= low) & (geometry.spacing <= high)
+    if len(is_legal) == 3:
+        # The size of a single voxel says nothing: nnU-Net's readers give a 2D image 999 times the largest spacing.
+        is_legal |= (np.array(array.shape[1:]) == 1) & (geometry.spacing > 0) & np.isfinite(geometry.spacing)
+    if len(is_legal) != 3 or not np.all(is_legal):
         raise MFMError(
             "E_SPACING",
             f"{file}: the voxel size is {_numbers(geometry.spacing)} mm; legal is {low:g} to {high:g} mm. "

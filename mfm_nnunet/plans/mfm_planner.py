@@ -24,12 +24,13 @@ from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.data import corpus, reading
+from mfm_nnunet.data import corpus
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.json_files import parse_json, read_plans
 from mfm_nnunet.models.memory import training_memory_bytes
 from mfm_nnunet.models.primus import PrimusSeg, primus_kwargs
 from mfm_nnunet.plans import derive, like
+from mfm_nnunet.plans.fingerprint import choose_reader
 from mfm_nnunet.plans.schema import MFMBlock, to_dict
 from mfm_nnunet.plans.table import channel_names
 
@@ -68,9 +69,10 @@ class MFMPlanner(ResEncUNetPlanner):
         _require_file(fingerprint_file, f"Run mfm_plan_and_preprocess -d {name}, which makes it first.")
         self.is_corpus = corpus.is_corpus(raw)
         self.memory_gb = gpu_memory_target_in_gb if gpu_memory_target_in_gb is not None else _gpu_memory_gb()
+        self.cases = corpus.load_cases(raw)
         files = {
             case.name: {"images": [str(file) for file in case.images], "label": str(case.label) if case.label else None}
-            for case in corpus.load_cases(raw)
+            for case in self.cases
         }
         # Stock lists imagesTr, which a corpus does not have, with twelve processes; everything else it does is wanted.
         # It reads JSON as UTF-8 without a byte order mark.
@@ -123,12 +125,9 @@ class MFMPlanner(ResEncUNetPlanner):
         return self.plans
 
     def determine_reader_writer(self) -> Any:
-        """The reader for the images' format; stock opens one with each reader in turn and prints tracebacks."""
-        readable = self.dataset_fingerprint.get("mfm", {}).get("case_names", [])
-        case = next(
-            (self.dataset[name] for name in readable if name in self.dataset), next(iter(self.dataset.values()))
-        )
-        return recursive_find_reader_writer_by_name(reading.reader_for(Path(case["images"][0]), self.dataset_json))
+        """Return the reader class that the fingerprint's images were read with; stock tries each on the first image."""
+        known = self.dataset_fingerprint.get("mfm", {}).get("reader")
+        return recursive_find_reader_writer_by_name(known or choose_reader(self.cases, self.dataset_json))
 
     @staticmethod
     def static_estimate_VRAM_usage(

@@ -263,6 +263,7 @@ def test_number_of_channels(tmp_path: Path) -> None:
         (["a.nii.gz", "b.nii.gz"], ".nii.gz", None),
         (["a.nii"], ".nii", None),
         (["a.nii.gz", "b.nii.gz", "c.mha"], ".nii.gz", "SimpleITKIO"),
+        (["a.nii.gz", "b.nii.gz", "c.nii"], ".nii.gz", "NibabelIO"),
         (["a.mhd"], ".mhd", "SimpleITKIO"),
         (["a.png", "b.PNG"], ".png", None),
         (["a.jpg"], ".jpg", "NaturalImage2DIO"),

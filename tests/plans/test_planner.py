@@ -394,6 +394,13 @@ def test_the_table_names_each_decision_with_its_reason(tmp_path: Path) -> None:
     assert "covers the median image (36 x 50 x 35)" in " ".join(d.reason for d in decisions)
 
 
+def test_the_plan_names_the_reader_of_the_fingerprint(tmp_path: Path) -> None:
+    with workspace_with(tmp_path, NAME, **HIPPOCAMPUS) as here:
+        file = here.preprocessed / NAME / "dataset_fingerprint.json"
+        write_json(file, {**json.loads(file.read_text()), "mfm": {"reader": "NibabelIO"}})
+        assert plan(here, NAME, PlanRequest()).plans["image_reader_writer"] == "NibabelIO"
+
+
 def test_the_table_names_a_plain_u_net_as_what_it_is(tmp_path: Path) -> None:
     plans = make(tmp_path, HIPPOCAMPUS).plans
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
