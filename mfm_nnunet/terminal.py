@@ -1,4 +1,4 @@
-"""Text on its way to a terminal or a log: what would steer the terminal is shown as an escape sequence.
+"""Text on its way to people, on a terminal, in a log or a report: what would steer the reader is shown escaped.
 
 Names of files, and words out of them, are from strangers. A name may hold sequences that move the cursor, recolour or
 retitle a terminal, change the direction of the text, or break the line and imitate a message; bytes that are no UTF-8
@@ -36,6 +36,12 @@ def one_message(text: str) -> str:
     Messages of several lines indent all but the first, so any other line break is part of a name.
     """
     return _STRAY_BREAK.sub(r"\\n", escaped(text))
+
+
+def in_markdown(text: str) -> str:
+    """Return words of others for a line or a cell of Markdown: no HTML, no link, no border of a table, no new line."""
+    line = re.sub(r"\s*\n\s*", " ", escaped(text))
+    return line.replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
 
 
 def print_path(path: Path) -> None:

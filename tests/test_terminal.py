@@ -75,6 +75,20 @@ def test_prints_and_logs_are_escaped(capsys: pytest.CaptureFixture[str]) -> None
         assert f"{line}\n" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<img src=x onerror=alert(1)>", "&lt;img src=x onerror=alert(1)>"),
+        ("a | b", r"a \| b"),
+        ("[a](http://x)", r"[a]\(http://x)"),
+        ("one\n\n# two\x1b", r"one # two\x1b"),
+        ("Müller, axes [0, 1, 2]", "Müller, axes [0, 1, 2]"),
+    ],
+)
+def test_words_in_a_report_are_words(text: str, shown: str) -> None:
+    assert terminal.in_markdown(text) == shown
+
+
 def test_a_path_is_exact_for_programs(tmp_path: Path) -> None:
     """A script that reads stdout gets the name of the file, byte by byte; a person does not."""
     name = b"M\xfcller \x1b[31m"

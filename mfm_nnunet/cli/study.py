@@ -39,7 +39,7 @@ def build_parser() -> common.StrictParser:
     text = "plan of the dataset that all share (default: one is made like the first checkpoint)"
     flag("-p --plans", text, metavar="PLANS")
     common.add_settings(parser, "finetune.epochs=200 finetune.learning_rate=1e-3", ["finetune"])
-    text = "tolerance of the normalised surface distance in mm (default: 1.0)"
+    text = "tolerance of the normalised surface distance in mm; in pixels for pictures, which have no mm (default: 1.0)"
     flag("--tolerance-mm", text, type=float, default=1.0, metavar="MM")
     flag("--disable_tta --disable-tta", "predict without mirroring: up to eight times faster", action="store_true")
     text = "trainings at a time (default: one per GPU, without one per CPU core)"

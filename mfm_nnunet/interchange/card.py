@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, Literal
 
 from mfm_nnunet.interchange.conversion import Reading
 from mfm_nnunet.json_files import is_resampled, resolved
+from mfm_nnunet.terminal import in_markdown
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "other"
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 _STATED = re.compile(
     r"\A---\n(?:(?!---).*\n)*?licen[sc]e:\s*[\"']?(?P<name>[A-Za-z0-9.+-]+)[\"']?\s*\n(?:(?!---).*\n)*---"
 )
@@ -88,16 +91,16 @@ def model_card(mfm: Mapping[str, Any], num_parameters: int, layout: Literal["fol
     """A README for a hub: how to use the checkpoint, what it is, what it was not tested for, whom to cite."""
     licence = mfm.get("licence") or UNKNOWN_LICENCE
     notes = [("on import", note) for note in (mfm.get("source") or {}).get("notes") or []]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in [*facts(mfm).items(), *notes])
-    papers = "\n".join(f"* {text}" for text in citations(mfm)) or "* none named"
+    rows = "\n".join(f"| {in_markdown(name)} | {in_markdown(value)} |" for name, value in [*facts(mfm).items(), *notes])
+    papers = "\n".join(f"* {in_markdown(text)}" for text in citations(mfm)) or "* none named"
     planned = "2d" if len(mfm["patch_size"]) == 2 else "3d_fullres"  # by --like, whatever was pretrained
     return f"""---
-license: {licence}
+license: {licence if _PLAIN.fullmatch(licence) else json.dumps(licence)}
 library_name: mfm_nnunet
 tags: [medical-imaging, segmentation, self-supervised-learning, nnU-Net]
 ---
 
-# {mfm.get("pretext") or "Pretrained"} on {facts(mfm)["network"]}
+# {in_markdown(f"{mfm.get('pretext') or 'Pretrained'} on {facts(mfm)['network']}")}
 
 Weights of {num_parameters:,} parameters, pretrained for medical image segmentation, to be fine-tuned with mfm_nnunet:
 

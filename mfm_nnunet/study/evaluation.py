@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.data.reading import read_label
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
@@ -90,6 +91,15 @@ def score_case(
     }
 
 
+def length_unit(reader: str, references: Sequence[Path]) -> str:
+    """Return the unit of the tolerance: mm, or pixels and voxels where files tell no spacing and it counts as 1."""
+    if reader == "NaturalImage2DIO":
+        return "pixels"
+    if reader == "Tiff3DIO" and all(len(files_of(file, is_label=True)) == 1 for file in references):
+        return "voxels"
+    return "mm"
+
+
 def evaluate_cell(study_folder: Path, cell_folder: Path) -> None:
     """Score the masks of a cell against the references of the test cases and write its ``result.json``.
 
@@ -110,7 +120,12 @@ def evaluate_cell(study_folder: Path, cell_folder: Path) -> None:
             for label, metrics in case.items()
         }
         in_reference[name] = [label for label, values in labels.items() if np.isin(reference, values).any()]
-    result: dict[str, Any] = {"scores": scores, "in_reference": in_reference, "library": require_library()}
+    result: dict[str, Any] = {
+        "scores": scores,
+        "in_reference": in_reference,
+        "library": require_library(),
+        "length_unit": length_unit(reader, [Path(files["label"]) for files in study["test_cases"].values()]),
+    }
     if (cell_folder / RESULT).is_file():  # scored again: the seconds of its steps still hold
         before = read_json(cell_folder / RESULT, "Remove it and run mfm_study again.")
         result["seconds"] = before.get("seconds", {})

@@ -9,8 +9,11 @@ from typing import Any
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.study.arms import SCRATCH
 from mfm_nnunet.study.design import curve_labels
+from mfm_nnunet.study.statistics import MIN_CASES
+from mfm_nnunet.terminal import in_markdown
 
 TITLES = {"dice": "Dice", "nsd": "NSD"}
+MIN_SEEDS = 3
 _COLOURS = ("#2f6fde", "#e0632b", "#1d9a6c", "#9b4fc0", "#c9a227", "#d0417e")
 _GREY = "#6b7078"
 
@@ -19,9 +22,10 @@ def table(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """The report in Markdown: one table per metric, scores per label, labels saved, and how to read it."""
     question, num_finished = record["question"], summary["num_finished"]
     lines = [
-        f"# Label efficiency: {question['dataset']}, {question['configuration']}",
+        f"# Label efficiency: {in_markdown(question['dataset'])}, {question['configuration']}",
         "",
         f"{_test_cases(record)}. Finished cells: {num_finished} of {summary['num_cells']}.",
+        *(line for caution in cautions(record) for line in ("", caution)),
     ]
     num_empty = len(record["test_cases"]) - summary["num_cases_with_labels"]
     if num_finished and num_empty == len(record["test_cases"]):
@@ -29,15 +33,32 @@ def table(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     elif num_finished and num_empty:
         lines += ["", f"The references of {num_empty} test cases hold no label, so these cases have no scores."]
     for metric, title in TITLES.items():
-        lines += ["", f"## {_long_title(metric, question)}", ""]
+        lines += ["", f"## {_long_title(metric, question, summary)}", ""]
         compared = ("against scratch", "95 %", f"{_unit(record)} better", "seeds better", "p")
         columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved")
         lines += _markdown(columns, [_score_row(record, row, metric) for row in summary["rows"]])
     lines += ["", "## Each label", "", *_per_label(summary["rows"])]
     lines += ["", "## How to read this", "", *_notes(record, summary), *_training(record, summary)]
     if summary["failed"]:
-        lines += ["", "## Failed", "", *(f"* {name}: {reason}" for name, reason in summary["failed"].items())]
+        failed = (in_markdown(f"{name}: {reason}") for name, reason in summary["failed"].items())
+        lines += ["", "## Failed", "", *(f"* {line}" for line in failed)]
     return "\n".join(lines) + "\n"
+
+
+def cautions(record: Mapping[str, Any]) -> list[str]:
+    """What a study of this size cannot tell, a sentence or two each."""
+    found, num_subjects, seeds = [], _num_subjects(record), record["seeds"]
+    if num_subjects < MIN_CASES:
+        found.append(
+            f"There are no 95 % intervals: {num_subjects} test {_unit(record)} are too few for them, they need at "
+            f"least {MIN_CASES} (--test {MIN_CASES})."
+        )
+    if seeds < MIN_SEEDS:
+        found.append(
+            f"With {seeds} {'seed' if seeds == 1 else 'seeds'} it is not known what other subsets and trainings would "
+            f"give: a difference may be chance. Take at least {MIN_SEEDS} (--seeds {MIN_SEEDS})."
+        )
+    return found
 
 
 def plot(file: Path, record: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
@@ -53,7 +74,7 @@ def plot(file: Path, record: Mapping[str, Any], summary: Mapping[str, Any]) -> N
         axis.set_xscale("log")
         axis.set_xticks(record["labels"], [str(number) for number in record["labels"]])
         axis.minorticks_off()
-        axis.set(xlabel="labelled subjects in the training", title=_long_title(metric, record["question"]))
+        axis.set(xlabel="labelled subjects in the training", title=_long_title(metric, record["question"], summary))
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     if axes[0].lines:
@@ -102,10 +123,13 @@ def _colours(arms: Sequence[str]) -> list[str]:
     return [_GREY if arm == SCRATCH else _COLOURS[others.index(arm) % len(_COLOURS)] for arm in arms]
 
 
-def _long_title(metric: str, question: Mapping[str, Any]) -> str:
+def _long_title(metric: str, question: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     if metric == "dice":
         return "Dice"
-    return f"Normalised surface distance (NSD) within {question['tolerance_mm']:g} mm"
+    tolerance, unit = question["tolerance_mm"], summary.get("length_unit", "mm")
+    return (
+        f"Normalised surface distance (NSD) within {tolerance:g} {unit.removesuffix('s') if tolerance == 1 else unit}"
+    )
 
 
 def _score_row(record: Mapping[str, Any], row: Mapping[str, Any], metric: str) -> list[str]:
@@ -113,8 +137,8 @@ def _score_row(record: Mapping[str, Any], row: Mapping[str, Any], metric: str) -
     spread = "" if part["spread"] is None else f" ± {part['spread']:.4f}"
     cells = [str(row["labels"]), row["arm"], str(len(row["seeds"])), f"{_score(part['mean'])}{spread}"]
     if compared := part.get("against_scratch"):
-        low, high = compared["interval"]
-        cells += [f"{compared['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+        interval = compared["interval"]
+        cells += [f"{compared['difference']:+.4f}", "{:+.4f} to {:+.4f}".format(*interval) if interval else "-"]
         cells += [f"{compared['better']} of {compared['subjects']}"]
         cells += [f"{compared['seeds_better']} of {len(compared['seeds_compared'])}", f"{compared['p_holm']:.2g}"]
     else:
@@ -125,9 +149,9 @@ def _score_row(record: Mapping[str, Any], row: Mapping[str, Any], metric: str) -
 
 
 def _needed(record: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
-    """``14.2 (9.1 to more than 34)``; without brackets where all three are the same."""
-    value, low, high = (_number(record, number) for number in (saved["needed"], *saved["interval"]))
-    return value if value == low == high else f"{value} ({low} to {high})"
+    """``14.2 (9.1 to more than 34)``; without brackets where all three are the same, or there is no interval."""
+    value, *limits = (_number(record, number) for number in (saved["needed"], *(saved["interval"] or ())))
+    return value if set(limits) <= {value} else f"{value} ({' to '.join(limits)})"
 
 
 def _number(record: Mapping[str, Any], needed: float | None) -> str:
@@ -244,4 +268,5 @@ def _score(value: float | None) -> str:
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" if line else "|" + "---|" * len(columns) for line in (columns, (), *rows)]
+    lines = [[in_markdown(cell) for cell in line] for line in (columns, (), *rows)]
+    return [f"| {' | '.join(line)} |" if line else "|" + "---|" * len(columns) for line in lines]

@@ -34,7 +34,7 @@ from mfm_nnunet.study.commands import TRAINING, commands_script, steps_of
 from mfm_nnunet.study.design import Cell, Design, cells_of
 from mfm_nnunet.study.evaluation import RESULT
 from mfm_nnunet.study.folder import RECORD, read_record, write_json
-from mfm_nnunet.study.report import plot, table
+from mfm_nnunet.study.report import cautions, plot, table
 from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,8 @@ def run_design(
     with atomic_write(design.folder / COMMANDS) as handle:
         handle.write(commands_script(design, plans_name, device).encode("utf-8", "surrogateescape"))
     logger.info("%d cells, %d of them finished; %d at a time", len(cells), len(cells) - len(todo), num_jobs)
+    for caution in cautions(read_record(design.folder)):
+        logger.warning("%s", caution)
     if again:
         logger.info("%d finished cells are scored again, with the version of the library that is here", len(again))
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+MIN_CASES = 6
+"""Fewer than these give no bootstrap interval: resamples of so few cases are too alike, and the interval too narrow."""
 NUM_BOOTSTRAPS = 10_000
 NUM_BOOTSTRAPS_OF_LABELS = 2_000
 
@@ -19,14 +21,17 @@ NUM_BOOTSTRAPS_OF_LABELS = 2_000
 def compare_paired(mine: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     """The difference ``mine - theirs`` of the scores of the same cases, (N,) each, with N at least 1.
 
-    ``difference`` is its mean, ``interval`` the bootstrap 95 % interval over the cases, ``better`` the number of cases
-    above zero of ``cases``, and ``p`` that of Wilcoxon's signed-rank test, two-sided (1 when nothing differs).
+    ``difference`` is its mean, ``interval`` the bootstrap 95 % interval over the cases (None for fewer than
+    ``MIN_CASES``), ``better`` the number of cases above zero of ``cases``, and ``p`` that of Wilcoxon's signed-rank
+    test, two-sided (1 when nothing differs).
     """
     from scipy import stats
 
     difference = mine - theirs
-    draws = np.random.default_rng(0).integers(0, len(difference), (NUM_BOOTSTRAPS, len(difference)))
-    interval = np.percentile(difference[draws].mean(1), [2.5, 97.5]).tolist()
+    interval = None
+    if len(difference) >= MIN_CASES:
+        draws = np.random.default_rng(0).integers(0, len(difference), (NUM_BOOTSTRAPS, len(difference)))
+        interval = np.percentile(difference[draws].mean(1), [2.5, 97.5]).tolist()
     p = float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
     return {
         "difference": float(difference.mean()),
@@ -71,13 +76,15 @@ def labels_needed(curve: Mapping[int, float], score: float) -> float:
     return math.exp(low + float(share) * (high - low))
 
 
-def labels_needed_interval(curve: Mapping[int, np.ndarray], scores: np.ndarray) -> tuple[float, float]:
-    """The bootstrap 95 % interval of :func:`labels_needed` over test cases.
+def labels_needed_interval(curve: Mapping[int, np.ndarray], scores: np.ndarray) -> tuple[float, float] | None:
+    """The bootstrap 95 % interval of :func:`labels_needed` over test cases; None for fewer than ``MIN_CASES``.
 
     ``curve`` and ``scores`` hold a score per case, (N,), of the same cases in the same order. All are drawn together,
     so that what makes a case hard is in both.
     """
     num_cases = len(scores)
+    if num_cases < MIN_CASES:
+        return None
     draws = np.random.default_rng(0).integers(0, num_cases, (NUM_BOOTSTRAPS_OF_LABELS, num_cases))
     means = {number: values[draws].mean(1) for number, values in curve.items()}
     needed = [

@@ -160,6 +160,7 @@ def summarise(record: Mapping[str, Any], results: Results, failures: Sequence[Ca
         "num_finished": sum(cell in results for cell in cells),
         "num_cases_with_labels": len(tested.cases()),
         "training": _training(results),
+        "length_unit": next((result["length_unit"] for result in results.values() if "length_unit" in result), "mm"),
         "libraries": sorted({"{name} {version}".format(**result["library"]) for result in results.values()}),
         "failed": {
             **_still_failed(record, results),
@@ -276,7 +277,7 @@ def _labels_saved(
     return {
         "needed": _or_none(needed),
         "saved": _or_none(needed - num_labels),
-        "interval": [_or_none(value) for value in interval],
+        "interval": None if interval is None else [_or_none(value) for value in interval],
         "seeds": seeds,
     }
 

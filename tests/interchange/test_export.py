@@ -361,6 +361,16 @@ def test_the_card_of_a_hubs_page(layout: str, tmp_path: Path) -> None:
         assert text in card
 
 
+def test_words_of_a_foreign_file_are_words_in_the_card(tmp_path: Path) -> None:
+    """A trainer, papers and a licence that would be HTML, a row of the table or a line of the head of the page."""
+    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
+    released.content.update({"trainer_name": "MAE | <script>", "citations": ["<img src=x>\n# title [a](http://x)"]})
+    convert(released.write(tmp_path), tmp_path / "out", "folder", licence="mit\npipeline_tag: x")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert not [word for word in ("<script", "<img", "\n# title", "](http", "\npipeline_tag") if word in card]
+    assert r"(trainer MAE \| &lt;script>)" in card
+
+
 @pytest.mark.parametrize(("name", "planned"), [("3d_lowres", "3d_fullres"), ("2d", "2d")])
 def test_the_commands_of_a_card_name_what_is_planned_like_it(name: str, planned: str) -> None:
     plans = tiny.plans(**{"3d_lowres": tiny.configuration(resenc())})

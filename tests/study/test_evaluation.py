@@ -113,3 +113,20 @@ def test_the_library_is_named_and_missed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MFMError, match=r"E_NOT_FOUND.*pip install 'mfm_nnunet\[study\]'"):
         evaluation.require_library()
+
+
+@pytest.mark.parametrize(
+    ("reader", "ending", "unit"),
+    [
+        ("NaturalImage2DIO", ".png", "pixels"),
+        ("Tiff3DIO", ".tif", "voxels"),
+        ("SimpleITKIO", ".nii.gz", "mm"),
+    ],
+)
+def test_the_unit_of_the_tolerance(reader: str, ending: str, unit: str, tmp_path: Path) -> None:
+    """Where files tell no spacing it counts as 1, and is no millimetre."""
+    file = tmp_path / f"case{ending}"
+    file.touch()
+    assert evaluation.length_unit(reader, [file]) == unit
+    (tmp_path / "case.json").write_text('{"spacing": [1, 1, 1]}')
+    assert evaluation.length_unit(reader, [file]) == ("mm" if reader == "Tiff3DIO" else unit)

@@ -30,14 +30,21 @@ def test_paired_comparison() -> None:
 
 
 def test_equal_scores_are_no_difference() -> None:
-    scores = np.array([0.5, 0.6, 0.7])
+    scores = np.linspace(0.5, 0.7, 6)
     assert compare_paired(scores, scores) == {
         "difference": 0.0,
         "interval": [0.0, 0.0],
         "better": 0,
-        "cases": 3,
+        "cases": 6,
         "p": 1.0,
     }
+
+
+def test_few_cases_have_no_interval() -> None:
+    scores = np.linspace(0.5, 0.7, 5)
+    found = compare_paired(scores + 0.1, scores)
+    assert (found["interval"], found["better"]) == (None, 5)
+    assert labels_needed_interval({1: scores, 10: scores + 0.2}, scores + 0.1) is None
 
 
 def test_holm() -> None:
