@@ -210,7 +210,7 @@ def select_cases(
         raise MFMError("E_CONFIG", f"{configuration} is a cascade stage; pretrain 3d_fullres instead.")
     beside = inside(here.preprocessed, dataset_name)
     folder = inside(beside, identifier)
-    selection = select(here.raw_folder(dataset_name), beside, stored_cases(folder))
+    selection = select(inside(here.raw, dataset_name), beside, stored_cases(folder))
     if not selection.cases:
         raise MFMError(
             "E_NOT_FOUND",

@@ -81,7 +81,7 @@ def check_data(
             )
     folder = workspace.preprocessed / dataset_name
     data = inside(folder, resolved.data_identifier)
-    selection = select_cases(workspace.raw_folder(dataset_name), folder, data)
+    selection = select_cases(inside(workspace.raw, dataset_name), folder, data)
     if not selection.cases:
         source = block_of(plans).source
         like = f" --like CHECKPOINT (it was {source.get('name')}; without it the plan changes)" if source else ""
