@@ -324,13 +324,22 @@ def test_exit_codes(error: BaseException | None, code: int, capsys: pytest.Captu
     assert len(captured.err.splitlines()) == (0 if error is None else len(str(error).splitlines()) or 1)
 
 
-def test_a_value_error_of_this_package_is_the_users(capsys: pytest.CaptureFixture[str]) -> None:
-    def job(arguments: argparse.Namespace) -> None:
-        source = compile("raise ValueError('patch_size must be positive')", running.__file__, "exec")
-        exec(source, {})
+@pytest.mark.parametrize("fault", ["raise ValueError('too few')", "int('x')", "a, b = [1]", "dict([1])"])
+def test_only_our_own_errors_are_the_users(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Built-ins raise from the frame that called them, so a frame of this package says nothing."""
 
-    assert running.run_command(job, argparse.Namespace(workspace="w", debug=False)) == 2
-    assert capsys.readouterr().err == "patch_size must be positive\n"
+    def job(arguments: argparse.Namespace) -> None:
+        exec(compile(fault, running.__file__, "exec"), {})
+
+    assert running.run_command(job, argparse.Namespace(workspace="w", debug=False)) == 1
+    assert capsys.readouterr().err.startswith("internal error: ")
+    assert "Traceback" in Path("w/mfm_error.log").read_text()
+
+
+def test_text_that_is_not_utf_8_reaches_screen_and_log(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(RuntimeError("M\udcfcller")) == 1
+    assert "M\\udcfcller" in capsys.readouterr().err
+    assert "M\\udcfcller" in Path("w/mfm_error.log").read_text(encoding="utf-8")
 
 
 def test_internal_error_is_one_line_and_a_log(capsys: pytest.CaptureFixture[str]) -> None:
