@@ -108,7 +108,7 @@ def pretrain(
     are worth so far. ``recipe`` is the name or file of a recipe, whose settings win over the plan's and lose against
     ``settings``. With ``num_gpus`` > 1 the run is started again under torchrun, one process per GPU.
 
-    Raises MFMError for bad input, StoppedError after a clean save on SIGTERM or Ctrl-C, FloatingPointError when the
+    Raises MFMError for bad input, StoppedError after a clean save on a stop signal, FloatingPointError when the
     loss becomes non-finite.
     """
     from mfm_nnunet.engine.launch import launch, pretrain_here
@@ -299,7 +299,7 @@ def run_study(
     ``study.json``.
 
     Raises MFMError for bad input before anything is trained, CasesFailedError when cells failed and all others are
-    done, StoppedError on SIGTERM or Ctrl-C after the children have ended; the same call goes on.
+    done, StoppedError on a stop signal after the children have ended; the same call goes on.
     """
     from mfm_nnunet.study import arms as study_arms
     from mfm_nnunet.study import design as designs

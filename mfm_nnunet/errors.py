@@ -106,7 +106,7 @@ def about(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class StoppedError(BaseException):
-    """The work was stopped by a signal after a clean save; ``exit_code`` is 130 (Ctrl-C) or 143 (SIGTERM).
+    """The work was stopped by a signal; ``exit_code`` is 128 + its number, e.g. 130 (Ctrl-C) or 143 (SIGTERM).
 
     No Exception, for the reason for which KeyboardInterrupt is none: it may come anywhere, and what catches every error
     of a reader or of a single case must not take it for a damaged file.

@@ -14,7 +14,8 @@ Pretrain the network of a plan on scans without labels.
 
   mfm_pretrain 701 3d_fullres --pretext mae --set pretrain.epochs=300
 
-The last line printed is the path of the pretrained checkpoint. Ctrl-C and SIGTERM save and stop; --c continues."""
+The last line printed is the path of the pretrained checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop; --c
+continues."""
 
 LIST_WIDTH = 120
 

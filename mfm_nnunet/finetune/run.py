@@ -98,7 +98,7 @@ def run_training(
 ) -> Path:
     """Train and validate one fold (or ``"all"``); returns the fold's folder inside nnU-Net's model folder.
 
-    Raises MFMError for everything that the user can repair, StoppedError after SIGTERM or Ctrl-C.
+    Raises MFMError for everything that the user can repair, StoppedError after a stop signal.
     """
     if continue_training and only_validate:
         raise MFMError(

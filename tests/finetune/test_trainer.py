@@ -633,7 +633,7 @@ def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, t
     refused("E_CONFIG", "finetune.checkpoint", lambda: other(pretrained_weights=file))
     left_open = ("finetune.parts=auto", "finetune.warmup_epochs=none", "finetune.learning_rate=none")
     assert other(overrides=(*SHORT, *left_open)) == folder
-    (folder / ".checkpoint_latest.pth.1.tmp").touch()  # as a kill in the middle of a save leaves it
+    (folder / ".checkpoint_latest.pth.0123abcd.tmp").touch()  # as a kill in the middle of a save leaves it
     assert other(overrides=(*SHORT, "num_workers=1")) == folder
     assert not list(folder.glob(".*.tmp"))
     assert checkpoint.sha256(folder / "checkpoint_final.pth") == before
