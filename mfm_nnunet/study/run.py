@@ -133,7 +133,7 @@ def run_design(
     at_once = jobs or (1 if pick_device(device).type == "mps" else running.default_jobs(gpus))
     num_jobs = min(at_once, max(1, len(todo) + len(again)))
     with atomic_write(design.folder / COMMANDS) as handle:
-        handle.write(commands_script(design, plans_name, device).encode())
+        handle.write(os.fsencode(commands_script(design, plans_name, device)))
     logger.info("%d cells, %d of them finished; %d at a time", len(cells), len(cells) - len(todo), num_jobs)
     for caution in cautions(read_record(design.folder)):
         logger.warning("%s", caution)
