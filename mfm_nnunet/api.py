@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mfm_nnunet import preparation
 from mfm_nnunet import workspace as places
-from mfm_nnunet.errors import CasesFailedError, MFMError, about, dataset_refused, nearest
+from mfm_nnunet.data import decoder
+from mfm_nnunet.errors import CasesFailedError, MFMError, about, nearest
+from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import read_plans
 from mfm_nnunet.workspace import Workspace
 
@@ -48,6 +50,7 @@ def plan_and_preprocess(
     Raises MFMError for bad input (a labelled dataset with any bad case is refused, with the list of all of them), and
     CasesFailedError after finishing when single cases failed and were left out.
     """
+    decoder.warm()
     from mfm_nnunet.interchange.read import find_checkpoint
     from mfm_nnunet.plans.planner import PlanRequest, check_request, format_table, plan
 
@@ -202,6 +205,7 @@ def predict(
 
     Raises MFMError for bad input and CasesFailedError after all good cases are done.
     """
+    decoder.warm()
     from mfm_nnunet.predict.batch import PredictOptions, predict_folder
 
     with places.use(workspace) as here:
@@ -375,9 +379,7 @@ def _plan_study(own: Workspace, design: Design, given: dict[str, Any] | None) ->
         plan_and_preprocess([dataset], configurations=[configuration], like=like, plans_name=name, preprocess=False)
     plans = read_plans(file, "Remove the study folder and begin anew.")
     pin_plan(design, plans, file, is_new)
-    failures = preparation.preprocess(own, dataset, cases, PlanResult(plans, file, []), (configuration,), None)
-    if failures:
-        raise dataset_refused(dataset, failures, len(cases), "; nothing was trained")
+    preparation.preprocess(own, dataset, cases, PlanResult(plans, file, []), (configuration,), None)
     return plans
 
 
@@ -416,7 +418,7 @@ def _model_folder(
 ) -> Path:
     if dataset is None or configuration is None:
         raise MFMError("E_CONFIG", "name the model: either -m MODEL_FOLDER, or -d DATASET and -c CONFIGURATION.")
-    folder = here.results / here.dataset_name(dataset) / f"{trainer}__{plans_name}__{configuration}"
+    folder = inside(here.results, here.dataset_name(dataset), f"{trainer}__{plans_name}__{configuration}")
     if not folder.is_dir():
         existing = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
         advice = nearest(folder.name, existing) if existing else here.where_else("results")

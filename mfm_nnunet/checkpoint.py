@@ -16,7 +16,7 @@ import re
 import secrets
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,8 @@ except ImportError:  # only POSIX has it; without it leftovers stay
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+MAX_DEPTH = 100
+"""Levels of tables and lists in a file; those of nnU-Net and ours have about ten."""
 
 
 @contextlib.contextmanager
@@ -175,6 +177,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise _damaged(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     if not isinstance(content, dict):
         raise MFMError("E_MODEL_CORRUPT", f"{file}: not a checkpoint (it holds a {type(content).__name__}).")
+    if is_nested_too_deep(content):
+        raise _damaged(file, f"it is nested more than {MAX_DEPTH} levels deep")
     return content
 
 
@@ -191,6 +195,22 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: not a checkpoint of nnU-Net or mfm_nnunet: there is no 'network_weights', only {keys}.",
         )
     return content
+
+
+def is_nested_too_deep(value: Any) -> bool:
+    """Return whether tables and lists are nested deeper than in any file of ours or nnU-Net's: recursion might fail."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for entry in level for item in _entries(entry) if isinstance(item, (Mapping, list, tuple))]
+        if not level:
+            return False
+    return True
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def require_plain(value: Any, name: str = "checkpoint") -> None:
@@ -287,6 +307,20 @@ def _verify_checksums(file: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         if broken := archive.testzip():
             raise _damaged(file, f"the checksum of {broken} does not match")
+
+
+@contextlib.contextmanager
+def weights_only_forced() -> Iterator[None]:
+    """Inside, ``torch.load`` builds tensors and plain values only, also where code of others asks for anything."""
+    force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name) for name in (force, allow) if name in os.environ}
+    os.environ[force] = "1"
+    try:
+        with _plain_numpy_allowed():
+            yield
+    finally:
+        del os.environ[force]
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.data.corpus import Case, load_cases
+from mfm_nnunet.data.corpus import Case, load_cases, read_dataset_json
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 
 TEMPLATE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 LABELS = {"background": 0, "grey_matter": 1, "white_matter": 2}
@@ -127,8 +128,7 @@ def split_folder(folder: Path) -> Split:
         raise MFMError("E_CONFIG", f"--data {folder}: {len(cases)} labelled cases. The demo needs at least three.")
     test = cases[TEST_EVERY - 1 :: TEST_EVERY] or cases[-1:]
     train = [case for case in cases if case not in test]
-    dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    return Split(corpus=train, labelled=train, test=test, dataset_json=dataset_json)
+    return Split(corpus=train, labelled=train, test=test, dataset_json=read_dataset_json(folder))
 
 
 def write_corpus(split: Split, file: Path) -> None:
@@ -161,7 +161,7 @@ def write_test_folder(split: Split, folder: Path) -> None:
     ending = split.dataset_json["file_ending"]
     for case in split.test:
         for channel, image in enumerate(case.images):
-            (folder / f"{case.name}_{channel:04d}{ending}").symlink_to(image.resolve())
+            inside(folder, f"{case.name}_{channel:04d}{ending}").symlink_to(image.resolve())
 
 
 def _open_template(name: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.demo_data import Split
+from mfm_nnunet.files import inside
 from mfm_nnunet.metrics import dice, foreground_labels, ignore_label, mean_dice
 from mfm_nnunet.pictures import draw_overlay
 
@@ -76,14 +77,14 @@ def compare(result: DemoResult, split: Split, folder: Path) -> None:
         assert case.label is not None
         reference, predictions = _read_mask(case.label), {}
         for arm in ARMS:
-            file = result.folders[arm.key] / f"{case.name}{ending}"
+            file = inside(result.folders[arm.key], f"{case.name}{ending}")
             result.masks.append(file)
             mask = _read_mask(file)
             for label, values in labels.items():
                 result.dice[arm.key][label][case.name] = dice(reference, mask, values, ignore)
             score = mean_dice([result.dice[arm.key][label][case.name] for label in labels])
             predictions[f"{arm.title}, Dice {score:.2f}"] = file
-        overlay = folder / f"{case.name}.png"
+        overlay = inside(folder, f"{case.name}.png")
         title = f"{case.name}: predicted and reference labels"
         draw_overlay(overlay, title, case.images[0], case.label, predictions, labels)
         result.overlays.append(overlay)

@@ -9,18 +9,31 @@ import contextlib
 import hashlib
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
+from mfm_nnunet.data.index import PICTURES
+from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
+from mfm_nnunet.files import whole_number
+from mfm_nnunet.json_files import parse_json
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
     from mfm_nnunet.plans.planner import PlanResult
 
 logger = logging.getLogger(__name__)
+
+FINGERPRINT = {
+    *("spacings", "shapes_after_crop", "median_relative_size_after_cropping"),
+    "foreground_intensity_properties_per_channel",
+}
+"""What planning takes from a fingerprint."""
+_MOST_PICTURES = 9
+"""So many pictures are read to find out whether a corpus is grey or in colour."""
 
 
 def registered(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
@@ -29,9 +42,10 @@ def registered(here: Workspace, dataset: str | int, images: str | Path | None, n
         if name is not None:
             raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
         return here.dataset_name(dataset)
-    if not str(dataset).isdigit() or not 1 <= int(dataset) <= 999:
+    number = whole_number(str(dataset))
+    if number is None or not 1 <= number <= 999:
         raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus needs a number from 1 to 999.")
-    dataset_name = f"Dataset{int(dataset):03d}_{name or 'Corpus'}"
+    dataset_name = f"Dataset{number:03d}_{name or 'Corpus'}"
     others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
     if others:
         raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
@@ -50,13 +64,22 @@ def _channel_names(cases: list[corpus.Case]) -> list[str]:
 
 
 def _num_channels(cases: list[corpus.Case]) -> int:
-    """Channels of the first image that can be read: one file may hold several (colour pictures)."""
+    """Channels of the first image that can be read: one file may hold several (colour pictures).
+
+    Pictures may be grey or coloured; of several the commoner kind decides, so that one of the other kind costs itself.
+    """
     from mfm_nnunet.data.reading import read_image, reader_for
 
-    for case in cases:
+    is_picture = ending_of(cases[0].images[0]) in PICTURES
+    asked = cases[:: max(1, len(cases) // _MOST_PICTURES)][:_MOST_PICTURES] if is_picture else cases
+    found: Counter[int] = Counter()
+    for case in asked:
         with contextlib.suppress(MFMError):
-            return len(read_image(case.images, reader_for(case.images[0]))[0])
-    return len(cases[0].images)  # planning will refuse each of them with its reason
+            found[len(read_image(case.images, reader_for(case.images[0]))[0])] += 1
+        if found and not is_picture:
+            break
+    # planning will refuse each of them with its reason, where none can be read
+    return found.most_common(1)[0][0] if found else len(cases[0].images)
 
 
 def fingerprinted(
@@ -69,6 +92,8 @@ def fingerprinted(
     raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
     cases, dataset_json = corpus.load_cases(raw), corpus.read_dataset_json(raw)
     is_corpus = corpus.is_corpus(raw)
+    if not is_corpus:
+        corpus.warn_of_differences(raw, dataset_json, cases)
     unlabelled = [case.name for case in cases if case.label is None]
     if 0 < len(unlabelled) < len(cases):
         raise MFMError(
@@ -102,7 +127,7 @@ def fingerprinted(
             handle.write(json.dumps(fingerprint, indent=1).encode())
     # Beside the data, so that pretraining knows subjects and modalities where only the preprocessed data are.
     for name in ("dataset.json", "corpus.json") if is_corpus else ("dataset.json",):
-        content = _content(raw / name)
+        content = dataset_json if name == "dataset.json" else _content(raw / name)
         if _content(preprocessed / name) != content:
             with atomic_write(preprocessed / name) as handle:
                 handle.write(json.dumps(content, indent=1).encode())
@@ -114,13 +139,16 @@ def _known_fingerprint(file: Path) -> dict[str, Any]:
     """Our part of a fingerprint; empty where there is none, or a damaged one, which is made again."""
     content = _content(file)
     known = content.get("mfm") if isinstance(content, dict) else None
-    return known if isinstance(known, dict) and {"signature", "failures"} <= set(known) else {}
+    if not isinstance(known, dict) or not isinstance(known.get("failures"), list) or FINGERPRINT - set(content):
+        return {}
+    is_list = all(isinstance(failure, list) and len(failure) == 3 for failure in known["failures"])
+    return known if is_list and all(isinstance(text, str) for failure in known["failures"] for text in failure) else {}
 
 
 def _content(file: Path) -> Any:
     """What a JSON file holds; None if there is none or if it is damaged."""
     try:
-        return json.loads(file.read_text())
+        return parse_json(file.read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -143,7 +171,10 @@ def preprocess(
     asked: tuple[str, ...] | None,
     num_processes: int | None,
 ) -> list[CaseFailure]:
-    """Preprocess the cases for the configurations asked for (else the default ones); the cases that failed."""
+    """Preprocess the cases for the configurations asked for (else the default ones); the cases that failed.
+
+    Raises MFMError when cases of a labelled dataset failed: it is refused as a whole, as when it is fingerprinted.
+    """
     from mfm_nnunet.data.preprocess import preprocess_dataset
 
     raw = here.raw / dataset_name
@@ -167,4 +198,6 @@ def preprocess(
             len(report.failures),
         )
         failures += [failure for failure in report.failures if failure.case not in {f.case for f in failures}]
+    if failures and not corpus.is_corpus(raw):
+        raise dataset_refused(dataset_name, failures, len(cases), "; without them nothing can be trained")
     return failures

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import inside, require_unicode, whole_number
 
 DEFAULT = "mfm_workspace"
 PLUGIN_FOLDER = Path(__file__).parent / "finetune" / "nnunet_plugin"
@@ -55,8 +56,9 @@ class Workspace:
         names, wanted = self.dataset_names(), str(name_or_id)
         if wanted in names:
             return wanted
-        if wanted.isdigit():
-            matches = [name for name in names if re.fullmatch(rf"Dataset0*{int(wanted)}_.*", name)]
+        number = whole_number(wanted)
+        if number is not None:
+            matches = [name for name in names if re.fullmatch(rf"Dataset0*{number}_.*", name)]
             if len(matches) == 1:
                 return matches[0]
             if matches:
@@ -74,7 +76,7 @@ class Workspace:
     def plans_file(self, dataset_name: str, plans_name: str) -> Path:
         """The plans file; MFMError (E_NOT_FOUND) with the nearest existing plan when it is missing."""
         folder = self.preprocessed / dataset_name
-        file = folder / f"{plans_name}.json"
+        file = inside(folder, f"{plans_name}.json")
         if file.is_file():
             return file
         skip = {"dataset", "dataset_fingerprint", "splits_final", "corpus", "mfm_fingerprint"}
@@ -98,6 +100,8 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
     if len(given) < len(names) and root.exists() and not root.is_dir():
         raise MFMError("E_EXISTS", f"--workspace {root}: this is a file, and the workspace is a folder. Give a folder.")
     values = {name: os.environ.get(name) or str(root / name) for name in names}
+    for name, path in values.items():
+        require_unicode(path, name)
     plugins = [p for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p and Path(p) != PLUGIN_FOLDER]
     values["nnUNet_extTrainer"] = os.pathsep.join([*plugins, str(PLUGIN_FOLDER)])
     values["nnUNet_def_n_proc"] = os.environ.get("nnUNet_def_n_proc") or str(num_cores())

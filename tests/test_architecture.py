@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "mfm_nnunet"
 ROOT = "mfm_nnunet"
 LEAVES = {
     *("errors", "version", "workspace", "checkpoint", "children", "json_files"),
-    *("optim", "stopping", "device", "metrics", "terminal"),
+    *("optim", "stopping", "device", "metrics", "terminal", "files", "plan_rules"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
@@ -50,7 +50,7 @@ ALLOWED = {
 """Leaves and the own package come on top."""
 
 FORBIDDEN_EXTERNAL = {"pretext": {"nnunetv2"}, "plans.schema": {"torch", "numpy", "nnunetv2"}}
-LIGHT = {"cli", "errors", "version", "workspace", "plans.schema", "terminal"}
+LIGHT = {"cli", "errors", "files", "version", "workspace", "plans.schema", "terminal"}
 """What a command may import before it runs its job, besides the standard library."""
 
 
@@ -226,7 +226,21 @@ def test_no_unsafe_loading(module: str) -> None:
         assert keywords.get("shell", "False") == "False", where
 
 
+@pytest.mark.parametrize("module", list(MODULES))
+def test_pickles_are_read_in_one_place(module: str) -> None:
+    """nnU-Net's files of properties, with a list of the names that they may hold and no object behind any of them."""
+    bases = {
+        ast.unparse(base)
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+        if "Unpickler" in ast.unparse(base)
+    }
+    assert not bases or module == "data.properties", f"{module} unpickles with a subclass of {bases}"
+
+
 UNSAFE = {
+    *("blosc2.open", "blosc2.load", "blosc2.from_cframe"),  # they follow what a file names: see data.volumes
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "load_pickle", "eval", "exec"),
     *("yaml.load", "joblib.load", "dill.load", "marshal.loads", "os.system", "sys.exit", "exit", "quit"),
 }

@@ -152,8 +152,15 @@ CALLS: list[tuple[str, int, str]] = [
     ("preprocessing.resampling.default_resampling.resample_data_or_seg_to_shape", 8, ""),
     ("preprocessing.resampling.utils.recursive_find_resampling_fn_by_name", 1, ""),
     ("training.dataloading.nnunet_dataset.comp_blosc2_params", 3, ""),
+    ("training.dataloading.nnunet_dataset.infer_dataset_class", 1, ""),
     ("training.dataloading.nnunet_dataset.nnUNetDatasetBlosc2:_select_filter", 5, ""),
     ("training.dataloading.nnunet_dataset.nnUNetBaseDataset:load_case", 2, ""),
+    ("training.dataloading.nnunet_dataset.nnUNetDatasetBlosc2:save_seg", 4, ""),
+    (
+        "training.dataloading.nnunet_dataset.nnUNetDatasetNumpy:unpack_dataset", 1,
+        "overwrite_existing num_processes verify",
+    ),
+    ("training.dataloading.nnunet_dataset.infer_dataset_class", 1, ""),
     ("training.dataloading.data_loader.nnUNetDataLoader", 6, "probabilistic_oversampling transforms"),
     (
         "training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer:get_training_transforms", 5,
@@ -282,7 +289,8 @@ def trainer(workspace: Path) -> nnUNetTrainer:
 
 OWN = {
     "autocast_dtype", "average", "averaged", "block", "new_weights", "prepare", "pretrained_checkpoint", "settings",
-    "stop_flag", "_drop_gradients_of_the_still", "_first_weight", "_last_plot", "_num_steps", "_refuse_nonfinite",
+    "split", "stop_flag", "_drop_gradients_of_the_still", "_first_weight", "_last_plot", "_num_steps",
+    "_refuse_nonfinite",
     "_still", "_stop_if_asked", "_trained", "_transfer", "_update", "_validate",
 }  # fmt: skip
 """What MFMTrainer adds. Everything else that it uses, or sets, must be stock's, or setting it would do nothing."""
@@ -294,9 +302,9 @@ OF_TRAINERS = attributes("self", within="finetune/trainer.py", inside="MFMTraine
 
 OF_PLANNERS = attributes("self", within="plans/mfm_planner.py", inside="MFMPlanner")
 OWN_OF_PLANNER = {
-    "is_2d", "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset", "source",
-    "version", "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory", "_require_memory",
-    "_size_primus",
+    "cases", "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset",
+    "slice_axis", "source", "version", "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory",
+    "_require_memory", "_size_primus",
 }  # fmt: skip
 
 

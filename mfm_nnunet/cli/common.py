@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from mfm_nnunet import terminal, workspace
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import whole_number
 from mfm_nnunet.version import __version__
 
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
@@ -124,15 +125,16 @@ def fold_value(text: str) -> int | str:
     """A fold: a number or ``all``. Raises MFMError (E_CONFIG) for anything else."""
     if text == "all":
         return text
-    if text.isdigit():
-        return int(text)
+    number = whole_number(text)
+    if number is not None:
+        return number
     raise MFMError("E_CONFIG", f"fold {text}: expected a number from 0, or all.")
 
 
 def positive_int(text: str) -> int:
     """An argparse type."""
-    if text.isdigit() and int(text) > 0:
-        return int(text)
+    if number := whole_number(text):
+        return number
     raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
 
 

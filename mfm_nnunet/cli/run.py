@@ -19,11 +19,11 @@ from pathlib import Path
 
 from mfm_nnunet import terminal, workspace
 from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError, is_out_of_memory
+from mfm_nnunet.files import open_to_append, shown
 from mfm_nnunet.version import __version__
 
 LOG_FILE = "mfm_error.log"
 MAX_MESSAGE_LINES = 5
-_PACKAGE = str(Path(__file__).parent.parent)
 _OUT_OF_MEMORY = "E_OOM  not enough memory. Plan with a smaller --memory-gb, free some memory, or take -device cpu."
 
 _NO_ACCESS = ("E_PERMISSION", "Check its owner and mode, or choose another place.")
@@ -79,7 +79,7 @@ def _report(error: BaseException, arguments: argparse.Namespace) -> int:
         lines = [*lines[: MAX_MESSAGE_LINES - 1], f"  ... and {num_hidden} more lines, all in {place}"]
     elif exit_code == 1 or _unexpected(error):
         lines[-1] += f" (Details: {_write_log(error, arguments)}; or run with --debug.)"
-    print("\n".join(lines), file=sys.stderr)
+    print(shown("\n".join(lines)), file=sys.stderr)
     return exit_code
 
 
@@ -91,7 +91,7 @@ def _classify(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):  # raised by a library: a real Ctrl-C is a StoppedError
         return 130, "stopped by Ctrl-C."
-    if isinstance(error, MFMError) or (isinstance(error, ValueError) and _is_raised_by_us(error)):
+    if isinstance(error, MFMError):
         return 2, str(error)
     if isinstance(error, FloatingPointError):
         return 1, str(error)
@@ -113,12 +113,6 @@ def _unexpected(error: BaseException) -> list[str]:
     return [f"\n{failure.case}:\n{failure.details}" for failure in failures if failure.details]
 
 
-def _is_raised_by_us(error: BaseException) -> bool:
-    """Whether the line that raised ``error`` is in this package."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename.startswith(_PACKAGE + os.sep)
-
-
 def _write_log(error: BaseException, arguments: argparse.Namespace) -> str:
     """Append the whole message and traceback to the workspace's error log; returns where it is."""
     file = Path(arguments.workspace or workspace.DEFAULT) / LOG_FILE
@@ -126,9 +120,10 @@ def _write_log(error: BaseException, arguments: argparse.Namespace) -> str:
     details, command = terminal.escaped(details), terminal.one_message(" ".join(sys.argv))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a", encoding="utf-8") as handle:
-            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  mfm_nnunet {__version__}  {command}\n{details}\n")
-    except OSError:
+        with open_to_append(file) as handle:
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  mfm_nnunet {__version__}  {command}"
+            handle.write(shown(f"{line}\n{details}\n").encode())
+    except (OSError, MFMError):
         return "nowhere, the workspace cannot be written"
     return str(file)
 

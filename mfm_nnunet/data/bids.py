@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from mfm_nnunet.data.index import Case, named, stem_of, subject_of
+from mfm_nnunet.data.not_scans import is_named_mask
 
 DESCRIPTION = "dataset_description.json"
 NO_SCANS = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
@@ -44,7 +45,10 @@ def cases(source: Path, files: Sequence[Path], roots: Sequence[Path]) -> list[Ca
     Images outside of these are taken as in any folder tree. What is left out is logged with its number and an example.
     """
     owners = [next((root for root in roots if root in file.parents), None) for file in files]
-    reasons = ["" if root is None else _left_out(file.relative_to(root)) for file, root in zip(files, owners)]
+    reasons = [
+        _left_out(file.relative_to(root)) if root else "masks" if is_named_mask(file.relative_to(source)) else ""
+        for file, root in zip(files, owners)
+    ]
     for reason, count in sorted(Counter(filter(None, reasons)).items()):
         _log.info("%s: %d %s are left out, e.g. %s", source, count, reason, files[reasons.index(reason)])
     kept = [(file, root) for file, root, reason in zip(files, owners, reasons) if not reason]

@@ -14,15 +14,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.dataset_json import check_dataset_json
-from mfm_nnunet.data.index import Case, group_channels, require_channels, subject_of, with_digest
+from mfm_nnunet.data import dataset_json as dataset_jsons
+from mfm_nnunet.data.index import PICTURES, Case, subject_of, with_digest
 from mfm_nnunet.data.integrity import ending_of
+from mfm_nnunet.data.labelled import raw_cases, warn_of_differences
+from mfm_nnunet.data.not_scans import is_named_mask, require_scan
 from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import is_file_name
 from mfm_nnunet.json_files import read_json
 
 __all__ = [
@@ -33,13 +36,14 @@ __all__ = [
     "load_cases",
     "read_dataset_json",
     "register_corpus",
+    "require_scan",
     "signature",
     "subject_of",
+    "warn_of_differences",
 ]
 
 FORMAT = 1
 """Version of corpus.json."""
-_PICTURES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"}
 _WORDS, _MASKS = ("modality", "dataset"), ("anatomy_mask", "anonymisation_mask")
 """Fields of a case that a corpus.json may lack."""
 _log = logging.getLogger(__name__)
@@ -83,35 +87,40 @@ def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channe
     return folder
 
 
-def load_cases(dataset_folder: Path) -> list[Case]:
+def load_cases(dataset_folder: Path, need_mapped_files: bool = True) -> list[Case]:
     """The cases of a registered corpus or of an nnU-Net raw dataset, in the order of their names.
 
     In a corpus a scan that vanished is a bad case, which reading reports; in a labelled dataset every file must be
-    there. Raises MFMError: E_NOT_FOUND (no dataset.json; missing label or image files, all listed), E_CHANNELS
-    (missing channel files, all listed), E_FORMAT (a damaged JSON file, or one that breaks nnU-Net's rules).
+    there, without ``need_mapped_files`` those alone that no "dataset" map names. Raises MFMError: E_FORMAT (a damaged
+    JSON file, or one that breaks nnU-Net's rules), and as :func:`mfm_nnunet.data.labelled.raw_cases`.
     """
     if is_corpus(dataset_folder):
         return _corpus_cases(dataset_folder)
-    dataset_json = read_dataset_json(dataset_folder)
-    cases = (
-        _mapped(dataset_folder, dataset_json) if "dataset" in dataset_json else _listed(dataset_folder, dataset_json)
-    )
-    if not cases:
-        raise MFMError(
-            "E_NOT_FOUND",
-            f"{dataset_folder / 'imagesTr'}: no image that ends with {dataset_json['file_ending']}, the file_ending in "
-            "dataset.json. Add the images, or correct the ending.",
-        )
-    _require_files(dataset_folder, cases)
-    return cases
+    return raw_cases(dataset_folder, read_dataset_json(dataset_folder), need_mapped_files)
 
 
 def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
     """``dataset.json`` of a raw folder. Raises MFMError (E_NOT_FOUND, E_FORMAT) with everything that is wrong in it."""
     file = dataset_folder / "dataset.json"
-    content = read_json(file, "Every dataset needs one; repair it or register the images again.")
-    check_dataset_json(content, file)
+    content = dataset_jsons.read_dataset_json(file, "Every dataset needs one; repair it or register the images again.")
+    if twice := _names_given_twice(file):
+        raise MFMError(
+            "E_FORMAT",
+            f"{file}: '{twice[0]}' is there twice, and only the last of the two would count. Rename or remove one.",
+        )
     return content
+
+
+def _names_given_twice(file: Path) -> list[str]:
+    """Names that a JSON file gives twice in one table: cases or labels of which one would vanish."""
+    found: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return dict(pairs)
+
+    json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=note)
+    return found
 
 
 def is_corpus(dataset_folder: Path) -> bool:
@@ -166,9 +175,7 @@ def _status(file: Path) -> tuple[int, int]:
 
 def _require_equal_channels(cases: Sequence[Case], num_channels: int) -> None:
     """One file per channel, or colour pictures that hold all channels in one file."""
-    colour = num_channels > 1 and all(
-        len(case.images) == 1 and ending_of(case.images[0]) in _PICTURES for case in cases
-    )
+    colour = num_channels > 1 and all(len(case.images) == 1 and ending_of(case.images[0]) in PICTURES for case in cases)
     wrong = [f"  {case.name}: {len(case.images)}" for case in cases if len(case.images) != num_channels]
     if wrong and not colour:
         raise MFMError(
@@ -181,16 +188,22 @@ def _update(folder: Path, cases: list[Case]) -> list[Case]:
     known = {case.images: case for case in _corpus_cases(folder)}
     new = {case.images for case in cases}
     gone = [case for images, case in known.items() if images not in new]
-    others = [case for case in gone if all(file.exists() for file in case.images)]
+    source = _read_corpus(folder)["source"]
+    there = [case for case in gone if all(file.exists() for file in case.images)]
+    masks = [case for case in there if is_named_mask(PurePath(os.path.relpath(case.images[0], source)))]
+    others = [case for case in there if case not in masks]
     if others:
         raise MFMError(
             "E_EXISTS",
-            f"{folder}: is registered with {len(known)} scans from {_read_corpus(folder)['source']}, and "
+            f"{folder}: is registered with {len(known)} scans from {source}, and "
             f"{len(others)} of them, e.g. {others[0].images[0]}, are not in the new source. Choose another number, or "
             "delete this folder if the old corpus is not needed.",
         )
-    if gone:
-        _log.warning("%s: %d scans no longer exist and are dropped, e.g. %s", folder, len(gone), gone[0].images[0])
+    if masks:
+        text = "%s: %d images that were registered as scans are named as masks and are dropped, e.g. %s"
+        _log.warning(text, folder, len(masks), masks[0].images[0])
+    if lost := [case for case in gone if case not in there]:
+        _log.warning("%s: %d scans no longer exist and are dropped, e.g. %s", folder, len(lost), lost[0].images[0])
     taken = {known[images].name.casefold() for images in new & set(known)}
     result = []
     for case in cases:
@@ -211,15 +224,22 @@ def _file_format(cases: Sequence[Case]) -> dict[str, str]:
     if unknown:
         raise MFMError("E_FORMAT", f"{unknown[0]}: not a known image format.")
     result = {"file_ending": endings.most_common(1)[0][0]}
-    if not set(endings) & _PICTURES:
+    if not set(endings) & PICTURES:
         if len(endings) > 1 or set(endings) & {".mhd", ".nhdr"}:
-            result["overwrite_image_reader_writer"] = "SimpleITKIO"
-    elif set(endings) <= _PICTURES:
+            is_nifti = set(endings) <= {".nii", ".nii.gz"}
+            result["overwrite_image_reader_writer"] = "NibabelIO" if is_nifti else "SimpleITKIO"
+    elif set(endings) <= PICTURES:
         if (len(endings) > 1 and not set(endings) <= {".tif", ".tiff"}) or set(endings) & {".jpg", ".jpeg"}:
             result["overwrite_image_reader_writer"] = "NaturalImage2DIO"
     else:
         counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
-        raise MFMError("E_FORMAT", f"volumes and pictures are mixed ({counts}). Register them as two corpora.")
+        rarest = endings.most_common()[-1][0]
+        files = [str(file) for case in cases for file in case.images if ending_of(file) == rarest]
+        raise MFMError(
+            "E_FORMAT",
+            f"volumes and pictures are mixed ({counts}), e.g. {files[0]}. Register them as two corpora, or move the "
+            f"{rarest} files out of the source.",
+        )
     return result
 
 
@@ -246,73 +266,19 @@ def _entry(case: Case) -> dict[str, Any]:
 def _read_corpus(folder: Path) -> dict[str, Any]:
     file, advice = folder / "corpus.json", "Delete the folder and register the images again."
     content = read_json(file, advice)
-    keys = {"name", "images", "subject"}
     cases = content.get("cases")
-    is_whole = isinstance(cases, list) and all(isinstance(entry, dict) and keys <= set(entry) for entry in cases)
-    if content.get("format") != FORMAT or "source" not in content or not is_whole:
+    is_whole = isinstance(cases, list) and all(_is_entry(entry) for entry in cases)
+    if content.get("format") != FORMAT or not isinstance(content.get("source"), str) or not is_whole:
         raise MFMError("E_FORMAT", f"{file}: of an unknown format, or parts are missing. {advice}")
     return content
 
 
-def _mapped(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
-    """nnU-Net's ``"dataset"`` map: paths relative to the folder, environment variables expanded."""
-
-    def resolve(path: str) -> Path:
-        return Path(os.path.abspath(folder / os.path.expandvars(path)))
-
-    return [
-        Case(
-            name,
-            tuple(resolve(file) for file in entry["images"]),
-            resolve(entry["label"]) if entry.get("label") else None,
-            subject_of(Path(name)),
-        )
-        for name, entry in sorted(dataset_json["dataset"].items())
-    ]
-
-
-def _listed(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
-    """``imagesTr/NAME_0000.nii.gz`` and ``labelsTr/NAME.nii.gz``."""
-    ending = dataset_json["file_ending"]
-    if not (folder / "imagesTr").is_dir():
-        raise MFMError("E_NOT_FOUND", f"{folder}: has no folder imagesTr. Put the images there as NAME_0000{ending}.")
-    groups = group_channels(folder / "imagesTr", ending)
-    num_channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or [0])
-    if ending.lower() in _PICTURES and all(set(files) == {0} for files in groups.values()):
-        num_channels = 1  # Colour pictures hold all channels in one file.
-    require_channels(folder / "imagesTr", groups, num_channels)
-    labelled = {file.name[: -len(ending)] for file in (folder / "labelsTr").glob(f"*{ending}")}
-    if orphans := sorted(name for name in labelled - set(groups) if not name.startswith(".")):
-        lines = "\n".join(f"  {name}_0000{ending}" for name in orphans)
-        raise MFMError(
-            "E_NOT_FOUND",
-            f"{folder}: {len(orphans)} labels have no image in imagesTr. Put the images there or take the labels out:\n"
-            f"{lines}",
-        )
-    return [
-        Case(
-            name,
-            tuple(files[channel].absolute() for channel in sorted(files)),
-            (folder / "labelsTr" / f"{name}{ending}").absolute(),
-            subject_of(Path(name)),
-        )
-        for name, files in groups.items()
-    ]
-
-
-def _require_files(folder: Path, cases: Sequence[Case]) -> None:
-    labels = [case.label for case in cases if case.label is not None]
-    files = [*(file for case in cases for file in case.images), *labels]
-    missing = [file for file in files if not os.path.lexists(file)]
-    if labels and missing == labels:
-        raise MFMError(
-            "E_NOT_FOUND",
-            f"{folder}: {len(cases)} images and no label at all, expected e.g. {labels[0]}. Add the labels; to use the "
-            "images without labels, register them as a corpus: mfm_plan_and_preprocess -d NUMBER --images FOLDER",
-        )
-    if missing:
-        listing = "\n".join(f"  {file}" for file in missing)
-        raise MFMError("E_NOT_FOUND", f"{folder}: {len(missing)} image or label files are missing:\n{listing}")
+def _is_entry(entry: Any) -> bool:
+    """Return whether a case of corpus.json is as :func:`_entry` writes it; volumes are named after its name."""
+    if not isinstance(entry, dict) or not is_file_name(entry.get("name")) or not isinstance(entry.get("images"), list):
+        return False
+    texts = [*entry["images"], entry.get("subject"), *(entry.get(key, "") for key in (*_WORDS, *_MASKS))]
+    return bool(entry["images"]) and all(isinstance(text, str) and "\0" not in text for text in texts)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -29,16 +29,18 @@ from mfm_nnunet.data.decoder import IDLE_SECONDS, receive, send
 from mfm_nnunet.data.geometry import geometry_of, properties_for, require_sane
 from mfm_nnunet.data.integrity import Voxels, ending_of, files_of, non_finite
 from mfm_nnunet.data.pictures import tiff_is_2d
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import is_unicode
+from mfm_nnunet.plan_rules import READERS
 
 PROCESSOR_SECONDS = 8
-BYTES_PER_PROCESSOR_SECOND = 5_000_000
-"""A file may take that many seconds, and one more for each that many bytes that its header declares."""
-VOXELS_READ_BESIDE = 1 << 20
+BYTES_PER_PROCESSOR_SECOND = 15_000_000
+"""A file may take that many seconds, and one more for each that many bytes that reading it takes."""
+BYTES_READ_BESIDE = 12 << 20
 """Larger files are read while they are checked; smaller ones afterwards, so that no reader gets what is damaged."""
 SPARE_BYTES = 1 << 30
-BYTES_PER_VOXEL = 40
-"""Readers hold the stored voxels, a copy in float64 and one in float32, some of them twice."""
+MEMORY_FACTOR = 3
+"""Readers may take that many times the bytes that they are expected to take, and :data:`SPARE_BYTES` more."""
 VALUE_TOLERANCE = 1e-5
 """Relative difference between a stored value and the reader's that is rounding to float32."""
 _ITK_READERS = {
@@ -67,12 +69,12 @@ def decode_file(file: Path, reader_name: str, is_map: bool = False, work_folder:
     which is named after the case. Raises MFMError as :func:`integrity.check_image_file` and :mod:`data.reading` say.
     """
     declared = integrity.declared_by(file)
-    _limit(declared.num_voxels)
+    _limit(declared.reading_bytes)
     wanted = reader_name
     if declared.start:
         reader_name = nifti.choose_reader(file, wanted, declared.start)
     read = functools.partial(_read, file, reader_name, is_map, work_folder)
-    if declared.num_voxels < VOXELS_READ_BESIDE:
+    if declared.reading_bytes < BYTES_READ_BESIDE:
         voxels = integrity.check_content(file, declared)
         array, properties = read()
     else:
@@ -130,10 +132,9 @@ def find_reader_class(name: str) -> Any:
 
     # ITK warns on stderr about headers that are refused or accepted here on purpose.
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        return recursive_find_reader_writer_by_name(name)
-    except RuntimeError as error:
-        raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. Check image_reader_writer.") from error
+    if name not in READERS:  # nnU-Net would take whatever its modules hold under that name
+        raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. {nearest(name, READERS)}")
+    return recursive_find_reader_writer_by_name(name)
 
 
 def _require_same(file: Path, reader_name: str, voxels: Voxels, array: np.ndarray) -> None:
@@ -157,14 +158,14 @@ def _require_same(file: Path, reader_name: str, voxels: Voxels, array: np.ndarra
         )
 
 
-def _limit(num_voxels: int) -> None:
-    """Limit the processor time and the memory that this process may use for a file of that many voxels."""
+def _limit(reading_bytes: int) -> None:
+    """Limit the processor time and the memory that this process may use for a file that takes so much to read."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    allowed = PROCESSOR_SECONDS + 4 * num_voxels // BYTES_PER_PROCESSOR_SECOND
+    allowed = PROCESSOR_SECONDS + reading_bytes // BYTES_PER_PROCESSOR_SECOND
     _set_limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime) + allowed)
     with contextlib.suppress(OSError):  # other systems than Linux do not say how large a process is
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        _set_limit(resource.RLIMIT_AS, in_use + SPARE_BYTES + BYTES_PER_VOXEL * num_voxels)
+        _set_limit(resource.RLIMIT_AS, in_use + SPARE_BYTES + MEMORY_FACTOR * reading_bytes)
 
 
 def _set_limit(kind: int, value: int) -> None:
@@ -182,7 +183,7 @@ def _readable(file: Path, reader_name: str, is_map: bool, folder: Path | None) -
     A name that is not UTF-8, as old archives have, ends the whole process.
     """
     is_beside = ending_of(file) == ".nii.gz" and reader_name.startswith("SimpleITK") and os.path.lexists(str(file)[:-3])
-    if not is_beside and _is_utf8(str(file)):
+    if not is_beside and is_unicode(str(file)):
         yield file
         return
     with tempfile.TemporaryDirectory(dir=folder) as links:
@@ -192,7 +193,7 @@ def _readable(file: Path, reader_name: str, is_map: bool, folder: Path | None) -
         for other in files_of(file, is_map)[1:]:
             is_spacing = other.suffix == ".json"
             relative = "image.json" if is_spacing else os.path.relpath(other, file.parent)
-            if not _is_utf8(relative) or relative.startswith(os.pardir):
+            if not is_unicode(relative) or relative.startswith(os.pardir):
                 raise MFMError(
                     "E_FORMAT", f"{file}: names the data file {relative}, which its reader cannot open. Rename both."
                 )
@@ -219,14 +220,6 @@ def _one_format(file: Path) -> Iterator[None]:
         yield
     finally:
         sitk.ReadImage, sitk.GetArrayFromImage = read, copy
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
@@ -297,7 +290,7 @@ def _shared(array: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
     if not array.transpose(order).flags.c_contiguous:
         array, order = np.ascontiguousarray(array), list(range(array.ndim))
     with _open_memory() as descriptor:
-        rest = memoryview(array.transpose(order)).cast("B")
+        rest = array.transpose(order).data.cast("B")
         while rest:
             rest = rest[os.write(descriptor, rest) :]
         yield descriptor, {"shape": array.shape, "order": order}

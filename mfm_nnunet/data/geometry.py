@@ -5,6 +5,7 @@ Taken from the properties of nnU-Net's readers; lengths in mm. Pictures (PNG, TI
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,11 @@ class Geometry:
 
 
 def geometry_of(properties: Mapping[str, Any]) -> Geometry:
-    """The geometry in nnU-Net's properties; pictures have none but a spacing."""
-    spacing = np.asarray(properties["spacing"], dtype=float)
+    """The geometry in nnU-Net's properties; pictures have none but a spacing.
+
+    Readers check nothing of the spacing that a file beside a TIFF stack holds; what is no number there is NaN here.
+    """
+    spacing = np.array([_number(value) for value in properties["spacing"]])
     if itk := properties.get("sitk_stuff"):
         num_axes = len(itk["spacing"])
         return Geometry(spacing, np.asarray(itk["origin"]), np.reshape(itk["direction"], (num_axes, num_axes)))
@@ -85,7 +89,7 @@ def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
         raise MFMError(
             "E_SPACING",
             f"{file}: the voxel size is {_numbers(geometry.spacing)} mm; legal is {low:g} to {high:g} mm. "
-            "Correct the spacing or the unit in the header.",
+            "Correct the spacing or the unit in the header; for a TIFF stack, in the .json file beside it.",
         )
     if geometry.direction is None or geometry.origin is None:
         return
@@ -112,6 +116,15 @@ def difference(one: Geometry, other: Geometry) -> str:
     if np.max(np.abs(one.origin - other.origin)) > allowed:
         return f"origin {_numbers(one.origin)} against {_numbers(other.origin)} mm (tolerance {allowed:.4g} mm)"
     return ""
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _numbers(values: np.ndarray) -> str:

@@ -13,10 +13,15 @@ from pathlib import Path, PurePath
 
 from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import is_file_name, shown
 
+ROOM_FOR_ENDING = 40
+"""Bytes of a file name that endings take, and the names of unfinished files."""
 MAX_NAME = 120
 """Longest name of a case; file systems allow 255 bytes and endings are added."""
-_SKIPPED_FOLDERS = {"labelsTr", "labelsTs", "__MACOSX"}
+PICTURES = frozenset((".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"))
+"""Endings of flat images; TIFF may also hold a stack."""
+_SKIPPED_FOLDERS = {"__MACOSX"}
 
 
 @dataclass(frozen=True)
@@ -54,24 +59,30 @@ class Case:
 def group_channels(folder: Path, file_ending: str = "") -> dict[str, dict[int, Path]]:
     """The files ``NAME_0000.nii.gz`` of a folder as {name: {channel: file}}, sorted; ``file_ending`` "" for any image.
 
-    Raises MFMError (E_FORMAT) when image files do not have such names, listing them.
+    Raises MFMError: E_FORMAT when image files do not have such names, E_CHANNELS when two files are one channel.
     """
     groups: dict[str, dict[int, Path]] = {}
-    strange = []
+    strange, twice = [], []
     for file in sorted(folder.iterdir()):
         ending = file_ending or ending_of(file)
-        if file.name.startswith(".") or not ending or not file.name.lower().endswith(ending.lower()):
+        if file.name.startswith(".") or not ending or not (file_ending == "" or file.name.endswith(ending)):
             continue
         match = re.fullmatch(r"(.+)_(\d{4})", file.name[: -len(ending)], re.DOTALL)
-        if match:
-            groups.setdefault(match[1], {})[int(match[2])] = file
-        else:
+        if not match:
             strange.append(file.name)
+        elif (first := groups.setdefault(match[1], {}).setdefault(int(match[2]), file)) != file:
+            twice.append(f"  {first.name} and {file.name}")
     if strange:
         raise MFMError(
             "E_FORMAT",
             f"{folder}: {len(strange)} names do not end with a channel as in NAME_0000.nii.gz, e.g. {strange[0]}. "
             "Rename them.",
+        )
+    if twice:
+        raise MFMError(
+            "E_CHANNELS",
+            f"{folder}: {len(twice)} channels have two files each. Move one of the two away, or rename it:\n"
+            + "\n".join(twice),
         )
     return groups
 
@@ -105,6 +116,11 @@ def named(relative: Sequence[PurePath], images: Sequence[tuple[Path, ...]]) -> l
         name if uses[name.casefold()] == 1 and len(name) <= MAX_NAME else with_digest(name, path.as_posix())
         for name, path in zip(candidates, relative)
     ]
+    # A listing may give two files of one name the same place.
+    uses = Counter(name.casefold() for name in names)
+    names = [
+        name if uses[name.casefold()] == 1 else with_digest(name, str(files[0])) for name, files in zip(names, images)
+    ]
     return [Case(name, files, None, subject_of(path) or name) for name, path, files in zip(names, relative, images)]
 
 
@@ -122,6 +138,27 @@ def subject_of(path: PurePath) -> str:
     """
     matches = (re.match(r"sub-[A-Za-z0-9]+", part) for part in path.parts)
     return next((match[0] for match in matches if match), "")
+
+
+def is_case_name(name: str) -> bool:
+    """Return whether a name can be the stem of nnU-Net's files; NAME_seg.b2nd is the label map of NAME there."""
+    is_file = is_file_name(f"{name}{'':_<{ROOM_FOR_ENDING}}")
+    return bool(name) and is_file and not name.endswith("_seg") and not name.startswith(".")
+
+
+def check_case_name(case: str) -> None:
+    """Raise MFMError (E_CONFIG) for a name that cannot be the stem of nnU-Net's files."""
+    if not is_case_name(case):
+        raise MFMError(
+            "E_CONFIG",
+            f"'{shown(case)}' cannot be the name of a case: nnU-Net would take its file for a label map or not find "
+            "it. Rename the image.",
+        )
+
+
+def spelling_of(name: str) -> str:
+    """Return what file systems that ignore letter case or Unicode form take a name for."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def stem_of(path: PurePath) -> str:

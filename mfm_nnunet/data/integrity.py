@@ -31,7 +31,7 @@ NUM_SAMPLES = 4096
 """Voxels, evenly spaced over a volume, that are compared with the reader's."""
 MAX_DEFLATE_RATIO = 1040
 """No stream of gzip or zlib holds more than this many times its size."""
-READING_BYTES_PER_VOXEL = 12
+READING_BYTES_PER_VOXEL, READING_BYTES_PER_BYTE = 12, 6
 """Memory that nnU-Net's readers take at their peak: the stored voxels, a copy, and the float32 array."""
 
 _MAGIC = {
@@ -72,11 +72,12 @@ def ending_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Declared:
-    """What the first bytes of a file say of the rest: the header of a volume, or the number of values of a picture."""
+    """What the first bytes of a file say of the rest: the header of a volume, and the memory that reading will take."""
 
     ending: str
     header: headers.VolumeHeader | None
-    num_voxels: int
+    """None for a picture."""
+    reading_bytes: int
     start: bytes = b""
     """The header of a NIfTI file as it stands there."""
 
@@ -125,9 +126,12 @@ def declared_by(path: Path) -> Declared:
             header = headers.gipl_header(path)
         if header is not None:
             _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
-        num_voxels = pictures.num_bytes(path) if header is None else math.prod(header.shape)
-        _require_memory(path, num_voxels)
-    return Declared(ending, header, num_voxels, start)
+        if header is None:
+            reading_bytes = READING_BYTES_PER_BYTE * pictures.num_bytes(path)
+        else:
+            reading_bytes = READING_BYTES_PER_VOXEL * math.prod(header.shape)
+        _require_memory(path, reading_bytes)
+    return Declared(ending, header, reading_bytes, start)
 
 
 def check_content(path: Path, declared: Declared) -> Voxels | None:
@@ -297,13 +301,13 @@ def _require_possible(path: Path, header: headers.VolumeHeader, is_compressed: b
         )
 
 
-def _require_memory(path: Path, num_voxels: int) -> None:
-    """Refuse a volume whose reading needs more memory than we may use."""
-    available, needed = available_memory(), READING_BYTES_PER_VOXEL * num_voxels
+def _require_memory(path: Path, needed: int) -> None:
+    """Refuse an image whose reading needs more bytes of memory than we may use."""
+    available = available_memory()
     if needed > available:
         raise MFMError(
             "E_TOO_LARGE",
-            f"{path}: reading the volume needs {needed / 1e9:.1f} GB, and only {available / 1e9:.1f} GB may be used. "
+            f"{path}: reading the image needs {needed / 1e9:.1f} GB, and only {available / 1e9:.1f} GB may be used. "
             "Crop it.",
         )
 

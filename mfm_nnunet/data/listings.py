@@ -18,10 +18,15 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mfm_nnunet.data.index import Case, named, safe_name
+from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.json_files import read_json
 
 NNSSL_FILE = "pretrain_data.json"
+OF_PREPROCESSED = (
+    "is nnssl's index of data that it preprocessed. Give the pretrain_data.json of the raw folder "
+    "($nnssl_raw/DATASET/pretrain_data.json) instead."
+)
 _MASK_COLUMNS = {
     "anatomy_mask": "anatomy_mask",
     "anonymisation_mask": "anonymisation_mask",
@@ -57,9 +62,12 @@ def read_nnssl(file: Path) -> list[Case]:
     """The cases of nnssl's index: collection, datasets, subjects, sessions, images with their associated masks.
 
     Paths may begin with a variable (``$nnssl_raw/...``); relative ones start at the file's folder. Raises MFMError:
-    E_FORMAT (another structure), E_CONFIG (a variable that is not set), E_NOT_FOUND (missing files, all listed).
+    E_FORMAT (another structure, or the index of preprocessed data), E_CONFIG (a variable that is not set), E_NOT_FOUND
+    (missing files, all listed).
     """
     entries = list(_nnssl_entries(file, read_json(file, "Write it again with nnssl, or list the images in a CSV.")))
+    if is_of_preprocessed(file) or (entries and not any(ending_of(Path(e["image_path"])) for _, e in entries)):
+        raise MFMError("E_FORMAT", f"{file}: {OF_PREPROCESSED}")
     images = [_nnssl_path(file, entry["image_path"]) for _, entry in entries]
     masks = [_nnssl_masks(file, entry) for _, entry in entries]
     wanted = [path for image, of_case in zip(images, masks) for path in (image, *of_case.values())]
@@ -79,6 +87,11 @@ def read_nnssl(file: Path) -> list[Case]:
     ]
 
 
+def is_of_preprocessed(file: Path) -> bool:
+    """Return whether a file has the name of nnssl's index of preprocessed data, ``pretrain_data__PLAN.json``."""
+    return re.fullmatch(r"pretrain_data__.+\.json", file.name) is not None
+
+
 def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[PurePath, dict[str, Any]]]:
     """(dataset/subject/session, image) of all images."""
     for dataset, subjects in _nnssl_level(file, content, "datasets"):
@@ -88,11 +101,16 @@ def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[Pur
                 if not isinstance(entries, list):
                     raise _not_nnssl(file, f"session '{session}' of '{subject}' has no list 'images'")
                 # Identifiers may hold slashes; each is one part of the place here.
-                place = PurePath(*(name.replace("/", "_") or "_" for name in (dataset, subject, session)))
+                place = PurePath(*(_part(name) for name in (dataset, subject, session)))
                 for entry in entries:
                     if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
                         raise _not_nnssl(file, f"an image of '{subject}' has no 'image_path'")
                     yield place, entry
+
+
+def _part(name: str) -> str:
+    """An identifier as one part of a path."""
+    return "_" if name in ("", ".", "..") else name.replace("/", "_")
 
 
 def _nnssl_level(file: Path, content: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,7 +138,7 @@ def _nnssl_path(file: Path, path: str) -> Path:
 
 def _nnssl_masks(file: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     associated = entry.get("associated_masks") or {}
-    if not isinstance(associated, dict):
+    if not isinstance(associated, dict) or not all(isinstance(path, (str, type(None))) for path in associated.values()):
         raise _not_nnssl(file, f"'associated_masks' of {entry['image_path']} is no table")
     return {field: _nnssl_path(file, associated[name]) for name, field in _MASK_COLUMNS.items() if associated.get(name)}
 
@@ -143,15 +161,16 @@ def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns that hold images, and the rows, with trimmed names in lower case."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        first = text.partition("\n")[0]
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+        header = [name.strip().lower() for name in reader.fieldnames or []]
+        rows = [
+            {name: (row.get(key) or "").strip() for name, key in zip(header, reader.fieldnames or [])} for row in reader
+        ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MFMError("E_FORMAT", f"{file}: cannot be read as a CSV table ({error}).") from error
-    first = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-    header = [name.strip().lower() for name in reader.fieldnames or []]
-    rows = [
-        {name: (row.get(key) or "").strip() for name, key in zip(header, reader.fieldnames or [])} for row in reader
-    ]
-    channels = sorted((name for name in header if re.fullmatch(r"image_\d+", name)), key=lambda name: int(name[6:]))
+    numbered = [name for name in header if re.fullmatch(r"image_[0-9]{1,4}", name)]
+    channels = sorted(numbered, key=lambda name: int(name[6:]))
     columns = ["image"] if "image" in header else channels
     if not columns:
         found = f"only {', '.join(header)}" if header else "and no first line"
@@ -160,7 +179,7 @@ def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _absolute(path: str, folder: Path) -> Path:
-    return Path(os.path.abspath(folder / Path(path).expanduser()))
+    return Path(os.path.abspath(folder / os.path.expanduser(path)))
 
 
 def _with_columns(file: Path, cells: list[dict[str, str]], cases: list[Case]) -> list[Case]:

@@ -23,6 +23,7 @@ from mfm_nnunet.data.geometry import difference, geometry_of
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.data.per_case import unreadable
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 
 if TYPE_CHECKING:
     from mfm_nnunet.data.index import Case
@@ -35,7 +36,7 @@ ENDINGS = {"anonymised": ".b2nd", "anatomy": ".npy"}
 
 def mask_file(folder: Path, kind: str, case: str) -> Path:
     """Where the mask of a case lies whose volume is in ``folder``."""
-    return folder.with_name(f"{folder.name}_{kind}") / f"{case}{ENDINGS[kind]}"
+    return inside(folder.with_name(f"{folder.name}_{kind}"), f"{case}{ENDINGS[kind]}")
 
 
 def masked_cases(folder: Path, kind: str) -> set[str]:

@@ -116,7 +116,7 @@ def contradiction(start: bytes) -> str:
 
 
 def warn_of_contradiction(path: Path, words: str) -> None:
-    """Log, once for a file, the :func:`contradiction` in its header, if there is one. See decision 20."""
+    """Log, once for a file, the :func:`contradiction` in its header, if there is one."""
     if not words or path in _warned or len(_warned) == MAX_WARNINGS:
         return
     _warned.add(path)

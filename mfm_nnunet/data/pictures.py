@@ -11,7 +11,9 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from mfm_nnunet.data import tiff
 from mfm_nnunet.data.headers import refuse
@@ -186,13 +188,30 @@ def _require_jpeg_rows(path: Path, picture: Image.Image) -> None:
     """
     from PIL import ImageChops
 
-    content = path.read_bytes()
-    end = content.rfind(b"\xff\xd9")
-    if end < 0:
-        return
-    with _open_picture(path, io.BytesIO(content[:end] + _NO_MARKER + content[end:])) as other:
+    with _open_picture(path, io.BytesIO(_with_more(path.read_bytes()))) as other:
         if ImageChops.difference(picture, other).getbbox() is not None:
             raise MFMError("E_SHORT_DATA", f"{path}: the last rows of the picture are missing. Copy it again.")
+
+
+def _with_more(jpeg: bytes) -> bytes:
+    """Return a JPEG stream with bytes before its end mark that belong to no row."""
+    end = jpeg.rfind(b"\xff\xd9")
+    return jpeg[:end] + _NO_MARKER + jpeg[end:] if end >= 0 else jpeg
+
+
+def _require_tiff_rows(path: Path, file: Any) -> None:
+    """Notice rows that are missing in a strip or tile that is a JPEG stream of its own."""
+    for page in file.series[0].pages:
+        segments = file.filehandle.read_segments(page.dataoffsets, page.databytecounts)
+        for data, index in segments:
+            pair = (
+                page.keyframe.decode(stream, index, jpegtables=page.jpegtables)[0]
+                for stream in (data, _with_more(data))
+            )
+            if not np.array_equal(*pair):
+                raise refuse(
+                    "E_SHORT_DATA", path, f"part {index} of page {page.index} lacks rows", "Copy the file again."
+                )
 
 
 @contextlib.contextmanager
@@ -212,12 +231,22 @@ def _open_picture(path: Path, content: io.BytesIO | None = None) -> Iterator[Ima
 
 
 def check_bmp(path: Path) -> None:
-    """Compare the length with the header and decode. Raises MFMError (E_FORMAT, E_SHORT_DATA, E_TOO_LARGE)."""
+    """Compare the length with the header and decode.
+
+    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_TOO_LARGE).
+    """
     with open(path, "rb") as file:
-        start = file.read(6)
-    if len(start) < 6 or path.stat().st_size < struct.unpack("<I", start[2:])[0]:
+        start = file.read(34)
+    if len(start) < 34 or path.stat().st_size < struct.unpack("<I", start[2:6])[0]:
         raise MFMError("E_SHORT_DATA", f"{path}: the picture is cut off. Copy it again.")
     check_picture(path)
+    first_pixel, kind, width, height, _, bits, compression = struct.unpack("<IIiiHHI", start[10:34])
+    row = (width * bits + 31) // 32 * 4
+    # Longer headers than the usual one have a colour profile behind the pixels.
+    if kind == 40 and compression == 0 and path.stat().st_size >= first_pixel + row * (abs(height) + 1):
+        raise MFMError(
+            "E_HEADER", f"{path}: holds more rows than the {abs(height)} that its header describes. Export it again."
+        )
 
 
 def check_tiff(path: Path) -> None:
@@ -232,6 +261,8 @@ def check_tiff(path: Path) -> None:
         _require_one_volume(path, file, pages)
         if file.asarray().shape != volume.shape:
             raise refuse("E_SHORT_DATA", path, f"its pages do not make {volume.shape}", "Copy the file again.")
+        if volume.keyframe.compression in (6, 7):  # JPEG
+            _require_tiff_rows(path, file)
 
 
 def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int, tiff.Page]) -> None:

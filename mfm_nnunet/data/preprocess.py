@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.data import reading, storage
+from mfm_nnunet.data.index import check_case_name
 from mfm_nnunet.data.masks import mask_signature, read_masks
 from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.preprocess_case import preprocess_case_npy, preprocess_mask
 from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
+from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import preprocessor_problem
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def preprocess_dataset(
     if problem := preprocessor_problem(plans, configuration):
         raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that the plan is from, or plan here.")
     settings_hash = preprocessing_hash(plans, configuration, dataset_json)
-    folder = Path(preprocessed_folder) / _resolved(plans, configuration)["data_identifier"]
+    folder = inside(Path(preprocessed_folder), _resolved(plans, configuration)["data_identifier"])
     with storage.full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     manifest = storage.Manifest.read(folder)
@@ -131,7 +133,7 @@ class Job:
 
     def __call__(self, case: Case) -> list[list[Any]]:
         """Read, preprocess and store one case; returns the signature of its source files. Raises MFMError."""
-        storage.check_case_name(case.name)
+        check_case_name(case.name)
         with unchanged(case, _signature) as signature:
             content, patch_size = self._prepared(case)
         self.copy_label(case)
@@ -162,7 +164,7 @@ class Job:
         """Put the label file of a labelled case into ``gt_segmentations``, where validation looks for it."""
         if case.label is not None:
             name = case.name + json.loads(self.dataset_json)["file_ending"]
-            storage.copy_label(case.label, self.folder.parent / "gt_segmentations" / name, self.staging)
+            storage.copy_label(case.label, inside(self.folder.parent, "gt_segmentations", name), self.staging)
 
 
 @functools.lru_cache(2)

@@ -14,7 +14,10 @@ import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
 from mfm_nnunet.data.resampling import resampling_function
+from mfm_nnunet.data.sizes import Sizes, require_preprocessable
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import is_resampled
+from mfm_nnunet.plan_rules import CT
 
 if TYPE_CHECKING:
     from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
@@ -28,18 +31,21 @@ def preprocess_case_npy(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
     dataset_json: dict[str, Any],
+    require_size: Callable[[Sizes], None] = require_preprocessable,
 ) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """Transpose, crop to the non-zero box, normalise and resample one case, as ``DefaultPreprocessor.run_case_npy``.
 
     ``image_CDHW`` and ``label`` (1, D, H, W) come from the reader and are not changed; ``properties`` must hold the
     reader's ``spacing`` in mm. Returns data float32, label int8 or int16 with -1 outside the non-zero region (None
-    without a label), and the properties with shapes, box and, for a label, ``class_locations``.
-    Raises MFMError: E_CHANNELS, E_DIM (a 2D image for a 3D configuration), E_LABEL_GEOMETRY, E_SPACING (an axis would
-    vanish).
+    without a label), and the properties with shapes, box and, for a label, ``class_locations``. ``require_size`` is
+    called with the shapes before anything is resampled, and raises for a case that is too large.
+    Raises MFMError: E_CHANNELS, E_DIM (a 2D image for a 3D configuration, slices across the plan's), E_LABEL_GEOMETRY,
+    E_SPACING (an axis would vanish), E_TOO_LARGE.
     """
     _check_case(image_CDHW, label, configuration_manager)
     _refuse_flat(properties["spacing"], configuration_manager.spacing)
     order = plans_manager.transpose_forward
+    _refuse_lines([image_CDHW.shape[1 + i] for i in order], configuration_manager.spacing)
     axes = [0, *(i + 1 for i in order)]
     spacing = [properties["spacing"][i] for i in order]
     transposed_CDHW = image_CDHW.transpose(axes)
@@ -51,6 +57,10 @@ def preprocess_case_npy(
         seg = _mark_outside(data_CDHW, seg)
     target = _target_spacing(configuration_manager, spacing)
     new_shape = _new_shape(data_CDHW.shape[1:], spacing, target)
+    own_shape = data_CDHW.shape[1:]
+    is_same = not is_resampled(configuration_manager.configuration)
+    shapes = transposed_CDHW.shape[1:], own_shape, own_shape if is_same else new_shape
+    require_size(Sizes(len(data_CDHW), *shapes, tuple(spacing), tuple(target)))
     properties = {
         **properties,
         "shape_before_cropping": transposed_CDHW.shape[1:],
@@ -114,6 +124,16 @@ def _refuse_flat(spacing: Sequence[float], target: Sequence[float]) -> None:
         raise MFMError("E_DIM", "the image is 2D, the plan's configuration is 3D. Use a 2D plan, or leave it out.")
 
 
+def _refuse_lines(shape: Sequence[int], target: Sequence[float]) -> None:
+    """Refuse a single slice that a 2D configuration would cut into lines; ``shape`` is in the plan's axis order."""
+    if len(target) == 2 and shape[0] > 1 and min(shape[1:]) == 1:
+        raise MFMError(
+            "E_DIM",
+            f"in the plan's axis order it has {' x '.join(map(str, shape))} voxels, so its single slice lies "
+            "across those of the 2D plan, which would see lines. Save it with its axes in the order of the others.",
+        )
+
+
 def _nonzero(x_CDHW: np.ndarray) -> np.ndarray:
     """Where any channel is not zero."""
     mask_DHW = x_CDHW[0] != 0
@@ -159,8 +179,11 @@ def _normalise(
     """Normalise each channel in place with nnU-Net's scheme."""
     intensities = plans_manager.foreground_intensity_properties_per_channel
     for c, scheme in enumerate(configuration_manager.normalization_schemes):
+        known = intensities.get(str(c))
+        if scheme == CT and not known:
+            raise MFMError("E_CONFIG", f"the plan has no intensities of channel {c}, and {CT} needs them. Plan again.")
         normaliser = _normaliser_class(scheme)(
-            use_mask_for_norm=configuration_manager.use_mask_for_norm[c], intensityproperties=intensities[str(c)]
+            use_mask_for_norm=configuration_manager.use_mask_for_norm[c], intensityproperties=known
         )
         data_CDHW[c] = normaliser.run(data_CDHW[c], None if seg is None else seg[0])
 

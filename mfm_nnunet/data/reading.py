@@ -170,6 +170,7 @@ def known_labels(dataset_json: Mapping[str, Any]) -> set[int]:
 def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
     """Read one file in a child process (:mod:`mfm_nnunet.data.decode`)."""
     reply = decoder.call(file, {"task": "decode", "reader": reader_name, "is_map": is_map})
+    assert reply.voxels is not None, "a decoded image has voxels"
     content, order = reply.content, reply.content["order"]
     shape = [content["shape"][axis] for axis in order]
     array = np.frombuffer(reply.voxels, np.float32).reshape(shape).transpose(np.argsort(order))

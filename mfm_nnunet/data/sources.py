@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from mfm_nnunet.data import bids, listings
-from mfm_nnunet.data.index import Case, group_channels, image_files, named, require_channels, stem_of
+from mfm_nnunet.data import bids, dicom, listings
+from mfm_nnunet.data.index import PICTURES, Case, group_channels, image_files, named, require_channels, stem_of
 from mfm_nnunet.data.integrity import IMAGE_ENDINGS, ending_of
+from mfm_nnunet.data.not_scans import is_named_mask
 from mfm_nnunet.errors import MFMError
 
 _RAW_FOLDERS = ("imagesTr", "imagesTs")
-_DICOM = {".dcm", ".ima"}
-MAX_FILES_ASKED = 1000
-"""How many files of a folder without images are asked whether they are DICOM."""
+_LABEL_FOLDERS = {"labelsTr", "labelsTs"}
 _log = logging.getLogger(__name__)
 
 
 def index_source(source: Path) -> list[Case]:
     """The cases of a source of images; absolute paths, sorted, none of the files opened.
 
-    * A folder tree: each image file is a case; hidden files and nnU-Net's label folders are left out. ``sub-XX`` in a
-      path names the subject.
+    * A folder tree: each image file is a case; hidden files are left out, and so are, with a message, those that are
+      named as masks (:mod:`mfm_nnunet.data.not_scans`), DICOM files, and a few pictures among volumes. ``sub-XX``
+      in a path names the subject.
     * A BIDS dataset, or a folder that holds several (:mod:`mfm_nnunet.data.bids`).
     * A folder with ``imagesTr`` or ``imagesTs`` (or one of these itself): nnU-Net's ``_0000`` names.
     * A CSV table or nnssl's ``pretrain_data.json`` (:mod:`mfm_nnunet.data.listings`), also a folder that holds the
@@ -34,10 +34,11 @@ def index_source(source: Path) -> list[Case]:
     * A single image.
 
     Raises MFMError: E_NOT_FOUND (no such source, no image in it, images or masks that a listing names), E_CHANNELS
-    (missing channel files, all listed), E_FORMAT (a listing of another form), E_CONFIG (a listing with a case name
-    twice, or with a variable that is not set).
+    (missing channel files, all listed), E_FORMAT (a listing of another form, DICOM, an archive), E_CONFIG (a listing
+    with a case name twice, or with a variable that is not set), E_MASK (a folder tree in which every image is named as
+    a mask).
     """
-    source = Path(os.path.abspath(source.expanduser()))
+    source = Path(os.path.abspath(os.path.expanduser(source)))
     if source.is_dir():
         cases = _folder(source)
     elif not source.exists():
@@ -49,39 +50,49 @@ def index_source(source: Path) -> list[Case]:
     elif ending_of(source):
         cases = named([PurePath(source.name)], [(source,)])
     else:
-        raise MFMError(
-            "E_FORMAT",
-            f"{source}: expected a folder, a CSV file, a pretrain_data.json or an image ({' '.join(IMAGE_ENDINGS)}). "
-            f"{dicom_advice(source)}",
-        )
+        raise _unknown_source(source)
     if not cases:
-        advice = dicom_advice(source)
-        raise MFMError("E_NOT_FOUND", f"{source}: no image in it. {advice}Known endings: {' '.join(IMAGE_ENDINGS)}")
-    return cases
+        known = f"Known endings: {' '.join(IMAGE_ENDINGS)}"
+        raise MFMError("E_NOT_FOUND", f"{source}: no image in it. {_what_else(source)}{known}")
+    return _each_once(source, cases)
 
 
-def dicom_advice(source: Path) -> str:
-    """Return what to do with DICOM files, which are not read, where ``source`` is one or holds some; else ""."""
-    files = [source] if source.is_file() else itertools.islice(source.rglob("*"), MAX_FILES_ASKED)
-    if not any(_is_dicom(file) for file in files):
-        return ""
-    return (
-        "DICOM series are not read: convert each to NIfTI first, e.g. pip install dcm2niix, then dcm2niix -z y -o "
-        "NIFTI_FOLDER DICOM_FOLDER. "
+def _unknown_source(source: Path) -> MFMError:
+    """The error (E_FORMAT) for a file that is no listing and no image."""
+    if not os.path.isfile(source):
+        return MFMError("E_FORMAT", f"{source}: is a pipe or device. Give a folder, a listing or an image.")
+    if found := dicom.find_dicom(source):
+        return MFMError("E_FORMAT", f"{found}: is DICOM, which is not read. {dicom.CONVERT}")
+    if zipfile.is_zipfile(source):
+        return MFMError("E_FORMAT", f"{source}: is a zip archive. Unpack it and give the folder.")
+    endings = " ".join(IMAGE_ENDINGS)
+    return MFMError(
+        "E_FORMAT", f"{source}: expected a folder, a CSV file, a pretrain_data.json or an image ({endings})."
     )
 
 
-def _is_dicom(file: Path) -> bool:
-    """Tell DICOM by its name, or by its first bytes: archives export files without an ending."""
-    if file.suffix.lower() in _DICOM:
-        return True
-    try:
-        if not file.is_file():
-            return False
-        with open(file, "rb") as handle:
-            return handle.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+def _what_else(source: Path) -> str:
+    """Sentences about what a folder without images holds instead; "" for nothing that is known."""
+    if advice := dicom.advice(source):
+        return advice
+    if not source.is_dir():
+        return ""
+    if indices := sorted(file for file in source.glob("*.json") if listings.is_of_preprocessed(file)):
+        return f"{indices[0].name}: {listings.OF_PREPROCESSED} "
+    archives = sorted(file for file in source.iterdir() if file.suffix.lower() == ".zip")
+    return f"Unpack the archives in it, e.g. {archives[0].name}. " if archives else ""
+
+
+def _each_once(source: Path, cases: list[Case]) -> list[Case]:
+    """The cases without those that a listing names again: one of them might train while the other validates."""
+    first: dict[tuple[Path, ...], Case] = {}
+    for case in cases:
+        first.setdefault(case.images, case)
+    if len(first) < len(cases):
+        again = next(case for case in cases if first[case.images] is not case)
+        text = "%s: %d entries name an image for the second time and are left out, e.g. %s"
+        _log.warning(text, source, len(cases) - len(first), again.images[0])
+    return list(first.values())
 
 
 def _folder(source: Path) -> list[Case]:
@@ -94,10 +105,41 @@ def _folder(source: Path) -> list[Case]:
     if images.name in _RAW_FOLDERS and _has_channels(images):
         return _raw(images)
     files = sorted(image_files(images), key=lambda file: file.relative_to(images).as_posix())
-    if roots := bids.dataset_folders(images, files):
+    places = [file for file in files if not _LABEL_FOLDERS & set(file.relative_to(images).parts)]
+    if roots := bids.dataset_folders(images, places):
         return bids.cases(images, files, roots)
+    files = _without_stray_pictures(images, _without_masks(images, files))
+    if files and (found := dicom.find_dicom(images)):
+        _log.warning("%s: DICOM files are left out, e.g. %s. %s", images, found, dicom.CONVERT)
     _warn_of_channels(files)
     return named([file.relative_to(images) for file in files], [(file,) for file in files])
+
+
+def _without_masks(source: Path, files: list[Path]) -> list[Path]:
+    masks = [file for file in files if is_named_mask(file.relative_to(source))]
+    if not masks:
+        return files
+    if len(masks) == len(files):
+        raise MFMError(
+            "E_MASK",
+            f"{source}: all {len(files)} images in it are named as masks, e.g. {masks[0].relative_to(source)}. If they "
+            "are scans, give the folder that holds them directly, or list them in a CSV with a column 'image'.",
+        )
+    text = "%s: %d images are left out, because their names or folders are those of masks, e.g. %s"
+    _log.warning(text, source, len(masks), masks[0].relative_to(source))
+    left = set(masks)
+    return [file for file in files if file not in left]
+
+
+def _without_stray_pictures(source: Path, files: list[Path]) -> list[Path]:
+    """Volumes without the few pictures among them, such as screenshots; other mixtures are refused when registered."""
+    pictures = [file for file in files if ending_of(file) in PICTURES]
+    volumes = [file for file in files if ending_of(file) not in PICTURES]
+    if not pictures or len(volumes) < 3 or len(pictures) > max(1, len(files) // 10):
+        return files
+    text = "%s: %d pictures among %d volumes are left out, e.g. %s"
+    _log.warning(text, source, len(pictures), len(volumes), pictures[0].relative_to(source))
+    return volumes
 
 
 def _warn_of_channels(files: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ import pickle
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,11 @@ import numpy as np
 
 from mfm_nnunet.checkpoint import atomic_write, full_disk_named
 from mfm_nnunet.data import masks
+from mfm_nnunet.data.properties import read_properties
+from mfm_nnunet.data.volumes import open_array, read_arrays
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside, is_file_name, open_to_append, whole_number
+from mfm_nnunet.json_files import parse_json
 
 ENDINGS = (".pkl", "_seg.b2nd", ".b2nd")
 """Files of a case in the order in which they appear; nnU-Net takes the last as the sign that the case is there."""
@@ -41,8 +45,8 @@ def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
     """
     prefix = f".partial-{_place()}-"
     for left in preprocessed_folder.glob(f"{prefix}*"):
-        pid = left.name.removeprefix(prefix)
-        if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+        number = whole_number(left.name.removeprefix(prefix))
+        if number is not None and (number == os.getpid() or not _is_alive(number)):
             shutil.rmtree(left, ignore_errors=True)
     folder = preprocessed_folder / f"{prefix}{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +103,10 @@ class Manifest:
         manifest = cls(folder.with_name(f"{folder.name}.manifest.jsonl"), folder)
         lines = manifest.file.read_bytes().splitlines() if manifest.file.is_file() else []
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                manifest.entries[entry["case"]] = entry
+            with contextlib.suppress(ValueError):
+                entry = parse_json(line)
+                if _is_entry(entry):
+                    manifest.entries[entry["case"]] = entry
         return manifest
 
     def holds(self, case: str, settings_hash: str, sources: list[list[Any]]) -> bool:
@@ -123,7 +128,7 @@ class Manifest:
     def add(self, case: str, settings_hash: str, sources: list[list[Any]]) -> None:
         """Note that the case is finished. Raises MFMError (E_DISK_FULL)."""
         entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}
-        with full_disk_named(self.file), open(self.file, "a+b") as file:
+        with full_disk_named(self.file), open_to_append(self.file) as file:
             file.seek(max(0, file.tell() - 1))
             # A line that a killed run left unfinished must not swallow this one.
             cut_off = file.read(1) not in (b"", b"\n")
@@ -133,9 +138,23 @@ class Manifest:
         self.entries[case] = entry
 
 
+def _is_entry(entry: Any) -> bool:
+    """Return whether a line of a manifest says what :meth:`Manifest.add` writes; any other is ignored."""
+    if not isinstance(entry, dict) or not {"case", "hash", "sources", "files"} <= set(entry):
+        return False
+    sources, sizes = entry["sources"], entry["files"]
+    is_text = is_file_name(entry["case"]) and isinstance(entry["hash"], str)
+    has_sources = isinstance(sources, list) and all(
+        isinstance(source, list) and len(source) in (2, 3) and all(type(size) is int for size in source[:2])
+        and all(isinstance(kind, str) for kind in source[2:])
+        for source in sources
+    )  # fmt: skip
+    return is_text and has_sources and isinstance(sizes, dict) and all(type(size) is int for size in sizes.values())
+
+
 def case_files(folder: Path, case: str) -> dict[str, Path]:
     """All files that a case may have, by kind of mask and by ending, in the order in which they appear."""
-    own = {ending: folder / f"{case}{ending}" for ending in ENDINGS}
+    own = {ending: inside(folder, f"{case}{ending}") for ending in ENDINGS}
     return {**{kind: masks.mask_file(folder, kind, case) for kind in masks.ENDINGS}, **own}
 
 
@@ -149,15 +168,15 @@ def stored_cases(folder: Path) -> set[str]:
     return {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
 
 
-def require_whole(folder: Path) -> None:
-    """Raise MFMError (E_SHORT_DATA) when cases of a data folder were damaged after they were written.
+def require_whole(folder: Path, cases: Collection[str] | None = None) -> None:
+    """Raise MFMError (E_SHORT_DATA) when ``cases`` of a data folder (None: any) were damaged after they were written.
 
     Only files whose size is not the one in the manifest are opened; folders of stock nnU-Net have no manifest. A mask
     that was written and is gone counts as damaged: without it, its voxels would be taken for others.
     """
     entries = Manifest.read(folder).entries
     damaged = []
-    for case in sorted(stored_cases(folder) & set(entries)):
+    for case in sorted(stored_cases(folder) & set(entries) & set(entries if cases is None else cases)):
         expected, sizes = entries[case].get("files", {}), file_sizes(folder, case)
         suspects = [key for key, size in sizes.items() if size != expected.get(key)]
         files = case_files(folder, case)
@@ -172,14 +191,17 @@ def require_whole(folder: Path) -> None:
 
 
 def _is_readable(file: Path) -> bool:
-    if file.suffix == ".pkl":  # never loaded for a check, because pickles run code; a whole one ends with its stop sign
-        return file.read_bytes().endswith(b".")
+    """Return whether a preprocessed file can be opened; a file that could run code is refused (E_DATA_UNSAFE)."""
     try:
-        if file.suffix == ".npy":
-            np.load(file, allow_pickle=False)
-            return True
-        blosc2.open(urlpath=str(file), mode="r")
-    except (RuntimeError, OSError, ValueError):
+        if file.suffix == ".pkl":
+            read_properties(file)
+        elif file.suffix == ".npy":
+            read_arrays(file)
+        else:
+            open_array(str(file))
+    except MFMError as error:
+        if error.code == "E_DATA_UNSAFE":
+            raise
         return False
     return True
 
@@ -240,13 +262,3 @@ def copy_label(label: Path, target: Path, staging: Path) -> None:
         shutil.copyfile(label, temporary)
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         os.replace(temporary, target)
-
-
-def check_case_name(case: str) -> None:
-    """Raises MFMError (E_CONFIG) for a name that cannot be the stem of nnU-Net's files."""
-    if case.endswith("_seg") or not re.fullmatch(r"[^/\\\0]+", case) or case.startswith("."):
-        raise MFMError(
-            "E_CONFIG",
-            f"'{case}' cannot be the name of a case: nnU-Net would take its file for a label map or not find it. "
-            "Rename the image.",
-        )

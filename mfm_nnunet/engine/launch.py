@@ -19,7 +19,8 @@ import torch
 from mfm_nnunet.checkpoint import atomic_write, remove_leftovers
 from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, no_child_left, raise_recorded
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.storage import Manifest, require_whole
+from mfm_nnunet.data.current import Selection, select
+from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
 from mfm_nnunet.engine import probe as probing
 from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
@@ -28,6 +29,7 @@ from mfm_nnunet.engine.probe_data import choose_cases
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
+from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import read_plans, shared_plan
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.build import build_network
@@ -103,6 +105,7 @@ class Job:
     """A run that was asked for, checked as far as it can be before the data are read."""
 
     plans: dict[str, Any]
+    selection: Selection
     files: dict[str, Path]
     task_class: type[PretextTask]
     resolved: PretrainRun
@@ -130,7 +133,7 @@ def check(
     """
     plans_file = here.plans_file(dataset_name, plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
-    files = preprocessed_files(here, dataset_name, plans, configuration)
+    selection, files = select_cases(here, dataset_name, plans, configuration)
     task_class = find_task(pretext)
     with about(plans_file):
         block = schema.block_of(plans)
@@ -142,9 +145,9 @@ def check(
     if run_name and not re.fullmatch(r"[A-Za-z0-9._+-]+", run_name):
         raise MFMError("E_CONFIG", f"--run-name {run_name}: a name of letters, digits, _ . + and - is needed.")
     name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
-    folder = here.results / dataset_name / name
+    folder = inside(here.results, dataset_name, name)
     _require_free(folder, continue_training)
-    job = Job(plans, files, task_class, resolved, folder, pick_device(device))
+    job = Job(plans, selection, files, task_class, resolved, folder, pick_device(device))
     if probe is None:
         return job
     dataset = choose_cases(here, probe, plans, configuration, resolved.probe.max_cases, resolved.seed)
@@ -166,15 +169,14 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
                 used = torch.device("cuda", world.local_rank) if world.size > 1 or used.index is None else used
                 torch.cuda.set_device(used)  # takes the first memory
                 torch.backends.cudnn.benchmark = True  # all patches have one size
-            return _pretrain(here, job, used, world, arguments)
+            return _pretrain(job, used, world, arguments)
     finally:
         leave_world(world)
 
 
-def _pretrain(here: Workspace, job: Job, device: torch.device, world: World, arguments: dict[str, Any]) -> Path:
+def _pretrain(job: Job, device: torch.device, world: World, arguments: dict[str, Any]) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
-    cases = _cases(here, arguments["dataset_name"], job.files)
-    run, task, notes = _prepare(job, arguments["configuration"], cases)
+    run, task, notes = _prepare(job, arguments["configuration"])
     workers = default_workers(world.size) if job.resolved.num_workers is None else job.resolved.num_workers
     run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe, num_workers=workers)
     pretrainer = Pretrainer(task, run)
@@ -182,18 +184,20 @@ def _pretrain(here: Workspace, job: Job, device: torch.device, world: World, arg
         probing.prepare(job.probe, world)
     if world.is_main:
         _announce(run, task, is_new=not arguments["continue_training"])
+        for note in job.selection.notes():
+            logger.warning("%s: %s", arguments["dataset_name"], note)
         for note in notes:
             logger.info("%s", note)
     return pretrainer.run(arguments["continue_training"])
 
 
-def preprocessed_files(
+def select_cases(
     here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str
-) -> dict[str, Path]:
-    """The preprocessed volume of each case of a configuration.
+) -> tuple[Selection, dict[str, Path]]:
+    """Return the cases that the corpus has now and the preprocessed volume of each for a configuration.
 
     Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan,
-    E_SHORT_DATA when a file is damaged.
+    E_SHORT_DATA when a file is damaged, and as :func:`mfm_nnunet.data.current.select`.
     """
     if configuration not in plans["configurations"]:
         raise MFMError(
@@ -204,16 +208,19 @@ def preprocessed_files(
     identifier = plans["configurations"][configuration].get("data_identifier")
     if identifier is None:
         raise MFMError("E_CONFIG", f"{configuration} is a cascade stage; pretrain 3d_fullres instead.")
-    folder = here.preprocessed / dataset_name / identifier
-    files = {f.stem: f for f in sorted(folder.glob("*.b2nd")) if not f.stem.endswith("_seg")}
-    if not files:
+    beside = inside(here.preprocessed, dataset_name)
+    folder = inside(beside, identifier)
+    selection = select(here.raw_folder(dataset_name), beside, stored_cases(folder))
+    if not selection.cases:
         raise MFMError(
             "E_NOT_FOUND",
             f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
             f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
         )
-    require_whole(folder)
-    return files
+    # In the order of their files, which crops are drawn in: a run that an earlier version began goes on the same.
+    selection = dataclasses.replace(selection, cases=sorted(selection.cases, key=lambda case: f"{case.name}.b2nd"))
+    require_whole(folder, selection.names)
+    return selection, {name: folder / f"{name}.b2nd" for name in selection.names}
 
 
 def split_subjects(
@@ -252,21 +259,6 @@ def _of_subjects(cases: Sequence[corpus.Case], subjects: Sequence[str], count: i
     return {case.name for case in cases if case.subject in held_out}
 
 
-def _cases(here: Workspace, dataset_name: str, files: dict[str, Path]) -> list[corpus.Case]:
-    """The preprocessed cases with what is known of them: the raw folder tells, else its copy beside the data.
-
-    Without both the subjects are those that the names of the cases tell.
-    """
-    raw, beside = here.raw / dataset_name, here.preprocessed / dataset_name
-    cases: list[corpus.Case] = []
-    if (raw / "dataset.json").is_file():
-        cases = corpus.load_cases(raw)
-    elif corpus.is_corpus(beside):
-        cases = corpus.load_cases(beside)
-    known = {case.name: case for case in cases}
-    return [known.get(name) or corpus.Case(name, (), None, corpus.subject_of(Path(name))) for name in files]
-
-
 def _corpus_hash(cases: list[corpus.Case], files: dict[str, Path], num_inputs: int) -> str:
     """Of the scans as they were preprocessed: a run goes on where only the preprocessed data are."""
     manifest = Manifest.read(next(iter(files.values())).parent)
@@ -274,9 +266,10 @@ def _corpus_hash(cases: list[corpus.Case], files: dict[str, Path], num_inputs: i
     return corpus.corpus_hash(cases, sizes)
 
 
-def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Run, PretextTask, list[str]]:
+def _prepare(job: Job, configuration: str) -> tuple[Run, PretextTask, list[str]]:
     """The run, its task, and what the user should know about its data."""
-    plans, task_class, resolved, files = job.plans, job.task_class, job.resolved, job.files
+    plans, task_class, resolved = job.plans, job.task_class, job.resolved
+    cases, files = job.selection.cases, job.files
     patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
     num_inputs = len(plans["configurations"][configuration]["normalization_schemes"])
     torch.manual_seed(resolved.seed)
@@ -321,23 +314,8 @@ def _prepare(job: Job, configuration: str, cases: list[corpus.Case]) -> tuple[Ru
 
 def _require_legal(resolved: PretrainRun) -> None:
     """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
+    schema.require_in_range(schema.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
     schema.require_legal_schedule(resolved.pretrain, "pretrain.")
-    rules = [
-        (resolved.pretrain.batch_size > 0, f"pretrain.batch_size={resolved.pretrain.batch_size}: must be at least 1"),
-        (
-            resolved.pretrain.accumulation > 0,
-            f"pretrain.accumulation={resolved.pretrain.accumulation}: must be at least 1",
-        ),
-        (
-            0 < (0.5 if resolved.pretrain.ema_decay is None else resolved.pretrain.ema_decay) < 1,
-            f"pretrain.ema_decay={resolved.pretrain.ema_decay}: must be between 0 and 1, or none",
-        ),
-        (resolved.seed >= 0, f"seed={resolved.seed}: must not be below 0"),
-        ((resolved.num_workers or 0) >= 0, f"num_workers={resolved.num_workers}: must not be below 0"),
-    ]
-    for holds, rule in rules:
-        if not holds:
-            raise MFMError("E_CONFIG", f"{rule}.")
     require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
 
 

@@ -28,7 +28,7 @@ from mfm_nnunet.engine.compilation import compile_network
 from mfm_nnunet.engine.distributed import ALONE, World, any_true, mean
 from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
-from mfm_nnunet.errors import StoppedError
+from mfm_nnunet.errors import MFMError, StoppedError, is_out_of_memory
 from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.precision import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.optim import SMALLEST_LOSS_SCALE, learning_rate_factor, make_optimizer
@@ -292,12 +292,22 @@ class Pretrainer:
 
     def _load(self) -> None:
         self._state, modules = load_state(self._run.folder, self._resume_settings())
-        self._task.load_state_dict(modules["task"])
-        self._optimizer.load_state_dict(modules["optimizer"])
-        if modules["scaler"]:  # empty where the run had no loss scaling so far, on another device
-            self._scaler.load_state_dict(modules["scaler"])
-        if self._average is not None:
-            self._average.load_state_dict(modules["average"])
+        try:
+            self._task.load_state_dict(modules["task"])
+            self._optimizer.load_state_dict(modules["optimizer"])
+            if modules["scaler"]:  # empty where the run had no loss scaling so far, on another device
+                self._scaler.load_state_dict(modules["scaler"])
+            if self._average is not None:
+                self._average.load_state_dict(modules["average"])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise MFMError(
+                "E_MODEL_CORRUPT",
+                f"{self._run.folder}: the saved state is not of this network and task ({reason}). Put the resume.pth "
+                "of this run back, or move the folder away and start anew.",
+            ) from error
         logger.info("continuing at step %d of %d", self._state.step, self._total_steps)
 
     def _resume_settings(self) -> dict[str, Any]:

@@ -130,19 +130,13 @@ def undisturbed(backbone: AbstractBackbone, device: torch.device) -> Iterator[No
 
 
 def require_legal(settings: ProbeSettings, is_on: bool) -> None:
-    """Raise MFMError (E_CONFIG) for a setting out of its range, and for settings of a probe that is not on."""
+    """Raise MFMError (E_CONFIG) for settings of a probe that is not on."""
     changed = [name for name, value in to_dict(settings).items() if value != getattr(ProbeSettings(), name)]
     if changed and not is_on:
         raise MFMError(
             "E_CONFIG",
             f"probe.{changed[0]} is set, but there is no probe. Name its labelled dataset with --probe DATASET.",
         )
-    smallest = {"every": 1, "max_cases": 2, "steps": 1}
-    for name, limit in smallest.items():
-        if getattr(settings, name) < limit:
-            raise MFMError("E_CONFIG", f"probe.{name}={getattr(settings, name)}: must be at least {limit}.")
-    if not settings.learning_rate > 0:
-        raise MFMError("E_CONFIG", f"probe.learning_rate={settings.learning_rate}: must be greater than 0.")
 
 
 def prepare(probe: Probe, world: World) -> None:

@@ -22,6 +22,7 @@ from mfm_nnunet.data import corpus, storage
 from mfm_nnunet.data.preprocess import preprocess_dataset, preprocessing_hash
 from mfm_nnunet.data.volumes import open_volume, read_box
 from mfm_nnunet.errors import MFMError, dataset_refused
+from mfm_nnunet.files import inside
 from mfm_nnunet.metrics import foreground_labels, ignore_label
 from mfm_nnunet.workspace import Workspace, num_cores
 
@@ -101,7 +102,7 @@ def choose_cases(
         tuple(case for case in chosen if case.subject not in held_out),
         tuple(case for case in chosen if case.subject in held_out),
         tuple(case for case in cases if case not in chosen),
-        here.preprocessed / name / resolved["data_identifier"],
+        inside(here.preprocessed, name, resolved["data_identifier"]),
     )
 
 
@@ -125,7 +126,8 @@ def preprocess(dataset: ProbeDataset, plans: dict[str, Any], configuration: str)
     """
     settings_hash = preprocessing_hash(plans, configuration, dataset.dataset_json)
     stored, entries = storage.stored_cases(dataset.folder), storage.Manifest.read(dataset.folder).entries
-    foreign = sorted(case for case in stored if entries.get(case, {}).get("hash") != settings_hash)
+    current = {case.name for case in (*dataset.fit, *dataset.held_out, *dataset.others)}
+    foreign = sorted(case for case in stored & current if entries.get(case, {}).get("hash") != settings_hash)
     if foreign:
         raise MFMError(
             "E_EXISTS",
@@ -161,8 +163,8 @@ class LabelledVolume:
     """
 
     def __init__(self, folder: Path, case: str, ignored: int | None) -> None:
-        self.image = open_volume(str(folder / f"{case}.b2nd"))
-        self.labels = np.maximum(open_volume(str(folder / f"{case}_seg.b2nd"))[0], 0).astype(np.int16)
+        self.image = open_volume(str(inside(folder, f"{case}.b2nd")))
+        self.labels = np.maximum(open_volume(str(inside(folder, f"{case}_seg.b2nd")))[0], 0).astype(np.int16)
         if ignored is not None:
             self.labels[self.labels == ignored] = -1
 

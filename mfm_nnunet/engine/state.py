@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def load_state(folder: Path, settings: Mapping[str, Any]) -> tuple[RunState, dic
     for file in files:
         try:
             content = checkpoint.load(file)
+            state = _state_of(content, file)
             break
         except MFMError as error:
             failure = error
@@ -71,7 +72,28 @@ def load_state(folder: Path, settings: Mapping[str, Any]) -> tuple[RunState, dic
             "E_CONFIG", "--c continues the same run, but these settings differ: " + "; ".join(different) +
             ". Continue with the old values, or start a new run."
         )  # fmt: skip
-    return RunState(**content.pop("state")), content
+    return state, content
+
+
+def _state_of(content: Mapping[str, Any], file: Path) -> RunState:
+    """Where the run of a state is. Raises MFMError (E_MODEL_CORRUPT) for a file that holds something else."""
+    if not isinstance(content.get("settings"), Mapping) or not isinstance(content.get("state"), Mapping):
+        what = "weights without" if "network_weights" in content else "no"
+        raise _no_state(file, f"it holds {what} the state of a run")
+    values = content["state"]
+    kinds = {item.name: type(getattr(RunState(), item.name)) for item in fields(RunState)}
+    is_whole = set(values) == set(kinds) and all(type(values[name]) is kind for name, kind in kinds.items())
+    if not is_whole or values["step"] < 0 or not all(isinstance(row, Mapping) for row in values["history"]):
+        raise _no_state(file, "its 'state' is damaged")
+    return RunState(**values)
+
+
+def _no_state(file: Path, reason: str) -> MFMError:
+    return MFMError(
+        "E_MODEL_CORRUPT",
+        f"{file}: {reason}, so no run can be continued from it. Put the {file.name} of this run back (a "
+        "checkpoint_*.pth is none), or move the folder away and start anew.",
+    )
 
 
 def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

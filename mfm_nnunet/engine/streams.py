@@ -81,8 +81,6 @@ def make_streams(
 def _require_legal(corpus: Corpus, settings: PretrainSettings) -> None:
     require_legal_balance(settings.balance_by, settings.balance_temperature, corpus.cases)
     fraction = settings.anatomy_fraction
-    if not 0 <= fraction <= 1:
-        raise MFMError("E_CONFIG", f"pretrain.anatomy_fraction={fraction}: legal are 0 to 1.")
     if fraction > 0:
         _require_preprocessed(corpus, "anatomy")
         if not corpus.masked("anatomy"):

@@ -12,12 +12,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet.data.dataset_json import check_dataset_json
+from mfm_nnunet.data import dataset_json as dataset_jsons
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.finetune.preprocessed import preprocessed_cases, require_fingerprint
-from mfm_nnunet.finetune.splits import require_fold
+from mfm_nnunet.files import inside, whole_number
+from mfm_nnunet.finetune.preprocessed import require_fingerprint, select_cases
+from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.json_files import read_json
 from mfm_nnunet.plans.schema import block_of
 from mfm_nnunet.workspace import Workspace
 
@@ -33,27 +33,35 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
     """
     if name == MFMTrainer.__name__:
         return MFMTrainer
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return recursive_find_trainer_class_by_name(name)
-    except (RuntimeError, AssertionError) as error:
-        known = {cls.__name__ for cls in _subclasses(nnUNetTrainer)} | {nnUNetTrainer.__name__}
-        raise MFMError("E_NOT_FOUND", f"there is no trainer '{name}'. {nearest(name, known)}") from error
+    found: Any = None  # nnU-Net finds whatever has that name in its modules: functions and libraries too
+    if name.isidentifier():
+        with contextlib.suppress(RuntimeError, AssertionError, TypeError), contextlib.redirect_stdout(io.StringIO()):
+            found = recursive_find_trainer_class_by_name(name)
+    if isinstance(found, type) and issubclass(found, nnUNetTrainer):
+        return found
+    known = {cls.__name__ for cls in _subclasses(nnUNetTrainer)} | {nnUNetTrainer.__name__}
+    raise MFMError("E_NOT_FOUND", f"there is no trainer '{name}'. {nearest(name, known)}")
 
 
 def fold_value(fold: int | str) -> int | str:
     """A fold's number, or ``all``; MFMError (E_CONFIG) for anything else."""
     if fold == "all" or isinstance(fold, int):
         return fold
-    if str(fold).isdigit():
-        return int(fold)
+    number = whole_number(str(fold))
+    if number is not None:
+        return number
     raise MFMError("E_CONFIG", f"fold {fold}: a fold is a number from 0 on, or 'all'.")
 
 
 def check_data(
-    workspace: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str, fold: int | str
-) -> int:
-    """The number of labelled cases that train the fold.
+    workspace: Workspace,
+    dataset_name: str,
+    plans: dict[str, Any],
+    configuration: str,
+    fold: int | str,
+    trainer: type[nnUNetTrainer] = MFMTrainer,
+) -> Split:
+    """Return the labelled cases that train and validate the fold.
 
     Raises MFMError unless the configuration is in the plan and its preprocessed data can train the fold.
     """
@@ -63,10 +71,18 @@ def check_data(
             f"plan {plans['plans_name']} has no configuration '{configuration}'. "
             f"{nearest(configuration, plans['configurations'])}",
         )
+    resolved = PlansManager(plans).get_configuration(configuration)
+    for stage in resolved.next_stage_names or ():
+        if stage not in plans["configurations"]:  # nnU-Net looks it up when the training is done
+            raise MFMError(
+                "E_CONFIG",
+                f"configuration '{configuration}' has the next_stage '{stage}', which the plan does not have. "
+                f"{nearest(stage, plans['configurations'])}",
+            )
     folder = workspace.preprocessed / dataset_name
-    data = folder / PlansManager(plans).get_configuration(configuration).data_identifier
-    cases = preprocessed_cases(data)
-    if not cases:
+    data = inside(folder, resolved.data_identifier)
+    selection = select_cases(workspace.raw_folder(dataset_name), folder, data)
+    if not selection.cases:
         source = block_of(plans).source
         like = f" --like CHECKPOINT (it was {source.get('name')}; without it the plan changes)" if source else ""
         raise MFMError(
@@ -75,7 +91,7 @@ def check_data(
             f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}{like}",
         )
     require_fingerprint(folder)
-    return require_fold(fold, folder, cases, workspace.raw / dataset_name)
+    return choose_split(fold, folder, selection, trainer_lists_folder=not issubclass(trainer, MFMTrainer))
 
 
 def check_previous_stage(plans: dict[str, Any], configuration: str, dataset_folder: Path, trainer: str) -> None:
@@ -86,7 +102,8 @@ def check_previous_stage(plans: dict[str, Any], configuration: str, dataset_fold
     stage = PlansManager(plans).get_configuration(configuration).previous_stage_name
     if stage is None:
         return
-    folder = dataset_folder / f"{trainer}__{plans['plans_name']}__{stage}" / "predicted_next_stage" / configuration
+    model = f"{trainer}__{plans['plans_name']}__{stage}"
+    folder = inside(dataset_folder, model, "predicted_next_stage", configuration)
     if not folder.is_dir():
         raise MFMError(
             "E_NOT_FOUND",
@@ -105,8 +122,8 @@ def read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise MFMError("E_NOT_FOUND", f"{files[0]}: there is no dataset.json. Run mfm_plan_and_preprocess.")
-    dataset_json = read_json(file, f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}")
-    check_dataset_json(dataset_json, file)
+    advice = f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}"
+    dataset_json = dataset_jsons.read_dataset_json(file, advice)
     if not set(dataset_json["labels"]) - {"background", "ignore"}:
         raise MFMError(
             "E_CONFIG",

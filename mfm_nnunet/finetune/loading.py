@@ -20,7 +20,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.utils.data import Dataset
 
 from mfm_nnunet.data.workers import read_in_order
-from mfm_nnunet.finetune.datasets import NamingDataset
 
 Batch = dict[str, Any]
 """nnU-Net's batch: "data" (B, C, D, H, W) float32, "target" a tensor or one per scale, "keys" the case names."""
@@ -30,7 +29,7 @@ Batch = dict[str, Any]
 class SeededBatches(Dataset):
     """Batch ``index`` of a loader's endless stream, drawn under its own seed.
 
-    Raises MFMError (E_SHORT_DATA) naming a preprocessed file that cannot be read.
+    Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a preprocessed file that cannot be read.
     """
 
     loader: nnUNetDataLoader
@@ -38,7 +37,7 @@ class SeededBatches(Dataset):
     stream: str
 
     def __getitem__(self, index: int) -> Batch:
-        with seeded(seed_of(self.seed, self.stream, index)), self.loader._data.reading():
+        with seeded(seed_of(self.seed, self.stream, index)):
             return self.loader.generate_train_batch()
 
 
@@ -71,7 +70,7 @@ def nnunet_loaders(trainer: nnUNetTrainer) -> tuple[nnUNetDataLoader, nnUNetData
     datasets = trainer.get_tr_and_val_datasets()
     return tuple(
         nnUNetDataLoader(
-            NamingDataset(dataset), trainer.batch_size, size, patch, labels, trainer.oversample_foreground_percent,
+            dataset, trainer.batch_size, size, patch, labels, trainer.oversample_foreground_percent,
             probabilistic_oversampling=trainer.probabilistic_oversampling, transforms=transforms,
         )
         for dataset, size, transforms in zip(datasets, (initial_patch, patch), (training, validation))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.storage import require_whole
+from mfm_nnunet.data.current import Selection, select
+from mfm_nnunet.data.storage import require_whole, stored_cases
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.json_files import read_json
 
@@ -24,23 +25,26 @@ def shareable(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
     return {key: dataset_json[key] for key in SHAREABLE_KEYS if key in dataset_json}
 
 
-def preprocessed_cases(folder: Path) -> list[str]:
-    """The labelled cases in a folder of preprocessed data (blosc2 or nnU-Net's older npz), sorted.
+def select_cases(raw: Path | None, preprocessed_folder: Path, data: Path) -> Selection:
+    """Choose the labelled cases that the dataset has now in a folder ``data`` (blosc2, or nnU-Net's older npz).
 
-    Raises MFMError: E_CONFIG when files of a case are missing, E_SHORT_DATA when one is damaged.
+    ``raw`` and ``preprocessed_folder`` are the dataset's. Raises MFMError: E_CONFIG when files of a case are missing,
+    E_SHORT_DATA when one is damaged, and as :func:`mfm_nnunet.data.current.select`.
     """
-    images = {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
+    images = stored_cases(data)
+    selection = select(raw, preprocessed_folder, images or {file.stem for file in data.glob("*.npz")})
+    used = images & set(selection.names)
     needed = ("_seg.b2nd", ".pkl")
-    unusable = sorted(case for case in images if not all((folder / (case + ending)).is_file() for ending in needed))
+    unusable = sorted(case for case in used if not all((data / (case + ending)).is_file() for ending in needed))
     if unusable:
         raise MFMError(
             "E_CONFIG",
-            f"{folder}: {len(unusable)} of {len(images)} preprocessed cases have no label or are not whole, e.g. "
+            f"{data}: {len(unusable)} of {len(used)} preprocessed cases have no label or are not whole, e.g. "
             f"{', '.join(unusable[:5])}. A corpus without labels can only be pretrained on (mfm_pretrain); for a "
             "labelled dataset run mfm_plan_and_preprocess again, which makes what is missing.",
         )
-    require_whole(folder)
-    return sorted(images or {file.stem for file in folder.glob("*.npz")})
+    require_whole(data, used)
+    return selection
 
 
 def require_fingerprint(preprocessed_folder: Path) -> None:
@@ -51,7 +55,7 @@ def require_fingerprint(preprocessed_folder: Path) -> None:
 
 def forget_cases(fingerprint_file: Path) -> None:
     """Drop our own part of a copied fingerprint: it names cases, and model folders are shared."""
-    fingerprint = json.loads(fingerprint_file.read_text())
+    fingerprint = read_json(fingerprint_file, "Run mfm_plan_and_preprocess again, and train again.")
     if fingerprint.pop("mfm", None) is not None:
         with atomic_write(fingerprint_file) as handle:
             handle.write(json.dumps(fingerprint, indent=1).encode())

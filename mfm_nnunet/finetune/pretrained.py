@@ -16,6 +16,7 @@ from torch import nn
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import about
+from mfm_nnunet.files import shown
 from mfm_nnunet.interchange.conversion import Reading, require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
 from mfm_nnunet.json_files import is_resampled
@@ -38,7 +39,7 @@ def describe(file: Path, reading: Reading) -> dict[str, Any]:
     Never a path. Licence and papers go on with the model, because what is derived from the weights is bound by them.
     """
     known = {name: reading.mfm[name] for name in ("licence", "citations") if reading.mfm.get(name)}
-    return {"name": file.name, "sha256": sha256(file), "pretext": reading.mfm.get("pretext"), **known}
+    return {"name": shown(file.name), "sha256": sha256(file), "pretext": reading.mfm.get("pretext"), **known}
 
 
 def has_decoder(reading: Reading, network: nn.Module) -> bool:
@@ -63,7 +64,7 @@ def transfer_into(
     about_file = {"checkpoint": known.pop("name"), **known, "layout": reading.layout, "notes": notes}
     with atomic_write(Path(trainer.output_folder) / "transfer.json") as handle:
         handle.write(json.dumps({**about_file, **report.to_dict()}, indent=1).encode())
-    trainer.print_to_log_file("\n".join([f"weights from {file.name}:", report.summary(), *notes]))
+    trainer.print_to_log_file("\n".join([f"weights from {shown(file.name)}:", report.summary(), *notes]))
     trainer.print_to_log_file(report.details(), also_print_to_console=False)
     return report
 

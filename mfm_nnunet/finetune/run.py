@@ -20,10 +20,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
+from mfm_nnunet.checkpoint import full_disk_named, load_weights, remove_leftovers, weights_only_forced
 from mfm_nnunet.children import call_recorded, run_processes
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.files import inside, refuse_links
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.advice import Family, advised, as_begun
@@ -35,7 +36,9 @@ from mfm_nnunet.finetune.checks import (
     fold_value,
     read_dataset_json,
 )
+from mfm_nnunet.finetune.datasets import next_stage_checked, use_checked_data
 from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_into
+from mfm_nnunet.finetune.splits import Split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.json_files import read_plans
@@ -73,6 +76,8 @@ class Job:
     """The checkpoint of this run to go on from."""
     only_validate: bool
     save_probabilities: bool
+    split: Split | None = None
+    """The cases that train and validate, chosen once for all processes; None: the trainer chooses."""
 
 
 def run_training(
@@ -102,16 +107,24 @@ def run_training(
     dataset_name = workspace.dataset_name(dataset_name)
     plans_file = workspace.plans_file(dataset_name, plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
+    if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
+        raise MFMError(
+            "E_CONFIG",
+            f"{plans_file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
+            f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
+        )
     found = find_trainer(trainer)
     is_ours = issubclass(found, MFMTrainer)
     if overrides and not is_ours:
         raise MFMError("E_CONFIG", f"trainer {trainer} reads no settings; --set works with MFMTrainer.")
     fold = fold_value(fold)
     dataset_json = read_dataset_json(workspace, dataset_name)
-    num_cases = check_data(workspace, dataset_name, plans, configuration, fold)
+    split = check_data(workspace, dataset_name, plans, configuration, fold, found)
     results = workspace.results / dataset_name
     check_previous_stage(plans, configuration, results, found.__name__)
-    folder = results / f"{found.__name__}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
+    folder = inside(results, f"{found.__name__}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
+    for written in (folder, folder.parent, folder / "validation"):
+        refuse_links(written)
     start_from = checkpoint_to_start_from(folder, continue_training, only_validate)
     if num_gpus > 1 and device not in ("auto", "cuda"):
         raise MFMError(
@@ -127,8 +140,8 @@ def run_training(
     if is_ours:
         with about(plans_file):
             network = _checked_network(plans, configuration)
-        block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, num_cases)
-        run_settings.require_effect(overrides, block.finetune)
+        block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, len(split["train"]))
+        run_settings.require_effect(overrides, block.finetune, used.type)
         groups.require_fitting(block.finetune, network, num_gpus > 1)
         groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
         if not only_validate:
@@ -145,6 +158,7 @@ def run_training(
     job = Job(
         trainer, plans, configuration, fold, dataset_json, folder,
         str(used), None if start_from else pretrained_weights, start_from, only_validate, save_probabilities,
+        split,
     )  # fmt: skip
     if num_gpus > 1:
         _spawn(job, num_gpus)
@@ -166,7 +180,7 @@ def execute(job: Job) -> None:
     with full_disk_named(job.folder), _threads(device), flagged as flag:
         with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE if job.only_validate else _LESS_MEMORY):
             trainer = _trained(job, found, device, flag)
-        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):
+        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE), next_stage_checked():
             trainer.perform_actual_validation(job.save_probabilities)
 
 
@@ -178,12 +192,17 @@ def _trained(
     trainer = trainer_class(plans, job.configuration, job.fold, job.dataset_json, device)
     if isinstance(trainer, MFMTrainer):
         trainer.stop_flag = flag
+        trainer.split = job.split
         trainer.pretrained_checkpoint = job.pretrained_weights
-    elif job.pretrained_weights is not None:
-        trainer.initialize()
-        transfer_into(trainer, job.pretrained_weights)
+    else:
+        use_checked_data(trainer)
+        if job.pretrained_weights is not None:
+            transfer_into(trainer, job.pretrained_weights)
     if job.start_from is not None:
-        trainer.load_checkpoint(str(job.start_from))
+        if not isinstance(trainer, MFMTrainer):
+            load_weights(job.start_from)  # says what is wrong with the file, which nnU-Net's loading would not
+        with weights_only_forced():
+            trainer.load_checkpoint(str(job.start_from))
     if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
         trainer.run_training()
     return trainer

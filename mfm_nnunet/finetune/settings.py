@@ -48,8 +48,6 @@ def resolve(
     block = override(block, overrides)
     settings = block.finetune
     require_legal_finetuning(settings)
-    if (block.num_workers or 0) < 0:
-        raise MFMError("E_CONFIG", f"num_workers={block.num_workers}: must not be below 0.")
     settings, taken = applied(settings, list(advice))
     for item in taken:
         logger.info("finetune.%s=%s: %s", item.name, item.value, item.reason)
@@ -65,10 +63,11 @@ def resolve(
     return dataclasses.replace(block, finetune=settings)
 
 
-def require_effect(overrides: Sequence[str], settings: FinetuneSettings) -> None:
+def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device: str) -> None:
     """Raise MFMError (E_CONFIG) for a setting of adapters that was given to a run without any.
 
-    What only a checkpoint gives an effect is said, not refused: a baseline from scratch is given the same settings.
+    What has no effect without a checkpoint or without a GPU is logged, not refused: a baseline from scratch is given
+    the same settings, and every plan says finetune.compile=true.
     """
     given = {assignment.partition("=")[0].strip().removeprefix("finetune.") for assignment in overrides}
     for name in sorted(given & {"lora_rank", "lora_alpha"}):
@@ -81,6 +80,10 @@ def require_effect(overrides: Sequence[str], settings: FinetuneSettings) -> None
     for name in sorted(given & {"parts", "transfer"}):
         if settings.checkpoint is None:
             logger.info("finetune.%s has no effect: this run starts from scratch", name)
+    if settings.compile and device != "cuda":
+        logger.info(
+            "finetune.compile=true has no effect: networks are compiled on CUDA GPUs only, this run is on %s", device
+        )
 
 
 def save(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:

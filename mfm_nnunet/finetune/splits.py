@@ -1,7 +1,7 @@
 """Which cases train and which validate: nnU-Net's ``splits_final.json``, defined for every number of cases.
 
 Five and more cases get nnU-Net's own five folds. Fewer get one fold per case (leave one out), where nnU-Net fails.
-Cases of one subject stay together. A file that exists is used as it stands.
+Cases of one subject stay together. A file that exists is used as it stands, but for cases that the dataset has no more.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data import corpus
+from mfm_nnunet.data.current import Selection
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -25,27 +26,45 @@ Split = dict[str, list[str]]
 """One fold: the case names under "train" and "val"."""
 
 
-def require_fold(fold: int | str, preprocessed_folder: Path, cases: Sequence[str], raw_folder: Path | None) -> int:
-    """Make sure that ``fold`` can be trained, writing the split file if there is none; the number of training cases.
+def choose_split(
+    fold: int | str, preprocessed_folder: Path, selection: Selection, trainer_lists_folder: bool = False
+) -> Split:
+    """Return the cases that train and validate ``fold``, writing the split file if there is none.
 
-    ``cases`` are the preprocessed ones; ``raw_folder`` tells which belong to one subject, where it exists.
-    Raises MFMError (E_CONFIG): no cases, a fold that does not exist, a split that names other cases.
+    Only cases of ``selection`` are in it. What else is preprocessed, or named by the file, is left out with a warning.
+    Raises MFMError: E_CONFIG (no cases; a fold that does not exist or is left empty; a split that names cases that
+    nobody knows; cases left out where ``trainer_lists_folder``, because such a trainer takes them all the same) and
+    E_NOT_FOUND (cases of the dataset that are not preprocessed).
     """
-    if not cases:
+    if not selection.cases:
         raise MFMError(
             "E_CONFIG", f"{preprocessed_folder.name} has no labelled cases, so there is nothing to train on."
         )
+    file = preprocessed_folder / "splits_final.json"
+    if selection.missing and (fold == "all" or not file.is_file()):
+        raise MFMError("E_NOT_FOUND", selection.notes()[-1])
+    if selection.removed:
+        logger.warning("%s: %s", preprocessed_folder.name, selection.notes()[0])
     if fold == "all":
-        return len(cases)
-    splits = ensure_splits(preprocessed_folder, cases, subjects_of(raw_folder))
-    if not isinstance(fold, int) or not 0 <= fold < len(splits):
+        split, dropped = {"train": selection.names, "val": selection.names}, selection.removed
+    else:
+        splits = ensure_splits(preprocessed_folder, selection.names, {c.name: c.subject for c in selection.cases})
+        if not isinstance(fold, int) or not 0 <= fold < len(splits):
+            raise MFMError(
+                "E_CONFIG",
+                f"fold {fold}: {preprocessed_folder.name} has the folds 0 to {len(splits) - 1}, and 'all' "
+                f"(training on everything). They are defined in {file}.",
+            )
+        _warn_of_others(splits, selection, file)
+        split, dropped = _current_part(splits[fold], fold, selection, file)
+    if trainer_lists_folder and dropped:
         raise MFMError(
             "E_CONFIG",
-            f"fold {fold}: {preprocessed_folder.name} has the folds 0 to {len(splits) - 1}, and 'all' "
-            f"(training on everything). They are defined in {preprocessed_folder / 'splits_final.json'}.",
+            f"{preprocessed_folder.name}: this trainer takes its cases from the folder of preprocessed data or from "
+            f"{file.name}, and {len(dropped)} of them, e.g. {dropped[0]}, are no longer in the dataset. Take them out "
+            "there, or train with MFMTrainer.",
         )
-    _check_split(splits[fold], fold, cases, preprocessed_folder / "splits_final.json")
-    return len(splits[fold]["train"])
+    return split
 
 
 def ensure_splits(
@@ -63,16 +82,22 @@ def ensure_splits(
             handle.write(json.dumps(splits, indent=4).encode())
         return splits
     try:
-        splits = json.loads(file.read_text())
+        splits = parse_json(file.read_bytes())
         if not isinstance(splits, list) or not splits:
             raise ValueError("it holds no list, or an empty one")
-        return [{"train": list(split["train"]), "val": list(split["val"])} for split in splits]
+        return [{part: _case_names(split[part]) for part in ("train", "val")} for split in splits]
     except (ValueError, KeyError, TypeError) as error:
         raise MFMError(
             "E_CONFIG",
             f"{file}: not a list of folds with 'train' and 'val' ({error}). Repair the file, or delete it to get the "
             "default folds.",
         ) from error
+
+
+def _case_names(names: object) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("cases are a list of names")
+    return names
 
 
 def make_splits(cases: Sequence[str], subjects: Mapping[str, str]) -> list[Split]:
@@ -100,27 +125,44 @@ def make_splits(cases: Sequence[str], subjects: Mapping[str, str]) -> list[Split
     ]
 
 
-def subjects_of(raw_folder: Path | None) -> dict[str, str]:
-    """The subject of every case of a raw dataset; empty when the raw data are not there (any more)."""
-    if raw_folder is None or not (raw_folder / "dataset.json").is_file():
-        return {}
-    try:
-        return {case.name: case.subject or case.name for case in corpus.load_cases(raw_folder)}
-    except MFMError as error:  # preprocessed data are enough to train; raw files may have been moved away
-        logger.warning("every case counts as a subject of its own, because the raw data cannot be read: %s", error)
-        return {}
-
-
-def _check_split(split: Split, fold: int, cases: Sequence[str], file: Path) -> None:
-    unknown = sorted({*split["train"], *split["val"]} - set(cases))
-    if unknown:
+def _current_part(split: Split, fold: int, selection: Selection, file: Path) -> tuple[Split, list[str]]:
+    """A fold without the cases that the dataset has no more, each case once; and the cases that were left out."""
+    named = {*split["train"], *split["val"]}
+    known, removed = set(selection.names), set(selection.removed)
+    if unknown := sorted(named - known - removed):
         raise MFMError(
             "E_CONFIG",
             f"{file}: fold {fold} names {len(unknown)} cases that are not preprocessed: {', '.join(unknown[:10])}. "
             "Preprocess them, or delete the file to get the default folds.",
         )
-    for part in ("train", "val"):
-        if not split[part]:
+    dropped = sorted(named & removed)
+    if dropped:
+        logger.warning(
+            "%s: fold %d names %d cases that are no longer in the dataset and are left out, e.g. %s",
+            file, fold, len(dropped), dropped[0],
+        )  # fmt: skip
+    kept = {part: [case for case in dict.fromkeys(split[part]) if case in known] for part in ("train", "val")}
+    for part, cases in kept.items():
+        if not cases:
             raise MFMError(
                 "E_CONFIG", f"{file}: fold {fold} has no cases under '{part}'. Add some, or delete the file."
             )
+        if len(split[part]) > len(set(split[part])):
+            logger.warning("%s: fold %d names cases more than once under '%s'; each counts once", file, fold, part)
+    if both := sorted(set(kept["train"]) & set(kept["val"])):
+        logger.warning(
+            "%s: in fold %d %d cases train and validate, e.g. %s: the validation says nothing about these",
+            file, fold, len(both), both[0],
+        )  # fmt: skip
+    return kept, dropped
+
+
+def _warn_of_others(splits: Sequence[Split], selection: Selection, file: Path) -> None:
+    """Say how many cases of the dataset are in no fold: they were added after the file was written."""
+    named = {case for split in splits for part in split.values() for case in part}
+    if others := sorted({*selection.names, *selection.missing} - named):
+        logger.warning(
+            "%s: %d cases of the dataset are in no fold and are not used, e.g. %s. Add them, or delete the file to get "
+            "folds of all cases.",
+            file, len(others), others[0],
+        )  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mfm_nnunet.checkpoint import cpu_weights, to_plain
+from mfm_nnunet.checkpoint import atomic_write, cpu_weights, to_plain
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.lora import merged_state
 from mfm_nnunet.json_files import shared_plan
@@ -49,6 +51,19 @@ def content_of(trainer: MFMTrainer) -> dict[str, Any]:
     return to_plain(content)
 
 
+def write_descriptions(trainer: MFMTrainer) -> None:
+    """Write plan and dataset.json into the model folder, as nnU-Net does when a training starts, but atomically.
+
+    On a full disk nnU-Net would leave half a file there, for the folds that are finished too.
+    """
+    folder = Path(trainer.output_folder_base)
+    folder.mkdir(parents=True, exist_ok=True)
+    if trainer.local_rank == 0:
+        for name, content in (("plans.json", trainer.plans_manager.plans), ("dataset.json", trainer.dataset_json)):
+            with atomic_write(folder / name) as file:
+                file.write(json.dumps(content, indent=4).encode())
+
+
 def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
     """Continue where ``content`` was saved.
 
@@ -59,7 +74,8 @@ def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
     wanted = {"network_weights", trained, "optimizer_state", "logging", "_best_ema", "current_epoch", "init_args"}
     wanted |= {"averaged_weights"} if trainer.average is not None else set()
     missing = wanted - set(content)
-    names = (content.get("mfm") or {}).get("new_weights")
+    ours = content.get("mfm")
+    names = ours.get("new_weights") if isinstance(ours, Mapping) else None
     if names is None and trainer.settings.checkpoint is not None and needs_names(trainer.settings):
         missing.add("mfm.new_weights")
     if missing:
@@ -67,6 +83,12 @@ def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
             "E_MODEL_CORRUPT",
             f"a checkpoint in {trainer.output_folder} is no state of this run: {', '.join(sorted(missing))} missing. "
             "Move the folder away and train again.",
+        )
+    if wrong := _wrong_part(content, names):
+        raise MFMError(
+            "E_MODEL_CORRUPT",
+            f"a checkpoint in {trainer.output_folder} is no state of this run: {wrong} is damaged. Copy it again, or "
+            "move the folder away and train again.",
         )
     trainer.prepare(None if names is None else set(names))
     try:
@@ -77,7 +99,7 @@ def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
             trainer.average.load_state_dict(content["averaged_weights"])
     except MFMError:
         raise
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+    except (RuntimeError, ValueError, LookupError, AssertionError, TypeError, AttributeError) as error:
         raise MFMError(
             "E_MODEL_MISMATCH",
             f"a checkpoint in {trainer.output_folder} is of another network than the plan: {error}",
@@ -90,6 +112,21 @@ def restore(trainer: MFMTrainer, content: Mapping[str, Any]) -> None:
         trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
     if trainer.grad_scaler is not None and content.get("grad_scaler_state"):
         trainer.grad_scaler.load_state_dict(content["grad_scaler_state"])
+
+
+def _wrong_part(content: Mapping[str, Any], names: Any) -> str:
+    """Name a part of a checkpoint that is of another kind than it can be; "" if none is."""
+    tables = ("init_args", "logging", "optimizer_state", "network_weights")
+    axes = content.get("inference_allowed_mirroring_axes")
+    is_right = {
+        **{name: isinstance(content[name], Mapping) for name in tables},
+        "current_epoch": type(content["current_epoch"]) is int and content["current_epoch"] >= 0,
+        "_best_ema": isinstance(content["_best_ema"], (int, float, type(None))),
+        "new_weights": names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
+        "inference_allowed_mirroring_axes": axes is None
+        or (isinstance(axes, (list, tuple)) and all(axis in (0, 1, 2) for axis in axes)),
+    }
+    return next((name for name, holds in is_right.items() if not holds), "")
 
 
 def _require_same_groups(trainer: MFMTrainer, optimizer_state: Mapping[str, Any]) -> None:

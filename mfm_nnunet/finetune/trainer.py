@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -23,11 +24,12 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.device import autocast, default_autocast_dtype, default_workers
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.finetune import groups, lora, state, validation
+from mfm_nnunet.finetune.datasets import checked, next_stage_checked
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
-from mfm_nnunet.finetune.preprocessed import forget_cases, preprocessed_cases, require_fingerprint, shareable
+from mfm_nnunet.finetune.preprocessed import forget_cases, require_fingerprint, select_cases, shareable
 from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, epoch_in_words, in_words
-from mfm_nnunet.finetune.splits import require_fold
+from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.build import knows_deep_supervision
 from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
@@ -43,7 +45,7 @@ SECONDS_BETWEEN_PLOTS = 300.0
 class MFMTrainer(nnUNetTrainer):
     """Fine-tunes the network of a plan; ``pretrained_checkpoint`` is set before :meth:`initialize`, None is scratch.
 
-    ``stop_flag`` is set by whoever catches signals; training then ends after the current step with StoppedError.
+    ``stop_flag`` is set when a signal comes; training then ends after the current step with StoppedError.
     """
 
     pretrained_checkpoint: Path | None = None
@@ -55,6 +57,9 @@ class MFMTrainer(nnUNetTrainer):
     """
     average: WeightAverage | None = None
     """The averaged weights, where they are validated and shipped."""
+    split: Split | None = None
+    """The cases that train and validate; None until they are chosen."""
+    dataset_class: Any
     _best_ema: float | None
 
     def __init__(
@@ -95,6 +100,7 @@ class MFMTrainer(nnUNetTrainer):
         """
         seed_everything(seed_of(self.block.seed, "network", 0))
         super().initialize()
+        self.dataset_class: Any = checked(self.dataset_class)
         if self.batch_size == 1 and not self.is_ddp:
             # nnU-Net centres the last third of a batch on foreground, which rounds to none of one crop.
             self.probabilistic_oversampling = True
@@ -192,11 +198,19 @@ class MFMTrainer(nnUNetTrainer):
             decoder.deep_supervision = enabled
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """As nnU-Net, with defined folds for few cases; MFMError (E_CONFIG) for a fold that does not exist."""
-        cases = preprocessed_cases(Path(self.preprocessed_dataset_folder))
-        raw = Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
-        require_fold(self.fold, Path(self.preprocessed_dataset_folder_base), cases, raw)
-        return super().do_split()
+        """Return the training and the validation cases: of those that the dataset has now, and the same in one run.
+
+        Raises MFMError (E_CONFIG) for a fold that does not exist, and as :func:`choose_split`.
+        """
+        if self.split is None:  # nobody chose before: stock nnU-Net's command
+            raw = Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
+            base = Path(self.preprocessed_dataset_folder_base)
+            self.split = choose_split(self.fold, base, select_cases(raw, base, Path(self.preprocessed_dataset_folder)))
+        if self.dataset_class is None:
+            self.dataset_class = checked(infer_dataset_class(self.preprocessed_dataset_folder))
+        training, validation_cases = self.split["train"], self.split["val"]
+        self.print_to_log_file(f"{len(training)} training and {len(validation_cases)} validation cases")
+        return list(training), list(validation_cases)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Seeded streams of training and validation batches that start at the current epoch."""
@@ -233,6 +247,7 @@ class MFMTrainer(nnUNetTrainer):
             self.initialize()
         groups.require_pretrained(self.settings, self.new_weights is not None)
         require_fingerprint(Path(self.preprocessed_dataset_folder_base))
+        state.write_descriptions(self)
         super().on_train_start()
         is_new_scratch = self.new_weights is None and self.current_epoch == 0
         if is_new_scratch and not torch.equal(next(self.network.parameters()), self._first_weight):
@@ -320,7 +335,8 @@ class MFMTrainer(nnUNetTrainer):
         # A picture takes more than a second, as long as an epoch on small data.
         if self.local_rank == 0 and (is_last or time.monotonic() - self._last_plot > SECONDS_BETWEEN_PLOTS):
             self._last_plot = time.monotonic()
-            self.logger.plot_progress_png(self.output_folder)
+            with checkpoint.full_disk_named(folder / "progress.png"):
+                self.logger.plot_progress_png(self.output_folder)
         self.current_epoch += 1
 
     def on_train_end(self) -> None:
@@ -358,7 +374,7 @@ class MFMTrainer(nnUNetTrainer):
         stopped = "stopped in the final validation; the training is saved. Go on with --c."
         with self.stop_flag.at_once(stopped) if self.stop_flag is not None else contextlib.nullcontext():
             if self.is_ddp or self.is_cascaded or has_next_stage:
-                with default_autocast_dtype(self.autocast_dtype):
+                with default_autocast_dtype(self.autocast_dtype), next_stage_checked():
                     super().perform_actual_validation(save_probabilities)
                 return
             for case in validation.validate_fold(self, save_probabilities):

@@ -5,6 +5,7 @@ Stock nnU-Net starts two pools of processes for this, which takes longer than th
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from mfm_nnunet.checkpoint import full_disk_named
 from mfm_nnunet.data.per_case import progress
+from mfm_nnunet.data.reading import read_label
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune.datasets import NamingDataset
-from mfm_nnunet.predict.export import export_validation_case, remove_dead_stages, require_space
+from mfm_nnunet.files import inside
+from mfm_nnunet.finetune.datasets import require_geometry
+from mfm_nnunet.metrics import foreground_labels
+from mfm_nnunet.predict.export import export_validation_case, publish, remove_dead_stages, require_space, staging
 from mfm_nnunet.predict.predictor import Model
 
 Label = int | tuple[int, ...]
@@ -36,7 +40,7 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
     trainer.network.eval()
     yield from predict_cases(trainer, cases, folder, save_probabilities)
     trainer.set_deep_supervision_enabled(True)
-    trainer.print_to_log_file(f"Mean Validation Dice: {mean_dice(evaluate(trainer, cases, folder))}")
+    trainer.print_to_log_file(format_dice(evaluate(trainer, cases, folder), trainer.dataset_json))
 
 
 def predict_cases(
@@ -44,7 +48,7 @@ def predict_cases(
 ) -> Iterable[str]:
     """Predict preprocessed cases with the trainer's network and write their masks; yields each name when it is done.
 
-    Raises MFMError (E_SHORT_DATA) naming a preprocessed file that cannot be read.
+    Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a preprocessed file that cannot be read.
     """
     axes = trainer.inference_allowed_mirroring_axes
     model = Model(
@@ -52,12 +56,12 @@ def predict_cases(
         mirror_axes=tuple(axes) if axes else None,
         autocast_dtype=torch.bfloat16 if getattr(trainer, "autocast_dtype", None) is torch.bfloat16 else torch.float16,
     )  # fmt: skip
-    dataset = NamingDataset(trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases)))
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     for case in dataset.identifiers:
-        with dataset.reading():
-            data, _, _, properties = dataset.load_case(case)
-            image_CDHW = torch.from_numpy(np.array(data[:]))
-        require_space(output_folder / f"{case}{trainer.dataset_json['file_ending']}", properties)
+        data, _, _, properties = dataset.load_case(case)
+        require_geometry(Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl", properties)
+        image_CDHW = torch.from_numpy(np.array(data[:]))
+        require_space(inside(output_folder, f"{case}{trainer.dataset_json['file_ending']}"), properties)
         logits = model.predict_logits(image_CDHW, what=f"validating {case}")
         with progress(0, f"{case}: writing the mask"):
             export_validation_case(
@@ -66,7 +70,7 @@ def predict_cases(
                 trainer.plans_manager,
                 trainer.configuration_manager,
                 trainer.dataset_json,
-                output_folder / case,
+                inside(output_folder, case),
                 save_probabilities,
             )
         yield case
@@ -79,7 +83,8 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
     """
     ending, labels = trainer.dataset_json["file_ending"], trainer.label_manager
     reference = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations"
-    files = [(reference / (case + ending), prediction_folder / (case + ending)) for case in sorted(cases)]
+    names = [case + ending for case in sorted(cases)]
+    files = [(inside(reference, name), inside(prediction_folder, name)) for name in names]
     missing = [str(file) for file, _ in files if not file.is_file()]
     if missing:
         raise MFMError(
@@ -89,18 +94,36 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
         )  # fmt: skip
     summary = summarise(
         files,
-        trainer.plans_manager.image_reader_writer_class(),
+        trainer.plans_manager.plans["image_reader_writer"],
         labels.foreground_regions if labels.has_regions else labels.foreground_labels,
         labels.ignore_label,
     )
-    save_summary_json(summary, str(prediction_folder / "summary.json"))
+    with full_disk_named(prediction_folder / "summary.json"), staging(prediction_folder) as stage:
+        save_summary_json(summary, str(stage / "summary.json"))
+        publish(stage, prediction_folder)
     return summary
 
 
+class _CheckedReader:
+    """Read label maps as nnU-Net's reader of that name does, through the input gate."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def read_seg(self, file: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return a label map (1, D, H, W) and its properties. Raises MFMError."""
+        return read_label(Path(file), self.name)
+
+
 def summarise(
-    files: Sequence[tuple[Path, Path]], reader: BaseReaderWriter, labels: Sequence[Label], ignore_label: int | None
+    files: Sequence[tuple[Path, Path]], reader_name: str, labels: Sequence[Label], ignore_label: int | None
 ) -> dict[str, Any]:
-    """Metrics of (reference, prediction) pairs in nnU-Net's layout: per case, mean per label, foreground mean."""
+    """Return metrics of (reference, prediction) pairs in nnU-Net's layout: per case, mean per label, foreground mean.
+
+    A label that neither masks nor references have is NaN, as nnU-Net writes it. nnU-Net makes the foreground mean NaN
+    then; here it is the mean of the labels that have a value.
+    """
+    reader: Any = _CheckedReader(reader_name)
     results = [compute_metrics(str(truth), str(mask), reader, list(labels), ignore_label) for truth, mask in files]
     names = list(results[0]["metrics"][labels[0]])
     with warnings.catch_warnings():
@@ -109,14 +132,21 @@ def summarise(
             label: {name: np.nanmean([r["metrics"][label][name] for r in results]) for name in names}
             for label in labels
         }
-    foreground = [label for label in labels if label != 0]
-    foreground_mean = {name: np.mean([mean[label][name] for label in foreground]) for name in names}
+        foreground = [label for label in labels if label != 0]
+        foreground_mean = {name: np.nanmean([mean[label][name] for label in foreground]) for name in names}
     summary: dict[str, Any] = {"metric_per_case": results, "mean": mean, "foreground_mean": foreground_mean}
     for part in (*results, mean, foreground_mean):
         recursive_fix_for_json_export(part)
     return summary
 
 
-def mean_dice(summary: Mapping[str, Any]) -> float:
-    """The foreground's mean Dice of a summary."""
-    return float(summary["foreground_mean"]["Dice"])
+def format_dice(summary: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> str:
+    """Return the line about the foreground's mean Dice, which names the labels that have none."""
+    absent = [
+        name
+        for name, values in foreground_labels(dataset_json).items()
+        for label in (values, values[0] if len(values) == 1 else values)
+        if label in summary["mean"] and math.isnan(summary["mean"][label]["Dice"])
+    ]
+    note = f" (without {', '.join(absent)}, which neither masks nor references have)" if absent else ""
+    return f"Mean Validation Dice: {summary['foreground_mean']['Dice']}{note}"

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlparse
 
 from mfm_nnunet.checkpoint import atomic_write, sha256
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,10 @@ def fetch(address: str | Path) -> Path:
     """
     text = str(address)
     if text.startswith("file:"):
-        parsed = urlparse(text)
+        try:
+            parsed = urlparse(text)
+        except ValueError as error:
+            raise MFMError("E_CONFIG", f"{text}: not an address ({error}). Give file:///PATH or a path.") from error
         if parsed.netloc not in ("", "localhost"):
             raise MFMError("E_CONFIG", f"{text}: a file of another computer. Give file:///PATH or a path.")
         return Path(unquote(parsed.path))
@@ -134,10 +138,11 @@ def _noted(repository: str, commit: str) -> dict[str, str] | None:
     if not files:
         return None
     try:
-        noted = json.loads(_note(files[0].parent, commit).read_bytes())
+        noted = parse_json(_note(files[0].parent, commit).read_bytes())
     except (OSError, ValueError):
         return None
-    return noted if isinstance(noted, dict) and set(noted) <= {file.name for file in files} else None
+    is_whole = isinstance(noted, dict) and set(noted) <= {file.name for file in files}
+    return noted if is_whole and all(isinstance(value, str) for value in noted.values()) else None
 
 
 def _without_network(where: str, repository: str, commit: str, error: Exception) -> Path:
@@ -159,7 +164,8 @@ def _verified(where: str, files: Sequence[Path], hashes: Mapping[str, str]) -> P
     """The folder of the files, each of which is what the hub lists; else MFMError, and those that differ are gone."""
     differ = [file for file in files if not _has_hash(file, hashes[file.name])]
     for file in differ:
-        file.resolve().unlink(missing_ok=True)
+        if file.resolve().is_relative_to(file.parent.parent.parent.resolve()):  # a link may lead out of the cache
+            file.resolve().unlink(missing_ok=True)
         file.unlink(missing_ok=True)
     if differ:
         names = ", ".join(file.name for file in differ)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfm_nnunet.interchange.conversion import Reading
-from mfm_nnunet.json_files import is_resampled
+from mfm_nnunet.json_files import is_resampled, resolved
 from mfm_nnunet.terminal import in_markdown
 
 CARD = "README.md"
@@ -33,7 +33,7 @@ def stated_licence(folder: Path) -> str | None:
 def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
     """What there is to say, in order; nothing about subjects, because nothing is in the description."""
     plans, name = mfm["plans"], mfm["configuration"]
-    configuration = plans["configurations"][name]
+    configuration = resolved(plans, name)
     network, kwargs = _architecture(mfm)
     corpus, source = mfm.get("corpus") or {}, mfm.get("source") or {}
     found = {

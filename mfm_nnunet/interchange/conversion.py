@@ -23,13 +23,14 @@ from mfm_nnunet.interchange.repairs import with_axis_0_outermost, without_stale_
 from mfm_nnunet.json_files import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem, resolved, shared_plan
 from mfm_nnunet.models.build import check_architecture
 from mfm_nnunet.models.primus import decoder_widths
+from mfm_nnunet.plan_rules import MAX_ARGUMENT, MAX_EDGE
 from mfm_nnunet.plans.schema import FORMAT, MFMBlock, to_dict
 
 logger = logging.getLogger(__name__)
 
 Layout = Literal["mfm_nnunet", "nnssl", "nnU-Net", "weights alone"]
 TokenOrder = Literal["whd", "hwd"]
-NORMALIZATIONS = ("ZScoreNormalization", "NoNormalization", "Rescale0_1Normalization", "RGBTo01Normalization")
+NORMALIZATIONS = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
 """Those of nnU-Net that need nothing but the image; CT's needs intensities, which nnssl's files do not hold."""
 PUBLISHED_SPACING = 1.0
 """Millimetres along each axis of OpenMind's corpora, where a file says nothing."""
@@ -85,6 +86,8 @@ def ours(content: Mapping[str, Any]) -> Reading:
     Raises MFMError: E_MODEL_MISMATCH for a newer format, E_MODEL_CORRUPT for an entry of another kind than it can be.
     """
     mfm = content["mfm"]
+    if not isinstance(mfm, Mapping):
+        raise _no_description("mfm", mfm)
     if isinstance(mfm.get("format"), int) and mfm["format"] > FORMAT:
         raise MFMError(
             "E_MODEL_MISMATCH",
@@ -94,8 +97,13 @@ def ours(content: Mapping[str, Any]) -> Reading:
     for name, kind in _KINDS.items():
         if mfm.get(name) is not None and not isinstance(mfm[name], kind):
             raise _no_description(name, mfm[name])
+    for name in ("num_inputs", "num_outputs"):
+        if mfm.get(name) is not None and not 0 < mfm[name] <= MAX_ARGUMENT:
+            raise _no_description(name, mfm[name])
+    if not all(type(size) is int and 0 < size <= MAX_EDGE for size in mfm.get("patch_size") or ()):
+        raise _no_description("patch_size", mfm["patch_size"])
     corpus, source = mfm.get("corpus") or {}, mfm.get("source") or {}
-    if corpus and not {"num_cases", "num_subjects", "hash"} <= set(corpus):
+    if corpus and not ({"num_cases", "num_subjects", "hash"} <= set(corpus) and isinstance(corpus["hash"], str)):
         raise _no_description("corpus", corpus)
     notes = source.get("notes") or []
     if not isinstance(notes, list):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mfm_nnunet.checkpoint import atomic_write, sha256
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import shown
 from mfm_nnunet.interchange.card import CARD, model_card
-from mfm_nnunet.json_files import read_json
+from mfm_nnunet.json_files import parse_json, read_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _ALIASES = "aliases"
@@ -34,7 +35,7 @@ def is_folder_checkpoint(place: Path) -> bool:
     if not ((place / WEIGHTS).is_file() and (place / CONFIG).is_file()):
         return False
     try:
-        return "mfm" in json.loads((place / CONFIG).read_bytes())
+        return "mfm" in parse_json((place / CONFIG).read_bytes())
     except (ValueError, TypeError):
         return True
 
@@ -55,7 +56,7 @@ def write_folder(content: Mapping[str, Any], folder: Path) -> None:
     files = {
         WEIGHTS: weights,
         CONFIG: json.dumps(config, indent=1).encode(),
-        CARD: model_card(content["mfm"], sum(tensor.numel() for tensor in tensors.values())).encode(),
+        CARD: shown(model_card(content["mfm"], sum(tensor.numel() for tensor in tensors.values()))).encode(),
     }
     for name, data in files.items():
         with atomic_write(folder / name) as file:
@@ -77,7 +78,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             weights: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            aliases = json.loads((opened.metadata() or {}).get(_ALIASES, "{}"))
+            aliases = parse_json((opened.metadata() or {}).get(_ALIASES, "{}"))
         weights |= {name: weights[first] for name, first in aliases.items()}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MFMError("E_MODEL_CORRUPT", f"{file}: damaged ({error}). Copy the folder again.") from error

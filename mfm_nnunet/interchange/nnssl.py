@@ -148,7 +148,8 @@ def _text(values: Mapping[str, Any], name: str) -> str | None:
 
 def _number(values: Mapping[str, Any], name: str) -> int | None:
     found = plain(values.get(name))
-    if found is not None and (not isinstance(found, (int, float)) or isinstance(found, bool)):
+    is_number = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1 << 31
+    if found is not None and not is_number:
         raise _wrong(name, found)
     return None if found is None else int(found)
 
@@ -163,7 +164,7 @@ def _row(values: Mapping[str, Any], name: str, kind: type) -> tuple[Any, ...] | 
         return None
     try:
         return tuple(kind(item) for item in found)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _wrong(name, found) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import shown
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.architecture import PRIMUS, UNETS, between_convolutions
 from mfm_nnunet.interchange.card import CARD, model_card
@@ -59,7 +60,7 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     }
     for name, text in texts.items():
         with checkpoint.atomic_write(folder / name) as handle:
-            handle.write(text.encode())
+            handle.write(shown(text).encode())
     checkpoint.save(file, folder / "checkpoint_final.pth")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.files import shown
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.address import fetch
 from mfm_nnunet.interchange.card import UNKNOWN_LICENCE, stated_licence
@@ -119,7 +120,7 @@ def convert(
     content = {"network_weights": reading.content["network_weights"], "mfm": {**reading.mfm}}
     if reading.layout != "mfm_nnunet":
         origin: dict[str, Any] = {"address": hub_address} if hub_address else {}
-        origin |= {"file": place.name, "sha256": sha256(place), "notes": list(reading.notes)}
+        origin |= {"file": shown(place.name), "sha256": sha256(place), "notes": list(reading.notes)}
         content["mfm"]["source"] = {**reading.mfm["source"], **origin}
     if licence is not None:
         _require_same_licence(reading.mfm.get("licence"), licence)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.errors import MFMError, is_out_of_memory, nearest
 
 _DNA = "dynamic_network_architectures"
 
+MAX_PARAMETERS = 4_000_000_000
+"""Weights of 16 GB; published networks for segmentation have below one billion."""
 NETWORKS: tuple[str, ...] = (
     *(f"{_DNA}.architectures.unet.{name}" for name in ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")),
     # The module's old name, which plans of older nnU-Nets hold and nnU-Net's factory redirects.
@@ -53,22 +56,37 @@ def build_network(
     name, kwargs = manager.network_arch_class_name, manager.network_arch_init_kwargs
     check_architecture(name, kwargs, manager.network_arch_init_kwargs_req_import)
     _require_fitting_patch(kwargs, manager.patch_size, configuration)
+    arguments = (name, kwargs, manager.network_arch_init_kwargs_req_import, num_inputs, num_outputs)
+    pyramid = deep_supervision if knows_deep_supervision(name) else None
     try:
-        return get_network_from_plans(
-            name,
-            kwargs,
-            manager.network_arch_init_kwargs_req_import,
-            num_inputs,
-            num_outputs,
-            deep_supervision=deep_supervision if knows_deep_supervision(name) else None,
-        )
-    except (TypeError, ValueError, LookupError, AssertionError) as error:
+        _require_buildable(lambda: get_network_from_plans(*arguments, deep_supervision=pyramid), configuration)
+        return get_network_from_plans(*arguments, deep_supervision=pyramid)
+    except MFMError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MFMError(
             "E_CONFIG",
             f"the plan's network for {configuration} cannot be built: {reason}. Undo the change of the plan, or plan "
             "again.",
         ) from error
+
+
+def _require_buildable(build: Callable[[], nn.Module], configuration: str) -> None:
+    """Raise MFMError (E_TOO_LARGE) for a network with more weights than a computer holds, before any is allocated."""
+    try:
+        with torch.device("meta"):
+            num_parameters = sum(parameter.numel() for parameter in build().parameters())
+    except Exception:  # what is wrong with its arguments, or cannot be built without values, shows when it is built
+        return
+    if num_parameters > MAX_PARAMETERS:
+        raise MFMError(
+            "E_TOO_LARGE",
+            f"the plan's network for {configuration} has {num_parameters / 1e9:.3g} billion weights, and at most "
+            f"{MAX_PARAMETERS / 1e9:g} billion are built. Correct the features and blocks in the plan, or plan again.",
+        )
 
 
 def knows_deep_supervision(class_name: str) -> bool:
@@ -83,7 +101,9 @@ def _require_fitting_patch(kwargs: Mapping[str, Any], patch_size: Sequence[int],
     strides = [[stride] * num_axes if isinstance(stride, int) else stride for stride in kwargs.get("strides", ())]
     steps = [math.prod(along_axis) for along_axis in zip(*strides)] or list(kwargs.get("patch_embed_size", ()))
     problem = ""
-    if isinstance(convolution, str) and not convolution.endswith(f"Conv{num_axes}d"):
+    if kwargs.get("n_stages") == 1:
+        problem = "the network has one stage, and a U-Net needs two"
+    elif isinstance(convolution, str) and not convolution.endswith(f"Conv{num_axes}d"):
         problem = f"the network's layers are {convolution.rpartition('.')[2]}"
     elif steps and (len(steps) != num_axes or any(size % step for size, step in zip(patch_size, steps))):
         problem = f"the network needs multiples of {' x '.join(map(str, steps))}"
@@ -101,6 +121,8 @@ def check_architecture(class_name: Any, kwargs: Mapping[str, Any], to_import: An
     """Raise MFMError (E_MODEL_UNSAFE) unless a plan's architecture names only networks and layers that we know."""
     if class_name not in NETWORKS:
         _refuse(f"network_class_name {class_name!r}")
+    if not isinstance(kwargs, Mapping) or not isinstance(to_import, (list, tuple)):
+        raise MFMError("E_CONFIG", f"the plan names {class_name} and has no arguments of it. Plan again.")
     for name in to_import:
         value = kwargs.get(name)
         if value is not None and not (isinstance(value, str) and _PARTS.fullmatch(value)):

@@ -99,6 +99,16 @@ def pad_to_multiple(size: float, multiple: int) -> int:
     return max(1, math.ceil(size / multiple)) * multiple
 
 
+def times(values: Sequence[float], unit: str = "") -> str:
+    """Return sizes or spacings as text, e.g. "32 x 40 x 32" or "1 x 0.8 x 0.8 mm"."""
+    return " x ".join(f"{value:.4g}" for value in values) + unit
+
+
+def slices_first(slice_axis: int) -> list[int]:
+    """Return the axis order in which the slice axis is first and the others keep theirs."""
+    return [slice_axis, *(axis for axis in range(3) if axis != slice_axis)]
+
+
 def network_of(family: str, architecture: Mapping[str, Any]) -> str:
     """The key of NETWORKS for a family and the ``architecture`` entry of a plan's configuration."""
     of_dna = re.search(r"\.PrimusV([23])$", str(architecture.get("network_class_name")))

@@ -10,14 +10,15 @@ one image per worker.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
-from mfm_nnunet.data import reading
+from mfm_nnunet.data import corpus, reading
 from mfm_nnunet.data.per_case import in_threads, with_progress
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 
@@ -58,8 +59,8 @@ def extract_fingerprint(
     """The fingerprint of ``cases`` as JSON values, and the cases that could not be used.
 
     All of nnU-Net's keys, and ``"mfm"``: names of the cases that count (in the order of ``spacings``), whether they are
-    labelled, number of channels, and whether the percentiles are exact. The result does not depend on
-    ``num_processes`` (threads: reading is done outside Python).
+    labelled, number of channels, the reader that all were read with, and whether the percentiles are exact. The result
+    does not depend on ``num_processes`` (threads: reading is done outside Python).
 
     Raises MFMError: E_NOT_FOUND (no cases), E_LABEL_VALUE (no label marks any foreground), and CasesFailedError when
     not one case could be read.
@@ -72,7 +73,8 @@ def extract_fingerprint(
     statistics: list[CaseStatistics] = []
     failures: list[CaseFailure] = []
     pool = _Pool(num_channels)
-    work = functools.partial(_analyse, dataset_json=dataset_json, num_channels=num_channels)
+    reader = choose_reader(cases, dataset_json, num_processes)
+    work = functools.partial(_analyse, reader=reader, dataset_json=dataset_json, num_channels=num_channels)
     outcomes = in_threads(work, cases, num_processes)
     with with_progress(outcomes, len(cases), "reading the images") as counted:
         for case, outcome in counted:
@@ -99,15 +101,40 @@ def extract_fingerprint(
             "case_names": [case.name for case in used],
             "has_labels": has_labels,
             "num_channels": num_channels,
+            "reader": reader,
             "percentiles_exact": pool.exact,
         },
     }
     return fingerprint, failures
 
 
-def _analyse(case: Case, *, dataset_json: dict[str, Any], num_channels: int) -> CaseStatistics:
-    reader = reading.reader_for(case.images[0], dataset_json)
+def choose_reader(cases: Sequence[Case], dataset_json: Mapping[str, Any], num_processes: int = 1) -> str:
+    """Return the one reader of nnU-Net for all files of a dataset: a plan names one, and stock nnU-Net has no other.
+
+    NibabelIO as soon as one NIfTI file needs it, because it reads the others, too; else the reader of most cases.
+    Raises MFMError as :func:`mfm_nnunet.data.reading.reader_for` where that fails for each case.
+    """
+    work = functools.partial(_readers_of, dataset_json=dataset_json)
+    wanted = Counter[str]()
+    for _, outcome in in_threads(work, cases, num_processes):
+        if not isinstance(outcome, CaseFailure):  # it is reported with its reason when it is read
+            wanted.update(outcome)
+    if not wanted:
+        return reading.reader_for(cases[0].images[0], dataset_json)
+    return "NibabelIO" if set(wanted) == {"NibabelIO", "SimpleITKIO"} else wanted.most_common(1)[0][0]
+
+
+def _readers_of(case: Case, *, dataset_json: Mapping[str, Any]) -> set[str]:
+    files = [*case.images, *([case.label] if case.label is not None else [])]
+    return {reading.reader_for(file, dataset_json) for file in files}
+
+
+def _analyse(case: Case, *, reader: str, dataset_json: dict[str, Any], num_channels: int) -> CaseStatistics:
     image_CDHW, properties = reading.read_image(case.images, reader)
+    if case.label is None:
+        corpus.require_scan(case.images[0], image_CDHW)
+    if len(image_CDHW) != num_channels and case.label is None and len(case.images) == 1:
+        raise MFMError("E_CHANNELS", _other_colours(case, len(image_CDHW), num_channels))
     if len(image_CDHW) != num_channels:
         raise MFMError(
             "E_CHANNELS",
@@ -131,6 +158,16 @@ def _analyse(case: Case, *, dataset_json: dict[str, Any], num_channels: int) -> 
         shape_after_crop=[int(n) for n in shape],
         relative_size=float(np.prod(shape) / np.prod(image_CDHW.shape[1:])),
         channels=[_summarise(x_DHW[box][foreground_DHW]) for x_DHW in image_CDHW] if has_foreground else None,
+    )
+
+
+def _other_colours(case: Case, found: int, wanted: int) -> str:
+    """Why a picture of a corpus is refused; in a corpus one file has several channels only if it is in colour."""
+    kinds = {1: "grey", 3: "in colour", 4: "in colour with transparency"}
+    is_kind, wanted_kind = kinds.get(found, "of another kind"), kinds.get(wanted, "of another kind")
+    return (
+        f"{case.images[0]}: is {is_kind} ({found} channels), and this corpus is {wanted_kind} ({wanted} channels). "
+        f"Save it as the others are, or register the pictures that are {is_kind} as a corpus of their own."
     )
 
 

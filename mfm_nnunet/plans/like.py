@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.files import shown
 from mfm_nnunet.interchange.conversion import require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
 from mfm_nnunet.json_files import ARCHITECTURE_KEYS, is_resampled, resolved
 from mfm_nnunet.models.build import check_architecture
-from mfm_nnunet.plans.derive import network_of, pad_to_multiple
+from mfm_nnunet.plans.derive import network_of, pad_to_multiple, slices_first, times
 from mfm_nnunet.plans.schema import block_of
+
+MAX_GROWTH = 4.0
+"""Voxels after resampling for each voxel of a scan, above which a plan like a checkpoint gets a warning."""
+MIN_SHARE = 0.1
+"""Share of the median scan that the patch should see at least."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def read_source(path: Path) -> Source:
         if "CTNormalization" in reading.configuration["normalization_schemes"]:
             _require_intensities(mfm["plans"]["foreground_intensity_properties_per_channel"])
         network = block_of(mfm["plans"]).network
-    entry = {"name": path.name, "sha256": sha256(path), "pretext": mfm.get("pretext"), "network": network}
+    entry = {"name": shown(path.name), "sha256": sha256(path), "pretext": mfm.get("pretext"), "network": network}
     return Source(mfm, entry)
 
 
@@ -81,9 +87,11 @@ def like_plans_name(checkpoint_plans_name: str) -> str:
     return f"mfmLike{stem.removesuffix('Plans')}Plans"
 
 
-def like_axes(mfm: Mapping[str, Any], is_2d: bool) -> list[int]:
-    """The checkpoint's ``transpose_forward``; images of one slice keep their order, else the slice axis would move."""
-    return [0, 1, 2] if is_2d else [int(axis) for axis in mfm["plans"]["transpose_forward"]]
+def like_axes(mfm: Mapping[str, Any], slice_axis: int | None) -> list[int]:
+    """Return the checkpoint's ``transpose_forward``; for images of one slice the order in which that axis is first."""
+    if slice_axis is not None:
+        return slices_first(slice_axis)
+    return [int(axis) for axis in mfm["plans"]["transpose_forward"]]
 
 
 def like_spacing(mfm: Mapping[str, Any], own_spacing: Sequence[float], axes: Sequence[int]) -> list[float]:
@@ -143,12 +151,50 @@ def like_patch(patch: Sequence[int], arch_kwargs: Mapping[str, Any], median_shap
     if "strides" in arch_kwargs:
         strides = [[s] * len(patch) if isinstance(s, int) else s for s in arch_kwargs["strides"]]
         steps = [math.prod(axis) for axis in zip(*strides)]
-    else:
+    elif "patch_embed_size" in arch_kwargs:
         steps = [int(size) for size in arch_kwargs["patch_embed_size"]]
+    else:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            "the plan in the checkpoint tells neither strides nor the size of a token of its network, so no patch can "
+            "be planned for it. Use a checkpoint whose plan is whole.",
+        )
     result = [min(int(p), pad_to_multiple(size, step)) for p, size, step in zip(patch, median_shape, steps)]
     if "strides" in arch_kwargs and result == steps:
         result = [min(int(p), 2 * step) for p, step in zip(patch, steps)]
     return result
+
+
+def doubts(
+    configuration: Mapping[str, Any], spacings: Sequence[Sequence[float]], axes: Sequence[int], checkpoint: str
+) -> str:
+    """Say why a plan like a checkpoint may be of little use for these images, and the ways out; empty if it fits.
+
+    ``spacings`` are those of the files, before transposing with ``axes``; ``configuration`` is the planned one.
+    """
+    target = configuration["spacing"]
+    scaled = list(zip(axes[-len(target) :], target)) if is_resampled(configuration) else []
+    factors = [math.prod(own[axis] / mm for axis, mm in scaled) for own in spacings]
+    many = [factor for factor in factors if factor > MAX_GROWTH]
+    image = configuration["median_image_size_in_voxels"]
+    share = math.prod(min(1.0, edge / size) for edge, size in zip(configuration["patch_size"], image))
+    problems = []
+    if many:
+        problems.append(
+            f"resampling to its {times(target)} mm makes up to {max(many):.1f} voxels of one in {len(many)} of "
+            f"{len(factors)} scans, so training and prediction take that much longer and see no more"
+        )
+    if share < MIN_SHARE:
+        problems.append(
+            f"its patch of {times(configuration['patch_size'])} sees {share:.1%} of the median scan ({times(image)})"
+        )
+    if not problems:
+        return ""
+    return (
+        f"{checkpoint} fits these scans badly: {', and '.join(problems)}. Two ways out: pretrain on a corpus that is "
+        "planned with a coarser --spacing, near that of these scans; or plan without --like and train with "
+        "--set finetune.transfer=adapt."
+    )
 
 
 def _require_intensities(intensities: Any) -> None:

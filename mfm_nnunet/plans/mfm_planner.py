@@ -24,11 +24,13 @@ from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.data import corpus, reading
+from mfm_nnunet.data import corpus
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.json_files import parse_json, read_plans
 from mfm_nnunet.models.memory import training_memory_bytes
 from mfm_nnunet.models.primus import PrimusSeg, primus_kwargs
 from mfm_nnunet.plans import derive, like
+from mfm_nnunet.plans.fingerprint import choose_reader
 from mfm_nnunet.plans.schema import MFMBlock, to_dict
 from mfm_nnunet.plans.table import channel_names
 
@@ -38,6 +40,8 @@ STOCK_CONFIGURATIONS = {"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"}
 PRIMUS_CLASS = "mfm_nnunet.models.primus.PrimusSeg"
 MIN_IMAGE_EDGE = 4
 """Voxels along an edge of a cube as large as the smallest median image that is planned for."""
+MIN_STAGES = 2
+"""A U-Net of one stage has no decoder, and so no output."""
 
 
 class MFMPlanner(ResEncUNetPlanner):
@@ -65,13 +69,19 @@ class MFMPlanner(ResEncUNetPlanner):
         _require_file(fingerprint_file, f"Run mfm_plan_and_preprocess -d {name}, which makes it first.")
         self.is_corpus = corpus.is_corpus(raw)
         self.memory_gb = gpu_memory_target_in_gb if gpu_memory_target_in_gb is not None else _gpu_memory_gb()
+        self.cases = corpus.load_cases(raw)
         files = {
             case.name: {"images": [str(file) for file in case.images], "label": str(case.label) if case.label else None}
-            for case in corpus.load_cases(raw)
+            for case in self.cases
         }
         # Stock lists imagesTr, which a corpus does not have, with twelve processes; everything else it does is wanted.
-        with mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value=files):
+        # It reads JSON as UTF-8 without a byte order mark.
+        with (
+            mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value=files),
+            mock.patch.object(stock, "load_json", side_effect=lambda file: parse_json(Path(file).read_bytes())),
+        ):
             super().__init__(name, 8, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose)
+        self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # as we understand it, not as it is written
         self.dataset_json.setdefault("numTraining", len(files))
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
@@ -85,7 +95,7 @@ class MFMPlanner(ResEncUNetPlanner):
         shapes = np.array(self.dataset_fingerprint["shapes_after_crop"])
         if not len(shapes):
             raise MFMError("E_EMPTY", f"{fingerprint_file}: the fingerprint has no cases. Make it again.")
-        self.is_2d = bool(np.median(shapes[:, 0]) == 1)
+        self.slice_axis = _slice_axis(shapes, self.dataset_name)
         self._memory: dict[tuple[str, tuple[int, ...], int], int] = {}
         self._apply(derive.resenc_preset(self.memory_gb))
 
@@ -96,10 +106,14 @@ class MFMPlanner(ResEncUNetPlanner):
         if self.network == "primus" or self.source:
             self._apply(_without_limit(self.preset))  # stock's U-Net is thrown away, so it need not be fitted
         measured = self.dataset_fingerprint
-        if self.is_original_spacing:
-            spacing = [float(value) for value in self.determine_fullres_target_spacing()]
+        target = [float(value) for value in self.determine_fullres_target_spacing()]
+        fixed = [axis for axis in range(3) if self.is_original_spacing or axis == self.slice_axis]
+        if fixed:
             # Sizes must stay what they are; stock scales them by case spacing / target spacing.
-            self.dataset_fingerprint = {**measured, "spacings": [spacing] * len(measured["spacings"])}
+            spacings = [
+                [target[axis] if axis in fixed else own[axis] for axis in range(3)] for own in measured["spacings"]
+            ]
+            self.dataset_fingerprint = {**measured, "spacings": spacings}
         output = io.StringIO()
         try:
             with contextlib.redirect_stdout(output):
@@ -111,12 +125,9 @@ class MFMPlanner(ResEncUNetPlanner):
         return self.plans
 
     def determine_reader_writer(self) -> Any:
-        """The reader for the images' format; stock opens one with each reader in turn and prints tracebacks."""
-        readable = self.dataset_fingerprint.get("mfm", {}).get("case_names", [])
-        case = next(
-            (self.dataset[name] for name in readable if name in self.dataset), next(iter(self.dataset.values()))
-        )
-        return recursive_find_reader_writer_by_name(reading.reader_for(Path(case["images"][0]), self.dataset_json))
+        """Return the reader class that the fingerprint's images were read with; stock tries each on the first image."""
+        known = self.dataset_fingerprint.get("mfm", {}).get("reader")
+        return recursive_find_reader_writer_by_name(known or choose_reader(self.cases, self.dataset_json))
 
     @staticmethod
     def static_estimate_VRAM_usage(
@@ -138,17 +149,20 @@ class MFMPlanner(ResEncUNetPlanner):
         """Target spacing in mm before transposing. The slice axis of 2D images has no spacing to speak of and stays."""
         target = super().determine_fullres_target_spacing().astype(float)
         if self.source:
-            axes = like.like_axes(self.source.mfm, self.is_2d)
+            axes = like.like_axes(self.source.mfm, self.slice_axis)
             target = np.array(like.like_spacing(self.source.mfm, target, axes))
-        if self.is_2d:
-            target[0] = np.median(np.array(self.dataset_fingerprint["spacings"])[:, 0])
+        if self.slice_axis is not None:
+            target[self.slice_axis] = np.median(np.array(self.dataset_fingerprint["spacings"])[:, self.slice_axis])
         return target
 
     def determine_transpose(self) -> Any:
-        """Axis order of the checkpoint, or nnU-Net's: the coarsest axis first."""
-        if not self.source:
+        """Return the axis order: the slice axis of 2D images first, else the checkpoint's, else the coarsest first."""
+        if self.slice_axis is not None:
+            forward = derive.slices_first(self.slice_axis)
+        elif self.source:
+            forward = like.like_axes(self.source.mfm, None)
+        else:
             return super().determine_transpose()
-        forward = like.like_axes(self.source.mfm, self.is_2d)
         return forward, [forward.index(axis) for axis in range(3)]
 
     def determine_resampling(self, *args: Any, **kwargs: Any) -> Any:
@@ -197,6 +211,7 @@ class MFMPlanner(ResEncUNetPlanner):
         if self.source:
             plans = self._like(plans)
         plans["configurations"] = derive.select_configurations(plans["configurations"], self.wanted)
+        _require_two_stages(plans["configurations"])
         for name, configuration in plans["configurations"].items():
             if "data_identifier" in configuration:
                 labels = [self.dataset_json["labels"], self.dataset_json.get("regions_class_order")]
@@ -231,9 +246,9 @@ class MFMPlanner(ResEncUNetPlanner):
     def _merge(self, plans: dict[str, Any]) -> None:
         """Keep configurations of the file on disk that are not planned now, and say what changes."""
         try:
-            old = json.loads(self.plans_file.read_text())
+            old = read_plans(self.plans_file, "")
             configurations = dict(old["configurations"])
-        except (ValueError, KeyError, TypeError):
+        except MFMError:
             logger.warning("%s is no plan and is replaced", self.plans_file)
             return
         # Asked for everything, stock decides whether there is a 3d_lowres; one of an older plan must not come back.
@@ -318,15 +333,49 @@ def _networks(plans: Mapping[str, Any]) -> set[str]:
     return {derive.network_of(family, architecture) for architecture in architectures if architecture}
 
 
+def _slice_axis(shapes: np.ndarray, dataset_name: str) -> int | None:
+    """Return the axis along which most images have one voxel, whatever its spacing; None for volumes.
+
+    ``shapes`` is (cases, 3), before transposing. Raises MFMError (E_CONFIG) when images of one slice lie along
+    different axes: one plan has one axis order, so the others would be cut into lines.
+    """
+    flat = shapes[(shapes == 1).any(1)]
+    if 2 * len(flat) <= len(shapes):
+        return None
+    counts = (flat == 1).sum(0)
+    axis = int(counts.argmax())
+    if counts[axis] < len(flat):
+        where = ", ".join(f"{count} along axis {number}" for number, count in enumerate(counts) if count)
+        raise MFMError(
+            "E_CONFIG",
+            f"{dataset_name}: {len(flat)} of {len(shapes)} images have a single slice, but not along one axis "
+            f"({where}; counted in the order of the image reader). Save them all with the slice along the same axis.",
+        )
+    return axis
+
+
 def _require_voxels(spacing: Sequence[float], median_shape: Sequence[float]) -> None:
     """Refuse a spacing at which the median image is too small for any network."""
     if min(median_shape) < 1 or math.prod(median_shape) < MIN_IMAGE_EDGE ** len(median_shape):
         raise MFMError(
             "E_CONFIG",
-            f"at a spacing of {' x '.join(f'{mm:g}' for mm in spacing)} mm the median image has only "
-            f"{' x '.join(f'{size:.3g}' for size in median_shape)} voxels. Give a finer --spacing, and check that the "
-            "spacing in the images is right.",
+            f"at a spacing of {derive.times(spacing)} mm the median image has only {derive.times(median_shape)} "
+            "voxels. Give a finer --spacing, and check that the spacing in the images is right.",
         )
+
+
+def _require_two_stages(configurations: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a U-Net without a decoder, which is what stock plans for images of less than 8 voxels along each axis."""
+    for name, configuration in configurations.items():
+        num_stages = configuration.get("architecture", {}).get("arch_kwargs", {}).get("n_stages", MIN_STAGES)
+        if num_stages < MIN_STAGES:
+            raise MFMError(
+                "E_CONFIG",
+                f"{name}: the median image of {derive.times(configuration['median_image_size_in_voxels'])} voxels (at "
+                f"{derive.times(configuration['spacing'])} mm) leaves the network {num_stages} stage, and a U-Net "
+                f"needs {MIN_STAGES}: at least 8 voxels along two axes, or 12 along one. Give a finer --spacing, check "
+                "that the spacing in the images is right, or plan other configurations only (-c).",
+            )
 
 
 def _without_limit(preset: derive.ResEncPreset) -> derive.ResEncPreset:

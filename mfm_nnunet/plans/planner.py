@@ -6,6 +6,7 @@ The plan file is nnU-Net's, every name in it resolves in stock nnunetv2 (but the
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from mfm_nnunet.plans import derive, like
 from mfm_nnunet.plans.mfm_planner import MFMPlanner
 from mfm_nnunet.plans.table import Circumstances, Decision, decisions_for, format_table
 from mfm_nnunet.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "DEFAULT_NAMES",
@@ -95,6 +98,10 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
     planner.wanted = request.configurations
     planner.source = source
     plans = planner.plan_experiment()
+    if source:
+        own, spacings = plans["configurations"][source.configuration], planner.dataset_fingerprint["spacings"]
+        if doubts := like.doubts(own, spacings, plans["transpose_forward"], source.entry["name"]):
+            logger.warning("%s", doubts)
     why = Circumstances(
         preset=planner.preset.name,
         memory_gb=planner.memory_gb,
@@ -102,6 +109,7 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
         spacing=request.spacing,
         num_cases=len(planner.dataset_fingerprint["spacings"]),
         planned=planner.planned,
+        slice_axis=planner.slice_axis,
     )
     return PlanResult(plans, planner.plans_file, decisions_for(plans, planner.dataset_json, why))
 

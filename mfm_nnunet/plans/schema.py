@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -24,7 +25,36 @@ PUBLISHED_RATES = {
 """Peak learning rates from scratch and from a checkpoint, by network and optimizer (nnU-Net's; arXiv 2503.01835,
 2412.17041)."""
 
+LARGEST = 10**9
+"""No number among the settings is larger; what is, is a slip of the keyboard and would run for ever or fill memory."""
+
 Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The legal values of a number: from ``low`` to ``high``, with ``above`` and ``below`` without these two."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        is_high_enough = value > self.low if self.above else value >= self.low
+        return is_high_enough and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.above and self.below:
+            return f"between {self.low:g} and {self.high:g}"
+        return f"{'above' if self.above else 'at least'} {self.low:g} and {'below' if self.below else 'at most'} " + (
+            f"{self.high:.10g}"
+        )
+
+
+def ranged(default: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> Any:
+    """Return a dataclass field with a legal range; None, where it is the default, is legal too."""
+    return field(default=default, metadata={"range": Range(low, high, above, below)})
 
 
 @dataclass(frozen=True)
@@ -34,37 +64,37 @@ class PretrainSettings:
     A value of ``None`` is resolved at the start of the run and the resolved value is printed and saved.
     """
 
-    epochs: int = 1000
-    iterations_per_epoch: int = 250
-    validation_iterations: int = 50
-    batch_size: int = 2
+    epochs: int = ranged(1000, 1, 10**6)
+    iterations_per_epoch: int = ranged(250, 1, 10**6)
+    validation_iterations: int = ranged(50, 1, 10**6)
+    batch_size: int = ranged(2, 1, 2**16)
     """Items per step over all GPUs together."""
-    learning_rate: float = 1e-2
+    learning_rate: float = ranged(1e-2, 0, 10, above=True)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum 0.99, or AdamW with betas (0.9, 0.98)."""
-    weight_decay: float = 3e-5
-    warmup_epochs: int | None = None
+    weight_decay: float = ranged(3e-5, 0, 10)
+    warmup_epochs: int | None = ranged(None, 0, 10**6)
     """Linear warm-up. None: 5 % of the epochs from 300 epochs on, else 10 %."""
-    gradient_clip: float = 12.0
+    gradient_clip: float = ranged(12.0, 0, LARGEST, above=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that have it, fp16 with loss scaling on others, fp32 on CPU."""
     augmentation: Literal["spatial", "mirror", "none"] = "spatial"
     """spatial: rotation, scaling and mirroring; mirror: mirroring only."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = ranged(0.05, 0, 1, below=True)
     """Share of the subjects held out for the validation loss (at least one subject)."""
-    accumulation: int = 1
+    accumulation: int = ranged(1, 1, 2**16)
     """Parts of a batch that are computed one after the other, their gradients added up. It saves memory; contrastive
     losses compare within a part."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
-    ema_decay: float | None = None
+    ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
     """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
     compile: bool = False
     """torch.compile of the network's blocks."""
     leave_out_anonymised: bool = True
     """Leave voxels that were anonymised out of the loss, where the corpus has such masks and the task restores
     voxels."""
-    anatomy_fraction: float = 0.0
+    anatomy_fraction: float = ranged(0.0, 0, 1)
     """Share of the crops that are centred on a voxel of the anatomy mask, for cases that have one."""
     balance_by: tuple[str, ...] = ()
     """subject, dataset, modality or several of them: each combination is drawn equally often. None of them: each case
@@ -81,16 +111,16 @@ class FinetuneSettings:
     What is open (None, auto) is resolved at the start of a run, printed and saved.
     """
 
-    epochs: int = 1000
-    iterations_per_epoch: int = 250
-    validation_iterations: int = 50
-    learning_rate: float | None = None
+    epochs: int = ranged(1000, 1, 10**6)
+    iterations_per_epoch: int = ranged(250, 1, 10**6)
+    validation_iterations: int = ranged(50, 1, 10**6)
+    learning_rate: float | None = ranged(None, 0, 10, above=True)
     """None: the published rate of this network, optimizer and start, see ``PUBLISHED_RATES``."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    weight_decay: float = 3e-5
-    warmup_epochs: int | None = None
+    weight_decay: float = ranged(3e-5, 0, 10)
+    warmup_epochs: int | None = ranged(None, 0, 10**6)
     """Linear warm-up. None: 5 % of the epochs from 300 epochs on, else 10 %."""
-    gradient_clip: float = 12.0
+    gradient_clip: float = ranged(12.0, 0, LARGEST, above=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: as nnU-Net, fp16 with loss scaling on GPUs, fp32 elsewhere. bf16 pays on CPUs with AVX512-BF16 or AMX."""
     deep_supervision: bool = True
@@ -98,17 +128,17 @@ class FinetuneSettings:
     schedule: Literal["warmup", "sawtooth"] = "warmup"
     """warmup: the whole network from the start. sawtooth: first all but the encoder that came from the checkpoint, then
     all (arXiv 2410.23132); where nothing came from one, the plain warm-up."""
-    decoder_epochs: int | None = None
+    decoder_epochs: int | None = ranged(None, 2, 10**6)
     """sawtooth: epochs of its first phase. None: 5 % of the epochs from 300 epochs on, else 10 %, at least 2."""
     train: Literal["all", "decoder", "head", "lora"] = "all"
     """What learns in the whole run: decoder leaves the encoder still, head all but the output layers (a linear probe);
     lora trains the decoder and low-rank adapters in the encoder (arXiv 2106.09685, Primus only). A stem that was
     adapted to other channels learns in each."""
-    lora_rank: int = 8
+    lora_rank: int = ranged(8, 1, 2**16)
     """lora: rank of the adapters."""
-    lora_alpha: float = 16.0
+    lora_alpha: float = ranged(16.0, 0, LARGEST, above=True)
     """lora: the adapters count ``lora_alpha / lora_rank`` fold."""
-    layer_decay: float | None = None
+    layer_decay: float | None = ranged(None, 0, 1, above=True)
     """Primus: each block of the encoder learns at this fraction of the rate of the block after it (arXiv 2106.08254).
     None: see ``finetune.advice``."""
     parts: Literal["auto", "encoder", "encoder_decoder", "all_but_heads"] = "auto"
@@ -116,13 +146,13 @@ class FinetuneSettings:
     transfer: Literal["fit", "adapt"] = "fit"
     """fit: the plan was made like the checkpoint. adapt: the dataset keeps a plan of its own, and kernels of another
     size are made to fit it."""
-    ema_decay: float | None = None
+    ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
     """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
     compile: bool = True
     """torch.compile of the network on CUDA GPUs, as nnU-Net; it needs a C compiler there."""
     mirroring: bool = True
     """Mirror crops in training and images in prediction, along all axes as nnU-Net does."""
-    batch_size: int | None = None
+    batch_size: int | None = ranged(None, 1, 2**16)
     """Crops per step over all GPUs together. None: as the plan's configuration says."""
     checkpoint: dict[str, Any] | None = None
     """What the weights come from: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
@@ -132,15 +162,15 @@ class FinetuneSettings:
 class ProbeSettings:
     """The downstream probe while pretraining: what the weights are worth on a few labelled cases."""
 
-    every: int = 10
+    every: int = ranged(10, 1, 10**6)
     """Epochs from one probe to the next; the last epoch is always probed."""
     kind: Literal["linear", "finetune"] = "linear"
     """linear: voxels are classified from the frozen encoder's features; finetune: a copy of the network is trained."""
-    max_cases: int = 20
+    max_cases: int = ranged(20, 2, 10**6)
     """Labelled cases that are used at most; one subject in three is held out for the Dice."""
-    steps: int = 200
+    steps: int = ranged(200, 1, 10**6)
     """finetune: training steps of the copy."""
-    learning_rate: float = 1e-3
+    learning_rate: float = ranged(1e-3, 0, 10, above=True)
     """finetune: peak of the learning rate, with AdamW."""
 
 
@@ -152,8 +182,8 @@ class MFMBlock:
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     source: dict[str, Any] | None = None
     """The checkpoint a plan was made to fit (``--like``): {"name", "sha256", "pretext", "network"}."""
-    seed: int = 0
-    num_workers: int | None = None
+    seed: int = ranged(0, 0, 2**32 - 1)
+    num_workers: int | None = ranged(None, 0, 1024)
     """Background processes that read and augment. None: chosen from the number of CPU cores."""
     network: Literal["resenc", "primus"] = "resenc"
     format: int = FORMAT
@@ -190,39 +220,40 @@ def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
     return max(2, resolved_warmup(None, settings.epochs))
 
 
+def require_in_range(settings: Any, prefix: str = "") -> None:
+    """Raise MFMError (E_CONFIG) that names the first number in a settings dataclass which is out of its range."""
+    for item in dataclasses.fields(settings):
+        value, name = getattr(settings, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            require_in_range(value, f"{name}.")
+            continue
+        legal = item.metadata.get("range", Range(-LARGEST, LARGEST))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and number not in legal:
+                raise MFMError("E_CONFIG", f"{name}={number}: must be {legal}.")
+
+
 def require_legal_schedule(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
     """Raise MFMError (E_CONFIG) that names the first setting of a schedule which is out of its range."""
-    for name in ("epochs", "iterations_per_epoch", "validation_iterations", "learning_rate", "gradient_clip"):
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise MFMError("E_CONFIG", f"{prefix}{name}={value}: must be greater than 0.")
+    require_in_range(settings, prefix)
     warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
     if not 0 <= warmup <= settings.epochs:
         raise MFMError(
             "E_CONFIG", f"{prefix}warmup_epochs={warmup}: must be from 0 to {prefix}epochs={settings.epochs}."
         )
-    if settings.weight_decay < 0:
-        raise MFMError("E_CONFIG", f"{prefix}weight_decay={settings.weight_decay}: must not be below 0.")
 
 
 def require_legal_finetuning(settings: FinetuneSettings) -> None:
     """Raise MFMError (E_CONFIG) that names the first setting of fine-tuning which is out of its range."""
     require_legal_schedule(settings, "finetune.")
-    decay, layer_decay = settings.ema_decay, settings.layer_decay
-    problems = {
-        "ema_decay": "must be between 0 and 1" if decay is not None and not 0 < decay < 1 else "",
-        "layer_decay": "must be above 0 and at most 1" if layer_decay is not None and not 0 < layer_decay <= 1 else "",
-        "lora_rank": "must be at least 1" if settings.lora_rank < 1 else "",
-        "lora_alpha": "must be greater than 0" if settings.lora_alpha <= 0 else "",
-        "batch_size": "must be at least 1" if settings.batch_size is not None and settings.batch_size < 1 else "",
-        "decoder_epochs": _sawtooth_problem(settings),
-        "train": "the sawtooth trains all in the end; take finetune.schedule=warmup, or finetune.train=all"
-        if settings.schedule == "sawtooth" and settings.train != "all"
-        else "",
-    }
-    for name, problem in problems.items():
-        if problem:
-            raise MFMError("E_CONFIG", f"finetune.{name}={getattr(settings, name)}: {problem}.")
+    name, problem = "decoder_epochs", _sawtooth_problem(settings)
+    if not problem and settings.schedule == "sawtooth" and settings.train != "all":
+        name, problem = (
+            "train",
+            "the sawtooth trains all in the end; take finetune.schedule=warmup, or finetune.train=all",
+        )
+    if problem:
+        raise MFMError("E_CONFIG", f"finetune.{name}={getattr(settings, name)}: {problem}.")
 
 
 def _sawtooth_problem(settings: FinetuneSettings) -> str:
@@ -231,8 +262,7 @@ def _sawtooth_problem(settings: FinetuneSettings) -> str:
     if settings.schedule != "sawtooth":
         return "" if first is None else "only finetune.schedule=sawtooth has this phase; set that, or leave this out"
     ramp = resolved_warmup(settings.warmup_epochs, settings.epochs)
-    if first is None or first < 2:
-        return "must be at least 2"
+    assert first is not None
     if first + max(ramp, 1) > settings.epochs:
         return (
             f"the first phase ({first} epochs) and the warm-up ({ramp}) are longer than finetune.epochs="
@@ -249,13 +279,18 @@ def to_dict(settings: Any) -> dict[str, Any]:
 def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
     """The dataclass ``cls`` from JSON values.
 
-    Raises MFMError (E_CONFIG) for an unknown key or a value of the wrong type; ``where`` prefixes names in messages.
+    Raises MFMError (E_CONFIG) for an unknown key, a value of the wrong type and a number out of its range; ``where``
+    prefixes names in messages.
     """
+    if not isinstance(values, Mapping):
+        raise MFMError("E_CONFIG", f"{where.rstrip('.') or 'settings'}={values}: expected a table of names and values.")
     hints = get_type_hints(cls)
-    unknown = [key for key in values if key not in hints]
+    unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
-    return cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
+    settings = cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
+    require_in_range(settings, where)
+    return settings
 
 
 def block_of(plans: Mapping[str, Any]) -> MFMBlock:
@@ -279,6 +314,7 @@ def override(settings: Settings, assignments: Iterable[str]) -> Settings:
         if not separator:
             raise MFMError("E_CONFIG", f"--set {assignment}: expected name=value, e.g. pretrain.epochs=100.")
         settings = _assign(settings, name.strip(), value.strip(), settings)
+    require_in_range(settings)
     return settings
 
 
@@ -368,12 +404,10 @@ def _convert_scalar(value: Any, hint: Any, name: str) -> Any:
     elif hint is str:
         return str(value)
     elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             number = hint(value)
-        except (ValueError, OverflowError):
-            number = None
-        if number is not None and (hint is float or float(value) == number) and math.isfinite(number):
-            return number
+            if (hint is float or float(value) == number) and math.isfinite(number):
+                return number
     raise MFMError("E_CONFIG", f"{name}={value}: expected {hint.__name__}.")
 
 

@@ -15,10 +15,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from mfm_nnunet.json_files import NO_RESAMPLING
 from mfm_nnunet.models.build import build_network
 from mfm_nnunet.models.memory import MemoryEstimate, estimate_training_memory, num_parameters
+from mfm_nnunet.plans.derive import times
 from mfm_nnunet.plans.schema import PUBLISHED_RATES, MFMBlock, block_of, resolved_warmup
 
 MEASURED = "a real step on a CPU took 0.9 to 1.9 times this"
 """How good the estimate is, see ``tests/benchmarks/memory_estimate.py``."""
+
+NAMES = {"ResidualEncoderUNet": "ResEnc U-Net", "ResidualUNet": "residual U-Net", "PlainConvUNet": "plain U-Net"}
+"""U-Nets by class, as people call them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Circumstances:
     spacing: str | Sequence[float]
     num_cases: int
     planned: tuple[str, ...]
+    slice_axis: int | None = None
+    """The axis along which 2D images have one voxel."""
 
 
 def format_table(decisions: Sequence[Decision], width: int = 120) -> str:
@@ -62,7 +68,7 @@ def format_table(decisions: Sequence[Decision], width: int = 120) -> str:
 def decisions_for(plans: dict[str, Any], dataset_json: Mapping[str, Any], why: Circumstances) -> list[Decision]:
     """Each decision of ``plans`` and its reason: of the data set, of each planned configuration, of the schedules."""
     block = block_of(plans)
-    decisions = [_budget(block, why), _axis_order(plans, block)]
+    decisions = [_budget(block, why), _axis_order(plans, block, why)]
     planned = {name: plans["configurations"][name] for name in why.planned}
     first = next(value for value in planned.values() if "normalization_schemes" in value)
     for index, name in enumerate(channel_names(dataset_json).values()):
@@ -95,9 +101,11 @@ def _budget(block: MFMBlock, why: Circumstances) -> Decision:
     return Decision("budget", f"{why.memory_gb:g} GB", f"{origin}; nnU-Net's ResEnc M, L and XL are 8, 24 and 40 GB")
 
 
-def _axis_order(plans: Mapping[str, Any], block: MFMBlock) -> Decision:
-    value = " ".join(map(str, plans["transpose_forward"]))
-    return Decision("axis order", value, "the checkpoint's" if block.source else "axis of the coarsest spacing first")
+def _axis_order(plans: Mapping[str, Any], block: MFMBlock, why: Circumstances) -> Decision:
+    reason = "the checkpoint's" if block.source else "axis of the coarsest spacing first"
+    if why.slice_axis is not None:
+        reason = "the axis of one voxel first: images of a single slice"
+    return Decision("axis order", " ".join(map(str, plans["transpose_forward"])), reason)
 
 
 def _normalisation(index: int, name: str, configuration: Mapping[str, Any], block: MFMBlock) -> Decision:
@@ -128,8 +136,8 @@ def _configuration(
     shape = (own["batch_size"], num_inputs, *own["patch_size"])
     memory = estimate_training_memory(network, shape, block.finetune.optimizer, half)
     return [
-        Decision(f"{name}: spacing", _times(own["spacing"], " mm"), _why_spacing(name, own, block, why)),
-        Decision("  patch", _times(own["patch_size"]), _why_patch(own, block)),
+        Decision(f"{name}: spacing", times(own["spacing"], " mm"), _why_spacing(name, own, block, why)),
+        Decision("  patch", times(own["patch_size"]), _why_patch(own, block)),
         Decision("  batch size", str(own["batch_size"]), _why_batch(own, block, why)),
         Decision("  network", *_network(own, why, block)),
         Decision(
@@ -157,11 +165,11 @@ def _why_patch(own: Mapping[str, Any], block: MFMBlock) -> str:
     patch, image = own["patch_size"], own["median_image_size_in_voxels"]
     multiple = "whole tokens of 8 voxels" if block.network == "primus" else "multiples of the strides"
     if all(p >= s for p, s in zip(patch, image)):
-        return f"covers the median image ({_times(image)}), padded to {multiple}"
+        return f"covers the median image ({times(image)}), padded to {multiple}"
     share = math.prod(min(1.0, p / s) for p, s in zip(patch, image))
     limit = ", at most the published 160^3" if block.network == "primus" and len(patch) == 3 else ""
     origin = "the checkpoint's" if block.source else "as large as the budget allows" + limit
-    return f"{origin}, in {multiple}; sees {share:.0%} of the median image ({_times(image)})"
+    return f"{origin}, in {multiple}; sees {share:.0%} of the median image ({times(image)})"
 
 
 def _why_batch(own: Mapping[str, Any], block: MFMBlock, why: Circumstances) -> str:
@@ -186,7 +194,8 @@ def _network(own: Mapping[str, Any], why: Circumstances, block: MFMBlock) -> tup
         reason = f"{num_tokens} tokens; {size}"
     else:
         features = kwargs["features_per_stage"]
-        value = f"ResEnc U-Net, {kwargs['n_stages']} stages, {features[0]} to {features[-1]} features"
+        kind = own["architecture"]["network_class_name"].rpartition(".")[2]
+        value = f"{NAMES.get(kind, kind)}, {kwargs['n_stages']} stages, {features[0]} to {features[-1]} features"
         sizes = {"CPU": "small widths for the CPU", "small": "small widths for a small budget"}
         reason = f"nnU-Net's topology for this patch, {sizes.get(why.preset, 'its own widths')}"
     return value, "the checkpoint's" if block.source else reason
@@ -227,7 +236,3 @@ def _schedules(block: MFMBlock, why: Circumstances) -> list[Decision]:
             Decision("  optimizer", value, reason),
         ]
     return decisions
-
-
-def _times(values: Sequence[float], unit: str = "") -> str:
-    return " x ".join(f"{value:.4g}" for value in values) + unit

@@ -29,6 +29,7 @@ from mfm_nnunet.checkpoint import atomic_write, disk_full, is_disk_full, sha256
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.per_case import progress, reader_threads
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory
+from mfm_nnunet.files import inside, shown
 from mfm_nnunet.predict.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.predict.export import (
     STAGING_PREFIX,
@@ -135,7 +136,7 @@ class _Run:
         """Prepare a case in the background; the journal knows of it before it can end the process."""
         self.journal.write(case.name, "started", **self.identity)
         self.begun.append(case.name)
-        return reader.submit(prepare_case, self.model, case)
+        return reader.submit(prepare_case, self.model, case, self.options)
 
     def _note_stop(self) -> None:
         """Whoever can still say that it was stopped was not killed by the cases that were under way."""
@@ -201,7 +202,7 @@ class _Run:
             self._note_failure(failure, time.perf_counter() - start)
             return str(failure)
         with contextlib.suppress(OSError):  # an old report that cannot be removed makes no mask worse
-            (self.folder / ERROR_FOLDER / f"{case.name}.txt").unlink(missing_ok=True)
+            inside(self.folder, ERROR_FOLDER, f"{case.name}.txt").unlink(missing_ok=True)
         self.report.done.append(case.name)
         return f"{case.name}: done in {time.perf_counter() - start:.1f} s"
 
@@ -218,7 +219,7 @@ class _Run:
                 logits,
                 ready.properties,
                 self.model.managers,
-                stage / case.name,
+                inside(stage, case.name),
                 self.ending,
                 header=ready.header,
                 save_probabilities=self.options.save_probabilities,
@@ -244,7 +245,7 @@ class _Run:
 
     def _remove_outdated(self, name: str, stage: Path) -> None:
         """Old probabilities of a case do not stay beside a new mask."""
-        for old in (self.folder / output for output in _output_names(name, self.ending, True)):
+        for old in (inside(self.folder, output) for output in _output_names(name, self.ending, True)):
             if not os.path.isfile(old) or os.path.exists(stage / old.name):
                 continue
             if self.options.overwrite or sha256(old) in self.journal.written.get(old.name, ()):
@@ -263,11 +264,12 @@ class _Run:
         first_line = (str(error).splitlines() or [""])[0]
         reason = f"{type(error).__name__}: {first_line}"
         details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        file = self.folder / ERROR_FOLDER / f"{name}.txt"
+        file = inside(self.folder, ERROR_FOLDER, f"{name}.txt")
         try:
             with disk_full_is_an_error(file):
                 file.parent.mkdir(exist_ok=True)
-                file.write_text(details)
+                with atomic_write(file) as handle:
+                    handle.write(shown(details).encode())
         except OSError:  # the folder is somebody else's, or a file; the traceback then goes to the command's log
             return CaseFailure(name, "E_INTERNAL", reason, details)
         return CaseFailure(name, "E_INTERNAL", f"{reason} (traceback: {ERROR_FOLDER}/{file.name})")

@@ -5,10 +5,10 @@ Legend: C channels, D H W voxels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,20 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from mfm_nnunet.checkpoint import sha256
+from mfm_nnunet.data import dicom
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.dataset_json import channel_names
+from mfm_nnunet.data.index import spelling_of
 from mfm_nnunet.data.integrity import ending_of, files_of
 from mfm_nnunet.data.per_case import unchanged, unreadable
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
-from mfm_nnunet.data.sources import dicom_advice
+from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
 from mfm_nnunet.errors import CaseFailure, MFMError, about
+from mfm_nnunet.files import inside, is_unicode, shown
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model
+from mfm_nnunet.predict.options import PredictOptions
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +71,7 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
         raise MFMError(
             "E_NOT_FOUND",
             f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other} "
-            f"{dicom_advice(folder)}",
+            f"{dicom.advice(folder)}",
         )
     channels, plain = _group(matching, ending)
     if not channels:
@@ -78,25 +83,31 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
         for name in plain
     ]
     found += _other_images(folder, [name for name in names if name not in matching], ending)
-    spellings = Counter(_spelling(name) for name in channels)
+    spellings = Counter(spelling_of(name) for name in channels)
     for name, numbered in channels.items():
         problem = _channel_problem(sorted(numbered), model)
-        if spellings[_spelling(name)] > 1:
+        if not is_unicode(name):  # SimpleITK would end the process when it writes the mask
+            reason = (
+                f"{shown(folder / name)}: the name is not UTF-8, so no mask can be named after it. Rename the files."
+            )
+            found.append(CaseFailure(name, "E_CONFIG", reason))
+        elif spellings[spelling_of(name)] > 1:
             reason = f"{folder / name}: another case differs only in letter case or Unicode form. Rename one of them."
             found.append(CaseFailure(name, "E_CONFIG", reason))
         elif problem:
             found.append(CaseFailure(name, "E_CHANNELS", f"{folder / name}: {problem}"))
         else:
-            mask = previous_stage / f"{name}{ending}" if previous_stage is not None else None
+            mask = inside(previous_stage, f"{name}{ending}") if previous_stage is not None else None
             found.append(Case(name, tuple(folder / numbered[k] for k in sorted(numbered)), mask))
     return sorted(found, key=lambda item: item.case if isinstance(item, CaseFailure) else item.name)
 
 
-def prepare_case(model: Model, case: Case) -> PreparedCase:
+def prepare_case(model: Model, case: Case, options: PredictOptions | None = None) -> PreparedCase:
     """Read and preprocess a case; the mask of a previous stage becomes further channels.
 
-    Raises MFMError: whatever the input gate refuses, E_CHANNELS, E_CHANGED when a file changed while it was read,
-    and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
+    ``options`` decide how much memory and time the prediction will take. Raises MFMError: whatever the input gate
+    refuses, E_CHANNELS, E_CHANGED when a file changed while it was read, E_TOO_LARGE before anything too large is
+    resampled, and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
     """
     reader = model.plans_manager.plans["image_reader_writer"]
     with unchanged(case):
@@ -117,15 +128,27 @@ def prepare_case(model: Model, case: Case) -> PreparedCase:
     constant = [k for k, channel in enumerate(image) if len(case.images) > 1 and (channel == channel.flat[0]).all()]
     warnings = tuple(f"channel {k} is {image[k].flat[0]:g} everywhere" for k in constant)
     plans_manager, configuration_manager, label_manager = model.managers
+    require_size = functools.partial(_require_predictable, model, options or PredictOptions())
     with about(case.images[0]):
         x_CDHW, seg, properties = preprocess_case_npy(
-            image, properties, mask, plans_manager, configuration_manager, model.dataset_json
+            image, properties, mask, plans_manager, configuration_manager, model.dataset_json, require_size
         )
     if mask is not None:
         assert seg is not None, "preprocessing returns the mask that it was given"
         x_CDHW = np.vstack((x_CDHW, convert_labelmap_to_one_hot(seg[0], label_manager.foreground_labels, x_CDHW.dtype)))
     x_CDHW = np.ascontiguousarray(x_CDHW, np.float32)
     return PreparedCase(torch.from_numpy(x_CDHW), properties, input_hashes, header, warnings)
+
+
+def _require_predictable(model: Model, options: PredictOptions, sizes: Sizes) -> None:
+    """Raise MFMError (E_TOO_LARGE) for a case that the model cannot predict in the memory and time that there is."""
+    require_predictable(
+        sizes,
+        model.label_manager.num_segmentation_heads,
+        count_windows(sizes.resampled, model.configuration_manager.patch_size, options.step_size),
+        num_folds=len(model.weights),
+        probabilities=options.save_probabilities,
+    )
 
 
 def hash_inputs(case: Case) -> dict[str, str]:
@@ -201,11 +224,6 @@ def _plain_cases(folder: Path, names: list[str], ending: str, model: Model) -> d
     return {name[: -len(ending)]: {0: name} for name in names}
 
 
-def _spelling(name: str) -> str:
-    """What file systems that ignore letter case or Unicode form take a name for: two masks would be one file there."""
-    return unicodedata.normalize("NFC", name.casefold())
-
-
 def _channel_problem(numbers: list[int], model: Model) -> str:
     """What is wrong with the channel numbers of a case; empty if nothing is."""
     several_per_file = model.plans_manager.plans["image_reader_writer"] == _SEVERAL_CHANNELS_PER_FILE
@@ -217,5 +235,5 @@ def _channel_problem(numbers: list[int], model: Model) -> str:
 
 
 def _channel_names(model: Model) -> str:
-    names = model.dataset_json.get("modality") or model.dataset_json["channel_names"]
-    return " (" + ", ".join(f"_{int(number):04d} {name}" for number, name in names.items()) + ")"
+    names = channel_names(model.dataset_json).values()
+    return " (" + ", ".join(f"_{number:04d} {name}" for number, name in enumerate(names)) + ")"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mfm_nnunet.checkpoint import to_plain
+from mfm_nnunet.data.dataset_json import channel_numbers
 from mfm_nnunet.data.preprocess import NORMALISED_BY_CASE
 from mfm_nnunet.json_files import plan_problem, resolved
 
@@ -53,8 +54,14 @@ def _of_dataset(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "labels": labels if order is None else list(labels.items()),  # the order of regions is that of the outputs
         "regions_class_order": order,
-        "channel_names": dataset_json.get("modality") or dataset_json.get("channel_names"),
+        "channel_names": _channels(dataset_json.get("channel_names") or dataset_json.get("modality")),
     }
+
+
+def _channels(names: Any) -> Any:
+    """The channels by number, however a file writes it."""
+    numbers = channel_numbers(names) if isinstance(names, Mapping) else None
+    return names if numbers is None else {number: names[name] for number, name in numbers.items()}
 
 
 def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

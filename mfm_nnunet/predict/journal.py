@@ -17,11 +17,20 @@ from typing import Any
 from mfm_nnunet.checkpoint import full_disk_named, sha256
 from mfm_nnunet.data.per_case import unreadable
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import is_file_name, open_to_append
+from mfm_nnunet.json_files import parse_json
 
 try:
     import fcntl
 except ImportError:  # only POSIX has it; without it two runs on one folder are the user's responsibility
     fcntl = None  # type: ignore[assignment]
+
+STATUSES = ("started", "stopped", "publishing", "done", "failed")
+FIELDS = (
+    "case", "status", "time", "model", "settings", "input", "output", "seconds", "memory_steps", "warnings",
+    "versions", "code", "reason",
+)  # fmt: skip
+"""What a line may hold."""
 
 
 def journal_name(num_parts: int = 1, part_id: int = 0) -> str:
@@ -48,9 +57,10 @@ class Journal:
         entries = [entry for file in sorted(folder.glob("cases*.jsonl")) for entry in _read(file)]
         for entry in sorted(entries, key=lambda entry: str(entry.get("time", ""))):
             self._take(entry)
-        self._handle = open(self.file, "ab")  # noqa: SIM115 (closed by __exit__)
+        self._handle = open_to_append(self.file)  # closed by __exit__
         self._lock()
-        if self._handle.tell() and self.file.read_bytes()[-1:] != b"\n":  # the last run was killed within a line
+        self._handle.seek(max(0, self._handle.seek(0, os.SEEK_END) - 1))
+        if self._handle.read(1) not in (b"", b"\n"):  # the last run was killed within a line
             self._append(b"\n")
 
     def __enter__(self) -> Journal:
@@ -120,8 +130,24 @@ class Journal:
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):  # the line during which a run was killed
-            entry = json.loads(line)
-            if isinstance(entry, dict) and "case" in entry and "status" in entry:
-                yield entry
+    """Yield the lines that a run wrote; others, such as the one during which it was killed, are ignored.
+
+    A mask that only an ignored line knows counts as somebody else's, and is never replaced unasked.
+    """
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            entry = parse_json(line)
+            if isinstance(entry, dict) and _is_entry(entry):
+                yield {name: value for name, value in entry.items() if name in FIELDS}
+
+
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    """Return whether the fields of a line are of the kinds that :meth:`Journal.write` gives them."""
+    outputs, settings = entry.get("output", {}), entry.get("settings", {})
+    has_outputs = isinstance(outputs, dict) and all(
+        is_file_name(name) and isinstance(digest, str) for name, digest in outputs.items()
+    )
+    warnings = entry.get("warnings", [])
+    has_warnings = isinstance(warnings, list) and all(isinstance(text, str) for text in warnings)
+    is_known = isinstance(entry.get("case"), str) and entry.get("status") in STATUSES
+    return is_known and has_outputs and has_warnings and isinstance(settings, dict)

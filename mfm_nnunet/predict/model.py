@@ -85,7 +85,7 @@ class Model:
         assert total is not None
         if len(self.weights) > 1:
             total /= len(self.weights)
-        if not torch.isfinite(total).all():
+        if not all(torch.isfinite(logits_DHW).all() for logits_DHW in total):  # one class at a time, to save memory
             raise MFMError(
                 "E_NONFINITE",
                 "the network's output holds NaN or infinite values for this image. Look at its intensities; if they "
@@ -100,7 +100,7 @@ class Model:
         self.network.to(self.device).eval()
 
     def _slide(
-        self, x_CDHW: torch.Tensor, step_size: float, mirror_axes: Sequence[int] | None, what: str
+        self, x_CDHW: torch.Tensor, step_size: float, mirror_axes: Sequence[int] | None, what: str = "prediction"
     ) -> torch.Tensor:
         patch_size = tuple(self.configuration_manager.patch_size)
         padded, unpad = pad_nd_image(x_CDHW, patch_size, "constant", {"value": 0}, True, None)
@@ -109,7 +109,7 @@ class Model:
         logits = None
         try:
             with progress(len(windows), what, "tiles") as count:
-                logits = self._accumulate(padded, windows, mirror_axes, place, count)
+                logits = self._accumulate(padded, windows, mirror_axes, count, place)
         except torch.OutOfMemoryError:
             if place.type == "cpu":
                 raise
@@ -118,7 +118,7 @@ class Model:
             logger.warning("%s ran out of memory: the logits are accumulated on the CPU instead", self.device)
             torch.cuda.empty_cache()
             with progress(len(windows), what, "tiles") as count:
-                logits = self._accumulate(padded, windows, mirror_axes, torch.device("cpu"), count)
+                logits = self._accumulate(padded, windows, mirror_axes, count, torch.device("cpu"))
         return logits[(slice(None), *unpad[1:])]
 
     def _accumulate(
@@ -126,8 +126,8 @@ class Model:
         x_CDHW: torch.Tensor,
         windows: list[tuple[slice | int, ...]],
         mirror_axes: Sequence[int] | None,
-        place: torch.device,
         count: Callable[[], None],
+        place: torch.device,
     ) -> torch.Tensor:
         """Weighted mean of the windows' logits, kept on ``place``; ``count`` is called after each."""
         x_CDHW = x_CDHW.to(place)

@@ -12,6 +12,7 @@ import torch
 
 from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.files import is_file_name, require_unicode, shown
 from mfm_nnunet.predict.export import STAGING_PREFIX
 from mfm_nnunet.predict.journal import journal_name
 from mfm_nnunet.predict.model import Model
@@ -62,6 +63,10 @@ class PredictReport:
 
 
 def check_options(options: PredictOptions) -> None:
+    if not is_file_name(options.checkpoint_name) or "*" in options.checkpoint_name:
+        raise MFMError(
+            "E_CONFIG", f"-chk {shown(options.checkpoint_name)}: give the name of a file in the fold folders, no path."
+        )
     if not 0 < options.step_size <= 1:
         raise MFMError("E_CONFIG", f"step_size={options.step_size}: must be above 0 and at most 1.")
     if options.num_parts < 1 or not 0 <= options.part_id < options.num_parts:
@@ -95,6 +100,7 @@ def check_folders(
         raise MFMError(
             "E_CONFIG", f"{output_folder}: the output folder is that of the previous stage's masks. Choose another."
         )
+    require_unicode(target, "the output folder")
     if output_folder.exists() and not output_folder.is_dir():
         raise MFMError("E_EXISTS", f"{output_folder}: is a file; the masks need a folder.")
 

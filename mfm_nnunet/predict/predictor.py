@@ -20,10 +20,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from mfm_nnunet.checkpoint import load_weights, sha256
-from mfm_nnunet.data.dataset_json import check_dataset_json
+from mfm_nnunet.data.dataset_json import read_dataset_json
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.json_files import preprocessor_problem, read_json, read_plans
+from mfm_nnunet.files import whole_number
+from mfm_nnunet.json_files import preprocessor_problem, read_plans
 from mfm_nnunet.models.build import build_network, check_architecture
 from mfm_nnunet.predict.consistency import differences
 from mfm_nnunet.predict.model import Model
@@ -103,20 +104,18 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The plan and the dataset.json of a model folder, both whole."""
     advice = f"{_MODEL_FOLDER} Copy it again."
     plans = read_plans(folder / "plans.json", advice, "E_MODEL_CORRUPT")
-    dataset_json = read_json(folder / "dataset.json", advice, "E_MODEL_CORRUPT")
-    check_dataset_json(dataset_json, folder / "dataset.json", "E_MODEL_CORRUPT")
-    return plans, dataset_json
+    return plans, read_dataset_json(folder / "dataset.json", advice, "E_MODEL_CORRUPT", of_model=True)
 
 
 def _choose_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint_name: str) -> list[int | str]:
     trained = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint_name}"))
-    numbers = sorted(int(name) for name in trained if name.isdigit())
-    existing = [*map(str, numbers), *(name for name in trained if not name.isdigit())]
+    numbers = sorted(number for name in trained if (number := whole_number(name)) is not None)
+    existing = [*map(str, numbers), *(name for name in trained if whole_number(name) is None)]
     if folds is None and (numbers or "all" in trained):
         return [*numbers] or ["all"]
     wanted = [str(fold) for fold in folds or ()]
     if wanted and all(name in existing for name in wanted):
-        return [int(name) if name.isdigit() else name for name in wanted]
+        return [name if (number := whole_number(name)) is None else number for name in wanted]
     missing = [name for name in wanted if name not in existing]
     others = sorted({file.name for file in folder.glob("fold_*/*.pth")} - {checkpoint_name})
     raise MFMError(
@@ -145,14 +144,20 @@ def _read_fold(file: Path) -> _Fold:
     try:
         trainer, init_args = str(content["trainer_name"]), dict(content["init_args"])
         configuration = str(init_args["configuration"])
+        if not trainer.isidentifier():
+            raise ValueError(f"the trainer is called {trainer[:60]!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise MFMError(
             "E_MODEL_MISMATCH",
             f"{file}: holds weights but no trainer and configuration, so it is not a fine-tuned model (a "
             "pretrained checkpoint has no segmentation head). Fine-tune it first: mfm_train.",
         ) from error
-    axes = content.get("inference_allowed_mirroring_axes")
-    mirror_axes = tuple(int(axis) for axis in axes) if axes else None
+    axes = content.get("inference_allowed_mirroring_axes") or ()
+    if not isinstance(axes, (list, tuple)) or not all(type(axis) is int and 0 <= axis <= 2 for axis in axes):
+        raise MFMError(
+            "E_MODEL_CORRUPT", f"{file}: it says that images may be mirrored along {str(axes)[:60]}. Copy it again."
+        )
+    mirror_axes = tuple(axes) or None
     precision = _precision(content.get("mfm"))
     return _Fold(file, trainer, configuration, mirror_axes, precision, init_args, content["network_weights"])
 
@@ -203,7 +208,7 @@ def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, d
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             build = recursive_find_trainer_class_by_name(trainer_name).build_network_architecture
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:  # it may find no class at all
         raise MFMError(
             "E_MODEL_MISMATCH",
             f"the model was trained with '{trainer_name}', which this installation of nnU-Net does not have. Install "
@@ -217,7 +222,7 @@ def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, d
 def _require_match(file: Path, state: dict[str, torch.Tensor], network: nn.Module) -> None:
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise _mismatch(file, f"the weights belong to another network than plans.json describes ({reason})") from error
 

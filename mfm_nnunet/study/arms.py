@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange.read import find_checkpoint
@@ -46,6 +47,11 @@ def parse_arms(words: Sequence[str]) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
+def is_arm_name(name: Any) -> bool:
+    """Return whether folders can be named after an arm of this name."""
+    return isinstance(name, str) and bool(_NAME.fullmatch(name))
+
+
 def _parse(word: str) -> Arm:
     base, *settings = [word] if Path(word).exists() else _SETTING.split(word)
     if base == SCRATCH:
@@ -60,7 +66,7 @@ def _parse(word: str) -> Arm:
             "E_NOT_FOUND",
             f"--arms {word}: there is no file {place}. An arm is the word {SCRATCH}, a checkpoint, or NAME=CHECKPOINT.",
         )
-    if name == SCRATCH or not _NAME.fullmatch(name):
+    if name == SCRATCH or not is_arm_name(name):
         raise MFMError(
             "E_CONFIG",
             f"--arms {word}: '{name}' cannot be the name of an arm with a checkpoint. Take letters, digits and "

@@ -151,7 +151,7 @@ class _Run:
         self.step_start = time.monotonic()
         with full_disk_named(self.log), open(self.log, "ab") as handle:
             self.offset = handle.tell()
-            handle.write(os.fsencode(f"$ {shlex.join(self.step.words)}\n"))
+            handle.write(f"$ {shlex.join(self.step.words)}\n".encode("utf-8", "surrogateescape"))
             handle.flush()
             # A session of its own: Ctrl-C reaches only us, and we end the children in order.
             self.process = subprocess.Popen(

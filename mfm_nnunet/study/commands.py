@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mfm_nnunet.files import inside
 from mfm_nnunet.study.design import Cell, Design
 from mfm_nnunet.study.evaluation import RESULT
 
@@ -111,4 +112,5 @@ def _shell_word(word: str) -> str:
 
 def _model_folder(design: Design, plans_name: str, cell_folder: Path) -> Path:
     question = design.question
-    return cell_folder / "results" / question.dataset / f"MFMTrainer__{plans_name}__{question.configuration}"
+    model = f"MFMTrainer__{plans_name}__{question.configuration}"
+    return inside(cell_folder, "results", question.dataset, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.study.arms import SCRATCH, Arm
 from mfm_nnunet.study.splits import Cases, nested_subset
 from mfm_nnunet.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 CELLS = "cells"
 """Folder of the trainings inside the study folder; with it a study's question is settled."""
@@ -119,7 +123,7 @@ class Design:
     def test_images(self, case: Case) -> list[Path]:
         """The links to the channels of a test case."""
         ending = self.dataset_json["file_ending"]
-        return [self.test_folder / f"{case.name}_{channel:04d}{ending}" for channel in range(len(case.images))]
+        return [inside(self.test_folder, f"{case.name}_{channel:04d}{ending}") for channel in range(len(case.images))]
 
     def cells(self) -> Iterator[Cell]:
         """The cells of this call, seed by seed, so that a study that is stopped early leaves a fair table."""
@@ -139,7 +143,7 @@ class Design:
 
     def cell_folder(self, cell: Cell) -> Path:
         """Where everything of a cell is."""
-        return self.folder / CELLS / cell.folder_name
+        return inside(self.folder, CELLS, cell.folder_name)
 
     def fold(self, cell: Cell) -> int:
         """The fold that trains on the cell's subset."""
@@ -200,4 +204,6 @@ def read_subjects(file: Path | None, cases: Sequence[Case]) -> dict[str, str]:
             "E_CONFIG",
             f"--subjects {file}: {len(missing)} cases have no subject, e.g. {missing[0]}. Add a line for each.",
         )
+    if others := sorted(set(named) - {case.name for case in cases}):
+        logger.warning("--subjects %s: %d cases are not in the dataset, e.g. %s", file, len(others), others[0])
     return {case.name: named[case.name] for case in cases}

@@ -26,6 +26,7 @@ from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.data.reading import read_label
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 from mfm_nnunet.json_files import read_json
 from mfm_nnunet.metrics import dice, foreground_labels, ignore_label
 
@@ -106,12 +107,12 @@ def evaluate_cell(study_folder: Path, cell_folder: Path) -> None:
     """
     study = read_json(study_folder / "study.json", "Run mfm_study again.")
     plans = read_json(cell_folder / "masks" / "plans.json", "Run mfm_study again.")
-    content, reader = study["dataset_json"], plans["image_reader_writer"]
+    content, reader = study["dataset_json"], str(plans.get("image_reader_writer"))
     labels, ignore = foreground_labels(content), ignore_label(content)
     scores, in_reference = {}, {}
     for name, files in study["test_cases"].items():
         reference, properties = read_label(Path(files["label"]), reader)
-        predicted, _ = read_label(cell_folder / "masks" / f"{name}{content['file_ending']}", reader)
+        predicted, _ = read_label(inside(cell_folder, "masks", f"{name}{content['file_ending']}"), reader)
         spacing, tolerance = properties["spacing"], study["question"]["tolerance_mm"]
         case = score_case(reference[0], predicted[0], spacing, labels, ignore, tolerance)
         scores[name] = {

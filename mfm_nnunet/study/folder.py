@@ -16,12 +16,14 @@ from typing import Any
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.dataset_json import check_dataset_json
 from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import is_file_name
 from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.json_files import read_json
-from mfm_nnunet.study.arms import Arm
-from mfm_nnunet.study.design import CELLS, Design, Question, cells_of, read_subjects
+from mfm_nnunet.study.arms import Arm, is_arm_name
+from mfm_nnunet.study.design import CELLS, Cell, Design, Question, cells_of, read_subjects
 from mfm_nnunet.study.plan import digest, require_known
 from mfm_nnunet.study.splits import Cases, draw_test, label_counts
 from mfm_nnunet.version import __version__
@@ -175,7 +177,56 @@ def read_record(folder: Path) -> dict[str, Any]:
     lacking = _PARTS - set(record)
     if lacking:
         raise MFMError("E_FORMAT", f"{folder / RECORD}: '{min(lacking)}' is missing. {_ADVICE}")
+    if wrong := _wrong_part(record):
+        raise MFMError("E_FORMAT", f"{folder / RECORD}: '{wrong}' is not as mfm_study writes it. {_ADVICE}")
+    check_dataset_json(record["dataset_json"], folder / RECORD)
     return record
+
+
+def _wrong_part(record: Mapping[str, Any]) -> str:
+    """Name a part of ``study.json`` that is of another kind than it can be; "" if none is.
+
+    Folders are named after arms and cells, and files after cases, so their names count too.
+    """
+    question, arms = record["question"], record["arms"]
+    asked = record.get("asked", [])
+    subjects = question.get("subjects") if isinstance(question, dict) else None
+    is_right = {
+        "question": isinstance(question, dict) and isinstance(question.get("tolerance_mm"), (int, float)),
+        "question.subjects": isinstance(subjects, dict) and all(isinstance(name, str) for name in subjects.values()),
+        "labels": _are_counts(record["labels"]),
+        "seeds": _are_counts([record["seeds"]]),
+        "compared": isinstance(record["compared"], list) and all(is_arm_name(name) for name in record["compared"]),
+        "arms": isinstance(arms, dict) and all(is_arm_name(name) and _is_arm(arm) for name, arm in arms.items()),
+        "asked": isinstance(asked, list) and all(isinstance(cell, dict) and _is_cell(cell) for cell in asked),
+        "folds": isinstance(record["folds"], list)
+        and all(isinstance(f, dict) and _are_counts([f.get("labels"), f.get("seed")]) for f in record["folds"]),
+        "test_cases": isinstance(record["test_cases"], dict)
+        and all(is_file_name(name) and _is_test_case(files) for name, files in record["test_cases"].items()),
+        "library": isinstance(record["library"], dict),
+        "dataset_json": isinstance(record["dataset_json"], dict),
+    }
+    return next((name for name, holds in is_right.items() if not holds), "")
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 31 for value in values)
+
+
+def _is_cell(cell: Mapping[str, Any]) -> bool:
+    has_parts = set(cell) == {part.name for part in dataclasses.fields(Cell)}
+    return has_parts and is_arm_name(cell["arm"]) and _are_counts([cell["num_labels"], cell["seed"]])
+
+
+def _is_arm(arm: Any) -> bool:
+    if not isinstance(arm, dict) or not {"file", "sha256", "settings"} <= set(arm):
+        return False
+    is_text = all(arm[key] is None or isinstance(arm[key], str) for key in ("file", "sha256"))
+    return is_text and isinstance(arm["settings"], list) and all(isinstance(name, str) for name in arm["settings"])
+
+
+def _is_test_case(files: Any) -> bool:
+    return isinstance(files, dict) and isinstance(files.get("label"), str)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.finetune.settings import plan_hash
 from mfm_nnunet.interchange.read import sha256
-from mfm_nnunet.json_files import read_plans
+from mfm_nnunet.json_files import read_json, read_plans
 from mfm_nnunet.plans.planner import PlanRequest, check_request
 from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.design import CELLS, RUN_SETTINGS, Design
@@ -91,7 +91,8 @@ def require_known(design: Design, plans: Mapping[str, Any], file: Path) -> None:
     stock = plan_hash(plans)
     # A study that was begun by an earlier version tells no digest, but its trainings do, of the plan without our block.
     others = [] if design.plan_sha256 else list(design.folder.glob(f"{CELLS}/*/{RUN_SETTINGS}"))
-    known = [json.loads(other.read_text()).get("plan_sha256") for other in others]
+    advice = "Remove the cell's folder and run mfm_study again."
+    known = [read_json(other, advice).get("plan_sha256") for other in others]
     if design.plan_sha256 in (None, digest(plans)) and all(one == stock for one in known):
         return
     raise MFMError(

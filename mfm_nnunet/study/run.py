@@ -6,7 +6,6 @@ Planning and preprocessing are not here: :func:`mfm_nnunet.api.run_study` does t
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from mfm_nnunet.data.per_case import in_threads, with_progress
 from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
+from mfm_nnunet.files import inside, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.finetune.advice import Family, advised
@@ -35,7 +35,7 @@ from mfm_nnunet.study.design import Cell, Design, cells_of
 from mfm_nnunet.study.evaluation import RESULT
 from mfm_nnunet.study.folder import RECORD, read_record, write_json
 from mfm_nnunet.study.report import cautions, plot, table
-from mfm_nnunet.study.summary import Tested, read_results, summarise
+from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def run_design(
     at_once = jobs or (1 if pick_device(device).type == "mps" else running.default_jobs(gpus))
     num_jobs = min(at_once, max(1, len(todo) + len(again)))
     with atomic_write(design.folder / COMMANDS) as handle:
-        handle.write(os.fsencode(commands_script(design, plans_name, device)))
+        handle.write(commands_script(design, plans_name, device).encode("utf-8", "surrogateescape"))
     logger.info("%d cells, %d of them finished; %d at a time", len(cells), len(cells) - len(todo), num_jobs)
     for caution in cautions(read_record(design.folder)):
         logger.warning("%s", caution)
@@ -144,7 +144,7 @@ def run_design(
         _note_seconds(design.cell_folder(cell), seconds)
         _drop_unused(design.cell_folder(cell))
         renew(design.folder)
-        result = json.loads((design.cell_folder(cell) / RESULT).read_text())
+        result = read_result(design.cell_folder(cell))
         mean = Tested.of([result], design.question.subjects).mean(result, "dice")
         return f"Dice {mean:.3f} in {sum(seconds.values()):.0f} s"
 
@@ -152,7 +152,7 @@ def run_design(
         again + todo,
         steps_of(design, plans_name, device),
         running.slots(num_jobs, gpus),
-        lambda cell: design.folder / "logs" / f"{cell.folder_name}.txt",
+        lambda cell: inside(design.folder, "logs", f"{cell.folder_name}.txt"),
         finished,
         _known_seconds(design.folder, cells),
         lock,
@@ -173,7 +173,7 @@ def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
     summary = summarise(record, read_results(folder, cells_of(record)), failures)
     write_json(folder / RECORD, {**record, "results": summary})
     with atomic_write(folder / TABLE) as handle:
-        handle.write(table(record, summary).encode())
+        handle.write(shown(table(record, summary)).encode())
     plot(folder / PICTURE, record, summary)
 
 
@@ -195,7 +195,7 @@ def _scored_otherwise(design: Design) -> list[Cell]:
 
 def _note_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
     """Add the seconds of each step to a result."""
-    result = json.loads((folder / RESULT).read_text())
+    result = read_result(folder)
     write_json(folder / RESULT, {**result, "seconds": {**result.get("seconds", {}), **seconds}})
 
 

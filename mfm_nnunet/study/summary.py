@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.files import inside
+from mfm_nnunet.json_files import read_json
 from mfm_nnunet.study.arms import SCRATCH
 from mfm_nnunet.study.design import CELLS, RUN_SETTINGS, Cell, cells_of, curve_labels
 from mfm_nnunet.study.evaluation import METRICS, RESULT
@@ -97,18 +99,42 @@ class Tested:
 
 def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
     """The results of the cells that are finished, with ``trained_with``: the settings of fine-tuning that they had."""
-    folders = {cell: folder / CELLS / cell.folder_name for cell in cells}
+    folders = {cell: inside(folder, CELLS, cell.folder_name) for cell in cells}
     return {
-        cell: {**json.loads((place / RESULT).read_text()), "trained_with": _trained_with(place)}
+        cell: {**read_result(place), "trained_with": _trained_with(place)}
         for cell, place in folders.items()
         if (place / RESULT).is_file()
     }
 
 
+def read_result(cell_folder: Path) -> dict[str, Any]:
+    """Read ``result.json`` of a finished cell. Raises MFMError (E_FORMAT) when it is damaged."""
+    advice = "Remove it and run mfm_study again: the cell is then scored anew."
+    result = read_json(cell_folder / RESULT, advice)
+    scores, seconds = result.get("scores"), result.get("seconds", {})
+    is_whole = isinstance(scores, dict) and all(isinstance(labels, dict) for labels in scores.values())
+    metrics = [values for labels in scores.values() for values in labels.values()] if scores and is_whole else []
+    has_numbers = all(
+        isinstance(values, dict) and all(_is_score(values.get(metric, "")) for metric in METRICS) for values in metrics
+    )
+    has_times = isinstance(seconds, dict) and all(isinstance(value, (int, float)) for value in seconds.values())
+    known = result.get("in_reference", {})
+    tells = isinstance(known, dict) and all(isinstance(names, list) for names in known.values())
+    if not (is_whole and has_numbers and has_times and tells):
+        raise MFMError("E_FORMAT", f"{cell_folder / RESULT}: its scores are damaged. {advice}")
+    return result
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+
+
 def _trained_with(cell_folder: Path) -> dict[str, Any]:
     """The settings of fine-tuning that a training wrote; none where its folder is gone."""
     file = next(cell_folder.glob(RUN_SETTINGS), None)
-    found: dict[str, Any] = json.loads(file.read_text())["settings"]["finetune"] if file else {}
+    settings = read_json(file, "Remove the cell's folder and run mfm_study again.").get("settings") if file else {}
+    of_finetuning = settings.get("finetune") if isinstance(settings, dict) else None
+    found: dict[str, Any] = of_finetuning if isinstance(of_finetuning, dict) else {}
     is_pretrained = found.pop("checkpoint", None) is not None
     return {name: value for name, value in found.items() if is_pretrained or name != "parts"}
 

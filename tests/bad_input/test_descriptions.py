@@ -30,6 +30,7 @@ def put(**changes: Any) -> Edit:
 
 
 DATASET_JSON: dict[str, tuple[str, Edit]] = {
+    "a number of cases as text": ("numTraining", put(numTraining="three")),
     "no labels": ("labels", put(labels=MISSING)),
     "no ending": ("file_ending", put(file_ending=MISSING)),
     "no channels": ("channel_names", put(channel_names=MISSING)),
@@ -123,7 +124,7 @@ PLANS: dict[str, tuple[str, Edit]] = {
     "no network class": ("network_class_name", of_network(network_class_name=MISSING)),
     "a patch that is none": ("patch_size", of_configuration(patch_size="large")),
     "a patch with fractions": ("patch_size", of_configuration(patch_size=[24, 20.5, 24])),
-    "a flat patch": ("24 x 24", of_configuration(patch_size=[24, 24])),
+    "a flat patch": ("patch_size [24, 24]", of_configuration(patch_size=[24, 24])),
     "a patch that does not fit the strides": ("4 x 4 x 4", of_configuration(patch_size=[24, 22, 24])),
     "an unknown argument": ("num_layers", of_arguments(num_layers=3)),
     "too few features": ("3d_fullres", of_arguments(features_per_stage=[4, 8])),

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data import storage
 from mfm_nnunet.predict import batch
+from mfm_nnunet.predict.model import Model
 from tests.bad_input.site import (
     CORPUS,
     FINETUNE,
@@ -31,6 +33,7 @@ from tests.bad_input.site import (
     write_dataset,
     write_json,
     write_scan,
+    write_volume,
 )
 
 resource = pytest.importorskip("resource")
@@ -192,6 +195,21 @@ def test_disk_full_while_training(site: Site, monkeypatch: pytest.MonkeyPatch) -
     assert all(old[name].equal(new[name]) for name in old)
 
 
+@pytest.mark.parametrize(
+    ("size", "file"),
+    [(100, "settings.json"), (3000, "plans.json"), (30_000, "checkpoint_best.pth"), (None, "progress.png")],
+)
+def test_disk_full_while_training_names_the_file(size: int | None, file: str, site: Site) -> None:
+    """Also one that nnU-Net writes; the finished folds beside it can still be used."""
+    if size is None:
+        sizes = [(site.model / "fold_0" / name).stat().st_size for name in ("checkpoint_final.pth", file)]
+        assert sizes[0] < sizes[1], "the picture is larger than a checkpoint"
+        size = sum(sizes) // 2
+    with largest_file(size), nothing_lost(site.model):
+        refused(site.train(1), "E_DISK_FULL", f"{file}: the disk is full")
+    accepted(site.predict(site.test_images, site.folder / "out"))
+
+
 @pytest.mark.parametrize("size", [50, 600])
 def test_disk_full_while_predicting(size: int, site: Site) -> None:
     """At the first copy, and at a later one; nothing half written has a final name."""
@@ -202,6 +220,47 @@ def test_disk_full_while_predicting(size: int, site: Site) -> None:
         json.loads(file.read_text())
     assert not list(out.glob("*.nii.gz"))
     assert "test0: done" in accepted(site.predict(site.test_images, out, "--resume")).err
+
+
+def test_a_mask_that_has_no_room_is_a_full_disk_at_once(site: Site) -> None:
+    """Neither SimpleITK nor nibabel says why a mask was not written, and every case would be computed in vain."""
+    for number in range(3):
+        noise = np.random.default_rng(number).standard_normal((70, 60, 50))
+        write_volume(site.folder / "large" / f"large{number}_0000.nii.gz", noise.astype(np.float32))
+    out = site.folder / "out"
+    with largest_file(100_000):
+        outcome = site.predict(site.folder / "large", out)
+    refused(outcome, "E_DISK_FULL", "large0", "the disk is full")
+    assert "large1" not in outcome.err
+    assert not list(out.glob("*.nii.gz"))
+    assert not list(out.glob(".partial_*"))
+    assert len([line for line in (out / "cases.jsonl").read_text().splitlines() if "failed" in line]) == 0
+    accepted(site.predict(site.folder / "large", out, "--resume"))
+
+
+def test_no_case_is_computed_without_room_for_its_mask(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "predict_logits", lambda *_, **__: pytest.fail("it was computed"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    refused(site.predict(site.test_images, site.folder / "out"), "E_DISK_FULL", "test0.nii.gz")
+
+
+def test_leftovers_of_killed_saves_are_removed(site: Site) -> None:
+    """In the folders of runs and of plans, at the next start."""
+    folders = {
+        "pretrain": site.run_folder,
+        "train": site.model / "fold_0",
+        "validation": site.model / "fold_0" / "validation",
+        "plan": site.preprocessed(),
+    }
+    for folder in folders.values():
+        (folder / ".x.json.0123abcd.tmp").write_bytes(b"half")
+    (folders["validation"] / ".partial_abcdefgh").mkdir()
+    (folders["validation"] / ".partial_abcdefgh" / "case0.nii.gz").write_bytes(b"half")
+    accepted(site.pretrain("--c"))
+    accepted(site.run("train", 5, "3d_fullres", 0, "--val"))
+    accepted(site.plan("-d", 5, "-c", "3d_fullres", "-pl", "mfmOther"))
+    left = [str(file) for folder in folders.values() for file in folder.glob(".*") if file.name[1] in "xp"]
+    assert [file for file in left if "validation/.x" not in file] == []
 
 
 def test_disk_full_at_the_second_mask(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

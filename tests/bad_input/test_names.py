@@ -149,6 +149,7 @@ PRETRAIN_SETTINGS = {
     "pretrain.epochs=2.5": "expected int",
     "pretrain.epochs=0": "pretrain.epochs=0",
     "pretrain.epochs=-1": "pretrain.epochs=-1",
+    "pretrain.epochs=1000000000000000000000": "at most 1000000",
     "pretrain.iterations_per_epoch=0": "pretrain.iterations_per_epoch=0",
     "pretrain.batch_size=0": "pretrain.batch_size=0",
     "pretrain.learning_rate=nan": "pretrain.learning_rate",
@@ -188,6 +189,9 @@ FINETUNE_SETTINGS = {
     "finetune.precision=half": "auto, fp32, bf16, fp16",
     "finetune.deep_supervision=maybe": "expected bool",
     "finetune.checkpoint=x.pth": "-pretrained_weights",
+    "finetune.iterations_per_epoch=1000000001": "at most 1000000",
+    "finetune.batch_size=1000000000": "finetune.batch_size",
+    "seed=-1": "seed=-1: must be at least 0",
     "network=primus": "training has no setting 'network'",
     "num_workers=-1": "num_workers",
 }

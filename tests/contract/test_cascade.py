@@ -14,8 +14,10 @@ import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from mfm_nnunet import api
+from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.workspace import use
+from tests import crafted
 from tests.contract import synthetic
 
 STAGES = ("3d_lowres", "3d_cascade_fullres")
@@ -104,6 +106,26 @@ def test_second_stage_sees_the_first_ones_classes(trained: Cascade) -> None:
     content = torch.load(trained.model(STAGES[1]) / "fold_all" / "checkpoint_final.pth", weights_only=True)
     assert content["network_weights"]["encoder.stem.convs.0.conv.weight"].shape[1] == 1 + 2
     assert (trained.model(STAGES[1]) / "fold_all" / "validation" / "summary.json").is_file()
+
+
+def test_files_of_the_next_stage_run_no_code(trained: Cascade, tmp_path: Path) -> None:
+    """The first stage's validation reads the sizes of the second one's images, the second stage reads its masks."""
+    full = trained.plans["configurations"]["3d_fullres"]["data_identifier"]
+    mask = trained.model(STAGES[0]) / "predicted_next_stage" / STAGES[1] / "case_0.b2nd"
+    volume = crafted.volumes(tmp_path / "mark", tmp_path / "here")["a function"]
+    crafted_pickle = crafted.pickles(tmp_path / "mark")["protocol 4"]
+    for stage, file, write in (
+        (STAGES[0], trained.preprocessed / full / "case_0.pkl", lambda file: file.write_bytes(crafted_pickle)),
+        (STAGES[0], trained.preprocessed / full / "case_0.b2nd", volume),
+        (STAGES[1], mask, volume),
+    ):
+        good = file.read_bytes()
+        write(file)
+        with pytest.raises(MFMError) as caught, synthetic.in_this_process():
+            api.train(trained.name, stage, "all", only_validate=True, device="cpu", workspace=trained.root)
+        file.write_bytes(good)
+        assert (caught.value.code, caught.value.message.partition(":")[0]) == ("E_DATA_UNSAFE", str(file))
+    assert not (tmp_path / "mark").exists()
 
 
 def test_cascade_predicts_as_stock(trained: Cascade, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from mfm_nnunet.data.corpus import (
     index_source,
     is_corpus,
     load_cases,
+    read_dataset_json,
     register_corpus,
     signature,
+    warn_of_differences,
 )
 from mfm_nnunet.errors import MFMError
 
@@ -49,7 +51,7 @@ def test_tree(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "b.nii", "deep/er/c.mha", "d.PNG", "e.nrrd", ".hidden.nii", ".git/f.nii", "notes.txt")
     touch(tmp_path, "labelsTr/g.nii.gz", "__MACOSX/h.nii", "x.mhd", "x.raw", "._a.nii.gz")
     cases = index_source(tmp_path)
-    assert [case.name for case in cases] == ["a", "b", "d", "c", "e", "x"]
+    assert [case.name for case in cases] == ["a", "b", "c", "e", "x"]
     assert all(len(case.images) == 1 and case.images[0].is_absolute() and case.label is None for case in cases)
     assert [case.subject for case in cases] == [case.name for case in cases]
 
@@ -66,8 +68,8 @@ def test_names_are_unique_whatever_the_file_system_does_with_case(tmp_path: Path
 def test_names_are_safe_for_file_systems_and_for_nnunet(tmp_path: Path) -> None:
     long = "n" * 240
     touch(tmp_path, "a b\n<c>.nii", "-dash.nii", "Schädel.nii", "脳.nii", "脳/脳.nii", f"{long}.nii", f"{long}x.nii")
-    touch(tmp_path, "case_seg.nii", "x..nii")
-    cases = index_source(tmp_path)
+    touch(tmp_path, "x..nii")
+    cases = [*index_source(tmp_path), *index_source(*touch(tmp_path, "case_seg.nii"))]
     for case in cases:
         assert case.name.isascii()
         assert not set(case.name) & set("/\\ \n<>:*?\"'|")
@@ -261,6 +263,7 @@ def test_number_of_channels(tmp_path: Path) -> None:
         (["a.nii.gz", "b.nii.gz"], ".nii.gz", None),
         (["a.nii"], ".nii", None),
         (["a.nii.gz", "b.nii.gz", "c.mha"], ".nii.gz", "SimpleITKIO"),
+        (["a.nii.gz", "b.nii.gz", "c.nii"], ".nii.gz", "NibabelIO"),
         (["a.mhd"], ".mhd", "SimpleITKIO"),
         (["a.png", "b.PNG"], ".png", None),
         (["a.jpg"], ".jpg", "NaturalImage2DIO"),
@@ -280,6 +283,7 @@ def test_volumes_and_pictures_do_not_mix(tmp_path: Path) -> None:
     touch(tmp_path / "scans", "a.nii", "b.png", "c.png")
     message = refusal("E_FORMAT", register_corpus, tmp_path, NAME, index_source(tmp_path / "scans"), ["x"])
     assert "2 .png, 1 .nii" in message
+    assert str(tmp_path / "scans" / "a.nii") in message
 
 
 # --- raw datasets -------------------------------------------------------------------------------------------------
@@ -348,6 +352,74 @@ def test_all_missing_files_are_listed(tmp_path: Path) -> None:
     assert "d_0002.nii.gz" in message
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "imagesTr/c_0000.nii", "imagesTr/c_0000.NII.GZ", "imagesTr/c_0000.mha", "imagesTr/deep/c_0000.nii.gz",
+        "labelsTr/a.nii", "labelsTr/deep/a.nii.gz", "imagesTr/screenshot.png",
+    ],
+)  # fmt: skip
+def test_images_that_would_be_left_out_are_refused(tmp_path: Path, stray: str) -> None:
+    folder = dataset(tmp_path)
+    touch(folder, stray, "imagesTr/.hidden.nii", "labelsTr/._a.nii.gz", "imagesTr/readme.md")
+    message = refusal("E_FORMAT", load_cases, folder)
+    assert "1 image files" in message
+    assert stray in message
+
+
+def test_names_that_cannot_be_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, channel_names={"0": "T1"})
+    for file in (folder / "imagesTr").glob("*_0001*"):
+        file.unlink()
+    for name in ("scan_seg", "x_seg"):
+        touch(folder, f"imagesTr/{name}_0000.nii.gz", f"labelsTr/{name}.nii.gz")
+    message = refusal("E_CONFIG", load_cases, folder)
+    assert "scan_seg" in message
+    assert "x_seg" in message
+
+
+@pytest.mark.parametrize(("one", "other"), [("Case", "case"), ("\u00c5ke", "A\u030ake")])
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_names_that_some_disks_take_for_one_are_refused(tmp_path: Path, one: str, other: str, is_mapped: bool) -> None:
+    names = {name: {"images": ["imagesTr/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz"} for name in (one, other)}
+    folder = dataset(tmp_path, channel_names={"0": "T1"}, dataset=names if is_mapped else None)
+    for file in (folder / "imagesTr").glob("*_0001*"):
+        file.unlink()
+    if not is_mapped:
+        for name in names:
+            touch(folder, f"imagesTr/{name}_0000.nii.gz", f"labelsTr/{name}.nii.gz")
+    assert "2 cases" in refusal("E_CONFIG", load_cases, folder)
+
+
+def test_a_label_whose_name_is_written_otherwise_is_explained(tmp_path: Path) -> None:
+    folder = dataset(tmp_path)
+    (folder / "labelsTr" / "a.nii.gz").rename(folder / "labelsTr" / "A.nii.gz")
+    assert "letter case or Unicode form" in refusal("E_NOT_FOUND", load_cases, folder)
+
+
+def test_a_case_that_the_map_holds_twice_is_refused(tmp_path: Path) -> None:
+    """JSON takes the last of the two."""
+    folder = dataset(tmp_path, dataset={"a": {"images": ["1.nii"]}, "z": {"images": ["2.nii"]}})
+    file = folder / "dataset.json"
+    file.write_text(file.read_text().replace('"z":', '"a":'))
+    assert "'a' is there twice" in refusal("E_FORMAT", load_cases, folder)
+
+
+def test_what_dataset_json_and_the_files_disagree_about_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"images": ["imagesTr/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz"}
+    folder = dataset(tmp_path, channel_names={"0": "T1"}, dataset={"a": files, "again": files}, numTraining=9)
+    warn_of_differences(folder, read_dataset_json(folder), load_cases(folder))
+    assert "numTraining is 9, and there are 2 cases" in caplog.text
+    assert "4 image files are left out" in caplog.text
+    assert "a and again" in caplog.text
+    caplog.clear()
+    folder = dataset(tmp_path / "good")
+    warn_of_differences(folder, read_dataset_json(folder), load_cases(folder))
+    assert not caplog.messages
+
+
 def test_no_label_at_all(tmp_path: Path) -> None:
     folder = dataset(tmp_path)
     for file in (folder / "labelsTr").iterdir():
@@ -356,8 +428,10 @@ def test_no_label_at_all(tmp_path: Path) -> None:
 
 
 def test_colour_pictures_hold_their_channels_in_one_file(tmp_path: Path) -> None:
-    touch(tmp_path, "imagesTr/a_0000.png", "labelsTr/a.png")
     dataset(tmp_path, file_ending=".png", channel_names={"0": "R", "1": "G", "2": "B"})
+    for file in [*tmp_path.glob("*/*.nii.gz")]:
+        file.unlink()
+    touch(tmp_path, "imagesTr/a_0000.png", "labelsTr/a.png")
     assert [len(case.images) for case in load_cases(tmp_path)] == [1]
 
 

@@ -17,6 +17,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from mfm_nnunet.data import nifti
 from mfm_nnunet.data.geometry import Geometry, difference, geometry_of, properties_for, require_sane
 from mfm_nnunet.data.integrity import check_image_file
+from mfm_nnunet.data.reading import read_image
 from mfm_nnunet.errors import MFMError
 
 VOXELS = np.random.default_rng(0).integers(-300, 300, (9, 8, 7)).astype(np.int16)
@@ -204,6 +205,10 @@ def test_the_reader_that_takes_a_file_as_meant(tmp_path: Path, kind: str, ending
         assert geometry.spacing == pytest.approx(SIZES[::-1])
     assert set(converted) == {"spacing", "sitk_stuff" if wanted == "SimpleITKIO" else "nibabel_stuff"}
     mask = tmp_path / "mask.nii"
+    through_the_gate = read_image([file], wanted)
+    np.testing.assert_array_equal(through_the_gate[0], array)
+    assert through_the_gate[1].keys() == converted.keys()
+    assert not difference(geometry_of(through_the_gate[1]), geometry)
     # Whoever trains or predicts with this plan writes masks by the wanted reader.
     recursive_find_reader_writer_by_name(wanted)().write_seg((VOXELS.T > 0).astype(np.uint8), str(mask), converted)
     np.testing.assert_array_equal(np.asarray(nibabel.load(mask).dataobj), VOXELS > 0)  # type: ignore[attr-defined]

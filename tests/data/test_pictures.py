@@ -20,6 +20,7 @@ from PIL import Image
 
 from mfm_nnunet.data import pictures, tiff
 from mfm_nnunet.data.integrity import check_image_file
+from mfm_nnunet.data.reading import read_image
 from mfm_nnunet.errors import MFMError
 
 RNG = np.random.default_rng(0)
@@ -163,6 +164,24 @@ def test_rows_of_a_jpeg_file(tmp_path: Path, progressive: bool, colour: bool) ->
         file.write_bytes(content[: int(len(content) * share)] + b"\xff\xd9")
         assert code_of(file) == "E_SHORT_DATA", share
     file.write_bytes(content + b"remarks of a camera")
+    check_image_file(file)
+
+
+@pytest.mark.parametrize("depth", [1, 8, 24])
+def test_rows_of_a_bmp_file(tmp_path: Path, depth: int) -> None:
+    file = tmp_path / "x.bmp"
+    array = {1: SMOOTH > 100, 8: SMOOTH, 24: np.stack([SMOOTH] * 3, -1)}[depth]
+    Image.fromarray(array).save(file)
+    check_image_file(file)
+    content = file.read_bytes()
+    file.write_bytes(content + b"\0\0")  # as some programs end their files
+    check_image_file(file)
+    for height in (199, 100, 1):
+        file.write_bytes(content[:22] + struct.pack("<i", height) + content[26:])
+        assert code_of(file) == "E_HEADER"
+    file.write_bytes(content[:22] + struct.pack("<i", 201) + content[26:])
+    assert code_of(file) == "E_FORMAT"
+    file.write_bytes(content[:22] + struct.pack("<i", -200) + content[26:])  # from top to bottom
     check_image_file(file)
 
 
@@ -342,7 +361,7 @@ def test_pages_on_top_of_each_other(tmp_path: Path) -> None:
         (4, 257, 20, "E_HEADER"),  # half the height: tifffile decodes it as it does the first
         (4, 256, 0, "E_HEADER"),
         (0, 277, 2, "E_DATATYPE"),
-        (0, 257, 1 << 30, "E_SHORT_DATA"),
+        (0, 257, 1 << 20, "E_SHORT_DATA"),
     ],
 )
 def test_damaged_pages(stack: Path, page: int, tag: int, value: int, code: str) -> None:
@@ -398,6 +417,21 @@ def test_a_page_that_is_stored_in_another_way(tmp_path: Path) -> None:
     check_image_file(file)
     edit(file, 4, 259, 32773)
     assert code_of(file) == "E_HEADER"
+
+
+@pytest.mark.parametrize("options", [{}, {"rowsperstrip": 40}, {"tile": (64, 64)}])
+def test_a_strip_of_jpeg_that_lacks_rows(tmp_path: Path, options: dict[str, Any]) -> None:
+    file = tmp_path / "x.tif"
+    tifffile.imwrite(file, np.stack([SMOOTH] * 3), compression="jpeg", photometric="minisblack", **options)
+    check_image_file(file)
+    content = bytearray(file.read_bytes())
+    with tifffile.TiffFile(file) as handle:
+        page = handle.pages[1]
+        start, length = page.dataoffsets[-1], page.databytecounts[-1]
+    stream = content[start : start + length]
+    content[start : start + length] = (stream[: length * 3 // 4] + b"\xff\xd9").ljust(length, b"\0")
+    file.write_bytes(content)
+    assert code_of(file) == "E_SHORT_DATA"
 
 
 # --- OME and ImageJ -------------------------------------------------------------------------------------------------
@@ -471,6 +505,20 @@ def test_descriptions_that_do_not_fit(tmp_path: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-500])
     assert code_of(file) == "E_SHORT_DATA"
+
+
+@pytest.mark.parametrize(
+    "spacing",
+    ['["a", 1, 1]', '["2", 1, 1]', "[[1], 1, 1]", "[null, 1, 1]", "[true, 1, 1]", "[NaN, 1, 1]", "[1e999, 1, 1]",
+     "[-1, 1, 1]", "[0, 1, 1]", '"abc"', '{"a": 1, "b": 1, "c": 1}', f"[{'1' * 400}, 1, 1]"],
+)  # fmt: skip
+def test_the_spacing_beside_a_stack_is_three_numbers(tmp_path: Path, spacing: str) -> None:
+    file = tmp_path / "case_0000.tif"
+    tifffile.imwrite(file, VOLUME)
+    (tmp_path / "case.json").write_text(f'{{"spacing": {spacing}}}')
+    assert code_of(file, lambda path: read_image([path], "Tiff3DIO")) == "E_SPACING"
+    (tmp_path / "case.json").write_text('{"spacing": [3, 1.5, 1]}')
+    assert tuple(read_image([file], "Tiff3DIO")[1]["spacing"]) == (3, 1.5, 1)
 
 
 def test_a_picture_in_memory_equals_the_one_on_the_disk(tmp_path: Path) -> None:

@@ -179,6 +179,16 @@ def test_2d_equals_stock() -> None:
     assert_equal(*both(image, label, plans, spacing=(999, 1.0, 1.0)))
 
 
+def test_slices_across_those_of_a_2d_plan_are_refused_and_not_cut_into_lines() -> None:
+    image, label = make_case(4, shape=(30, 1, 40), margin=0)
+    with pytest.raises(MFMError, match="30 x 1 x 40 voxels") as caught:
+        both(image, label, make_plans(patch_size=[16, 16], spacing=[0.8, 1.1]), spacing=(1.0, 1.0, 1.0))
+    assert caught.value.code == "E_DIM"
+    along = make_plans(patch_size=[16, 16], spacing=[0.8, 1.1])
+    along |= {"transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2]}
+    assert_equal(*both(image, label, along, spacing=(1.0, 0.5, 1.0)))
+
+
 def test_image_without_any_zero_and_image_of_zeros_equal_stock() -> None:
     image, label = make_case(5)
     assert_equal(*both(image + 100, label, make_plans(use_mask_for_norm=[True])))
@@ -331,6 +341,20 @@ def test_a_bad_case_costs_no_other(tmp_path: Path) -> None:
         "case1": "E_EMPTY", "case2": "E_GZIP_TRUNCATED", "gone": "E_NOT_FOUND", "case3_seg": "E_CONFIG"
     }  # fmt: skip
     assert not list((tmp_path / "out").glob(".partial-*"))
+
+
+def test_a_case_that_resampling_would_blow_up_is_refused_and_costs_no_other(tmp_path: Path) -> None:
+    cases = make_dataset(tmp_path / "raw", 2, labelled=False)
+    item = sitk.ReadImage(str(cases[1].images[0]))
+    item.SetSpacing((90.0,) * 3)
+    sitk.WriteImage(item, str(cases[1].images[0]))
+    report = run(cases, tmp_path / "out")
+    assert report.done == ["case0"]
+    assert [failure.code for failure in report.failures] == ["E_TOO_LARGE"]
+    assert "11 x 12 x 13 voxels of 90 x 90 x 90 mm become 990 x 1080 x 1170" in report.failures[0].reason
+    assert cases[1].images[0].name in report.failures[0].reason
+    unresampled = make_plans(resampling_fn_data="no_resampling_hack", resampling_fn_data_kwargs={})
+    assert run(cases, tmp_path / "original", unresampled).done == ["case0", "case1"]
 
 
 def test_an_unknown_configuration_is_refused(tmp_path: Path) -> None:

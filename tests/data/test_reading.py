@@ -651,6 +651,19 @@ def test_impossible_spacing(tmp_path: Path) -> None:
     assert code_of(lambda: read_image([metres], "SimpleITKIO")) == "E_SPACING"
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_spacing_of_an_axis_of_one_voxel_says_nothing(tmp_path: Path, axis: int) -> None:
+    shape, spacing = list(SHAPE), [1.0, 1.0, 1.0]
+    shape[axis] = 1
+    for thickness in (1000.0, 1e-4):
+        spacing[axis] = thickness
+        file = save_nifti(tmp_path / "x.nii.gz", volume(shape=tuple(shape)), affine(*spacing))
+        assert sorted(read_image([file], "SimpleITKIO")[0].shape[1:]) == sorted(shape)
+    spacing[(axis + 1) % 3] = 1000.0
+    file = save_nifti(tmp_path / "x.nii.gz", volume(shape=tuple(shape)), affine(*spacing))
+    assert code_of(lambda: read_image([file], "SimpleITKIO")) == "E_SPACING"
+
+
 def shifted(**changes: float) -> np.ndarray:
     matrix = affine()
     matrix[0, 3] += changes.get("origin", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -206,10 +207,10 @@ def test_bids_names_without_a_description(tmp_path: Path) -> None:
     root = tmp_path / "mine"
     touch(root, *SCANS, "derivatives/x/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_mask.nii.gz")
     assert {case.modality for case in index_source(root)} == {"T1w", "FLAIR", "bold", "T2w"}
-    # A single image elsewhere, and it is a tree like any other: nothing is left out.
+    # A single image elsewhere, and it is a tree like any other: only what is named as a mask is left out.
     touch(root, "more/scan.nii.gz")
     cases = index_source(root)
-    assert len(cases) == len(SCANS) + 3
+    assert len(cases) == len(SCANS) + 2
     assert {case.modality for case in cases} == {""}
 
 
@@ -252,6 +253,92 @@ def test_the_second_of_two_raw_folders_is_told(tmp_path: Path, caplog: pytest.Lo
 def test_dicom_is_no_image_and_the_way_out_is_told(tmp_path: Path) -> None:
     touch(tmp_path, "series/0001.dcm")
     assert "dcm2niix" in str(refusal("E_NOT_FOUND", index_source, tmp_path))
+
+
+def test_masks_beside_images_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "images/a.nii.gz", "masks/a.nii.gz", "images/b.nii.gz", "images/b_label.nii.gz", "labelsTr/c.nii")
+    assert [case.name for case in index_source(tmp_path)] == ["a", "b"]
+    assert "3 images are left out" in caplog.text
+    assert "images/b_label.nii.gz" in caplog.text
+    # Where everything would be left out, nothing says what is meant; the folder itself does.
+    assert "column 'image'" in refusal("E_MASK", index_source, touch(tmp_path, "x/seg/d.nii")[0].parent.parent)
+    assert [case.name for case in index_source(tmp_path / "masks")] == ["a"]
+    table = tmp_path / "list.csv"
+    table.write_text("image\nmasks/a.nii.gz\nimages/b_label.nii.gz\n")
+    assert len(index_source(table)) == 2
+
+
+def test_masks_that_were_registered_as_scans_are_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = touch(tmp_path / "scans", "images/a.nii.gz", "masks/a.nii.gz")
+    folder = register_corpus(tmp_path, NAME, [Case("a", files[:1]), Case("mask", files[1:])], ["x"])  # type: ignore[arg-type]
+    register_corpus(tmp_path, NAME, index_source(tmp_path / "scans"), ["x"])
+    assert [case.name for case in load_cases(folder)] == ["a"]
+    assert "named as masks and are dropped" in caplog.text
+
+
+def test_a_stray_picture_is_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz", "screenshot.png")
+    assert [case.name for case in index_source(tmp_path)] == ["a", "b", "c"]
+    assert "1 pictures among 3 volumes are left out, e.g. screenshot.png" in caplog.text
+
+
+def test_an_image_that_is_listed_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a.nii.gz", "b.nii.gz", "x/b.nii.gz")
+    entries = [image("a.nii.gz"), image("a.nii.gz"), image("b.nii.gz"), image("x/b.nii.gz")]
+    cases = index_source(nnssl(tmp_path, {"ds": {"s": {"x": entries}}}))
+    assert len({case.name.casefold() for case in cases}) == len(cases) == 3
+    assert "a.nii.gz" in caplog.text
+    table = tmp_path / "list.csv"
+    table.write_text("case,image\nfirst,a.nii.gz\nsecond,a.nii.gz\n")
+    assert [case.name for case in index_source(table)] == ["first"]
+
+
+def test_two_files_of_one_channel(tmp_path: Path) -> None:
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0000.nii")
+    message = refusal("E_CHANNELS", index_source, tmp_path)
+    assert "a_0000.nii and a_0000.nii.gz" in message
+
+
+DICOM = b"\0" * 128 + b"DICM" + b"\0" * 20
+
+
+def test_dicom_without_endings_is_recognised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In a folder, as a single file, in a zip archive, and beside images."""
+    folder = tmp_path / "patient"
+    (file,) = touch(folder, "series/IM0001")
+    file.write_bytes(DICOM)
+    convert = "pip install dcm2niix; dcm2niix -z y -o nifti dicom/"
+    assert convert in refusal("E_NOT_FOUND", index_source, folder)
+    assert convert in refusal("E_FORMAT", index_source, file)
+    archive = tmp_path / "patient.zip"
+    with zipfile.ZipFile(archive, "w") as content:
+        content.writestr("readme.txt", "x")
+        content.write(file, "series/IM0001")
+    message = refusal("E_FORMAT", index_source, archive)
+    assert convert in message
+    assert "series/IM0001" in message
+    touch(folder, "a.nii.gz")
+    assert len(index_source(folder)) == 1
+    assert convert in caplog.text
+
+
+def test_archives_without_dicom(tmp_path: Path) -> None:
+    archive = tmp_path / "scans" / "scans.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as content:
+        content.writestr("a.nii.gz", "x")
+    assert "Unpack it" in refusal("E_FORMAT", index_source, archive)
+    assert "Unpack the archives in it, e.g. scans.zip" in refusal("E_NOT_FOUND", index_source, archive.parent)
+
+
+def test_nnssls_index_of_preprocessed_data(tmp_path: Path) -> None:
+    """By its name, by what it lists, and in a folder that holds nothing else."""
+    file = nnssl(tmp_path / "a", {"ds": {"s": {"x": [image("$nowhere/a.nii.gz")]}}})
+    renamed = file.rename(file.with_name("pretrain_data__onemmiso.json"))
+    for code, source in (("E_FORMAT", renamed), ("E_NOT_FOUND", renamed.parent)):
+        assert "pretrain_data.json of the raw folder" in refusal(code, index_source, source)
+    file = nnssl(tmp_path / "b", {"ds": {"s": {"x": [image("$nowhere/a.b2nd")]}}})
+    assert "pretrain_data.json of the raw folder" in refusal("E_FORMAT", index_source, file)
 
 
 # --- corpus.json --------------------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from mfm_nnunet.engine import pretrainer
 from mfm_nnunet.engine.launch import launch, split_subjects
 from mfm_nnunet.engine.pretrainer import Pretrainer
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.stopping import STOP_SIGNALS
 from tests.engine.tiny_run import NAME, prepare, run
+from tests.groups import started, wait_for_end
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -107,8 +109,8 @@ def _stamp(folder: Path, task: str) -> float:
     return file.stat().st_mtime if file.exists() else 0.0
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: signal.Signals) -> None:
     """The script has no error handling of its own, so the exception's text shows code and step."""
     long = ("pretrain.iterations_per_epoch=150", "pretrain.epochs=1")
     process = start(tmp_path, "mae", "resenc", *long)
@@ -118,6 +120,8 @@ def test_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: signal.S
     time.sleep(0.2)
     process.send_signal(number)
     _, text = process.communicate(timeout=60)
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert f"stopped by {name}; saved at step" in text, text
     assert "Continue with --c" in text, text
     step = int(text.split("saved at step ")[1].split()[0])
     assert 0 < step < 150
@@ -175,7 +179,7 @@ def test_gradients_that_loss_scaling_cannot_help_end_the_run(tmp_path: Path, mon
         ({"settings": ("pretext.mask_ration=0.5",)}, r"Did you mean 'pretext\.mask_ratio'"),
         ({"settings": ("pretext.mask_ratio=1.5",)}, "mask_ratio"),
         ({"settings": ("pretrain.validation_fraction=2",)}, "validation_fraction"),
-        ({"settings": ("pretrain.epochs=0",)}, r"pretrain\.epochs=0: must be greater"),
+        ({"settings": ("pretrain.epochs=0",)}, r"pretrain\.epochs=0: must be at least 1"),
         ({"settings": ("pretrain.batch_size=0",)}, r"batch_size=0: must be at least 1"),
         ({"settings": ("pretrain.warmup_epochs=9",)}, r"warmup_epochs=9: must be from 0 to"),
         ({"device": "tpu"}, "cpu, cuda and mps"),
@@ -247,8 +251,52 @@ def test_errors_of_child_processes_are_raised_as_they_were(tmp_path: Path) -> No
     here = prepare(tmp_path, num_cases=1)
     arguments = {"dataset_name": NAME, "configuration": "3d_fullres", "plans_name": "mfmPlans", "pretext": "mae"}
     rest = {"settings": (), "continue_training": False, "device": "cpu", "run_name": None}
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(MFMError, match="single subject"):
         launch(2, here, {**arguments, **rest})
     # A left handler makes child processes of later work raise, and hang, when they are told to end.
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+
+
+TWO_PROCESSES = """
+import argparse, sys
+from pathlib import Path
+from mfm_nnunet.cli.run import run_command
+from mfm_nnunet.engine.launch import launch
+from tests.engine.tiny_run import NAME, prepare
+
+def job(arguments):
+    names = {"dataset_name": NAME, "configuration": "3d_fullres", "plans_name": "mfmPlans", "pretext": "mae"}
+    settings = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=100000", "num_workers=1")
+    rest = {"settings": settings, "continue_training": False, "device": "cpu", "run_name": None}
+    launch(2, prepare(Path(sys.argv[1])), {**names, **rest})
+
+if __name__ == "__main__":
+    sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[1], debug=False)))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGUSR1, False), (signal.SIGUSR1, True), (signal.SIGHUP, False), (signal.SIGINT, True)],
+)
+def test_a_signal_to_several_processes_saves_and_leaves_none(
+    number: signal.Signals, to_all: bool, tmp_path: Path
+) -> None:
+    """To the parent alone, which passes it on, or to all, as Slurm does; workers that read belong to them."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    process = started(script, tmp_path)
+    assert process.stderr is not None
+    lines = []
+    while "step " not in (lines or [""])[-1]:
+        lines.append(process.stderr.readline())
+        assert process.poll() is None, "".join(lines)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 128 + number, errors
+    assert "saved at step" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert (run_folder(tmp_path) / "resume.pth").is_file()
+    assert not wait_for_end(process.pid)

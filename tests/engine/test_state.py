@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +56,32 @@ def test_differences() -> None:
         "c was 2, is None",
         "d was None, is 3",
     ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"network_weights": {"w": torch.zeros(3)}, "mfm": {"kind": "pretrained"}},
+        {},
+        {"settings": SETTINGS},
+        {"settings": SETTINGS, "state": {}},
+        {"settings": SETTINGS, "state": [1]},
+        {"settings": [1], "state": {}},
+        *(
+            {"settings": SETTINGS, "state": {**asdict(RunState()), name: value}}
+            for name, value in (
+                ("step", "x"), ("step", -1), ("step", 1.5), ("step", True), ("history", {}), ("history", [3]),
+                ("loss_sum", None), ("other", 1),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_no_state(content: dict[str, Any], tmp_path: Path) -> None:
+    """Also one that is whole; the state before it is taken, and without one the advice says what belongs there."""
+    torch.save(content, tmp_path / "resume.pth")
+    with pytest.raises(MFMError) as caught:
+        load_state(tmp_path, SETTINGS)
+    assert caught.value.code == "E_MODEL_CORRUPT"
+    assert "start anew" in caught.value.message
+    torch.save({"state": asdict(RunState(step=4)), "settings": SETTINGS}, tmp_path / "resume_previous.pth")
+    assert load_state(tmp_path, SETTINGS)[0].step == 4

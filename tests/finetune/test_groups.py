@@ -250,11 +250,22 @@ def test_a_batch_of_one_crop_sees_foreground_by_chance(here: Workspace) -> None:
 def test_what_only_a_checkpoint_gives_an_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
     given, about = ("finetune.transfer=adapt", "seed=1"), {"name": "a.pth", "sha256": "00", "pretext": "mae"}
     with caplog.at_level("INFO"):
-        require_effect(given, FinetuneSettings(transfer="adapt", checkpoint=about))
-        require_effect((), FinetuneSettings(transfer="adapt"))
+        require_effect(given, FinetuneSettings(transfer="adapt", checkpoint=about), "cuda")
+        require_effect((), FinetuneSettings(transfer="adapt"), "cuda")
+        require_effect((), FinetuneSettings(compile=False), "cpu")
         assert not caplog.text
-        require_effect(given, FinetuneSettings(transfer="adapt"))
+        require_effect(given, FinetuneSettings(transfer="adapt"), "cuda")
     assert "finetune.transfer has no effect" in caplog.text
+    assert "compile" not in caplog.text
+
+
+def test_a_network_is_compiled_on_cuda_only_and_the_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        require_effect((), FinetuneSettings(compile=True), "cpu")
+    assert "finetune.compile=true has no effect" in caplog.text
+    trainer = object.__new__(MFMTrainer)
+    trainer.device, trainer.settings = torch.device("cpu"), FinetuneSettings(compile=True)
+    assert not trainer._do_i_compile()
 
 
 # Advice

@@ -111,7 +111,7 @@ def test_the_default_length_of_the_first_phase(epochs: int, expected: int) -> No
         ({"layer_decay": 0.0}, "above 0"),
         ({"layer_decay": 1.5}, "at most 1"),
         ({"lora_rank": 0}, "at least 1"),
-        ({"lora_alpha": 0.0}, "greater than 0"),
+        ({"lora_alpha": 0.0}, "above 0"),
         ({"batch_size": 0}, "at least 1"),
     ],
 )

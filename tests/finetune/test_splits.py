@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from mfm_nnunet.data.current import Selection
+from mfm_nnunet.data.index import Case
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune.splits import ensure_splits, make_splits, require_fold
+from mfm_nnunet.finetune.splits import choose_split, ensure_splits, make_splits
 
 CASES = [f"case{index}" for index in range(12)]
+
+
+def chosen(
+    cases: list[str], removed: list[str] | None = None, missing: list[str] | None = None, subjects: int = 12
+) -> Selection:
+    """What a dataset has now, and what else is preprocessed or is not."""
+    found = [Case(name, (), None, f"s{CASES.index(name) % subjects}") for name in sorted(cases)]
+    return Selection(found, removed or [], missing or [], Path("raw"))
 
 
 @pytest.mark.parametrize("count", [5, 6, 12])
@@ -40,9 +50,9 @@ def test_cases_of_one_subject_stay_together(num_subjects: int) -> None:
 
 
 def test_one_case_has_only_the_fold_all(tmp_path: Path) -> None:
-    require_fold("all", tmp_path, ["only"], None)
+    choose_split("all", tmp_path, chosen(CASES[:1]))
     with pytest.raises(MFMError, match="fold 'all'") as caught:
-        require_fold(0, tmp_path, ["only"], None)
+        choose_split(0, tmp_path, chosen(CASES[:1]))
     assert caught.value.code == "E_CONFIG"
     assert not (tmp_path / "splits_final.json").exists()
 
@@ -55,23 +65,23 @@ def test_one_subject_cannot_be_split() -> None:
 @pytest.mark.parametrize("fold", [0, "all"])
 def test_no_cases_is_an_error(tmp_path: Path, fold: int | str) -> None:
     with pytest.raises(MFMError, match="no labelled cases"):
-        require_fold(fold, tmp_path, [], None)
+        choose_split(fold, tmp_path, chosen([]))
 
 
 @pytest.mark.parametrize("fold", [5, -1, 17])
 def test_a_fold_that_does_not_exist_is_refused(tmp_path: Path, fold: int) -> None:
     with pytest.raises(MFMError, match="folds 0 to 4") as caught:
-        require_fold(fold, tmp_path, CASES, None)
+        choose_split(fold, tmp_path, chosen(CASES))
     assert caught.value.code == "E_CONFIG"
 
 
 def test_an_existing_file_is_used_and_kept(tmp_path: Path) -> None:
     mine = [{"train": CASES[:2], "val": CASES[2:3]}]
     (tmp_path / "splits_final.json").write_text(json.dumps(mine))
-    require_fold(0, tmp_path, CASES, None)
+    choose_split(0, tmp_path, chosen(CASES))
     assert json.loads((tmp_path / "splits_final.json").read_text()) == mine
     with pytest.raises(MFMError, match="folds 0 to 0"):
-        require_fold(1, tmp_path, CASES, None)
+        choose_split(1, tmp_path, chosen(CASES))
 
 
 @pytest.mark.parametrize(
@@ -81,33 +91,70 @@ def test_an_existing_file_is_used_and_kept(tmp_path: Path) -> None:
         ('[{"train": ["case0"], "val": []}]', "'val'"),
         ('{"fold": 1}', "not a list of folds"),
         ("[{", "not a list of folds"),
+        ('[{"train": [1, 2], "val": ["case0"]}]', "not a list of folds"),
+        ('[{"train": "case0", "val": ["case1"]}]', "not a list of folds"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "splits_final.json").write_text(content)
     with pytest.raises(MFMError, match=message):
-        require_fold(0, tmp_path, CASES, None)
+        choose_split(0, tmp_path, chosen(CASES))
 
 
-def test_subjects_come_from_the_raw_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mfm_nnunet.data import corpus
+def written(folder: Path, *folds: tuple[list[str], list[str]]) -> None:
+    (folder / "splits_final.json").write_text(json.dumps([{"train": t, "val": v} for t, v in folds]))
 
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    (raw / "dataset.json").write_text("{}")
-    cases = [corpus.Case(case, (), None, f"s{index // 6}") for index, case in enumerate(CASES)]
-    monkeypatch.setattr(corpus, "load_cases", lambda folder: cases)
-    require_fold(1, tmp_path, CASES, raw)
+
+def test_cases_of_one_subject_stay_together_in_the_file(tmp_path: Path) -> None:
+    choose_split(1, tmp_path, chosen(CASES, subjects=2))
     splits = json.loads((tmp_path / "splits_final.json").read_text())
-    assert [sorted(fold["val"]) for fold in splits] == [sorted(CASES[:6]), sorted(CASES[6:])]
+    assert [sorted(fold["val"]) for fold in splits] == [sorted(CASES[0::2]), sorted(CASES[1::2])]
 
 
-def test_missing_raw_files_do_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mfm_nnunet.data import corpus
+def test_removed_cases_neither_train_nor_validate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In fold all, in folds that are made now, and in a file that names them."""
+    selection = chosen(CASES[1:], removed=["case0"])
+    everything = choose_split("all", tmp_path, selection)
+    assert everything == {"train": sorted(CASES[1:]), "val": sorted(CASES[1:])}
+    assert "case0" in caplog.text
+    choose_split(0, tmp_path, selection)
+    assert "case0" not in (tmp_path / "splits_final.json").read_text()
+    written(tmp_path, (CASES[:6], CASES[6:]), (CASES[6:], CASES[:1]))
+    caplog.clear()
+    assert choose_split(0, tmp_path, selection) == {"train": CASES[1:6], "val": CASES[6:]}
+    assert "fold 0 names 1 cases that are no longer in the dataset" in caplog.text
+    with pytest.raises(MFMError, match="no cases under 'val'"):
+        choose_split(1, tmp_path, selection)
 
-    def missing(folder: Path) -> None:
-        raise MFMError("E_NOT_FOUND", "moved away")
 
-    (tmp_path / "dataset.json").write_text("{}")
-    monkeypatch.setattr(corpus, "load_cases", missing)
-    require_fold(4, tmp_path, CASES, tmp_path)
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_a_trainer_that_lists_the_folder_is_refused_removed_cases(tmp_path: Path, fold: int | str) -> None:
+    selection = chosen(CASES[1:], removed=["case0"])
+    choose_split(0, tmp_path, selection, trainer_lists_folder=True)  # the file is made of what is there now
+    written(tmp_path, (CASES[:6], CASES[6:]))
+    with pytest.raises(MFMError, match="case0") as caught:
+        choose_split(fold, tmp_path, selection, trainer_lists_folder=True)
+    assert caught.value.code == "E_CONFIG"
+
+
+def test_cases_that_are_not_preprocessed_are_refused_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model must not be trained on less than one believes; a file of folds says what is wanted."""
+    selection = chosen(CASES[1:], missing=["case0"])
+    for fold in ("all", 3):
+        with pytest.raises(MFMError, match=r"case0.*mfm_plan_and_preprocess") as caught:
+            choose_split(fold, tmp_path, selection)
+        assert caught.value.code == "E_NOT_FOUND"
+    assert not (tmp_path / "splits_final.json").exists()
+    written(tmp_path, (CASES[1:6], CASES[6:10]))
+    assert len(choose_split(0, tmp_path, selection)["train"]) == 5
+    assert "3 cases of the dataset are in no fold" in caplog.text
+    written(tmp_path, (CASES[:6], CASES[6:]))
+    with pytest.raises(MFMError, match="not preprocessed: case0"):
+        choose_split(0, tmp_path, selection)
+
+
+def test_a_case_that_is_named_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path, (["case1", "case2", "case1"], ["case2", "case3"]))
+    assert choose_split(0, tmp_path, chosen(CASES)) == {"train": ["case1", "case2"], "val": ["case2", "case3"]}
+    assert "more than once under 'train'" in caplog.text
+    assert "1 cases train and validate, e.g. case2" in caplog.text

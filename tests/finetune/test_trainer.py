@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import maybe_load_checkpoint
@@ -30,12 +32,14 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.finetune import validation
 from mfm_nnunet.finetune.loading import SeededBatches, batches, nnunet_loaders, seed_of
 from mfm_nnunet.finetune.run import Job, _trained, run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
-from mfm_nnunet.stopping import StopFlag, stop_on_signal
+from mfm_nnunet.predict.model import Model
+from mfm_nnunet.stopping import STOP_SIGNALS, StopFlag, stop_on_signal
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.architectures import resenc
 from tests.damage import overwrite_middle
@@ -335,7 +339,7 @@ def test_a_batch_is_nnunets_own_under_its_seed(source: SeededBatches) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_damaged_preprocessed_file_is_named(source: SeededBatches, num_workers: int) -> None:
     """Its size is right and its beginning is whole, so nothing is noticed before it is read."""
-    for file in Path(source.loader._data.dataset.source_folder).glob("*_seg.b2nd"):
+    for file in Path(source.loader._data.source_folder).glob("*_seg.b2nd"):
         overwrite_middle(file)
     with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*_seg\.b2nd: the preprocessed file cannot be read"):
         next(batches(source, 0, 1, num_workers))
@@ -448,14 +452,34 @@ def test_stock_pretrained_loading_accepts_our_file(trained: tuple[Path, Workspac
 def test_validation_summary_equals_nnunets(trained: tuple[Path, Workspace, Path]) -> None:
     root, workspace, folder = trained
     ours = json.loads((folder / "validation" / "summary.json").read_text())
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-
     compute_metrics_on_folder(
         str(workspace.preprocessed / tiny.NAME / "gt_segmentations"), str(folder / "validation"),
         str(root / "stock.json"), SimpleITKIO(), ".nii.gz", [1, 2], None, num_processes=1,
     )  # fmt: skip
     assert ours == json.loads((root / "stock.json").read_text())
     assert len(ours["metric_per_case"]) == 2
+
+
+def test_a_label_that_nothing_has_is_named_and_leaves_the_mean_of_the_others(tmp_path: Path) -> None:
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[:2], labels[2:3] = 1, 2
+    for name, voxels in (("truth", labels), ("mask", np.where(labels == 2, 0, labels))):
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / f"{name}.nii.gz"))
+    pairs = [(tmp_path / "truth.nii.gz", tmp_path / "mask.nii.gz")]
+    dataset_json = {"labels": {"background": 0, "liver": 1, "spleen": 2, "cyst": 3, "ignore": 4}}
+    summary = validation.summarise(pairs, "SimpleITKIO", [1, 2, 3], 4)
+    assert summary["mean"][3]["Dice"] != summary["mean"][3]["Dice"]
+    assert [summary["mean"][label]["Dice"] for label in (1, 2)] == [1.0, 0.0]
+    assert summary["foreground_mean"]["Dice"] == 0.5
+    line = validation.format_dice(summary, dataset_json)
+    assert line == "Mean Validation Dice: 0.5 (without cyst, which neither masks nor references have)"
+    summary = validation.summarise(pairs, "SimpleITKIO", [1, 2], None)
+    assert validation.format_dice(summary, dataset_json) == "Mean Validation Dice: 0.5"
+    regions = {"labels": {"background": 0, "organs": [1, 2], "cysts": [3, 5]}}
+    summary = validation.summarise(pairs, "SimpleITKIO", [(1, 2), (3, 5)], None)
+    assert "without cysts" in validation.format_dice(summary, regions)
+    summary = validation.summarise(pairs, "SimpleITKIO", [3], None)
+    assert validation.format_dice(summary, dataset_json).startswith("Mean Validation Dice: nan (without cyst")
 
 
 def test_validating_again_gives_the_same(trained: tuple[Path, Workspace, Path]) -> None:
@@ -504,7 +528,7 @@ def refused(code: str, message: str, call: Callable[[], Any]) -> None:
         ({"overrides": ("finetune.epoch=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("pretrain.epochs=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("finetune.checkpoint=none",)}, "E_CONFIG", "-pretrained_weights"),
-        ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "greater than 0"),
+        ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "at least 1"),
         ({"overrides": ("finetune.warmup_epochs=4",)}, "E_CONFIG", "warmup_epochs=4"),
         ({"overrides": ("finetune.epochs=many",)}, "E_CONFIG", "expected int"),
         ({"overrides": ("seed=1",), "trainer": "nnUNetTrainer"}, "E_CONFIG", "reads no settings"),
@@ -621,7 +645,7 @@ def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, t
     refused("E_CONFIG", "was changed after this run began", other)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_stops_after_the_step(
     here: Workspace, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -651,6 +675,28 @@ def test_a_stopped_run_says_how_it_goes_on(here: Workspace, epoch: int, advice: 
     trainer.stop_flag.exit_code = 143
     with pytest.raises(StoppedError, match=re.escape(advice)):
         trainer._stop_if_asked()
+
+
+def test_a_signal_stops_the_validation_within_a_case(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the tile is finished; the mask under way does not appear, and the training is saved."""
+    train(here, overrides=SHORT)
+    tiles = []
+
+    def predicting(self: Model, tile: torch.Tensor, axes: object) -> torch.Tensor:
+        tiles.append(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for _ in range(100):  # handlers run between two instructions
+            tiles.append(1)
+        return tile
+
+    monkeypatch.setattr(Model, "_mirrored", predicting)
+    (folder,) = here.results.rglob("validation")
+    shutil.rmtree(folder)
+    with pytest.raises(StoppedError, match="final validation") as caught:
+        train(here, overrides=SHORT, only_validate=True)
+    assert caught.value.exit_code == 128 + signal.SIGUSR1
+    assert len(tiles) < 101
+    assert not list(folder.iterdir())
 
 
 def test_a_signal_stops_a_validation_by_nnunet_too(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -715,3 +761,26 @@ def test_other_peoples_cascades_get_weights_for_their_images_alone(here: Workspa
     source = checkpoint.load_weights(file)["network_weights"]["encoder.stem.convs.0.conv.weight"]
     assert torch.equal(stem[:, :1], source)
     assert not stem[:, 1:].any()
+
+
+@pytest.mark.parametrize("fold", ["all", 0])
+def test_a_removed_case_is_in_no_dataset(here: Workspace, fold: int | str) -> None:
+    """The trainer alone, as stock nnU-Net's command makes it: the list of the last planning counts, not the folder."""
+    file = here.preprocessed / tiny.NAME / "dataset_fingerprint.json"
+    names = [f"subject-{number:02d}" for number in range(5)]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mfm": {"case_names": names}}))
+    trainer = make_trainer()
+    trainer.fold = fold
+    training, held_out = trainer.get_tr_and_val_datasets()
+    assert {*training.identifiers, *held_out.identifiers} == set(names)
+    assert isinstance(training, nnUNetDatasetBlosc2)
+
+
+def test_trainers_of_others_are_refused_where_a_case_was_removed(here: Workspace) -> None:
+    """They list the folder."""
+    file = here.preprocessed / tiny.NAME / "dataset_fingerprint.json"
+    names = [f"subject-{number:02d}" for number in range(5)]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mfm": {"case_names": names}}))
+    with pytest.raises(MFMError, match="subject-05") as caught:
+        run_training(here, tiny.NAME, "3d_fullres", "all", trainer="nnUNetTrainer", device="cpu")
+    assert caught.value.code == "E_CONFIG"

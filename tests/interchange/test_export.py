@@ -46,6 +46,7 @@ def ours(family: str, num_inputs: int, folder: Path, **changes: Any) -> Path:
     """A checkpoint as pretraining writes it."""
     configuration = {**tiny.configuration(ARCHITECTURES[family], PATCH), "batch_size": 2, **changes}
     configuration["normalization_schemes"] = ["ZScoreNormalization"] * num_inputs
+    configuration["use_mask_for_norm"] = [False] * num_inputs
     block = MFMBlock(network="primus" if family == "primus" else "resenc")
     plans = tiny.plans(block=block, **{"3d_fullres": configuration})
     torch.manual_seed(3)

@@ -83,6 +83,13 @@ def test_a_class_that_would_run_code_when_imported_is_not(tmp_path: Any, monkeyp
         build_network(plans, CONFIGURATION, 1, 2)
 
 
+def test_a_network_of_one_stage_is_refused() -> None:
+    plans = tiny_plans("resenc", PATCH, n_stages=1)
+    with pytest.raises(MFMError, match="one stage") as caught:
+        build_network(plans, CONFIGURATION, 1, 2)
+    assert caught.value.code == "E_CONFIG"
+
+
 def test_unknown_configuration_names_the_nearest() -> None:
     with pytest.raises(MFMError, match="Did you mean '3d_fullres'") as caught:
         build_network(tiny_plans("resenc", PATCH), "3d_fulres", 1, 2)

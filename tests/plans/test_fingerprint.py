@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
@@ -47,6 +49,47 @@ def make_case(folder: Path, i: int, foreground: int, label: bool = True) -> Case
 def cases(tmp_path: Path) -> list[Case]:
     """Foregrounds of very different size."""
     return [make_case(tmp_path, i, n) for i, n in enumerate((700, 40, 300))]
+
+
+def as_nifti_2(file: Path) -> None:
+    """Write a NIfTI file again as NIfTI-2, which SimpleITK cannot read."""
+    item = nibabel.load(file)
+    nibabel.save(nibabel.Nifti2Image(np.asarray(item.dataobj), item.affine), file)
+
+
+@pytest.mark.parametrize("which", ["first image", "second channel", "last label", "none"])
+def test_one_reader_that_reads_all_cases_is_chosen(cases: list[Case], which: str) -> None:
+    before, _ = extract_fingerprint(cases, DATASET)
+    files = {"first image": cases[0].images[0], "second channel": cases[1].images[1], "last label": cases[2].label}
+    if which != "none":
+        as_nifti_2(files[which])  # type: ignore[arg-type]
+    fingerprint, failures = extract_fingerprint(cases, DATASET, 2)
+    assert not failures
+    assert fingerprint["mfm"]["reader"] == ("SimpleITKIO" if which == "none" else "NibabelIO")
+    np.testing.assert_allclose(fingerprint["spacings"], before["spacings"], rtol=1e-6)
+    assert fingerprint["shapes_after_crop"] == before["shapes_after_crop"]
+
+
+def test_the_reader_that_dataset_json_demands_is_kept(cases: list[Case]) -> None:
+    as_nifti_2(cases[0].images[0])
+    wanted = {**DATASET, "overwrite_image_reader_writer": "SimpleITKIO"}
+    assert module.choose_reader(cases, wanted) == "SimpleITKIO"
+
+
+def test_a_picture_among_stacks_is_left_out_and_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    cases = []
+    for number, shape in enumerate([(12, 11), (7, 12, 11), (7, 12, 11)]):
+        file = tmp_path / f"c{number}_0000.tif"
+        tifffile.imwrite(file, rng.integers(1, 99, shape).astype(np.uint8), photometric="minisblack")
+        file.with_name(f"c{number}.json").write_text(json.dumps({"spacing": [1.0, 1.0, 1.0]}))
+        cases.append(Case(f"c{number}", (file,)))
+    dataset = {"channel_names": {"0": "a"}, "labels": {"background": 0}, "file_ending": ".tif"}
+    fingerprint, failures = extract_fingerprint(cases, dataset)
+    assert fingerprint["mfm"]["reader"] == "Tiff3DIO"
+    assert fingerprint["mfm"]["case_names"] == ["c1", "c2"]
+    assert [failure.case for failure in failures] == ["c0"]
+    assert failures[0].code != "E_INTERNAL"
 
 
 def foreground(case: Case) -> list[np.ndarray]:

@@ -67,6 +67,32 @@ def test_the_checkpoints_network_spacing_and_axis_order_are_taken_over(tmp_path:
     assert "checkpoint_final.pth" in result.decisions[0].reason
 
 
+PET = {"shapes": [[62, 39, 39]] * 6, "spacings": [[4.0, 5.0, 5.0]] * 5 + [[1.0, 1.0, 1.0]]}
+
+
+def test_a_plan_that_fits_the_scans_badly_is_warned_of_with_the_ways_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = pretrained_checkpoint(tmp_path / "a.pth", corpus_plan(tmp_path, BRAIN).plans, "3d_fullres")
+    plan_like(tmp_path, PET, file)
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    numbers = ("up to 100.0 voxels", "5 of 6 scans", "sees 1.3%", "(248 x 195 x 195)")
+    for words in (*numbers, "--spacing", "finetune.transfer=adapt"):
+        assert words in warning
+    assert file.name in warning
+    assert str(tmp_path) not in warning
+
+
+@pytest.mark.parametrize(("spacing", "edge_mm"), [("median", 1.5), ("original", 5.0)])
+def test_a_plan_that_fits_is_not_warned_of(
+    tmp_path: Path, spacing: Any, edge_mm: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = corpus_plan(tmp_path, HIPPOCAMPUS, spacing=spacing).plans
+    small = {"shapes": [[64, 64, 64]] * 4, "spacings": [[edge_mm] * 3] * 4}
+    plan_like(tmp_path, small, pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres"))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 @pytest.mark.parametrize("network", ["resenc", "primus"])
 def test_the_patch_shrinks_with_the_images_and_the_network_still_fits(tmp_path: Path, network: str) -> None:
     source = corpus_plan(tmp_path, BRAIN, network=network).plans

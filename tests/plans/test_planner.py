@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner as stock
@@ -22,6 +23,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.plans import mfm_planner
 from mfm_nnunet.plans.planner import MFMPlanner, PlanRequest, PlanResult, format_table, plan
 from mfm_nnunet.plans.schema import block_of
+from mfm_nnunet.plans.table import Circumstances, decisions_for
 from tests.plans.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, workspace_with, write_json
 
 NAME = "Dataset004_Tiny"
@@ -230,6 +232,34 @@ def test_2d_images_have_only_2d_and_keep_their_slices(tmp_path: Path, spacing: A
     assert plans["configurations"]["2d"]["median_image_size_in_voxels"] == size
 
 
+@pytest.mark.parametrize("thickness", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("network", ["resenc", "primus"])
+def test_the_axis_of_one_voxel_is_the_slice_axis_whatever_its_spacing(
+    tmp_path: Path, axis: int, thickness: float, network: str
+) -> None:
+    shape, spacing = np.insert([64, 60], axis, 1).tolist(), np.insert([2.0, 2.0], axis, thickness).tolist()
+    others = np.insert([2.0, 2.0], axis, 7 * thickness).tolist()
+    result = make(tmp_path, {"shapes": [shape] * 6, "spacings": [spacing] * 4 + [others] * 2}, network=network)
+    assert set(result.plans["configurations"]) == {"2d"}
+    assert result.plans["configurations"]["2d"]["median_image_size_in_voxels"] == [64, 60]
+    assert result.plans["configurations"]["2d"]["patch_size"] == [64, 64]
+    forward, backward = result.plans["transpose_forward"], result.plans["transpose_backward"]
+    assert forward[0] == axis
+    assert forward[1:] == sorted(forward[1:])
+    assert [forward[other] for other in backward] == [0, 1, 2]
+    assert "the axis of one voxel first" in format_table(result.decisions)
+
+
+def test_single_slices_along_different_axes_are_refused_and_a_few_among_volumes_are_not(tmp_path: Path) -> None:
+    flat, turned, volume = [1, 64, 60], [64, 1, 60], [30, 64, 60]
+    with pytest.raises(MFMError, match=r"4 along axis 0, 2 along axis 1") as caught:
+        make(tmp_path, {"shapes": [flat] * 4 + [turned] * 2, "spacings": [[1.0] * 3] * 6})
+    assert caught.value.code == "E_CONFIG"
+    data = {"shapes": [volume] * 4 + [flat, turned], "spacings": [[1.0] * 3] * 6}
+    assert "3d_fullres" in make(tmp_path, data).plans["configurations"]
+
+
 @pytest.mark.parametrize("processes", ["0", "1", None])
 def test_planning_does_not_depend_on_the_number_of_augmentation_processes(
     tmp_path: Path, processes: str | None, monkeypatch: pytest.MonkeyPatch
@@ -265,6 +295,35 @@ def test_wrong_requests_are_explained(tmp_path: Path) -> None:
         with pytest.raises(MFMError, match=message) as caught:
             make(tmp_path, HIPPOCAMPUS, **request)
         assert caught.value.code == "E_CONFIG"
+
+
+@pytest.mark.parametrize(
+    ("shape", "request_"),
+    [
+        ([7, 7, 7], {}),
+        ([5, 6, 7], {}),
+        ([1, 7, 7], {}),
+        ([56, 56, 56], {"spacing": (8.0, 8.0, 8.0)}),
+        ([7, 7, 7], {"memory_gb": 8}),
+        ([5, 6, 7], {"configurations": ("3d_fullres",)}),
+    ],
+)
+def test_images_too_small_for_two_stages_are_refused_with_the_numbers(
+    tmp_path: Path, shape: list[int], request_: dict[str, Any]
+) -> None:
+    with pytest.raises(MFMError, match=r"voxels.* finer --spacing") as caught:
+        make(tmp_path, {"shapes": [shape] * 4, "spacings": [[1.0] * 3] * 4}, **request_)
+    assert caught.value.code == "E_CONFIG"
+    assert not list(tmp_path.rglob("mfmPlans.json"))
+
+
+@pytest.mark.parametrize("shape", [[8, 8, 8], [12, 6, 7], [30, 6, 6]])
+def test_what_is_planned_for_small_images_has_two_stages_and_can_be_built(tmp_path: Path, shape: list[int]) -> None:
+    data = {"shapes": [shape] * 4, "spacings": [[1.0] * 3] * 4}
+    plans = make(tmp_path, data, configurations=("3d_fullres",)).plans
+    network = build(plans, "3d_fullres")
+    patch = plans["configurations"]["3d_fullres"]["patch_size"]
+    assert network(torch.zeros(1, 1, *patch)).shape == (1, 3, *patch)
 
 
 def test_a_different_plan_of_the_same_name_replaces_with_a_warning(
@@ -333,6 +392,26 @@ def test_the_table_names_each_decision_with_its_reason(tmp_path: Path) -> None:
     assert max(map(len, table.splitlines())) <= 100
     assert "8 GB" in table
     assert "covers the median image (36 x 50 x 35)" in " ".join(d.reason for d in decisions)
+
+
+def test_the_plan_names_the_reader_of_the_fingerprint(tmp_path: Path) -> None:
+    with workspace_with(tmp_path, NAME, **HIPPOCAMPUS) as here:
+        file = here.preprocessed / NAME / "dataset_fingerprint.json"
+        write_json(file, {**json.loads(file.read_text()), "mfm": {"reader": "NibabelIO"}})
+        assert plan(here, NAME, PlanRequest()).plans["image_reader_writer"] == "NibabelIO"
+
+
+def test_the_table_names_a_plain_u_net_as_what_it_is(tmp_path: Path) -> None:
+    plans = make(tmp_path, HIPPOCAMPUS).plans
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    kwargs = architecture["arch_kwargs"]
+    kwargs["n_conv_per_stage"] = kwargs.pop("n_blocks_per_stage")
+    why = Circumstances("CPU", None, False, "median", 20, ("3d_fullres",))
+    dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}}
+    text = format_table(decisions_for(plans, dataset_json, why))
+    assert "plain U-Net, " in text
+    assert "ResEnc U-Net" not in text
 
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])

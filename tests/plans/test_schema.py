@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 
@@ -109,6 +109,93 @@ def test_values_of_the_wrong_type_are_refused(assignment: str) -> None:
         schema.override(Everything(), [assignment])
     assert caught.value.code == "E_CONFIG"
     assert assignment.split("=")[0] in caught.value.message
+
+
+@dataclass(frozen=True)
+class AllSettings:
+    """Everything that --set reaches but the settings of the pretext tasks."""
+
+    block: MFMBlock = field(default_factory=MFMBlock)
+    probe: schema.ProbeSettings = field(default_factory=schema.ProbeSettings)
+
+
+def numbers(settings: Any, prefix: str = "") -> dict[str, schema.Range]:
+    """The dotted names of the numbers among the settings, with what is legal."""
+    hints = get_type_hints(type(settings))
+    found = {}
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if dataclasses.is_dataclass(value):
+            found |= numbers(value, f"{prefix}{item.name}.")
+        elif {int, float} & {hints[item.name], *get_args(hints[item.name])}:
+            found[prefix + item.name] = item.metadata.get("range")
+    return found
+
+
+NOT_RANGED = {"block.format", "block.pretrain.balance_temperature"}
+"""The first must be one number, what is legal for the second depends on the corpus; both keep the general limit."""
+
+
+def test_every_number_has_a_range_that_holds_its_default() -> None:
+    found = numbers(AllSettings())
+    assert len(found) > 30
+    assert {name for name, legal in found.items() if legal is None} == NOT_RANGED
+    schema.require_in_range(AllSettings())
+
+
+@pytest.mark.parametrize("name", numbers(AllSettings()))
+def test_absurd_numbers_are_refused_with_the_name_and_what_is_legal(name: str) -> None:
+    legal = numbers(AllSettings())[name]
+    absurd = [
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1" + "0" * 21,
+        "-" + "1" * 30,
+        "9" * 5000,
+        "true",
+        "[1]",
+        "{}",
+        "0x10",
+        "",
+    ]
+    if legal is not None:
+        above = legal.high if legal.below else legal.high * 2 + 1
+        absurd += [str(above), str(legal.low if legal.above else legal.low - 1)]
+    for value in absurd:
+        with pytest.raises(MFMError) as caught:
+            schema.override(AllSettings(), [f"{name}={value}"])
+        assert caught.value.code == "E_CONFIG"
+        assert name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"pretrain": 5},
+        {"pretrain": [1]},
+        {"finetune": "x"},
+        {"seed": 10**400},
+        {"seed": -1},
+        {"seed": True},
+        {"seed": [0]},
+        {"num_workers": 10**6},
+        {"pretrain": {"epochs": 10**21}},
+        {"pretrain": {"epochs": float("nan")}},
+        {"pretrain": {"optimizer": ["sgd"]}},
+        {"finetune": {"learning_rate": float("inf")}},
+        {"finetune": {"batch_size": 10**9}},
+        {"finetune": {"checkpoint": [1]}},
+        [],
+        "x",
+        3,
+    ],
+)
+def test_absurd_blocks_of_plans_are_refused(block: Any) -> None:
+    with pytest.raises(MFMError) as caught:
+        schema.block_of({"mfm": block})
+    assert caught.value.code == "E_CONFIG"
 
 
 def test_dotted_names_reach_into_the_block_and_the_last_one_wins() -> None:

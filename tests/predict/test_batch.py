@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError
 from mfm_nnunet.predict import batch, cases, journal
 from mfm_nnunet.predict.batch import PredictOptions, PredictReport, predict_folder
 from mfm_nnunet.predict.model import Model
+from tests.groups import started
 from tests.predict.tiny_model import dataset_json, save_model, stock_predictor, tiny_plans, voxels_of, write_scan
 
 CPU = PredictOptions(device="cpu", step_size=1.0)
@@ -347,10 +349,10 @@ from mfm_nnunet.predict import batch
 arguments, killer = pickle.loads(sys.stdin.buffer.read())
 prepare = batch.prepare_case
 
-def prepare_or_die(model, case):
+def prepare_or_die(model, case, options):
     if case.name == killer:
         os.kill(os.getpid(), signal.SIGKILL)
-    return prepare(model, case)
+    return prepare(model, case, options)
 
 batch.prepare_case = prepare_or_die
 batch.predict_folder(*arguments)
@@ -368,6 +370,44 @@ def test_a_case_that_kills_the_process_costs_no_other(model: Path, scans: Path, 
         predict_folder(model, scans, out, resume)
     assert [(failure.case, failure.code) for failure in caught.value.failures] == [("b.1", "E_PROCESS_DIED")]
     assert predict_folder(model, scans, out, resume).done == ["b.1"]
+
+
+STOPPED = """
+import argparse, pickle, sys, threading
+from pathlib import Path
+from mfm_nnunet.cli.run import run_command
+from mfm_nnunet.predict import batch
+
+model, scans, out, options, ready = pickle.loads(Path(sys.argv[1]).read_bytes())
+
+def hang(*arguments):
+    ready.touch()
+    threading.Event().wait(600)
+
+batch.prepare_case = hang
+job = lambda arguments: batch.predict_folder(model, scans, out, options)
+sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[1] + ".w", debug=False)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_does_not_wait_for_a_reader(
+    number: signal.Signals, model: Path, scans: Path, out: Path, tmp_path: Path
+) -> None:
+    """A damaged file may keep a reader busy for ever; a run that was stopped suspects no case."""
+    script, arguments, ready = tmp_path / "predict.py", tmp_path / "arguments", tmp_path / "ready"
+    script.write_text(STOPPED)
+    arguments.write_bytes(pickle.dumps((model, scans, out, CPU, ready)))
+    process = started(script, arguments)
+    until = time.monotonic() + 120
+    while not ready.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert errors.splitlines()[-1] == f"stopped by {number.name}."
+    assert [line["status"] for line in _journal(out)] == ["started", "started", "stopped", "stopped"]
+    assert not list(out.glob(".partial_*"))
 
 
 def test_a_run_that_was_stopped_suspects_no_case(
@@ -443,7 +483,7 @@ def test_what_cannot_be_read_or_written_costs_its_own_case(
         patch.setattr(journal, "sha256", unreadable)
         assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
 
-    def breaks(loaded: Model, case: Any) -> Any:
+    def breaks(loaded: Model, case: Any, options: PredictOptions) -> Any:
         raise KeyError(case.name)
 
     (out / "errors").write_text("a file where the folder of reports should be")
@@ -460,10 +500,10 @@ def test_errors_of_the_reading_thread_belong_to_their_case(
 ) -> None:
     prepare = batch.prepare_case
 
-    def fails(loaded: Model, case: Any) -> Any:
+    def fails(loaded: Model, case: Any, options: PredictOptions) -> Any:
         if case.name == "b.1":
             raise MemoryError
-        return prepare(loaded, case)
+        return prepare(loaded, case, options)
 
     monkeypatch.setattr(batch, "prepare_case", fails)
     assert _failed(model, scans, out) == {"b.1": "E_OOM"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mfm_nnunet.data import per_case
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.predict.predictor import Model, load_model
 from tests.predict.tiny_model import REGIONS, dataset_json, save_model, stock_predictor, tiny_plans
@@ -154,6 +157,10 @@ def _edit_plan(**changes: Any) -> Edit:
     return lambda plans: plans["configurations"]["3d_fullres"].update(changes)
 
 
+def _edit_axes(order: list[int]) -> Edit:
+    return lambda plans: plans.update(transpose_forward=order, transpose_backward=[order.index(k) for k in range(3)])
+
+
 @pytest.mark.parametrize(
     ("name", "edit", "says"),
     [
@@ -162,7 +169,7 @@ def _edit_plan(**changes: Any) -> Edit:
         ("plans.json", _edit_plan(normalization_schemes=["NoNormalization"]), "normalization_schemes"),
         ("plans.json", _edit_plan(use_mask_for_norm=[True]), "use_mask_for_norm"),
         ("plans.json", _edit_plan(resampling_fn_data_kwargs={"order": 1}), "resampling_fn_data_kwargs"),
-        ("plans.json", lambda plans: plans.update(transpose_forward=[1, 0, 2]), "transpose_forward"),
+        ("plans.json", _edit_axes([1, 0, 2]), "transpose_forward"),
         ("dataset.json", lambda content: content.update(labels={"background": 0, "b": 1, "a": 2}), "labels"),
         ("dataset.json", lambda content: content.update(channel_names={"0": "CT"}), "channel_names"),
     ],
@@ -269,6 +276,27 @@ def test_models_of_other_stock_trainers_load(tmp_path: Path) -> None:
     x_CDHW = torch.randn(1, 16, 16, 16)
     expected = stock_predictor(folder).predict_logits_from_preprocessed_data(x_CDHW)
     assert torch.equal(load_model(folder, device="cpu").predict_logits(x_CDHW), expected)
+
+
+def test_a_long_prediction_says_how_many_tiles_are_done(
+    model_3d: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(per_case, "SECONDS_BETWEEN_LINES", 0.01)
+    model, mirrored, tiles = load_model(model_3d, (0, 1), device="cpu"), Model._mirrored, []
+
+    def when_said(self: Model, *arguments: Any) -> torch.Tensor:
+        until = time.monotonic() + 60
+        while not any(f": {len(tiles) % 2} of 2 tiles" in m for m in caplog.messages) and time.monotonic() < until:
+            time.sleep(0.01)
+        tiles.append(1)
+        return mirrored(self, *arguments)
+
+    monkeypatch.setattr(Model, "_mirrored", when_said)
+    with caplog.at_level("INFO"):
+        model.predict_logits(torch.randn(1, 16, 16, 24), what="case0")
+    assert len(tiles) == 4
+    assert caplog.messages[0] == "case0, fold 1 of 2: 0 of 2 tiles"
+    assert any(re.fullmatch(r"case0, fold 1 of 2: 1 of 2 tiles, about 0:\d\d:\d\d left", m) for m in caplog.messages)
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ from mfm_nnunet.study.commands import Step, Steps, all_steps, commands_script, s
 from mfm_nnunet.study.design import Cell, Design, labelled_cases
 from mfm_nnunet.study.folder import make_design, note_asked, read_record, write_design
 from mfm_nnunet.workspace import Workspace
+from tests.groups import wait_for_end
 from tests.study import small
 
 LIBRARY = small.LIBRARY
@@ -496,6 +497,36 @@ def test_signals_end_the_children_cleanly(tmp_path: Path) -> None:
         assert all((folders[number] / arm).exists() for arm in "ab"), "a child was not asked to end"
         assert "the same command goes on" in message
         assert "Traceback" not in message
+
+
+def test_a_second_signal_kills_the_children(tmp_path: Path) -> None:
+    """It waits for no step of theirs; none is left."""
+    deaf = SCRIPT.replace("lambda *_: (pathlib.Path(sys.argv[1]).touch(), sys.exit(143))", "signal.SIG_IGN")
+    process = subprocess.Popen([sys.executable, "-c", deaf, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    logs = [tmp_path / f"{arm}.log" for arm in "ab"]
+    deadline = time.monotonic() + 60
+    while not all(log.exists() and log.read_text().endswith("1\n") for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = [int(file.parent.name) for file in Path("/proc").glob("[0-9]*/stat") if _parent_of(file) == process.pid]
+    assert len(children) == 2
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "to stop at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped at once by a second signal" in message
+    assert "Traceback" not in message
+    assert not any(wait_for_end(child) for child in children)
+
+
+def _parent_of(stat: Path) -> int:
+    try:
+        return int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:  # it has just ended
+        return 0
 
 
 def test_run_cells_keeps_to_its_slots(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def write_volumes(root: Path, ending: str, write: Callable[[Path, np.ndarray], N
     raw = small.write_raw(root)
     content = json.loads((raw / "dataset.json").read_text())
     (raw / "dataset.json").write_text(json.dumps({**content, "file_ending": ending}))
+    for file in (*raw.glob("imagesTr/*"), *raw.glob("labelsTr/*")):
+        file.unlink()
     for number in range(small.NUM_CASES):
         array = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
         write(raw / "imagesTr" / f"case{number}_0000{ending}", array)

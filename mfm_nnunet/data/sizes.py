@@ -1,0 +1,132 @@
+"""What a case will take on the plan's grid, computed from shapes before anything is resampled.
+
+A file of 65 kB whose header says 20 mm becomes half a billion voxels for a model of 1 mm. The sums below follow the
+arrays that :mod:`mfm_nnunet.data.preprocess_case`, :mod:`mfm_nnunet.predict.model` and :mod:`mfm_nnunet.predict.logits`
+hold at the same time; ``tests/predict/test_sizes.py`` compares them with the peak of a real process. What libraries and
+weights take, and a second case that is prepared in the background, comes on top, so what is refused really cannot be
+done. Legend: C channels, K classes; voxels as D H W in the plan's axis order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mfm_nnunet.device import available_memory
+from mfm_nnunet.errors import MFMError
+
+MAX_GROWTH = 1000
+"""Voxels after resampling for each voxel of the file: 10 mm cubes that become 1 mm cubes."""
+GROWTH_MATTERS_FROM = 1 << 24
+"""Voxels after resampling (256^3) below which any growth is cheap."""
+MAX_WINDOWS = 100_000
+"""Positions of the sliding window in one case; a whole-body CT of 1 mm has about 1,000 with a patch of 128^3."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes that one case passes through, and the spacings in mm that lead from one to the next."""
+
+    num_channels: int
+    whole: tuple[int, ...]
+    cropped: tuple[int, ...]
+    resampled: tuple[int, ...]
+    spacing: tuple[float, ...]
+    target_spacing: tuple[float, ...]
+
+
+def require_preprocessable(sizes: Sizes) -> None:
+    """Raise MFMError (E_TOO_LARGE) with the numbers when a case cannot be preprocessed in the memory that there is."""
+    before, after = math.prod(sizes.cropped), math.prod(sizes.resampled)
+    if after > MAX_GROWTH * before and after > GROWTH_MATTERS_FROM:
+        raise MFMError("E_TOO_LARGE", f"{_becomes(sizes)}: {after / before:.0f} for each voxel of the file. {_ADVICE}")
+    _require_memory(sizes, preprocessing_bytes(sizes))
+
+
+def require_predictable(
+    sizes: Sizes, num_classes: int, num_windows: int, *, num_folds: int = 1, probabilities: bool = False
+) -> None:
+    """Raise MFMError (E_TOO_LARGE) with the numbers when a case cannot be predicted in the memory and time there is."""
+    require_preprocessable(sizes)
+    if num_windows > MAX_WINDOWS:
+        raise MFMError(
+            "E_TOO_LARGE",
+            f"{_becomes(sizes)}: the network would look through {num_windows:,} windows, which takes days; the most "
+            f"are {MAX_WINDOWS:,}. {_ADVICE}",
+        )
+    _require_memory(sizes, prediction_bytes(sizes, num_classes, num_folds, probabilities))
+
+
+def preprocessing_bytes(sizes: Sizes) -> int:
+    """Return the bytes that one case holds at its peak while it is cropped, normalised and resampled."""
+    whole, cropped, resampled = (math.prod(shape) for shape in (sizes.whole, sizes.cropped, sizes.resampled))
+    read = 4 * sizes.num_channels * (whole + cropped)
+    if sizes.cropped == sizes.resampled:
+        return read + 4 * cropped  # a copy of one channel, to normalise it
+    results = 4 * sizes.num_channels * resampled
+    return read + max(results + 8 * (cropped + resampled), results - 4 * resampled + _spline_bytes(sizes))
+
+
+def prediction_bytes(sizes: Sizes, num_classes: int, num_folds: int = 1, probabilities: bool = False) -> int:
+    """Return the bytes that one case holds at its peak while it is preprocessed, predicted and resampled back."""
+    cropped, resampled = math.prod(sizes.cropped), math.prod(sizes.resampled)
+    image = 4 * sizes.num_channels * resampled
+    logits = 2 * num_classes * resampled
+    # The window sums of a fold beside the sum over folds, and the weights of the windows.
+    sliding = image + logits * min(num_folds, 2) + 2 * resampled
+    if sizes.cropped == sizes.resampled:
+        back = 9 * cropped  # labels and the logits of two classes, float32
+    elif probabilities:
+        back = max(8 * num_classes * resampled, 10 * num_classes * cropped)  # all classes at once
+    else:
+        back = max(8 * resampled + 17 * cropped, 33 * cropped)  # a class in float64, then the close ones are compared
+    return max(preprocessing_bytes(sizes), sliding, image + logits + back)
+
+
+def count_windows(shape: Sequence[int], patch_size: Sequence[int], step_size: float) -> int:
+    """Return the number of positions of a sliding window; a 2D patch goes through the slices of the first axis."""
+    slices = math.prod(shape[: len(shape) - len(patch_size)])
+    return slices * math.prod(
+        math.ceil(max(size - patch, 0) / (patch * step_size)) + 1
+        for size, patch in zip(shape[-len(patch_size) :], patch_size)
+    )
+
+
+_ADVICE = "Check the voxel size in its header and crop the image, or take a plan or model with larger voxels."
+
+
+def _spline_bytes(sizes: Sizes) -> int:
+    """Return the float64 bytes of one channel that is resized axis by axis, the largest reduction first."""
+    shape, peak = list(sizes.cropped), 0
+    original = before = math.prod(shape)
+    for axis in sorted(range(3), key=lambda i: sizes.resampled[i] / sizes.cropped[i]):
+        shape[axis] = sizes.resampled[axis]
+        after = math.prod(shape)
+        peak = max(peak, (original if before != original else 0) + before + after)
+        before = after
+    return 8 * peak
+
+
+def _require_memory(sizes: Sizes, needed: int) -> None:
+    available = available_memory()
+    if needed > available:
+        raise MFMError(
+            "E_TOO_LARGE",
+            f"{_becomes(sizes)}, which needs {needed / 1e9:.1f} GB of memory, and only {available / 1e9:.1f} GB may be "
+            f"used. {_ADVICE}",
+        )
+
+
+def _becomes(sizes: Sizes) -> str:
+    """What happens to the case, as the beginning of a sentence."""
+    if sizes.cropped == sizes.resampled:
+        return f"it has {_times(sizes.cropped)} voxels"
+    return (
+        f"its {_times(sizes.cropped)} voxels of {_times(sizes.spacing)} mm become {_times(sizes.resampled)} of "
+        f"{_times(sizes.target_spacing)} mm"
+    )
+
+
+def _times(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:.4g}" if value < 1000 else f"{value:.0f}" for value in values)

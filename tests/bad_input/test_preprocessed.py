@@ -1,0 +1,185 @@
+"""Preprocessed folders of strangers: nothing in them runs code, whichever command reads them."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
+
+from mfm_nnunet.data.masks import mask_file
+from mfm_nnunet.data.properties import read_properties
+from mfm_nnunet.data.volumes import open_array
+from tests import crafted
+from tests.bad_input.site import CORPUS, Site, accepted, refused, unchanged
+
+WATCHED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "ctypes.dlopen")
+_seen: list[str] = []
+_mark: list[str] = []
+"""What code in a file would make, while a test watches."""
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    """Python keeps its audit hooks for ever, so this one is idle outside of the tests that need it."""
+    if not _mark:
+        return
+    is_named = event == "pickle.find_class" and arguments[0] in ("os", "posix", "nt")  # else from our own processes
+    is_source = event == "compile" and _mark[0] in str(arguments[0])
+    if event in WATCHED or is_named or is_source:
+        _seen.append(f"{event} {arguments}")
+
+
+sys.addaudithook(_note)
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that code in a file would make. At the end it must not be there, and nothing have been called."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    _seen.clear()
+    _mark.append(str(tmp_path / "mark"))
+    yield tmp_path / "mark"
+    _mark.clear()
+    assert not (tmp_path / "mark").exists()
+    assert not _seen
+
+
+def crafted_volume(file: Path, mark: Path, kind: str) -> None:
+    crafted.volumes(mark, mark.with_name("here"))[kind](file)
+
+
+def test_the_hook_sees_what_a_pickle_calls(mark: Path) -> None:
+    pickle.loads(crafted.pickles(mark)["protocol 4"])
+    assert any("pickle.find_class" in line and "mkdir" in line for line in _seen)
+    mark.rmdir()
+    _seen.clear()
+
+
+@pytest.mark.parametrize("name", ["protocol 4", "in an array", "scalar that is an address"])
+def test_pickles_of_a_labelled_dataset(name: str, site: Site, mark: Path) -> None:
+    for file in site.data().glob("*.pkl"):
+        file.write_bytes(crafted.pickles(mark)[name])
+    with unchanged(site.data(), site.model):
+        refused(site.train(1), "E_DATA_UNSAFE", site.data(), ".pkl", "mfm_plan_and_preprocess")
+        refused(site.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", site.data(), ".pkl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape_before_cropping": None},
+        {"spacing": (0.0, 1.0, 1.0)},
+        {"spacing": [[1.0], [1.0]]},
+        {"bbox_used_for_cropping": [[0, 999]] * 3},
+        {"shape_after_cropping_and_before_resampling": (1, 2)},
+    ],
+)
+def test_properties_that_cannot_be(change: dict[str, Any], site: Site) -> None:
+    for file in site.data().glob("*.pkl"):
+        file.write_bytes(pickle.dumps({**read_properties(file), **change}))
+    refused(site.run("train", 5, "3d_fullres", 0, "--val"), "E_SHORT_DATA", site.data(), ".pkl")
+
+
+def test_a_pickle_that_is_exchanged_after_the_check(site: Site, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the size in the manifest, and is there only when training has begun."""
+    files = list(site.data().glob("*.pkl"))
+    bad = crafted.pickles(mark)["protocol 4"][:-1]
+
+    def exchange(*args: Any) -> None:
+        for file in files:
+            file.write_bytes(bad.ljust(file.stat().st_size - 1, b"N") + b".")
+
+    monkeypatch.setattr("mfm_nnunet.finetune.trainer.forget_cases", exchange)
+    refused(site.train(1), "E_DATA_UNSAFE", ".pkl")
+
+
+LABELLED_KINDS = ("a function", "an array of a server", "a compressor for the chunks", "pickled objects")
+
+
+@pytest.mark.parametrize("ending", [".b2nd", "_seg.b2nd"])
+@pytest.mark.parametrize("kind", LABELLED_KINDS)
+def test_volumes_of_a_labelled_dataset(kind: str, ending: str, site: Site, mark: Path) -> None:
+    for number in range(3):
+        crafted_volume(site.data() / f"case{number}{ending}", mark, kind)
+    with unchanged(site.data()):
+        refused(site.train(1), "E_DATA_UNSAFE", ending)
+        if ending == ".b2nd" or kind != "a compressor for the chunks":  # validation opens labels and reads none
+            refused(site.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", ending)
+
+
+@pytest.mark.parametrize("kind", ["a function of older versions", "a proxy", "a compressor for the list of chunks"])
+def test_volumes_and_masks_of_a_corpus(kind: str, site: Site, mark: Path) -> None:
+    data = site.data(CORPUS)
+    for number in range(3):
+        crafted_volume(data / f"scan{number}.b2nd", mark, kind)
+    refused(site.pretrain("--run-name", "new"), "E_DATA_UNSAFE", data, ".b2nd")
+
+
+def test_masks_of_a_corpus(site: Site, mark: Path) -> None:
+    data = site.data(CORPUS)
+    for number in range(3):
+        file = mask_file(data, "anatomy", f"scan{number}")
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, np.array([crafted.Payload(mark)], object), allow_pickle=True)
+    refused(site.pretrain("--run-name", "new"), "E_DATA_UNSAFE", ".npy")
+    for number in range(3):
+        mask_file(data, "anatomy", f"scan{number}").unlink()
+        file = mask_file(data, "anonymised", f"scan{number}")
+        file.parent.mkdir(exist_ok=True)
+        crafted_volume(file, mark, "a function")
+    refused(site.pretrain("--run-name", "new"), "E_DATA_UNSAFE", "_anonymised")
+
+
+@pytest.fixture
+def older(site: Site) -> Site:
+    """The labelled dataset in nnU-Net's older layout."""
+    data = site.data()
+    for case in ("case0", "case1", "case2"):
+        image, labels = (open_array(str(data / f"{case}{ending}"))[:] for ending in (".b2nd", "_seg.b2nd"))
+        properties = read_properties(data / f"{case}.pkl")
+        for file in data.glob(f"{case}*"):
+            file.unlink()
+        nnUNetDatasetNumpy.save_case(image, labels, properties, str(data / case))
+    return site
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz"])
+def test_arrays_of_objects_in_nnunets_older_layout(ending: str, older: Site, mark: Path) -> None:
+    for number in range(3):
+        crafted.object_arrays(mark, older.data(), f"case{number}", ("data", "seg"))
+        if ending == ".npz":
+            (older.data() / f"case{number}.npy").unlink()
+    refused(older.train(1), "E_DATA_UNSAFE", older.data(), ending)
+    refused(older.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", ending)
+
+
+def test_trainers_of_others_read_nothing_else(site: Site, mark: Path) -> None:
+    good = (site.data() / "case1.pkl").read_bytes()
+    (site.data() / "case1.pkl").write_bytes(crafted.pickles(mark)["protocol 4"])
+    words = ("train", 5, "3d_fullres", 1, "-tr", "nnUNetTrainer_1epoch")
+    refused(site.run(*words), "E_DATA_UNSAFE", site.data() / "case1.pkl")
+    (site.data() / "case1.pkl").write_bytes(good)
+    fold = site.results / site.raw.name / "nnUNetTrainer_1epoch__mfmPlans__3d_fullres" / "fold_1"
+    fold.mkdir(parents=True, exist_ok=True)
+    torch.save({"network_weights": {}, "more": crafted.Payload(mark)}, fold / "checkpoint_latest.pth")
+    refused(site.run(*words, "--c"), "E_MODEL_UNSAFE", fold / "checkpoint_latest.pth")
+
+
+def test_prediction_reads_none_of_them(site: Site, mark: Path) -> None:
+    """Files that nnU-Net's postprocessing and ensembling load lie beside those that are read."""
+    output = site.folder / "output"
+    shutil.copytree(site.test_images, output)
+    bad = crafted.pickles(mark)["protocol 4"]
+    for file in (site.model / "postprocessing.pkl", output / "test0.pkl", site.test_images / "test0.pkl"):
+        file.write_bytes(bad)
+    crafted.object_arrays(mark, output, "test0", ("probabilities",))
+    accepted(site.predict(site.test_images, output, "--overwrite"))
