@@ -32,6 +32,18 @@ PYTHON = "#"
 """The first word of a step that is a line of Python here."""
 
 
+CRAFTED = {
+    "quotes": 'it\'s $HOME; "here"',
+    "substitutions": "$(touch pwned) `touch pwned` ${IFS}",
+    "operators": "a & touch pwned; b | tee pwned > pwned < c",
+    "lines": "a\ntouch pwned\n#",
+    "patterns": "*?[a-z]{a,b}~!!\\",
+    "bytes": os.fsdecode(b"M\xfcller"),
+    "paths": "$OUT",
+}
+"""Names of folders and checkpoints that a shell would take for something else."""
+
+
 @pytest.fixture(autouse=True)
 def _polled_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "POLL_SECONDS", 0.01)
@@ -114,6 +126,21 @@ def test_finished_cells_are_not_run_again(design: Design, monkeypatch: pytest.Mo
     assert record["results"]["num_finished"] == 4
 
 
+def test_a_study_in_a_folder_whose_name_is_no_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands and logs hold the bytes of the name, and a failure is told."""
+    root = tmp_path / CRAFTED["bytes"]
+    small.write_raw(root)
+    design = design_in(root, arms=(Arm("scratch"),), labels=("1",))
+    write_design(design, LIBRARY)
+    line = (sys.executable, "-c", "import sys; sys.exit('E_OOM  ' + sys.argv[1])", str(root))
+    monkeypatch.setattr(run, "steps_of", lambda *_: lambda cell: iter([Step("training", line)]))
+    with pytest.raises(CasesFailedError):
+        run.run_design(design, "mfmStudyPlans", "cpu", 1)
+    for file in (design.folder / "commands.sh", next((design.folder / "logs").iterdir())):
+        assert b"M\xfcller" in file.read_bytes()
+    assert r"M\udcfcller" in (design.folder / "table.md").read_text()
+
+
 def test_one_cell_that_fails_costs_only_itself(design: Design, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "if 'mae__1' in str(folder): sys.exit('E_OOM  training needs more memory than there is. Buy some.')"
     with pytest.raises(CasesFailedError, match="1 of 4 cells failed, the others are done") as failed:
@@ -173,15 +200,19 @@ def test_the_commands_of_a_cell(design: Design) -> None:
     assert f"{design.folder}/cells" not in "\n".join(script), "what is finished stays as it is"
 
 
-def test_the_commands_are_understood(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_the_commands_are_understood(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script as the shell reads it, with names that need quoting; its words as the commands read them."""
-    root, out = tmp_path / "it's $HOME; here", tmp_path / "out of $1"
+    root, out = tmp_path / CRAFTED[kind], tmp_path / f"out of $1 {CRAFTED[kind]}"
     small.write_raw(root)
-    (root / "mae.pth").write_bytes(b"weights")
-    design = design_in(root)
+    checkpoint = root / f"mae {CRAFTED[kind]}.pth"
+    checkpoint.write_bytes(b"weights")
+    monkeypatch.chdir(root)
+    arm = Arm("mae", checkpoint, (f"finetune.parts={CRAFTED[kind]}",))
+    design = design_in(root, arms=(Arm("scratch"), arm))
     write_design(design, LIBRARY)
     script = tmp_path / "commands.sh"
-    script.write_text(commands_script(design, "mfmStudyPlans", "cpu"))
+    script.write_bytes(os.fsencode(commands_script(design, "mfmStudyPlans", "cpu")))
     subprocess.run(["bash", "-n", script], check=True)
     refused = subprocess.run(["bash", script], capture_output=True, text=True)
     assert refused.returncode != 0
@@ -196,6 +227,12 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
     told = subprocess.run(["bash", script, out], check=True, capture_output=True, text=True, env=environment)
     calls = [json.loads(line) for line in told.stdout.splitlines()]
     assert [words[0] for words in calls] == ["mfm_train", "mfm_predict", "python"] * 4
+    trained = [words for words in calls if "-pretrained_weights" in words]
+    assert len(trained) == 2
+    for words in trained:
+        assert words[words.index("-pretrained_weights") + 1] == str(checkpoint)
+        assert arm.settings[0] in words
+    assert not [file for file in tmp_path.rglob("pwned*") if file.is_file()]
     for name, results, *words in calls:
         if name == "python":
             assert words[:-1] == ["-m", "mfm_nnunet.study.evaluation", str(design.folder)]
