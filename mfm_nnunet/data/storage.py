@@ -15,7 +15,7 @@ import pickle
 import platform
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,12 @@ def file_sizes(folder: Path, case: str) -> dict[str, int]:
 def stored_cases(folder: Path) -> set[str]:
     """The cases that nnU-Net sees in a data folder."""
     return {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
+
+
+def stale_cases(folder: Path, cases: Iterable[str], settings_hash: str) -> list[str]:
+    """Return the cases of a data folder that were made with other settings; stock nnU-Net does not note with which."""
+    entries = Manifest.read(folder).entries
+    return sorted(case for case in cases if case in entries and entries[case].get("hash") != settings_hash)
 
 
 def require_whole(folder: Path, cases: Collection[str] | None = None) -> None:

@@ -13,6 +13,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.data import dataset_json as dataset_jsons
+from mfm_nnunet.data.preprocess import preprocessing_hash
+from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import inside, whole_number
 from mfm_nnunet.finetune.preprocessed import require_fingerprint, select_cases
@@ -59,6 +61,7 @@ def check_data(
     plans: dict[str, Any],
     configuration: str,
     fold: int | str,
+    dataset_json: dict[str, Any],
     trainer: type[nnUNetTrainer] = MFMTrainer,
 ) -> Split:
     """Return the labelled cases that train and validate the fold.
@@ -89,6 +92,13 @@ def check_data(
             "E_NOT_FOUND",
             f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
             f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}{like}",
+        )
+    if stale := stale_cases(data, selection.names, preprocessing_hash(plans, configuration, dataset_json)):
+        raise MFMError(
+            "E_CONFIG",
+            f"{data}: {len(stale)} cases were preprocessed for another plan or dataset.json than those that are there "
+            f"now (labels, spacing or intensities differ), e.g. {stale[0]}. Run: mfm_plan_and_preprocess -d "
+            f"{dataset_name} -c {configuration} -pl {plans['plans_name']}",
         )
     require_fingerprint(folder)
     return choose_split(fold, folder, selection, trainer_lists_folder=not issubclass(trainer, MFMTrainer))

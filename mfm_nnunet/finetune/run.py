@@ -119,7 +119,7 @@ def run_training(
         raise MFMError("E_CONFIG", f"trainer {trainer} reads no settings; --set works with MFMTrainer.")
     fold = fold_value(fold)
     dataset_json = read_dataset_json(workspace, dataset_name)
-    split = check_data(workspace, dataset_name, plans, configuration, fold, found)
+    split = check_data(workspace, dataset_name, plans, configuration, fold, dataset_json, found)
     results = workspace.results / dataset_name
     check_previous_stage(plans, configuration, results, found.__name__)
     folder = inside(results, f"{found.__name__}__{plans['plans_name']}__{configuration}", f"fold_{fold}")

@@ -257,3 +257,10 @@ def test_settings_of_a_run_that_were_damaged(site: Site) -> None:
     file = site.model / "fold_0" / "settings.json"
     write_json(file, [])
     refused(site.run("train", 5, "3d_fullres", 0, "--c"), "E_FORMAT", file)
+
+
+def test_labels_that_changed_after_preprocessing(site: Site) -> None:
+    """The preprocessed label maps hold values that the edited dataset.json does not name."""
+    edit_json(site.preprocessed() / "dataset.json", lambda content: content["labels"].pop("core"))
+    with unchanged(site.preprocessed(), site.model):
+        refused(site.train(1), "E_CONFIG", "mfm_plan_and_preprocess -d Dataset005_Few -c 3d_fullres -pl mfmPlans")
