@@ -69,7 +69,7 @@ def test_a_missing_package_is_said(
         ({"--tolerance-mm": "nan"}, "E_CONFIG", "--tolerance-mm"),
         ({"--set": "finetune.epoch=3"}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"--set": "seed=3"}, "E_CONFIG", "--seeds"),
-        ({"--set": "finetune.epochs=0"}, "E_CONFIG", "greater than 0"),
+        ({"--set": "finetune.epochs=0"}, "E_CONFIG", "at least 1"),
         ({"-p": "mfmNone"}, "E_NOT_FOUND", "mfmNone"),
     ],
 )
