@@ -16,7 +16,7 @@ import re
 import secrets
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import MAX_DEPTH, is_nested_too_deep
 
 try:
     import fcntl
@@ -31,8 +32,6 @@ except ImportError:  # only POSIX has it; without it leftovers stay
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-MAX_DEPTH = 100
-"""Levels of tables and lists in a file; those of nnU-Net and ours have about ten."""
 
 
 @contextlib.contextmanager
@@ -195,22 +194,6 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: not a checkpoint of nnU-Net or mfm_nnunet: there is no 'network_weights', only {keys}.",
         )
     return content
-
-
-def is_nested_too_deep(value: Any) -> bool:
-    """Return whether tables and lists are nested deeper than in any file of ours or nnU-Net's: recursion might fail."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [item for entry in level for item in _entries(entry) if isinstance(item, (Mapping, list, tuple))]
-        if not level:
-            return False
-    return True
-
-
-def _entries(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else ()
 
 
 def require_plain(value: Any, name: str = "checkpoint") -> None:

@@ -10,11 +10,14 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from mfm_nnunet.errors import MFMError
 
+MAX_DEPTH = 100
+"""Levels of tables and lists in a file; those of nnU-Net and ours have about ten."""
 MAX_BYTES = 255
 """Longest name of a file, in the bytes that a file system stores."""
 _NAME = re.compile(r"\w[\w .,+()=@&~-]*(?<![ .])")
@@ -114,3 +117,19 @@ def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".tx
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     if links := [entry for entry in entries if entry.is_symlink() and entry.suffix in endings]:
         raise not_regular(links[0])
+
+
+def is_nested_too_deep(value: Any) -> bool:
+    """Return whether tables and lists are nested deeper than in any file of ours or nnU-Net's: recursion might fail."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for entry in level for item in _entries(entry) if isinstance(item, (Mapping, list, tuple))]
+        if not level:
+            return False
+    return True
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.checkpoint import MAX_DEPTH, is_nested_too_deep
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import MAX_DEPTH, is_nested_too_deep
 from mfm_nnunet.plan_rules import ARCHITECTURE_KEYS, NO_RESAMPLING, PLAN_KEYS, network_problem, plan_problem
 
 __all__ = ["ARCHITECTURE_KEYS", "NO_RESAMPLING", "parse_json", "plan_problem", "read_json", "read_plans"]

@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mfm_nnunet.checkpoint import MAX_DEPTH, is_nested_too_deep
-from mfm_nnunet.files import is_name
+from mfm_nnunet.files import MAX_DEPTH, is_name, is_nested_too_deep
 
 INTENSITIES = "foreground_intensity_properties_per_channel"
 PLAN_KEYS = (
