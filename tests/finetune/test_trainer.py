@@ -71,7 +71,8 @@ def pretrained_file(folder: Path, architecture: dict[str, Any] | None = None, nu
         architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"],
         1, num_outputs, deep_supervision=False,
     )  # fmt: skip
-    plans = tiny.plans("mfmPretrained", pretrained=tiny.configuration(architecture))
+    patch = (16,) * (2 if str(architecture["arch_kwargs"].get("conv_op")).endswith("2d") else 3)
+    plans = tiny.plans("mfmPretrained", pretrained=tiny.configuration(architecture, patch))
     about = {"format": 1, "kind": "pretrained", "pretext": "mae", "plans": plans, "configuration": "pretrained"}
     file = folder / "some_pretrained.pth"
     weights = checkpoint.cpu_weights(network.state_dict())
@@ -260,7 +261,9 @@ def test_what_the_plan_has_otherwise_than_the_checkpoint_is_told(here: Workspace
     file = pretrained_file(tmp_path)
     content = checkpoint.load(file)
     plans = content["mfm"]["plans"]
-    plans["transpose_forward"] = [2, 0, 1]
+    plans["transpose_forward"], plans["transpose_backward"] = [2, 0, 1], [1, 2, 0]
+    intensities = dict.fromkeys(("mean", "std", "percentile_00_5", "percentile_99_5"), 1.0)
+    plans["foreground_intensity_properties_per_channel"] = {"0": intensities}
     plans["configurations"]["pretrained"] |= {"spacing": [3.0, 1.0, 1.0], "normalization_schemes": ["CTNormalization"]}
     checkpoint.save(content, file)
     trainer = make_trainer()
