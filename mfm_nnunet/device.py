@@ -102,6 +102,16 @@ def available_memory() -> int:
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_memory_limits()])
 
 
+def require_memory(needed: int, what: str, advice: str) -> None:
+    """Raise MFMError (E_TOO_LARGE) when ``what``, the beginning of a sentence, needs more bytes than may be used."""
+    available = available_memory()
+    if needed > available:
+        raise MFMError(
+            "E_TOO_LARGE",
+            f"{what} needs {needed / 1e9:.1f} GB of memory, and only {available / 1e9:.1f} GB may be used. {advice}",
+        )
+
+
 @functools.cache
 def _memory_limits() -> list[int]:
     """Return the bytes that the control groups (v2) of this process allow, as containers and schedulers set them."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mfm_nnunet.data import headers, nifti, pictures
-from mfm_nnunet.device import available_memory
+from mfm_nnunet.device import require_memory
 from mfm_nnunet.errors import MFMError
 
 BLOCK = 1 << 20
@@ -130,7 +130,7 @@ def declared_by(path: Path) -> Declared:
             reading_bytes = READING_BYTES_PER_BYTE * pictures.num_bytes(path)
         else:
             reading_bytes = READING_BYTES_PER_VOXEL * math.prod(header.shape)
-        _require_memory(path, reading_bytes)
+        require_memory(reading_bytes, f"{path}: reading the image", "Crop it.")
     return Declared(ending, header, reading_bytes, start)
 
 
@@ -298,17 +298,6 @@ def _require_possible(path: Path, header: headers.VolumeHeader, is_compressed: b
         raise MFMError(
             "E_SHORT_DATA",
             f"{path}: its {present} bytes cannot hold the {header.num_bytes} that its header describes. Copy it again.",
-        )
-
-
-def _require_memory(path: Path, needed: int) -> None:
-    """Refuse an image whose reading needs more bytes of memory than we may use."""
-    available = available_memory()
-    if needed > available:
-        raise MFMError(
-            "E_TOO_LARGE",
-            f"{path}: reading the image needs {needed / 1e9:.1f} GB, and only {available / 1e9:.1f} GB may be used. "
-            "Crop it.",
         )
 
 

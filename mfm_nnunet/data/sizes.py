@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mfm_nnunet.device import available_memory
+from mfm_nnunet.device import require_memory
 from mfm_nnunet.errors import MFMError
 
 MAX_GROWTH = 1000
@@ -41,7 +41,7 @@ def require_preprocessable(sizes: Sizes) -> None:
     before, after = math.prod(sizes.cropped), math.prod(sizes.resampled)
     if after > MAX_GROWTH * before and after > GROWTH_MATTERS_FROM:
         raise MFMError("E_TOO_LARGE", f"{_becomes(sizes)}: {after / before:.0f} for each voxel of the file. {_ADVICE}")
-    _require_memory(sizes, preprocessing_bytes(sizes))
+    require_memory(preprocessing_bytes(sizes), f"{_becomes(sizes)}, which", _ADVICE)
 
 
 def require_predictable(
@@ -55,7 +55,7 @@ def require_predictable(
             f"{_becomes(sizes)}: the network would look through {num_windows:,} windows, which takes days; the most "
             f"are {MAX_WINDOWS:,}. {_ADVICE}",
         )
-    _require_memory(sizes, prediction_bytes(sizes, num_classes, num_folds, probabilities))
+    require_memory(prediction_bytes(sizes, num_classes, num_folds, probabilities), f"{_becomes(sizes)}, which", _ADVICE)
 
 
 def preprocessing_bytes(sizes: Sizes) -> int:
@@ -106,16 +106,6 @@ def _spline_bytes(sizes: Sizes) -> int:
         peak = max(peak, (original if before != original else 0) + before + after)
         before = after
     return 8 * peak
-
-
-def _require_memory(sizes: Sizes, needed: int) -> None:
-    available = available_memory()
-    if needed > available:
-        raise MFMError(
-            "E_TOO_LARGE",
-            f"{_becomes(sizes)}, which needs {needed / 1e9:.1f} GB of memory, and only {available / 1e9:.1f} GB may be "
-            f"used. {_ADVICE}",
-        )
 
 
 def _becomes(sizes: Sizes) -> str:

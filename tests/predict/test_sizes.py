@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
+from mfm_nnunet import device
 from mfm_nnunet.data import sizes
 from mfm_nnunet.data.sizes import Sizes, count_windows, prediction_bytes, preprocessing_bytes
 from mfm_nnunet.errors import CasesFailedError, MFMError
@@ -84,11 +85,11 @@ def test_the_sums_are_the_memory_that_a_process_takes(
 def test_more_memory_than_there_is_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Sizes(1, (34, 52, 37), (34, 52, 37), (340, 520, 370), (10.0,) * 3, (1.0,) * 3)
     sizes.require_predictable(case, 3, 100)
-    monkeypatch.setattr(sizes, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(device, "available_memory", lambda: 10**9)
     sizes.require_preprocessable(case)  # 0.8 GB
     with pytest.raises(MFMError, match=r"34 x 52 x 37 voxels of 10 x 10 x 10 mm become 340 x 520 x 370.* 1\.\d GB"):
         sizes.require_predictable(case, 3, 100)
-    monkeypatch.setattr(sizes, "available_memory", lambda: 5 * 10**8)
+    monkeypatch.setattr(device, "available_memory", lambda: 5 * 10**8)
     with pytest.raises(MFMError, match=r"only 0\.5 GB") as caught:
         sizes.require_preprocessable(case)
     assert caught.value.code == "E_TOO_LARGE"
@@ -96,7 +97,7 @@ def test_more_memory_than_there_is_is_refused_with_the_numbers(monkeypatch: pyte
 
 @pytest.mark.parametrize("edge_mm", [20.0, 90.0])
 def test_a_thousandfold_is_refused_whatever_the_memory(edge_mm: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes, "available_memory", lambda: sys.maxsize)
+    monkeypatch.setattr(device, "available_memory", lambda: sys.maxsize)
     resampled = tuple(round(size * edge_mm) for size in (34, 52, 37))
     case = Sizes(1, (34, 52, 37), (34, 52, 37), resampled, (edge_mm,) * 3, (1.0,) * 3)
     with pytest.raises(MFMError, match="for each voxel of the file") as caught:
@@ -107,7 +108,7 @@ def test_a_thousandfold_is_refused_whatever_the_memory(edge_mm: float, monkeypat
 
 
 def test_work_for_days_is_refused_with_the_number_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes, "available_memory", lambda: sys.maxsize)
+    monkeypatch.setattr(device, "available_memory", lambda: sys.maxsize)
     case = Sizes(1, (400,) * 3, (400,) * 3, (400,) * 3, (1.0,) * 3, (1.0,) * 3)
     windows = count_windows(case.resampled, (64, 64, 64), 0.1)
     with pytest.raises(MFMError, match=f"{windows:,} windows") as caught:
