@@ -9,6 +9,7 @@ os.environ.setdefault("nnUNet_def_n_proc", "1")
 os.environ.setdefault("nnUNet_n_proc_DA", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real scans: {folder} is absent (set MFM_SHARED_DATA)")
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape names that are no UTF-8 in what was captured: processes of pytest-xdist cannot send them."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)
