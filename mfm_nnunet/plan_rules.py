@@ -31,7 +31,14 @@ OLD_ARCHITECTURE_KEYS = (
 )  # fmt: skip
 """What the first versions of nnU-Net 2 wrote in place of ``architecture``."""
 OLD_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
-READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "Tiff3DIO", "NaturalImage2DIO")
+READERS = (
+    "SimpleITKIO",
+    "SimpleITKIOWithReorient",
+    "NibabelIO",
+    "NibabelIOWithReorient",
+    "Tiff3DIO",
+    "NaturalImage2DIO",
+)
 LABEL_MANAGERS = ("LabelManager",)
 CT = "CTNormalization"
 NORMALISATIONS = (*("ZScoreNormalization", CT, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"),)
