@@ -416,7 +416,7 @@ SCHEMES = "preprocessing.normalization.default_normalization_schemes"
 
 
 def test_plans_may_name_what_nnunet_has() -> None:
-    """The lists of :mod:`mfm_nnunet.plan_rules` hold all readers, normalisations and resampling functions of nnU-Net."""
+    """The lists of :mod:`mfm_nnunet.plan_rules` hold the readers, normalisations and resampling of nnU-Net."""
     readers, schemes = at("imageio.base_reader_writer.BaseReaderWriter"), at(f"{SCHEMES}.ImageNormalization")
     for name in ("simpleitk", "nibabel", "tif", "natural_image"):
         importlib.import_module(f"nnunetv2.imageio.{name}_reader_writer")
