@@ -35,6 +35,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from mfm_nnunet import plan_rules
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.json_files import NO_RESAMPLING
 from mfm_nnunet.plans.mfm_planner import MFMPlanner
@@ -411,6 +412,34 @@ def test_planner_lists_files_by_the_name_that_we_replace(here: Workspace) -> Non
     name = "get_filenames_of_train_images_and_targets"
     with mock.patch.object(default_experiment_planner, name, return_value={"x": {}}):
         assert ResEncUNetPlanner(NAME).dataset == {"x": {}}
+
+
+def test_planner_reads_json_by_the_name_that_we_replace(here: Workspace) -> None:
+    """Stock reads no byte order mark, and channels in the order of their lines."""
+    with mock.patch.object(default_experiment_planner, "load_json", side_effect=KeyError), pytest.raises(KeyError):
+        ResEncUNetPlanner(NAME)
+
+
+SCHEMES = "preprocessing.normalization.default_normalization_schemes"
+
+
+def test_plans_may_name_what_nnunet_has() -> None:
+    """The lists of :mod:`mfm_nnunet.plan_rules` hold the readers, normalisations and resampling of nnU-Net."""
+    readers, schemes = at("imageio.base_reader_writer.BaseReaderWriter"), at(f"{SCHEMES}.ImageNormalization")
+    for name in ("simpleitk", "nibabel", "tif", "natural_image"):
+        importlib.import_module(f"nnunetv2.imageio.{name}_reader_writer")
+    assert {cls.__name__ for cls in subclasses(readers)} == set(plan_rules.READERS)
+    assert {cls.__name__ for cls in subclasses(schemes)} == set(plan_rules.NORMALISATIONS)
+    for function, arguments in plan_rules.RESAMPLING_FUNCTIONS.items():
+        found = inspect.signature(recursive_find_resampling_fn_by_name(function)).parameters
+        assert list(found)[:4] == ["data", "new_shape", "current_spacing", "new_spacing"]
+        assert set(arguments) == set(list(found)[4:])
+
+
+def subclasses(cls: type) -> set[type]:
+    """All classes of nnU-Net below one."""
+    found = {child for child in cls.__subclasses__() if child.__module__.startswith("nnunetv2.")}
+    return found.union(*(subclasses(child) for child in found))
 
 
 def test_planner_knows_what_we_set(here: Workspace) -> None:
