@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,6 +49,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     says = [words in str(error) for words in (*OUT_OF_MEMORY_WORDS, *OUT_OF_SHARED_MEMORY_WORDS)]
     return isinstance(error, RuntimeError) and any(says)
+
+
+def unreadable(file: str | os.PathLike[str], error: OSError) -> MFMError:
+    """Return the error (E_NOT_FOUND, E_PERMISSION) of a file that the operating system does not give."""
+    code = "E_PERMISSION" if error.errno in (errno.EACCES, errno.EPERM) else "E_NOT_FOUND"
+    reason = error.strerror or error
+    return MFMError(code, f"{os.fspath(file)}: cannot be read ({reason}). Check the path and its permissions.")
 
 
 @dataclass(frozen=True)

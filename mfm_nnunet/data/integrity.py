@@ -7,7 +7,6 @@ compressed stream is read with its checksum and its length is compared with what
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import stat
@@ -21,7 +20,7 @@ import numpy as np
 
 from mfm_nnunet.data import headers, nifti, pictures
 from mfm_nnunet.device import require_memory
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, unreadable
 
 BLOCK = 1 << 20
 """Bytes that are held at once, compressed and decompressed alike."""
@@ -160,8 +159,7 @@ def _access(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        code = "E_PERMISSION" if error.errno in (errno.EACCES, errno.EPERM) else "E_NOT_FOUND"
-        raise MFMError(code, f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(path, error) from error
 
 
 def _first_bytes(path: Path, ending: str) -> bytes:

@@ -21,8 +21,7 @@ import numpy as np
 from mfm_nnunet.data import reading
 from mfm_nnunet.data.geometry import difference, geometry_of
 from mfm_nnunet.data.integrity import files_of
-from mfm_nnunet.data.per_case import unreadable
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, unreadable
 from mfm_nnunet.files import inside
 
 if TYPE_CHECKING:

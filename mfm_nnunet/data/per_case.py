@@ -6,7 +6,6 @@ Used by the fingerprint (``plans``) and by preprocessing.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import multiprocessing
 import os
@@ -26,12 +25,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mfm_nnunet import terminal
 from mfm_nnunet.data import decoder
 from mfm_nnunet.data.integrity import files_of
-from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory
+from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory, unreadable
 from mfm_nnunet.stopping import start_resource_tracker, stop_signals_blocked
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mfm_nnunet.data.corpus import Case
 
 log = logging.getLogger(__name__)
@@ -94,13 +91,6 @@ def unchanged(case: Case, signature: Callable[[Case], list[list[Any]]] = source_
         raise MFMError("E_CHANGED", text) from failure
     if failure is not None:
         raise failure
-
-
-def unreadable(file: Path | str, error: OSError) -> MFMError:
-    """The error (E_NOT_FOUND, E_PERMISSION) of a file that the operating system does not give."""
-    code = "E_PERMISSION" if error.errno in (errno.EACCES, errno.EPERM) else "E_NOT_FOUND"
-    reason = error.strerror or error
-    return MFMError(code, f"{file}: cannot be read ({reason}). Check the path and its permissions.")
 
 
 def in_threads(

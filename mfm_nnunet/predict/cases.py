@@ -25,11 +25,11 @@ from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.dataset_json import channel_names
 from mfm_nnunet.data.index import spelling_of
 from mfm_nnunet.data.integrity import ending_of, files_of
-from mfm_nnunet.data.per_case import unchanged, unreadable
+from mfm_nnunet.data.per_case import unchanged
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
-from mfm_nnunet.errors import CaseFailure, MFMError, about
+from mfm_nnunet.errors import CaseFailure, MFMError, about, unreadable
 from mfm_nnunet.files import inside, is_unicode, shown
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import full_disk_named, sha256
-from mfm_nnunet.data.per_case import unreadable
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, unreadable
 from mfm_nnunet.files import is_file_name, open_to_append
 from mfm_nnunet.json_files import parse_json
 
