@@ -98,7 +98,7 @@ def test_what_readers_print_goes_to_the_log(
         ("WARNING", "a remark"),
         ("DEBUG", "a detail"),
     ] * 2
-    assert capfd.readouterr() == ("", "")
+    assert {"a remark", "a detail"}.isdisjoint("".join(capfd.readouterr()).splitlines())
 
 
 @pytest.mark.usefixtures("hostile")

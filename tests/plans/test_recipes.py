@@ -70,7 +70,7 @@ def test_shipped_recipe_is_honest_and_its_command_is_understood(
     seen: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     for name in ("pretrain", "train"):
-        monkeypatch.setattr(api, name, lambda *_, **words: seen.update(words))
+        monkeypatch.setattr(api, name, lambda *_, **words: seen.update(words) or tmp_path)
     words = shlex.split(recipe.command)
     assert importlib.import_module(words[0].replace("mfm_", "mfm_nnunet.cli.", 1)).main(words[1:]) == 0
     assert seen["recipe"] == recipe.file.stem
