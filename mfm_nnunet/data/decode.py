@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import mmap
 import os
 import resource
 import shutil
@@ -16,7 +17,7 @@ import signal
 import socket
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ BYTES_READ_BESIDE = 12 << 20
 SPARE_BYTES = 1 << 30
 MEMORY_FACTOR = 3
 """Readers may take that many times the bytes that they are expected to take, and :data:`SPARE_BYTES` more."""
+KEPT_BYTES = 1 << 30
+"""So much memory for voxels is kept for the next file."""
 VALUE_TOLERANCE = 1e-5
 """Relative difference between a stored value and the reader's that is rounding to float32."""
 _ITK_READERS = {
@@ -62,18 +65,25 @@ class Decoded:
     """How the header puts the image in two places; empty where it does not."""
 
 
-def decode_file(file: Path, reader_name: str, is_map: bool = False, work_folder: Path | None = None) -> Decoded:
+def decode_file(
+    file: Path,
+    reader_name: str,
+    is_map: bool = False,
+    work_folder: Path | None = None,
+    memory: Memory | None = None,
+) -> Decoded:
     """Check an image file, read it with nnU-Net's reader and compare what both found; C > 1 only for colour pictures.
 
     Label maps and masks have a method of their own in the readers: the spacing of a TIFF stack is in a file beside it,
-    which is named after the case. Raises MFMError as :func:`integrity.check_image_file` and :mod:`data.reading` say.
+    which is named after the case. ``work_folder`` is for links, ``memory`` for the voxels. Raises MFMError as
+    :func:`integrity.check_image_file` and :mod:`data.reading` say.
     """
     declared = integrity.declared_by(file)
     _limit(declared.reading_bytes)
     wanted = reader_name
     if declared.start:
         reader_name = nifti.choose_reader(file, wanted, declared.start)
-    read = functools.partial(_read, file, reader_name, is_map, work_folder)
+    read = functools.partial(_read, file, reader_name, is_map, work_folder, memory)
     if declared.reading_bytes < BYTES_READ_BESIDE:
         voxels = integrity.check_content(file, declared)
         array, properties = read()
@@ -104,12 +114,18 @@ def decode_file(file: Path, reader_name: str, is_map: bool = False, work_folder:
     return Decoded(array, properties, ranges, nifti.contradiction(declared.start))
 
 
-def _read(file: Path, reader_name: str, is_map: bool, work_folder: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
+def _read(
+    file: Path, reader_name: str, is_map: bool, work_folder: Path | None, memory: Memory | None
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Return what nnU-Net's reader returns for one file. Raises MFMError, and MemoryError."""
     reader = find_reader_class(reader_name)()
     try:
         # Float64 beyond the range of float32 becomes infinite, which is reported with the file's name.
-        with np.errstate(over="ignore"), _readable(file, reader_name, is_map, work_folder) as place, _one_format(file):
+        with (
+            np.errstate(over="ignore"),
+            _readable(file, reader_name, is_map, work_folder) as place,
+            _lean(file, memory),
+        ):
             return reader.read_seg(str(place)) if is_map else reader.read_images((str(place),))
     except MemoryError:
         raise
@@ -146,7 +162,8 @@ def _require_same(file: Path, reader_name: str, voxels: Voxels, array: np.ndarra
     if is_same and "Reorient" in reader_name:  # the same voxels in another order
         expected, found = np.array([voxels.lowest, voxels.highest]), np.array([array.min(), array.max()], float)
     elif is_same:
-        expected, found = voxels.samples, np.append(array.flat[:: voxels.step], array.flat[-1]).astype(float)
+        values = array.reshape(-1)
+        expected, found = voxels.samples, np.append(values[:: voxels.step], values[-1]).astype(float)
     if is_same:
         allowed = VALUE_TOLERANCE * np.maximum(np.abs(expected), voxels.rounded_from)
         is_same = bool(np.all(np.abs(expected - found) <= allowed))
@@ -203,23 +220,32 @@ def _readable(file: Path, reader_name: str, is_map: bool, folder: Path | None) -
 
 
 @contextlib.contextmanager
-def _one_format(file: Path) -> Iterator[None]:
-    """Let SimpleITK decode with the reader of the file's own format, where it would try twenty, each on any content.
+def _lean(file: Path, memory: Memory | None) -> Iterator[None]:
+    """Replace three functions that nnU-Net's readers call, so that they do less for the same result.
 
-    And without a copy of the voxels: nnU-Net's readers make one of their own in float32.
+    SimpleITK decodes with the reader of the file's own format, where it would try twenty, each on any content; its
+    voxels are not copied before they become float32; and these are put into ``memory`` at once.
     """
     import SimpleITK as sitk
 
-    name = _ITK_READERS.get(ending_of(file))
-    if name is None:
-        yield
-        return
-    read, copy = sitk.ReadImage, sitk.GetArrayFromImage
-    sitk.ReadImage, sitk.GetArrayFromImage = functools.partial(read, imageIO=name), sitk.GetArrayViewFromImage
+    read, copy, stack = sitk.ReadImage, sitk.GetArrayFromImage, np.vstack
+    if name := _ITK_READERS.get(ending_of(file)):
+        sitk.ReadImage, sitk.GetArrayFromImage = functools.partial(read, imageIO=name), sitk.GetArrayViewFromImage
+    if memory is not None:
+        np.vstack = functools.partial(_stack, memory, stack)
     try:
         yield
     finally:
-        sitk.ReadImage, sitk.GetArrayFromImage = read, copy
+        sitk.ReadImage, sitk.GetArrayFromImage, np.vstack = read, copy, stack
+
+
+def _stack(memory: Memory, stack: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], **words: Any) -> np.ndarray:
+    """Do what ``np.vstack`` does, for a single image in ``memory``."""
+    if len(arrays) != 1 or words != {"dtype": np.float32, "casting": "unsafe"}:
+        return stack(arrays, **words)
+    result = memory.empty_like(arrays[0])
+    np.copyto(result, arrays[0], casting="unsafe")
+    return result
 
 
 def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
@@ -246,27 +272,29 @@ def serve(descriptor: str, work_folder: str) -> None:
     with socket.socket(fileno=int(descriptor)) as channel, contextlib.suppress(OSError, EOFError):
         channel.settimeout(IDLE_SECONDS)
         send(channel, {"ready": True})
+        memory = Memory()
         while True:
-            request = receive(channel).content
-            _answer(channel, request, Path(work_folder))
+            request, _ = receive(channel)
+            _answer(channel, request, Path(work_folder), memory)
     shutil.rmtree(work_folder, ignore_errors=True)
 
 
-def _answer(channel: socket.socket, request: dict[str, Any], work_folder: Path) -> None:
+def _answer(channel: socket.socket, request: dict[str, Any], work_folder: Path, memory: Memory) -> None:
     file = Path(request["file"])
+    memory.release()
     try:
         if request["task"] == "name_reader":
             send(channel, {"reader": name_reader(file)})
             return
-        decoded = decode_file(file, request["reader"], request["is_map"], work_folder)
-        with _shared(decoded.array) as (descriptor, layout):
-            content = {
-                **layout,
-                "properties": to_json(decoded.properties),
-                "ranges": decoded.ranges,
-                "contradiction": decoded.contradiction,
-            }
-            send(channel, content, descriptor)
+        decoded = decode_file(file, request["reader"], request["is_map"], work_folder, memory)
+        content = {
+            **memory.describe(decoded.array),
+            "properties": to_json(decoded.properties),
+            "ranges": decoded.ranges,
+            "contradiction": decoded.contradiction,
+        }
+        send(channel, content, memory.descriptor if memory.is_new else None)
+        memory.is_new = False
     except MFMError as error:
         send(channel, {"error": [error.code, error.message]})
     except MemoryError:
@@ -280,34 +308,63 @@ def _answer(channel: socket.socket, request: dict[str, Any], work_folder: Path) 
         send(channel, {"internal": traceback.format_exc()})
 
 
-@contextlib.contextmanager
-def _shared(array: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Put an array into memory that has no name; yields its descriptor, and shape and order of axes in memory.
+class Memory:
+    """Memory without a name that another process maps too; nnU-Net's reader puts its voxels there at once.
 
-    The order of axes is kept, because sums over an array are rounded in the order of its memory.
+    It is kept for the next file: to be given pages takes the system longer than to copy what is in them.
     """
-    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
-    if not array.transpose(order).flags.c_contiguous:
-        array, order = np.ascontiguousarray(array), list(range(array.ndim))
-    with _open_memory() as descriptor:
-        rest = array.transpose(order).data.cast("B")
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        yield descriptor, {"shape": array.shape, "order": order}
+
+    def __init__(self) -> None:
+        self.descriptor: int | None = None
+        self.is_new = False
+        """Whether the other process does not have it yet."""
+        self._content: mmap.mmap | None = None
+        self._array: np.ndarray | None = None
+
+    def empty_like(self, array: np.ndarray) -> np.ndarray:
+        """Return a float32 array of the same shape and order of axes in memory; earlier ones are overwritten.
+
+        The order is kept, because sums over an array are rounded in the order of its memory.
+        """
+        order = _order_of(array)
+        content = self._content
+        if content is None or len(content) < 4 * array.size:
+            content = self._replace(4 * array.size)
+        flat = np.frombuffer(content, np.float32, array.size).reshape([array.shape[axis] for axis in order])
+        self._array = flat.transpose(np.argsort(order))
+        return self._array
+
+    def describe(self, array: np.ndarray) -> dict[str, Any]:
+        """Make sure that the memory holds ``array``; returns its shape and the order of its axes in memory."""
+        if array is not self._array:
+            self.empty_like(array)[...] = array
+        return {"shape": array.shape, "order": _order_of(array)}
+
+    def release(self) -> None:
+        """Give back what is too large to be kept."""
+        self._array = None
+        if self._content is not None and len(self._content) > KEPT_BYTES:
+            self._replace(KEPT_BYTES)
+
+    def _replace(self, size: int) -> mmap.mmap:
+        self._array = self._content = None
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        self.descriptor = os.memfd_create("mfm_voxels") if hasattr(os, "memfd_create") else _unnamed_file()
+        os.ftruncate(self.descriptor, size)
+        self._content, self.is_new = mmap.mmap(self.descriptor, size), True
+        return self._content
 
 
-@contextlib.contextmanager
-def _open_memory() -> Iterator[int]:
-    """Yield the descriptor of a file in memory; where the system has none, of one without a name on the disk."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("mfm_voxels")
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-        return
+def _order_of(array: np.ndarray) -> list[int]:
+    """Return the axes from the one with the largest steps in memory to that with the smallest; first those of one."""
+    return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, -abs(array.strides[axis])))
+
+
+def _unnamed_file() -> int:
+    """Return the descriptor of a file without a name on the disk, for systems without such memory."""
     with tempfile.TemporaryFile() as file:
-        yield file.fileno()
+        return os.dup(file.fileno())
 
 
 def to_json(value: Any) -> Any:

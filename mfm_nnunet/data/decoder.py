@@ -2,8 +2,8 @@
 
 The libraries that decode images are large and are fed with files of strangers. A child (:mod:`mfm_nnunet.data.decode`)
 checks and decodes one file at a time under limits of processor time and memory. It stays for the next file, which then
-costs a fraction of a millisecond more than a call. Voxels come back in shared memory, everything else as JSON: nothing
-from a child is ever unpickled. One child serves one thread; an idle one ends by itself.
+costs a fraction of a millisecond more than a call. Voxels come back through shared memory, everything else as JSON;
+nothing from a child is ever unpickled. One child serves one thread; an idle one ends by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
@@ -25,6 +26,8 @@ import tempfile
 import threading
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+import numpy as np
 
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.stopping import stop_signals_blocked
@@ -43,10 +46,10 @@ log = logging.getLogger(__name__)
 
 
 class Reply(NamedTuple):
-    """The answer of a child: plain values, and the memory with the voxels if there are any."""
+    """The answer of a child: plain values, and the voxels in the order of its memory if there are any."""
 
     content: dict[str, Any]
-    voxels: mmap.mmap | None
+    voxels: np.ndarray | None
 
 
 def call(file: Path, request: dict[str, Any]) -> Reply:
@@ -100,6 +103,7 @@ class _Child:
 
     def __init__(self) -> None:
         self.is_stopped = self.is_ready = False
+        self.memory: mmap.mmap | None = None
         self.folder = tempfile.mkdtemp(prefix="mfm_reader_")
         self.printed: dict[int, IO[bytes]] = {
             level: tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed by end)
@@ -129,7 +133,14 @@ class _Child:
             receive(self.socket)  # a child says that its libraries are imported
             self.is_ready = True
         send(self.socket, request)
-        return receive(self.socket)
+        content, descriptor = receive(self.socket)
+        if descriptor is not None:
+            self.memory = mmap.mmap(descriptor, 0)
+            os.close(descriptor)
+        if "shape" not in content:
+            return Reply(content, None)
+        assert self.memory is not None, "a child sends its memory before it uses it"
+        return Reply(content, np.frombuffer(self.memory, np.float32, math.prod(content["shape"])).copy())
 
     def log_printed(self, file: Path) -> None:
         """Log what the libraries printed: as warnings from stdout, where nnU-Net writes, else for the curious."""
@@ -236,19 +247,15 @@ def send(channel: socket.socket, content: dict[str, Any], descriptor: int | None
     channel.sendall(data[sent:])
 
 
-def receive(channel: socket.socket) -> Reply:
-    """Read a message, and the memory behind a file descriptor that came with it. Raises EOFError at the end."""
+def receive(channel: socket.socket) -> tuple[dict[str, Any], int | None]:
+    """Read a message, and a file descriptor that came with it. Raises EOFError at the end."""
     data, descriptors, _, _ = socket.recv_fds(channel, _CHUNK, 1)
     while len(data) < _LENGTH.size or len(data) < _LENGTH.size + _LENGTH.unpack(data[: _LENGTH.size])[0]:
         more = channel.recv(_CHUNK)
         if not more:
             raise EOFError("the other process ended")
         data += more
-    memory = None
-    for descriptor in descriptors:
-        memory = mmap.mmap(descriptor, 0, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-        os.close(descriptor)
-    return Reply(json.loads(data[_LENGTH.size :]), memory)
+    return json.loads(data[_LENGTH.size :]), descriptors[0] if descriptors else None
 
 
 os.register_at_fork(after_in_child=_forget_all)

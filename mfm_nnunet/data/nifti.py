@@ -28,6 +28,8 @@ NIBABEL_TOLERANCE = 3.5e-7
 """Nibabel reads a quaternion that is longer than 1 by no more than this."""
 SMALLEST_SLOPE = 1e-15
 """ITK takes a smaller scale factor for none."""
+SAME_PLACE_MM = 1e-6
+"""Closer than what any tolerance allows, whatever the voxel size."""
 MAX_WARNINGS = 20
 _LENGTH_UNITS = {1: "metres", 3: "micrometres"}
 """Codes of xyzt_units that ITK converts to mm and nibabel does not; all others are read as mm."""
@@ -189,6 +191,8 @@ def _contradiction(fields: Any) -> str:
     rotation = quat2mat([real, *vector])
     rotation[:, 2] *= -1 if fields["pixdim"][0] < 0 else 1
     offset = np.array([fields[f"qoffset_{letter}"] for letter in "xyz"], dtype=float)
+    if np.all(np.abs(np.c_[rotation * fields["pixdim"][1:4], offset] - rows) <= SAME_PLACE_MM):
+        return ""  # as nearly always, and found faster than below
     axes = rows[:, :num_axes] / np.linalg.norm(rows[:, :num_axes], axis=0)
     return difference(Geometry(spacing, offset, rotation[:, :num_axes]), Geometry(spacing, rows[:, 3], axes))
 

@@ -173,7 +173,7 @@ def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
     assert reply.voxels is not None, "a decoded image has voxels"
     content, order = reply.content, reply.content["order"]
     shape = [content["shape"][axis] for axis in order]
-    array = np.frombuffer(reply.voxels, np.float32).reshape(shape).transpose(np.argsort(order))
+    array = reply.voxels.reshape(shape).transpose(np.argsort(order))
     properties = from_json(content["properties"])
     nifti.warn_of_contradiction(file, content["contradiction"])
     return _Item(array, properties, geometry_of(properties), content["ranges"])
