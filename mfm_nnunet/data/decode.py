@@ -44,6 +44,8 @@ MEMORY_FACTOR = 3
 """Readers may take that many times the bytes that they are expected to take, and :data:`SPARE_BYTES` more."""
 KEPT_BYTES = 1 << 30
 """So much memory for voxels is kept for the next file."""
+LARGEST_VALUE = 1e18
+"""Of an image whose standard deviation can be computed in float32."""
 VALUE_TOLERANCE = 1e-5
 """Relative difference between a stored value and the reader's that is rounding to float32."""
 _ITK_READERS = {
@@ -106,6 +108,12 @@ def decode_file(
     # The minimum and the maximum are NaN or infinite as soon as one voxel is.
     if not np.all(np.isfinite(ranges)):
         raise non_finite(file, array.size - int(np.count_nonzero(np.isfinite(array))))
+    if (largest := max(map(abs, sum(ranges, ())))) > LARGEST_VALUE:
+        raise MFMError(
+            "E_NONFINITE",
+            f"{file}: holds values up to {largest:g}, whose squares are infinite in float32, so it cannot be "
+            "normalised. Replace them, or export the image again.",
+        )
     if voxels is not None:
         _require_same(file, reader_name, voxels, array)
     require_sane(file, array, geometry_of(properties))

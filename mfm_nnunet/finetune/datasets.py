@@ -135,8 +135,11 @@ def _properties_of(file: Path) -> dict[str, Any]:
     return properties
 
 
-def require_geometry(file: Path, properties: dict[str, Any]) -> None:
-    """Raise MFMError (E_SHORT_DATA) unless properties from ``file`` say where in its scan a preprocessed image lies."""
+def require_geometry(file: Path, properties: dict[str, Any], reader_name: str) -> None:
+    """Raise MFMError (E_SHORT_DATA) unless properties from ``file`` say where in its scan a preprocessed image lies.
+
+    ``reader_name`` is nnU-Net's class that wrote some of them and will write the mask.
+    """
     try:
         whole, inside = (
             np.array(properties[name], float).reshape(3)
@@ -146,10 +149,28 @@ def require_geometry(file: Path, properties: dict[str, Any]) -> None:
         lower, upper = np.array(properties["bbox_used_for_cropping"], float).reshape(3, 2).T
         is_sound = (lower >= 0).all() and (upper <= whole).all() and (upper - lower == inside).all()
         is_sound &= bool((inside > 0).all() and (spacing > 0).all() and np.isfinite(spacing).all())
+        is_sound &= _is_place(properties, reader_name)
     except (KeyError, TypeError, ValueError) as error:
         raise unreadable(str(file), f"where the image lies in its scan is missing or odd: {error!r}") from error
     if not is_sound:
         raise unreadable(str(file), "its shapes, box and spacing contradict each other")
+
+
+def _is_place(properties: dict[str, Any], reader_name: str) -> bool:
+    """Return whether properties hold finite world coordinates of the kind that a reader writes; pictures have none."""
+    if "SimpleITK" in reader_name:
+        place = properties["sitk_stuff"]
+        axes = np.array(place["spacing"], float).size
+        values = [
+            *np.array(place["origin"], float).reshape(axes),
+            *np.array(place["direction"], float).reshape(axes**2),
+        ]
+        return axes in (2, 3) and bool(np.isfinite([*place["spacing"], *values]).all())
+    if "Nibabel" in reader_name:
+        place = properties["nibabel_stuff"]
+        names = {"original_affine", *(("reoriented_affine",) if "Reorient" in reader_name else ())}
+        return all(bool(np.isfinite(np.array(place[name], float).reshape(4, 4)).all()) for name in names)
+    return True
 
 
 def _are_voxels(value: Any) -> bool:

@@ -59,7 +59,11 @@ def predict_cases(
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     for case in dataset.identifiers:
         data, _, _, properties = dataset.load_case(case)
-        require_geometry(Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl", properties)
+        require_geometry(
+            Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl",
+            properties,
+            trainer.plans_manager.plans["image_reader_writer"],
+        )
         image_CDHW = torch.from_numpy(np.array(data[:]))
         require_space(inside(output_folder, f"{case}{trainer.dataset_json['file_ending']}"), properties)
         logits = model.predict_logits(image_CDHW, what=f"validating {case}")

@@ -171,7 +171,7 @@ def test_crafted_json(site: Site, name: str, monkeypatch: pytest.MonkeyPatch) ->
                 problems.append(f"{what}: a module was imported")
                 (outside / "imported").unlink()
     assert not problems, "\n".join([f"{len(problems)} of {len(codes)}", *problems])
-    assert {2} <= set(codes), "nothing was refused"
+    assert 2 in codes or name == "fingerprint", "nothing was refused"  # a damaged fingerprint is made again
 
 
 def contents_of(site: Site) -> dict[Path, bytes]:

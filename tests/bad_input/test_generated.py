@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from mfm_nnunet.data.headers import VolumeHeader
 from mfm_nnunet.data.reading import read_image, reader_for
 from mfm_nnunet.errors import MFMError
 from tests.bad_input.generated import damaged_files, good_files
+from tests.bad_input.site import Site, unchanged
 
 SEED = 20261130
-NUM_FILES = 3000
+NUM_FILES = 6000
 SECONDS = 30
 NEVER = {"E_READER_CRASH", "E_INTERNAL"}
 """The gate should know better than to give a file to a reader that dies of it."""
@@ -81,3 +83,33 @@ def test_thousands_of_damaged_files(tmp_path: Path) -> None:
     print(dict(sorted(codes.items(), key=lambda item: -item[1])))
     assert not problems, "\n".join([f"{len(problems)} of {NUM_FILES}", *problems])
     assert 0.05 * NUM_FILES < codes[""] < 0.5 * NUM_FILES, "the damage is too mild or too strong to show anything"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("command", ["predict", "corpus"])
+def test_damaged_files_through_the_commands(command: str, site: Site, tmp_path: Path) -> None:
+    """Every bad file is named with a code, no good one is lost, and nothing outside of the workspace is touched."""
+    outside, folder = tmp_path / "outside", tmp_path / "damaged"
+    outside.mkdir()
+    (outside / "victim.txt").write_text("precious")
+    endings = (".nii.gz",) if command == "predict" else (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
+    for file, _ in damaged_files(folder, 1200, SEED + 1):
+        if not file.name.endswith(endings) or file.name.endswith(".ome.tif"):
+            file.unlink()
+    shutil.rmtree(folder / "originals")
+    good = [shutil.copy(scan, folder / f"good{number}_0000.nii.gz") for number, scan in enumerate(site.scans.iterdir())]
+    with unchanged(outside, folder):
+        if command == "predict":
+            outcome = site.predict(folder, tmp_path / "masks")
+        else:
+            outcome = site.plan("-d", 702, "-c", "3d_fullres", "--images", folder)
+    assert outcome.code == 3, outcome.err[-2000:]
+    shown = outcome.out + outcome.err + site.log
+    for word in ("E_INTERNAL", "internal error", "E_READER_CRASH"):
+        assert word not in shown, shown[-3000:]
+    assert "Traceback" not in outcome.out + outcome.err
+    done = tmp_path / "masks" if command == "predict" else site.data("Dataset702_Corpus")
+    names = {file.name.split(".")[0] for file in done.iterdir()}
+    wanted = {Path(file).name.split(".")[0] for file in good}
+    assert {name.removesuffix("_0000") if command == "predict" else name for name in wanted} <= names

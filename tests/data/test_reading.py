@@ -608,6 +608,15 @@ def test_meta_image_without_data_file(tmp_path: Path, line: bytes) -> None:
 # --- content and geometry -----------------------------------------------------------------------------------------
 
 
+def test_values_that_cannot_be_normalised(tmp_path: Path) -> None:
+    """Their squares are infinite, so every other voxel would become 0."""
+    array = volume("float32")
+    array[1, 2, 3] = 1e30
+    assert code_of(lambda: read_image([save_nifti(tmp_path / "x.nii.gz", array)], "SimpleITKIO")) == "E_NONFINITE"
+    array[1, 2, 3] = 1e10
+    read_image([save_nifti(tmp_path / "x.nii.gz", array)], "SimpleITKIO")
+
+
 def test_not_finite_voxels_are_counted(tmp_path: Path) -> None:
     array = volume("float32")
     array[0, 0, 0], array[3, 3, 3], array[4, 4, 4] = np.nan, np.inf, -np.inf
