@@ -195,6 +195,8 @@ def require_regular(path: Path) -> str:
     """The ending of a file that exists, is a plain file and is not empty."""
     try:
         info = os.stat(path)
+    except PermissionError as error:
+        raise unreadable(path, error) from error
     except (OSError, ValueError) as error:
         link = " (a link whose target is missing)" if os.path.islink(path) else ""
         raise MFMError("E_NOT_FOUND", f"{path}: no such file{link}. Check the path.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import sys
@@ -606,6 +607,18 @@ def test_meta_image_without_data_file(tmp_path: Path, line: bytes) -> None:
 
 
 # --- content and geometry -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["os.stat", "mfm_nnunet.data.integrity._require_content"])
+def test_a_file_that_may_not_be_read(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_nifti(tmp_path / "x.nii.gz", volume())
+
+    def deny(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, deny)
+        assert refused(file) == "E_PERMISSION"
 
 
 def test_values_that_cannot_be_normalised(tmp_path: Path) -> None:
