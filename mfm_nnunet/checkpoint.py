@@ -107,7 +107,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the operating system refused a write for want of space."""
+    """Return whether the operating system refused a write for want of space."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -118,7 +118,7 @@ def _axes_problems(forward: Any, backward: Any) -> Iterator[str]:
 
 
 def _configuration_problems(plans: Mapping[str, Any], name: str) -> Iterator[str]:
-    """What is wrong with a configuration, as the rest of a sentence that its name begins."""
+    """Say what is wrong with a configuration, as the rest of a sentence that its name begins."""
     if not is_name(name):
         yield "has a name that can name no folder"
         return
@@ -179,7 +179,7 @@ def _wrong_values(resolved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is_row(value: Any) -> bool:
-    """Whether a value is a list; plans in checkpoints may hold tuples."""
+    """Return whether a value is a list; plans in checkpoints may hold tuples."""
     return isinstance(value, (list, tuple))
 
 
@@ -216,7 +216,7 @@ def _normalisation_problems(resolved: Mapping[str, Any], intensities: Mapping[st
 
 
 def _is_ct(known: Any) -> bool:
-    """Whether a channel has the intensities that CT is clipped and scaled with."""
+    """Return whether a channel has the intensities that CT is clipped and scaled with."""
     names = ("mean", "std", "percentile_00_5", "percentile_99_5")
     return isinstance(known, dict) and all(_is_finite(known.get(name)) for name in names)
 

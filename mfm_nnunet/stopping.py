@@ -55,12 +55,12 @@ class StopFlag:
 
     @property
     def is_of_this_process(self) -> bool:
-        """Whether it was made here, and not before a fork."""
+        """Return whether it was made here, and not before a fork."""
         return os.getpid() == self._process
 
     @property
     def is_raising(self) -> bool:
-        """Whether a signal raises StoppedError at once."""
+        """Return whether a signal raises StoppedError at once."""
         return self._message_at_once is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -261,7 +261,7 @@ def _acknowledge(flag: StopFlag, number: int) -> None:
 
 
 def _has_parent() -> bool:
-    """Whether a process of ours, or torchrun, started this one and passes signals on to it."""
+    """Return whether a process of ours, or torchrun, started this one and passes signals on to it."""
     import multiprocessing
 
     return multiprocessing.parent_process() is not None or "TORCHELASTIC_RUN_ID" in os.environ

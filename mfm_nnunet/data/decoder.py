@@ -123,7 +123,7 @@ class _Child:
 
     @property
     def was_idle(self) -> bool:
-        """Whether the child ended by itself because nothing was asked of it for a while."""
+        """Return whether the child ended by itself because nothing was asked of it for a while."""
         return self.is_ready and not self.is_stopped and self.process.returncode == 0
 
     def ask(self, request: dict[str, Any], seconds: float) -> Reply:

@@ -44,7 +44,7 @@ def _files(place: Path) -> Iterator[Path]:
 
 
 def _is_dicom(file: Path) -> bool:
-    """Whether a plain file has the mark of DICOM; pipes and devices are not opened."""
+    """Return whether a plain file has the mark of DICOM; pipes and devices are not opened."""
     try:
         if not file.is_file():
             return False

@@ -71,7 +71,7 @@ def ending_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Declared:
-    """What the first bytes of a file say of the rest: the header of a volume, and the memory that reading will take."""
+    """Facts that the first bytes of a file state: the header of a volume, and the memory that reading will take."""
 
     ending: str
     header: headers.VolumeHeader | None

@@ -109,7 +109,7 @@ def _spline_bytes(sizes: Sizes) -> int:
 
 
 def _becomes(sizes: Sizes) -> str:
-    """What happens to the case, as the beginning of a sentence."""
+    """Describe what happens to the case, as the beginning of a sentence."""
     if sizes.cropped == sizes.resampled:
         return f"it has {_times(sizes.cropped)} voxels"
     return (

@@ -124,7 +124,7 @@ for fine-tuning, and what comes of it is to be tested on data like yours.
 
 
 def _without_us(mfm: Mapping[str, Any], layout: Literal["folder", "nnssl"]) -> str:
-    """How other programs use the weights: lines of Python that build the network and load what fits it."""
+    """Explain how other programs use the weights: lines of Python that build the network and load what fits it."""
     name, kwargs = _architecture(mfm)
     if name == "PrimusSeg":
         if kwargs.get("version", 1) != 1 or len(mfm["patch_size"]) != 3:

@@ -46,7 +46,7 @@ def table(record: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 
 
 def cautions(record: Mapping[str, Any]) -> list[str]:
-    """What a study of this size cannot tell, a sentence or two each."""
+    """List what a study of this size cannot tell, a sentence or two each."""
     found, num_subjects, seeds = [], _num_subjects(record), record["seeds"]
     if num_subjects < MIN_CASES:
         found.append(
