@@ -42,7 +42,7 @@ BYTES_READ_BESIDE = 12 << 20
 SPARE_BYTES = 1 << 30
 MEMORY_FACTOR = 3
 """Readers may take that many times the bytes that they are expected to take, and :data:`SPARE_BYTES` more."""
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 28
 """So much memory for voxels is kept for the next file."""
 LARGEST_VALUE = 1e18
 """Of an image whose standard deviation can be computed in float32."""
