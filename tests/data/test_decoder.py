@@ -230,3 +230,22 @@ def test_a_child_does_not_load_torch() -> None:
     check = f"{load}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False"
+
+
+def test_memory_is_kept_for_the_next_file_and_given_back_where_it_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of sizes, each array is its own: earlier ones are not overwritten."""
+    decoder.end_all()
+    start = decoder._START.replace("serve(", "import mfm_nnunet.data.decode as d; d.KEPT_BYTES = 4096; serve(")
+    monkeypatch.setattr(decoder, "_START", start)
+    files, wanted = [], []
+    for number, size in enumerate((5, 30, 4, 31, 30, 3)):
+        files.append(tmp_path / f"x{number}_0000.nii.gz")
+        wanted.append(array_of((size, 6, 7)) + np.int16(number))
+        nibabel.save(nibabel.Nifti1Image(wanted[-1], np.eye(4)), files[-1])
+    found = [read_image([file], "SimpleITKIO")[0] for file in files]
+    for array, expected in zip(found, wanted):
+        np.testing.assert_array_equal(array[0], expected.T)
+    assert len(decoder._living) == 1
+    decoder.end_all()
