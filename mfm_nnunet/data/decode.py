@@ -44,8 +44,8 @@ MEMORY_FACTOR = 3
 """Readers may take that many times the bytes that they are expected to take, and :data:`SPARE_BYTES` more."""
 KEPT_BYTES = 1 << 28
 """So much memory for voxels is kept for the next file."""
-LARGEST_VALUE = 1e18
-"""Of an image whose standard deviation can be computed in float32."""
+LARGEST_VALUE = 1e20
+"""Beyond it, and beyond what 64 bits count, squares are infinite in float32."""
 VALUE_TOLERANCE = 1e-5
 """Relative difference between a stored value and the reader's that is rounding to float32."""
 _ITK_READERS = {

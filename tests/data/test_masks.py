@@ -299,21 +299,21 @@ def test_masks_of_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "array",
+    ("array", "code"),
     [
-        np.array([{"a": 1}], dtype=object),
-        np.zeros((2, 2), np.int32),
-        np.zeros(3, np.int32),
-        np.zeros((2, 3), np.float32),
+        (np.array([{"a": 1}], dtype=object), "E_DATA_UNSAFE"),
+        (np.zeros((2, 2), np.int32), "E_SHORT_DATA"),
+        (np.zeros(3, np.int32), "E_SHORT_DATA"),
+        (np.zeros((2, 3), np.float32), "E_SHORT_DATA"),
     ],
     ids=["objects", "two columns", "one axis", "floats"],
 )
-def test_points_of_another_kind_are_refused(array: np.ndarray, tmp_path: Path) -> None:
+def test_points_of_another_kind_are_refused(array: np.ndarray, code: str, tmp_path: Path) -> None:
     """An array of objects is a pickle, which is never loaded."""
     file = mask_file(tmp_path / "data", "anatomy", "a")
     file.parent.mkdir()
     np.save(file, array, allow_pickle=True)
     with pytest.raises(MFMError) as caught:
         anatomy_of(str(tmp_path / "data" / "a.b2nd"))
-    assert caught.value.code == "E_SHORT_DATA"
+    assert caught.value.code == code
     assert str(file) in caught.value.message
