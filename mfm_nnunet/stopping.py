@@ -72,12 +72,17 @@ class StopFlag:
         if name_of(number) == "SIGHUP":
             _replace_closed_streams()
         if self.exit_code is None:
-            self.exit_code, self._since = 128 + number, time.monotonic()
+            self.exit_code = 128 + number
+            self._since = self._since or time.monotonic()
             if self.is_raising:
                 raise StoppedError(self.exit_code, self._message_at_once or f"stopped by {name_of(number)}.")
         elif not self.is_same_stop(time.monotonic() - self._since):
             message = f"stopped at once by a second signal, {name_of(number)}. What was saved before it is whole."
             raise StoppedError(128 + number, message)
+
+    def note_arrival(self, moment: float) -> None:
+        """Note when the first signal arrived, for the main thread may be late to handle it."""
+        self._since = moment
 
     def is_same_stop(self, seconds: float) -> bool:
         """Return whether a signal that comes so long after the first one belongs to it."""
@@ -239,6 +244,7 @@ def _answer(flag: StopFlag, reading: int, is_command: bool) -> None:
             seconds = None
         elif number in STOP_SIGNALS and first is None:
             first, last, seconds = now, number, SECONDS_WITHOUT_A_WORD
+            flag.note_arrival(now)
         elif number in STOP_SIGNALS and first is not None and is_command and not flag.is_same_stop(now - first):
             last, seconds, is_second = number, SECONDS_TO_END, True
 

@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -274,6 +275,7 @@ def serve(descriptor: str, work_folder: str) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"):  # the parent decides when a child ends
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     _set_limit(resource.RLIMIT_CORE, 0)
+    _set_limit(resource.RLIMIT_FSIZE, sys.maxsize)  # it also counts for memory that is shared
     with contextlib.suppress(OSError):  # if memory runs out, the system should end this process and not its parent
         Path("/proc/self/oom_score_adj").write_text("500")
     find_reader_class("SimpleITKIO")
@@ -359,7 +361,13 @@ class Memory:
         if self.descriptor is not None:
             os.close(self.descriptor)
         self.descriptor = os.memfd_create("mfm_voxels") if hasattr(os, "memfd_create") else _unnamed_file()
-        os.ftruncate(self.descriptor, size)
+        try:
+            os.ftruncate(self.descriptor, size)
+        except OSError as error:
+            raise MFMError(
+                "E_DISK_FULL",
+                f"the limit on the size of files (ulimit -f) leaves no room for {size} bytes of voxels. Raise it.",
+            ) from error
         self._content, self.is_new = mmap.mmap(self.descriptor, size), True
         return self._content
 
