@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mfm_nnunet import preparation
 from mfm_nnunet import workspace as places
-from mfm_nnunet.data import decoder
 from mfm_nnunet.errors import CasesFailedError, MFMError, about, nearest
 from mfm_nnunet.files import inside
-from mfm_nnunet.json_files import read_plans
+from mfm_nnunet.images import decoder
+from mfm_nnunet.jobs import plan as preparation
+from mfm_nnunet.plan import read_plans
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
-    from mfm_nnunet.plans.planner import PlanResult
-    from mfm_nnunet.predict.batch import PredictReport
+    from mfm_nnunet.jobs.predict import PredictReport
+    from mfm_nnunet.planning.request import PlanResult
     from mfm_nnunet.study.design import Design
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def plan_and_preprocess(
     """
     decoder.warm()
     from mfm_nnunet.interchange.read import find_checkpoint
-    from mfm_nnunet.plans.planner import PlanRequest, check_request, format_table, plan
+    from mfm_nnunet.planning.request import PlanRequest, check_request, format_table, plan
 
     if images is not None and len(datasets) != 1:
         raise MFMError("E_CONFIG", "--images registers one corpus: give exactly one -d ID with it.")
@@ -111,7 +111,7 @@ def pretrain(
     Raises MFMError for bad input, StoppedError after a clean save on a stop signal, FloatingPointError when the
     loss becomes non-finite.
     """
-    from mfm_nnunet.engine.launch import launch, pretrain_here
+    from mfm_nnunet.jobs.pretrain import launch, pretrain_here
 
     with places.use(workspace) as here:
         arguments: dict[str, Any] = {
@@ -153,8 +153,8 @@ def train(
     bad input (also when less than half of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or
     Ctrl-C, and FloatingPointError when the loss becomes non-finite.
     """
-    from mfm_nnunet.finetune.run import run_training
     from mfm_nnunet.interchange.read import find_checkpoint
+    from mfm_nnunet.jobs.train import run_training
 
     with places.use(workspace) as here:
         return run_training(
@@ -206,7 +206,7 @@ def predict(
     Raises MFMError for bad input and CasesFailedError after all good cases are done.
     """
     decoder.warm()
-    from mfm_nnunet.predict.batch import PredictOptions, predict_folder
+    from mfm_nnunet.jobs.predict import PredictOptions, predict_folder
 
     with places.use(workspace) as here:
         model = Path(model_folder) if model_folder else _model_folder(here, dataset, configuration, plans_name, trainer)
@@ -235,7 +235,7 @@ def describe_checkpoint(
     whose file does not say it. Raises MFMError for a file that cannot be read, is damaged, or is no whole network.
     """
     from mfm_nnunet.interchange.card import describe_text
-    from mfm_nnunet.interchange.conversion import DESCRIBED, require_plan
+    from mfm_nnunet.interchange.foreign import DESCRIBED, require_plan
     from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
     from mfm_nnunet.interchange.verify import require_whole
 
@@ -363,7 +363,7 @@ def study_folder(output: str | Path | None, workspace: str | Path | None) -> Pat
 
 def _plan_study(own: Workspace, design: Design, given: dict[str, Any] | None) -> dict[str, Any]:
     """The study's plan, made once from the pool or copied, with the whole pool preprocessed."""
-    from mfm_nnunet.plans.planner import PlanResult
+    from mfm_nnunet.planning.request import PlanResult
     from mfm_nnunet.study import plan as study_plan
     from mfm_nnunet.study.folder import pin_plan, write_json
 
@@ -393,22 +393,22 @@ def _of_recipe(
     """
     if name is None:
         return ()
-    from mfm_nnunet.plans import schema
-    from mfm_nnunet.plans.recipes import read_recipe
+    from mfm_nnunet import settings as mfm_settings
+    from mfm_nnunet.planning.recipes import read_recipe
 
     recipe = read_recipe(name)
     plans_file = here.plans_file(here.dataset_name(dataset), plans_name)
-    block = schema.block_of(read_plans(plans_file, f"Plan {dataset} again."))
+    block = mfm_settings.block_of(read_plans(plans_file, f"Plan {dataset} again."))
     command = "mfm_pretrain" if pretext else "mfm_train"
     recipe.require_for(command, pretext=pretext, network=block.network)
-    settings: Any = block
+    run: Any = block
     if pretext:
-        from mfm_nnunet.engine.launch import PretrainRun
-        from mfm_nnunet.pretext.base import find_task
+        from mfm_nnunet.jobs.pretrain import PretrainRun
+        from mfm_nnunet.tasks.base import find_task
 
-        settings = PretrainRun(block.pretrain, find_task(pretext).Config(), block.seed, block.num_workers)
+        run = PretrainRun(block.pretrain, find_task(pretext).Config(), block.seed, block.num_workers)
     with about(recipe.file):
-        schema.override(settings, recipe.assignments)
+        mfm_settings.override(run, recipe.assignments)
     logger.info("recipe %s: %s", recipe.file.stem, recipe.about)
     return recipe.assignments
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mfm_nnunet import terminal
 from mfm_nnunet.errors import MFMError, StoppedError
-from mfm_nnunet.stopping import raise_on_signal, start_resource_tracker
+from mfm_nnunet.processes import raise_on_signal, start_resource_tracker
 
 SECONDS_TO_SAVE = 600
 """How long processes that were told to stop may take, e.g. to end a probe and to save, before they are killed."""

@@ -7,6 +7,7 @@ written goes through :func:`inside`. Files are replaced and never written throug
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -16,6 +17,10 @@ from typing import IO, Any
 
 from mfm_nnunet.errors import MFMError
 
+IMAGE_ENDINGS = (
+    *(".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"),
+)
+"""The endings of image files that can be read, in lower case; ``.nii.gz`` before ``.nii``."""
 MAX_DEPTH = 100
 """Levels of tables and lists in a file; those of nnU-Net and ours have about ten."""
 MAX_BYTES = 255
@@ -23,6 +28,12 @@ MAX_BYTES = 255
 _NAME = re.compile(r"\w[\w .,+()=@&~-]*(?<![ .])")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _NO_LETTER = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")
+
+
+def ending_of(path: Path) -> str:
+    """Return the known ending of an image file's name in lower case, e.g. ``.nii.gz``; empty for an unknown one."""
+    name = path.name.lower()
+    return next((ending for ending in IMAGE_ENDINGS if name.endswith(ending)), "")
 
 
 def is_name(value: Any) -> bool:
@@ -133,3 +144,35 @@ def _entries(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, (list, tuple)) else ()
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return the value that JSON text holds: the only way in which this package reads JSON of files.
+
+    A byte order mark is skipped, which editors on Windows write. Raises ValueError for anything that is no JSON, also
+    for what is nested too deep to be worked on.
+    """
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content.removeprefix("\ufeff")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from error
+    if is_nested_too_deep(value):
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    return value
+
+
+def read_json(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any]:
+    """The JSON object in ``file``; ``advice``, a sentence, ends the messages.
+
+    Raises MFMError: E_NOT_FOUND, or ``code`` when the file cannot be read or holds something else.
+    """
+    try:
+        content = parse_json(file.read_bytes())
+    except FileNotFoundError as error:
+        raise MFMError("E_NOT_FOUND", f"{file}: no such file. {advice}") from error
+    except ValueError as error:
+        raise MFMError(code, f"{file}: cannot be read as JSON ({error}). {advice}") from error
+    if not isinstance(content, dict):
+        raise MFMError(code, f"{file}: expected a JSON object, a table of names and values. {advice}")
+    return content

@@ -24,17 +24,20 @@ import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
-from mfm_nnunet import api, checkpoint, demo, demo_result, workspace
+from mfm_nnunet import api, checkpoint, workspace
+from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.cli.common import StrictParser
-from mfm_nnunet.engine.launch import PretrainRun
+from mfm_nnunet.demo import result as demo_result
+from mfm_nnunet.demo import run as demo
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.finetune import state
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.models.build import build_network
-from mfm_nnunet.plans import derive, like, schema
+from mfm_nnunet.jobs.pretrain import PretrainRun
+from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.planning import derive, like
 from mfm_nnunet.predict.predictor import load_model
-from mfm_nnunet.pretext.base import find_task, list_tasks
+from mfm_nnunet.tasks.base import find_task, list_tasks
 from tests.engine import tiny_run
 from tests.finetune import tiny
 from tests.models.tiny_plans import CONFIGURATION, tiny_backbone
@@ -157,11 +160,11 @@ def run(words: list[str], calls: dict[str, Any]) -> None:
     if name == "pretrain" and calls:
         is_ours = "." not in calls["pretext"]
         config = find_task(calls["pretext"]).Config() if is_ours else None
-        schema.override(PretrainRun(schema.PretrainSettings(), config, 0, None), calls["settings"])
+        mfm_settings.override(PretrainRun(mfm_settings.PretrainSettings(), config, 0, None), calls["settings"])
     elif name == "train" or calls.get("job") == "run_study":
-        finetune_settings.resolve(schema.MFMBlock(), calls["settings"], None)
+        finetune_settings.resolve(mfm_settings.MFMBlock(), calls["settings"], None)
     elif name == "demo":
-        schema.override(schema.MFMBlock(), calls["arguments"][2])
+        mfm_settings.override(mfm_settings.MFMBlock(), calls["arguments"][2])
 
 
 @every_page
@@ -235,7 +238,7 @@ def test_commands_page_lists_exactly_the_flags() -> None:
 
 def default_of(cell: str, name: str, settings: Any) -> Any:
     """``settings`` with ``name`` set to what a table says."""
-    return schema.override(settings, [f"{name}={cell}"])
+    return mfm_settings.override(settings, [f"{name}={cell}"])
 
 
 def type_name(hint: Any) -> str:
@@ -263,10 +266,10 @@ def hint_of(name: str, settings: Any) -> Any:
 
 
 def test_settings_page_lists_exactly_the_settings_of_a_plan() -> None:
-    block = schema.MFMBlock()
+    block = mfm_settings.MFMBlock()
     rows = rows_with((REFERENCE / "settings.md").read_text(), "name", "type", "default")
     names = [name for row in rows for name in names_in(row["name"])]
-    assert sorted(names) == sorted(schema.setting_names(block))
+    assert sorted(names) == sorted(mfm_settings.setting_names(block))
     for row in rows:
         name, hint = names_in(row["name"])[0], hint_of(names_in(row["name"])[0], block)
         assert default_of(row["default"], name, block) == block, row
@@ -276,7 +279,7 @@ def test_settings_page_lists_exactly_the_settings_of_a_plan() -> None:
 
 
 def test_settings_page_says_which_command_takes_what() -> None:
-    block, rows = schema.MFMBlock(), rows_with((REFERENCE / "settings.md").read_text(), "name", "type", "default")
+    block, rows = mfm_settings.MFMBlock(), rows_with((REFERENCE / "settings.md").read_text(), "name", "type", "default")
     for row in rows:
         name = names_in(row["name"])[0]
         assignment = f"{name}={row['default']}"
@@ -294,7 +297,7 @@ def test_settings_page_lists_the_settings_of_every_task() -> None:
         mine = {
             names_in(row["name"])[0].removeprefix("pretext."): row for row in rows if f"`{info.name}`" == row["task"]
         }
-        assert list(mine) == schema.setting_names(config)
+        assert list(mine) == mfm_settings.setting_names(config)
         for name, row in mine.items():
             assert default_of(row["default"], name, config) == config, row
             assert row["type"] == type_name(hint_of(name, config)), row
@@ -306,22 +309,22 @@ def test_what_the_planner_writes() -> None:
     listed = set()
     for family, is_cpu in ((f, c) for f in ("resenc", "primus") for c in (False, True)):
         column = {"resenc": "ResEnc", "primus": "Primus"}[family] + (", CPU preset" if is_cpu else ", GPU")
-        planned = schema.MFMBlock(*derive.settings_for(family, is_cpu, 2))
+        planned = mfm_settings.MFMBlock(*derive.settings_for(family, is_cpu, 2))
         for row in rows:
             for name in names_in(row["setting"]):
                 assert default_of(row[column], name, planned) == planned, (column, row)
                 listed.add(name)
         # What no row names is the default everywhere.
-        for name in set(schema.setting_names(planned)) - listed - {"network"}:
+        for name in set(mfm_settings.setting_names(planned)) - listed - {"network"}:
             *path, last = name.split(".")
-            values = [getattr(getattr(b, path[0]) if path else b, last) for b in (planned, schema.MFMBlock())]
+            values = [getattr(getattr(b, path[0]) if path else b, last) for b in (planned, mfm_settings.MFMBlock())]
             assert values[0] == values[1], name
 
 
 def test_the_block_in_the_settings_page_is_a_plans() -> None:
     (text,) = blocks(REFERENCE / "settings.md", "json")
-    assert json.loads(text) == schema.to_dict(schema.MFMBlock())
-    assert schema.MFMBlock(*derive.settings_for("resenc", False, 2)) == schema.MFMBlock()
+    assert json.loads(text) == mfm_settings.to_dict(mfm_settings.MFMBlock())
+    assert mfm_settings.MFMBlock(*derive.settings_for("resenc", False, 2)) == mfm_settings.MFMBlock()
 
 
 def _task_of(config: object) -> str:
@@ -330,9 +333,9 @@ def _task_of(config: object) -> str:
 
 @every_page
 def test_settings_in_the_text_exist(page: Path) -> None:
-    known = set(schema.setting_names(schema.MFMBlock()))
+    known = set(mfm_settings.setting_names(mfm_settings.MFMBlock()))
     tasks = [find_task(info.name).Config() for info in list_tasks()]
-    known |= {f"pretext.{name}" for config in tasks for name in schema.setting_names(config)}
+    known |= {f"pretext.{name}" for config in tasks for name in mfm_settings.setting_names(config)}
     for name, value in re.findall(
         r"\b((?:pretrain|finetune|pretext)\.(?!md\b)[a-z_]+)(?:=([\w.,+-]*\w))?", page.read_text()
     ):
@@ -340,10 +343,10 @@ def test_settings_in_the_text_exist(page: Path) -> None:
         assert is_file or name in known, f"{name} is no setting"
         if value and name.startswith("pretext."):
             of_page = [config for config in tasks if f"pretext_{_task_of(config)}" == page.stem] or tasks
-            (config, *_) = (config for config in of_page if name[8:] in schema.setting_names(config))
-            schema.override(config, [f"{name[8:]}={value}"])
+            (config, *_) = (config for config in of_page if name[8:] in mfm_settings.setting_names(config))
+            mfm_settings.override(config, [f"{name[8:]}={value}"])
         elif value:
-            schema.override(schema.MFMBlock(), [f"{name}={value}"])
+            mfm_settings.override(mfm_settings.MFMBlock(), [f"{name}={value}"])
 
 
 # Pretext tasks
@@ -357,7 +360,9 @@ def test_each_task_has_a_page_of_the_fixed_form(task: str) -> None:
     task_class = find_task(task)
     config = task_class.Config()
     rows = rows_with(found["Settings"], "name", "default", "legal values")
-    assert [names_in(row["name"])[0] for row in rows] == [f"pretext.{name}" for name in schema.setting_names(config)]
+    assert [names_in(row["name"])[0] for row in rows] == [
+        f"pretext.{name}" for name in mfm_settings.setting_names(config)
+    ]
     for row in rows:
         name = names_in(row["name"])[0].removeprefix("pretext.")
         assert default_of(row["default"], name, config) == config, row
@@ -497,7 +502,7 @@ def test_the_task_of_the_how_to_works(family: str, tmp_path: Path, monkeypatch: 
     importlib.invalidate_caches()
     task_class = find_task(f"{package.name}.denoising")
     assert find_task(f"{package.name}.denoising.Denoising") is task_class
-    patch, config = (16, 16, 16), schema.override(task_class.Config(), ["noise=0.25"])
+    patch, config = (16, 16, 16), mfm_settings.override(task_class.Config(), ["noise=0.25"])
     backbone = tiny_backbone(family, patch, 2, task_class.num_outputs(config, 2), restoring=task_class.restoring)
     task = task_class(task_class.resolve(config, backbone.geometry()), backbone)
     items = []
@@ -560,7 +565,9 @@ def test_files_and_modules_in_the_text_exist(page: Path) -> None:
             and page.parent != REFERENCE
         ):
             file = ROOT / "mfm_nnunet" / module / f"{span.split('.')[1]}.py"
-            is_setting = module == "finetune" and span.split(".")[1] in schema.setting_names(schema.FinetuneSettings())
+            is_setting = module == "finetune" and span.split(".")[1] in mfm_settings.setting_names(
+                mfm_settings.FinetuneSettings()
+            )
             assert is_setting or file.is_file(), span
 
 
@@ -633,7 +640,7 @@ def test_settings_dataclasses_are_what_the_page_is_about() -> None:
     """A further dataclass in the block would need a section of its own."""
     nested = [
         f.name
-        for f in dataclasses.fields(schema.MFMBlock)
-        if dataclasses.is_dataclass(getattr(schema.MFMBlock(), f.name))
+        for f in dataclasses.fields(mfm_settings.MFMBlock)
+        if dataclasses.is_dataclass(getattr(mfm_settings.MFMBlock(), f.name))
     ]
     assert nested == ["pretrain", "finetune"]

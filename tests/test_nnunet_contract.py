@@ -37,12 +37,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from mfm_nnunet import plan_rules
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.json_files import NO_RESAMPLING
-from mfm_nnunet.plans.mfm_planner import MFMPlanner
-from mfm_nnunet.plans.schema import MFMBlock, to_dict
+from mfm_nnunet.plan import NO_RESAMPLING
+from mfm_nnunet.planning.planner import MFMPlanner
+from mfm_nnunet.settings import MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace, use
 from tests.finetune import tiny
-from tests.plans.tiny_data import HIPPOCAMPUS, workspace_with
+from tests.planning.tiny_data import HIPPOCAMPUS, workspace_with
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mfm_nnunet"
@@ -257,7 +257,7 @@ def test_label_manager_has(name: str) -> None:
     assert hasattr(LabelManager({"background": 0, "a": 1}, None), name)
 
 
-@pytest.mark.parametrize("name", sorted(attributes("stock", within="plans/mfm_planner.py")))
+@pytest.mark.parametrize("name", sorted(attributes("stock", within="planning/planner.py")))
 def test_planners_module_has(name: str) -> None:
     assert hasattr(default_experiment_planner, name)
 
@@ -301,7 +301,7 @@ OF_TRAINERS = attributes("self", within="finetune/trainer.py", inside="MFMTraine
 )
 
 
-OF_PLANNERS = attributes("self", within="plans/mfm_planner.py", inside="MFMPlanner")
+OF_PLANNERS = attributes("self", within="planning/planner.py", inside="MFMPlanner")
 OWN_OF_PLANNER = {
     "cases", "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset",
     "slice_axis", "source", "version", "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory",

@@ -167,7 +167,7 @@ def _nearest_flag(flag: str, legal: Sequence[str], parts: Sequence[str]) -> str:
 
     ``parts`` are the parts of the settings that the command takes.
     """
-    from mfm_nnunet.plans.schema import MFMBlock, setting_names
+    from mfm_nnunet.settings import MFMBlock, setting_names
 
     word = flag.lstrip("-").replace("-", "_")
     names = [name for name in setting_names(MFMBlock()) if name.rpartition(".")[0] in (*parts, "")]

@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from mfm_nnunet.demo import run_demo
-    from mfm_nnunet.demo_result import format_result
+    from mfm_nnunet.demo.result import format_result
+    from mfm_nnunet.demo.run import run_demo
 
     data = Path(arguments.data) if arguments.data else None
     folder = Path(arguments.workspace)

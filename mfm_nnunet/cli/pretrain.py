@@ -69,7 +69,7 @@ def _list_tasks(arguments: argparse.Namespace) -> None:
     """A table as wide as ``LIST_WIDTH`` at most; what is hidden or mixed goes on in the next line where it must."""
     import textwrap
 
-    from mfm_nnunet.pretext.registry import list_tasks
+    from mfm_nnunet.tasks.registry import list_tasks
 
     rows = [("task", "networks", "hidden or mixed", "published", "paper")]
     rows += [(task.name, ", ".join(task.backbones), task.hides, task.recipe, task.paper) for task in list_tasks()]

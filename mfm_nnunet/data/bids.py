@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from mfm_nnunet.data.index import Case, named, stem_of, subject_of
+from mfm_nnunet.data.cases import Case, named, stem_of, subject_of
 from mfm_nnunet.data.not_scans import is_named_mask
 
 DESCRIPTION = "dataset_description.json"

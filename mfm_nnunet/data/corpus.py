@@ -17,16 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from mfm_nnunet import dataset as dataset_jsons
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data import dataset_json as dataset_jsons
-from mfm_nnunet.data.index import PICTURES, Case, subject_of, with_digest
-from mfm_nnunet.data.integrity import ending_of
+from mfm_nnunet.data.cases import PICTURES, Case, subject_of, with_digest
 from mfm_nnunet.data.labelled import raw_cases, warn_of_differences
 from mfm_nnunet.data.not_scans import is_named_mask, require_scan
 from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import is_file_name
-from mfm_nnunet.json_files import read_json
+from mfm_nnunet.files import ending_of, is_file_name, read_json
 
 __all__ = [
     "Case",

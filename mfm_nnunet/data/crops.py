@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from mfm_nnunet.data.augment import apply_spatial, draw_spatial
+from mfm_nnunet.data.loading import read_in_order
 from mfm_nnunet.data.volumes import anatomy_of, anonymised_of, open_volume, read_box
-from mfm_nnunet.data.workers import read_in_order
 from mfm_nnunet.errors import MFMError
 
 

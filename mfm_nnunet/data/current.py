@@ -14,7 +14,7 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case, subject_of
 from mfm_nnunet.data.labelled import IMAGES
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.json_files import read_json
+from mfm_nnunet.files import read_json
 
 FINGERPRINT = "dataset_fingerprint.json"
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.data.index import (
+from mfm_nnunet.data.cases import (
     PICTURES,
     Case,
     group_channels,
@@ -19,8 +19,8 @@ from mfm_nnunet.data.index import (
     spelling_of,
     subject_of,
 )
-from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import ending_of
 
 IMAGES, LABELS = "imagesTr", "labelsTr"
 _log = logging.getLogger(__name__)

@@ -17,10 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from mfm_nnunet.data.index import Case, named, safe_name
-from mfm_nnunet.data.integrity import ending_of
+from mfm_nnunet.data.cases import Case, named, safe_name
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.json_files import read_json
+from mfm_nnunet.files import ending_of, read_json
 
 NNSSL_FILE = "pretrain_data.json"
 OF_PREPROCESSED = (

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mfm_nnunet.data import reading
-from mfm_nnunet.data.geometry import difference, geometry_of
-from mfm_nnunet.data.integrity import files_of
 from mfm_nnunet.errors import MFMError, unreadable
 from mfm_nnunet.files import inside
+from mfm_nnunet.images import reading
+from mfm_nnunet.images.geometry import difference, geometry_of
+from mfm_nnunet.images.integrity import files_of
 
 if TYPE_CHECKING:
-    from mfm_nnunet.data.index import Case
+    from mfm_nnunet.data.cases import Case
 
 MAX_POINTS = 10_000
 """Voxels of an anatomy mask that are kept: enough places for crops, little to read."""

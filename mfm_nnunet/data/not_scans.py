@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from mfm_nnunet.data.index import stem_of
+from mfm_nnunet.data.cases import stem_of
 from mfm_nnunet.errors import MFMError
 
 _WORDS = r"(?:masks?|segs?|segmentations?|labels?|labelmaps?|gt|ground[_ -]?truths?|annotations?)"

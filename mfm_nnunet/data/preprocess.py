@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.checkpoint import to_plain
-from mfm_nnunet.data import reading, storage
-from mfm_nnunet.data.index import check_case_name
+from mfm_nnunet.data import storage
+from mfm_nnunet.data.cases import check_case_name
+from mfm_nnunet.data.loops import in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.masks import mask_signature, read_masks
-from mfm_nnunet.data.per_case import in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.preprocess_case import preprocess_case_npy, preprocess_mask
 from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
 from mfm_nnunet.files import inside
-from mfm_nnunet.json_files import preprocessor_problem
+from mfm_nnunet.images import reading
+from mfm_nnunet.plan import preprocessor_problem
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager

@@ -16,7 +16,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 from mfm_nnunet.data.resampling import resampling_function
 from mfm_nnunet.data.sizes import Sizes, require_preprocessable
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.json_files import is_resampled
+from mfm_nnunet.plan import is_resampled
 from mfm_nnunet.plan_rules import CT
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from mfm_nnunet.data.index import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.errors import MFMError, nearest
 
 KINDS = ("subject", "dataset", "modality")

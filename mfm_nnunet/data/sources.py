@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from mfm_nnunet.data import bids, dicom, listings
-from mfm_nnunet.data.index import PICTURES, Case, group_channels, image_files, named, require_channels, stem_of
-from mfm_nnunet.data.integrity import IMAGE_ENDINGS, ending_of
+from mfm_nnunet.data import bids, listings
+from mfm_nnunet.data.cases import PICTURES, Case, group_channels, image_files, named, require_channels, stem_of
 from mfm_nnunet.data.not_scans import is_named_mask
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
+from mfm_nnunet.images import dicom
 
 _RAW_FOLDERS = ("imagesTr", "imagesTs")
 _LABEL_FOLDERS = {"labelsTr", "labelsTs"}

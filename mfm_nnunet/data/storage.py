@@ -28,8 +28,7 @@ from mfm_nnunet.data import masks
 from mfm_nnunet.data.properties import read_properties
 from mfm_nnunet.data.volumes import open_array, read_arrays
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside, is_file_name, open_to_append, whole_number
-from mfm_nnunet.json_files import parse_json
+from mfm_nnunet.files import inside, is_file_name, open_to_append, parse_json, whole_number
 
 ENDINGS = (".pkl", "_seg.b2nd", ".b2nd")
 """Files of a case in the order in which they appear; nnU-Net takes the last as the sign that the case is there."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from mfm_nnunet.errors import MFMError, is_out_of_memory
-from mfm_nnunet.pretext.base import PretextTask
+from mfm_nnunet.tasks.base import PretextTask
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from mfm_nnunet.engine.probe_methods import Labeller, finetuned_labeller, linear
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.metrics import dice, mean_dice
 from mfm_nnunet.models.backbone import AbstractBackbone
-from mfm_nnunet.plans.schema import ProbeSettings, to_dict
+from mfm_nnunet.settings import ProbeSettings, to_dict
 
 PATIENCE = datetime.timedelta(days=1)
 """How long processes wait for the main one; the default of NCCL is ten minutes."""

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mfm_nnunet.device import autocast
+from mfm_nnunet.engine.optim import learning_rate_factor, make_optimizer
 from mfm_nnunet.engine.probe_data import LabelledVolume, Tile
 from mfm_nnunet.models.backbone import AbstractBackbone
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.optim import learning_rate_factor, make_optimizer
 
 Labeller = Callable[[Tensor], Tensor]
 """Patches (B, C, D, H, W) to scores (B, K, D, H, W)."""

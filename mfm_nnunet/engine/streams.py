@@ -13,8 +13,8 @@ from mfm_nnunet.data.masks import masked_cases
 from mfm_nnunet.data.sampling import case_weights, describe_shares, require_legal_balance
 from mfm_nnunet.data.volumes import volume_shape
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.plans.schema import PretrainSettings
-from mfm_nnunet.pretext.base import Augmentation, PretextTask
+from mfm_nnunet.settings import PretrainSettings
+from mfm_nnunet.tasks.base import Augmentation, PretextTask
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mfm_nnunet.plans.schema import FinetuneSettings
+from mfm_nnunet.settings import FinetuneSettings
 
 Family = Literal["resenc", "primus"]
 

@@ -12,7 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet.data import dataset_json as dataset_jsons
+from mfm_nnunet import dataset as dataset_jsons
 from mfm_nnunet.data.preprocess import preprocessing_hash
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.errors import MFMError, nearest
@@ -20,7 +20,7 @@ from mfm_nnunet.files import inside, whole_number
 from mfm_nnunet.finetune.preprocessed import require_fingerprint, select_cases
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.plans.schema import block_of
+from mfm_nnunet.settings import block_of
 from mfm_nnunet.workspace import Workspace
 
 FINAL = "checkpoint_final.pth"

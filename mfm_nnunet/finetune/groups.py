@@ -14,8 +14,8 @@ from torch import nn
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import lora
-from mfm_nnunet.models.build import encoder_names, head_names
-from mfm_nnunet.plans.schema import FinetuneSettings
+from mfm_nnunet.models.networks import encoder_names, head_names
+from mfm_nnunet.settings import FinetuneSettings
 
 
 @dataclass(frozen=True)

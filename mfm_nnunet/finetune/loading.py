@@ -19,7 +19,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.utils.data import Dataset
 
-from mfm_nnunet.data.workers import read_in_order
+from mfm_nnunet.data.loading import read_in_order
 
 Batch = dict[str, Any]
 """nnU-Net's batch: "data" (B, C, D, H, W) float32, "target" a tensor or one per scale, "keys" the case names."""

@@ -11,7 +11,7 @@ from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.current import Selection, select
 from mfm_nnunet.data.storage import require_whole, stored_cases
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.json_files import read_json
+from mfm_nnunet.files import read_json
 
 SHAREABLE_KEYS: tuple[str, ...] = (
     "channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",

@@ -17,10 +17,9 @@ from torch import nn
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import about
 from mfm_nnunet.files import shown
-from mfm_nnunet.interchange.conversion import Reading, require_plan
+from mfm_nnunet.interchange.foreign import Reading, require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
-from mfm_nnunet.json_files import is_resampled
-from mfm_nnunet.models.build import part_of, stem_names
+from mfm_nnunet.models.networks import part_of, stem_names
 from mfm_nnunet.models.transfer import (
     HOW_TO_FIT,
     Entry,
@@ -31,6 +30,7 @@ from mfm_nnunet.models.transfer import (
     unwrapped,
     without_wrapper_prefixes,
 )
+from mfm_nnunet.plan import is_resampled
 
 
 def describe(file: Path, reading: Reading) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from mfm_nnunet.engine.optim import learning_rate_factor
 from mfm_nnunet.finetune.groups import Group, count
-from mfm_nnunet.optim import learning_rate_factor
-from mfm_nnunet.plans.schema import FinetuneSettings, resolved_decoder_epochs, resolved_warmup
+from mfm_nnunet.settings import FinetuneSettings, resolved_decoder_epochs, resolved_warmup
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import MFMError, about, nearest
+from mfm_nnunet.files import read_json
 from mfm_nnunet.finetune.advice import Advice, applied
-from mfm_nnunet.json_files import read_json
-from mfm_nnunet.plans.schema import (
+from mfm_nnunet.settings import (
     FinetuneSettings,
     MFMBlock,
     from_dict,

@@ -13,9 +13,9 @@ import torch
 from mfm_nnunet.checkpoint import atomic_write, cpu_weights, to_plain
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.lora import merged_state
-from mfm_nnunet.json_files import shared_plan
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
-from mfm_nnunet.plans.schema import FORMAT, FinetuneSettings, to_dict
+from mfm_nnunet.plan import shared_plan
+from mfm_nnunet.settings import FORMAT, FinetuneSettings, to_dict
 
 if TYPE_CHECKING:
     from mfm_nnunet.finetune.trainer import MFMTrainer

@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.device import autocast, default_autocast_dtype, default_workers
+from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, make_optimizer
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.datasets import checked, next_stage_checked
@@ -31,12 +32,11 @@ from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, epoch_in_words, in_words
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.models.average import WeightAverage
-from mfm_nnunet.models.build import knows_deep_supervision
+from mfm_nnunet.models.networks import knows_deep_supervision
 from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.models.transfer import unwrapped
-from mfm_nnunet.optim import SMALLEST_LOSS_SCALE, make_optimizer
-from mfm_nnunet.plans.schema import block_of, resolved_learning_rate
-from mfm_nnunet.stopping import StopFlag
+from mfm_nnunet.processes import StopFlag
+from mfm_nnunet.settings import block_of, resolved_learning_rate
 
 CUDA = torch.device("cuda")
 SECONDS_BETWEEN_PLOTS = 300.0

@@ -18,11 +18,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.checkpoint import full_disk_named
-from mfm_nnunet.data.per_case import progress
-from mfm_nnunet.data.reading import read_label
+from mfm_nnunet.data.loops import progress
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
 from mfm_nnunet.finetune.datasets import require_geometry
+from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.predict.export import export_validation_case, publish, remove_dead_stages, require_space, staging
 from mfm_nnunet.predict.predictor import Model

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mfm_nnunet.interchange.conversion import Reading
-from mfm_nnunet.json_files import is_resampled, resolved
+from mfm_nnunet.interchange.foreign import Reading
+from mfm_nnunet.plan import is_resampled, resolved
 from mfm_nnunet.terminal import in_markdown
 
 CARD = "README.md"

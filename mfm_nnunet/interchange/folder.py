@@ -17,9 +17,8 @@ from torch import Tensor
 
 from mfm_nnunet.checkpoint import atomic_write, sha256
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import shown
+from mfm_nnunet.files import parse_json, read_json, shown
 from mfm_nnunet.interchange.card import CARD, model_card
-from mfm_nnunet.json_files import parse_json, read_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _ALIASES = "aliases"

@@ -18,8 +18,8 @@ from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.architecture import PRIMUS, UNETS, between_convolutions
 from mfm_nnunet.interchange.card import CARD, model_card
 from mfm_nnunet.interchange.verify import with_all_names
-from mfm_nnunet.json_files import is_resampled, resolved
 from mfm_nnunet.models.primus import PRIMUS_SIZES
+from mfm_nnunet.plan import is_resampled, resolved
 
 TRAINER = "mfm_nnunet"
 """No trainer of nnssl: readers must not guess a token order from it."""

@@ -1,6 +1,6 @@
 """One way in for every checkpoint: ours, nnssl's and OpenMind's, nnU-Net's, a folder of safetensors, a hub's address.
 
-Nothing that a file holds is run. What comes out is in our layout (:class:`mfm_nnunet.interchange.conversion.Reading`).
+Nothing that a file holds is run. What comes out is in our layout (:class:`mfm_nnunet.interchange.foreign.Reading`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, about
-from mfm_nnunet.files import shown
+from mfm_nnunet.files import read_json, shown
 from mfm_nnunet.interchange import nnssl
-from mfm_nnunet.interchange.address import fetch
 from mfm_nnunet.interchange.card import UNKNOWN_LICENCE, stated_licence
-from mfm_nnunet.interchange.conversion import (
+from mfm_nnunet.interchange.folder import CONFIG, WEIGHTS, is_folder_checkpoint, read_folder, write_folder
+from mfm_nnunet.interchange.foreign import (
     DESCRIBED,
     Reading,
     TokenOrder,
@@ -26,10 +26,9 @@ from mfm_nnunet.interchange.conversion import (
     require_plan,
     tell_unused,
 )
-from mfm_nnunet.interchange.folder import CONFIG, WEIGHTS, is_folder_checkpoint, read_folder, write_folder
+from mfm_nnunet.interchange.hub import fetch
 from mfm_nnunet.interchange.nnssl_export import write_nnssl
 from mfm_nnunet.interchange.verify import require_whole
-from mfm_nnunet.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ KNOWN = (
 def find_checkpoint(address: str | Path) -> Path:
     """The file, or folder of safetensors, that an address means: a path, ``file://``, or ``hf://owner/name@commit``.
 
-    Raises MFMError (E_NOT_FOUND) when there is nothing, and as :func:`mfm_nnunet.interchange.address.fetch`.
+    Raises MFMError (E_NOT_FOUND) when there is nothing, and as :func:`mfm_nnunet.interchange.hub.fetch`.
     """
     place = fetch(address)
     if place.name == WEIGHTS and place.is_file():

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.json_files import resolved
-from mfm_nnunet.models.build import build_network, encoder_names
+from mfm_nnunet.models.networks import build_network, encoder_names
+from mfm_nnunet.plan import resolved
 
 
 def require_whole(content: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.build import encoder_names
+from mfm_nnunet.models.networks import encoder_names
 
 Restoring = Literal["none", "drop", "replace"]
 """What becomes of hidden tokens: ``restore`` is not used; they never enter the encoder (MAE); a learnable mask token

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.build import encoder_names, head_names, part_of, stem_names, token_size
+from mfm_nnunet.models.networks import encoder_names, head_names, part_of, stem_names, token_size
 from mfm_nnunet.models.transfer_report import Entry, TransferReport
 
 __all__ = ["Entry", "Parts", "Topology", "TransferReport", "transfer_weights", "unwrapped", "without_wrapper_prefixes"]

@@ -20,17 +20,17 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from mfm_nnunet.checkpoint import sha256
-from mfm_nnunet.data import dicom
+from mfm_nnunet.data.cases import spelling_of
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.dataset_json import channel_names
-from mfm_nnunet.data.index import spelling_of
-from mfm_nnunet.data.integrity import ending_of, files_of
-from mfm_nnunet.data.per_case import unchanged
+from mfm_nnunet.data.loops import unchanged
 from mfm_nnunet.data.preprocess import preprocess_case_npy
-from mfm_nnunet.data.reading import check_label, read_image, read_label
 from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
+from mfm_nnunet.dataset import channel_names
 from mfm_nnunet.errors import CaseFailure, MFMError, about, unreadable
-from mfm_nnunet.files import inside, is_unicode, shown
+from mfm_nnunet.files import ending_of, inside, is_unicode, shown
+from mfm_nnunet.images import dicom
+from mfm_nnunet.images.integrity import files_of
+from mfm_nnunet.images.reading import check_label, read_image, read_label
 from mfm_nnunet.predict import geometry
 from mfm_nnunet.predict.model import Model
 from mfm_nnunet.predict.options import PredictOptions

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mfm_nnunet.checkpoint import to_plain
-from mfm_nnunet.data.dataset_json import channel_numbers
 from mfm_nnunet.data.preprocess import NORMALISED_BY_CASE
-from mfm_nnunet.json_files import plan_problem, resolved
+from mfm_nnunet.dataset import channel_numbers
+from mfm_nnunet.plan import plan_problem, resolved
 
 _OF_CONFIGURATION = (
     "spacing", "patch_size", "normalization_schemes", "use_mask_for_norm", "previous_stage",

@@ -13,8 +13,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from mfm_nnunet.data.nifti import read_start
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.images.nifti import read_start
 
 _TEXT_FIELDS = ("descrip", "aux_file", "db_name", "intent_name")
 _VALUE_FIELDS = {"scl_slope": 1, "scl_inter": 0, "cal_max": 0, "cal_min": 0, "intent_code": 0}

@@ -16,8 +16,7 @@ from typing import Any
 
 from mfm_nnunet.checkpoint import full_disk_named, sha256
 from mfm_nnunet.errors import MFMError, unreadable
-from mfm_nnunet.files import is_file_name, open_to_append
-from mfm_nnunet.json_files import parse_json
+from mfm_nnunet.files import is_file_name, open_to_append, parse_json
 
 try:
     import fcntl

@@ -22,7 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from mfm_nnunet.data.per_case import progress
+from mfm_nnunet.data.loops import progress
 from mfm_nnunet.errors import MFMError
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from mfm_nnunet.data.integrity import ending_of
 from mfm_nnunet.errors import CaseFailure, MFMError
-from mfm_nnunet.files import is_file_name, require_unicode, shown
+from mfm_nnunet.files import ending_of, is_file_name, require_unicode, shown
 from mfm_nnunet.predict.export import STAGING_PREFIX
 from mfm_nnunet.predict.journal import journal_name
 from mfm_nnunet.predict.model import Model

@@ -20,12 +20,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from mfm_nnunet.checkpoint import load_weights, sha256
-from mfm_nnunet.data.dataset_json import read_dataset_json
+from mfm_nnunet.dataset import read_dataset_json
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import whole_number
-from mfm_nnunet.json_files import preprocessor_problem, read_plans
-from mfm_nnunet.models.build import build_network, check_architecture
+from mfm_nnunet.models.networks import build_network, check_architecture
+from mfm_nnunet.plan import preprocessor_problem, read_plans
 from mfm_nnunet.predict.consistency import differences
 from mfm_nnunet.predict.model import Model
 

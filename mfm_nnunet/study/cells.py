@@ -22,7 +22,7 @@ from typing import IO
 
 from mfm_nnunet.checkpoint import full_disk_named
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
-from mfm_nnunet.stopping import stop_on_signal
+from mfm_nnunet.processes import stop_on_signal
 from mfm_nnunet.study.commands import TRAINING, Step, Steps
 from mfm_nnunet.study.design import Cell
 from mfm_nnunet.workspace import num_cores

@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.integrity import files_of
-from mfm_nnunet.data.reading import read_label
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside
-from mfm_nnunet.json_files import read_json
+from mfm_nnunet.files import inside, read_json
+from mfm_nnunet.images.integrity import files_of
+from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.metrics import dice, foreground_labels, ignore_label
 
 LIBRARY = "surface-distance"

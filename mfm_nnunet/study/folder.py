@@ -16,12 +16,11 @@ from typing import Any
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.dataset_json import check_dataset_json
-from mfm_nnunet.data.integrity import files_of
+from mfm_nnunet.dataset import check_dataset_json
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import is_file_name
+from mfm_nnunet.files import is_file_name, read_json
+from mfm_nnunet.images.integrity import files_of
 from mfm_nnunet.interchange.read import sha256
-from mfm_nnunet.json_files import read_json
 from mfm_nnunet.study.arms import Arm, is_arm_name
 from mfm_nnunet.study.design import CELLS, Cell, Design, Question, cells_of, read_subjects
 from mfm_nnunet.study.plan import digest, require_known

@@ -16,8 +16,7 @@ from torch import nn
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.per_case import in_threads, with_progress
-from mfm_nnunet.data.reading import check_label, read_image, read_label
+from mfm_nnunet.data.loops import in_threads, with_progress
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
 from mfm_nnunet.files import inside, shown
@@ -25,9 +24,10 @@ from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.finetune.advice import Family, advised
 from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
+from mfm_nnunet.images.reading import check_label, read_image, read_label
 from mfm_nnunet.interchange.read import read_checkpoint
-from mfm_nnunet.models.build import build_network
-from mfm_nnunet.plans.schema import MFMBlock, block_of
+from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.settings import MFMBlock, block_of
 from mfm_nnunet.study import cells as running
 from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.commands import TRAINING, commands_script, steps_of

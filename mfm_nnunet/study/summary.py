@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from mfm_nnunet.errors import CaseFailure, MFMError
-from mfm_nnunet.files import inside
-from mfm_nnunet.json_files import read_json
+from mfm_nnunet.files import inside, read_json
 from mfm_nnunet.study.arms import SCRATCH
 from mfm_nnunet.study.design import CELLS, RUN_SETTINGS, Cell, cells_of, curve_labels
 from mfm_nnunet.study.evaluation import METRICS, RESULT

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from tests.architectures import primus, resenc
 from tests.bad_input.site import PATCH, Site, accepted, edit_json, nothing_lost, refused, unchanged
 from tests.finetune import tiny

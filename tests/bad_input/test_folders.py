@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.data import storage
-from mfm_nnunet.plans import schema
-from mfm_nnunet.predict import batch
+from mfm_nnunet.jobs import predict
 from mfm_nnunet.predict.model import Model
 from tests.bad_input.site import (
     CORPUS,
@@ -106,7 +106,7 @@ def test_a_finished_run_stays_as_it_is(site: Site) -> None:
 @pytest.mark.parametrize("command", ["pretrain", "train"])
 def test_a_loss_that_explodes(command: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before the update, with advice and exit code 1; the run goes on from the last saved epoch."""
-    monkeypatch.setattr(schema, "require_in_range", lambda *_: None)  # no legal rate is as bad
+    monkeypatch.setattr(mfm_settings, "require_in_range", lambda *_: None)  # no legal rate is as bad
     part = {"pretrain": "pretrain", "train": "finetune"}[command]
     settings = [
         f"{part}.epochs=3",
@@ -266,7 +266,7 @@ def test_leftovers_of_killed_saves_are_removed(site: Site) -> None:
 
 
 def test_disk_full_at_the_second_mask(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_case, seen = batch.write_case, []
+    write_case, seen = predict.write_case, []
 
     def limited(*arguments: Any, **keywords: Any) -> None:
         seen.append(1)
@@ -275,7 +275,7 @@ def test_disk_full_at_the_second_mask(site: Site, monkeypatch: pytest.MonkeyPatc
 
     out = site.folder / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "write_case", limited)
+        patch.setattr(predict, "write_case", limited)
         refused(site.predict(site.test_images, out), "E_DISK_FULL")
     assert [file.name for file in out.glob("*.nii.gz")] == ["test0.nii.gz"]
     with unchanged(out / "test0.nii.gz"):

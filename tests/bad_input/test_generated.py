@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mfm_nnunet.data import integrity
-from mfm_nnunet.data.headers import VolumeHeader
-from mfm_nnunet.data.reading import read_image, reader_for
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.images import integrity
+from mfm_nnunet.images.headers import VolumeHeader
+from mfm_nnunet.images.reading import read_image, reader_for
 from tests.bad_input.generated import damaged_files, good_files
 from tests.bad_input.site import Site, unchanged
 

@@ -32,7 +32,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
         return
     is_named = event == "pickle.find_class" and arguments[0] in ("os", "posix", "nt")  # else from our own processes
     is_source = event == "compile" and _mark[0] in str(arguments[0])
-    is_reader = event == "subprocess.Popen" and "mfm_nnunet.data.decode" in str(arguments[1])
+    is_reader = event == "subprocess.Popen" and "mfm_nnunet.images.decode" in str(arguments[1])
     if (event in WATCHED and not is_reader) or is_named or is_source:
         _seen.append(f"{event} {arguments}")
 

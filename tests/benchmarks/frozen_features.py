@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.transfer import transfer_weights
 
 VOXELS_PER_CASE = 20_000

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.memory import num_parameters, training_memory_bytes
-from mfm_nnunet.optim import make_optimizer
-from mfm_nnunet.plans.mfm_planner import primus_architecture
+from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.planning.planner import primus_architecture
 
 NUM_OUTPUTS = 3
 

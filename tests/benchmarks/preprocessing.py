@@ -198,7 +198,7 @@ def fingerprint(arguments: argparse.Namespace, folder: Path) -> Iterator[Compari
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
     from mfm_nnunet.data.corpus import load_cases
-    from mfm_nnunet.plans.fingerprint import extract_fingerprint
+    from mfm_nnunet.planning.fingerprint import extract_fingerprint
 
     name, dataset_json = register(arguments, folder)
     cases = load_cases(folder / "nnUNet_raw" / name)

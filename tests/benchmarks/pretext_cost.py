@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from mfm_nnunet.device import autocast
+from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.backbone import make_backbone
-from mfm_nnunet.models.build import build_network
-from mfm_nnunet.optim import make_optimizer
-from mfm_nnunet.plans.mfm_planner import primus_architecture
-from mfm_nnunet.pretext.base import find_task, list_tasks
+from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.planning.planner import primus_architecture
+from mfm_nnunet.tasks.base import find_task, list_tasks
 from tests.benchmarks.memory_estimate import SMALL, STANDARD, resenc_architecture
 from tests.benchmarks.pretext_pictures import make_batch, make_item
 

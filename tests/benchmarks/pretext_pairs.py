@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.pretext.registry import list_tasks
 from mfm_nnunet.study.statistics import compare_paired, correct_by_holm
+from mfm_nnunet.tasks.registry import list_tasks
 from tests.benchmarks.study import LABELLED, LABELS, Study, base_parser
 
 EXTRA: dict[str, tuple[str, ...]] = {
@@ -160,7 +160,7 @@ class PairsStudy(Study):
     def measure_here(self, pair: str) -> float:
         """CPU seconds of a step with all that belongs to it (reading, augmentation, optimiser) in this process."""
         from mfm_nnunet import api
-        from mfm_nnunet.engine.pretrainer import Pretrainer
+        from mfm_nnunet.engine.engine import Pretrainer
 
         task, _, network = pair.partition(" on ")
         times: list[float] = []

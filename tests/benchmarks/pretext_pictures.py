@@ -19,13 +19,13 @@ import nibabel
 import numpy as np
 import torch
 
-from mfm_nnunet.demo_data import MIDLINE, find_template
-from mfm_nnunet.engine.report import plot_examples
+from mfm_nnunet.demo.data import MIDLINE, find_template
+from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.backbone import make_backbone
-from mfm_nnunet.models.build import build_network
-from mfm_nnunet.optim import make_optimizer
-from mfm_nnunet.plans.mfm_planner import primus_architecture
-from mfm_nnunet.pretext.base import ItemTransform, PretextTask, find_task, list_tasks
+from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.planning.planner import primus_architecture
+from mfm_nnunet.reports.progress import plot_examples
+from mfm_nnunet.tasks.base import ItemTransform, PretextTask, find_task, list_tasks
 from tests.architectures import resenc
 
 PICTURES = Path(__file__).parents[2] / "documentation" / "reference" / "pictures"

@@ -109,11 +109,11 @@ def work(side: str) -> None:
 
 def reading(side: str) -> Callable[[Path], Any]:
     """The function with which a side reads a file."""
-    from mfm_nnunet.data.reading import read_image, reader_for
+    from mfm_nnunet.images.reading import read_image, reader_for
 
     if side == "child":
         return lambda file: read_image([file], reader_for(file))
-    from mfm_nnunet.data.decode import decode_file, find_reader_class
+    from mfm_nnunet.images.decode import decode_file, find_reader_class
 
     if side == "here":
         return lambda file: decode_file(file, reader_for(file))

@@ -12,28 +12,29 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mfm_nnunet import demo, demo_data, pictures
 from mfm_nnunet.cli import demo as command
 from mfm_nnunet.data.corpus import index_source, load_cases
-from mfm_nnunet.demo_result import ARMS, DemoResult, compare, format_result
+from mfm_nnunet.demo import data, run
+from mfm_nnunet.demo.result import ARMS, DemoResult, compare, format_result
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.metrics import dice, foreground_labels, ignore_label, mean_dice
+from mfm_nnunet.reports import overlays
 
 TEMPLATE_SHAPE = (197, 233, 189)
 AFFINE = np.array([[1, 0, 0, -98], [0, 1, 0, -134], [0, 0, 1, -72], [0, 0, 0, 1]], float)
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> demo_data.Split:
+def template(tmp_path_factory: pytest.TempPathFactory) -> data.Split:
     """The demo's own data."""
     pytest.importorskip("nilearn", reason="the extra 'demo' is not installed")
-    return demo_data.split_template(tmp_path_factory.mktemp("scans"))
+    return data.split_template(tmp_path_factory.mktemp("scans"))
 
 
 def test_blocks_share_no_voxel_and_keep_to_their_hemisphere() -> None:
     counts = np.zeros(TEMPLATE_SHAPE, int)
-    for hemisphere, _, where in demo_data.template_blocks(AFFINE):
-        assert counts[where].shape == demo_data.BLOCK
+    for hemisphere, _, where in data.template_blocks(AFFINE):
+        assert counts[where].shape == data.BLOCK
         counts[where] += 1
         x_mm = AFFINE[0, 0] * np.arange(where[0].start, where[0].stop) + AFFINE[0, 3]
         assert (x_mm < 0).all() if hemisphere == "left" else (x_mm > 0).all()
@@ -42,14 +43,14 @@ def test_blocks_share_no_voxel_and_keep_to_their_hemisphere() -> None:
 
 def test_the_halves_are_mirror_images_block_by_block() -> None:
     places: dict[Any, list[slice]] = {}
-    for _, place, where in demo_data.template_blocks(AFFINE):
+    for _, place, where in data.template_blocks(AFFINE):
         places.setdefault(place, []).append(where[0])
     for left, right in places.values():
-        mirrored = {2 * demo_data.MIDLINE - i for i in range(left.start, left.stop)}
+        mirrored = {2 * data.MIDLINE - i for i in range(left.start, left.stop)}
         assert mirrored == set(range(right.start, right.stop))
 
 
-def test_no_tested_voxel_was_trained_on_not_even_mirrored(template: demo_data.Split) -> None:
+def test_no_tested_voxel_was_trained_on_not_even_mirrored(template: data.Split) -> None:
     """The template is left-right symmetric to the bit, so another hemisphere alone would be the same data."""
     trained, tested = world_voxels(template.corpus), world_voxels(template.test)
     assert (trained[:, 0] < 0).all()
@@ -68,7 +69,7 @@ def world_voxels(cases: list[Any]) -> np.ndarray:
     return np.rint(np.concatenate(places)).astype(np.int16)
 
 
-def test_template_cases_are_real_and_complete(template: demo_data.Split) -> None:
+def test_template_cases_are_real_and_complete(template: data.Split) -> None:
     assert len(template.corpus) >= 8
     assert len(template.labelled) >= 4
     assert len(template.test) >= 4
@@ -76,7 +77,7 @@ def test_template_cases_are_real_and_complete(template: demo_data.Split) -> None
     for case in [*template.labelled, *template.test]:
         label = np.asarray(nibabel.load(case.label).dataobj)
         assert set(np.unique(label)) == {0, 1, 2}
-        assert (label > 0).mean() >= demo_data.MIN_TISSUE
+        assert (label > 0).mean() >= data.MIN_TISSUE
         assert np.asarray(nibabel.load(case.images[0]).dataobj).std() > 10
     assert not template.is_2d
 
@@ -84,7 +85,7 @@ def test_template_cases_are_real_and_complete(template: demo_data.Split) -> None
 def test_tissue_labels() -> None:
     grey = np.array([0, 100, 63, 200, 100, 0], np.uint8)
     white = np.array([0, 100, 64, 55, 155, 255], np.uint8)
-    assert demo_data.tissue_labels(grey, white).tolist() == [0, 1, 0, 1, 2, 2]
+    assert data.tissue_labels(grey, white).tolist() == [0, 1, 0, 1, 2, 2]
 
 
 def make_dataset(folder: Path, num_cases: int, is_2d: bool = False) -> Path:
@@ -106,7 +107,7 @@ def make_dataset(folder: Path, num_cases: int, is_2d: bool = False) -> Path:
 
 @pytest.mark.parametrize(("num_cases", "tested"), [(3, ["case2"]), (5, ["case4"]), (10, ["case4", "case9"])])
 def test_folder_is_split_by_case(tmp_path: Path, num_cases: int, tested: list[str]) -> None:
-    split = demo_data.split_folder(make_dataset(tmp_path / "Dataset001_X", num_cases))
+    split = data.split_folder(make_dataset(tmp_path / "Dataset001_X", num_cases))
     assert [case.name for case in split.test] == tested
     assert len(split.labelled) == num_cases - len(tested)
     assert split.corpus == split.labelled
@@ -115,18 +116,18 @@ def test_folder_is_split_by_case(tmp_path: Path, num_cases: int, tested: list[st
 
 def test_folder_that_is_no_dataset_or_too_small(tmp_path: Path) -> None:
     with pytest.raises(MFMError, match=r"E_NOT_FOUND.*dataset\.json"):
-        demo_data.split_folder(tmp_path)
+        data.split_folder(tmp_path)
     with pytest.raises(MFMError, match=r"E_CONFIG.*at least three"):
-        demo_data.split_folder(make_dataset(tmp_path / "Dataset001_X", 2))
+        data.split_folder(make_dataset(tmp_path / "Dataset001_X", 2))
 
 
 @pytest.mark.parametrize("is_2d", [False, True])
 def test_what_is_written_can_be_read_as_corpus_and_dataset(tmp_path: Path, is_2d: bool) -> None:
-    split = demo_data.split_folder(make_dataset(tmp_path / "Dataset001_X", 6, is_2d))
+    split = data.split_folder(make_dataset(tmp_path / "Dataset001_X", 6, is_2d))
     assert split.is_2d == is_2d
-    demo_data.write_corpus(split, tmp_path / "corpus.csv")
-    demo_data.write_dataset(split, tmp_path / "Dataset902_Y")
-    demo_data.write_test_folder(split, tmp_path / "test")
+    data.write_corpus(split, tmp_path / "corpus.csv")
+    data.write_dataset(split, tmp_path / "Dataset902_Y")
+    data.write_test_folder(split, tmp_path / "test")
     assert [case.images for case in index_source(tmp_path / "corpus.csv")] == [case.images for case in split.corpus]
     written = {case.name: (case.images, case.label) for case in load_cases(tmp_path / "Dataset902_Y")}
     assert written == {case.name: (case.images, case.label) for case in split.labelled}
@@ -136,7 +137,7 @@ def test_what_is_written_can_be_read_as_corpus_and_dataset(tmp_path: Path, is_2d
 
 @pytest.mark.parametrize("is_2d", [False, True])
 def test_compare_scores_and_draws(tmp_path: Path, is_2d: bool) -> None:
-    split = demo_data.split_folder(make_dataset(tmp_path / "Dataset001_X", 5, is_2d))
+    split = data.split_folder(make_dataset(tmp_path / "Dataset001_X", 5, is_2d))
     result = DemoResult(seconds={"data": 1, "plan": 2, "pictures": 3, "pretrain mae": 4, "train mae": 5})
     for arm in ARMS:
         result.folders[arm.key] = tmp_path / arm.key
@@ -164,8 +165,8 @@ def test_cross_section_is_the_largest() -> None:
     mask = np.zeros((5, 6, 7), bool)
     mask[3, 1:5, 2:6] = True
     mask[1, 2, 3] = True
-    assert [pictures.largest_cross_section(mask, axis) for axis in range(3)] == [3, 2, 3]
-    assert pictures.largest_cross_section(np.zeros((5, 6, 7), bool), 2) == 3
+    assert [overlays.largest_cross_section(mask, axis) for axis in range(3)] == [3, 2, 3]
+    assert overlays.largest_cross_section(np.zeros((5, 6, 7), bool), 2) == 3
 
 
 def test_planes_are_shown_the_radiological_way(tmp_path: Path) -> None:
@@ -176,8 +177,8 @@ def test_planes_are_shown_the_radiological_way(tmp_path: Path) -> None:
     for axes in ([0, 1, 2], [2, 0, 1]):
         file = tmp_path / "image.nii.gz"
         nibabel.save(nibabel.Nifti1Image(volume.transpose(axes), affine[:, [*axes, 3]]), file)
-        array, spacing = pictures._read(file, is_label=False)
-        views = [pictures._cut(axis, array, [np.ones_like(array)], spacing) for axis in range(3)]
+        array, spacing = overlays._read(file, is_label=False)
+        views = [overlays._cut(axis, array, [np.ones_like(array)], spacing) for axis in range(3)]
         assert array.shape == (8, 7, 6)
         assert array[3, 3, 5] == 10
         assert array[3, 0, 2] == 20
@@ -185,9 +186,9 @@ def test_planes_are_shown_the_radiological_way(tmp_path: Path) -> None:
         assert [view.image.shape for view in views] == [(7, 6), (8, 6), (8, 7)]
     reference = np.zeros_like(array)
     reference[3, 3, 2] = 1
-    coronal = pictures._cut(1, array, [reference], spacing).image
+    coronal = overlays._cut(1, array, [reference], spacing).image
     assert coronal[0, 2] == 30
-    assert pictures._cut(0, array, [reference], spacing).image[3, 5] == 10
+    assert overlays._cut(0, array, [reference], spacing).image[3, 5] == 10
 
 
 def test_dice() -> None:
@@ -213,13 +214,13 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest
 
 def test_overwrite_removes_only_what_the_demo_made(tmp_path: Path) -> None:
     folder = tmp_path / "ws"
-    demo._prepare(folder, overwrite=False)
+    run._prepare(folder, overwrite=False)
     kept = ["nnUNet_raw/Dataset004_Mine/dataset.json", "notes.txt", "nnUNet_results/Dataset004_Mine/model.pth"]
     gone = ["nnUNet_raw/Dataset902_DemoLabelled/dataset.json", "predictions/mae/a.nii.gz", "corpus.csv"]
     for name in [*kept, *gone]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
-    demo._prepare(folder, overwrite=True)
+    run._prepare(folder, overwrite=True)
     assert all((folder / name).is_file() for name in kept)
     assert not any((folder / name).exists() for name in gone)
 
@@ -246,7 +247,7 @@ def test_nothing_is_written_without_data(
 
 def test_folders_of_the_environment_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_raw", "/somebody's")
-    with demo._ignoring_nnunet_folders():
+    with run._ignoring_nnunet_folders():
         assert "nnUNet_raw" not in os.environ
     assert os.environ["nnUNet_raw"] == "/somebody's"
 
@@ -275,7 +276,7 @@ def test_the_whole_way(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[
         assert all(str(mask) in printed for mask in masks)
         assert arm.title in printed
     assert sorted(file.stem for file in (folder / "overlays").iterdir()) == cases
-    record = json.loads((folder / demo.RECORD).read_text())
+    record = json.loads((folder / run.RECORD).read_text())
     assert set(record["dice"]) == {arm.key for arm in ARMS}
     assert command.main(line) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import pytest
 from mfm_nnunet import api
 from mfm_nnunet.cli import run as running
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, StoppedError
-from mfm_nnunet.pretext.registry import list_tasks
+from mfm_nnunet.tasks.registry import list_tasks
 
 COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo", "study")
 EVERYWHERE = "-h --help --workspace --debug --version"

@@ -25,7 +25,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.data.corpus import load_cases
-from mfm_nnunet.data.reading import read_image
+from mfm_nnunet.images.reading import read_image
 from mfm_nnunet.workspace import Workspace
 
 NUMBER = 31

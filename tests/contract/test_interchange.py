@@ -19,7 +19,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from mfm_nnunet import api, checkpoint
-from mfm_nnunet.finetune.run import run_training
+from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.workspace import use
 from tests.contract import synthetic
 

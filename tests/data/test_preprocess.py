@@ -22,10 +22,11 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet.data import preprocess, reading, storage
+from mfm_nnunet.data import preprocess, storage
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_dataset, preprocessing_hash
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.images import reading
 
 LABELS = {"background": 0, "a": 1, "b": 2}
 DATASET = {"channel_names": {"0": "MR"}, "labels": LABELS, "file_ending": ".nii.gz", "numTraining": 4}

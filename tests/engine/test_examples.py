@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mfm_nnunet.engine import report
+from mfm_nnunet.reports import progress
 
 
 def volumes() -> dict[str, np.ndarray]:
@@ -26,7 +26,7 @@ def volumes() -> dict[str, np.ndarray]:
 
 
 def test_volumes_of_a_kind_share_their_scale() -> None:
-    colours = report._colours({name: volume[0] for name, volume in volumes().items()})
+    colours = progress._colours({name: volume[0] for name, volume in volumes().items()})
     assert colours["restored"] == colours["image"]
     assert colours["image"]["cmap"] == "gray"
     assert colours["image"]["vmax"] < 4, "the scale is the image's, not that of what was restored"
@@ -37,8 +37,8 @@ def test_volumes_of_a_kind_share_their_scale() -> None:
 
 
 def test_tables_are_shown_once() -> None:
-    assert [plane.shape for plane in report._middle_slices(np.zeros((1, 4, 8)), (0, 1, 2))] == [(4, 8)]
-    planes = report._middle_slices(np.zeros((6, 8, 10)), (0, 1, 2))
+    assert [plane.shape for plane in progress._middle_slices(np.zeros((1, 4, 8)), (0, 1, 2))] == [(4, 8)]
+    planes = progress._middle_slices(np.zeros((6, 8, 10)), (0, 1, 2))
     assert [plane.shape for plane in planes] == [(8, 10), (6, 10), (6, 8)]
 
 
@@ -48,6 +48,6 @@ def test_a_row_per_axis(num_axes: int, slice_axes: tuple[int, ...], tmp_path: Pa
     from matplotlib.image import imread
 
     shown = {name: volume if num_axes == 3 else volume[:, 0] for name, volume in volumes().items()}
-    report.plot_examples(shown, tmp_path / "examples.png", "title", slice_axes)
+    progress.plot_examples(shown, tmp_path / "examples.png", "title", slice_axes)
     height = imread(tmp_path / "examples.png").shape[0]
     assert height == round(110 * (2.6 * (len(slice_axes) if num_axes == 3 else 1) + 0.5))

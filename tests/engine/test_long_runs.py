@@ -17,22 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.engine import launch
-from mfm_nnunet.engine.pretrainer import Pretrainer
+from mfm_nnunet.engine.engine import Pretrainer
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
+from mfm_nnunet.jobs import pretrain
 from mfm_nnunet.models import backbone as backbones
 from mfm_nnunet.models.average import WeightAverage, decay_at
 from mfm_nnunet.models.backbone import AbstractBackbone
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.precision import require_sound_bf16
-from mfm_nnunet.plans import like
-from mfm_nnunet.pretext.base import PretextTask, find_task, list_tasks
-from mfm_nnunet.pretext.mae import MAE
-from tests.engine.test_pretrainer import run_folder, same, start, weights
+from mfm_nnunet.planning import like
+from mfm_nnunet.tasks.base import PretextTask, find_task, list_tasks
+from mfm_nnunet.tasks.mae import MAE
+from tests.engine.test_engine import run_folder, same, start, weights
 from tests.engine.tiny_run import CONFIGURATION, prepare, run
 from tests.models.tiny_plans import tiny_backbone, tiny_network
-from tests.pretext.test_conformance import Case, make_batch, make_task
+from tests.tasks.test_conformance import Case, make_batch, make_task
 
 PATCH = (16, 16, 16)
 ONE_EPOCH = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=3", "num_workers=0")
@@ -122,7 +122,7 @@ def test_a_batch_must_be_shared_evenly_by_the_processes(tmp_path: Path) -> None:
     values = ("Dataset700_Tiny", CONFIGURATION, "mfmPlans", "mae", False, "cpu", None)
     settings = {"settings": ("pretrain.batch_size=4", "pretrain.accumulation=2")}
     with pytest.raises(MFMError, match=r"batch_size=4: must be a multiple of .* the 3 processes"):
-        launch.launch(3, prepare(tmp_path), {**dict(zip(names, values)), **settings})
+        pretrain.launch(3, prepare(tmp_path), {**dict(zip(names, values)), **settings})
 
 
 class _TwoAtLeast(MAE):
@@ -147,7 +147,7 @@ class _TwoAtLeast(MAE):
 def test_a_batch_too_small_to_compare_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], message: str | None
 ) -> None:
-    monkeypatch.setattr(launch, "find_task", lambda name: _TwoAtLeast)
+    monkeypatch.setattr(pretrain, "find_task", lambda name: _TwoAtLeast)
     if message is None:
         assert run(prepare(tmp_path), settings=(*ONE_EPOCH, *settings)).exists()
         return
@@ -432,7 +432,7 @@ class _EncoderOnly(MAE):
 @pytest.mark.parametrize("family", ["resenc", "primus"])
 def test_an_untrained_decoder_is_not_shipped(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(prepare(tmp_path, family), settings=ONE_EPOCH, run_name="whole")
-    monkeypatch.setattr(launch, "find_task", lambda name: _EncoderOnly)
+    monkeypatch.setattr(pretrain, "find_task", lambda name: _EncoderOnly)
     final = run(prepare(tmp_path, family), settings=ONE_EPOCH)
     content = checkpoint.load_weights(final)
     assert content["mfm"]["trained"] == "encoder"

@@ -18,8 +18,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.engine import probe_data
 from mfm_nnunet.engine.distributed import ALONE
-from mfm_nnunet.engine.launch import check, launch
-from mfm_nnunet.engine.pretrainer import Pretrainer
+from mfm_nnunet.engine.engine import Pretrainer
 from mfm_nnunet.engine.probe import Probe, in_words, predict, prepare
 from mfm_nnunet.engine.probe_data import LabelledVolume, ProbeDataset
 from mfm_nnunet.engine.probe_methods import (
@@ -30,12 +29,13 @@ from mfm_nnunet.engine.probe_methods import (
     fit_logistic,
     linear_labeller,
 )
-from mfm_nnunet.engine.report import plot_progress
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.jobs.pretrain import check, launch
 from mfm_nnunet.metrics import dice
 from mfm_nnunet.models.backbone import make_backbone
-from mfm_nnunet.models.build import build_network
-from mfm_nnunet.plans.schema import ProbeSettings
+from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.reports.progress import plot_progress
+from mfm_nnunet.settings import ProbeSettings
 from mfm_nnunet.workspace import Workspace
 from tests.engine import tiny_run
 

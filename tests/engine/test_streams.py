@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import register_corpus
-from mfm_nnunet.data.index import Case
 from mfm_nnunet.engine.streams import Corpus, Streams, make_streams
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.plans.schema import PretrainSettings
-from mfm_nnunet.pretext.base import PretextTask
-from mfm_nnunet.pretext.mae import MAE, MAEConfig
-from mfm_nnunet.pretext.volume_fusion import VolumeFusion, VolumeFusionConfig
+from mfm_nnunet.settings import PretrainSettings
+from mfm_nnunet.tasks.base import PretextTask
+from mfm_nnunet.tasks.mae import MAE, MAEConfig
+from mfm_nnunet.tasks.volume_fusion import VolumeFusion, VolumeFusionConfig
 from tests.data.test_crops import masked_volume, write_masks
 from tests.engine import tiny_run
 

@@ -14,7 +14,7 @@ import blosc2
 import numpy as np
 
 from mfm_nnunet import workspace
-from mfm_nnunet.engine.launch import pretrain_here
+from mfm_nnunet.jobs.pretrain import pretrain_here
 from mfm_nnunet.workspace import Workspace
 from tests.architectures import primus, resenc
 from tests.finetune import tiny

@@ -15,11 +15,11 @@ from torch import nn
 from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune import advice, groups
 from mfm_nnunet.finetune.loading import nnunet_loaders, seeded
-from mfm_nnunet.finetune.run import run_training
 from mfm_nnunet.finetune.settings import require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.models.build import encoder_names, head_names
-from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
+from mfm_nnunet.jobs.train import run_training
+from mfm_nnunet.models.networks import encoder_names, head_names
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.finetune import tiny
 from tests.finetune.test_schedule import WITHOUT_LOSS
@@ -192,7 +192,7 @@ def test_a_probe_of_a_decoder_that_did_not_travel_is_refused(here: Workspace, tm
 
 
 def test_each_gpu_needs_a_crop(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mfm_nnunet.finetune.run.pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr("mfm_nnunet.jobs.train.pick_device", lambda name: torch.device(name))
     overrides = ("finetune.batch_size=3",)
     call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=overrides, num_gpus=4)  # noqa: E731
     refused("E_CONFIG", "finetune.batch_size=3: -num_gpus 4", call)
@@ -202,7 +202,7 @@ def test_each_gpu_needs_a_crop(here: Workspace, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_dice_over_all_gpus_needs_batches_of_one_size(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net gathers the sums of all processes into tensors of its own batch's size."""
-    monkeypatch.setattr("mfm_nnunet.finetune.run.pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr("mfm_nnunet.jobs.train.pick_device", lambda name: torch.device(name))
     plans = here.preprocessed / tiny.NAME / "mfmPlans.json"
     plans.write_text(plans.read_text().replace('"batch_dice": false', '"batch_dice": true'))
     call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=("finetune.batch_size=3",), num_gpus=2)  # noqa: E731

@@ -15,12 +15,12 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune import lora, state
-from mfm_nnunet.finetune.run import run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.average import decay_at
-from mfm_nnunet.models.build import encoder_names
-from mfm_nnunet.plans.schema import MFMBlock
+from mfm_nnunet.models.networks import encoder_names
 from mfm_nnunet.predict.predictor import load_model
+from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.finetune import tiny
 from tests.finetune.test_resume import require_equal

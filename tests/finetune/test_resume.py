@@ -16,8 +16,8 @@ import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.finetune.run import run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.workspace import Workspace, use
 from tests.finetune import tiny
 
@@ -26,7 +26,7 @@ SETTINGS = ("finetune.epochs=3", "finetune.iterations_per_epoch=2", "seed=2")
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from mfm_nnunet.finetune.run import run_training
+from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.workspace import use
 

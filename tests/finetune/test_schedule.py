@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.engine.optim import learning_rate_factor
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.groups import Group
-from mfm_nnunet.finetune.run import run_training
 from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, rate_factor
 from mfm_nnunet.finetune.state import content_of as state_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.transfer import unwrapped
-from mfm_nnunet.optim import learning_rate_factor
-from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock, require_legal_finetuning, resolved_decoder_epochs
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock, require_legal_finetuning, resolved_decoder_epochs
 from mfm_nnunet.workspace import Workspace
 from tests.architectures import resenc
 from tests.finetune import tiny

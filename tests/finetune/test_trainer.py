@@ -34,12 +34,12 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.finetune import validation
 from mfm_nnunet.finetune.loading import SeededBatches, batches, nnunet_loaders, seed_of
-from mfm_nnunet.finetune.run import Job, _trained, run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.jobs.train import Job, _trained, run_training
 from mfm_nnunet.models.precision import require_scaled_fp16
-from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock
 from mfm_nnunet.predict.model import Model
-from mfm_nnunet.stopping import STOP_SIGNALS, StopFlag, stop_on_signal
+from mfm_nnunet.processes import STOP_SIGNALS, StopFlag, stop_on_signal
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.architectures import resenc
 from tests.damage import overwrite_middle

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock, to_dict
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace
 from tests.architectures import primus, resenc
 

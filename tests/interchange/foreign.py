@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from tests.architectures import resenc
 
 FEATURES, BLOCKS, STRIDE = (4, 8, 8), (1, 2, 2), 4

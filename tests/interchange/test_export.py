@@ -20,9 +20,9 @@ from mfm_nnunet.interchange import nnssl_export
 from mfm_nnunet.interchange.card import model_card
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_whole
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus import PRIMUS_SIZES
-from mfm_nnunet.plans.schema import MFMBlock, to_dict
+from mfm_nnunet.settings import MFMBlock, to_dict
 from tests.architectures import plain, resenc
 from tests.finetune import tiny
 from tests.interchange import foreign

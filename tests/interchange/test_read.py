@@ -20,9 +20,9 @@ from mfm_nnunet.finetune.pretrained import transfer
 from mfm_nnunet.interchange.card import citations
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_whole
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.plans.like import read_source
+from mfm_nnunet.planning.like import read_source
 from tests.architectures import resenc
 from tests.interchange import foreign
 

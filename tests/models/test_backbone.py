@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.models.backbone import ConvBackbone, TokenBackbone, make_backbone
-from mfm_nnunet.models.build import encoder_names
-from mfm_nnunet.pretext.masks import draw_hidden
+from mfm_nnunet.models.networks import encoder_names
+from mfm_nnunet.tasks.masks import draw_hidden
 from tests.models.tiny_plans import tiny_backbone, tiny_network, tiny_plans
 
 PATCH = (24, 32, 40)
@@ -277,7 +277,7 @@ def test_unused_output_layers_are_not_trained() -> None:
 @pytest.mark.parametrize("name", ["Primus", "PrimusV2", "PrimusV3"])
 def test_dnas_own_primus_leaks_nothing_either(name: str) -> None:
     """The stems of V2 and V3 look beyond their token."""
-    from mfm_nnunet.models.build import build_network
+    from mfm_nnunet.models.networks import build_network
 
     patch = (16, 24, 16)
     plans = tiny_plans("primus", patch)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mfm_nnunet.models.build import build_network
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters, training_memory_bytes
+from mfm_nnunet.models.networks import build_network
 from tests.benchmarks.memory_estimate import primus_architecture, resenc_architecture
 
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

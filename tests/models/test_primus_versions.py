@@ -13,25 +13,25 @@ from dynamic_network_architectures.architectures.primus import PrimusV2, PrimusV
 from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint, workspace
+from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune.run import run_training
+from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.backbone import TokenBackbone, make_backbone
-from mfm_nnunet.models.build import build_network, encoder_names, head_names, token_size
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
+from mfm_nnunet.models.networks import build_network, encoder_names, head_names, token_size
 from mfm_nnunet.models.primus import PRIMUS_SIZES, REFERENCE_OUTPUTS, PrimusSeg, primus_kwargs
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.plans import schema
-from mfm_nnunet.plans.mfm_planner import MFMPlanner, primus_architecture
-from mfm_nnunet.plans.planner import PlanRequest, plan
-from mfm_nnunet.pretext.base import find_task
-from mfm_nnunet.pretext.masks import draw_hidden
+from mfm_nnunet.planning.planner import MFMPlanner, primus_architecture
+from mfm_nnunet.planning.request import PlanRequest, plan
+from mfm_nnunet.tasks.base import find_task
+from mfm_nnunet.tasks.masks import draw_hidden
 from tests.architectures import primus
 from tests.engine import tiny_run
 from tests.finetune import tiny as finetune_tiny
 from tests.models.test_memory import really_kept
 from tests.models.tiny_plans import CONFIGURATION, tiny_backbone, tiny_network, tiny_plans
-from tests.plans.tiny_data import HIPPOCAMPUS, pretrained_checkpoint, workspace_with
-from tests.pretext.test_conformance import make_batch
+from tests.planning.tiny_data import HIPPOCAMPUS, pretrained_checkpoint, workspace_with
+from tests.tasks.test_conformance import make_batch
 
 PATCH = (16, 24, 16)
 ARGUMENTS: dict[str, Any] = {
@@ -335,7 +335,7 @@ def test_plans_name_their_version_and_build(tmp_path: Path, network: str, versio
     result = make(tmp_path, network)
     assert result.file.name == f"mfmPrimusV{version}Plans.json"
     plans = json.loads(result.file.read_text())
-    block = schema.block_of(plans)
+    block = mfm_settings.block_of(plans)
     assert block.network == "primus"
     assert (block.pretrain.optimizer, block.pretrain.learning_rate, block.finetune.gradient_clip) == ("adamw", 1e-3, 1)
     for name, patch in (("3d_fullres", (40, 56, 40)), ("2d", (56, 40))):

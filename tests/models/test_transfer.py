@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.build import encoder_names, head_names
+from mfm_nnunet.models.networks import encoder_names, head_names
 from mfm_nnunet.models.primus import PrimusSeg
 from mfm_nnunet.models.transfer import Topology, transfer_weights
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring, make_backbone
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from tests.architectures import primus, resenc
 
 CONFIGURATION = "3d_fullres"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mfm_nnunet.data import per_case
+from mfm_nnunet.data import loops
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.predict.predictor import Model, load_model
 from tests.predict.tiny_model import REGIONS, dataset_json, save_model, stock_predictor, tiny_plans
@@ -281,7 +281,7 @@ def test_models_of_other_stock_trainers_load(tmp_path: Path) -> None:
 def test_a_long_prediction_says_how_many_tiles_are_done(
     model_3d: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(per_case, "SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(loops, "SECONDS_BETWEEN_LINES", 0.01)
     model, mirrored, tiles = load_model(model_3d, (0, 1), device="cpu"), Model._mirrored, []
 
     def when_said(self: Model, *arguments: Any) -> torch.Tensor:

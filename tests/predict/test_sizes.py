@@ -17,7 +17,7 @@ from mfm_nnunet import device
 from mfm_nnunet.data import sizes
 from mfm_nnunet.data.sizes import Sizes, count_windows, prediction_bytes, preprocessing_bytes
 from mfm_nnunet.errors import CasesFailedError, MFMError
-from mfm_nnunet.predict.batch import PredictOptions, predict_folder
+from mfm_nnunet.jobs.predict import PredictOptions, predict_folder
 from tests.predict.tiny_model import dataset_json, save_model, tiny_plans
 
 PEAK = """

@@ -16,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet.models.build import build_network
+from mfm_nnunet.models.networks import build_network
 from tests.architectures import resenc
 
 SPLINE = "resample_data_or_seg_to_shape"

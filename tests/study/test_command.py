@@ -11,7 +11,7 @@ import pytest
 
 from mfm_nnunet.cli import study as command
 from mfm_nnunet.study.arms import Arm, parse_arms
-from tests.plans.tiny_data import pretrained_checkpoint
+from tests.planning.tiny_data import pretrained_checkpoint
 from tests.study import small
 
 pytest.importorskip("surface_distance", reason="the extra 'study' is not installed")

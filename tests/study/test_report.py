@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from mfm_nnunet.errors import CaseFailure, MFMError
-from mfm_nnunet.plans.schema import FinetuneSettings, MFMBlock, to_dict
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.study import report, summary
 from mfm_nnunet.study.design import Cell
 from mfm_nnunet.study.statistics import compare_paired

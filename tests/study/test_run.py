@@ -14,9 +14,9 @@ import SimpleITK as sitk
 import tifffile
 
 from mfm_nnunet import api, workspace
-from mfm_nnunet.data.reading import read_image
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.settings import plan_hash
+from mfm_nnunet.images.reading import read_image
 from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.study import plan, run
 from mfm_nnunet.study.arms import Arm
@@ -24,7 +24,7 @@ from mfm_nnunet.study.design import Design
 from mfm_nnunet.study.folder import write_design, write_json
 from tests.finetune import tiny
 from tests.finetune.test_trainer import pretrained_file
-from tests.plans.tiny_data import pretrained_checkpoint
+from tests.planning.tiny_data import pretrained_checkpoint
 from tests.study import small
 from tests.study.test_cells import LIBRARY, design_in
 

@@ -1,0 +1,188 @@
+"""What a case is, and how cases get unique, readable names, their channels and their subjects."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import ending_of, is_file_name, shown
+
+ROOM_FOR_ENDING = 40
+"""Bytes of a file name that endings take, and the names of unfinished files."""
+MAX_NAME = 120
+"""Longest name of a case; file systems allow 255 bytes and endings are added."""
+PICTURES = frozenset((".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"))
+"""Endings of flat images; TIFF may also hold a stack."""
+_SKIPPED_FOLDERS = {"__MACOSX"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image (with all its channels) and, in a labelled dataset, its label map."""
+
+    name: str
+    """Unique within the dataset, also without regard to case; the stem of the preprocessed files."""
+    images: tuple[Path, ...]
+    """One file per channel."""
+    label: Path | None = None
+    subject: str = ""
+    """Cases of one subject are never split between training and validation."""
+    modality: str = ""
+    """What kind of image it is, in the words of the source ("T1w", "CT"); "" if the source does not say."""
+    dataset: str = ""
+    """Which of several collected datasets it is from; "" if the source does not say."""
+    anatomy_mask: Path | None = None
+    """A mask on the grid of the image, above 0 where there is anatomy that crops should contain."""
+    anonymisation_mask: Path | None = None
+    """A mask on the grid of the image, above 0 where voxels were changed so that nobody is recognised."""
+
+    def __post_init__(self) -> None:
+        if not self.subject:
+            object.__setattr__(self, "subject", self.name)
+
+    @property
+    def masks(self) -> dict[str, Path]:
+        """The masks of this case by name: ``anatomy`` and ``anonymised``; always by name, because order was mixed up
+        in published code and swapped them."""
+        masks = {"anatomy": self.anatomy_mask, "anonymised": self.anonymisation_mask}
+        return {kind: file for kind, file in masks.items() if file is not None}
+
+
+def group_channels(folder: Path, file_ending: str = "") -> dict[str, dict[int, Path]]:
+    """The files ``NAME_0000.nii.gz`` of a folder as {name: {channel: file}}, sorted; ``file_ending`` "" for any image.
+
+    Raises MFMError: E_FORMAT when image files do not have such names, E_CHANNELS when two files are one channel.
+    """
+    groups: dict[str, dict[int, Path]] = {}
+    strange, twice = [], []
+    for file in sorted(folder.iterdir()):
+        ending = file_ending or ending_of(file)
+        if file.name.startswith(".") or not ending or not (file_ending == "" or file.name.endswith(ending)):
+            continue
+        match = re.fullmatch(r"(.+)_(\d{4})", file.name[: -len(ending)], re.DOTALL)
+        if not match:
+            strange.append(file.name)
+        elif (first := groups.setdefault(match[1], {}).setdefault(int(match[2]), file)) != file:
+            twice.append(f"  {first.name} and {file.name}")
+    if strange:
+        raise MFMError(
+            "E_FORMAT",
+            f"{folder}: {len(strange)} names do not end with a channel as in NAME_0000.nii.gz, e.g. {strange[0]}. "
+            "Rename them.",
+        )
+    if twice:
+        raise MFMError(
+            "E_CHANNELS",
+            f"{folder}: {len(twice)} channels have two files each. Move one of the two away, or rename it:\n"
+            + "\n".join(twice),
+        )
+    return groups
+
+
+def require_channels(folder: Path, groups: dict[str, dict[int, Path]], num_channels: int) -> None:
+    """Every case must have the channels 0 to ``num_channels`` - 1; MFMError (E_CHANNELS) lists all that lack."""
+    wanted = set(range(num_channels))
+    lines = []
+    for name, files in groups.items():
+        if lacking := sorted(wanted - set(files)):
+            lines.append(f"  {name}: missing {', '.join(f'{name}_{channel:04d}' for channel in lacking)}")
+        if surplus := sorted(set(files) - wanted):
+            lines.append(f"  {name}: unexpected {', '.join(files[channel].name for channel in surplus)}")
+    if lines:
+        raise MFMError(
+            "E_CHANNELS",
+            f"{folder}: {len(lines)} cases do not have {num_channels} channels. Add or remove the files:\n"
+            + "\n".join(lines),
+        )
+
+
+def named(relative: Sequence[PurePath], images: Sequence[tuple[Path, ...]]) -> list[Case]:
+    """Cases named after the file stem, or after the whole relative path where the stem is not unique."""
+    stems = [safe_name(stem_of(path)) for path in relative]
+    longer = ["__".join(safe_name(part) for part in (*path.parts[:-1], stem_of(path))) for path in relative]
+    uses = Counter(stem.casefold() for stem in stems)
+    candidates = [stem if uses[stem.casefold()] == 1 else full for stem, full in zip(stems, longer)]
+    # Names that still agree (two endings of one stem, letters of another case) get a digest of their path.
+    uses = Counter(name.casefold() for name in candidates)
+    names = [
+        name if uses[name.casefold()] == 1 and len(name) <= MAX_NAME else with_digest(name, path.as_posix())
+        for name, path in zip(candidates, relative)
+    ]
+    # A listing may give two files of one name the same place.
+    uses = Counter(name.casefold() for name in names)
+    names = [
+        name if uses[name.casefold()] == 1 else with_digest(name, str(files[0])) for name, files in zip(names, images)
+    ]
+    return [Case(name, files, None, subject_of(path) or name) for name, path, files in zip(names, relative, images)]
+
+
+def with_digest(name: str, path: str) -> str:
+    """``name``, shortened if need be, with 8 hexadecimal digits that tell it from others."""
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{name[: MAX_NAME - 9]}_{digest}"
+
+
+def subject_of(path: PurePath) -> str:
+    """The BIDS subject ``sub-XX`` in a path; "" without one.
+
+    Equal names in different folders count as one person: they often are (derivatives, one folder per modality), and
+    if not, nothing is lost but some freedom in splitting.
+    """
+    matches = (re.match(r"sub-[A-Za-z0-9]+", part) for part in path.parts)
+    return next((match[0] for match in matches if match), "")
+
+
+def is_case_name(name: str) -> bool:
+    """Return whether a name can be the stem of nnU-Net's files; NAME_seg.b2nd is the label map of NAME there."""
+    is_file = is_file_name(f"{name}{'':_<{ROOM_FOR_ENDING}}")
+    return bool(name) and is_file and not name.endswith("_seg") and not name.startswith(".")
+
+
+def check_case_name(case: str) -> None:
+    """Raise MFMError (E_CONFIG) for a name that cannot be the stem of nnU-Net's files."""
+    if not is_case_name(case):
+        raise MFMError(
+            "E_CONFIG",
+            f"'{shown(case)}' cannot be the name of a case: nnU-Net would take its file for a label map or not find "
+            "it. Rename the image.",
+        )
+
+
+def spelling_of(name: str) -> str:
+    """Return what file systems that ignore letter case or Unicode form take a name for."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def stem_of(path: PurePath) -> str:
+    """The name of a file without its image ending, ``.nii.gz`` as a whole."""
+    return path.name[: len(path.name) - len(ending_of(Path(path.name)))]
+
+
+def safe_name(text: str) -> str:
+    """ASCII letters, digits, ``.``, ``-``, ``+`` and ``_``: a name that every file system takes and tells apart."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    plain = re.sub(r"[^A-Za-z0-9._+-]+", "_", plain).lstrip(".-") or "case"
+    # nnU-Net takes NAME_seg.b2nd for the label map of NAME.
+    return plain + "_image" if plain.lower().endswith("_seg") else plain
+
+
+def image_files(source: Path) -> Iterator[Path]:
+    """All image files below ``source``, links followed; whatever has an image's name, so the gate can report it."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(source, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # A link that leads back up.
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
+        for name in files:
+            if not name.startswith(".") and ending_of(Path(name)):
+                yield Path(folder, name)

@@ -1,0 +1,93 @@
+"""What all loaders of training batches share: background processes that leave signals to their parent, and whose errors
+arrive as they were raised."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.processes import stop_signals_ignored
+
+
+def read_in_order(
+    source: Dataset, num_workers: int, pin_memory: bool, collate: Callable[[Any], Any], **how: Any
+) -> Iterator[Any]:
+    """The batches of ``source`` in the order of its sampler, which is among ``how`` (as ``DataLoader`` takes them).
+
+    ``pin_memory`` puts them where a GPU copies from.
+
+    Raises MFMError and MemoryError as ``source`` does, whichever process it is in.
+    """
+    loader: DataLoader = DataLoader(
+        _ErrorsAsItems(source),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_CollateUnlessError(collate),
+        worker_init_fn=leave_signals_to_parent if num_workers else None,
+        generator=torch.Generator(),  # else the loader draws from the global generator
+        **how,
+    )
+    return _raising(iter(loader))
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ignore the signals that terminals and schedulers send to all processes of a run, in a worker.
+
+    The parent ends its step first, for which it may need another batch, and saves: so a worker ignores Ctrl-C, SIGHUP
+    and SIGUSR1, and every SIGTERM that is not its parent's.
+
+    Where the system does not tell who sent a signal (macOS), any SIGTERM ends it.
+    """
+    stop_signals_ignored()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if sender == parent or os.getppid() != parent:
+            os._exit(0)
+
+
+@dataclass(frozen=True)
+class _ErrorsAsItems(Dataset):
+    """torch raises a worker's error anew from its text alone, without what ours hold: so they travel as items."""
+
+    source: Dataset
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.source[index]
+        except MFMError as error:
+            return error
+        except MemoryError as error:
+            return MemoryError(str(error))  # NumPy's cannot be sent to another process
+
+
+@dataclass(frozen=True)
+class _CollateUnlessError:
+    """An item that is an error stands for its whole batch."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, items: Any) -> Any:
+        found = [item for item in (items if isinstance(items, list) else [items]) if isinstance(item, Exception)]
+        return found[0] if found else self.collate(items)
+
+
+def _raising(loaded: Iterator[Any]) -> Iterator[Any]:
+    for batch in loaded:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

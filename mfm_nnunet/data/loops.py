@@ -1,0 +1,240 @@
+"""What every loop over cases shares: one bad case is a report line, a dead worker costs one case, changes are seen.
+
+Used by the fingerprint (``plans``) and by preprocessing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mfm_nnunet import terminal
+from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory, unreadable
+from mfm_nnunet.images import decoder
+from mfm_nnunet.images.integrity import files_of
+from mfm_nnunet.processes import start_resource_tracker, stop_signals_blocked
+
+if TYPE_CHECKING:
+    from mfm_nnunet.data.corpus import Case
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+SECONDS_BETWEEN_LINES = 15.0
+"""How often a loop over cases says how far it is."""
+
+
+def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
+    """The result of ``work(case)``, or what went wrong. A full disk concerns all cases and is raised (E_DISK_FULL)."""
+    try:
+        return work(case)
+    except MFMError as error:
+        if error.code == "E_DISK_FULL":
+            raise
+        return CaseFailure(case.name, error.code, error.message)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return CaseFailure(case.name, "E_OOM", "not enough memory for this case. Use fewer processes.")
+        details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        first_line = (str(error).splitlines() or [""])[0]
+        return CaseFailure(case.name, "E_INTERNAL", f"{type(error).__name__}: {first_line}", details)
+
+
+def source_signature(case: Case) -> list[list[int]]:
+    """Size in bytes and time of change in ns of each source file of a case and of what belongs to it, the label last.
+
+    Raises MFMError (E_NOT_FOUND) for a file that is not there.
+    """
+    files = [file for image in case.images for file in files_of(image)]
+    files += files_of(case.label, is_label=True) if case.label is not None else []
+    try:
+        return [[status.st_size, status.st_mtime_ns] for status in (file.stat() for file in files)]
+    except OSError as error:
+        raise unreadable(error.filename, error) from error
+
+
+@contextlib.contextmanager
+def unchanged(case: Case, signature: Callable[[Case], list[list[Any]]] = source_signature) -> Iterator[list[list[Any]]]:
+    """Raise MFMError (E_CHANGED) when the files of a case change inside, in place of what a half-written one raised.
+
+    Yields their ``signature``. A file that vanishes keeps the error of its reading.
+    """
+    before = signature(case)
+    failure: Exception | None = None
+    try:
+        yield before
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        failure = error
+    try:
+        is_changed = signature(case) != before
+    except MFMError as error:
+        raise failure or error from error
+    if is_changed:
+        text = f"{case.images[0]}: the file changed while it was read. Run the command again."
+        raise MFMError("E_CHANGED", text) from failure
+    if failure is not None:
+        raise failure
+
+
+def in_threads(
+    work: Callable[[Case], Result], cases: Iterable[Case], num_threads: int
+) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
+    """Each case with its outcome, in the order given; few are begun ahead, so that few results wait in memory."""
+    with reader_threads(num_threads) as executor:
+        begun: deque[tuple[Case, Future[Result | CaseFailure]]] = deque()
+        for case in cases:
+            if num_threads <= 1:
+                yield case, attempt(work, case)
+                continue
+            begun.append((case, executor.submit(attempt, work, case)))
+            if len(begun) > num_threads:
+                first, future = begun.popleft()
+                yield first, future.result()
+        for case, future in begun:
+            yield case, future.result()
+
+
+@contextlib.contextmanager
+def reader_threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield an executor for reading; what ends it early, such as a signal, does not wait for its threads."""
+    executor = ThreadPoolExecutor(max(1, number), "mfm_reader")
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        decoder.end_all()  # what still decodes files for threads that nobody waits for
+        raise
+    executor.shutdown()
+
+
+def in_processes(
+    work: Callable[[Case], Result], cases: Iterable[Case], num_processes: int
+) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
+    """Each case with its outcome as it is finished; ``work`` must be picklable.
+
+    When a worker dies, the cases that were under way are repeated one by one, so only the one that kills is lost.
+    """
+    waiting = deque(cases)
+    while waiting:
+        suspects, _ = yield from _until_a_death(work, waiting, num_processes)
+        for case in suspects:
+            again, exit_codes = yield from _until_a_death(work, deque([case]), 1)
+            if again:
+                yield case, _death(case, exit_codes)
+
+
+@contextlib.contextmanager
+def progress(num_parts: int, what: str, unit: str = "cases") -> Iterator[Callable[[], None]]:
+    """Log every ``SECONDS_BETWEEN_LINES`` how far long work is, from a thread, so that one long part is no silence.
+
+    Call what is yielded after each part; ``num_parts`` is 0 for work without parts.
+    """
+    start, num_done, is_over = time.monotonic(), 0, threading.Event()
+
+    def count() -> None:
+        nonlocal num_done
+        num_done += 1
+
+    def speak() -> None:
+        while not is_over.wait(SECONDS_BETWEEN_LINES):
+            seconds, done = time.monotonic() - start, min(num_done, num_parts)
+            text = f"{what}: {done} of {num_parts} {unit}" if num_parts else f"{what}: {_clock(seconds)} so far"
+            log.info("%s%s", text, f", about {_clock(seconds / done * (num_parts - done))} left" if done else "")
+
+    speaker = threading.Thread(target=speak, daemon=True, name="progress")
+    speaker.start()
+    try:
+        yield count
+    finally:
+        is_over.set()
+        speaker.join()
+
+
+@contextlib.contextmanager
+def with_progress(outcomes: Generator[Item, None, None], num_cases: int, what: str) -> Iterator[Iterator[Item]]:
+    """Yield the same outcomes, one for each case, with :func:`progress`; at the end, also an early one, close them."""
+
+    def counted() -> Iterator[Item]:
+        for outcome in outcomes:
+            count()
+            yield outcome
+
+    with contextlib.closing(outcomes), progress(num_cases, what) as count:
+        yield counted()
+
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
+
+
+def _until_a_death(
+    work: Callable[[Case], Result], waiting: deque[Case], num_processes: int
+) -> Generator[tuple[Case, Result | CaseFailure], None, tuple[list[Case], list[int]]]:
+    """Work through ``waiting``; when a worker dies, stop and return the cases under way and the workers' exit codes."""
+    start_resource_tracker()
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    reading, writing = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(num_processes, context, _end_with_pipe, (reading,))
+    running: dict[Future[Result | CaseFailure], Case] = {}
+    workers: set[BaseProcess] = set()
+    try:
+        while waiting or running:
+            while waiting and len(running) <= num_processes:
+                with stop_signals_blocked():  # a terminal signals all processes; the parent ends the workers
+                    running[executor.submit(attempt, work, waiting[0])] = waiting[0]
+                waiting.popleft()
+                workers |= set(multiprocessing.active_children()) - others
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                outcome = future.result()
+                yield running.pop(future), outcome
+    except BrokenProcessPool:
+        log.warning("a worker process died; its cases are tried once more, one by one")
+    except BaseException:
+        writing.close()  # ends the workers, which would finish their cases first
+        raise
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        writing.close()
+        reading.close()
+    return list(running.values()), [worker.exitcode for worker in workers if worker.exitcode]
+
+
+def _death(case: Case, exit_codes: Sequence[int]) -> CaseFailure:
+    """The failure of a case on which a worker died; memory is blamed only for SIGKILL, which is how systems take it."""
+    if -signal.SIGKILL in exit_codes:
+        reason = "the worker process was killed, as systems do when memory runs out. Use fewer processes."
+        return CaseFailure(case.name, "E_OOM", reason)
+    ends = [f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}" for code in exit_codes]
+    reason = f"the worker process ended {', '.join(ends) or 'without a word'} while it worked on this case"
+    return CaseFailure(
+        case.name, "E_PROCESS_DIED", f"{reason}: a library crashed on it. Leave the case out, or export it again."
+    )
+
+
+def _end_with_pipe(reading: Connection) -> None:
+    """In a worker: end when the other end of a pipe is closed, by the parent or by its death. Log as that one does."""
+    terminal.configure_logging()
+
+    def follow() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            reading.recv()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

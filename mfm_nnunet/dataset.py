@@ -1,0 +1,169 @@
+"""The rules of nnU-Net's ``dataset.json``, checked before anything is planned: all that is wrong in one message.
+
+Stock nnU-Net has the same rules and finds a breach late, as an assertion or an index error in the loss; the order of
+its channels is that of the lines, whatever their numbers say. Fields that it does not know are legal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import IMAGE_ENDINGS, read_json
+
+ADVICE = "See nnU-Net's documentation/dataset_format.md."
+MAX_LABEL = (1 << 15) - 1
+"""Label maps are stored with 16 bits."""
+MAX_CHANNELS = 10_000
+"""Files have four digits for their channel."""
+_CHANNEL = re.compile(r"_?([0-9]{1,9})")
+_LABEL = re.compile(r"-?[0-9]{1,9}")
+
+
+def read_dataset_json(file: Path, advice: str, code: str = "E_FORMAT", of_model: bool = False) -> dict[str, Any]:
+    """Read a dataset.json, check it and return it as :func:`normalise` writes it.
+
+    In the folder of a model (``of_model``) channels with other numbers than 0, 1, 2, ... are legal: stock nnU-Net
+    trained with them in the order of their lines. Raises MFMError: E_NOT_FOUND, else ``code`` with all that is wrong.
+    """
+    content = read_json(file, advice, code)
+    check_dataset_json(content, file, code, of_model)
+    return normalise(content)
+
+
+def normalise(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a legal dataset.json with its channels in the order of their numbers, "0", "1", ..., and the file ending
+    with its dot."""
+    key = _channel_key(content)
+    numbers = channel_numbers(content[key])
+    channels = content[key] if numbers is None else {str(n): content[key][name] for n, name in sorted(numbers.items())}
+    ending = content["file_ending"]
+    return {**content, key: dict(channels), "file_ending": ending if ending.startswith(".") else f".{ending}"}
+
+
+def channel_names(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the channels by their numbers as text; old datasets call the field ``modality``."""
+    return dict(content[_channel_key(content)])
+
+
+def channel_numbers(names: Mapping[Any, Any]) -> dict[int, Any] | None:
+    """Return the key of each channel by its number; None unless the numbers are 0 to the number of channels - 1.
+
+    ``0``, ``0000`` and ``_0000``, as the files end, are the same number.
+    """
+    matches = {name: _CHANNEL.fullmatch(str(name)) for name in names}
+    numbers = {int(match[1]): name for name, match in matches.items() if match}
+    return numbers if sorted(numbers) == list(range(len(names))) else None
+
+
+def check_dataset_json(content: Mapping[str, Any], file: Path, code: str = "E_FORMAT", of_model: bool = False) -> None:
+    """Raise MFMError (``code``) with everything that is wrong in a dataset.json; ``file`` is for the message.
+
+    ``of_model`` is as in :func:`read_dataset_json`.
+    """
+    lacking = [key for key in ("labels", "file_ending") if key not in content]
+    if lacking:
+        raise MFMError(code, f"{file}: has no '{lacking[0]}'. Is this a dataset of nnU-Net v1? Convert it first.")
+    problems = _ending_problems(content["file_ending"]) + _channel_problems(content, of_model)
+    problems += _label_problems(content["labels"], content.get("regions_class_order"))
+    problems += _case_problems(content.get("dataset", {}))
+    if not isinstance(content.get("overwrite_image_reader_writer", ""), str):
+        problems.append("overwrite_image_reader_writer must be the name of a reader")
+    number = content.get("numTraining", 0)
+    if type(number) is not int or number < 0:
+        problems.append("numTraining must be the number of cases, from 0")
+    if problems:
+        raise MFMError(code, f"{file}: {'; '.join(problems)}. {ADVICE}")
+
+
+def _ending_problems(ending: Any) -> list[str]:
+    """The ending becomes part of the names of written files, so it is one of those known, in any case of letters."""
+    if not isinstance(ending, str):
+        return ["file_ending must be a text such as .nii.gz"]
+    if f".{ending.lower().removeprefix('.')}" not in IMAGE_ENDINGS:
+        return [f"file_ending {ending[:40]!r} is none that is read. {nearest(ending[:40], IMAGE_ENDINGS).rstrip('.')}"]
+    return []
+
+
+def _channel_key(content: Mapping[str, Any]) -> str:
+    return "channel_names" if content.get("channel_names") else "modality"
+
+
+def _channel_problems(content: Mapping[str, Any], of_model: bool) -> list[str]:
+    names = content.get(_channel_key(content))
+    if not isinstance(names, Mapping) or not 0 < len(names) <= MAX_CHANNELS:
+        return ['channel_names must be a table of numbers and names such as {"0": "CT"}']
+    if wrong := [key for key, name in names.items() if not isinstance(name, str)]:
+        found = f"{str(wrong[0])[:40]!r}: {str(names[wrong[0]])[:40]}"
+        return [f'channel_names must be a table of numbers and names such as {{"0": "CT"}}, number first, not {found}']
+    other = content.get("modality")
+    if other and (not isinstance(other, Mapping) or len(other) != len(names)):
+        return ["channel_names and modality mean the same, and have different numbers of channels: remove modality"]
+    if not of_model and channel_numbers(names) is None:
+        wanted = "0" if len(names) == 1 else f"0 to {len(names) - 1}"
+        found = ", ".join(str(key)[:40] for key in [*names][:5])
+        return [f"channel_names: the numbers must be {wanted}, as in the names of the files (_0000), and are {found}"]
+    return []
+
+
+def _label_problems(labels: Any, order: Any) -> list[str]:
+    if not isinstance(labels, Mapping):
+        return ['labels must be a table of names and values such as {"background": 0, "liver": 1}']
+    values = {str(name): _values(value) for name, value in labels.items()}
+    wrong = sorted(name for name, numbers in values.items() if numbers is None)
+    if wrong:
+        found = str(labels[wrong[0]])[:60]
+        return [f"labels: '{wrong[0]}' must have a number or a list of numbers, and not {found!r}"]
+    problems = [] if values.get("background") == [0] else ["labels: background must be there and be 0"]
+    ignore = values.pop("ignore", None)
+    used = sorted({number for numbers in values.values() for number in numbers or ()})
+    if problems == [] and used != list(range(len(used))):
+        shown = ", ".join(map(str, used[:20])) + (", ..." if len(used) > 20 else "")
+        problems.append(f"labels: the values must be 0, 1, 2, ... without a gap and are {shown}")
+    if len(used) > MAX_LABEL:
+        problems.append(f"labels: {len(used)} values, and at most {MAX_LABEL} can be stored")
+    if ignore is not None and ignore != [len(used)]:
+        problems.append(f"labels: ignore must be the highest value, here {len(used)}")
+    if any(len(numbers or ()) > 1 for numbers in values.values()):
+        wanted = sum(numbers != [0] for numbers in values.values())
+        is_list = isinstance(order, list) and not any(isinstance(item, list) for item in order)
+        numbers = [_values(item) for item in order] if is_list else []
+        if len(numbers) != wanted or any(number is None or not 0 < number[0] <= MAX_LABEL for number in numbers):
+            problems.append(f"regions need a regions_class_order, a list of {wanted} numbers, one per region")
+    return problems
+
+
+def _values(value: Any) -> list[int] | None:
+    """The numbers of a label or region, sorted; None for anything else."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if not items or not all(type(item) in (int, str) and _LABEL.fullmatch(str(item)) for item in items):
+        return None
+    return sorted({int(item) for item in items})
+
+
+def _case_problems(cases: Any) -> list[str]:
+    """What is wrong with the map of cases that replaces the folders imagesTr and labelsTr."""
+    if not isinstance(cases, Mapping):
+        return ["dataset must be a table of case names"]
+    wrong = sorted(
+        str(name)
+        for name, entry in cases.items()
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("images"), list) or not entry["images"]
+    )
+    if wrong:
+        return [f'dataset: {len(wrong)} cases have no list of "images", e.g. {wrong[0]}']
+    files = {
+        name: [*entry["images"], *([entry["label"]] if entry.get("label") else [])] for name, entry in cases.items()
+    }
+    wrong = sorted(name for name, paths in files.items() if not all(_is_path(path) for path in paths))
+    if wrong:
+        return [f"dataset: {len(wrong)} cases name a file by something that is no path, e.g. {wrong[0]}"]
+    return []
+
+
+def _is_path(path: Any) -> bool:
+    """Return whether a value can be a path: also one whose name is not UTF-8, which is a text with surrogates."""
+    return isinstance(path, str) and bool(path) and "\0" not in path

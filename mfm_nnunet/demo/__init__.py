@@ -1,0 +1,1 @@
+"""The demo: all four steps on real scans in one command."""

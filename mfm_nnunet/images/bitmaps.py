@@ -1,0 +1,333 @@
+"""Is a PNG, JPEG, BMP or TIFF file whole, of a kind that nnU-Net's readers return as it is, and how large is it?
+
+The rows of a PNG file are counted. The others are decoded, because their headers promise too little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.images import tiff
+from mfm_nnunet.images.headers import refuse
+
+if TYPE_CHECKING:
+    import tifffile
+    from PIL import Image
+
+_BLOCK = 1 << 20
+"""Bytes of inflated rows that are held at once."""
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column, first row and steps of the seven passes of an interlaced PNG file."""
+_NO_MARKER = b"\x55\xa3" * 64
+_DESCRIBED = ("ome", "imagej", "shaped")
+"""Kinds of TIFF files that describe their volume in a text of their own."""
+
+
+def num_bytes(path: Path) -> int:
+    """Return the number of bytes that the pixels of a picture take, by its header; all pages of a TIFF file together.
+
+    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_TOO_LARGE).
+    """
+    ending = path.suffix.lower()
+    if ending in (".tif", ".tiff"):
+        # Slices may also follow the only page without pages of their own; they are not compressed then.
+        return max(sum(page.num_bytes for page in tiff.read_pages(path)), path.stat().st_size)
+    if ending == ".png":
+        with open(path, "rb") as file:
+            header = _PngHeader.read(path, file)
+        channels = 3 if header.is_palette else header.channels
+        return header.width * header.height * channels * max(header.depth // 8, 1)
+    with _open_picture(path) as picture:
+        return picture.width * picture.height * len(picture.getbands()) * (4 if picture.mode in "IF" else 1)
+
+
+class _PngHeader(NamedTuple):
+    """The first chunk of a PNG file."""
+
+    width: int
+    height: int
+    depth: int
+    colour: int
+    compression: int
+    filter: int
+    interlace: int
+
+    @classmethod
+    def read(cls, path: Path, file: IO[bytes]) -> _PngHeader:
+        """Read the header, and leave the file behind it. Raises MFMError (E_FORMAT, E_SHORT_DATA)."""
+        file.seek(8)
+        start = file.read(25)
+        if len(start) < 25:
+            raise MFMError("E_SHORT_DATA", f"{path}: the picture is cut off. Copy it again.")
+        header = cls(*struct.unpack(">IIBBBBB", start[8:21]))
+        if start[:8] != b"\0\0\0\x0dIHDR" or header.colour not in _PNG_CHANNELS or not header.width * header.height:
+            raise MFMError("E_FORMAT", f"{path}: the picture has no legal PNG header. Copy or export it again.")
+        return header
+
+    @property
+    def channels(self) -> int:
+        """Return the number of values of a stored pixel."""
+        return _PNG_CHANNELS[self.colour]
+
+    @property
+    def is_palette(self) -> bool:
+        """Return whether a pixel is the number of a colour."""
+        return self.colour == 3
+
+    @property
+    def num_stored(self) -> int:
+        """Return the number of bytes of all rows, each with the byte that names its filter, before compression."""
+        bits, total = self.channels * self.depth, 0
+        for x, y, step_x, step_y in _ADAM7 if self.interlace else [(0, 0, 1, 1)]:
+            width, height = -(-(self.width - x) // step_x), -(-(self.height - y) // step_y)
+            total += height * (1 + -(-width * bits // 8)) if width > 0 and height > 0 else 0
+        return total
+
+
+def check_png(path: Path) -> None:
+    """Verify the checksum of every chunk and the number of rows.
+
+    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_DATATYPE, E_DIM, E_TOO_LARGE). Pillow alone notices neither a
+    lost end nor a wrong checksum, and fills missing rows with zeros.
+    """
+    with open(path, "rb") as file:
+        header = _PngHeader.read(path, file)
+        _require_png_kind(path, header)
+        rows = _Rows(path, header.num_stored)
+        file.seek(8)
+        kind = b""
+        while kind != b"IEND":
+            start = file.read(8)
+            length = struct.unpack(">I", start[:4])[0] if len(start) == 8 else 0
+            body = file.read(min(length, path.stat().st_size))
+            checksum = file.read(4)
+            if len(start) < 8 or len(body) < length or len(checksum) < 4:
+                raise MFMError("E_SHORT_DATA", f"{path}: the picture is cut off. Copy it again.")
+            kind = start[4:]
+            if zlib.crc32(body, zlib.crc32(kind)) != struct.unpack(">I", checksum)[0]:
+                raise MFMError("E_FORMAT", f"{path}: the picture is damaged (checksum). Copy it again.")
+            if kind == b"acTL":
+                raise MFMError("E_DIM", f"{path}: holds an animation. Save one picture per file.")
+            if kind == b"IDAT":
+                rows.count(body)
+    rows.require_all()
+    with _open_picture(path):  # the reader decodes it; whatever could be missing was counted
+        pass
+
+
+def _require_png_kind(path: Path, header: _PngHeader) -> None:
+    """Refuse kinds of pixels that nnU-Net's reader does not return as they are."""
+    if header.colour == 4:
+        raise MFMError(
+            "E_DATATYPE",
+            f"{path}: its pixels are grey with transparency (alpha), which nnU-Net cannot read. Save it without alpha.",
+        )
+    if header.depth == 16 and header.channels > 1:
+        raise MFMError(
+            "E_DATATYPE",
+            f"{path}: its colours have 16 bits, of which nnU-Net's reader drops 8. Save it with 8 bits, or save each "
+            "colour as a grey picture.",
+        )
+
+
+class _Rows:
+    """Counts the bytes in the compressed rows of a PNG file, and never holds more than a block of them."""
+
+    def __init__(self, path: Path, expected: int) -> None:
+        self.path, self.expected, self.seen = path, expected, 0
+        self.decoder = zlib.decompressobj()
+
+    def count(self, data: bytes) -> None:
+        """Count another part of the stream. Raises MFMError (E_FORMAT, E_HEADER)."""
+        while data and not self.decoder.eof:
+            try:
+                self.seen += len(self.decoder.decompress(data, _BLOCK))
+            except zlib.error as error:
+                raise _damaged(self.path, error) from error
+            if self.seen > self.expected:
+                raise MFMError(
+                    "E_HEADER",
+                    f"{self.path}: holds more than the {self.expected} bytes of rows that its header describes. Export "
+                    "it again.",
+                )
+            data = self.decoder.unconsumed_tail
+
+    def require_all(self) -> None:
+        """Raise MFMError (E_SHORT_DATA) when rows are missing."""
+        self.seen += len(self.decoder.flush())
+        if self.seen < self.expected:
+            raise MFMError(
+                "E_SHORT_DATA",
+                f"{self.path}: holds {self.seen} of the {self.expected} bytes of rows that its header describes. Copy "
+                "it again.",
+            )
+
+
+def check_picture(path: Path) -> None:
+    """Decode a picture with Pillow. Raises MFMError (E_FORMAT, E_SHORT_DATA, E_TOO_LARGE)."""
+    with _open_picture(path) as picture:
+        picture.load()
+        if picture.format == "JPEG":
+            _require_jpeg_rows(path, picture)
+
+
+def _require_jpeg_rows(path: Path, picture: Image.Image) -> None:
+    """Notice rows that are missing before the end mark of a JPEG file, which every decoder fills in.
+
+    A decoder that has all rows ignores what is before the end mark; one that lacks rows takes it for pixels.
+    """
+    from PIL import ImageChops
+
+    with _open_picture(path, io.BytesIO(_with_more(path.read_bytes()))) as other:
+        if ImageChops.difference(picture, other).getbbox() is not None:
+            raise MFMError("E_SHORT_DATA", f"{path}: the last rows of the picture are missing. Copy it again.")
+
+
+def _with_more(jpeg: bytes) -> bytes:
+    """Return a JPEG stream with bytes before its end mark that belong to no row."""
+    end = jpeg.rfind(b"\xff\xd9")
+    return jpeg[:end] + _NO_MARKER + jpeg[end:] if end >= 0 else jpeg
+
+
+def _require_tiff_rows(path: Path, file: Any) -> None:
+    """Notice rows that are missing in a strip or tile that is a JPEG stream of its own."""
+    for page in file.series[0].pages:
+        segments = file.filehandle.read_segments(page.dataoffsets, page.databytecounts)
+        for data, index in segments:
+            pair = (
+                page.keyframe.decode(stream, index, jpegtables=page.jpegtables)[0]
+                for stream in (data, _with_more(data))
+            )
+            if not np.array_equal(*pair):
+                raise refuse(
+                    "E_SHORT_DATA", path, f"part {index} of page {page.index} lacks rows", "Copy the file again."
+                )
+
+
+@contextlib.contextmanager
+def _open_picture(path: Path, content: io.BytesIO | None = None) -> Iterator[Image.Image]:
+    """Open a picture, or ``content`` in its place, with Pillow, which reads only the header."""
+    from PIL import Image
+
+    try:
+        with Image.open(content or path) as picture:
+            yield picture
+    except MFMError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise MFMError("E_TOO_LARGE", f"{path}: {error}. Cut the picture into tiles.") from error
+    except Exception as error:  # Pillow raises whatever its decoders raise.
+        raise _damaged(path, error) from error
+
+
+def check_bmp(path: Path) -> None:
+    """Compare the length with the header and decode.
+
+    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_TOO_LARGE).
+    """
+    with open(path, "rb") as file:
+        start = file.read(34)
+    if len(start) < 34 or path.stat().st_size < struct.unpack("<I", start[2:6])[0]:
+        raise MFMError("E_SHORT_DATA", f"{path}: the picture is cut off. Copy it again.")
+    check_picture(path)
+    first_pixel, kind, width, height, _, bits, compression = struct.unpack("<IIiiHHI", start[10:34])
+    row = (width * bits + 31) // 32 * 4
+    # Longer headers than the usual one have a colour profile behind the pixels.
+    if kind == 40 and compression == 0 and path.stat().st_size >= first_pixel + row * (abs(height) + 1):
+        raise MFMError(
+            "E_HEADER", f"{path}: holds more rows than the {abs(height)} that its header describes. Export it again."
+        )
+
+
+def check_tiff(path: Path) -> None:
+    """Check that all pages of a TIFF file are there, belong together and can be decoded.
+
+    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_DATATYPE, E_DIM, E_TOO_LARGE).
+    """
+    pages = {page.offset: page for page in tiff.read_pages(path)}
+    tiff.require_parts(path, list(pages.values()))
+    with _open_tiff(path) as file:
+        volume = file.series[0]
+        _require_one_volume(path, file, pages)
+        if file.asarray().shape != volume.shape:
+            raise refuse("E_SHORT_DATA", path, f"its pages do not make {volume.shape}", "Copy the file again.")
+        if volume.keyframe.compression in (6, 7):  # JPEG
+            _require_tiff_rows(path, file)
+
+
+def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int, tiff.Page]) -> None:
+    """Refuse pages that are missing, in other files, or of another kind. tifffile zeroes them, or leaves them out."""
+    volume, *others = file.series
+    described = [kind for kind in _DESCRIBED if getattr(file, f"is_{kind}")]
+    if described and volume.kind not in described:
+        raise refuse(
+            "E_FORMAT", path, f"its {described[0]} description names other files, or does not fit its pages",
+            "Save the volume as one plain TIFF stack.",
+        )  # fmt: skip
+    if volume.kind in (*_DESCRIBED, "generic", "uniform") and any(not other.keyframe.is_reduced for other in others):
+        raise refuse(
+            "E_DIM", path, f"holds {len(file.series)} images of different kinds or sizes; the first would be read",
+            "Split it into one file each.",
+        )  # fmt: skip
+    first = pages.get(volume.keyframe.offset)
+    for number, page in enumerate(volume.pages):
+        if page is None:
+            raise refuse(
+                "E_SHORT_DATA", path, f"page {number} of {len(volume.pages)} is missing", "Copy the file again."
+            )
+        if page.parent is not file:
+            raise refuse("E_FORMAT", path, f"page {number} is in another file", "Save the volume as one file.")
+        own = pages.get(page.offset)
+        # A page after the first is decoded as if its header said the same.
+        if (
+            first
+            and own
+            and (own.layout != first.layout or (page is not page.keyframe and own.storage != first.storage))
+        ):
+            raise refuse("E_HEADER", path, f"page {number} is stored in another way than the first")
+    if len(volume.pages) == 1 and volume.dataoffset is not None:
+        missing = volume.dataoffset + volume.nbytes - path.stat().st_size
+        if missing > 0:
+            raise refuse("E_SHORT_DATA", path, f"{missing} bytes of {volume.shape} are missing", "Copy the file again.")
+
+
+def tiff_is_2d(path: Path) -> bool:
+    """Return whether a TIFF file is one grey or RGB(A) picture, and not a stack of slices.
+
+    Raises MFMError as :func:`check_tiff`.
+    """
+    tiff.read_pages(path)
+    with _open_tiff(path) as file:
+        shape = file.series[0].shape
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
+
+
+@contextlib.contextmanager
+def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
+    """Open a TIFF file whose pages were walked. No other file is opened, whatever this one names."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path, _multifile=False) as file:
+            yield file
+    except MFMError:
+        raise
+    except MemoryError as error:
+        raise MFMError("E_TOO_LARGE", f"{path}: the picture does not fit into memory.") from error
+    except Exception as error:  # tifffile and its codecs have no common base class of errors.
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> MFMError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return MFMError("E_FORMAT", f"{path}: the picture cannot be decoded ({reason}). Copy or export it again.")

@@ -1,0 +1,212 @@
+"""The input gate: a volume that is complete, finite and of known geometry, or a refusal that names file and reason.
+
+Pixels are decoded by nnU-Net's own reader classes, so arrays and properties are those of nnU-Net; everything around
+them is checked here. Shapes: C channels, D H W voxels in the reader's axis order (2D images have D = 1); spacing in mm.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
+from mfm_nnunet.images import decoder, nifti
+from mfm_nnunet.images.decode import find_reader_class, from_json
+from mfm_nnunet.images.geometry import Geometry, difference, geometry_of
+from mfm_nnunet.images.integrity import check_image_file
+
+__all__ = ["IMAGE_ENDINGS", "check_image_file", "check_label", "read_image", "read_label", "read_mask", "reader_for"]
+
+_log = logging.getLogger(__name__)
+
+
+class _Item(NamedTuple):
+    """One file: ``array`` (C, D, H, W), nnU-Net's properties, its place, and the range of values of each channel."""
+
+    array: np.ndarray
+    properties: dict[str, Any]
+    geometry: Geometry
+    ranges: list[tuple[float, float]]
+
+
+def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str:
+    """The name of nnU-Net's reader class for a file: what dataset.json demands, else what stock nnU-Net would take.
+
+    JPEG, MHD and NHDR, which stock nnU-Net does not list, get the reader that can read them. Raises MFMError (E_FORMAT)
+    for an unknown ending, and for a TIFF file that is missing or cannot be opened.
+    """
+    wanted = (dataset_json or {}).get("overwrite_image_reader_writer", "None")
+    if wanted != "None":
+        try:
+            return find_reader_class(wanted).__name__
+        except MFMError:
+            _warn_of_reader(str(wanted))
+    ending = ending_of(file)
+    if ending in (".png", ".bmp", ".jpg", ".jpeg"):
+        return "NaturalImage2DIO"
+    if ending in (".tif", ".tiff"):
+        return decoder.call(Path(file), {"task": "name_reader"}).content["reader"]
+    if ending in (".nii", ".nii.gz"):
+        return nifti.choose_reader(Path(file), "SimpleITKIO" if ending == ".nii.gz" else "NibabelIO")
+    if ending:
+        return "SimpleITKIO"
+    raise MFMError("E_FORMAT", f"{file}: not a known image format. Known endings: {' '.join(IMAGE_ENDINGS)}")
+
+
+@functools.cache
+def _warn_of_reader(name: str) -> None:
+    """Once, not for every case."""
+    _log.warning("dataset.json demands the unknown reader '%s'; choosing by the file ending instead", name)
+
+
+def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """The channels of one case as (C, D, H, W) float32, with nnU-Net's properties (``spacing`` in mm and more).
+
+    Raises MFMError as :func:`check_image_file`, and E_NONFINITE, E_CONSTANT (nothing but one value), E_CHANNELS
+    (shapes differ), E_GEOMETRY (the channels lie differently in space), E_SPACING, E_CONFIG (unknown reader).
+    """
+    assert files, "a case without files"
+    first, *others = (_read_file(Path(file), reader_name) for file in files)
+    for file, other in zip(files[1:], others):
+        if other.array.shape[1:] != first.array.shape[1:]:
+            raise MFMError(
+                "E_CHANNELS",
+                f"{file}: has size {_size(other.array)}, the first channel {files[0]} has {_size(first.array)}. "
+                "All channels of a case must be on one grid: resample them to the first.",
+            )
+        if differs := difference(other.geometry, first.geometry):
+            raise MFMError(
+                "E_GEOMETRY",
+                f"{file}: lies differently in space than the first channel {files[0]}: {differs}. "
+                "Resample it to the first, or correct its header.",
+            )
+    ranges = [pair for item in (first, *others) for pair in item.ranges]
+    constant = [low == high for low, high in ranges]
+    if all(constant):
+        raise MFMError(
+            "E_CONSTANT", f"{files[0]}: every voxel is {ranges[0][0]:g}; there is no image in it. Leave the case out."
+        )
+    if any(constant) and len(files) > 1:
+        _log.warning("%s: channel %d has the same value everywhere", files[0], constant.index(True))
+    image_CDHW = first.array if not others else np.concatenate([first.array, *(other.array for other in others)])
+    return image_CDHW, first.properties
+
+
+def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """A label map as (1, D, H, W) float32 of whole numbers, with nnU-Net's properties.
+
+    Raises MFMError as :func:`check_image_file`, and E_LABEL_VALUE for values such as 0.9999, E_CHANNELS for a colour
+    picture.
+    """
+    item = _read_map(Path(file), reader_name, "label map")
+    broken = item.array != np.rint(item.array)
+    if broken.any():
+        raise MFMError(
+            "E_LABEL_VALUE",
+            f"{file}: {int(broken.sum())} voxels hold no whole number, e.g. {item.array[broken][0]:g}. Labels must be "
+            "resampled by nearest neighbour and saved as integers.",
+        )
+    return item.array, item.properties
+
+
+def read_mask(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """A mask as boolean (1, D, H, W), True where the file holds more than 0, with nnU-Net's properties.
+
+    Raises MFMError as :func:`check_image_file`, and E_LABEL_VALUE for values below 0, E_CHANNELS for a colour picture.
+    """
+    item = _read_map(Path(file), reader_name, "mask")
+    lowest = item.ranges[0][0]
+    if lowest < 0:
+        raise MFMError(
+            "E_LABEL_VALUE", f"{file}: the mask holds {lowest:g}. A mask is 0 outside and above 0 inside; correct it."
+        )
+    return item.array > 0, item.properties
+
+
+def check_label(
+    label: np.ndarray,
+    label_properties: dict[str, Any],
+    image: np.ndarray,
+    image_properties: dict[str, Any],
+    dataset_json: Mapping[str, Any],
+    name: str,
+) -> None:
+    """Return when ``label`` (1, D, H, W) fits ``image`` (C, D, H, W) and holds only values that dataset.json names.
+
+    A label without foreground is legal. Raises MFMError: E_LABEL_GEOMETRY, E_LABEL_VALUE; ``name`` is the case.
+    """
+    if label.shape[1:] != image.shape[1:]:
+        raise MFMError(
+            "E_LABEL_GEOMETRY",
+            f"{name}: the label has size {_size(label)}, its image {_size(image)}. Resample the label to the image.",
+        )
+    if differs := difference(geometry_of(label_properties), geometry_of(image_properties)):
+        raise MFMError(
+            "E_LABEL_GEOMETRY",
+            f"{name}: the label lies differently in space than its image: {differs}. Resample the label to the "
+            "image, or copy the image's geometry into its header if only the header is wrong.",
+        )
+    known = known_labels(dataset_json)
+    unknown = [value for value in _values(label) if value not in known]
+    if unknown:
+        raise MFMError(
+            "E_LABEL_VALUE",
+            f"{name}: the label holds the values {_list(unknown)}; dataset.json names {_list(sorted(known))}. "
+            "Add them to 'labels' in dataset.json, or correct the label map.",
+        )
+
+
+def known_labels(dataset_json: Mapping[str, Any]) -> set[int]:
+    """All values that ``labels`` in dataset.json names: classes, the members of regions, the ignore label."""
+    values = dataset_json["labels"].values()
+    return {int(item) for value in values for item in (value if isinstance(value, (list, tuple)) else [value])}
+
+
+def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
+    """Read one file in a child process (:mod:`mfm_nnunet.images.decode`)."""
+    reply = decoder.call(file, {"task": "decode", "reader": reader_name, "is_map": is_map})
+    assert reply.voxels is not None, "a decoded image has voxels"
+    content, order = reply.content, reply.content["order"]
+    shape = [content["shape"][axis] for axis in order]
+    array = reply.voxels.reshape(shape).transpose(np.argsort(order))
+    properties = from_json(content["properties"])
+    nifti.warn_of_contradiction(file, content["contradiction"])
+    return _Item(array, properties, geometry_of(properties), content["ranges"])
+
+
+def _read_map(file: Path, reader_name: str, what: str) -> _Item:
+    """A file with one value per voxel. Raises MFMError (E_CHANNELS) for a colour picture."""
+    item = _read_file(file, reader_name, is_map=True)
+    if len(item.array) != 1:
+        raise MFMError(
+            "E_CHANNELS",
+            f"{file}: a {what} has one value per pixel, this is a picture with {len(item.array)} colour channels. "
+            "Save its numbers as a grey picture.",
+        )
+    return item
+
+
+def _values(label: np.ndarray) -> list[int]:
+    """The values in a label map of whole numbers, sorted; by counting, because sorting a large volume is slow."""
+    low, high = int(label.min()), int(label.max())
+    if high - low >= 1 << 20:
+        return [int(value) for value in np.unique(label)]
+    present = np.zeros(high - low + 1, dtype=bool)
+    for plane_HW in label[0]:
+        present[(plane_HW - low).astype(np.int64)] = True
+    return [int(index) + low for index in np.flatnonzero(present)]
+
+
+def _list(values: Sequence[int]) -> str:
+    shown = ", ".join(map(str, values[:20]))
+    return f"{shown} and {len(values) - 20} more" if len(values) > 20 else shown
+
+
+def _size(array: np.ndarray) -> str:
+    return " x ".join(map(str, array.shape[1:]))

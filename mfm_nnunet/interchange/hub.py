@@ -1,0 +1,194 @@
+"""Where a checkpoint lies: a path, ``file://...``, or ``hf://owner/name@commit`` on a model hub; one way for all.
+
+A hub's revision can be moved by its owner, so only a commit (40 hex digits) is accepted. Of a repository only weights,
+plans and the card are fetched, and each file is compared with the hash that the hub lists for it: SHA-256, or git's for
+small files. The hashes are noted in the hub client's cache, so what was fetched once is used, and compared again,
+without a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from mfm_nnunet.checkpoint import atomic_write, sha256
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import parse_json
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("checkpoint_final.pth", "model.safetensors")
+"""The first that a repository has is fetched; a repository with both is not one of ours, which have safetensors."""
+BESIDE = ("config.json", "adaptation_plan.json", "README.md")
+"""What is fetched beside the weights, where it is there."""
+_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<commit>[^/]+))?/?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)(?:/.*)?")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
+"""Libraries whose own errors the hub's client lets through when there is no connection."""
+
+
+def fetch(address: str | Path) -> Path:
+    """The local file or folder of an address.
+
+    Raises MFMError: E_CONFIG for an address that is none or names no commit, E_NOT_FOUND for what the hub does not
+    have, E_NETWORK when it cannot be reached and the cache has nothing, E_MODEL_CORRUPT when a hash differs;
+    OSError for a cache that cannot be written.
+    """
+    text = str(address)
+    if text.startswith("file:"):
+        try:
+            parsed = urlparse(text)
+        except ValueError as error:
+            raise MFMError("E_CONFIG", f"{text}: not an address ({error}). Give file:///PATH or a path.") from error
+        if parsed.netloc not in ("", "localhost"):
+            raise MFMError("E_CONFIG", f"{text}: a file of another computer. Give file:///PATH or a path.")
+        return Path(unquote(parsed.path))
+    if page := _PAGE.fullmatch(text):
+        raise MFMError(
+            "E_CONFIG",
+            f"{text}: give hf://{page['repo']}@COMMIT, with the 40 hex digits of a commit (the page lists them under "
+            "Files, History).",
+        )
+    if not text.startswith("hf://"):
+        return Path(address)
+    match = _HUB.fullmatch(text)
+    if match is None:
+        raise MFMError("E_CONFIG", f"{text}: expected hf://owner/name@commit.")
+    if not _COMMIT.fullmatch(match["commit"] or ""):
+        raise MFMError(
+            "E_CONFIG",
+            f"{text}: name the commit, hf://{match['repo']}@ and 40 hex digits (the hub's page lists them): a branch "
+            "or tag may be moved, and the weights with it.",
+        )
+    return _snapshot(match["repo"], match["commit"])
+
+
+def _snapshot(repository: str, commit: str) -> Path:
+    """The folder of a repository in the cache, fetched if needed."""
+    try:
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MFMError("E_CONFIG", "hf:// needs the package huggingface_hub: pip install huggingface_hub.") from error
+    where = f"hf://{repository}@{commit}"
+    try:
+        hashes = _noted(repository, commit)
+        if hashes is not None and (files := _cached(repository, commit, hashes)):
+            return _verified(where, files, hashes)
+        return _fetched(where, repository, commit)
+    except HFValidationError as error:
+        raise MFMError("E_CONFIG", f"{where}: this cannot be a repository ({error}). Check owner and name.") from error
+    except HfHubHTTPError as error:
+        raise _refused(where, error.response.status_code if error.response is not None else 0) from error
+    except Exception as error:
+        is_of_client = type(error).__module__.startswith(_CLIENTS)  # those of requests are OSErrors too
+        if is_of_client or isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+            return _without_network(where, repository, commit, error)
+        if isinstance(error, OSError) and error.errno is None:  # not of the disk
+            raise MFMError("E_NETWORK", f"{where}: the download was cut short ({error}). Try again.") from error
+        raise
+
+
+def _fetched(where: str, repository: str, commit: str) -> Path:
+    """Ask the hub what there is, fetch what is needed and not in the cache yet, compare all of it, note the hashes."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    listed = {}
+    for entry in HfApi().model_info(repository, revision=commit, files_metadata=True).siblings or ():
+        listed[entry.rfilename] = entry.lfs.sha256 if entry.lfs else entry.blob_id
+    weights = next((name for name in WEIGHTS if name in listed), None)
+    if weights is None:
+        raise MFMError("E_NOT_FOUND", f"{where}: the repository has neither {' nor '.join(WEIGHTS)}.")
+    hashes = {}
+    for name in (*BESIDE, weights):
+        if name in listed:
+            if not _HASH.fullmatch(listed[name] or ""):
+                raise MFMError("E_NETWORK", f"{where}: the hub lists no hash of {name}, so it cannot be trusted.")
+            hashes[name] = str(listed[name])
+    files = [Path(hf_hub_download(repository, name, revision=commit)) for name in hashes]
+    folder = _verified(where, files, hashes)
+    with atomic_write(_note(folder, commit)) as note:
+        note.write(json.dumps(hashes, indent=1).encode())
+    return folder
+
+
+def _cached(repository: str, commit: str, names: Iterable[str]) -> list[Path]:
+    """Those of the files that are in the cache; nothing if the weights are not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(repository, name, revision=commit) for name in names]
+    files = [Path(file) for file in found if isinstance(file, str)]
+    return files if any(file.name in WEIGHTS for file in files) else []
+
+
+def _note(snapshot: Path, commit: str) -> Path:
+    """Where the hashes of a commit are noted: in the repository's folder of the cache, beside its snapshots."""
+    return snapshot.parent.parent / f"mfm_nnunet_{commit}.json"
+
+
+def _noted(repository: str, commit: str) -> dict[str, str] | None:
+    """The hashes of what was fetched before, by name; None where nothing was, or not all of it is there any more."""
+    files = _cached(repository, commit, (*BESIDE, *WEIGHTS))
+    if not files:
+        return None
+    try:
+        noted = parse_json(_note(files[0].parent, commit).read_bytes())
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(noted, dict) and set(noted) <= {file.name for file in files}
+    return noted if is_whole and all(isinstance(value, str) for value in noted.values()) else None
+
+
+def _without_network(where: str, repository: str, commit: str, error: Exception) -> Path:
+    """What another program fetched into the cache, which names each file by its hash where it can link to it."""
+    files = _cached(repository, commit, (*BESIDE, *WEIGHTS))
+    hashes = {file.name: file.resolve().name for file in files if _HASH.fullmatch(file.resolve().name)}
+    if not files or len(hashes) < len(files):
+        raise MFMError(
+            "E_NETWORK",
+            f"{where}: the hub cannot be reached and this checkpoint was not fetched before. Connect, or copy the "
+            "repository's files into a folder and give its path.",
+        ) from error
+    if missing := [name for name in BESIDE if name not in hashes]:
+        logger.info("%s: the hub cannot be reached; not in the cache, if it has them: %s", where, ", ".join(missing))
+    return _verified(where, files, hashes)
+
+
+def _verified(where: str, files: Sequence[Path], hashes: Mapping[str, str]) -> Path:
+    """The folder of the files, each of which is what the hub lists; else MFMError, and those that differ are gone."""
+    differ = [file for file in files if not _has_hash(file, hashes[file.name])]
+    for file in differ:
+        if file.resolve().is_relative_to(file.parent.parent.parent.resolve()):  # a link may lead out of the cache
+            file.resolve().unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+    if differ:
+        names = ", ".join(file.name for file in differ)
+        raise MFMError(
+            "E_MODEL_CORRUPT", f"{where}: {names}: not what the hub lists (the hash differs). Removed; fetch it again."
+        )
+    return files[0].parent
+
+
+def _has_hash(file: Path, wanted: str) -> bool:
+    if len(wanted) == 64:
+        return sha256(file) == wanted
+    content = file.read_bytes()  # git's own hash
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == wanted
+
+
+def _refused(where: str, status: int) -> MFMError:
+    if status in (401, 403):
+        return MFMError(
+            "E_NOT_FOUND",
+            f"{where}: the hub does not show it to everybody ({status}). Check owner and name; accept the model's "
+            "conditions on its page, and log in with: hf auth login.",
+        )
+    if status in (0, 408, 429) or status >= 500:
+        return MFMError("E_NETWORK", f"{where}: the hub answered {status or 'nothing'}. Try again later.")
+    return MFMError("E_NOT_FOUND", f"{where}: the hub answered {status}. Check owner, name and commit.")

@@ -1,0 +1,1 @@
+"""One job a file: plan, pretrain, train, predict."""

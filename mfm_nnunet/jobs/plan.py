@@ -1,0 +1,201 @@
+"""From scans to what training reads: register a corpus, take fingerprints, preprocess what a plan asks for.
+
+Here data and plans meet; :mod:`mfm_nnunet.api` plans in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfm_nnunet import workspace as places
+from mfm_nnunet.data import corpus
+from mfm_nnunet.data.cases import PICTURES
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
+from mfm_nnunet.files import ending_of, parse_json, whole_number
+from mfm_nnunet.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mfm_nnunet.planning.request import PlanResult
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT = {
+    *("spacings", "shapes_after_crop", "median_relative_size_after_cropping"),
+    "foreground_intensity_properties_per_channel",
+}
+"""What planning takes from a fingerprint."""
+_MOST_PICTURES = 9
+"""So many pictures are read to find out whether a corpus is grey or in colour."""
+
+
+def registered(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
+    """The dataset's name; with ``images`` the corpus is registered first."""
+    if images is None:
+        if name is not None:
+            raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
+        return here.dataset_name(dataset)
+    number = whole_number(str(dataset))
+    if number is None or not 1 <= number <= 999:
+        raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus needs a number from 1 to 999.")
+    dataset_name = f"Dataset{number:03d}_{name or 'Corpus'}"
+    others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
+    if others:
+        raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
+    cases = corpus.index_source(Path(images))
+    corpus.register_corpus(here.raw, dataset_name, cases, _channel_names(cases))
+    return dataset_name
+
+
+def _channel_names(cases: list[corpus.Case]) -> list[str]:
+    """nnU-Net normalises by the channel's name: Hounsfield units keep their meaning where every case is a CT.
+
+    In a mixed corpus one network sees all modalities, so each image is normalised by itself.
+    """
+    is_ct = all(case.modality.casefold() == "ct" for case in cases)
+    return ["CT" if is_ct else f"channel{number}" for number in range(_num_channels(cases))]
+
+
+def _num_channels(cases: list[corpus.Case]) -> int:
+    """Channels of the first image that can be read: one file may hold several (colour pictures).
+
+    Pictures may be grey or coloured; of several the commoner kind decides, so that one of the other kind costs itself.
+    """
+    from mfm_nnunet.images.reading import read_image, reader_for
+
+    is_picture = ending_of(cases[0].images[0]) in PICTURES
+    asked = cases[:: max(1, len(cases) // _MOST_PICTURES)][:_MOST_PICTURES] if is_picture else cases
+    found: Counter[int] = Counter()
+    for case in asked:
+        with contextlib.suppress(MFMError):
+            found[len(read_image(case.images, reader_for(case.images[0]))[0])] += 1
+        if found and not is_picture:
+            break
+    # planning will refuse each of them with its reason, where none can be read
+    return found.most_common(1)[0][0] if found else len(cases[0].images)
+
+
+def fingerprinted(
+    here: Workspace, dataset_name: str, num_processes: int | None
+) -> tuple[list[corpus.Case], list[CaseFailure]]:
+    """The good cases of a dataset, and an up-to-date ``dataset_fingerprint.json``; labelled cases must all be good."""
+    from mfm_nnunet.checkpoint import atomic_write
+    from mfm_nnunet.planning.fingerprint import extract_fingerprint
+
+    raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
+    cases, dataset_json = corpus.load_cases(raw), corpus.read_dataset_json(raw)
+    is_corpus = corpus.is_corpus(raw)
+    if not is_corpus:
+        corpus.warn_of_differences(raw, dataset_json, cases)
+    unlabelled = [case.name for case in cases if case.label is None]
+    if 0 < len(unlabelled) < len(cases):
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{raw / 'dataset.json'}: {len(unlabelled)} of {len(cases)} cases have no label, e.g. {unlabelled[0]}. Add "
+            "the labels, or take these cases out.",
+        )
+    file = preprocessed / "dataset_fingerprint.json"
+    known = _known_fingerprint(file)
+    # The rules for labels and channels belong to it: a corrected dataset.json must be checked against all labels.
+    rules = {name: dataset_json.get(name) for name in ("labels", "channel_names", "overwrite_image_reader_writer")}
+    signature = hashlib.sha256((corpus.signature(cases) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
+    if known.get("signature") == signature:
+        failures = [CaseFailure(*failure) for failure in known["failures"]]
+    else:
+        try:
+            fingerprint, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
+            if failures and not is_corpus:
+                raise CasesFailedError(failures, len(cases))
+        except CasesFailedError as error:
+            if is_corpus:
+                raise
+            raise dataset_refused(dataset_name, error.failures, len(cases), "; nothing was planned") from error
+        fingerprint["mfm"] = {
+            **fingerprint.get("mfm", {}),
+            "signature": signature,
+            "failures": [[failure.case, failure.code, failure.reason] for failure in failures],
+        }
+        preprocessed.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as handle:
+            handle.write(json.dumps(fingerprint, indent=1).encode())
+    # Beside the data, so that pretraining knows subjects and modalities where only the preprocessed data are.
+    for name in ("dataset.json", "corpus.json") if is_corpus else ("dataset.json",):
+        content = dataset_json if name == "dataset.json" else _content(raw / name)
+        if _content(preprocessed / name) != content:
+            with atomic_write(preprocessed / name) as handle:
+                handle.write(json.dumps(content, indent=1).encode())
+    bad = {failure.case for failure in failures}
+    return [case for case in cases if case.name not in bad], failures
+
+
+def _known_fingerprint(file: Path) -> dict[str, Any]:
+    """Our part of a fingerprint; empty where there is none, or a damaged one, which is made again."""
+    content = _content(file)
+    known = content.get("mfm") if isinstance(content, dict) else None
+    if not isinstance(known, dict) or not isinstance(known.get("failures"), list) or FINGERPRINT - set(content):
+        return {}
+    is_list = all(isinstance(failure, list) and len(failure) == 3 for failure in known["failures"])
+    return known if is_list and all(isinstance(text, str) for failure in known["failures"] for text in failure) else {}
+
+
+def _content(file: Path) -> Any:
+    """What a JSON file holds; None if there is none or if it is damaged."""
+    try:
+        return parse_json(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _to_preprocess(plans: dict[str, Any], asked: tuple[str, ...] | None, is_corpus: bool) -> list[str]:
+    """Configurations with data of their own: those asked for, else nnU-Net's default, and for a corpus the 3D one."""
+    known = plans["configurations"]
+    own = [name for name in known if "previous_stage" not in known[name]]
+    if asked:
+        needed = {known[name].get("inherits_from", name) for name in asked} | set(asked)
+        return [name for name in own if name in needed or known[name].get("next_stage") in needed]
+    return ["3d_fullres"] if is_corpus and "3d_fullres" in own else own
+
+
+def preprocess(
+    here: Workspace,
+    dataset_name: str,
+    cases: list[corpus.Case],
+    result: PlanResult,
+    asked: tuple[str, ...] | None,
+    num_processes: int | None,
+) -> list[CaseFailure]:
+    """Preprocess the cases for the configurations asked for (else the default ones); the cases that failed.
+
+    Raises MFMError when cases of a labelled dataset failed: it is refused as a whole, as when it is fingerprinted.
+    """
+    from mfm_nnunet.data.preprocess import preprocess_dataset
+
+    raw = here.raw / dataset_name
+    dataset_json = corpus.read_dataset_json(raw)
+    failures: list[CaseFailure] = []
+    for configuration in _to_preprocess(result.plans, asked, corpus.is_corpus(raw)):
+        report = preprocess_dataset(
+            cases,
+            result.plans,
+            configuration,
+            dataset_json,
+            here.preprocessed / dataset_name,
+            num_processes or places.num_cores(),
+        )
+        logger.info(
+            "%s %s: %d cases preprocessed, %d reused, %d failed",
+            dataset_name,
+            configuration,
+            len(report.done),
+            len(report.reused),
+            len(report.failures),
+        )
+        failures += [failure for failure in report.failures if failure.case not in {f.case for f in failures}]
+    if failures and not corpus.is_corpus(raw):
+        raise dataset_refused(dataset_name, failures, len(cases), "; without them nothing can be trained")
+    return failures

@@ -1,0 +1,363 @@
+"""From a plan and a task's name to a run: read the plan, split the corpus, build the network, start the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import re
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfm_nnunet import settings as mfm_settings
+from mfm_nnunet.checkpoint import atomic_write, remove_leftovers
+from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, no_child_left, raise_recorded
+from mfm_nnunet.data import corpus
+from mfm_nnunet.data.current import Selection, select
+from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
+from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
+from mfm_nnunet.engine import probe as probing
+from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
+from mfm_nnunet.engine.engine import Pretrainer, Run
+from mfm_nnunet.engine.probe_data import choose_cases
+from mfm_nnunet.engine.state import STATE_FILES
+from mfm_nnunet.engine.streams import Corpus, make_streams
+from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
+from mfm_nnunet.files import inside
+from mfm_nnunet.models.backbone import make_backbone
+from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.plan import read_plans, shared_plan
+from mfm_nnunet.processes import raise_on_signal, signal_handlers_kept, start_resource_tracker
+from mfm_nnunet.tasks.base import PretextTask, find_task
+from mfm_nnunet.workspace import Workspace, num_cores
+
+logger = logging.getLogger(__name__)
+
+_LESS_MEMORY = (
+    "Compute a step in parts with --set pretrain.accumulation=2 (or more), add pretrain.activation_checkpointing=true, "
+    "take a smaller pretrain.batch_size, or end what else uses the device."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainRun:
+    """All settings of a pretraining run, as ``--set`` sees them."""
+
+    pretrain: mfm_settings.PretrainSettings
+    pretext: Any
+    """The pretext task's own Config."""
+    seed: int
+    num_workers: int | None
+    probe: mfm_settings.ProbeSettings = dataclasses.field(default_factory=mfm_settings.ProbeSettings)
+
+
+def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
+    """Run :func:`pretrain_here` in ``num_gpus`` processes as torchrun does; returns the final checkpoint.
+
+    Raises what a process raised; a signal reaches all of them, and each saves before it ends.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    job = check(here, **arguments)  # before processes are started, each of which would say it
+    device, settings = job.device, job.resolved.pretrain
+    require_divisible(settings.batch_size, settings.accumulation, num_gpus)
+    if device.type == "cuda" and torch.cuda.device_count() < num_gpus:
+        raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_gpus,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"mfm-{os.getpid()}",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    start_resource_tracker()
+    # Signals are ours: torchrun's agent would take one that is sent twice for two, and does not know SIGUSR1.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    with tempfile.TemporaryDirectory() as notes, raise_on_signal(), signal_handlers_kept(), no_child_left():
+        try:
+            return elastic_launch(config, call_recorded)(notes, _pretrain_worker, here, arguments)[0]
+        except (ChildFailedError, SignalException, StoppedError) as error:
+            if isinstance(error, SignalException):
+                error = StoppedError(128 + error.sigval, "stopped by a signal. Continue with --c.")
+            raise_recorded(notes, error.exit_code if isinstance(error, StoppedError) else None)
+            raise error
+
+
+def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> Path:
+    return pretrain_here(here, **arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that was asked for, checked as far as it can be before the data are read."""
+
+    plans: dict[str, Any]
+    selection: Selection
+    files: dict[str, Path]
+    task_class: type[PretextTask]
+    resolved: PretrainRun
+    folder: Path
+    device: torch.device
+    probe: probing.Probe | None = None
+
+
+def check(
+    here: Workspace,
+    *,
+    dataset_name: str,
+    configuration: str,
+    plans_name: str,
+    pretext: str,
+    settings: Sequence[str],
+    continue_training: bool,
+    device: str,
+    run_name: str | None,
+    probe: str | int | None = None,
+) -> Job:
+    """The run that these arguments ask for; nothing is written. Raises MFMError for whatever the user can repair.
+
+    ``probe`` names a labelled dataset that the weights are tried on while pretraining.
+    """
+    plans_file = here.plans_file(dataset_name, plans_name)
+    plans = read_plans(plans_file, f"Plan {dataset_name} again.")
+    selection, files = select_cases(here, dataset_name, plans, configuration)
+    task_class = find_task(pretext)
+    with about(plans_file):
+        block = mfm_settings.block_of(plans)
+    resolved = mfm_settings.override(
+        PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
+    )
+    _require_legal(resolved)
+    probing.require_legal(resolved.probe, probe is not None)
+    if run_name and not re.fullmatch(r"[A-Za-z0-9._+-]+", run_name):
+        raise MFMError("E_CONFIG", f"--run-name {run_name}: a name of letters, digits, _ . + and - is needed.")
+    name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
+    folder = inside(here.results, dataset_name, name)
+    _require_free(folder, continue_training)
+    job = Job(plans, selection, files, task_class, resolved, folder, pick_device(device))
+    if probe is None:
+        return job
+    dataset = choose_cases(here, probe, plans, configuration, resolved.probe.max_cases, resolved.seed)
+    parts = (resolved.probe, dataset, plans, configuration, resolved.pretrain.batch_size, resolved.seed)
+    return dataclasses.replace(job, probe=probing.Probe(*parts))
+
+
+def pretrain_here(here: Workspace, **arguments: Any) -> Path:
+    """Pretrain in this process (one of several under torchrun); returns the final checkpoint.
+
+    ``arguments`` are those of :func:`check`.
+    """
+    job = check(here, **arguments)
+    world, used = join_world(job.device), job.device
+    torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
+    try:
+        with out_of_memory_is_an_error(_LESS_MEMORY):
+            if used.type == "cuda":
+                used = torch.device("cuda", world.local_rank) if world.size > 1 or used.index is None else used
+                torch.cuda.set_device(used)  # takes the first memory
+                torch.backends.cudnn.benchmark = True  # all patches have one size
+            return _pretrain(job, used, world, arguments)
+    finally:
+        leave_world(world)
+
+
+def _pretrain(job: Job, device: torch.device, world: World, arguments: dict[str, Any]) -> Path:
+    require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
+    run, task, notes = _prepare(job, arguments["configuration"])
+    workers = default_workers(world.size) if job.resolved.num_workers is None else job.resolved.num_workers
+    run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe, num_workers=workers)
+    pretrainer = Pretrainer(task, run)
+    if job.probe is not None:
+        probing.prepare(job.probe, world)
+    if world.is_main:
+        _announce(run, task, is_new=not arguments["continue_training"])
+        for note in job.selection.notes():
+            logger.warning("%s: %s", arguments["dataset_name"], note)
+        for note in notes:
+            logger.info("%s", note)
+    return pretrainer.run(arguments["continue_training"])
+
+
+def select_cases(
+    here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str
+) -> tuple[Selection, dict[str, Path]]:
+    """Return the cases that the corpus has now and the preprocessed volume of each for a configuration.
+
+    Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan,
+    E_SHORT_DATA when a file is damaged, and as :func:`mfm_nnunet.data.current.select`.
+    """
+    if configuration not in plans["configurations"]:
+        raise MFMError(
+            "E_CONFIG",
+            f"plan {plans['plans_name']} has no configuration '{configuration}'. "
+            f"{nearest(configuration, plans['configurations'])}",
+        )
+    identifier = plans["configurations"][configuration].get("data_identifier")
+    if identifier is None:
+        raise MFMError("E_CONFIG", f"{configuration} is a cascade stage; pretrain 3d_fullres instead.")
+    beside = inside(here.preprocessed, dataset_name)
+    folder = inside(beside, identifier)
+    selection = select(inside(here.raw, dataset_name), beside, stored_cases(folder))
+    if not selection.cases:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
+            f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
+        )
+    # In the order of their files, which crops are drawn in: a run that an earlier version began goes on the same.
+    selection = dataclasses.replace(selection, cases=sorted(selection.cases, key=lambda case: f"{case.name}.b2nd"))
+    require_whole(folder, selection.names)
+    return selection, {name: folder / f"{name}.b2nd" for name in selection.names}
+
+
+def split_subjects(
+    cases: Sequence[corpus.Case], fraction: float, seed: int, volumes_per_item: int = 1
+) -> tuple[set[str], set[str]]:
+    """Names of the training and the validation cases, split by subject; the same for the same corpus and seed.
+
+    More subjects than ``fraction`` are held out where it would be fewer volumes than an item is mixed from, and enough
+    are left to train.
+
+    Raises MFMError (E_CONFIG) for a single subject, unless ``fraction`` is 0: then validation sees training cases.
+    """
+    names = {case.name for case in cases}
+    if fraction == 0:
+        return names, names
+    if not 0 < fraction < 1:
+        raise MFMError("E_CONFIG", f"pretrain.validation_fraction={fraction}: legal values are 0 up to below 1.")
+    subjects = sorted({case.subject for case in cases})
+    if len(subjects) < 2:
+        raise MFMError(
+            "E_CONFIG",
+            "the corpus has a single subject, so none can be held out for the validation loss. Add scans, or use "
+            "--set pretrain.validation_fraction=0 to validate on the training scans.",
+        )
+    count = min(max(1, round(fraction * len(subjects))), len(subjects) - 1)
+    validation = _of_subjects(cases, subjects, count, seed)
+    while len(validation) < volumes_per_item and len(names) - len(validation) > volumes_per_item:
+        count += 1
+        validation = _of_subjects(cases, subjects, count, seed)
+    return names - validation, validation
+
+
+def _of_subjects(cases: Sequence[corpus.Case], subjects: Sequence[str], count: int, seed: int) -> set[str]:
+    """Names of the cases of ``count`` random subjects."""
+    held_out = set(random.Random(seed).sample(subjects, count))
+    return {case.name for case in cases if case.subject in held_out}
+
+
+def _corpus_hash(cases: list[corpus.Case], files: dict[str, Path], num_inputs: int) -> str:
+    """Of the scans as they were preprocessed: a run goes on where only the preprocessed data are."""
+    manifest = Manifest.read(next(iter(files.values())).parent)
+    sizes = {case.name: manifest.source_sizes(case.name, len(case.images) or num_inputs) for case in cases}
+    return corpus.corpus_hash(cases, sizes)
+
+
+def _prepare(job: Job, configuration: str) -> tuple[Run, PretextTask, list[str]]:
+    """The run, its task, and what the user should know about its data."""
+    plans, task_class, resolved = job.plans, job.task_class, job.resolved
+    cases, files = job.selection.cases, job.files
+    patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
+    num_inputs = len(plans["configurations"][configuration]["normalization_schemes"])
+    torch.manual_seed(resolved.seed)
+    num_outputs = task_class.num_outputs(resolved.pretext, num_inputs)
+    with about(f"{plans['plans_name']}.json"):
+        network = build_network(plans, configuration, num_inputs, num_outputs)
+    backbone = make_backbone(network, patch_size, task_class.restoring)
+    config = task_class.resolve(resolved.pretext, backbone.geometry())
+    task = task_class(config, backbone)
+    _require_enough_items(resolved.pretrain, task_class.smallest_batch(config))
+    training, validation = split_subjects(
+        cases, resolved.pretrain.validation_fraction, resolved.seed, task_class.volumes_per_item(config)
+    )
+    streams = make_streams(
+        Corpus(cases, files, training, validation), task_class, config, patch_size, resolved.pretrain, resolved.seed
+    )
+    description = {
+        "format": mfm_settings.FORMAT,
+        "kind": "pretrained",
+        "pretext": task_class.name,
+        "pretext_config": mfm_settings.to_dict(config),
+        "pretrain": mfm_settings.to_dict(resolved.pretrain),
+        "seed": resolved.seed,
+        "plans": shared_plan(plans),
+        "configuration": configuration,
+        "patch_size": list(patch_size),
+        "num_inputs": num_inputs,
+        "num_outputs": num_outputs,
+        "corpus": {
+            "num_cases": len(cases),
+            "num_subjects": len({case.subject for case in cases}),
+            "hash": _corpus_hash(cases, files, num_inputs),
+        },
+        "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
+        "citations": list(task_class.citations),
+        "trained": "network" if task_class.trains_decoder else "encoder",
+    }
+    data = (streams.training, streams.validation)
+    run = Run(resolved.pretrain, *data, Path(), torch.device("cpu"), description, resolved.seed)
+    return run, task, streams.notes
+
+
+def _require_legal(resolved: PretrainRun) -> None:
+    """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
+    mfm_settings.require_in_range(mfm_settings.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
+    mfm_settings.require_legal_schedule(resolved.pretrain, "pretrain.")
+    require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
+
+
+def _require_enough_items(settings: mfm_settings.PretrainSettings, smallest: int) -> None:
+    """Raise MFMError (E_CONFIG) when a step has fewer items to compare than the task needs."""
+    part = settings.batch_size // settings.accumulation
+    if part < smallest:
+        parts = f" in {settings.accumulation} parts of {part}" if settings.accumulation > 1 else ""
+        raise MFMError(
+            "E_CONFIG",
+            f"pretrain.batch_size={settings.batch_size}{parts}: this pretext task compares items with each other and "
+            f"needs at least {smallest}. Take a larger batch"
+            + (" or a smaller pretrain.accumulation." if parts else "."),
+        )
+
+
+def _require_free(folder: Path, continue_training: bool) -> None:
+    if continue_training and not any((folder / f).exists() for f in STATE_FILES):
+        raise MFMError("E_NOT_FOUND", f"{folder}: there is no run to continue. Start it without --c.")
+    if not continue_training and any((folder / f).exists() for f in ("resume.pth", "checkpoint_final.pth")):
+        raise MFMError(
+            "E_EXISTS",
+            f"{folder} holds a pretraining run already. Continue it with --c, or name the new one with --run-name.",
+        )
+
+
+def _announce(run: Run, task: PretextTask, is_new: bool) -> None:
+    """Say what is about to happen; a new run's settings are written into its folder, those of an old one are kept."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run.folder)
+    names = ("pretext", "pretext_config", "pretrain", "seed", "versions")
+    values = {**{name: run.description[name] for name in names}, "num_workers": run.num_workers}
+    if run.probe is not None:
+        values["probe"] = run.probe.description()
+    if is_new:
+        with atomic_write(run.folder / "settings.json") as file:
+            file.write(json.dumps(values, indent=2).encode())
+    millions = sum(parameter.numel() for parameter in task.backbone.network.parameters()) / 1e6
+    logger.info("run folder: %s", run.folder)
+    logger.info("settings: %s", json.dumps({name: values[name] for name in (*names[1:4], "num_workers")}))
+    logger.info(
+        "%s on %d volumes, %d held out; network of %.2f million parameters, patch %s, batch %d, on %s",
+        run.description["pretext"], len(run.training.files), len(run.validation.files), millions,
+        "x".join(map(str, run.description["patch_size"])), run.settings.batch_size, run.device,
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""Recipes: settings of a whole run in a JSON file, for ``--recipe NAME`` (shipped here) or ``--recipe FILE``.
+
+A recipe is ``{"about": text, "command": text, "settings": {"pretrain.epochs": 1000, ...}}``, and may say what it is
+for: ``"pretext"`` (a task) and ``"network"`` (a family). Its settings win over the plan and lose against ``--set``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import read_json
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+KEYS = ("about", "command", "settings", "pretext", "network")
+BELONGS = {"pretrain": "mfm_pretrain", "pretext": "mfm_pretrain", "probe": "mfm_pretrain", "finetune": "mfm_train"}
+"""Which command has the settings of a group; the others are common to both."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it was read; ``pretext`` and ``network`` are None where it does not say what it is made for."""
+
+    file: Path
+    about: str
+    command: str
+    assignments: tuple[str, ...]
+    """The settings as ``name=value``, as ``--set`` takes them."""
+    pretext: str | None = None
+    network: str | None = None
+
+    def require_for(self, command: str, *, pretext: str | None, network: str) -> None:
+        """Raise MFMError (E_CONFIG) when the recipe is made for another command, task or family of networks.
+
+        ``pretext`` is None where no task is trained.
+        """
+        for assignment in self.assignments:
+            name = assignment.partition("=")[0]
+            owner = BELONGS.get(name.partition(".")[0], command)
+            if owner != command:
+                raise MFMError("E_CONFIG", f"{self.file}: {name} is a setting of {owner}, this is {command}.")
+        if pretext and self.pretext not in (None, pretext):
+            raise MFMError(
+                "E_CONFIG", f"{self.file}: this recipe is for --pretext {self.pretext}, not {pretext}. Give that task."
+            )
+        if self.network not in (None, network):
+            raise MFMError(
+                "E_CONFIG",
+                f"{self.file}: this recipe is for {self.network}, the plan's network is {network}. Name a plan of that "
+                "network with -p, or choose another recipe.",
+            )
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(file.stem for file in FOLDER.glob("*.json"))
+
+
+def read_recipe(name: str | Path) -> Recipe:
+    """A shipped recipe by name, or one in a ``.json`` file.
+
+    Raises MFMError: E_CONFIG for an unknown name and for a file that is no recipe, E_NOT_FOUND for a missing file.
+    """
+    file = Path(name)
+    if file.suffix != ".json" and len(file.parts) == 1:
+        if str(name) not in shipped_recipes():
+            raise MFMError(
+                "E_CONFIG",
+                f"--recipe {name}: there is no such recipe. {nearest(str(name), shipped_recipes())} A recipe of your "
+                "own is a .json file.",
+            )
+        file = FOLDER / f"{name}.json"
+    content = read_json(file, "A recipe is a JSON file with about, command and settings.", "E_CONFIG")
+    if problem := _problem(content):
+        raise MFMError("E_CONFIG", f"{file}: {problem}")
+    assignments = tuple(f"{setting}={_as_text(value)}" for setting, value in content["settings"].items())
+    return Recipe(
+        file, content["about"], content["command"], assignments, content.get("pretext"), content.get("network")
+    )
+
+
+def _problem(content: Mapping[str, Any]) -> str:
+    """What is wrong with a recipe; "" if nothing is."""
+    if unknown := [key for key in content if key not in KEYS]:
+        return f"a recipe has no '{unknown[0]}'. {nearest(unknown[0], KEYS)}"
+    if not isinstance(content.get("settings"), dict):
+        return "a recipe needs 'settings', a table of names and values."
+    texts = [key for key in KEYS if key != "settings" and (key in content or key in ("about", "command"))]
+    if wrong := [key for key in texts if not isinstance(content.get(key), str)]:
+        return f"a recipe needs '{wrong[0]}', a text."
+    nested = [name for name, value in content["settings"].items() if isinstance(value, dict)]
+    return f"{nested[0]} is a table; write its settings with dotted names." if nested else ""
+
+
+def _as_text(value: Any) -> str:
+    """A JSON value as it is written after ``--set name=``."""
+    if value is None:
+        return "none"
+    return ",".join(map(_as_text, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,1 @@
+"""What people look at: progress, overlays, the table of a plan."""

@@ -1,0 +1,843 @@
+"""A folder of scans: masks as stock makes them, one bad case costs no other, nothing is overwritten unasked."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.ensembling.ensemble import average_probabilities, merge_files
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError
+from mfm_nnunet.jobs import predict
+from mfm_nnunet.jobs.predict import PredictOptions, PredictReport, predict_folder
+from mfm_nnunet.predict import cases, journal
+from mfm_nnunet.predict.model import Model
+from tests.groups import started
+from tests.predict.tiny_model import dataset_json, save_model, stock_predictor, tiny_plans, voxels_of, write_scan
+
+CPU = PredictOptions(device="cpu", step_size=1.0)
+BOOKKEEPING = {"cases.jsonl", "dataset.json", "plans.json", "predict_from_raw_data_args.json"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plans = tiny_plans(spacing=(1.2, 0.9, 1.1), transpose=(1, 0, 2))
+    return save_model(tmp_path_factory.mktemp("results") / "model", plans, dataset_json(), mirror_axes=(1,))
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    for seed, name in enumerate(("a", "b.1", "c c")):
+        write_scan(folder / f"{name}_0000.nii.gz", seed, spacing=(0.7, 1.1, 1.0))
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def _failed(model: Path, source: Path, out: Path, options: PredictOptions = CPU) -> dict[str, str]:
+    """Code of each failed case."""
+    with pytest.raises(CasesFailedError) as caught:
+        predict_folder(model, source, out, options)
+    return {failure.case: failure.code for failure in caught.value.failures}
+
+
+def _masks(folder: Path, ending: str = ".nii.gz") -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob(f"*{ending}"))}
+
+
+def _journal(out: Path, name: str = "cases.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def _stock(predictor: nnUNetPredictor, files: list[list[Path]], out: Path, ending: str, **options: Any) -> Path:
+    """Predict with nnU-Net, in this process."""
+    out.mkdir()
+    targets = [str(out / case[0].name[: -len(ending) - 5]) for case in files]
+    names = [[str(file) for file in case] for case in files]
+    predictor.predict_from_files_sequential(names, targets, **options)
+    return out
+
+
+def test_masks_are_those_of_stock_with_the_geometry_of_the_scan(
+    model: Path, scans: Path, out: Path, tmp_path: Path
+) -> None:
+    report = predict_folder(model, scans, out, PredictOptions(device="cpu"))
+    assert report == PredictReport(["a", "b.1", "c c"], [], [], out)
+    assert {file.name for file in out.iterdir()} == BOOKKEEPING | {"a.nii.gz", "b.1.nii.gz", "c c.nii.gz"}
+    files = [[file] for file in sorted(scans.iterdir())]
+    stock = _stock(stock_predictor(model), files, tmp_path / "stock", ".nii.gz")
+    different = total = 0
+    for name in report.done:
+        mask, expected = voxels_of(out / f"{name}.nii.gz"), voxels_of(stock / f"{name}.nii.gz")
+        assert mask.dtype == expected.dtype == np.uint8
+        assert set(np.unique(mask)) == {0, 1, 2}
+        different += int((mask != expected).sum())
+        total += mask.size
+        scan = nibabel.load(scans / f"{name}_0000.nii.gz").header
+        header = nibabel.load(out / f"{name}.nii.gz").header
+        for field in ("dim", "pixdim", "srow_x", "srow_y", "srow_z", "qoffset_x", "qform_code", "sform_code"):
+            assert header[field].tobytes() == scan[field].tobytes()
+    print(f"{different} of {total} voxels differ from stock")
+    assert different == 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [("Dataset004_Hippocampus", ""), ("Dataset053_STSMR", "MR"), ("single_pairs", "spleen")],
+)
+def test_masks_of_real_scans_are_those_of_stock(
+    shared_data: Path, tmp_path: Path, dataset: str, name: str, out: Path
+) -> None:
+    files = sorted(file for file in (shared_data / dataset).rglob("*_0000.nii.gz") if name in file.name)[:2]
+    if not files:
+        files = sorted(file for file in (shared_data / dataset).rglob("*.nii.gz") if name in str(file))[:1]
+    if not files:
+        pytest.skip(f"no scan of {dataset} in {shared_data}")
+    source = tmp_path / "scans"
+    source.mkdir()
+    for number, file in enumerate(files):
+        shutil.copy(file, source / f"case{number}_0000.nii.gz")
+    sizes = nibabel.load(files[0]).header.get_zooms()
+    spacing = [2.5 * float(size) for size in reversed(sizes[:3])] if dataset != "Dataset004_Hippocampus" else (1.1,) * 3
+    folder = save_model(tmp_path / "m", tiny_plans(spacing=spacing), dataset_json())
+    predict_folder(folder, source, out, CPU)
+    stock = _stock(
+        stock_predictor(folder, step_size=1.0), [[f] for f in sorted(source.iterdir())], tmp_path / "stock", ".nii.gz"
+    )
+    for name in _masks(stock):
+        mask, expected = voxels_of(out / name), voxels_of(stock / name)
+        shares = [round(float((mask == label).mean()), 2) for label in range(3)]
+        different = int((mask != expected).sum())
+        print(f"{dataset} {name}: {different} of {mask.size} voxels differ from stock; shares of the labels {shares}")
+        assert min(shares) > 0.01
+        assert different == 0
+
+
+def test_one_bad_case_costs_no_other(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    clean = tmp_path / "clean"
+    predict_folder(model, scans, clean, CPU)
+    mixed = Path(shutil.copytree(scans, tmp_path / "mixed"))
+    whole = (scans / "a_0000.nii.gz").read_bytes()
+    bad = {
+        "empty_0000.nii.gz": b"",
+        "cut_0000.nii.gz": whole[: len(whole) // 2],
+        "text_0000.nii.gz": b"not a scan at all",
+        "two_0000.nii.gz": whole,
+        "two_0001.nii.gz": whole,
+        "second_0001.nii.gz": whole,
+        "plain.nii.gz": whole,
+    }
+    for name, content in bad.items():
+        (mixed / name).write_bytes(content)
+    image = nibabel.load(scans / "a_0000.nii.gz")
+    voxels = image.get_fdata().copy()
+    voxels[5, 5, 5] = np.nan
+    nibabel.save(nibabel.Nifti1Image(voxels.astype(np.float32), image.affine), mixed / "nan_0000.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9), np.int16), image.affine), mixed / "zero_0000.nii.gz")
+    four = np.random.default_rng(0).random((9, 9, 9, 3)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(four, image.affine), mixed / "four_0000.nii.gz")
+    os.mkfifo(mixed / "fifo_0000.nii.gz")
+    (mixed / "folder_0000.nii.gz").mkdir()
+    (mixed / "gone_0000.nii.gz").symlink_to(tmp_path / "nowhere")
+    (mixed / "notes.txt").write_text("not a scan")
+    (mixed / "._a_0000.nii.gz").write_text("what a Macintosh leaves")
+
+    failed = _failed(model, mixed, out)
+    assert failed == {
+        "empty": "E_EMPTY",
+        "cut": "E_GZIP_TRUNCATED",
+        "text": "E_FORMAT",
+        "two": "E_CHANNELS",
+        "second": "E_CHANNELS",
+        "plain.nii.gz": "E_CHANNELS",
+        "nan": "E_NONFINITE",
+        "zero": "E_CONSTANT",
+        "four": "E_DIM",
+        "fifo": "E_NOT_REGULAR",
+        "folder": "E_NOT_REGULAR",
+        "gone": "E_NOT_FOUND",
+    }
+    assert _masks(out) == _masks(clean)
+    last = {line["case"]: line for line in _journal(out)}
+    assert {name: line["code"] for name, line in last.items() if line["status"] == "failed"} == failed
+    assert {name for name, line in last.items() if line["status"] == "done"} == {"a", "b.1", "c c"}
+    assert str(mixed) not in (out / "cases.jsonl").read_text()
+
+
+def test_errors_say_how_many_cases_there_were(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    (source / "a_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(CasesFailedError, match="1 of 3 cases failed") as caught:
+        predict_folder(model, source, out, CPU)
+    assert caught.value.num_cases == 3
+
+
+def test_the_journal_tells_where_a_mask_comes_from(model: Path, scans: Path, out: Path) -> None:
+    predict_folder(model, scans, out, CPU)
+    lines = _journal(out)
+    assert {line["status"] for line in lines} == {"started", "publishing", "done"}
+    assert [line["case"] for line in lines if line["status"] == "done"] == ["a", "b.1", "c c"]
+    last = lines[-1]
+    assert last["case"] == "c c"
+    assert list(last["input"]) == ["c c_0000.nii.gz"]
+    assert list(last["output"]) == ["c c.nii.gz"]
+    assert len(last["model"]) == 64
+    assert last["settings"]["step_size"] == 1.0
+    assert last["settings"]["folds"] == [0]
+    assert set(last["versions"]) == {"mfm_nnunet", "nnunetv2", "torch", "device"}
+    assert json.loads((out / "plans.json").read_text()) == json.loads((model / "plans.json").read_text())
+    assert json.loads((out / "dataset.json").read_text()) == json.loads((model / "dataset.json").read_text())
+    for file in out.iterdir():
+        assert str(scans.parent).encode() not in file.read_bytes(), f"{file.name} holds an absolute path"
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(model: Path, scans: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "a.nii.gz").write_bytes(b"drawn by hand")
+    for options in (CPU, replace(CPU, resume=True)):
+        with pytest.raises(MFMError, match="E_EXISTS"):
+            predict_folder(model, scans, out, options)
+        assert [file.read_bytes() for file in out.iterdir()] == [b"drawn by hand"]
+    report = predict_folder(model, scans, out, replace(CPU, overwrite=True))
+    assert report.done == ["a", "b.1", "c c"]
+    assert voxels_of(out / "a.nii.gz").shape == (22, 19, 17)
+
+
+def test_resuming_keeps_what_is_done_and_does_the_rest(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    whole = (source / "b.1_0000.nii.gz").read_bytes()
+    (source / "b.1_0000.nii.gz").write_bytes(b"")
+    assert _failed(model, source, out) == {"b.1": "E_EMPTY"}
+    first = _masks(out)
+    (source / "b.1_0000.nii.gz").write_bytes(whole)
+    resume = replace(CPU, resume=True)
+    report = predict_folder(model, source, out, resume)
+    assert (report.done, report.skipped) == (["b.1"], ["a", "c c"])
+    assert {name: mask for name, mask in _masks(out).items() if name in first} == first
+    (out / "a.nii.gz").unlink()
+    report = predict_folder(model, source, out, resume)
+    assert (report.done, report.skipped) == (["a"], ["b.1", "c c"])
+    assert _masks(out)["a.nii.gz"] == first["a.nii.gz"]
+    write_scan(source / "c c_0000.nii.gz", 77)
+    report = predict_folder(model, source, out, resume)
+    assert (report.done, report.skipped) == (["c c"], ["a", "b.1"])
+    assert _masks(out)["c c.nii.gz"] != first["c c.nii.gz"]
+
+
+def test_masks_of_two_models_are_not_mixed(
+    model: Path, scans: Path, out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    labels = {"background": 0, "b": 1, "a": 2}
+    other = save_model(tmp_path / "m", tiny_plans(spacing=(1.0, 1.0, 1.0)), dataset_json(labels))
+    resume = replace(CPU, resume=True)
+    with pytest.raises(MFMError, match=r"E_EXISTS.*another model.*--overwrite"):
+        predict_folder(other, scans, out, resume)
+    with pytest.raises(MFMError, match=r"E_EXISTS.*mirroring was True, is False"):
+        predict_folder(model, scans, out, replace(resume, save_probabilities=True, mirroring=False))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    source = tmp_path / "scans"
+    source.mkdir()
+    for name in ("a_0000.nii.gz", "b.1_0000.nii.gz"):
+        shutil.copy(scans / name, source)
+    with caplog.at_level("WARNING"):
+        assert predict_folder(other, source, out, replace(CPU, overwrite=True)).done == ["a", "b.1"]
+    assert "1 masks stay that are not of this input (c c.nii.gz)" in caplog.text
+    assert sorted(file.name for file in out.iterdir() if file.suffix in (".npz", ".pkl")) == ["c c.npz", "c c.pkl"]
+    assert json.loads((out / "dataset.json").read_text())["labels"] == labels
+    assert predict_folder(other, source, out, resume).skipped == ["a", "b.1"]
+
+
+def test_a_killed_run_that_replaces_masks_goes_on(
+    model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks of the model before are known and replaced, their probabilities too."""
+    predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
+    other = save_model(tmp_path / "m", tiny_plans(spacing=(1.0, 1.0, 1.0)), dataset_json())
+    publish = predict.publish
+
+    def killed(stage: Path, folder: Path) -> None:
+        if (stage / "b.1.nii.gz").exists():
+            raise KeyboardInterrupt
+        publish(stage, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict_folder(other, scans, out, replace(CPU, overwrite=True))
+    report = predict_folder(other, scans, out, replace(CPU, resume=True))
+    assert (sorted(report.done), report.skipped) == (["b.1", "c c"], ["a"])
+    assert not [*out.glob("*.npz"), *out.glob("*.pkl")]
+    clean = tmp_path / "clean"
+    predict_folder(other, scans, clean, CPU)
+    assert _masks(out) == _masks(clean)
+
+
+def test_masks_that_were_edited_are_not_replaced(model: Path, scans: Path, out: Path) -> None:
+    predict_folder(model, scans, out, CPU)
+    before = _masks(out)
+    edited = gzip.compress(gzip.decompress(before["a.nii.gz"])[:-1] + b"\1")
+    (out / "a.nii.gz").write_bytes(edited)
+    (out / "c c.nii.gz").unlink()
+    assert _failed(model, scans, out, replace(CPU, resume=True)) == {"a": "E_CHANGED"}
+    assert (out / "a.nii.gz").read_bytes() == edited
+    assert _masks(out)["c c.nii.gz"] == before["c c.nii.gz"]
+    assert predict_folder(model, scans, out, replace(CPU, overwrite=True)).done == ["a", "b.1", "c c"]
+    assert _masks(out) == before
+
+
+@pytest.mark.parametrize("moment", ["before renaming", "after renaming", "within a line"])
+def test_a_killed_run_goes_on_with_the_same_result(
+    model: Path, scans: Path, out: Path, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = tmp_path / "clean"
+    predict_folder(model, scans, clean, CPU)
+    publish, published = predict.publish, []
+
+    def killed(stage: Path, folder: Path) -> None:
+        published.append(stage)
+        if len(published) == 2:
+            if moment != "before renaming":
+                publish(stage, folder)
+            shutil.copytree(stage, folder / (stage.name + "x"))  # SIGKILL leaves the staging folder
+            raise KeyboardInterrupt
+        publish(stage, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict_folder(model, scans, out, CPU)
+    assert _masks(out).keys() == ({"a.nii.gz"} if moment == "before renaming" else {"a.nii.gz", "b.1.nii.gz"})
+    if moment == "within a line":
+        with open(out / "cases.jsonl", "ab") as file:
+            file.write(b'{"case": "c c", "sta')
+    report = predict_folder(model, scans, out, replace(CPU, resume=True))
+    assert report.skipped == (["a"] if moment == "before renaming" else ["a", "b.1"])
+    assert _masks(out) == _masks(clean)
+    assert {file.name for file in out.iterdir()} == BOOKKEEPING | set(_masks(clean))
+    assert {line["case"] for line in map(json.loads, (out / "cases.jsonl").read_text().splitlines()[-2:])} == {"c c"}
+
+
+KILLED = """
+import os, pickle, signal, sys
+from mfm_nnunet.jobs import predict
+
+arguments, killer = pickle.loads(sys.stdin.buffer.read())
+prepare = predict.prepare_case
+
+def prepare_or_die(model, case, options):
+    if case.name == killer:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return prepare(model, case, options)
+
+predict.prepare_case = prepare_or_die
+predict.predict_folder(*arguments)
+"""
+
+
+def test_a_case_that_kills_the_process_costs_no_other(model: Path, scans: Path, out: Path) -> None:
+    resume = replace(CPU, resume=True)
+    for run, masks in ((0, set()), (1, {"a.nii.gz", "c c.nii.gz"})):
+        content = pickle.dumps(((model, scans, out, resume), "b.1"))
+        process = subprocess.run([sys.executable, "-c", KILLED], input=content, timeout=120, check=False)
+        assert process.returncode == -signal.SIGKILL
+        assert _masks(out).keys() >= masks, f"run {run}"
+    with pytest.raises(CasesFailedError, match="died 2 times") as caught:
+        predict_folder(model, scans, out, resume)
+    assert [(failure.case, failure.code) for failure in caught.value.failures] == [("b.1", "E_PROCESS_DIED")]
+    assert predict_folder(model, scans, out, resume).done == ["b.1"]
+
+
+STOPPED = """
+import argparse, pickle, sys, threading
+from pathlib import Path
+from mfm_nnunet.cli.run import run_command
+from mfm_nnunet.jobs import predict
+
+model, scans, out, options, ready = pickle.loads(Path(sys.argv[1]).read_bytes())
+
+def hang(*arguments):
+    ready.touch()
+    threading.Event().wait(600)
+
+predict.prepare_case = hang
+job = lambda arguments: predict.predict_folder(model, scans, out, options)
+sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[1] + ".w", debug=False)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_does_not_wait_for_a_reader(
+    number: signal.Signals, model: Path, scans: Path, out: Path, tmp_path: Path
+) -> None:
+    """A damaged file may keep a reader busy for ever; a run that was stopped suspects no case."""
+    script, arguments, ready = tmp_path / "predict.py", tmp_path / "arguments", tmp_path / "ready"
+    script.write_text(STOPPED)
+    arguments.write_bytes(pickle.dumps((model, scans, out, CPU, ready)))
+    process = started(script, arguments)
+    until = time.monotonic() + 120
+    while not ready.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert errors.splitlines()[-1] == f"stopped by {number.name}."
+    assert [line["status"] for line in _journal(out)] == ["started", "started", "stopped", "stopped"]
+    assert not list(out.glob(".partial_*"))
+
+
+def test_a_run_that_was_stopped_suspects_no_case(
+    model: Path, scans: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Model, *arguments: Any, **options: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "predict_logits", stop)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                predict_folder(model, scans, out, replace(CPU, resume=True))
+    assert {line["case"] for line in _journal(out) if line["status"] == "stopped"} == {"a", "b.1"}
+    assert predict_folder(model, scans, out, replace(CPU, resume=True)).done == ["a", "b.1", "c c"]
+
+
+def test_interruptions_are_not_taken_for_bad_cases(
+    model: Path, scans: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, error in enumerate((KeyboardInterrupt(), StoppedError(143, "stopped"))):
+
+        def stop(self: Model, *arguments: Any, error: BaseException = error, **options: Any) -> torch.Tensor:
+            raise error
+
+        monkeypatch.setattr(Model, "predict_logits", stop)
+        with pytest.raises(type(error)):
+            predict_folder(model, scans, out.with_name(f"out{number}"), CPU)
+
+
+def test_errors_inside_are_told_apart(model: Path, scans: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, errors = Model.predict_logits, [torch.OutOfMemoryError("CUDA"), RuntimeError("device-side assert"), None]
+    calls: list[int] = []
+
+    def sometimes(self: Model, *arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        error = errors[len(calls) - 1]
+        if error is not None:
+            raise error
+        return predict(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "predict_logits", sometimes)
+        assert _failed(model, scans, out) == {"a": "E_OOM", "b.1": "E_INTERNAL"}
+    assert len(calls) == 3  # nothing was tried twice
+    assert "device-side assert" in (out / "errors" / "b.1.txt").read_text()
+    assert predict_folder(model, scans, out, replace(CPU, resume=True)).done == ["a", "b.1"]
+    assert not (out / "errors" / "b.1.txt").exists()
+
+
+def test_what_cannot_be_read_or_written_costs_its_own_case(
+    model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    shutil.copy(source / "a_0000.nii.gz", source / ("d" * 243 + "_0000.nii.gz"))
+    shutil.copy(source / "a_0000.nii.gz", source / ("e" * 246 + ".nii.gz"))  # a mask's ending makes it too long
+    assert _failed(model, source, out) == {"e" * 246 + ".nii.gz": "E_CHANNELS"}
+    for file in source.glob("[de]*"):
+        file.unlink()
+    original = cases.sha256
+
+    def unreadable(file: Path) -> str:
+        if file.name.startswith("b"):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cases, "sha256", unreadable)
+        (out / "a.nii.gz").unlink()
+        assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
+    assert (out / "a.nii.gz").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "sha256", unreadable)
+        assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
+
+    def breaks(loaded: Model, case: Any, options: PredictOptions) -> Any:
+        raise KeyError(case.name)
+
+    (out / "errors").write_text("a file where the folder of reports should be")
+    assert predict_folder(model, scans, out, replace(CPU, overwrite=True)).done == ["a", "b.1", "c c"]
+    monkeypatch.setattr(predict, "prepare_case", breaks)
+    with pytest.raises(CasesFailedError) as caught:
+        predict_folder(model, source, out, replace(CPU, overwrite=True))
+    assert [failure.code for failure in caught.value.failures] == ["E_INTERNAL"] * 3
+    assert all("Traceback" in failure.details for failure in caught.value.failures)
+
+
+def test_errors_of_the_reading_thread_belong_to_their_case(
+    model: Path, scans: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = predict.prepare_case
+
+    def fails(loaded: Model, case: Any, options: PredictOptions) -> Any:
+        if case.name == "b.1":
+            raise MemoryError
+        return prepare(loaded, case, options)
+
+    monkeypatch.setattr(predict, "prepare_case", fails)
+    assert _failed(model, scans, out) == {"b.1": "E_OOM"}
+    assert _masks(out).keys() == {"a.nii.gz", "c c.nii.gz"}
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_full_disk_stops_everything_and_leaves_no_half_mask(
+    model: Path, scans: Path, out: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = getattr(os, where), []
+
+    def full_at_last(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*arguments)
+
+    def until_it_is_full() -> None:
+        for _ in range(4):  # replace is called less often than fsync
+            predict_folder(model, scans, out, replace(CPU, overwrite=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, full_at_last)
+        with pytest.raises(MFMError, match="E_DISK_FULL"):
+            until_it_is_full()
+    assert not list(out.glob(".partial_*"))
+    assert all(nibabel.load(out / name).get_fdata().size for name in _masks(out))
+    report = predict_folder(model, scans, out, replace(CPU, resume=True))
+    assert sorted(report.done + report.skipped) == ["a", "b.1", "c c"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    read = cases.read_image
+
+    def changed_meanwhile(files: Sequence[Path], reader: str) -> Any:
+        result = read(files, reader)
+        if files[0].name.startswith("b"):
+            write_scan(files[0], 5, (20, 20, 20))
+        return result
+
+    monkeypatch.setattr(cases, "read_image", changed_meanwhile)
+    assert _failed(model, source, out) == {"b.1": "E_CHANGED"}
+
+
+@pytest.mark.parametrize("change", ["grown", "unlinked", "none"])
+def test_a_file_that_cannot_be_read_because_it_changes(
+    change: str, model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half-written file looks damaged; that it changed is what the user needs to know."""
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    read = cases.read_image
+
+    def damaged_meanwhile(files: Sequence[Path], reader: str) -> Any:
+        if not files[0].name.startswith("b"):
+            return read(files, reader)
+        if change == "grown":
+            files[0].write_bytes(files[0].read_bytes() + b"x")
+        elif change == "unlinked":
+            files[0].unlink()
+        raise MFMError("E_FORMAT", "damaged")
+
+    monkeypatch.setattr(cases, "read_image", damaged_meanwhile)
+    assert _failed(model, source, out) == {"b.1": "E_CHANGED" if change == "grown" else "E_FORMAT"}
+
+
+def test_a_scan_that_is_replaced_after_it_was_read_does_not_lend_its_geometry(
+    model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(scans, tmp_path / "scans"))
+    file = source / "a_0000.nii.gz"
+    before = nibabel.load(file).affine
+    predict = Model.predict_logits
+
+    def replaced_meanwhile(self: Model, *arguments: Any, **options: Any) -> torch.Tensor:
+        voxels = np.asarray(nibabel.load(file).dataobj)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([3.0, 3.0, 3.0, 1.0])), file)
+        return predict(self, *arguments, **options)
+
+    monkeypatch.setattr(Model, "predict_logits", replaced_meanwhile)
+    predict_folder(model, source, out, CPU)
+    assert np.array_equal(nibabel.load(out / "a.nii.gz").affine, before)
+
+
+def test_a_second_run_on_the_same_folder_waits_its_turn(model: Path, scans: Path, out: Path) -> None:
+    lines: list[str] = []
+
+    def second(line: str) -> None:
+        lines.append(line)
+        with pytest.raises(MFMError, match="another run"):
+            predict_folder(model, scans, out, replace(CPU, resume=True))
+
+    assert predict_folder(model, scans, out, replace(CPU, progress=second)).done == ["a", "b.1", "c c"]
+    assert [line.split(":")[0] for line in lines] == ["1 of 3  a", "2 of 3  b.1", "3 of 3  c c"]
+
+
+def test_parts_share_a_folder(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    clean = tmp_path / "clean"
+    predict_folder(model, scans, clean, CPU)
+    for part, names in ((1, ["b.1"]), (0, ["a", "c c"])):
+        options = replace(CPU, num_parts=2, part_id=part)
+        assert predict_folder(model, scans, out, options).done == names
+        with pytest.raises(MFMError, match="E_EXISTS"):
+            predict_folder(model, scans, out, options)
+        assert predict_folder(model, scans, out, replace(options, resume=True)).skipped == names
+    assert _masks(out) == _masks(clean)
+    assert [line["status"] for line in _journal(out, "cases_1of2.jsonl")] == ["started", "publishing", "done"]
+    assert predict_folder(model, scans, out, replace(CPU, resume=True)).skipped == ["a", "b.1", "c c"]
+    shared = tmp_path / "shared"
+    predict_folder(model, scans, shared, replace(CPU, num_parts=2))
+    (shared / "notes.txt").write_text("mine")
+    with pytest.raises(MFMError, match=r"E_EXISTS.*notes\.txt"):
+        predict_folder(model, scans, shared, replace(CPU, num_parts=2, part_id=1))
+
+
+def test_names_without_a_channel_number(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    source = tmp_path / "plain"
+    source.mkdir()
+    shutil.copy(scans / "a_0000.nii.gz", source / "a.nii.gz")
+    assert predict_folder(model, source, out, CPU).done == ["a"]
+    two = save_model(tmp_path / "m", tiny_plans(channels=2), dataset_json(channels=("T1", "T2")))
+    with pytest.raises(MFMError, match=r"E_CHANNELS.*_0000\.nii\.gz \.\.\. <case>_0001\.nii\.gz"):
+        predict_folder(two, source, tmp_path / "out2", CPU)
+    (source / "b_0000.nii.gz").write_bytes((scans / "a_0000.nii.gz").read_bytes())
+    assert _failed(model, source, tmp_path / "out3") == {"a.nii.gz": "E_CHANNELS"}
+    assert not (tmp_path / "out2").exists()
+
+
+def test_images_of_another_ending_are_not_left_out_silently(
+    model: Path, scans: Path, out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "scans"
+    source.mkdir()
+    for name in ("a_0000.nii.gz", "b_0000.NII.GZ", "c_0000.nii", "d_0000.nrrd", "notes.txt"):
+        shutil.copy(scans / "a_0000.nii.gz", source / name)
+    with caplog.at_level("WARNING"), pytest.raises(CasesFailedError) as caught:
+        predict_folder(model, source, out, CPU)
+    assert {failure.case: failure.code for failure in caught.value.failures} == {
+        "b_0000.NII.GZ": "E_FORMAT",
+        "c_0000.nii": "E_FORMAT",
+    }
+    assert "Rename it to b_0000.nii.gz" in str(caught.value)
+    assert "Convert it to c_0000.nii.gz" in str(caught.value)
+    assert "1 images are left out" in caplog.text
+    assert "d_0000.nrrd" in caplog.text
+    assert _masks(out).keys() == {"a.nii.gz"}
+
+
+def test_names_that_some_file_systems_take_for_one(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    source = tmp_path / "scans"
+    source.mkdir()
+    names = ["Patient", "patient", *(unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))]
+    for name in (*names, "other"):
+        shutil.copy(scans / "a_0000.nii.gz", source / f"{name}_0000.nii.gz")
+    if len(list(source.iterdir())) < 5:
+        pytest.skip("this file system is one of them")
+    assert _failed(model, source, out) == dict.fromkeys(names, "E_CONFIG")
+    assert _masks(out).keys() == {"other.nii.gz"}
+
+
+def test_several_channels(scans: Path, out: Path, tmp_path: Path) -> None:
+    plans = tiny_plans(channels=2, reader="NibabelIO")
+    folder = save_model(tmp_path / "m", plans, dataset_json(channels=("T1", "T2")))
+    source = tmp_path / "scans"
+    source.mkdir()
+    for channel in (0, 1):
+        write_scan(source / f"both_000{channel}.nii.gz", channel)
+        write_scan(source / f"apart_000{channel}.nii.gz", channel, (20, 18, 16 + channel))
+    write_scan(source / "half_0000.nii.gz")
+    assert _failed(folder, source, out) == {"apart": "E_CHANNELS", "half": "E_CHANNELS"}
+    files = [[source / "both_0000.nii.gz", source / "both_0001.nii.gz"]]
+    stock = _stock(stock_predictor(folder, step_size=1.0), files, tmp_path / "stock", ".nii.gz")
+    assert np.array_equal(voxels_of(out / "both.nii.gz"), voxels_of(stock / "both.nii.gz"))
+    assert list(_journal(out)[-1]["input"]) == ["both_0000.nii.gz", "both_0001.nii.gz"] or _journal(out)[-1]["code"]
+
+
+def test_a_channel_of_one_value_is_noted_with_the_mask(
+    out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_model(tmp_path / "m", tiny_plans(channels=2), dataset_json(channels=("T1", "T2")))
+    source = tmp_path / "scans"
+    source.mkdir()
+    for name in ("a", "b"):
+        write_scan(source / f"{name}_0000.nii.gz")
+        image = nibabel.load(write_scan(source / f"{name}_0001.nii.gz", 1))
+    nibabel.save(nibabel.Nifti1Image(np.zeros(image.shape, np.int16), image.affine), source / "b_0001.nii.gz")
+    for options, done in ((CPU, ["a", "b"]), (replace(CPU, resume=True), [])):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            report = predict_folder(folder, source, out, options)
+        assert (report.done, report.warnings) == (done, ["b: channel 1 is 0 everywhere"])
+        assert "b: channel 1 is 0 everywhere" in caplog.messages[-1]
+    assert [line["warnings"] for line in _journal(out) if line["status"] == "done"] == [
+        [],
+        ["channel 1 is 0 everywhere"],
+    ]
+
+
+def test_voxels_beside_their_header_are_part_of_the_scan(out: Path, tmp_path: Path) -> None:
+    plans = tiny_plans(reader="SimpleITKIO")
+    folder = save_model(tmp_path / "m", plans, dataset_json(file_ending=".mhd"))
+    source = tmp_path / "scans"
+    source.mkdir()
+    write_scan(source / "a_0000.mhd")
+    assert predict_folder(folder, source, out, CPU).done == ["a"]
+    assert list(_journal(out)[-1]["input"]) == ["a_0000.mhd", "a_0000.raw"]
+    resume = replace(CPU, resume=True)
+    assert predict_folder(folder, source, out, resume).skipped == ["a"]
+    before = (source / "a_0000.mhd").read_bytes()
+    write_scan(source / "a_0000.mhd", seed=5)
+    assert (source / "a_0000.mhd").read_bytes() == before
+    assert predict_folder(folder, source, out, resume).done == ["a"]
+
+
+def test_other_volumes_and_pictures(out: Path, tmp_path: Path) -> None:
+    for ending, reader, dimensions in ((".nrrd", "SimpleITKIO", 3), (".png", "NaturalImage2DIO", 2)):
+        channels = ("R", "G", "B") if ending == ".png" else ("CT",)
+        folder = save_model(
+            tmp_path / f"m{ending}",
+            tiny_plans(dimensions, reader=reader, channels=len(channels)),
+            dataset_json(channels=channels, file_ending=ending),
+        )
+        source = tmp_path / f"scans{ending}"
+        source.mkdir()
+        if ending == ".png":
+            colours = np.random.default_rng(0).integers(0, 255, (30, 25, 3)).astype(np.uint8)
+            sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), str(source / "case_0000.png"))
+        else:
+            write_scan(source / "case_0000.nrrd")
+        assert predict_folder(folder, source, out / ending, CPU).done == ["case"]
+        predictor = stock_predictor(folder, step_size=1.0)
+        stock = _stock(predictor, [[source / f"case_0000{ending}"]], tmp_path / f"stock{ending}", ending)
+        mask, expected = (place / f"case{ending}" for place in (out / ending, stock))
+        assert np.array_equal(voxels_of(mask), voxels_of(expected))
+        assert len(np.unique(voxels_of(mask))) > 1
+
+
+def test_a_cascade_takes_the_masks_of_the_previous_stage(scans: Path, out: Path, tmp_path: Path) -> None:
+    plans = tiny_plans()
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    folder = save_model(tmp_path / "m", plans, dataset_json())
+    with pytest.raises(MFMError, match=r"E_CONFIG.*3d_lowres"):
+        predict_folder(folder, scans, out, CPU)
+    previous = tmp_path / "lowres"
+    previous.mkdir()
+    for scan in sorted(scans.iterdir())[:2]:
+        image = nibabel.load(scan)
+        labels = (np.asarray(image.dataobj) > 100).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(labels, image.affine), previous / scan.name.replace("_0000", ""))
+    options = replace(CPU, previous_stage=previous)
+    assert _failed(folder, scans, out, options) == {"c c": "E_NOT_FOUND"}
+    stock = _stock(
+        stock_predictor(folder, step_size=1.0), [[file] for file in sorted(scans.iterdir())[:2]], tmp_path / "stock",
+        ".nii.gz", folder_with_segs_from_prev_stage=str(previous),
+    )  # fmt: skip
+    for name in _masks(stock):
+        assert np.array_equal(voxels_of(out / name), voxels_of(stock / name))
+    with pytest.raises(MFMError, match="E_CONFIG"):
+        predict_folder(save_model(tmp_path / "n", tiny_plans(), dataset_json()), scans, tmp_path / "o", options)
+
+
+def test_masks_of_a_previous_stage_that_are_of_another_scan(scans: Path, out: Path, tmp_path: Path) -> None:
+    plans = tiny_plans()
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    folder = save_model(tmp_path / "m", plans, dataset_json())
+    previous = tmp_path / "lowres"
+    previous.mkdir()
+    for name, shift, label in (("a", 0, 2), ("b.1", 30, 2), ("c c", 0, 3)):
+        image = nibabel.load(scans / f"{name}_0000.nii.gz")
+        affine = image.affine.copy()
+        affine[2, 3] += shift
+        labels = label * (np.asarray(image.dataobj) > 100).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(labels, affine), previous / f"{name}.nii.gz")
+    options = replace(CPU, previous_stage=previous)
+    assert _failed(folder, scans, out, options) == {"b.1": "E_LABEL_GEOMETRY", "c c": "E_LABEL_VALUE"}
+    assert _masks(out).keys() == {"a.nii.gz"}
+    with pytest.raises(MFMError, match=r"E_CONFIG.*previous stage"):
+        predict_folder(folder, scans, previous, replace(options, overwrite=True))
+
+
+def test_probabilities_can_be_ensembled_by_stock(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
+    files = [[scans / "a_0000.nii.gz"]]
+    stock = _stock(stock_predictor(model, step_size=1.0), files, tmp_path / "stock", ".nii.gz", save_probabilities=True)
+    ours, theirs = (np.load(place / "a.npz")["probabilities"] for place in (out, stock))
+    assert ours.dtype == theirs.dtype
+    # The images differ in the seventh digit, so that a logit may round to the next number of half precision.
+    print("largest difference of a probability", np.abs(ours - theirs).max())
+    assert np.allclose(ours, theirs, atol=5e-3)
+    assert np.array_equal(voxels_of(out / "a.nii.gz"), voxels_of(stock / "a.nii.gz"))
+    manager = PlansManager(json.loads((out / "plans.json").read_text()))
+    pair = [str(out / "a.npz"), str(stock / "a.npz")]
+    assert np.allclose(average_probabilities(pair), ours, atol=5e-3)
+    labels = manager.get_label_manager(json.loads((out / "dataset.json").read_text()))
+    merge_files(pair, str(tmp_path / "merged"), ".nii.gz", manager.image_reader_writer_class(), labels)
+    assert np.array_equal(voxels_of(tmp_path / "merged.nii.gz"), voxels_of(out / "a.nii.gz"))
+    report = predict_folder(model, scans, out, replace(CPU, save_probabilities=True, resume=True))
+    assert report.skipped == ["a", "b.1", "c c"]
+    (out / "a.npz").unlink()
+    report = predict_folder(model, scans, out, replace(CPU, save_probabilities=True, resume=True))
+    assert report.done == ["a"]
+
+
+def test_unusable_folders_and_options_are_refused_before_anything_is_written(
+    model: Path, scans: Path, out: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "scan.NII").write_bytes(b"x")
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    wrong: list[tuple[Path, Path, PredictOptions, str]] = [
+        (tmp_path / "nowhere", out, CPU, r"E_NOT_FOUND.*nowhere"),
+        (empty, out, CPU, r"E_NOT_FOUND.*_0000\.nii\.gz"),
+        (other, out, CPU, r"E_NOT_FOUND.*scan\.NII"),
+        (scans, scans, CPU, "E_CONFIG"),
+        (scans, scans / "masks", CPU, "E_CONFIG"),
+        (scans, model, replace(CPU, overwrite=True), "E_CONFIG"),
+        (scans, file, CPU, "E_EXISTS"),
+        (scans, out, replace(CPU, step_size=0.0), "E_CONFIG"),
+        (scans, out, replace(CPU, num_parts=2, part_id=2), "E_CONFIG"),
+        (scans, out, replace(CPU, overwrite=True, resume=True), "E_CONFIG"),
+        (scans, out, replace(CPU, device="gpu"), "E_CONFIG"),
+        (scans, out, replace(CPU, folds=(3,)), "E_NOT_FOUND"),
+    ]
+    for source, target, options, message in wrong:
+        with pytest.raises(MFMError, match=message):
+            predict_folder(model, source, target, options)
+    assert not out.exists()
+    assert not (scans / "masks").exists()

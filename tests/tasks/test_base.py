@@ -1,0 +1,85 @@
+"""Finding pretext tasks by name: the built-in ones, and private ones that need no fork."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.tasks import registry
+from mfm_nnunet.tasks.base import PretextTask, find_task, list_tasks
+
+PRIVATE = """
+from mfm_nnunet.tasks.base import PretextTask
+from mfm_nnunet.tasks.mae import MAE, MAEConfig
+
+class First(PretextTask):
+    name = "first"
+    Config = MAEConfig
+    num_outputs = classmethod(lambda cls, config, num_inputs: 1)
+    transform = classmethod(lambda cls, config, patch_size: None)
+    def forward(self, batch):
+        return None
+"""
+
+
+def test_the_file_name_is_the_registry() -> None:
+    tasks = list_tasks()
+    assert {"mae", "volume_fusion"} <= {task.name for task in tasks}
+    for task in tasks:
+        found = find_task(task.name)
+        assert issubclass(found, PretextTask)
+        assert found.name == task.name
+        assert task.summary
+        assert found.citations[0]["apa_citations"]
+
+
+def test_listing_imports_no_torch() -> None:
+    code = "import sys; from mfm_nnunet.tasks import registry; registry.list_tasks(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(MFMError, match="Did you mean 'volume_fusion'") as caught:
+        find_task("volume_fusoin")
+    assert caught.value.code == "E_CONFIG"
+    for helper in ("base", "masks", "registry", "losses"):
+        with pytest.raises(MFMError, match="E_CONFIG"):
+            find_task(helper)
+
+
+def test_a_private_task_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "private_tasks_of_mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text(PRIVATE)
+    (package / "two.py").write_text(PRIVATE + PRIVATE.replace("First", "Second"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_task("private_tasks_of_mine.one").__name__ == "First"
+    assert find_task("private_tasks_of_mine.one.First") is find_task("private_tasks_of_mine.one")
+    assert find_task("private_tasks_of_mine.two.Second").__name__ == "Second"
+    for bad in (
+        "private_tasks_of_mine.two",
+        "private_tasks_of_mine.one.Third",
+        "private_tasks_of_mine.three",
+        "no.such",
+    ):
+        with pytest.raises(MFMError, match="E_CONFIG"):
+            find_task(bad)
+
+
+def test_a_task_refuses_a_network_that_it_cannot_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.models.tiny_plans import tiny_backbone
+
+    task: Any = find_task("mae")
+    monkeypatch.setattr(task, "backbones", ("resenc",))
+    with pytest.raises(MFMError, match="works on resenc, the plan's network is primus"):
+        task(task.Config(), tiny_backbone("primus", (16, 16, 16)))
+
+
+def test_summaries_are_one_line() -> None:
+    assert all("\n" not in task.summary and len(task.summary) < 120 for task in registry.list_tasks())

@@ -1,0 +1,268 @@
+"""One suite over every registered pretext task, both families of networks, channels, shapes and axes.
+
+A new task is tested here before its author writes a test: it only needs its file in ``mfm_nnunet/pretext``. Settings
+that change what a task does are listed in VARIANTS.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mfm_nnunet import settings as mfm_settings
+from mfm_nnunet.models.backbone import make_backbone
+from mfm_nnunet.models.networks import encoder_names, head_names
+from mfm_nnunet.models.transfer import transfer_weights
+from mfm_nnunet.tasks.base import CropRequest, ItemTransform, PretextTask, find_task, list_tasks
+from tests.models.tiny_plans import tiny_network
+
+VARIANTS: dict[str, list[str]] = {
+    "mae": ["mask_ratio=0.75", "mask_ratio=0.5"],
+    "models_genesis": ["", "inpainting_share=1"],
+    "simclr": ["projector_width=32"],
+    "simmim": ["loss=mse", "loss=l1", "mask_ratio=0.4,0.9"],
+    "spark3d": ["mask_ratio=0.75", "mask_ratio=0.6,0.9"],
+    "swin_unetr": ["heads=pooled", "heads=token", "mix=false"],
+    "voco": ["projector_width=8"],
+    "volume_fusion": ["variant=grid", "variant=boxes", "variant=two_image"],
+}
+MOST_STEPS = {"voco": 150}
+"""Optimiser steps after which the loss must have fallen, 8 if not named. Untrained U-Nets embed all crops nearly alike,
+where VoCo's loss is flat."""
+PATCHES = [(16, 16, 16), (8, 24, 16), (24, 24), (16, 32)]
+BATCH = 2
+
+
+class Case(NamedTuple):
+    """One combination of the suite."""
+
+    task: type[PretextTask]
+    setting: str
+    family: str
+    channels: int
+    patch: tuple[int, ...]
+
+
+def cases() -> list[Any]:
+    found = []
+    for info in list_tasks():
+        task = find_task(info.name)
+        for setting in VARIANTS.get(info.name, [""]):
+            for family in task.backbones:
+                for channels in (1, 2):
+                    for patch in PATCHES:
+                        name = f"{info.name}-{setting}-{family}-{channels}c-{'x'.join(map(str, patch))}"
+                        found.append(pytest.param(Case(task, setting, family, channels, patch), id=name))
+    return found
+
+
+def make_task(case: Case) -> PretextTask:
+    config = mfm_settings.override(case.task.Config(), [case.setting] if case.setting else [])
+    num_outputs = case.task.num_outputs(config, case.channels)
+    network = tiny_network(case.family, case.patch, case.channels, num_outputs)
+    backbone = make_backbone(network, case.patch, case.task.restoring)
+    return case.task(case.task.resolve(config, backbone.geometry()), backbone)
+
+
+def read(request: CropRequest, channels: int, rng: np.random.Generator, smallest: int = 1) -> np.ndarray:
+    """A crop as the stream would give it: of smooth "tissue", small images padded or cut."""
+    size = request.size if request.pad else tuple(min(side, max(20, smallest)) for side in request.size)
+    axes = np.meshgrid(*(np.linspace(0, 3, n) for n in size), indexing="ij")
+    waves = [np.sin(sum(rng.uniform(1, 3) * axis for axis in axes) + rng.uniform(0, 6)) for _ in range(channels)]
+    return np.stack(waves).astype(np.float32)
+
+
+def make_batch(task: PretextTask, patch: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
+    transform = task.transform(task.config, patch)
+    items = []
+    for index in range(BATCH):
+        rng = np.random.default_rng([seed, index])
+        requests = transform.requests(rng)
+        assert {request.volume for request in requests} == set(range(task.volumes_per_item(task.config)))
+        assert all(len(request.size) == len(patch) for request in requests)
+        smallest = max(task.smallest_volume(task.config) or (1,))
+        items.append(transform([read(request, task.backbone.num_inputs, rng, smallest) for request in requests], rng))
+    return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
+
+
+def require_image(image: Tensor, task: PretextTask, case: Case) -> None:
+    """A patch per item, or views that ``backbone.features`` can see."""
+    assert image.dtype == torch.float32
+    if image.dim() == 2 + len(case.patch):
+        assert image.shape == (BATCH, case.channels, *case.patch)
+    else:
+        batch, _, channels, *crop = image.shape
+        assert (batch, channels) == (BATCH, case.channels)
+        assert all(
+            side % cell == 0 and side <= size for side, cell, size in zip(crop, task.backbone.crop_cell(), case.patch)
+        )
+
+
+def require_frozen(task: PretextTask) -> None:
+    """Nothing but what cannot be used is left untrained: single output layers, or the whole decoder."""
+    frozen = {name for name, weight in task.named_parameters() if not weight.requires_grad}
+    if task.trains_decoder:
+        count = sum(weight.numel() for name, weight in task.named_parameters() if name in frozen)
+        assert count < 0.05 * sum(weight.numel() for weight in task.parameters())
+    else:
+        network = task.backbone.network
+        decoder = {name for name, _ in network.named_parameters()} - encoder_names(network)
+        assert frozen == {f"backbone.network.{name}" for name in decoder}
+
+
+def drop_path_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=cases())
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def test_conforms(case: Case) -> None:
+    task = make_task(case).train()
+    batch = make_batch(task, case.patch)
+    assert task.smallest_batch(task.config) <= BATCH
+    require_image(batch["image"], task, case)
+    kept = {key: value.clone() for key, value in batch.items()}
+    weights = {name: weight.clone() for name, weight in task.backbone.network.state_dict().items()}
+
+    drop_path_seed()
+    output = task(batch)
+    assert output.loss.shape == ()
+    assert output.loss.dtype == torch.float32
+    assert math.isfinite(output.loss.item())
+    assert output.pictures is None
+    assert all(value.shape == () and not value.requires_grad for value in output.metrics.values())
+    assert all(torch.equal(batch[key], kept[key]) for key in kept), "the task changed its batch"
+
+    drop_path_seed()
+    assert torch.equal(task(batch).loss, output.loss), "the loss is not a function of batch and weights"
+
+    output.loss.backward()
+    for name, weight in task.named_parameters():
+        if weight.requires_grad:
+            assert weight.grad is not None, f"{name} gets no gradient"
+            assert torch.isfinite(weight.grad).all(), name
+    require_frozen(task)
+
+    before = output.loss.item()
+    optimizer = torch.optim.AdamW([w for w in task.parameters() if w.requires_grad], lr=2e-3)
+    most = MOST_STEPS.get(task.name, 8)
+    for step in range(most):
+        optimizer.zero_grad()
+        loss = task(batch).loss
+        if step >= 8 and loss.item() < 0.98 * before:
+            break
+        loss.backward()
+        optimizer.step()
+        task.after_step((step + 1) / most)
+    drop_path_seed()
+    assert task(batch).loss.item() < before, "a few steps on one batch do not lower the loss"
+
+    with torch.no_grad():
+        shown = task.eval()(batch)
+        assert torch.equal(task(batch).loss, shown.loss), "eval mode is random"
+    assert shown.pictures
+    assert all(p.dim() == 1 + len(case.patch) and not p.requires_grad for p in shown.pictures.values())
+    assert list(shown.metrics) == list(output.metrics)
+
+    trained = task.backbone.network.state_dict()
+    assert list(trained) == list(weights) == list(tiny_network(case.family, case.patch, case.channels).state_dict())
+    frozen = [name for name, weight in task.backbone.network.named_parameters() if not weight.requires_grad]
+    assert all(torch.equal(trained[name], weights[name]) for name in frozen), "frozen weights have moved"
+
+    again = make_task(case).eval()
+    again.load_state_dict(task.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(batch).loss, shown.loss), "the task's state is not all that it needs to go on"
+
+
+def test_what_is_shipped_fits_the_network_that_is_fine_tuned(case: Case) -> None:
+    """Another number of outputs there: all weights but the output layers travel, or those of the encoder alone."""
+    task = make_task(case)
+    backbone = task.backbone
+    shipped = backbone.network.state_dict() if task.trains_decoder else backbone.encoder_state()
+    target = tiny_network(case.family, case.patch, case.channels, num_outputs=4)
+    with torch.no_grad():
+        for weight in target.parameters():
+            weight.fill_(0.5)
+    report = transfer_weights(shipped, target, source_patch_size=case.patch)
+    assert report.encoder_share == 1
+    assert not report.adapted
+    encoder, heads = encoder_names(target), head_names(target)
+    for name, weight in target.named_parameters():
+        travels = name in encoder or (task.trains_decoder and name not in heads)
+        assert torch.equal(weight, backbone.network.state_dict()[name]) if travels else (weight == 0.5).all(), name
+
+
+def test_anonymised_voxels_are_passed_on_and_left_out(case: Case) -> None:
+    """Only by tasks that say so; with nothing anonymised the loss is the same to the bit."""
+    task = make_task(case).eval()
+    transform = task.transform(task.config, case.patch)
+    batches = []
+    for given in (None, True):
+        rng = np.random.default_rng(3)
+        crops = [read(request, case.channels, rng) for request in transform.requests(rng)]
+        valid = None if given is None else [np.ones((1, *crop.shape[1:]), bool) for crop in crops]
+        item = transform(crops, rng, valid)
+        batches.append({key: torch.from_numpy(np.ascontiguousarray(value))[None] for key, value in item.items()})
+    assert ("valid" in batches[1]) == task.uses_valid
+    assert "valid" not in batches[0]
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0]), "the mask changes the draws"
+    if task.uses_valid:
+        mask = batches[1]["valid"]
+        assert mask.dtype == torch.bool
+        lead = batches[1]["image"].shape[: -1 - len(case.patch)]  # the batch, and the views where there are several
+        assert mask.shape == (*lead, 1, *case.patch)
+        assert mask.all(), "voxels that were valid are not"
+        with torch.no_grad():
+            losses = [task(batch).loss.item() for batch in batches]
+            assert losses[0] == losses[1]
+            everything = {**batches[1], "valid": torch.zeros_like(mask)}
+            assert math.isfinite(task(everything).loss.item()), "a sample with no valid voxel breaks the loss"
+
+
+def test_config_survives_json_and_items_their_transport(case: Case) -> None:
+    task = make_task(case)
+    through_json = mfm_settings.from_dict(case.task.Config, json.loads(json.dumps(mfm_settings.to_dict(task.config))))
+    assert through_json == task.config
+    assert task.resolve(task.config, task.backbone.geometry()) == task.config, "resolving twice changes the settings"
+
+    transform = task.transform(task.config, case.patch)
+    assert isinstance(transform, ItemTransform)
+    travelled = pickle.loads(pickle.dumps(transform))
+    items = []
+    for one in (transform, travelled):
+        rng = np.random.default_rng(7)
+        crops = [read(request, case.channels, rng) for request in one.requests(rng)]
+        items.append(one(crops, rng))
+    assert items[0].keys() == items[1].keys()
+    assert all(np.array_equal(items[0][key], items[1][key]) for key in items[0])
+    other = make_batch(task, case.patch, seed=1)
+    same = make_batch(task, case.patch, seed=1)
+    assert all(torch.equal(other[key], same[key]) for key in other)
+    first = make_batch(task, case.patch, seed=0)
+    assert any(not torch.equal(first[key], other[key]) for key in other)
+
+
+def test_every_setting_is_documented() -> None:
+    import ast
+    import inspect
+    import sys
+
+    for info in list_tasks():
+        config = find_task(info.name).Config
+        source = ast.parse(inspect.getsource(sys.modules[config.__module__]))
+        (definition,) = [n for n in source.body if isinstance(n, ast.ClassDef) and n.name == config.__name__]
+        body = definition.body
+        for here, after in zip(body, [*body[1:], None]):
+            if isinstance(here, ast.AnnAssign):
+                assert isinstance(after, ast.Expr), f"{config.__name__}.{here.target.id} has no docstring"

@@ -1,0 +1,499 @@
+"""SparK: nothing hidden leaks, the network stays the plain one, norms count what is visible, masks fit every stride.
+
+The faults of the published code are tests here: an image that is not masked itself, layers doubled by the conversion,
+a mask shared by all models, counts of the first sample for all, empty masks with anisotropic strides.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as compute_again
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet import settings as mfm_settings
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.backbone import Geometry
+from mfm_nnunet.models.networks import encoder_names
+from mfm_nnunet.models.transfer import transfer_weights
+from mfm_nnunet.tasks.mae import MAE
+from mfm_nnunet.tasks.masks import draw_hidden
+from mfm_nnunet.tasks.restoration import MaskingTransform
+from mfm_nnunet.tasks.spark3d import SparK, SparKConfig
+from mfm_nnunet.tasks.sparse import masked_instance_norm, shrink_hidden
+from tests.engine import tiny_run
+from tests.models.tiny_plans import tiny_backbone, tiny_network
+
+PATCH, CELL = (16, 24, 16), (4, 6, 4)
+FLAT = {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}
+"""A network for thick slices: the first axis is pooled later than the others."""
+SHAPES = [
+    pytest.param(PATCH, CELL, {}, id="3D"),
+    pytest.param((24, 32), (6, 8), {}, id="2D"),
+    pytest.param((20, 28, 20), (5, 7, 5), {}, id="cells across places"),
+    pytest.param((16, 16, 16), (2, 2, 2), {}, id="cells finer than places"),
+    pytest.param((8, 32, 32), (2, 8, 8), FLAT, id="anisotropic"),
+]
+
+
+def spark(
+    patch: tuple[int, ...] = PATCH, cell: tuple[int, ...] = CELL, channels: int = 1, seed: int = 0, **changes: Any
+) -> SparK:
+    """The task on a tiny network of three stages, in which no weight is 0, 1 or another's."""
+    backbone = tiny_backbone("resenc", patch, channels, channels, **changes)
+    config = SparK.resolve(SparKConfig(cell_size=cell), backbone.geometry())
+    task = SparK(config, backbone)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in task.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return task
+
+
+def masks(patch: tuple[int, ...], cell: tuple[int, ...], ratios: tuple[float, ...] = (0.75, 0.5)) -> Tensor:
+    drawn = [draw_hidden(patch, cell, ratio, np.random.default_rng(i)) for i, ratio in enumerate(ratios)]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def batch_of(task: SparK, seed: int = 1, channels: int = 1) -> dict[str, Tensor]:
+    assert task.config.cell_size
+    patch = task.backbone.patch_size
+    image = torch.randn(2, channels, *patch, generator=torch.Generator().manual_seed(seed))
+    return {"image": image, "hidden": masks(patch, task.config.cell_size)}
+
+
+def gradients(task: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.grad.clone() for name, weight in task.named_parameters() if weight.grad is not None}
+
+
+# What is hidden
+
+
+@pytest.mark.parametrize(("patch", "cell", "changes"), SHAPES)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_what_is_hidden_has_no_influence_at_all(
+    patch: tuple[int, ...], cell: tuple[int, ...], changes: dict[str, Any], channels: int
+) -> None:
+    task = spark(patch, cell, channels, **changes).eval()
+    batch = batch_of(task, channels=channels)
+    x, hidden = batch["image"], batch["hidden"]
+    with torch.no_grad():
+        restored = task.restore(x, hidden)
+        for lie in (100 * torch.randn_like(x), torch.full_like(x, torch.nan)):
+            assert torch.equal(task.restore(torch.where(hidden, lie, x), hidden), restored)
+        seen = torch.where(hidden, x, x + 0.1)
+        assert (task.restore(seen, hidden) - restored).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("patch", "cell", "changes"), SHAPES)
+def test_every_feature_map_is_empty_where_nothing_is_visible(
+    patch: tuple[int, ...], cell: tuple[int, ...], changes: dict[str, Any]
+) -> None:
+    task = spark(patch, cell, **changes)
+    encoder: Any = task.backbone.network.encoder
+    found: list[Tensor] = []
+    watched = [m for m in encoder.modules() if m is not encoder and not isinstance(m, nn.LeakyReLU)]
+    for module in watched:
+        module.register_forward_hook(lambda module, inputs, output: found.append(output.clone()))
+    batch = batch_of(task)
+    maps = task._encode(batch["image"], batch["hidden"])
+    assert len(found) == len(watched) - 1  # the list of the stages is not called itself
+    for output in (*found, *maps):
+        inactive = task._encode.inactive(tuple(output.shape[2:]))
+        assert inactive.shape == (2, 1, *output.shape[2:])
+        assert (output.masked_select(inactive) == 0).all()
+        assert (output.masked_select(~inactive) != 0).float().mean() > 0.9
+    assert task._encode.inactive(maps[0].shape[2:]).any()
+
+
+def test_the_fill_value_is_what_visible_voxels_see_beside_them() -> None:
+    task = spark()
+    batch = batch_of(task)
+    before = task.restore(batch["image"], batch["hidden"])
+    task.config = SparKConfig(cell_size=CELL, fill_value=-2.0)
+    assert not torch.equal(task.restore(batch["image"], batch["hidden"]), before)
+
+
+def test_samples_do_not_see_each_other() -> None:
+    task = spark().eval()
+    batch = batch_of(task)
+    with torch.no_grad():
+        together = task.restore(batch["image"], batch["hidden"])
+        for index in range(2):
+            alone = task.restore(batch["image"][[index]], batch["hidden"][[index]])
+            torch.testing.assert_close(together[[index]], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("patch", "cell", "size"),
+    [
+        ((8, 8, 8), (2, 2, 2), (8, 8, 8)),
+        ((8, 8, 8), (2, 2, 2), (4, 4, 4)),
+        ((8, 8, 8), (2, 2, 2), (2, 2, 2)),
+        ((8, 16, 16), (2, 4, 4), (8, 8, 8)),
+        ((8, 16, 16), (2, 4, 4), (8, 4, 4)),
+        # Coarser than the cells on the first axis only, and on the others only.
+        ((8, 16, 16), (2, 8, 8), (2, 8, 8)),
+        ((8, 16, 16), (4, 2, 2), (4, 2, 2)),
+        ((12, 20), (5, 3), (6, 5)),
+    ],
+)
+def test_a_place_is_active_if_any_voxel_under_it_is_visible(
+    patch: tuple[int, ...], cell: tuple[int, ...], size: tuple[int, ...]
+) -> None:
+    hidden = masks(patch, cell, (0.9, 0.75, 0.5))
+    inactive = shrink_hidden(hidden, size)
+    steps = [whole // part for whole, part in zip(patch, size)]
+    for sample, *place in itertools.product(range(3), *map(range, size)):
+        under = tuple(slice(i * step, (i + 1) * step) for i, step in zip(place, steps))
+        assert inactive[(sample, 0, *place)] == hidden[(sample, 0, *under)].all()
+    assert not inactive.flatten(1).all(1).any()
+
+
+# Norm and densification
+
+
+def test_the_norm_is_that_of_the_gathered_voxels() -> None:
+    x = torch.randn(3, 4, *PATCH) * 5 + 20
+    hidden = masks(PATCH, CELL, (0.9, 0.75, 0.25))
+    weight, bias = torch.randn(4), torch.randn(4)
+    normed = masked_instance_norm(torch.where(hidden, torch.nan, x), hidden, weight, bias)
+    assert len(set(hidden.flatten(1).sum(1).tolist())) == 3
+    for sample in range(3):
+        gathered = x[sample][(~hidden[sample]).expand(4, *PATCH)].reshape(1, 4, -1)
+        wanted = nn.functional.instance_norm(gathered, weight=weight, bias=bias)
+        found = normed[sample][(~hidden[sample]).expand(4, *PATCH)].reshape(1, 4, -1)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (normed.masked_select(hidden) == 0).all()
+
+
+def test_the_gradient_of_the_norm_is_that_of_the_gathered_voxels() -> None:
+    x = torch.randn(1, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    hidden = masks((4, 6), (2, 2), (0.5,))
+    upstream = torch.randn_like(x)
+    (found,) = torch.autograd.grad((masked_instance_norm(x, hidden) * upstream).sum(), x)
+    visible = (~hidden).expand_as(x)
+    gathered = nn.functional.instance_norm(x[visible].reshape(1, 2, -1)).flatten()
+    (wanted,) = torch.autograd.grad((gathered * upstream[visible]).sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_norm_is_computed_in_float32_whatever_comes_in() -> None:
+    x = torch.randn(2, 3, 8, 8, 8) + 100
+    hidden = masks((8, 8, 8), (4, 4, 4))
+    low = x.to(torch.float16)
+    normed = masked_instance_norm(low, hidden)
+    assert normed.dtype == torch.float16
+    torch.testing.assert_close(normed.float(), masked_instance_norm(low.float(), hidden), rtol=2e-3, atol=2e-3)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors without data know no values, so a mask that is read, or an index made of it, is an error."""
+    with torch.device("meta"):
+        hidden = torch.zeros(2, 1, *PATCH, dtype=torch.bool)
+        x = torch.zeros(2, 1, *PATCH)
+    task = spark().to("meta")
+    assert task.restore(x, hidden).shape == x.shape
+
+
+def test_hidden_places_become_the_mask_token_and_coarser_maps_are_convolved() -> None:
+    task = spark().eval()
+    finest, *coarser = task.densify
+    assert isinstance(finest.convolution, nn.Identity)
+    assert [m.convolution.kernel_size for m in coarser] == [(3, 3, 3)] * 2
+    assert [tuple(m.mask_token.shape) for m in task.densify] == [(1, width, 1, 1, 1) for width in (8, 16, 16)]
+    hidden = masks(PATCH, CELL)
+    x = torch.randn(2, 8, *PATCH)
+    dense = finest(x, hidden)
+    token = finest.mask_token.expand_as(dense)
+    assert torch.equal(dense.masked_select(hidden), token.masked_select(hidden))
+    assert torch.equal(dense.masked_select(~hidden), masked_instance_norm(x, hidden).masked_select(~hidden))
+    assert not torch.equal(finest.mask_token, SparK(task.config, tiny_backbone("resenc", PATCH)).densify[0].mask_token)
+
+
+def test_mask_tokens_start_as_a_narrow_normal() -> None:
+    from mfm_nnunet.tasks.sparse import Densify
+
+    torch.manual_seed(0)
+    token = Densify(5000, 2, has_convolution=False).mask_token
+    assert token.shape == (1, 5000, 1, 1)
+    assert abs(token.mean().item()) < 1e-3
+    assert token.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+# The network stays what it is
+
+
+def test_the_network_is_the_plain_one_after_a_training_step() -> None:
+    plain: Any = tiny_network("resenc", PATCH, num_outputs=1)
+    task = spark()
+    optimizer = torch.optim.SGD([w for w in task.parameters() if w.requires_grad], 0.01)
+    before = {name: value.clone() for name, value in task.backbone.network.state_dict().items()}
+    task(batch_of(task)).loss.backward()
+    optimizer.step()
+    network: Any = task.backbone.network
+    assert list(network.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in network.encoder.named_parameters()] == [n for n, _ in plain.encoder.named_parameters()]
+    assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert [type(m) for m in network.modules()] == [type(m) for m in plain.modules()]
+    blocks = [module for module in network.encoder.modules() if hasattr(module, "all_modules")]
+    assert blocks
+    for block in blocks:
+        assert block.conv is block.all_modules[0]
+        assert block.norm is block.all_modules[1]
+    after = network.state_dict()
+    for name in encoder_names(network):
+        # The bias of a convolution before a norm has no effect, so it has no gradient either.
+        assert "conv.bias" in name or not torch.equal(after[name], before[name]), name
+    # The task's own weights are trained and resumed, but are none of the network's.
+    own = [name for name, _ in task.named_parameters() if not name.startswith("backbone.")]
+    assert {name.split(".")[0] for name in own} == {"densify"}
+    assert not [name for name in task.state_dict() if not name.startswith(("backbone.network.", "densify."))]
+
+
+@pytest.mark.parametrize(("patch", "cell", "changes"), SHAPES)
+def test_with_everything_visible_the_encoder_is_the_plain_one(
+    patch: tuple[int, ...], cell: tuple[int, ...], changes: dict[str, Any]
+) -> None:
+    task = spark(patch, cell, **changes)
+    x = batch_of(task)["image"]
+    with torch.no_grad():
+        sparse = task._encode(x, torch.zeros(2, 1, *patch, dtype=torch.bool))
+        dense = task.backbone.features(x)
+    for one, other in zip(sparse, dense):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_outside_of_the_task_the_network_is_dense() -> None:
+    task = spark().eval()
+    plain = tiny_network("resenc", PATCH, num_outputs=1).eval()
+    plain.load_state_dict(task.backbone.network.state_dict())
+    batch = batch_of(task)
+    with torch.no_grad():
+        task(batch)
+        wanted = plain(batch["image"])
+        assert torch.equal(task.backbone(batch["image"]), wanted)
+        assert torch.equal(copy.deepcopy(task.backbone.network)(batch["image"]), wanted)
+        with pytest.raises(AssertionError, match="not a sparse one"):
+            task._encode.inactive(PATCH)
+
+
+def test_tasks_do_not_disturb_each_other() -> None:
+    one, other = spark(seed=1), spark(seed=2)
+    batch = batch_of(one)
+    swapped = {**batch, "hidden": batch["hidden"].flip(0)}
+    alone = one(batch).loss
+    alone.backward()
+    wanted = gradients(one)
+    one.zero_grad()
+    loss = one(batch).loss
+    other(swapped).loss.backward()
+    loss.backward()
+    assert torch.equal(loss, alone)
+    assert all(torch.equal(value, wanted[name]) for name, value in gradients(one).items())
+    # Two tasks on one network as well: each sees its own mask.
+    both = SparK(one.config, one.backbone)
+    both.densify.load_state_dict(one.densify.state_dict())
+    assert torch.equal(both(batch).loss, alone)
+    assert torch.equal(one(batch).loss, alone)
+
+
+def test_a_copy_has_a_mask_of_its_own() -> None:
+    task = spark()
+    batch = batch_of(task)
+    wanted = task(batch).loss
+    other = {**batch, "hidden": batch["hidden"].flip(0)}
+    for twin in (copy.deepcopy(spark()), copy.deepcopy(task)):
+        task(other)
+        assert torch.equal(twin(batch).loss, wanted)
+        assert torch.equal(twin(other).loss, task(other).loss)
+        assert twin._encode is not task._encode
+        twin.load_state_dict(spark(seed=5).state_dict())
+        assert torch.equal(twin(batch).loss, spark(seed=5)(batch).loss)
+        assert torch.equal(task(batch).loss, wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
+    task = spark()
+    batch = batch_of(task)
+    loss = task(batch).loss
+    loss.backward()
+    wanted = gradients(task)
+    task.zero_grad()
+    counted = 0
+
+    def count(*_: Any) -> None:
+        nonlocal counted
+        counted += 1
+
+    for stage in task.backbone.network.encoder.stages:  # type: ignore[union-attr]
+        plain = stage.forward
+        stage.forward = lambda x, plain=plain: compute_again(plain, x, use_reentrant=use_reentrant)
+        stage.blocks.register_forward_pre_hook(count)
+    again = task(batch).loss
+    spark()({**batch, "hidden": batch["hidden"].flip(0)})  # another task works before the backward pass
+    again.backward()
+    assert counted == 2 * 3
+    assert torch.equal(again, loss)
+    found = gradients(task)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-7)
+
+
+def test_layers_can_be_traced_whole_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend="eager", **words))
+    task = spark()
+    batch = batch_of(task)
+    other = {**batch, "hidden": batch["hidden"].flip(0)}
+    wanted = task(batch).loss, task(other).loss
+    wanted[1].backward()
+    gradient = gradients(task)
+    task.zero_grad()
+    task.backbone.recompute_activations()
+    task.backbone.compile_blocks()
+    found = task(batch).loss, task(other).loss
+    found[1].backward()
+    assert [loss.item() for loss in found] == pytest.approx([loss.item() for loss in wanted], rel=1e-6)
+    for name, value in gradients(task).items():
+        torch.testing.assert_close(value, gradient[name], rtol=1e-4, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_distributed_data_parallel_trains_the_same(tmp_path: Path) -> None:
+    task = spark()
+    batch = batch_of(task)
+    task(batch).loss.backward()
+    wanted = gradients(task)
+    task.zero_grad()
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(task)(batch).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    found = gradients(task)
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(value, wanted[name], atol=1e-7) for name, value in found.items())
+
+
+def test_mixed_precision_gives_a_float32_loss_and_finite_gradients() -> None:
+    task = spark()
+    batch = batch_of(task)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task(batch).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(task(batch).loss.item(), rel=0.02)
+    assert all(torch.isfinite(value).all() for value in gradients(task).values())
+
+
+def test_a_run_is_saved_as_a_plain_network_that_transfers_whole(tmp_path: Path) -> None:
+    here = tiny_run.prepare(tmp_path)
+    short = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=2", "pretext.mask_ratio=0.6,0.9")
+    file = tiny_run.run(here, "spark3d", short)
+    loaded = checkpoint.load_weights(file)
+    assert loaded["mfm"]["pretext_config"]["mask_ratio"] == [0.6, 0.9]
+    target = tiny_network("resenc", (16, 16, 16), num_outputs=3)
+    assert set(loaded["network_weights"]) == set(target.state_dict())
+    report = transfer_weights(loaded["network_weights"], target)
+    assert report.encoder_share == 1.0
+    assert not [entry for entry in report.ignored if "seg_layers" not in entry.name]
+    weights = dict(target.named_parameters())
+    assert all(torch.equal(weights[name], loaded["network_weights"][name]) for name in encoder_names(target))
+
+
+# Settings, items and loss
+
+
+def test_the_share_may_be_drawn_for_each_item() -> None:
+    config = mfm_settings.override(SparKConfig(), ["mask_ratio=0.6,0.9", "cell_size=2"])
+    config = SparK.resolve(config, Geometry((16, 16, 16), (1, 1, 1), (4, 4, 4)))
+    assert (config.mask_ratio, config.cell_size) == ((0.6, 0.9), (2, 2, 2))
+    transform = SparK.transform(config, (16, 16, 16))
+    crop = np.zeros((1, 16, 16, 16), np.float32)
+    shares = np.array([transform([crop], np.random.default_rng(i))["hidden"].mean() for i in range(200)])
+    assert 0.595 < shares.min() < 0.62
+    assert 0.88 < shares.max() <= 0.9
+    assert shares.mean() == pytest.approx(0.75, abs=0.02)
+    fixed = SparK.transform(SparKConfig(cell_size=(2, 2, 2)), (16, 16, 16))
+    assert {fixed([crop], np.random.default_rng(i))["hidden"].mean() for i in range(5)} == {0.75}
+
+
+def test_items_and_defaults_are_those_of_mae() -> None:
+    geometry = Geometry((64, 160, 24), (1, 1, 1), (4, 4, 4))
+    mae, config = MAE.resolve(MAE.Config(), geometry), SparK.resolve(SparKConfig(), geometry)
+    assert (config.cell_size, config.mask_ratio) == (mae.cell_size, mae.mask_ratio) == ((16, 16, 6), 0.75)
+    assert SparK.transform(config, (64, 160, 24)) == MAE.transform(mae, (64, 160, 24))
+    assert SparK.num_outputs(config, 3) == 3
+    assert SparK.augmentation(config) == "spatial"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mask_ratio": 0.0},
+        {"mask_ratio": 1.0},
+        {"mask_ratio": (0.6, 1.0)},
+        {"mask_ratio": (0.0, 0.6)},
+        {"mask_ratio": (0.9, 0.6)},
+        {"mask_ratio": 0.001},
+        {"cell_size": (8, 8)},
+        {"cell_size": (8, 8, 48)},
+    ],
+)
+def test_illegal_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(MFMError, match=f"E_CONFIG.*pretext.{next(iter(settings))}="):
+        SparK.resolve(SparKConfig(**settings), Geometry(PATCH, (1, 1, 1), (4, 4, 4)))
+
+
+def test_networks_that_cannot_work_sparsely_are_refused() -> None:
+    config = SparKConfig(cell_size=CELL)
+    with pytest.raises(MFMError, match=r"E_CONFIG.*BatchNorm3d"):
+        SparK(config, tiny_backbone("resenc", PATCH, norm_op="torch.nn.BatchNorm3d", norm_op_kwargs={}))
+    running = {"affine": True, "track_running_stats": True}
+    with pytest.raises(MFMError, match=r"E_CONFIG.*InstanceNorm3d"):
+        SparK(config, tiny_backbone("resenc", PATCH, norm_op_kwargs=running))
+    with pytest.raises(MFMError, match=r"E_CONFIG.*primus"):
+        SparK(config, tiny_backbone("primus", (16, 24, 16)))
+
+
+def test_the_loss_counts_hidden_and_valid_voxels_only() -> None:
+    assert SparK.uses_valid
+    task = spark().eval()
+    batch = batch_of(task)
+    image, hidden = batch["image"], batch["hidden"]
+    valid = torch.rand(2, 1, *PATCH) < 0.5
+    with torch.no_grad():
+        output = task({**batch, "valid": valid})
+        errors = (task.restore(image, hidden) - image).square()
+    counted = hidden & valid
+    wanted = torch.stack([errors[i][counted[i]].mean() for i in range(2)]).mean()
+    assert output.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert output.loss.item() != pytest.approx(task(batch).loss.item(), rel=1e-5)
+    lie = torch.where(hidden & ~valid, 1e3, image)
+    assert torch.equal(task({"image": lie, "hidden": hidden, "valid": valid}).loss, output.loss)
+    transform = MaskingTransform(PATCH, CELL, 0.75)
+    item = transform([image[0].numpy()], np.random.default_rng(0), [valid[0].numpy()])
+    assert np.array_equal(item["valid"], valid[0].numpy())
+
+
+def test_pictures_show_what_is_visible_and_what_is_restored() -> None:
+    task = spark(channels=2).eval()
+    batch = batch_of(task, channels=2)
+    image, hidden = batch["image"], batch["hidden"][0].expand(2, *PATCH)
+    pictures = task(batch).pictures
+    assert pictures is not None
+    assert list(pictures) == ["image", "visible", "restored"]
+    assert torch.equal(pictures["image"], image[0])
+    assert (pictures["visible"][hidden] == 0).all()
+    assert torch.equal(pictures["restored"][~hidden], image[0][~hidden])
+    assert torch.equal(pictures["restored"][hidden], task.restore(image, batch["hidden"])[0][hidden])
