@@ -38,9 +38,8 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.planning import derive, like
 from mfm_nnunet.predict.predictor import load_model
 from mfm_nnunet.tasks.base import find_task, list_tasks
-from tests.engine import tiny_run
-from tests.finetune import tiny
-from tests.models.tiny_plans import CONFIGURATION, tiny_backbone
+from tests.builders import tiny, tiny_run
+from tests.builders.tiny_plans import CONFIGURATION, tiny_backbone
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTATION = ROOT / "documentation"

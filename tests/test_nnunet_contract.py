@@ -41,8 +41,8 @@ from mfm_nnunet.plan import NO_RESAMPLING
 from mfm_nnunet.planning.planner import MFMPlanner
 from mfm_nnunet.settings import MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace, use
-from tests.finetune import tiny
-from tests.planning.tiny_data import HIPPOCAMPUS, workspace_with
+from tests.builders import tiny
+from tests.builders.tiny_data import HIPPOCAMPUS, workspace_with
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mfm_nnunet"

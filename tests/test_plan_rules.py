@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mfm_nnunet.plan_rules import network_problem, plan_problem
-from tests.architectures import primus, resenc
-from tests.finetune import tiny
+from tests.builders import tiny
+from tests.builders.architectures import primus, resenc
 
 NAN, INFINITY = float("nan"), float("inf")
 ESCAPES = ["../../x", "a/b", "..", ".", "", "a\0", "a\nb", None, 3, True, ["x"], {"a": 1}, "x" * 500, "\udcfc"]

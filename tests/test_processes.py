@@ -14,7 +14,7 @@ import pytest
 from mfm_nnunet import processes
 from mfm_nnunet.children import run_processes
 from mfm_nnunet.errors import MFMError, StoppedError
-from tests.groups import ROOT, started, wait_for_end
+from tests.builders.groups import ROOT, started, wait_for_end
 
 PARENT = """
 import os, signal, sys, time

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.site import Site, build, reader
+from tests.builders.site import Site, build, reader
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from PIL import Image
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data import storage
 from mfm_nnunet.errors import MFMError
-from tests.bad_input.site import (
+from tests.builders.site import (
     CORPUS,
     Site,
     accepted,

@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from mfm_nnunet.models.networks import build_network
-from tests.architectures import primus, resenc
-from tests.bad_input.site import PATCH, Site, accepted, edit_json, nothing_lost, refused, unchanged
-from tests.finetune import tiny
-from tests.interchange import foreign
+from tests.builders import foreign, tiny
+from tests.builders.architectures import primus, resenc
+from tests.builders.site import PATCH, Site, accepted, edit_json, nothing_lost, refused, unchanged
 
 
 class Payload:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_input.site import CORPUS, FINETUNE, MAX_LINES, PRETRAIN, Outcome, Site, accepted, contents
+from tests.builders.site import CORPUS, FINETUNE, MAX_LINES, PRETRAIN, Outcome, Site, accepted, contents
 
 SEED = 20261130
 PER_FILE = 24

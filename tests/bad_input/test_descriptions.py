@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.bad_input.site import CORPUS, Site, accepted, edit_json, refused, unchanged, write_dataset, write_json
-from tests.damage import overwrite_middle
+from tests.builders.damage import overwrite_middle
+from tests.builders.site import CORPUS, Site, accepted, edit_json, refused, unchanged, write_dataset, write_json
 
 Edit = Callable[[dict[str, Any]], object]
 MISSING = object()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests.bad_input.site import Site, accepted, refused, unchanged, write_scan
+from tests.builders.site import Site, accepted, refused, unchanged, write_scan
 
 NAME = os.fsdecode(b"M\xfcller")
 

@@ -21,7 +21,7 @@ from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.data import storage
 from mfm_nnunet.jobs import predict
 from mfm_nnunet.predict.model import Model
-from tests.bad_input.site import (
+from tests.builders.site import (
     CORPUS,
     FINETUNE,
     PRETRAIN,

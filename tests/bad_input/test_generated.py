@@ -13,8 +13,8 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.images import integrity
 from mfm_nnunet.images.headers import VolumeHeader
 from mfm_nnunet.images.reading import read_image, reader_for
-from tests.bad_input.generated import damaged_files, good_files
-from tests.bad_input.site import Site, unchanged
+from tests.builders.generated import damaged_files, good_files
+from tests.builders.site import Site, unchanged
 
 SEED = 20261130
 NUM_FILES = 6000

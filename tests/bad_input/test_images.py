@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from tests.bad_input.site import SHAPE, Site, accepted, refused, unchanged, write_dataset, write_scan, write_volume
+from tests.builders.site import SHAPE, Site, accepted, refused, unchanged, write_dataset, write_scan, write_volume
 
 
 def volume(dtype: type = np.float32) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bad_input.site import (
+from tests.builders.site import (
     CORPUS,
     FINETUNE,
     LABELLED,

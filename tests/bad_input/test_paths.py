@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mfm_nnunet.study.folder import read_record
-from tests.bad_input.site import (
+from tests.builders.site import (
     CORPUS,
     LABELLED,
     Site,

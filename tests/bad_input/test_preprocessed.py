@@ -17,8 +17,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 from mfm_nnunet.data.masks import mask_file
 from mfm_nnunet.data.properties import read_properties
 from mfm_nnunet.data.volumes import open_array
-from tests import crafted
-from tests.bad_input.site import CORPUS, Site, accepted, refused, unchanged
+from tests.builders import crafted
+from tests.builders.site import CORPUS, Site, accepted, refused, unchanged
 
 WATCHED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "ctypes.dlopen")
 _seen: list[str] = []

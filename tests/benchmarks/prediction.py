@@ -29,7 +29,7 @@ import torch
 from mfm_nnunet.jobs.predict import PredictOptions, predict_folder
 from mfm_nnunet.predict.predictor import load_model
 from mfm_nnunet.workspace import PLUGIN_FOLDER
-from tests.predict.tiny_model import dataset_json, save_model, tiny_plans, voxels_of, write_scan
+from tests.builders.tiny_model import dataset_json, save_model, tiny_plans, voxels_of, write_scan
 
 
 def measure(work: Callable[[], Any]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.planning.planner import primus_architecture
 from mfm_nnunet.reports.progress import plot_examples
 from mfm_nnunet.tasks.base import ItemTransform, PretextTask, find_task, list_tasks
-from tests.architectures import resenc
+from tests.builders.architectures import resenc
 
 PICTURES = Path(__file__).parents[2] / "documentation" / "reference" / "pictures"
 PATCH, VOXEL_MM = (24, 48, 48), 1.5

@@ -11,7 +11,7 @@ import torch
 
 from mfm_nnunet.cli.checkpoint import main
 from tests.bad_input.test_checkpoints import Payload
-from tests.interchange import foreign
+from tests.builders import foreign
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,7 @@ from mfm_nnunet import api
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.workspace import use
-from tests import crafted
-from tests.contract import synthetic
+from tests.builders import crafted, synthetic
 
 STAGES = ("3d_lowres", "3d_cascade_fullres")
 CASES = ("case_0", "case_1")

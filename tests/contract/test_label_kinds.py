@@ -15,7 +15,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from mfm_nnunet import api
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.workspace import use
-from tests.contract import synthetic
+from tests.builders import synthetic
 
 FINETUNE = ("finetune.epochs=1", "finetune.iterations_per_epoch=8", "finetune.validation_iterations=1", "num_workers=0")
 OUTPUTS = {"classes": 3, "regions": 2, "ignore": 3, "regions_ignore": 2}

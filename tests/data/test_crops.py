@@ -16,7 +16,7 @@ from mfm_nnunet.data.augment import SpatialParameters, apply_spatial, draw_spati
 from mfm_nnunet.data.crops import CropStream, StreamSettings, batches, read_box
 from mfm_nnunet.data.masks import anatomy_points, mask_file
 from mfm_nnunet.errors import MFMError
-from tests.damage import overwrite_middle
+from tests.builders.damage import overwrite_middle
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from mfm_nnunet.data.loading import read_in_order
 from mfm_nnunet.errors import MFMError
-from tests.groups import started
+from tests.builders.groups import started
 
 RUN = """
 import sys

@@ -21,7 +21,7 @@ from mfm_nnunet.data.corpus import Case
 from mfm_nnunet.data.loops import attempt, in_processes, in_threads, source_signature, with_progress
 from mfm_nnunet.data.masks import mask_signature
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
-from tests.groups import started, wait_for_end
+from tests.builders.groups import started, wait_for_end
 
 CASES = [Case(f"case{i}", (Path(f"case{i}.nii.gz"),)) for i in range(6)]
 

@@ -13,7 +13,7 @@ import pytest
 
 from mfm_nnunet.data.properties import read_properties
 from mfm_nnunet.errors import MFMError
-from tests import crafted
+from tests.builders import crafted
 
 
 def properties_of(num_classes: int = 3) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from mfm_nnunet.data import volumes
 from mfm_nnunet.data.masks import mask_file
 from mfm_nnunet.errors import MFMError
-from tests import crafted
+from tests.builders import crafted
 
 
 @pytest.fixture

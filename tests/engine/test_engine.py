@@ -22,8 +22,8 @@ from mfm_nnunet.engine.engine import Pretrainer
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.jobs.pretrain import launch, split_subjects
 from mfm_nnunet.processes import STOP_SIGNALS
-from tests.engine.tiny_run import NAME, prepare, run
-from tests.groups import started, wait_for_end
+from tests.builders.groups import started, wait_for_end
+from tests.builders.tiny_run import NAME, prepare, run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -37,7 +37,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def start(folder: Path, task: str, family: str, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.engine.tiny_run", str(folder), task, family, *words]
+    command = [sys.executable, "-m", "tests.builders.tiny_run", str(folder), task, family, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -234,7 +234,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     prepare(tmp_path / "two")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-        "tests.engine.tiny_run", str(tmp_path / "two"), "mae", "resenc", "pretrain.epochs=1", "pretrain.batch_size=4",
+        "tests.builders.tiny_run", str(tmp_path / "two"), "mae", "resenc", "pretrain.epochs=1", "pretrain.batch_size=4",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
@@ -267,7 +267,7 @@ import argparse, sys
 from pathlib import Path
 from mfm_nnunet.cli.run import run_command
 from mfm_nnunet.jobs.pretrain import launch
-from tests.engine.tiny_run import NAME, prepare
+from tests.builders.tiny_run import NAME, prepare
 
 def job(arguments):
     names = {"dataset_name": NAME, "configuration": "3d_fullres", "plans_name": "mfmPlans", "pretext": "mae"}

@@ -29,9 +29,9 @@ from mfm_nnunet.models.precision import require_sound_bf16
 from mfm_nnunet.planning import like
 from mfm_nnunet.tasks.base import PretextTask, find_task, list_tasks
 from mfm_nnunet.tasks.mae import MAE
+from tests.builders.tiny_plans import tiny_backbone, tiny_network
+from tests.builders.tiny_run import CONFIGURATION, prepare, run
 from tests.engine.test_engine import run_folder, same, start, weights
-from tests.engine.tiny_run import CONFIGURATION, prepare, run
-from tests.models.tiny_plans import tiny_backbone, tiny_network
 from tests.tasks.test_conformance import Case, make_batch, make_task
 
 PATCH = (16, 16, 16)

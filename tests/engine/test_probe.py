@@ -37,7 +37,7 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.reports.progress import plot_progress
 from mfm_nnunet.settings import ProbeSettings
 from mfm_nnunet.workspace import Workspace
-from tests.engine import tiny_run
+from tests.builders import tiny_run
 
 NAME = "Dataset004_Few"
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ from mfm_nnunet.settings import PretrainSettings
 from mfm_nnunet.tasks.base import PretextTask
 from mfm_nnunet.tasks.mae import MAE, MAEConfig
 from mfm_nnunet.tasks.volume_fusion import VolumeFusion, VolumeFusionConfig
+from tests.builders import tiny_run
 from tests.data.test_crops import masked_volume, write_masks
-from tests.engine import tiny_run
 
 PATCH = (8, 8, 8)
 MAE_CONFIG = MAEConfig(cell_size=(4, 4, 4))

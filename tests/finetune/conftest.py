@@ -10,7 +10,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.workspace import Workspace, use
-from tests.finetune import tiny
+from tests.builders import tiny
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.datasets import CheckedBlosc2, CheckedNumpy, checked, next_stage_checked
-from tests import crafted
-from tests.damage import overwrite_middle
+from tests.builders import crafted
+from tests.builders.damage import overwrite_middle
 
 SHAPE = (1, 20, 24, 30)
 

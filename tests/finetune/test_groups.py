@@ -21,7 +21,7 @@ from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.networks import encoder_names, head_names
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
-from tests.finetune import tiny
+from tests.builders import tiny
 from tests.finetune.test_schedule import WITHOUT_LOSS
 from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
 from tests.finetune.test_trainer import train as run

@@ -22,7 +22,7 @@ from mfm_nnunet.models.networks import encoder_names
 from mfm_nnunet.predict.predictor import load_model
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace, use
-from tests.finetune import tiny
+from tests.builders import tiny
 from tests.finetune.test_resume import require_equal
 from tests.finetune.test_resume import state as state_of
 from tests.finetune.test_trainer import make_trainer, pretrained_file, refused

@@ -19,7 +19,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.workspace import Workspace, use
-from tests.finetune import tiny
+from tests.builders import tiny
 
 SETTINGS = ("finetune.epochs=3", "finetune.iterations_per_epoch=2", "seed=2")
 

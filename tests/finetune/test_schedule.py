@@ -20,8 +20,8 @@ from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, require_legal_finetuning, resolved_decoder_epochs
 from mfm_nnunet.workspace import Workspace
-from tests.architectures import resenc
-from tests.finetune import tiny
+from tests.builders import tiny
+from tests.builders.architectures import resenc
 from tests.finetune.test_resume import require_equal, state
 from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
 

@@ -41,9 +41,9 @@ from mfm_nnunet.predict.model import Model
 from mfm_nnunet.processes import STOP_SIGNALS, StopFlag, stop_on_signal
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
-from tests.architectures import resenc
-from tests.damage import overwrite_middle
-from tests.finetune import tiny
+from tests.builders import tiny
+from tests.builders.architectures import resenc
+from tests.builders.damage import overwrite_middle
 
 CPU = torch.device("cpu")
 SHORT = ("finetune.epochs=1", "finetune.iterations_per_epoch=1")

@@ -41,9 +41,9 @@ def nifti(file: Path) -> Path:
 
 @pytest.fixture
 def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Children with the readers of :mod:`tests.images.hostile_readers`."""
+    """Children with the readers of :mod:`tests.builders.hostile_readers`."""
     decoder.end_all()
-    start = decoder._START.replace("serve(", "from tests.data import hostile_readers as h; h.install(); serve(")
+    start = decoder._START.replace("serve(", "from tests.builders import hostile_readers as h; h.install(); serve(")
     monkeypatch.setattr(decoder, "_START", start)
     yield
     decoder.end_all()

@@ -23,9 +23,8 @@ from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 from mfm_nnunet.settings import MFMBlock, to_dict
-from tests.architectures import plain, resenc
-from tests.finetune import tiny
-from tests.interchange import foreign
+from tests.builders import foreign, tiny
+from tests.builders.architectures import plain, resenc
 
 PATCH = (16, 16, 32)
 ARCHITECTURES = {

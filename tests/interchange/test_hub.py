@@ -18,7 +18,7 @@ from huggingface_hub import constants, hf_hub_download
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange.hub import fetch
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
-from tests.interchange import foreign
+from tests.builders import foreign
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ADDRESS = f"hf://AnonRes/ResEncL-OpenMind-MAE@{COMMIT}"

@@ -23,8 +23,8 @@ from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.planning.like import read_source
-from tests.architectures import resenc
-from tests.interchange import foreign
+from tests.builders import foreign
+from tests.builders.architectures import resenc
 
 EVERY = {**foreign.OPENMIND, **foreign.OTHERS}
 TASKS = {

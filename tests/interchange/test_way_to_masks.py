@@ -11,8 +11,7 @@ import pytest
 
 from mfm_nnunet import api
 from mfm_nnunet.interchange.read import convert, read_checkpoint
-from tests.contract import synthetic
-from tests.interchange import foreign
+from tests.builders import foreign, synthetic
 
 NAME = f"Dataset{synthetic.NUMBER:03d}_Channels"
 SETTINGS = (

@@ -32,8 +32,8 @@ from mfm_nnunet.jobs import predict
 from mfm_nnunet.jobs.predict import PredictOptions, PredictReport, predict_folder
 from mfm_nnunet.predict import cases, journal
 from mfm_nnunet.predict.model import Model
-from tests.groups import started
-from tests.predict.tiny_model import dataset_json, save_model, stock_predictor, tiny_plans, voxels_of, write_scan
+from tests.builders.groups import started
+from tests.builders.tiny_model import dataset_json, save_model, stock_predictor, tiny_plans, voxels_of, write_scan
 
 CPU = PredictOptions(device="cpu", step_size=1.0)
 BOOKKEEPING = {"cases.jsonl", "dataset.json", "plans.json", "predict_from_raw_data_args.json"}

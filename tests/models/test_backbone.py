@@ -17,7 +17,7 @@ from torch import Tensor
 from mfm_nnunet.models.backbone import ConvBackbone, TokenBackbone, make_backbone
 from mfm_nnunet.models.networks import encoder_names
 from mfm_nnunet.tasks.masks import draw_hidden
-from tests.models.tiny_plans import tiny_backbone, tiny_network, tiny_plans
+from tests.builders.tiny_plans import tiny_backbone, tiny_network, tiny_plans
 
 PATCH = (24, 32, 40)
 """With tokens of 8 voxels a grid of (3, 4, 5)."""

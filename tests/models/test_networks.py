@@ -10,7 +10,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.networks import build_network, encoder_names, head_names
-from tests.models.tiny_plans import CONFIGURATION, tiny_network, tiny_plans
+from tests.builders.tiny_plans import CONFIGURATION, tiny_network, tiny_plans
 
 PATCH = (16, 24, 16)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.precision import require_sound_bf16, warn_of_slow_bf16
-from tests.models.tiny_plans import tiny_network
+from tests.builders.tiny_plans import tiny_network
 
 CPU = torch.device("cpu")
 

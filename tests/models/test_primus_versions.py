@@ -25,12 +25,12 @@ from mfm_nnunet.planning.planner import MFMPlanner, primus_architecture
 from mfm_nnunet.planning.request import PlanRequest, plan
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.masks import draw_hidden
-from tests.architectures import primus
-from tests.engine import tiny_run
-from tests.finetune import tiny as finetune_tiny
+from tests.builders import tiny as finetune_tiny
+from tests.builders import tiny_run
+from tests.builders.architectures import primus
+from tests.builders.tiny_data import HIPPOCAMPUS, pretrained_checkpoint, workspace_with
+from tests.builders.tiny_plans import CONFIGURATION, tiny_backbone, tiny_network, tiny_plans
 from tests.models.test_memory import really_kept
-from tests.models.tiny_plans import CONFIGURATION, tiny_backbone, tiny_network, tiny_plans
-from tests.planning.tiny_data import HIPPOCAMPUS, pretrained_checkpoint, workspace_with
 from tests.tasks.test_conformance import make_batch
 
 PATCH = (16, 24, 16)

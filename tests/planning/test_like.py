@@ -15,7 +15,7 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.planning import like, planner
 from mfm_nnunet.planning.request import PlanRequest, PlanResult, plan
 from mfm_nnunet.settings import block_of
-from tests.planning.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, pretrained_checkpoint, workspace_with
+from tests.builders.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, pretrained_checkpoint, workspace_with
 
 CORPUS, TARGET = "Dataset701_Corpus", "Dataset004_Tiny"
 SMALL = {"shapes": [[20, 90, 20]] * 8, "spacings": [[1.0, 1.0, 1.0]] * 8}

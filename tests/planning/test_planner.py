@@ -24,7 +24,7 @@ from mfm_nnunet.planning import planner
 from mfm_nnunet.planning.request import MFMPlanner, PlanRequest, PlanResult, format_table, plan
 from mfm_nnunet.planning.table import Circumstances, decisions_for
 from mfm_nnunet.settings import block_of
-from tests.planning.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, workspace_with, write_json
+from tests.builders.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, workspace_with, write_json
 
 NAME = "Dataset004_Tiny"
 
@@ -36,7 +36,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(root: Path, data: dict[str, Any], **request: Any) -> PlanResult:
-    """The plan for a data set of :mod:`tests.planning.tiny_data`."""
+    """The plan for a data set of :mod:`tests.builders.tiny_data`."""
     options = {key: request.pop(key) for key in ("channels", "is_corpus", "relative_size") if key in request}
     with workspace_with(root, NAME, **data, **options) as here:
         return plan(here, NAME, PlanRequest(**request))

@@ -20,7 +20,7 @@ from mfm_nnunet.jobs import train as finetune_run
 from mfm_nnunet.jobs.pretrain import PretrainRun
 from mfm_nnunet.planning.recipes import FOLDER, Recipe, read_recipe, shipped_recipes
 from mfm_nnunet.tasks.base import find_task
-from tests.engine.tiny_run import CONFIGURATION, NAME, prepare
+from tests.builders.tiny_run import CONFIGURATION, NAME, prepare
 
 ROOT = Path(__file__).parent.parent.parent
 

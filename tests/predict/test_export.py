@@ -23,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.predict import export, geometry
 from mfm_nnunet.predict.logits import ResampledLogits, logits_to_mask, logits_to_probabilities
-from tests.predict.tiny_model import REGIONS, SPLINE, THREE_LABELS, dataset_json, tiny_plans, voxels_of
+from tests.builders.tiny_model import REGIONS, SPLINE, THREE_LABELS, dataset_json, tiny_plans, voxels_of
 
 LABELS = {
     "few": {**THREE_LABELS, "c": 3, "d": 4},

@@ -18,7 +18,7 @@ from mfm_nnunet.data import sizes
 from mfm_nnunet.data.sizes import Sizes, count_windows, prediction_bytes, preprocessing_bytes
 from mfm_nnunet.errors import CasesFailedError, MFMError
 from mfm_nnunet.jobs.predict import PredictOptions, predict_folder
-from tests.predict.tiny_model import dataset_json, save_model, tiny_plans
+from tests.builders.tiny_model import dataset_json, save_model, tiny_plans
 
 PEAK = """
 import json, re, sys
@@ -28,7 +28,7 @@ from mfm_nnunet.data.preprocess_case import preprocess_case_npy
 from mfm_nnunet.predict.logits import logits_to_mask
 from mfm_nnunet.predict.predictor import Model
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tests.predict.tiny_model import dataset_json, tiny_plans
+from tests.builders.tiny_model import dataset_json, tiny_plans
 
 work, channels, shape, spacing, target = json.loads(sys.argv[1])
 torch.set_num_threads(1)

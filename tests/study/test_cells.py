@@ -24,8 +24,8 @@ from mfm_nnunet.study.commands import Step, Steps, all_steps, commands_script, s
 from mfm_nnunet.study.design import Cell, Design, labelled_cases
 from mfm_nnunet.study.folder import make_design, note_asked, read_record, write_design
 from mfm_nnunet.workspace import Workspace
-from tests.groups import wait_for_end
-from tests.study import small
+from tests.builders import small
+from tests.builders.groups import wait_for_end
 
 LIBRARY = small.LIBRARY
 PYTHON = "#"

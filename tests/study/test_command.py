@@ -11,8 +11,8 @@ import pytest
 
 from mfm_nnunet.cli import study as command
 from mfm_nnunet.study.arms import Arm, parse_arms
-from tests.planning.tiny_data import pretrained_checkpoint
-from tests.study import small
+from tests.builders import small
+from tests.builders.tiny_data import pretrained_checkpoint
 
 pytest.importorskip("surface_distance", reason="the extra 'study' is not installed")
 ASKED = {"--labels": "2 4", "--arms": "scratch", "--test": "3", "--seeds": "1"}
@@ -142,7 +142,7 @@ def test_bad_table_of_subjects(
 
 
 def test_a_checkpoint_of_another_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.finetune import tiny
+    from tests.builders import tiny
 
     pretrained_checkpoint(folder / "flat.pth", tiny.plans(), "2d")
     assert command.main(line({"--arms": "scratch flat=flat.pth"})) == 2
@@ -214,7 +214,7 @@ def test_the_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     """Pretrain a step, compare with scratch at two numbers of labels; the second call only renews the table."""
     from mfm_nnunet import api
     from mfm_nnunet.workspace import Workspace
-    from tests.contract.synthetic import write_dataset
+    from tests.builders.synthetic import write_dataset
 
     here = Workspace(*(tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")))
     name = write_dataset(here, "classes", 8)

@@ -16,7 +16,7 @@ from mfm_nnunet.settings import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.study import report, summary
 from mfm_nnunet.study.design import Cell
 from mfm_nnunet.study.statistics import compare_paired
-from tests.study.small import record, result, results
+from tests.builders.small import record, result, results
 
 RECORD = record([5, 10, 20], 2, ["scratch", "mae"])
 RESULTS = results(

@@ -22,10 +22,9 @@ from mfm_nnunet.study import plan, run
 from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.design import Design
 from mfm_nnunet.study.folder import write_design, write_json
-from tests.finetune import tiny
+from tests.builders import small, tiny
+from tests.builders.tiny_data import pretrained_checkpoint
 from tests.finetune.test_trainer import pretrained_file
-from tests.planning.tiny_data import pretrained_checkpoint
-from tests.study import small
 from tests.study.test_cells import LIBRARY, design_in
 
 

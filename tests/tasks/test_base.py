@@ -73,7 +73,7 @@ def test_a_private_task_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_task_refuses_a_network_that_it_cannot_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.models.tiny_plans import tiny_backbone
+    from tests.builders.tiny_plans import tiny_backbone
 
     task: Any = find_task("mae")
     monkeypatch.setattr(task, "backbones", ("resenc",))

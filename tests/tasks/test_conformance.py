@@ -21,7 +21,7 @@ from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import encoder_names, head_names
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.tasks.base import CropRequest, ItemTransform, PretextTask, find_task, list_tasks
-from tests.models.tiny_plans import tiny_network
+from tests.builders.tiny_plans import tiny_network
 
 VARIANTS: dict[str, list[str]] = {
     "mae": ["mask_ratio=0.75", "mask_ratio=0.5"],

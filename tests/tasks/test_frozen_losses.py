@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mfm_nnunet.tasks.base import find_task, list_tasks
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders.tiny_plans import tiny_backbone
 
 FILE = Path(__file__).parent / "frozen_losses.json"
 PATCH = (16, 24, 16)

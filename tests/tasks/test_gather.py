@@ -19,7 +19,7 @@ from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.tasks.base import PretextTask, find_task
 from mfm_nnunet.tasks.gather import gather_batch
 from mfm_nnunet.tasks.losses import nt_xent, soft_dice
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders.tiny_plans import tiny_backbone
 
 PATCH = (16, 16, 16)
 ITEMS = 4

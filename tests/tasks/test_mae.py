@@ -15,7 +15,7 @@ from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.tasks.losses import masked_mse
 from mfm_nnunet.tasks.mae import MAE, MAEConfig
 from mfm_nnunet.tasks.masks import auto_cell_size, cell_grid, draw_hidden, num_hidden_cells
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders.tiny_plans import tiny_backbone
 
 PATCH = (24, 32, 40)
 CONV, TOKENS = (1, 1, 1), (8, 8, 8)

@@ -24,8 +24,8 @@ from mfm_nnunet.tasks.models_genesis import (
     draw_outpainting,
     draw_shuffle,
 )
-from tests.engine import tiny_run
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders import tiny_run
+from tests.builders.tiny_plans import tiny_backbone
 
 PATCH = (24, 32, 40)
 SHUFFLE = ModelsGenesisConfig(shuffle_probability=1, curve_probability=0, paint_probability=0)

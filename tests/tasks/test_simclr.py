@@ -16,8 +16,8 @@ from mfm_nnunet.tasks.image_operations import JITTER, jitter
 from mfm_nnunet.tasks.losses import cosines, nt_xent
 from mfm_nnunet.tasks.simclr import SimCLR, SimCLRConfig, draw_pairs
 from mfm_nnunet.tasks.views import VIEW_JITTER, change_view, resolve_crop_size, side_by_side, tiled
-from tests.engine.tiny_run import prepare, run
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders.tiny_plans import tiny_backbone
+from tests.builders.tiny_run import prepare, run
 
 PATCH = (24, 32, 32)
 

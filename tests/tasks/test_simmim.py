@@ -16,8 +16,8 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry, TokenBackbone
 from mfm_nnunet.tasks.losses import masked_l1
 from mfm_nnunet.tasks.simmim import SimMIM, SimMIMConfig
-from tests.engine import tiny_run
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders import tiny_run
+from tests.builders.tiny_plans import tiny_backbone
 
 PATCH, TOKENS = (24, 32, 40), (8, 8, 8)
 """A grid of (3, 4, 5) tokens."""

@@ -28,8 +28,8 @@ from mfm_nnunet.tasks.masks import draw_hidden
 from mfm_nnunet.tasks.restoration import MaskingTransform
 from mfm_nnunet.tasks.spark3d import SparK, SparKConfig
 from mfm_nnunet.tasks.sparse import masked_instance_norm, shrink_hidden
-from tests.engine import tiny_run
-from tests.models.tiny_plans import tiny_backbone, tiny_network
+from tests.builders import tiny_run
+from tests.builders.tiny_plans import tiny_backbone, tiny_network
 
 PATCH, CELL = (16, 24, 16), (4, 6, 4)
 FLAT = {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}

@@ -24,7 +24,7 @@ from mfm_nnunet.tasks.coarse_decoder import CoarseDecoder
 from mfm_nnunet.tasks.cut_outs import cut_out, draw_share, mix_in, rotated, rotation_plane
 from mfm_nnunet.tasks.losses import nt_xent
 from mfm_nnunet.tasks.swin_unetr import SwinUNETR, SwinUNETRConfig
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders.tiny_plans import tiny_backbone
 
 PATCH = (8, 16, 16)
 FAMILIES = ["resenc", "primus"]

@@ -15,8 +15,8 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.tasks.losses import cosines, overlap_loss, spread_loss
 from mfm_nnunet.tasks.voco import VoCo, VoCoConfig, base_places, overlaps, region_size
-from tests.engine.tiny_run import prepare, run
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders.tiny_plans import tiny_backbone
+from tests.builders.tiny_run import prepare, run
 
 PATCH = (16, 32, 32)
 

@@ -15,7 +15,7 @@ from mfm_nnunet.tasks.image_operations import apply_gamma, jitter, map_percentil
 from mfm_nnunet.tasks.losses import soft_dice
 from mfm_nnunet.tasks.masks import cell_limits
 from mfm_nnunet.tasks.volume_fusion import VolumeFusion, VolumeFusionConfig, VolumeFusionTransform, draw_label, fuse
-from tests.models.tiny_plans import tiny_backbone
+from tests.builders.tiny_plans import tiny_backbone
 
 PATCH = (24, 32, 40)
 VARIANTS = ("grid", "boxes", "two_image")

@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from tests.architectures import resenc
+from tests.builders.architectures import resenc
 
 SHAPE = (24, 20, 22)
 PATCH = (24, 20, 24)

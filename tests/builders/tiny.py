@@ -13,7 +13,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace
-from tests.architectures import primus, resenc
+from tests.builders.architectures import primus, resenc
 
 NAME = "Dataset007_Tiny"
 SHAPE = (20, 24, 20)

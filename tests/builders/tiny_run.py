@@ -1,6 +1,6 @@
 """A whole pretraining run that takes seconds: six small volumes, a plan, the engine; as a script it can be killed.
 
-python -m tests.engine.tiny_run FOLDER TASK FAMILY [--c] [NAME=VALUE ...]
+python -m tests.builders.tiny_run FOLDER TASK FAMILY [--c] [NAME=VALUE ...]
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from mfm_nnunet import workspace
 from mfm_nnunet.jobs.pretrain import pretrain_here
 from mfm_nnunet.workspace import Workspace
-from tests.architectures import primus, resenc
-from tests.finetune import tiny
+from tests.builders import tiny
+from tests.builders.architectures import primus, resenc
 
 NAME = "Dataset700_Tiny"
 CONFIGURATION = "3d_fullres"

@@ -9,7 +9,7 @@ from torch import nn
 
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring, make_backbone
 from mfm_nnunet.models.networks import build_network
-from tests.architectures import primus, resenc
+from tests.builders.architectures import primus, resenc
 
 CONFIGURATION = "3d_fullres"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet.models.networks import build_network
-from tests.architectures import resenc
+from tests.builders.architectures import resenc
 
 FEATURES, BLOCKS, STRIDE = (4, 8, 8), (1, 2, 2), 4
 EMBED, HEADS, DEPTH = 72, 12, 2

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 
 
 def started(script: Path, *words: str | Path) -> subprocess.Popen[str]:

@@ -17,7 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.models.networks import build_network
-from tests.architectures import resenc
+from tests.builders.architectures import resenc
 
 SPLINE = "resample_data_or_seg_to_shape"
 THREE_LABELS = {"background": 0, "a": 1, "b": 2}

@@ -1,0 +1,1 @@
+"""The only home of tiny plans, datasets, networks, scans and runs that tests build."""
