@@ -13,29 +13,34 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mfm_nnunet"
-SPINE = """
-jobs.plan data.sources data.cases data.corpus data.labelled data.current data.loops
-images.reading images.decoder images.decode images.integrity images.headers images.nifti images.geometry
-planning.request planning.fingerprint planning.planner planning.derive planning.like
-dataset plan plan_rules settings
-data.preprocess data.preprocess_case data.sizes data.resampling data.masks data.properties data.storage data.volumes
-models.networks models.memory models.families
-jobs.pretrain data.sampling data.crops data.augment data.loading
-tasks.base tasks.masks tasks.mae tasks.restoration tasks.losses models.backbone
-engine.streams engine.engine engine.optim engine.state checkpoint
-jobs.train finetune.checks finetune.pretrained models.transfer finetune.splits finetune.preprocessed finetune.datasets
-finetune.loading finetune.settings finetune.groups finetune.schedule finetune.state finetune.trainer tasks.segmentation
-finetune.validation
-jobs.predict predict.options predict.cases predict.model predict.predictor predict.logits predict.export predict.geometry
-predict.journal
-""".split()
-"""The modules that one volume passes with MAE, from scan to mask, in this order.
+SPINE = {
+    "List the scans": "jobs.plan data.sources data.cases data.corpus data.labelled data.current data.loops",
+    "Let them in": "images.reading images.decoder images.decode images.integrity images.headers images.nifti "
+    "images.geometry",
+    "Plan": "planning.request planning.fingerprint planning.planner planning.derive planning.like dataset plan plan_rules "
+    "settings models.networks models.memory models.families",
+    "Preprocess": "data.preprocess data.preprocess_case data.sizes data.resampling data.masks data.properties data.storage "
+    "data.volumes",
+    "Draw crops": "jobs.pretrain data.sampling data.crops data.augment data.loading",
+    "Pretrain": "tasks.base tasks.masks tasks.mae tasks.restoration tasks.losses models.backbone engine.streams "
+    "engine.engine engine.optim engine.state checkpoint",
+    "Fine-tune": "jobs.train finetune.checks finetune.pretrained models.transfer finetune.splits finetune.preprocessed "
+    "finetune.datasets finetune.loading finetune.settings finetune.groups finetune.schedule finetune.state "
+    "finetune.trainer tasks.segmentation finetune.validation",
+    "Predict": "jobs.predict predict.options predict.cases predict.model predict.predictor predict.logits predict.export "
+    "predict.geometry predict.journal",
+}
+"""The modules that one volume passes with MAE, from scan to mask, in this order, by stage.
 
 Commands, the utilities at the root, image formats other than NIfTI and networks other than ResEnc are beside the way.
 """
 IN_EVERY_COMMAND = ("build_parser", "main", "_run")
 """Names that each command defines on purpose."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def spine_modules() -> list[str]:
+    return [name for names in SPINE.values() for name in names.split()]
 
 
 class Sources:
@@ -143,7 +148,7 @@ def figures(sources: Sources) -> dict[str, tuple[int, list[str]]]:
     long = [f"{m}.{f.name} {num_lines(f)}" for m, f in functions if num_lines(f) > 60]
     modules = [f"{name} {lines}" for name, lines in sources.lines.items() if lines > 420]
     twice = [f"{name}: {', '.join(places)}" for name, places in sources.names_defined_twice().items()]
-    spine = [name for name in SPINE if name in sources.files]
+    spine = [name for name in spine_modules() if name in sources.files]
     cycles = [" -> ".join(cycle) for cycle in find_cycles(sources.imports)]
     steps, single = sources.optimisation_steps(), sources.with_one_importer()
     return {
@@ -166,7 +171,7 @@ def main() -> None:
     for title, (number, places) in figures(sources).items():
         print(f"{number:7,}  {title}" + (f": {'; '.join(places)}" if places else ""))
     if "--spine" in sys.argv:
-        print("\n".join(f"{sources.lines[name]:7,}  {name}" for name in SPINE if name in sources.files))
+        print("\n".join(f"{sources.lines[name]:7,}  {name}" for name in spine_modules() if name in sources.files))
 
 
 if __name__ == "__main__":

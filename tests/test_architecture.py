@@ -17,7 +17,7 @@ ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
     "package lines": 27_500,
-    "spine lines": 12_500,
+    "spine lines": 15_000,
     "files": 175,
     "files with one importer": 45,
     "modules over 420 lines": 2,
