@@ -17,18 +17,18 @@ SPINE = {
     "List the scans": "jobs.plan data.sources data.cases data.corpus data.labelled data.current data.loops",
     "Let them in": "images.reading images.decoder images.decode images.integrity images.headers images.nifti "
     "images.geometry",
-    "Plan": "planning.request planning.fingerprint planning.planner planning.derive planning.like dataset plan plan_rules "
-    "settings models.networks models.memory models.families",
-    "Preprocess": "data.preprocess data.preprocess_case data.sizes data.resampling data.masks data.properties data.storage "
-    "data.volumes",
+    "Plan": "planning.request planning.fingerprint planning.planner planning.derive planning.like dataset plan "
+    "plan_rules settings models.networks models.memory models.families",
+    "Preprocess": "data.preprocess data.preprocess_case data.sizes data.resampling data.masks data.properties "
+    "data.storage data.volumes",
     "Draw crops": "jobs.pretrain data.sampling data.crops data.augment data.loading",
     "Pretrain": "tasks.base tasks.masks tasks.mae tasks.restoration tasks.losses models.backbone engine.streams "
     "engine.engine engine.optim engine.state checkpoint",
     "Fine-tune": "jobs.train finetune.checks finetune.pretrained models.transfer finetune.splits finetune.preprocessed "
     "finetune.datasets finetune.loading finetune.settings finetune.groups finetune.schedule finetune.state "
     "finetune.trainer tasks.segmentation finetune.validation",
-    "Predict": "jobs.predict predict.options predict.cases predict.model predict.predictor predict.logits predict.export "
-    "predict.geometry predict.journal",
+    "Predict": "jobs.predict predict.options predict.cases predict.model predict.predictor predict.logits "
+    "predict.export predict.geometry predict.journal",
 }
 """The modules that one volume passes with MAE, from scan to mask, in this order, by stage.
 
