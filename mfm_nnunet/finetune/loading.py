@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,6 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import read_json
 
 VALIDATE_AGAIN = "validate the fold of the first stage that holds the case again (mfm_train --val), which writes it."
-
-SHAREABLE_KEYS: tuple[str, ...] = (
-    "channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",
-    "overwrite_image_reader_writer", "name", "description", "reference", "licence", "license", "release",
-)  # fmt: skip
-"""Fields of dataset.json that go into model folders and checkpoints: nothing that names or locates a case."""
 
 Batch = dict[str, Any]
 """nnU-Net's batch: "data" (B, C, D, H, W) float32, "target" a tensor or one per scale, "keys" the case names."""
@@ -154,11 +148,6 @@ def _keep(batch: Any) -> Any:
 
 
 # Cases
-
-
-def shareable(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dataset.json without case names and file paths."""
-    return {key: dataset_json[key] for key in SHAREABLE_KEYS if key in dataset_json}
 
 
 def select_labelled(raw: Path | None, preprocessed_folder: Path, data: Path) -> Selection:

@@ -22,9 +22,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import autocast, default_autocast_dtype, default_workers
 from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, WeightAverage, make_optimizer
 from mfm_nnunet.errors import StoppedError
+from mfm_nnunet.files import to_plain
 from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.groups import EpochSchedule, Phases, describe_training
 from mfm_nnunet.finetune.loading import (
@@ -38,7 +40,6 @@ from mfm_nnunet.finetune.loading import (
     seed_everything,
     seed_of,
     select_labelled,
-    shareable,
 )
 from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.splits import Split, choose_split
@@ -76,7 +77,7 @@ class MFMTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         block = block_of(plans)
-        super().__init__(plans, configuration, fold, shareable(dataset_json), device)
+        super().__init__(plans, configuration, fold, DatasetJson.of(dataset_json).shared(), device)
         self.block = block
         self.settings = block.finetune
         self.initial_lr = resolved_learning_rate(self.settings, block.network)
@@ -333,7 +334,7 @@ class MFMTrainer(nnUNetTrainer):
         """Log the epoch, save ``checkpoint_best`` as nnU-Net and ``checkpoint_latest`` always, plot now and then."""
         self.logger.log("epoch_end_timestamps", time.time(), self.current_epoch)
         # As a continued run reads it: NumPy's float32 would round nnU-Net's moving average of the Dice otherwise.
-        self.logger.load_checkpoint(checkpoint.to_plain(self.logger.get_checkpoint()))
+        self.logger.load_checkpoint(to_plain(self.logger.get_checkpoint()))
         last = {key: values[-1] for key, values in self.logger.get_checkpoint().items()}
         dice = np.round(last["dice_per_class_or_region"], 4).tolist()
         seconds = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
