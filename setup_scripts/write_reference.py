@@ -302,10 +302,11 @@ def design_page(text: str) -> str:
             lines[folder].append(f"{'  ' if folder else ''}{inner}{'/' if inner else ''}{path}".ljust(28) + phrase)
     tree = [line[:WIDTH].rstrip() for folder in sorted(lines) for line in lines[folder]]
     text = put_block(text, "## The tree", "text", "\n".join(tree))
-    stages = [
-        f"{stage}:".ljust(18) + textwrap.fill(names.replace(" ", " -> "), WIDTH - 18).replace("\n", "\n" + " " * 18)
-        for stage, names in SPINE.items()
-    ]
+    stages = []
+    for stage, names in SPINE.items():
+        chain = " -> ".join(name for name in names.split() if name in sources.files)
+        wrap = textwrap.TextWrapper(WIDTH, initial_indent=f"{stage}:".ljust(18), subsequent_indent=" " * 18)
+        stages.append(wrap.fill(chain))
     return put_block(text, "## The spine", "text", "\n".join(stages))
 
 
