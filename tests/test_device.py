@@ -40,5 +40,5 @@ def test_without_an_answer_of_the_system_there_is_no_limit(monkeypatch: pytest.M
 
 
 def test_asking_for_the_memory_loads_no_torch() -> None:
-    question = "import sys; from mfm_nnunet.data import integrity; assert 'torch' not in sys.modules"
+    question = "import sys; from mfm_nnunet.images import integrity; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", question], check=True, timeout=120)

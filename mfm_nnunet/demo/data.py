@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.data.corpus import Case, load_cases, read_dataset_json
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.corpus import load_cases, read_dataset_json
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
 

@@ -22,8 +22,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import (
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from mfm_nnunet.data.properties import read_properties
-from mfm_nnunet.data.volumes import PREPROCESS_AGAIN, open_array, read_arrays, unreadable
+from mfm_nnunet.data.volumes import PREPROCESS_AGAIN, open_array, read_arrays, read_properties, unreadable
 
 VALIDATE_AGAIN = "validate the fold of the first stage that holds the case again (mfm_train --val), which writes it."
 

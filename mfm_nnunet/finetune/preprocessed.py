@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.current import Selection, select
+from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.storage import require_whole, stored_cases
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import read_json
@@ -29,7 +29,7 @@ def select_cases(raw: Path | None, preprocessed_folder: Path, data: Path) -> Sel
     """Choose the labelled cases that the dataset has now in a folder ``data`` (blosc2, or nnU-Net's older npz).
 
     ``raw`` and ``preprocessed_folder`` are the dataset's. Raises MFMError: E_CONFIG when files of a case are missing,
-    E_SHORT_DATA when one is damaged, and as :func:`mfm_nnunet.data.current.select`.
+    E_SHORT_DATA when one is damaged, and as :func:`mfm_nnunet.data.corpus.select`.
     """
     images = stored_cases(data)
     selection = select(raw, preprocessed_folder, images or {file.stem for file in data.glob("*.npz")})
