@@ -8,7 +8,6 @@ where it was and a changed source is done again. Nothing that another plan uses 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
-from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.data import storage
 from mfm_nnunet.data.cases import check_case_name
 from mfm_nnunet.data.loops import in_processes, in_threads, mask_signature, source_signature, unchanged, with_progress
 from mfm_nnunet.data.resampling import resampling_function
 from mfm_nnunet.data.sizes import Sizes, require_preprocessable
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
-from mfm_nnunet.files import inside
+from mfm_nnunet.files import inside, to_plain
 from mfm_nnunet.images import reading
 from mfm_nnunet.images.geometry import difference, geometry_of
-from mfm_nnunet.plan import is_resampled, preprocessor_problem
+from mfm_nnunet.plan import Plan, is_resampled, preprocessor_problem
 from mfm_nnunet.plan_rules import CT
 
 if TYPE_CHECKING:
@@ -40,11 +39,6 @@ if TYPE_CHECKING:
 
 POOL_MIN_BYTES = 20_000_000
 """Source files below this size in all are done in this process: a started worker costs seconds of imports."""
-
-NORMALISED_BY_CASE = frozenset(
-    ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
-)
-"""Schemes that need nothing from the fingerprint, so that one more case does not change all others."""
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +75,7 @@ def preprocess_dataset(
     if problem := preprocessor_problem(plans, configuration):
         raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that the plan is from, or plan here.")
     settings_hash = preprocessing_hash(plans, configuration, dataset_json)
-    folder = inside(Path(preprocessed_folder), _resolved(plans, configuration)["data_identifier"])
+    folder = inside(Path(preprocessed_folder), Plan.of(plans).configuration(configuration).data_identifier)
     with storage.full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     manifest = storage.Manifest.read(folder)
@@ -112,18 +106,7 @@ def preprocess_dataset(
 
 def preprocessing_hash(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> str:
     """sha256 over everything that the preprocessed arrays and properties depend on, apart from the files."""
-    resolved = _resolved(plans, configuration)
-    names = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name")
-    functions = ("resampling_fn_data", "resampling_fn_seg")
-    from_dataset = set(resolved["normalization_schemes"]) - NORMALISED_BY_CASE
-    content = {
-        "format": 1,
-        **{name: plans.get(name) for name in ("transpose_forward", "image_reader_writer")},
-        "intensities": plans["foreground_intensity_properties_per_channel"] if from_dataset else None,
-        **{name: resolved.get(name) for name in (*names, *functions, *(f"{name}_kwargs" for name in functions))},
-        **{name: dataset_json.get(name) for name in ("labels", "regions_class_order")},
-    }
-    return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
+    return Plan.of(plans).preprocessing_digest(configuration, DatasetJson.of(dataset_json))
 
 
 @dataclass(frozen=True)
@@ -202,11 +185,6 @@ def _managers(plans_text: str, configuration: str) -> tuple[PlansManager, Config
 
     plans_manager = PlansManager(json.loads(plans_text))
     return plans_manager, plans_manager.get_configuration(configuration)
-
-
-def _resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
-    """A configuration of the plan with everything that it inherits."""
-    return _managers(json.dumps(to_plain(plans)), configuration)[1].configuration
 
 
 def _signature(case: Case) -> list[list[Any]]:

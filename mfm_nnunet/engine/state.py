@@ -16,6 +16,7 @@ from typing import Any
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import to_plain
 
 STATE_FILES = ("resume.pth", "resume_previous.pth")
 """The states that a run can continue from, the newest first."""
@@ -44,7 +45,7 @@ def save_state(folder: Path, state: RunState, modules: Mapping[str, Any], settin
             previous.unlink(missing_ok=True)
             os.link(file, previous)
     content = {"state": asdict(state), "settings": dict(settings), **modules}
-    checkpoint.save(checkpoint.to_plain(content), file)
+    checkpoint.save(to_plain(content), file)
 
 
 def load_state(folder: Path, settings: Mapping[str, Any]) -> tuple[RunState, dict[str, Any]]:

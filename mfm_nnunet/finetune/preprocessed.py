@@ -10,19 +10,14 @@ from typing import Any
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.storage import require_whole, stored_cases
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import read_json
-
-SHAREABLE_KEYS: tuple[str, ...] = (
-    "channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",
-    "overwrite_image_reader_writer", "name", "description", "reference", "licence", "license", "release",
-)  # fmt: skip
-"""What of dataset.json goes into model folders and checkpoints: nothing that names or locates a case."""
 
 
 def shareable(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
     """dataset.json without case names and file paths."""
-    return {key: dataset_json[key] for key in SHAREABLE_KEYS if key in dataset_json}
+    return DatasetJson.of(dataset_json).shared()
 
 
 def select_cases(raw: Path | None, preprocessed_folder: Path, data: Path) -> Selection:

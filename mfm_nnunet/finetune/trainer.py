@@ -24,6 +24,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.device import autocast, default_autocast_dtype, default_workers
 from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, make_optimizer
 from mfm_nnunet.errors import StoppedError
+from mfm_nnunet.files import to_plain
 from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.datasets import checked, next_stage_checked
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
@@ -320,7 +321,7 @@ class MFMTrainer(nnUNetTrainer):
         """Log the epoch, save ``checkpoint_best`` as nnU-Net and ``checkpoint_latest`` always, plot now and then."""
         self.logger.log("epoch_end_timestamps", time.time(), self.current_epoch)
         # As a continued run reads it: NumPy's float32 would round nnU-Net's moving average of the Dice otherwise.
-        self.logger.load_checkpoint(checkpoint.to_plain(self.logger.get_checkpoint()))
+        self.logger.load_checkpoint(to_plain(self.logger.get_checkpoint()))
         last = {key: values[-1] for key, values in self.logger.get_checkpoint().items()}
         self.print_to_log_file(epoch_in_words(last, self.num_epochs - 1 - self.current_epoch))
         folder, ema = Path(self.output_folder), float(last["ema_fg_dice"])
