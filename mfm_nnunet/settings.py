@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,14 @@ PUBLISHED_RATES = {
 
 LARGEST = 10**9
 """No number among the settings is larger; what is, is a slip of the keyboard and would run for ever or fill memory."""
+
+logger = logging.getLogger(__name__)
+
+REMOVED: dict[str, tuple[Any, str]] = {
+    "pretrain.anatomy_fraction": (0.0, "crops are drawn from anywhere in the image"),
+    "pretrain.balance_temperature": (None, "pretrain.balance_by draws all groups equally often"),
+}
+"""Removed settings: the value that changed nothing, and what holds instead. Plans and runs made before name them."""
 
 Settings = TypeVar("Settings")
 
@@ -94,14 +103,9 @@ class PretrainSettings:
     leave_out_anonymised: bool = True
     """Leave voxels that were anonymised out of the loss, where the corpus has such masks and the task restores
     voxels."""
-    anatomy_fraction: float = ranged(0.0, 0, 1)
-    """Share of the crops that are centred on a voxel of the anatomy mask, for cases that have one."""
     balance_by: tuple[str, ...] = ()
     """subject, dataset, modality or several of them: each combination is drawn equally often. None of them: each case
     is."""
-    balance_temperature: float | None = None
-    """Shares of the groups of ``balance_by`` in proportion to (number of cases)^(1/T): 1 keeps a corpus as it is. None:
-    all groups equally."""
 
 
 @dataclass(frozen=True)
@@ -285,12 +289,26 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
     if not isinstance(values, Mapping):
         raise MFMError("E_CONFIG", f"{where.rstrip('.') or 'settings'}={values}: expected a table of names and values.")
     hints = get_type_hints(cls)
+    if cls is PretrainSettings:
+        values = _drop_removed(values, where)
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
     settings = cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
     require_in_range(settings, where)
     return settings
+
+
+def _drop_removed(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return stored settings of pretraining without those that were removed since; warn where one had an effect."""
+    kept = {}
+    for name, value in values.items():
+        neutral, instead = REMOVED.get(f"pretrain.{name}", (None, ""))
+        if not instead:
+            kept[name] = value
+        elif value != neutral:
+            logger.warning("%s%s=%s is ignored, the setting was removed: %s", where, name, value, instead)
+    return kept
 
 
 def block_of(plans: Mapping[str, Any]) -> MFMBlock:
@@ -332,6 +350,8 @@ def setting_names(settings: Any, prefix: str = "") -> list[str]:
 
 def _assign(settings: Any, name: str, value: str, root: Any, path: str = "") -> Any:
     head, _, rest = name.partition(".")
+    if path + name in REMOVED:
+        raise MFMError("E_CONFIG", f"setting {path}{name} was removed: {REMOVED[path + name][1]}. Leave it out.")
     hints = get_type_hints(type(settings))
     if head not in hints or bool(rest) != dataclasses.is_dataclass(getattr(settings, head)):
         raise MFMError("E_CONFIG", f"unknown setting '{path}{name}'. {nearest(path + name, setting_names(root))}")
