@@ -52,9 +52,14 @@ class Range:
         )
 
 
-def ranged(default: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> Any:
-    """Return a dataclass field with a legal range; None, where it is the default, is legal too."""
-    return field(default=default, metadata={"range": Range(low, high, above, below)})
+def ranged(
+    default: Any, low: float, high: float, *, above: bool = False, below: bool = False, ascending: bool = False
+) -> Any:
+    """Make a dataclass field with a legal range, for each number of a tuple; None, where it is the default, is legal.
+
+    ``ascending``: of several numbers the smaller ones come first.
+    """
+    return field(default=default, metadata={"range": Range(low, high, above, below), "ascending": ascending})
 
 
 @dataclass(frozen=True)
@@ -228,9 +233,12 @@ def require_in_range(settings: Any, prefix: str = "") -> None:
             require_in_range(value, f"{name}.")
             continue
         legal = item.metadata.get("range", Range(-LARGEST, LARGEST))
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)) and number not in legal:
-                raise MFMError("E_CONFIG", f"{name}={number}: must be {legal}.")
+        values = value if isinstance(value, tuple) else (value,)
+        shown = ",".join(map(str, values))
+        if any(isinstance(number, (int, float)) and number not in legal for number in values):
+            raise MFMError("E_CONFIG", f"{name}={shown}: must be {legal}.")
+        if item.metadata.get("ascending") and list(values) != sorted(values):
+            raise MFMError("E_CONFIG", f"{name}={shown}: the smaller number comes first.")
 
 
 def require_legal_schedule(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
