@@ -82,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
         "study",
         "interchange",
     },
-    "demo": {"api", "data", "images", "reports"},
+    "demo": {"jobs", "reports"},
     "cli": {"api", "jobs", "data", "images", "planning", "models", "tasks", "engine", "finetune", "predict", "demo"},
 }
 """Leaves and the own package come on top."""
