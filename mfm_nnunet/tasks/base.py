@@ -21,11 +21,12 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
+from mfm_nnunet.data.crops import Augmentation, CropRequest, ItemTransform
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.backbone import AbstractBackbone, Geometry, Restoring
 from mfm_nnunet.settings import require_in_range
@@ -35,6 +36,7 @@ __all__ = [
     "Augmentation",
     "CropRequest",
     "ItemTransform",
+    "PatchTransform",
     "PretextTask",
     "Task",
     "TaskInfo",
@@ -44,9 +46,6 @@ __all__ = [
     "list_tasks",
     "size_per_axis",
 ]
-
-Augmentation = Literal["none", "mirror", "spatial"]
-"""In growing order: nothing; mirroring; rotation, scaling and mirroring."""
 
 
 @dataclass(frozen=True)
@@ -100,41 +99,15 @@ class Task(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class CropRequest:
-    """One crop that an item needs, at a uniformly drawn position."""
-
-    size: tuple[int, ...]
-    """Voxels per axis."""
-    volume: int = 0
-    """Number of the item's volume it is cut from, 0 to ``volumes_per_item - 1``; the volumes of an item differ."""
-    pad: bool = True
-    """Pad volumes smaller than ``size`` with zeros; otherwise the crop is as small as the volume."""
-
-
-@dataclass(frozen=True)
-class ItemTransform(ABC):
-    """Makes one item from its crops, in a worker process: picklable, NumPy only, stateless."""
+class PatchTransform(ItemTransform):
+    """Base of transforms that need one patch; override ``requests`` for other crops."""
 
     config: Any
     """Resolved settings of the task."""
     patch_size: tuple[int, ...]
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
-        """List the crops to read for one item: one patch. Uses the same generator as the item, and is called first."""
         return [CropRequest(self.patch_size)]
-
-    @abstractmethod
-    def __call__(
-        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Make the item from its crops (C, D, H, W), float32, normalised as in the plan, in the order of the requests.
-
-        ``item["image"]`` is the network's input, (C, *patch), or (V, C, *crop) for tasks with several views; further
-        arrays are the task's own. The crops may be changed in place. ``valid`` are boolean arrays (1, D, H, W), one per
-        crop, False where voxels were anonymised; None in a corpus without such masks. Tasks that restore voxels pass
-        them on as ``item["valid"]``, like the image, and leave the others out of the loss. All items of a run have the
-        same keys, shapes and types, so a batch is ``np.stack``.
-        """
 
 
 class PretextTask(Task):
@@ -147,7 +120,7 @@ class PretextTask(Task):
     name: ClassVar[str]
     """As in ``--pretext``."""
     Config: ClassVar[type[Any]]
-    Transform: ClassVar[type[ItemTransform]]
+    Transform: ClassVar[type[PatchTransform]]
     citations: ClassVar[list[dict[str, Any]]] = []
     """Citations as in checkpoints: {"type": "Pretraining Method", "name": ..., "apa_citations": [...]}."""
     backbones: ClassVar[tuple[str, ...]] = ("resenc", "primus")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.settings import ranged
-from mfm_nnunet.tasks.base import Augmentation, ItemTransform, PretextTask, TaskOutput, illegal_setting, size_per_axis
+from mfm_nnunet.tasks.base import Augmentation, PatchTransform, PretextTask, TaskOutput, illegal_setting, size_per_axis
 from mfm_nnunet.tasks.losses import explained_variance, masked_mse
 
 MAX_BOX = 0.625
@@ -39,7 +39,7 @@ class MaskingConfig:
     """Value of hidden voxels, in normalised units, that convolutions see; 0 is the mean of z-scored images."""
 
 
-class MaskingTransform(ItemTransform):
+class MaskingTransform(PatchTransform):
     """Adds the mask: ``image`` (C, D, H, W) float32 and ``hidden`` (1, D, H, W) bool."""
 
     def __call__(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.settings import ranged
-from mfm_nnunet.tasks.base import Augmentation, ItemTransform, PretextTask, TaskOutput, illegal_setting
+from mfm_nnunet.tasks.base import Augmentation, PatchTransform, PretextTask, TaskOutput, illegal_setting
 from mfm_nnunet.tasks.image_operations import UNIT_KNOTS, apply_curve, draw_curve, intensity_knots
 from mfm_nnunet.tasks.losses import explained_variance, masked_mse
 from mfm_nnunet.tasks.registry import TASKS
@@ -50,7 +50,7 @@ class ModelsGenesisConfig:
     """Voxels in all windows together, in patches: 10,000 windows at 160x160x160. Windows overlap."""
 
 
-class ModelsGenesisTransform(ItemTransform):
+class ModelsGenesisTransform(PatchTransform):
     """Makes ``image``, corrupted, and ``target``, the original: both (C, D, H, W) float32 in normalised units."""
 
     def __call__(

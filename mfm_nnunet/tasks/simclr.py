@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.settings import LARGEST, ranged
-from mfm_nnunet.tasks.base import CropRequest, ItemTransform, TaskOutput, illegal_setting
+from mfm_nnunet.tasks.base import CropRequest, PatchTransform, TaskOutput, illegal_setting
 from mfm_nnunet.tasks.losses import gather_batch, nt_xent, pair_similarity
 from mfm_nnunet.tasks.registry import TASKS
 from mfm_nnunet.tasks.views import ViewComparison, ViewConfig, as_picture, cut_views, side_by_side
@@ -40,7 +40,7 @@ class SimCLRConfig(ViewConfig):
     """Cosines are divided by it: the smaller, the more the hardest negatives count."""
 
 
-class SimCLRTransform(ItemTransform):
+class SimCLRTransform(PatchTransform):
     """Makes ``image`` (2R, C, *crop): the R reference crops, then their partners in the same order."""
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:

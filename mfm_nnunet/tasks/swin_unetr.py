@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mfm_nnunet.models.backbone import AbstractBackbone, Geometry
 from mfm_nnunet.settings import LARGEST, ranged
-from mfm_nnunet.tasks.base import CropRequest, ItemTransform, PretextTask, TaskOutput, illegal_setting
+from mfm_nnunet.tasks.base import CropRequest, PatchTransform, PretextTask, TaskOutput, illegal_setting
 from mfm_nnunet.tasks.heads import CoarseDecoder, pool
 from mfm_nnunet.tasks.image_operations import TURNS, cut_out, is_square, mix_in, rotate, rotation_plane
 from mfm_nnunet.tasks.losses import cross_entropy, gather_batch, masked_l1, nt_xent
@@ -66,7 +66,7 @@ class SwinUNETRConfig:
     second place of them, as published."""
 
 
-class SwinUNETRTransform(ItemTransform):
+class SwinUNETRTransform(PatchTransform):
     """Makes ``image`` and ``target`` (2, C, D, H, W), float32: the two views, cut and uncut.
 
     ``rotation`` (2,), int64, are the quarter turns of each; ``valid`` (2, 1, D, H, W) is turned alike.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.settings import LARGEST, ranged
-from mfm_nnunet.tasks.base import CropRequest, ItemTransform, TaskOutput, illegal_setting
+from mfm_nnunet.tasks.base import CropRequest, PatchTransform, TaskOutput, illegal_setting
 from mfm_nnunet.tasks.losses import cosines, overlap_loss, spread_loss
 from mfm_nnunet.tasks.registry import TASKS
 from mfm_nnunet.tasks.views import ViewComparison, ViewConfig, as_picture, cut_views, side_by_side, tile
@@ -43,7 +43,7 @@ class VoCoConfig(ViewConfig):
     """Weight of the loss that makes base crops differ."""
 
 
-class VoCoTransform(ItemTransform):
+class VoCoTransform(PatchTransform):
     """Makes ``image`` (N + T, C, *crop), base crops in the order of the grid, then targets; and ``overlap`` (T, N)."""
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from mfm_nnunet.settings import LARGEST, ranged
-from mfm_nnunet.tasks.base import Augmentation, CropRequest, ItemTransform, PretextTask, TaskOutput
+from mfm_nnunet.tasks.base import Augmentation, CropRequest, PatchTransform, PretextTask, TaskOutput
 from mfm_nnunet.tasks.image_operations import apply_gamma, jitter, map_percentiles, resize_linear, standardise
 from mfm_nnunet.tasks.losses import cross_entropy, soft_dice
 from mfm_nnunet.tasks.masks import draw_boxes, draw_lattice
@@ -42,7 +42,7 @@ class VolumeFusionConfig:
     """Size of a crop before it is resized, in patch sizes, drawn per axis."""
 
 
-class VolumeFusionTransform(ItemTransform):
+class VolumeFusionTransform(PatchTransform):
     """Makes ``image`` (C, D, H, W) float32, the fused patch, and ``label`` (D, H, W) uint8, 0 to K."""
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
