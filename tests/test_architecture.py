@@ -29,8 +29,19 @@ CEILINGS = {
 }
 """The names are those of ``setup_scripts/figures.py``, which prints what is behind a number."""
 LEAVES = {
-    *("errors", "version", "workspace", "checkpoint", "children", "plan", "plan_rules", "dataset", "settings"),
-    *("processes", "device", "metrics", "terminal", "files"),
+    *(
+        "errors",
+        "version",
+        "workspace",
+        "checkpoint",
+        "children",
+        "signals",
+        "plan",
+        "plan_rules",
+        "dataset",
+        "settings",
+    ),
+    *("processes", "signals", "device", "metrics", "terminal", "files"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
