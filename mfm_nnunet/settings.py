@@ -32,7 +32,6 @@ LARGEST = 10**9
 """Limit of all numbers: a larger one is a typing error that would run for ever or fill the memory."""
 
 logger = logging.getLogger(__name__)
-
 REMOVED: dict[str, tuple[Any, str]] = {
     "pretrain.anatomy_fraction": (0.0, "crops are drawn from anywhere in the image"),
     "pretrain.balance_temperature": (None, "pretrain.balance_by draws all groups equally often"),
@@ -282,7 +281,7 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
         raise MFMError("E_CONFIG", f"{where.rstrip('.') or 'settings'}={values}: expected a table of names and values.")
     hints = get_type_hints(cls)
     if cls is PretrainSettings:
-        values = _drop_removed(values, where)
+        values = {name: value for name, value in values.items() if not _is_removed(name, value, where)}
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
@@ -291,16 +290,12 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
     return settings
 
 
-def _drop_removed(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Return stored settings of pretraining without those that were removed since; warn where one had an effect."""
-    kept = {}
-    for name, value in values.items():
-        neutral, instead = REMOVED.get(f"pretrain.{name}", (None, ""))
-        if not instead:
-            kept[name] = value
-        elif value != neutral:
-            logger.warning("%s%s=%s is ignored, the setting was removed: %s", where, name, value, instead)
-    return kept
+def _is_removed(name: str, value: Any, where: str) -> bool:
+    """Return whether a stored setting of pretraining was removed since; warn where it had an effect."""
+    neutral, instead = REMOVED.get(f"pretrain.{name}", (None, ""))
+    if instead and value != neutral:
+        logger.warning("%s%s=%s is ignored, the setting was removed: %s", where, name, value, instead)
+    return bool(instead)
 
 
 def block_of(plans: Mapping[str, Any]) -> MFMBlock:
