@@ -247,10 +247,10 @@ def test_warmup(setting: int | None, epochs: int, expected: int) -> None:
 def test_removed_settings_of_old_plans_are_ignored_and_refused_by_name(
     name: str, used: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    neutral = mfm_settings.REMOVED[f"pretrain.{name}"][0]
+    neutral = mfm_settings.NEUTRAL[f"pretrain.{name}"]
     assert mfm_settings.block_of({"mfm": {"pretrain": {name: neutral}}}) == MFMBlock()
     assert not caplog.text
     assert mfm_settings.block_of({"mfm": {"pretrain": {name: used}}}) == MFMBlock()
     assert f"pretrain.{name}={used} is ignored" in caplog.text
-    with pytest.raises(MFMError, match=f"E_CONFIG .*setting pretrain.{name} was removed"):
+    with pytest.raises(MFMError, match=f"E_CONFIG .*pretrain.{name}'. It was removed: "):
         mfm_settings.override(MFMBlock(), [f"pretrain.{name}={used}"])

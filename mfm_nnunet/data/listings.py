@@ -48,7 +48,7 @@ def read_table(file: Path) -> list[Case]:
     ]
     _require_all(file, problems)
     if any(row.get("anatomy_mask") for row in rows):
-        _log.warning("%s: the column anatomy_mask is not used: %s", file, REMOVED["pretrain.anatomy_fraction"][1])
+        _log.warning("%s: the column anatomy_mask is not used. %s", file, REMOVED["pretrain.anatomy_fraction"])
     images = [tuple(_absolute(row[column], file.parent) for column in columns) for row in rows]
     if not images:
         return []
