@@ -67,8 +67,9 @@ def put_table(text: str, title: str, rows: list[Row], key: Callable[[Row], set[s
 
 
 def _is_explained(name: str, value: str, cells: Row) -> bool:
-    """Return whether the page has the same default with words behind it."""
-    return name == "default" and cells.get(name, "").startswith(f"{value}:")
+    """Return whether the page has the same default or legal values with words behind them."""
+    page = cells.get(name, "")
+    return name in ("default", "legal values") and page.startswith(value) and page[len(value) : len(value) + 1] in ":;,"
 
 
 def _refuse(title: str) -> str:
@@ -205,8 +206,8 @@ def _legal(hint: Any, legal: Any) -> str:
         return f"{'above' if legal.above else 'from'} {legal.low:g}"
     if legal.above and legal.below:
         return f"between {legal.low:g} and {legal.high:g}"
-    low = f"above {legal.low:g}," if legal.above else f"{legal.low:g}"
-    return f"{low} to {'below ' if legal.below else ''}{legal.high:g}"
+    low = f"above {legal.low:g}, up to" if legal.above else f"{legal.low:g} to"
+    return f"{low} {'below ' if legal.below else ''}{legal.high:g}"
 
 
 def _docstring(cls: type, name: str) -> str:
