@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from mfm_nnunet.models.families import NetworkFamily
 from mfm_nnunet.settings import FinetuneSettings
-
-Family = Literal["resenc", "primus"]
 
 FEW_CASES = 10
 """The number of labelled cases up to which adapters were published to be as good as all weights."""
@@ -27,7 +26,7 @@ class Advice:
     reason: str
 
 
-def advised(family: Family, num_cases: int, pretext: str | None, has_decoder: bool) -> list[Advice]:
+def advised(family: NetworkFamily, num_cases: int, pretext: str | None, has_decoder: bool) -> list[Advice]:
     """What to set for a checkpoint of ``pretext`` (None: unknown or supervised) and ``num_cases`` training cases.
 
     ``has_decoder`` says whether the checkpoint holds weights of a decoder.
@@ -56,10 +55,10 @@ def _parts(pretext: str | None, has_decoder: bool) -> Advice:
     return Advice("parts", "encoder_decoder", reason)
 
 
-def _layer_decay(family: Family, num_cases: int) -> Advice:
-    if family == "resenc":
-        return Advice("layer_decay", 1.0, "the stages of a U-Net are no chain of layers")
-    reason = "published fine-tuning of Primus has one rate for all blocks (arXiv 2412.17041)"
+def _layer_decay(family: NetworkFamily, num_cases: int) -> Advice:
+    if problem := family.layer_decay_problem():
+        return Advice("layer_decay", 1.0, problem)
+    reason = f"published fine-tuning of {family.title} has one rate for all blocks (arXiv 2412.17041)"
     if num_cases <= FEW_CASES:
         reason += f"; with {num_cases} cases finetune.train=lora or finetune.layer_decay=0.75 are worth a try"
     return Advice("layer_decay", 1.0, reason)

@@ -14,6 +14,7 @@ from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import read_json
 from mfm_nnunet.finetune.advice import Advice, applied
+from mfm_nnunet.models.families import family_named
 from mfm_nnunet.settings import (
     FinetuneSettings,
     MFMBlock,
@@ -21,7 +22,6 @@ from mfm_nnunet.settings import (
     override,
     require_legal_finetuning,
     resolved_decoder_epochs,
-    resolved_learning_rate,
     resolved_warmup,
     setting_names,
     to_dict,
@@ -55,7 +55,7 @@ def resolve(
         settings = dataclasses.replace(settings, checkpoint=dict(pretrained))
     settings = dataclasses.replace(
         settings,
-        learning_rate=resolved_learning_rate(settings, block.network),
+        learning_rate=family_named(block.network).learning_rate(settings),
         warmup_epochs=resolved_warmup(settings.warmup_epochs, settings.epochs),
         decoder_epochs=resolved_decoder_epochs(settings),
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,

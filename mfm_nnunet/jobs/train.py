@@ -27,7 +27,7 @@ from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.files import inside, refuse_links
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
-from mfm_nnunet.finetune.advice import Family, advised, as_begun
+from mfm_nnunet.finetune.advice import advised, as_begun
 from mfm_nnunet.finetune.checks import (
     check_data,
     check_previous_stage,
@@ -41,6 +41,7 @@ from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_into
 from mfm_nnunet.finetune.splits import Split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import read_checkpoint
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plan import read_plans
@@ -241,8 +242,7 @@ def _settings(
         source = read_checkpoint(pretrained_weights)
         about = describe(pretrained_weights, source)
         if start_from is None:
-            family: Family = "primus" if hasattr(network, "eva") else "resenc"
-            advice = advised(family, num_cases, about["pretext"], has_decoder(source, network))
+            advice = advised(family_of(network), num_cases, about["pretext"], has_decoder(source, network))
     base = saved or block_of(plans)
     if start_from is None:
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))

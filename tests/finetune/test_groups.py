@@ -18,7 +18,7 @@ from mfm_nnunet.finetune.loading import nnunet_loaders, seeded
 from mfm_nnunet.finetune.settings import require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.jobs.train import run_training
-from mfm_nnunet.models.networks import encoder_names, head_names
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
@@ -43,7 +43,7 @@ def names_of(network: nn.Module) -> set[str]:
 def test_the_default_is_one_group_in_the_networks_order(make: Any) -> None:
     """So that optimizer states of older runs, and of stock nnU-Net, fit."""
     network = make()
-    for new in (None, head_names(network)):
+    for new in (None, family_of(network).head_names(network)):
         (group,) = groups.groups_of(network, FinetuneSettings(), new)
         assert list(group.names) == [name for name, _ in network.named_parameters()]
         assert (group.waits, group.scale) == (False, 1.0)
@@ -52,10 +52,10 @@ def test_the_default_is_one_group_in_the_networks_order(make: Any) -> None:
 @pytest.mark.parametrize("make", [resenc, primus])
 def test_who_learns(make: Any) -> None:
     network = make()
-    encoder = encoder_names(network)
+    encoder = family_of(network).encoder_names(network)
     assert groups.trained_names(network, "decoder") == names_of(network) - encoder
-    assert groups.trained_names(network, "head") == head_names(network)
-    new = head_names(network)
+    assert groups.trained_names(network, "head") == family_of(network).head_names(network)
+    new = family_of(network).head_names(network)
     first, second = groups.groups_of(network, FinetuneSettings(schedule="sawtooth"), new)
     assert (set(first.names), set(second.names)) == (new, names_of(network) - new)
     assert (first.waits, second.waits) == (False, True)
