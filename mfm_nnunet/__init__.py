@@ -7,6 +7,8 @@ exit the process.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.version import __version__
@@ -38,3 +40,14 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'mfm_nnunet' has no attribute '{name}'")
+
+
+class _Package(ModuleType):
+    """Keep ``mfm_nnunet.predict`` the function also after the folder of that name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -210,19 +210,6 @@ def require_plain(value: Any, name: str = "checkpoint") -> None:
         assert plain, f"{name}: {type(value).__name__} is not plain"
 
 
-def to_plain(value: Any) -> Any:
-    """``value`` with NumPy scalars and arrays as Python numbers and lists, paths and devices as strings."""
-    if isinstance(value, Mapping):
-        return {(key if isinstance(key, (str, int)) else str(key)): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor):
-        return value
-    if hasattr(value, "tolist"):
-        return to_plain(value.tolist())
-    return str(value)
-
-
 def cpu_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict on the CPU in which tensors that share memory still share it (nnU-Net has many aliases)."""
     copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}

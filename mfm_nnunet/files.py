@@ -176,3 +176,30 @@ def read_json(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any]
     if not isinstance(content, dict):
         raise MFMError(code, f"{file}: expected a JSON object, a table of names and values. {advice}")
     return content
+
+
+def to_plain(value: Any) -> Any:
+    """Return ``value`` with NumPy's scalars and arrays as numbers and lists, paths and devices as text.
+
+    Tensors stay: checkpoints hold them.
+    """
+    if isinstance(value, Mapping):
+        return {(key if isinstance(key, (str, int)) else str(key)): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str) or hasattr(value, "detach"):
+        return value
+    return to_plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two values are the same as JSON: keys are text, sequences lists, 1 is 1.0, and NaN is itself."""
+    return bool(_comparable(to_plain(one)) == _comparable(to_plain(other)))
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_comparable(item) for item in value]
+    return str(float(value)) if type(value) in (int, float) else value

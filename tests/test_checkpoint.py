@@ -17,6 +17,7 @@ import torch
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.files import to_plain
 
 CONTENT = {"network_weights": {"a.weight": torch.arange(2000.0)}, "mfm": {"format": 1, "list": [1, "x", None, True]}}
 
@@ -35,7 +36,7 @@ def test_only_plain_values_are_written(tmp_path: Path) -> None:
     for value in (np.float32(1), Path("x"), torch.device("cpu"), object()):
         with pytest.raises(AssertionError, match="not plain"):
             checkpoint.save({"network_weights": {}, "log": [value]}, tmp_path / "model.pth")
-    plain = checkpoint.to_plain({"a": np.float32(1.5), "b": np.arange(3), "c": torch.device("cpu"), 1: (np.int64(2),)})
+    plain = to_plain({"a": np.float32(1.5), "b": np.arange(3), "c": torch.device("cpu"), 1: (np.int64(2),)})
     assert plain == {"a": 1.5, "b": [0, 1, 2], "c": "cpu", 1: [2]}
 
 

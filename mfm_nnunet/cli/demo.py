@@ -1,4 +1,4 @@
-"""``mfm_demo``: the whole way on real images in minutes."""
+"""``mfm_demo``: every step on real images in minutes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTES = {
 
 
 def build_parser() -> common.StrictParser:
-    """The flags of the command."""
+    """Define the flags of the command."""
     parser = common.make_parser("mfm_demo", DESCRIPTION, default_workspace="mfm_demo")
     parser.flag("--data", "a labelled dataset in nnU-Net's raw format (2D or 3D); read in place", metavar="DIR")
     parser.flag("--overwrite", "remove what an earlier demo made in the workspace and start anew", action="store_true")
@@ -38,13 +38,12 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return its exit code."""
     return run_command(_run, build_parser().parse_strictly(argv))
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from mfm_nnunet.demo.result import format_result
-    from mfm_nnunet.demo.run import run_demo
+    from mfm_nnunet.demo.run import format_result, run_demo
 
     data = Path(arguments.data) if arguments.data else None
     folder = Path(arguments.workspace)

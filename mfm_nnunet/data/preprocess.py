@@ -8,7 +8,6 @@ where it was and a changed source is done again. Nothing that another plan uses 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -16,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.data import storage
 from mfm_nnunet.data.cases import check_case_name
 from mfm_nnunet.data.loops import in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.masks import mask_signature, read_masks
 from mfm_nnunet.data.preprocess_case import preprocess_case_npy, preprocess_mask
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
-from mfm_nnunet.files import inside
+from mfm_nnunet.files import inside, to_plain
 from mfm_nnunet.images import reading
-from mfm_nnunet.plan import preprocessor_problem
+from mfm_nnunet.plan import Plan, preprocessor_problem
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -36,11 +35,6 @@ __all__ = ["PreprocessReport", "preprocess_case_npy", "preprocess_dataset", "pre
 
 POOL_MIN_BYTES = 20_000_000
 """Source files below this size in all are done in this process: a started worker costs seconds of imports."""
-
-NORMALISED_BY_CASE = frozenset(
-    ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
-)
-"""Schemes that need nothing from the fingerprint, so that one more case does not change all others."""
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +71,7 @@ def preprocess_dataset(
     if problem := preprocessor_problem(plans, configuration):
         raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that the plan is from, or plan here.")
     settings_hash = preprocessing_hash(plans, configuration, dataset_json)
-    folder = inside(Path(preprocessed_folder), _resolved(plans, configuration)["data_identifier"])
+    folder = inside(Path(preprocessed_folder), Plan.of(plans).configuration(configuration).data_identifier)
     with storage.full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     manifest = storage.Manifest.read(folder)
@@ -108,18 +102,7 @@ def preprocess_dataset(
 
 def preprocessing_hash(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> str:
     """sha256 over everything that the preprocessed arrays and properties depend on, apart from the files."""
-    resolved = _resolved(plans, configuration)
-    names = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name")
-    functions = ("resampling_fn_data", "resampling_fn_seg")
-    from_dataset = set(resolved["normalization_schemes"]) - NORMALISED_BY_CASE
-    content = {
-        "format": 1,
-        **{name: plans.get(name) for name in ("transpose_forward", "image_reader_writer")},
-        "intensities": plans["foreground_intensity_properties_per_channel"] if from_dataset else None,
-        **{name: resolved.get(name) for name in (*names, *functions, *(f"{name}_kwargs" for name in functions))},
-        **{name: dataset_json.get(name) for name in ("labels", "regions_class_order")},
-    }
-    return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
+    return Plan.of(plans).preprocessing_digest(configuration, DatasetJson.of(dataset_json))
 
 
 @dataclass(frozen=True)
@@ -175,11 +158,6 @@ def _managers(plans_text: str, configuration: str) -> tuple[PlansManager, Config
 
     plans_manager = PlansManager(json.loads(plans_text))
     return plans_manager, plans_manager.get_configuration(configuration)
-
-
-def _resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
-    """A configuration of the plan with everything that it inherits."""
-    return _managers(json.dumps(to_plain(plans)), configuration)[1].configuration
 
 
 def _signature(case: Case) -> list[list[Any]]:

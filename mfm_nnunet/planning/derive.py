@@ -6,15 +6,12 @@ Nothing here reads a file or looks at the machine. Sizes are in voxels, spacings
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.families import family_named
 from mfm_nnunet.settings import FinetuneSettings, PretrainSettings
@@ -24,17 +21,6 @@ SMALL_NETWORK_BELOW_GB = 6.0
 
 RESENC_PRESETS = ((8.0, 680e6, 135e6), (24.0, 2100e6, 380e6), (40.0, 3600e6, 560e6))
 """nnU-Net's ResEnc M, L and XL: GB, and the feature-map numbers per sample that fit in 3D and in 2D."""
-
-_PREPROCESSING_KEYS = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-)
 
 
 @dataclass(frozen=True)
@@ -112,21 +98,6 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
         deep_supervision=defaults.deep_supervision,
     )
     return pretrain, finetune
-
-
-def data_identifier(name: str, configuration: Mapping[str, Any], plans: Mapping[str, Any], labels: Any) -> str:
-    """``mfm_<configuration>_<8 hex>``: equal exactly when preprocessing gives the same files.
-
-    The digest covers everything that preprocessing depends on: spacing, normalisation, resampling, axis order, reader,
-    ``labels`` (they decide which voxels are listed as foreground) and, for CT, the intensities of the data set.
-    """
-    parts = {key: configuration.get(key) for key in _PREPROCESSING_KEYS}
-    parts |= {key: plans.get(key) for key in ("transpose_forward", "image_reader_writer")}
-    parts["labels"] = labels
-    if "CTNormalization" in configuration["normalization_schemes"]:
-        parts["intensities"] = plans["foreground_intensity_properties_per_channel"]
-    text = json.dumps(to_plain(parts), sort_keys=True)
-    return f"mfm_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def select_configurations(

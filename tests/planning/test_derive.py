@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from typing import Any
 
 import pytest
 
-from mfm_nnunet import plan
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.planning import derive
 
@@ -30,12 +27,6 @@ PLANS = {
     "foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}},
     "plans_name": "mfmPlans",
 }
-
-
-def fake_memory(size: str, patch: tuple[int, ...], batch: int) -> int:
-    """Bytes that grow with the network, the patch and the batch, as the real ones do."""
-    weights = {"CPU": 1, "S": 10, "B": 40, "M": 60, "L": 130}[size]
-    return weights * 10_000 + weights * math.prod(patch) * batch // 100
 
 
 @pytest.mark.parametrize(
@@ -62,62 +53,6 @@ def test_padding_gives_at_least_one_multiple() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "spacing", "max_voxels", "expected"),
-    [
-        ((36, 50, 35), (1, 1, 1), 129_024, (40, 56, 40)),  # the whole image
-        ((155, 240, 200), (1, 1, 1), 160**3, (160, 160, 160)),
-        ((60, 400, 400), (5, 1, 1), 64**3, (16, 120, 120)),  # as cubic in mm as tokens allow
-        ((500, 500), (1, 1), 192 * 192, (192, 192)),
-        ((3, 3, 3), (1, 1, 1), 10**6, (8, 8, 8)),
-        ((900, 900, 900), (1, 1, 1), 100, (8, 8, 8)),  # never less than a token
-    ],
-)
-def test_token_patches(
-    shape: tuple[int, ...], spacing: tuple[float, ...], max_voxels: int, expected: tuple[int, ...]
-) -> None:
-    patch = derive.token_patch(shape, spacing, max_voxels)
-    assert all(edge % 8 == 0 for edge in patch)
-    assert patch == expected
-
-
-@pytest.mark.parametrize(
-    ("budget", "size", "is_whole"),
-    [
-        (1e9, "L", True),
-        (2.6e6, "L", True),
-        (2.5e6, "M", True),
-        (1.1e6, "B", True),
-        (2.1e5, "S", True),
-        (1.8e5, "S", False),  # a smaller patch before a smaller network
-        (1.5e5, "CPU", True),
-        (1.5e4, "CPU", False),
-    ],
-)
-def test_the_largest_primus_that_fits(budget: float, size: str, is_whole: bool) -> None:
-    shape = (64, 80, 96)
-    found, patch, batch = derive.size_primus(shape, (1, 1, 1), budget, fake_memory)
-    assert found == size
-    assert (patch == shape) == is_whole
-    assert fake_memory(found, patch, batch) <= budget < fake_memory(found, patch, batch + 1)
-    if not is_whole:  # it is no smaller than it must be
-        assert budget < fake_memory(found, patch, 2) * 1.1
-
-
-def test_a_budget_below_every_primus_is_refused_with_what_is_needed() -> None:
-    needed = fake_memory("CPU", (32, 32, 32), 2)
-    with pytest.raises(MFMError, match=r"patch 32 x 32 x 32") as caught:
-        derive.size_primus((64, 80, 96), (1, 1, 1), needed - 1, fake_memory)
-    assert caught.value.code == "E_CONFIG"
-    assert derive.size_primus((64, 80, 96), (1, 1, 1), needed, fake_memory)[1] == (32, 32, 32)
-
-
-def test_the_cpu_primus_takes_small_pictures_several_at_a_time() -> None:
-    assert derive.cpu_primus((36, 50, 35), (1, 1, 1)) == ("CPU", (40, 56, 40), 2)
-    assert derive.cpu_primus((50, 35), (1, 1)) == ("CPU", (56, 40), 16)
-    assert derive.cpu_primus((512, 512), (1, 1)) == ("CPU", (192, 192), 4)
-
-
-@pytest.mark.parametrize(
     ("network", "is_cpu", "rate", "epochs"),
     [
         ("resenc", False, None, 1000),
@@ -133,35 +68,6 @@ def test_schedules_by_family(network: str, is_cpu: bool, rate: float | None, epo
     assert pretrain.optimizer == finetune.optimizer == ("adamw" if network == "primus" or is_cpu else "sgd")
     assert pretrain.batch_size == 6
     assert finetune.deep_supervision == (network == "resenc")
-
-
-def test_the_data_identifier_follows_what_preprocessing_depends_on_and_nothing_else() -> None:
-    labels = {"background": 0, "a": 1}
-    base = derive.data_identifier("2d", CONFIGURATION, PLANS, labels)
-    assert base == derive.data_identifier("2d", copy.deepcopy(CONFIGURATION), dict(PLANS), dict(labels))
-    assert base.startswith("mfm_2d_")
-    assert len(base) == len("mfm_2d_") + 8
-    for key, value in (
-        ("spacing", [1.0, 1.0, 1.1]),
-        ("use_mask_for_norm", [True]),
-        ("resampling_fn_data", "no_resampling_hack"),
-        ("resampling_fn_seg_kwargs", {"order": 0}),
-        ("normalization_schemes", ["CTNormalization"]),
-    ):
-        assert derive.data_identifier("2d", {**CONFIGURATION, key: value}, PLANS, labels) != base
-    for key, value in (("transpose_forward", [1, 0, 2]), ("image_reader_writer", "NibabelIO")):
-        assert derive.data_identifier("2d", CONFIGURATION, {**PLANS, key: value}, labels) != base
-    assert derive.data_identifier("2d", CONFIGURATION, PLANS, {"background": 0}) != base
-    for key, value in (("batch_size", 9), ("patch_size", [16, 8, 8])):
-        assert derive.data_identifier("2d", {**CONFIGURATION, key: value}, PLANS, labels) == base
-    assert derive.data_identifier("2d", CONFIGURATION, {**PLANS, "plans_name": "other"}, labels) == base
-
-
-def test_the_data_identifier_depends_on_intensities_only_for_ct() -> None:
-    other = {**PLANS, "foreground_intensity_properties_per_channel": {"0": {"mean": 2.0}}}
-    ct = {**CONFIGURATION, "normalization_schemes": ["CTNormalization"]}
-    assert derive.data_identifier("a", CONFIGURATION, PLANS, 0) == derive.data_identifier("a", CONFIGURATION, other, 0)
-    assert derive.data_identifier("a", ct, PLANS, 0) != derive.data_identifier("a", ct, other, 0)
 
 
 STOCK: dict[str, dict[str, Any]] = {
@@ -182,14 +88,6 @@ def test_wanted_configurations_come_with_what_they_need() -> None:
     assert "next_stage" in STOCK["3d_lowres"]
     with pytest.raises(MFMError, match="Did you mean '2d'"):
         derive.select_configurations(STOCK, ("2D",))
-
-
-def test_inheritance_is_resolved_into_a_copy() -> None:
-    resolved = plan.resolved({"configurations": STOCK}, "3d_cascade_fullres")
-    assert resolved["patch_size"] == [1]
-    assert resolved["previous_stage"] == "3d_lowres"
-    resolved["patch_size"].append(2)
-    assert STOCK["3d_fullres"]["patch_size"] == [1]
 
 
 def test_changed_keys_are_dotted_names() -> None:

@@ -18,8 +18,8 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import to_plain
 from mfm_nnunet.planning import planner
 from mfm_nnunet.planning.request import MFMPlanner, PlanRequest, PlanResult, format_table, plan
 from mfm_nnunet.planning.table import Circumstances, decisions_for
@@ -74,7 +74,7 @@ def test_the_plan_for_8_24_and_40_gb_is_nnunets(
         mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value=files),
         mock.patch.object(stock.ExperimentPlanner, "static_estimate_VRAM_usage", estimate),
     ):
-        theirs = checkpoint.to_plain(stock_planner(NAME).plan_experiment())
+        theirs = to_plain(stock_planner(NAME).plan_experiment())
     ignored = {"plans_name", "experiment_planner_used", "mfm", "configurations"}
     assert {k: v for k, v in ours.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
     assert list(ours["configurations"]) == list(theirs["configurations"])
@@ -407,7 +407,7 @@ def test_the_table_names_a_plain_u_net_as_what_it_is(tmp_path: Path) -> None:
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
     kwargs = architecture["arch_kwargs"]
     kwargs["n_conv_per_stage"] = kwargs.pop("n_blocks_per_stage")
-    why = Circumstances("CPU", None, False, "median", 20, ("3d_fullres",))
+    why = Circumstances(None, False, "median", 20, ("3d_fullres",))
     dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}}
     text = format_table(decisions_for(plans, dataset_json, why))
     assert "plain U-Net, " in text
