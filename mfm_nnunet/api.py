@@ -32,7 +32,7 @@ def plan_and_preprocess(
     images: str | Path | None = None,
     name: str | None = None,
     configurations: Sequence[str] | None = None,
-    network: Literal["resenc", "primus", "primus_v2", "primus_v3"] = "resenc",
+    network: str = "resenc",
     memory_gb: float | None = None,
     spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = "median",
     like: str | Path | None = None,
@@ -234,7 +234,7 @@ def describe_checkpoint(
     With ``verify`` its network is built and every tensor compared with it. ``token_order`` is for a foreign Primus
     whose file does not say it. Raises MFMError for a file that cannot be read, is damaged, or is no whole network.
     """
-    from mfm_nnunet.interchange.card import describe_text
+    from mfm_nnunet.interchange.folder import describe_text
     from mfm_nnunet.interchange.foreign import DESCRIBED, require_plan
     from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
     from mfm_nnunet.interchange.verify import require_whole

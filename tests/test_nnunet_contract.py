@@ -303,9 +303,8 @@ OF_TRAINERS = attributes("self", within="finetune/trainer.py", inside="MFMTraine
 
 OF_PLANNERS = attributes("self", within="planning/planner.py", inside="MFMPlanner")
 OWN_OF_PLANNER = {
-    "cases", "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset",
-    "slice_axis", "source", "version", "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory",
-    "_require_memory", "_size_primus",
+    "cases", "is_corpus", "is_original_spacing", "family", "memory_gb", "planned", "plans_file", "preset",
+    "slice_axis", "source", "variant", "wanted", "_apply", "_block", "_like", "_merge", "_require_memory", "_sizing",
 }  # fmt: skip
 
 

@@ -13,15 +13,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.files import shown
 from mfm_nnunet.interchange.foreign import require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
+from mfm_nnunet.models.families import NetworkFamily, families_by_class, family_named
 from mfm_nnunet.models.networks import check_architecture
+from mfm_nnunet.models.sizing import pad_to_multiple
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, is_resampled, resolved
-from mfm_nnunet.planning.derive import network_of, pad_to_multiple, slices_first, times
+from mfm_nnunet.planning.derive import slices_first, times
 from mfm_nnunet.settings import block_of
 
 MAX_GROWTH = 4.0
@@ -39,14 +41,14 @@ class Source:
     """``MFMBlock.source``: name (of the file only), sha256, pretext, network."""
 
     @property
-    def network(self) -> Literal["resenc", "primus"]:
+    def family(self) -> NetworkFamily:
         """Family of the checkpoint's network."""
-        return self.entry["network"]
+        return family_named(self.entry["network"])
 
     @property
-    def network_with_version(self) -> str:
+    def variant(self) -> str:
         """The checkpoint's network as ``--network`` names it."""
-        return network_of(self.network, self._theirs["architecture"])
+        return self.family.variant(self._theirs["architecture"])
 
     @property
     def configuration(self) -> str:
@@ -127,10 +129,9 @@ def plan_like(
     if is_resampled(theirs):  # else the target is planned without, whatever functions a plan without spacing names
         own |= {key: value for key, value in theirs.items() if key.startswith("resampling_fn_")}
     own["batch_size"] = max(2, int(theirs["batch_size"]))
-    own["architecture"] = copy.deepcopy(theirs["architecture"])
-    own["patch_size"] = like_patch(theirs["patch_size"], theirs["architecture"]["arch_kwargs"], median_shape)
-    if "input_shape" in own["architecture"]["arch_kwargs"]:
-        own["architecture"]["arch_kwargs"]["input_shape"] = list(own["patch_size"])
+    own["patch_size"] = like_patch(theirs["patch_size"], theirs["architecture"], median_shape)
+    family = families_by_class()[theirs["architecture"]["network_class_name"]]
+    own["architecture"] = family.with_patch(copy.deepcopy(theirs["architecture"]), own["patch_size"])
     if "CTNormalization" in own["normalization_schemes"]:
         intensities = mfm["plans"]["foreground_intensity_properties_per_channel"]
         first = intensities[min(intensities)]
@@ -142,26 +143,22 @@ def plan_like(
     return plans
 
 
-def like_patch(patch: Sequence[int], arch_kwargs: Mapping[str, Any], median_shape: Sequence[float]) -> list[int]:
-    """The checkpoint's patch where the images are large enough, else per axis the padded size of the images.
+def like_patch(patch: Sequence[int], architecture: Mapping[str, Any], median_shape: Sequence[float]) -> list[int]:
+    """Return the checkpoint's patch where the images are large enough, else per axis the padded size of the images.
 
-    Padded to the network's total stride (U-Nets) or to whole tokens (Primus). A U-Net's coarsest feature map keeps two
-    voxels along some axis, because instance normalisation of a single one is undefined.
+    Padded to the multiples that the network needs, of which some axis has at least the family's ``fewest_cells``.
     """
-    if "strides" in arch_kwargs:
-        strides = [[s] * len(patch) if isinstance(s, int) else s for s in arch_kwargs["strides"]]
-        steps = [math.prod(axis) for axis in zip(*strides)]
-    elif "patch_embed_size" in arch_kwargs:
-        steps = [int(size) for size in arch_kwargs["patch_embed_size"]]
-    else:
+    family = families_by_class()[architecture["network_class_name"]]
+    steps = family.steps(architecture["arch_kwargs"], len(patch))
+    if steps is None:
         raise MFMError(
             "E_MODEL_MISMATCH",
             "the plan in the checkpoint tells neither strides nor the size of a token of its network, so no patch can "
             "be planned for it. Use a checkpoint whose plan is whole.",
         )
     result = [min(int(p), pad_to_multiple(size, step)) for p, size, step in zip(patch, median_shape, steps)]
-    if "strides" in arch_kwargs and result == steps:
-        result = [min(int(p), 2 * step) for p, step in zip(patch, steps)]
+    if all(size < family.fewest_cells * step for size, step in zip(result, steps)):
+        result = [min(int(p), family.fewest_cells * step) for p, step in zip(patch, steps)]
     return result
 
 

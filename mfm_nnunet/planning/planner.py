@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -28,8 +28,8 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import parse_json, to_plain
-from mfm_nnunet.models.memory import training_memory_bytes
-from mfm_nnunet.models.primus import PrimusSeg, primus_kwargs
+from mfm_nnunet.models.families import NetworkFamily, Sizing, families_by_class, family_named
+from mfm_nnunet.models.sizing import MIN_EDGE, too_little_memory
 from mfm_nnunet.plan import Plan, read_plans
 from mfm_nnunet.planning import derive, like
 from mfm_nnunet.planning.fingerprint import choose_reader
@@ -39,7 +39,6 @@ from mfm_nnunet.settings import MFMBlock, to_dict
 logger = logging.getLogger(__name__)
 
 STOCK_CONFIGURATIONS = {"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"}
-PRIMUS_CLASS = "mfm_nnunet.models.primus.PrimusSeg"
 MIN_IMAGE_EDGE = 4
 """Voxels along an edge of a cube as large as the smallest median image that is planned for."""
 MIN_STAGES = 2
@@ -88,8 +87,8 @@ class MFMPlanner(ResEncUNetPlanner):
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
         self.dataset_fingerprint: dict[str, Any] = self.dataset_fingerprint
-        self.network: Literal["resenc", "primus"] = "resenc"
-        self.version = 1
+        self.variant = "resenc"
+        self.family: NetworkFamily = family_named(self.variant)
         self.is_original_spacing = False
         self.wanted: tuple[str, ...] | None = None
         self.planned: tuple[str, ...] = ()
@@ -98,14 +97,14 @@ class MFMPlanner(ResEncUNetPlanner):
         if not len(shapes):
             raise MFMError("E_EMPTY", f"{fingerprint_file}: the fingerprint has no cases. Make it again.")
         self.slice_axis = _slice_axis(shapes, self.dataset_name)
-        self._memory: dict[tuple[str, tuple[int, ...], int], int] = {}
         self._apply(derive.resenc_preset(self.memory_gb))
 
     def plan_experiment(self) -> dict[str, Any]:
         """Plan all configurations, write the plan file and return the plan. Stock's prints go to the debug log."""
-        if self.is_corpus or self.is_original_spacing or self.network == "primus" or self.source:
+        is_stock = self.family.is_sized_by_nnunet and not self.source
+        if self.is_corpus or self.is_original_spacing or not is_stock:
             self.lowres_creation_threshold = 0  # a low resolution needs labels, resampling and a network of its own
-        if self.network == "primus" or self.source:
+        if not is_stock:
             self._apply(_without_limit(self.preset))  # stock's U-Net is thrown away, so it need not be fitted
         measured = self.dataset_fingerprint
         target = [float(value) for value in self.determine_fullres_target_spacing()]
@@ -187,19 +186,20 @@ class MFMPlanner(ResEncUNetPlanner):
         approximate_n_voxels_dataset: float,
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
-        """nnU-Net's configuration within the budget, with Primus in place of the U-Net where that is asked for."""
+        """Return nnU-Net's configuration within the budget, with the family's network in place of the U-Net."""
         _require_voxels(spacing, median_shape)
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
-        if self.network == "resenc" and not self.source:
+        if self.family.is_sized_by_nnunet and not self.source:
             self._require_memory(*arguments)
         configuration = super().get_plans_for_configuration(*arguments, _cache)
         name = "2d" if len(spacing) == 2 else "3d_fullres"
-        if self.network == "primus" and not self.source and (self.wanted is None or name in self.wanted):
-            size, patch, batch = self._size_primus(spacing, median_shape)
-            configuration["architecture"] = primus_architecture(size, patch, self.version)
-            configuration["patch_size"] = patch
-            whole_dataset = round(approximate_n_voxels_dataset / math.prod(patch))
-            configuration["batch_size"] = max(2, min(batch, whole_dataset))
+        is_wanted = self.wanted is None or name in self.wanted
+        if is_wanted and not self.family.is_sized_by_nnunet and not self.source:
+            planned = self.family.plan_network(self._sizing(spacing, median_shape, configuration))
+            configuration["architecture"] = planned.architecture
+            configuration["patch_size"] = planned.patch_size
+            whole_dataset = round(approximate_n_voxels_dataset / math.prod(planned.patch_size))
+            configuration["batch_size"] = max(2, min(planned.batch_size, whole_dataset))
         limit = self.preset.max_batch[len(spacing)]
         configuration["batch_size"] = int(min(configuration["batch_size"], limit))
         return configuration
@@ -242,8 +242,8 @@ class MFMPlanner(ResEncUNetPlanner):
         configurations = plans["configurations"]
         main = configurations["3d_fullres" if "3d_fullres" in configurations else next(iter(configurations))]
         is_cpu = self.memory_gb is None
-        pretrain, finetune = derive.settings_for(self.network, is_cpu, main["batch_size"])
-        return MFMBlock(pretrain, finetune, self.source.entry if self.source else None, network=self.network)
+        pretrain, finetune = derive.settings_for(self.family.name, is_cpu, main["batch_size"])
+        return MFMBlock(pretrain, finetune, self.source.entry if self.source else None, network=self.family.name)
 
     def _merge(self, plans: dict[str, Any]) -> None:
         """Keep configurations of the file on disk that are not planned now, and say what changes."""
@@ -286,7 +286,7 @@ class MFMPlanner(ResEncUNetPlanner):
         if self.preset.name == "CPU":
             return
         num_axes = len(spacing)
-        small_shape = np.minimum(median_shape, derive.MIN_EDGE[num_axes])
+        small_shape = np.minimum(median_shape, MIN_EDGE[num_axes])
         estimates: dict[str, float] = {}
         self._apply(_without_limit(self.preset))
         smallest = super().get_plans_for_configuration(spacing, small_shape, identifier, num_voxels, estimates)
@@ -295,44 +295,27 @@ class MFMPlanner(ResEncUNetPlanner):
         if share > 1:
             assert self.memory_gb is not None
             needed_gb = share * self.memory_gb
-            raise derive.too_little_memory(self.memory_gb, needed_gb, "ResEnc U-Net", smallest["patch_size"])
+            raise too_little_memory(self.memory_gb, needed_gb, "ResEnc U-Net", smallest["patch_size"])
 
-    def _size_primus(self, spacing: Any, median_shape: Any) -> tuple[str, tuple[int, ...], int]:
-        if self.memory_gb is None:
-            return derive.cpu_primus(median_shape, spacing)
-        budget = self.memory_gb * 2**30 * derive.PRIMUS_BUDGET_SHARE
-        return derive.size_primus(median_shape, spacing, budget, self._primus_memory)
-
-    def _primus_memory(self, size: str, patch: tuple[int, ...], batch: int) -> int:
-        key = (size, patch, batch)
-        if key not in self._memory:
-            num_inputs, num_outputs = len(channel_names(self.dataset_json)), len(self.dataset_json["labels"])
-            with torch.device("meta"):
-                kwargs = primus_architecture(size, patch, self.version)["arch_kwargs"]
-                network = PrimusSeg(input_channels=num_inputs, num_classes=num_outputs, **kwargs)
-            self._memory[key] = training_memory_bytes(network, (batch, num_inputs, *patch), "adamw", half=True)
-        return self._memory[key]
-
-
-def primus_architecture(size: str, patch: Sequence[int], version: int = 1) -> dict[str, Any]:
-    """The ``architecture`` entry of a plan for a Primus of this size (a key of PRIMUS_SIZES), patch and version."""
-    kwargs = {
-        **primus_kwargs(size, len(patch), version),
-        "patch_embed_size": [derive.TOKEN] * len(patch),
-        "input_shape": [int(edge) for edge in patch],
-        "drop_path_rate": 0.2,
-        "init_values": 0.1,
-        "scale_attn_inner": True,
-    }
-    return {"network_class_name": PRIMUS_CLASS, "arch_kwargs": kwargs, "_kw_requires_import": []}
+    def _sizing(self, spacing: Any, median_shape: Any, stock: Mapping[str, Any]) -> Sizing:
+        return Sizing(
+            self.variant,
+            tuple(map(float, median_shape)),
+            tuple(map(float, spacing)),
+            self.memory_gb,
+            num_inputs=len(channel_names(self.dataset_json)),
+            num_outputs=len(self.dataset_json["labels"]),
+            stock=stock,
+        )
 
 
 def _networks(plans: Mapping[str, Any]) -> set[str]:
-    """The networks (keys of NETWORKS) of a plan's configurations: of one family and, with Primus, of one version."""
-    family = str(plans.get("mfm", {}).get("network"))
+    """Return the networks of a plan's configurations, as ``--network`` names them."""
     configurations = [value for value in plans["configurations"].values() if isinstance(value, dict)]
     architectures = [value.get("architecture") for value in configurations]
-    return {derive.network_of(family, architecture) for architecture in architectures if architecture}
+    names = [(architecture or {}).get("network_class_name") for architecture in architectures]
+    known = families_by_class()
+    return {known[n].variant(a) if n in known else str(n) for n, a in zip(names, architectures) if a}
 
 
 def _slice_axis(shapes: np.ndarray, dataset_name: str) -> int | None:

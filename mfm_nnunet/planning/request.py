@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.planning import derive, like
+from mfm_nnunet.models.families import family_named
+from mfm_nnunet.planning import like
 from mfm_nnunet.planning.planner import MFMPlanner
 from mfm_nnunet.planning.table import Circumstances, Decision, decisions_for, format_table
 from mfm_nnunet.workspace import Workspace
@@ -24,7 +25,6 @@ from mfm_nnunet.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 __all__ = [
-    "DEFAULT_NAMES",
     "Decision",
     "MFMPlanner",
     "PlanRequest",
@@ -36,13 +36,6 @@ __all__ = [
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """All that nnU-Net ever plans; which of them a data set gets is known only after its images were read."""
-DEFAULT_NAMES = {
-    "resenc": "mfmPlans",
-    "primus": "mfmPrimusPlans",
-    "primus_v2": "mfmPrimusV2Plans",
-    "primus_v3": "mfmPrimusV3Plans",
-}
-"""Plan names by network; a plan like a checkpoint is named by :func:`mfm_nnunet.planning.like.like_plans_name`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class PlanRequest:
     nnU-Net's axis order, before transposing; ``like`` a pretrained checkpoint that the plan must fit.
     """
 
-    network: Literal["resenc", "primus", "primus_v2", "primus_v3"] = "resenc"
+    network: str = "resenc"
     memory_gb: float | None = None
     spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = "median"
     plans_name: str | None = None
@@ -83,8 +76,9 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
     """
     assert Path(os.environ.get("nnUNet_raw", "")) == workspace.raw, "plan() must run inside workspace.use()"
     source = check_request(request)
+    family = source.family if source else family_named(request.network)
     name = request.plans_name or (
-        like.like_plans_name(source.mfm["plans"]["plans_name"]) if source else DEFAULT_NAMES[request.network]
+        like.like_plans_name(source.mfm["plans"]["plans_name"]) if source else family.plans_name(request.network)
     )
     planner = MFMPlanner(
         dataset_name,
@@ -92,8 +86,7 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
         plans_name=name,
         overwrite_target_spacing=_explicit_spacing(request.spacing),
     )
-    family, version = derive.NETWORKS[source.network_with_version if source else request.network]
-    planner.network, planner.version = ("primus" if family == "primus" else "resenc"), version
+    planner.family, planner.variant = family, source.variant if source else request.network
     planner.is_original_spacing = source.is_original_spacing if source else request.spacing == "original"
     planner.wanted = request.configurations
     planner.source = source
@@ -103,7 +96,6 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
         if doubts := like.doubts(own, spacings, plans["transpose_forward"], source.entry["name"]):
             logger.warning("%s", doubts)
     why = Circumstances(
-        preset=planner.preset.name,
         memory_gb=planner.memory_gb,
         memory_was_given=request.memory_gb is not None,
         spacing=request.spacing,
@@ -121,9 +113,8 @@ def check_request(request: PlanRequest) -> like.Source | None:
     """
     name = request.plans_name
     problem = None
-    if request.network not in DEFAULT_NAMES:
-        problem = f"--network {request.network}: unknown. {nearest(request.network, DEFAULT_NAMES)}"
-    elif request.memory_gb is not None and not 0 < request.memory_gb < math.inf:
+    family_named(request.network)
+    if request.memory_gb is not None and not 0 < request.memory_gb < math.inf:
         problem = f"--memory-gb {request.memory_gb}: expected a positive number of GB."
     elif name is not None and not re.fullmatch(r"mfm[A-Za-z0-9_-]*", name):
         problem = f"-pl {name}: our plan names start with 'mfm' and have letters, digits, _ and - only, e.g. mfm{name}."
@@ -136,8 +127,8 @@ def check_request(request: PlanRequest) -> like.Source | None:
         raise MFMError("E_CONFIG", problem)
     _explicit_spacing(request.spacing)
     source = like.read_source(request.like) if request.like else None
-    if source and request.network not in ("resenc", source.network_with_version):
-        holds = "a ResEnc U-Net" if source.network == "resenc" else f"the network {source.network_with_version}"
+    if source and request.network not in (PlanRequest.network, source.variant):
+        holds = f"a {source.family.title} (--network {source.variant})"
         raise MFMError(
             "E_CONFIG", f"--network {request.network} and --like: {request.like} holds {holds}. Leave --network out."
         )

@@ -12,17 +12,15 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from mfm_nnunet.models.families import families_by_class, family_named
 from mfm_nnunet.models.memory import MemoryEstimate, estimate_training_memory, num_parameters
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import NO_RESAMPLING
 from mfm_nnunet.planning.derive import times
-from mfm_nnunet.settings import PUBLISHED_RATES, MFMBlock, block_of, resolved_warmup
+from mfm_nnunet.settings import MFMBlock, block_of, resolved_warmup
 
 MEASURED = "a real step on a CPU took 0.9 to 1.9 times this"
 """How good the estimate is, see ``tests/benchmarks/memory_estimate.py``."""
-
-NAMES = {"ResidualEncoderUNet": "ResEnc U-Net", "ResidualUNet": "residual U-Net", "PlainConvUNet": "plain U-Net"}
-"""U-Nets by class, as people call them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Circumstances:
     """What the reasons need and the plan does not say: the budget, the request, the number of cases, and
     which of its configurations were planned now (others may be kept from an older plan of that name)."""
 
-    preset: str
     memory_gb: float | None
     memory_was_given: bool
     spacing: str | Sequence[float]
@@ -163,12 +160,11 @@ def _why_spacing(name: str, own: Mapping[str, Any], block: MFMBlock, why: Circum
 
 def _why_patch(own: Mapping[str, Any], block: MFMBlock) -> str:
     patch, image = own["patch_size"], own["median_image_size_in_voxels"]
-    multiple = "whole tokens of 8 voxels" if block.network == "primus" else "multiples of the strides"
+    multiple = family_named(block.network).patch_unit()
     if all(p >= s for p, s in zip(patch, image)):
         return f"covers the median image ({times(image)}), padded to {multiple}"
     share = math.prod(min(1.0, p / s) for p, s in zip(patch, image))
-    limit = ", at most the published 160^3" if block.network == "primus" and len(patch) == 3 else ""
-    origin = "the checkpoint's" if block.source else "as large as the budget allows" + limit
+    origin = "the checkpoint's" if block.source else "as large as the budget allows"
     return f"{origin}, in {multiple}; sees {share:.0%} of the median image ({times(image)})"
 
 
@@ -181,24 +177,10 @@ def _why_batch(own: Mapping[str, Any], block: MFMBlock, why: Circumstances) -> s
 
 
 def _network(own: Mapping[str, Any], why: Circumstances, block: MFMBlock) -> tuple[str, str]:
-    kwargs = own["architecture"]["arch_kwargs"]
-    if "embed_dim" in kwargs:
-        num_tokens = math.prod(n // t for n, t in zip(kwargs["input_shape"], kwargs["patch_embed_size"]))
-        version = f" V{kwargs['version']}" if kwargs.get("version", 1) > 1 else ""
-        value = (
-            f"Primus{version} {kwargs['embed_dim']} wide, {kwargs['eva_depth']} deep, {kwargs['eva_numheads']} heads"
-        )
-        size = (
-            "the size for CPUs" if why.memory_gb is None else "the largest of the sizes CPU, S, B, M, L in the budget"
-        )
-        reason = f"{num_tokens} tokens; {size}"
-    else:
-        features = kwargs["features_per_stage"]
-        kind = own["architecture"]["network_class_name"].rpartition(".")[2]
-        value = f"{NAMES.get(kind, kind)}, {kwargs['n_stages']} stages, {features[0]} to {features[-1]} features"
-        sizes = {"CPU": "small widths for the CPU", "small": "small widths for a small budget"}
-        reason = f"nnU-Net's topology for this patch, {sizes.get(why.preset, 'its own widths')}"
-    return value, "the checkpoint's" if block.source else reason
+    architecture = own["architecture"]
+    family = families_by_class()[architecture["network_class_name"]]
+    reason = "the checkpoint's" if block.source else family.reason(architecture, why.memory_gb)
+    return family.describe(architecture), reason
 
 
 def _memory(memory: MemoryEstimate, half: bool) -> Decision:
@@ -213,15 +195,13 @@ def _memory(memory: MemoryEstimate, half: bool) -> Decision:
 
 
 def _open_rate(network: str, optimizer: str) -> str:
-    scratch, pretrained = PUBLISHED_RATES[network, optimizer]
+    scratch, pretrained = family_named(network).rates[optimizer]
     return f"{pretrained:g} from a checkpoint, {scratch:g} from scratch"
 
 
 def _schedules(block: MFMBlock, why: Circumstances) -> list[Decision]:
     length = "minutes on two cores" if why.memory_gb is None else "as nnU-Net and the published pretraining"
-    family = "as published for Primus" if block.network == "primus" else "as nnU-Net trains ResEnc"
-    if block.pretrain.optimizer == "adamw" and block.network == "resenc":
-        family = "gets further than SGD in a short schedule"
+    family = family_named(block.network).defaults(why.memory_gb is None).reason
     decisions = []
     for name, settings in (("pretraining", block.pretrain), ("fine-tuning", block.finetune)):
         steps = f"{settings.epochs} epochs of {settings.iterations_per_epoch}"

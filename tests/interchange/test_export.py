@@ -17,7 +17,7 @@ from torch import Tensor
 from mfm_nnunet import api, checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl_export
-from mfm_nnunet.interchange.card import model_card
+from mfm_nnunet.interchange.folder import model_card
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.models.networks import build_network

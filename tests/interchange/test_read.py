@@ -17,7 +17,7 @@ from torch import nn
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
-from mfm_nnunet.interchange.card import citations
+from mfm_nnunet.interchange.folder import citations
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_whole
 from mfm_nnunet.models.networks import build_network

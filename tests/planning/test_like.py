@@ -12,6 +12,7 @@ import torch
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.models.unet import PLAIN
 from mfm_nnunet.planning import like, planner
 from mfm_nnunet.planning.request import PlanRequest, PlanResult, plan
 from mfm_nnunet.settings import block_of
@@ -209,7 +210,7 @@ def test_requests_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> 
     ],
 )
 def test_patches_like_the_checkpoints(patch: list[int], strides: Any, image: list[int], expected: list[int]) -> None:
-    assert like.like_patch(patch, {"strides": strides}, image) == expected
+    assert like.like_patch(patch, {"network_class_name": PLAIN, "arch_kwargs": {"strides": strides}}, image) == expected
 
 
 @pytest.mark.parametrize(

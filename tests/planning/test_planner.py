@@ -407,7 +407,7 @@ def test_the_table_names_a_plain_u_net_as_what_it_is(tmp_path: Path) -> None:
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
     kwargs = architecture["arch_kwargs"]
     kwargs["n_conv_per_stage"] = kwargs.pop("n_blocks_per_stage")
-    why = Circumstances("CPU", None, False, "median", 20, ("3d_fullres",))
+    why = Circumstances(None, False, "median", 20, ("3d_fullres",))
     dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}}
     text = format_table(decisions_for(plans, dataset_json, why))
     assert "plain U-Net, " in text
