@@ -10,7 +10,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import Sizing, family_named
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 from mfm_nnunet.models.primus_family import size_trials
-from mfm_nnunet.models.sizing import fit_budget, largest_patch
+from mfm_nnunet.models.sizing import fit_budget, largest_patch, pad_to_multiple
 
 
 def fake_memory(size: str, patch: tuple[int, ...], batch: int) -> int:
@@ -84,3 +84,7 @@ def test_the_cpu_primus_takes_small_pictures_several_at_a_time(
     planned = family_named("primus").plan_network(sizing)
     assert (planned.patch_size, planned.batch_size) == (patch, batch)
     assert planned.architecture["arch_kwargs"]["embed_dim"] == PRIMUS_SIZES["CPU"]["embed_dim"]
+
+
+def test_padding_gives_at_least_one_multiple() -> None:
+    assert [pad_to_multiple(size, 8) for size in (0.4, 1, 8, 8.5, 17)] == [8, 8, 8, 16, 24]

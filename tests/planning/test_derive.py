@@ -48,10 +48,6 @@ def test_resenc_presets(memory_gb: float | None, name: str, in_3d: float, in_2d:
     assert preset.base_features == (32 if name == "standard" else 16)
 
 
-def test_padding_gives_at_least_one_multiple() -> None:
-    assert [derive.pad_to_multiple(size, 8) for size in (0.4, 1, 8, 8.5, 17)] == [8, 8, 8, 16, 24]
-
-
 @pytest.mark.parametrize(
     ("network", "is_cpu", "rate", "epochs"),
     [
