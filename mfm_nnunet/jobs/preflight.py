@@ -101,7 +101,7 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
 def preprocess(here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str) -> None:
     """Preprocess a labelled dataset for one configuration of a plan that exists; finished work is reused."""
     from mfm_nnunet.jobs import plan as preparation
-    from mfm_nnunet.planning.request import PlanResult
+    from mfm_nnunet.jobs.plan import PlanResult
 
     cases, _ = preparation.fingerprinted(here, dataset_name, None)
     result = PlanResult(plans, here.plans_file(dataset_name, plans["plans_name"]), [])
@@ -113,7 +113,8 @@ def configuration_of(checkpoint: Path | None, configuration: str) -> str:
 
     Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can be made like this checkpoint).
     """
-    from mfm_nnunet.planning.request import PlanRequest, check_request
+    from mfm_nnunet.jobs.plan import check_request
+    from mfm_nnunet.planning.request import PlanRequest
 
     source = check_request(PlanRequest(like=checkpoint, configurations=(configuration,)))
     return configuration if source is None else source.configuration

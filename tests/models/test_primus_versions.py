@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mfm_nnunet import checkpoint, workspace
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.jobs.plan import check_request, plan
 from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models import transfer
 from mfm_nnunet.models.backbone import make_backbone
@@ -25,7 +26,7 @@ from mfm_nnunet.models.primus import PRIMUS_SIZES, REFERENCE_OUTPUTS, PrimusSeg,
 from mfm_nnunet.models.primus_family import _token_size, primus_architecture
 from mfm_nnunet.models.tokens import TokenBackbone
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.planning.request import PlanRequest, plan
+from mfm_nnunet.planning.request import PlanRequest
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.masks import draw_hidden
 from tests.builders import tiny as finetune_tiny
@@ -332,7 +333,8 @@ def test_from_pretraining_to_a_fine_tuned_model(version: int, tmp_path: Path) ->
 
 def make(root: Path, network: Any, **request: Any) -> Any:
     with workspace_with(root, "Dataset004_X", **HIPPOCAMPUS) as here:
-        return plan(here, "Dataset004_X", PlanRequest(network=network, **request))
+        wanted = PlanRequest(network=network, **request)
+        return plan(here, "Dataset004_X", wanted, check_request(wanted))
 
 
 @pytest.mark.parametrize(("network", "version"), [("primus_v2", 2), ("primus_v3", 3)])
