@@ -69,7 +69,7 @@ def test_every_released_layout_gives_the_function_that_was_pretrained(name: str,
 @pytest.mark.parametrize("name", EVERY)
 def test_every_released_layout_can_be_planned_like(name: str, tmp_path: Path) -> None:
     source = read_source(EVERY[name]().write(tmp_path))
-    assert source.network == ("primus" if name.startswith("Primus") else "resenc")
+    assert source.family.name == ("primus" if name.startswith("Primus") else "resenc")
     assert source.configuration == "3d_fullres"
     assert source.is_original_spacing == (name == "nnFoundationCNN")
 
