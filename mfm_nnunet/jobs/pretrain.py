@@ -316,7 +316,7 @@ def _prepare(job: Job, configuration: str) -> tuple[Run, PretextTask, list[str]]
 def _require_legal(resolved: PretrainRun) -> None:
     """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
     mfm_settings.require_in_range(mfm_settings.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
-    mfm_settings.require_legal_schedule(resolved.pretrain, "pretrain.")
+    mfm_settings.require_legal(resolved.pretrain, "pretrain.")
     require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
 
 
