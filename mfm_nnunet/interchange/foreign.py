@@ -3,7 +3,7 @@
 Everything downstream (planning like it, transfer, description, export) knows one layout. The notes list assumptions and
 repairs; tensors that belong to no network of ours are kept apart, under their own names.
 
-Pretraining code wraps networks (``module.``, ``_orig_mod.``, ``encoder.eva.``, ``online_encoder.stages.``) and adds
+Pretraining code wraps networks (``module.``, ``_orig_mod.``, ``encoder.``, ``online_encoder.stages.``) and adds
 heads, projectors and second decoders. Parts are found by the structure of the names, not by a list of wrappers.
 """
 
