@@ -22,8 +22,8 @@ import mfm_nnunet
 from mfm_nnunet import checkpoint, workspace
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.planning import like
 from mfm_nnunet.predict.predictor import load_model
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, override, setting_names
 from mfm_nnunet.tasks.base import find_task
@@ -275,7 +275,7 @@ def test_what_loads_where(pretrained: tuple[str, Path]) -> None:
         loads_in_stock = False
     assert row["stock `nnUNetv2_train -pretrained_weights`"].startswith("yes" if loads_in_stock else "no")
     assert row["`--like`"] == "yes"
-    assert like.read_source(file).entry["pretext"] == "mae"
+    assert read_source(file).entry["pretext"] == "mae"
     assert row["`mfm_predict`"].startswith("no")
     model = file.parent / "model"
     (model / "fold_0").mkdir(parents=True)
