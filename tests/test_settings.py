@@ -132,7 +132,7 @@ def numbers(settings: Any, prefix: str = "") -> dict[str, mfm_settings.Range]:
     return found
 
 
-NOT_RANGED = {"block.format", "block.pretrain.balance_temperature"}
+NOT_RANGED = {"block.format"}
 """The first must be one number, what is legal for the second depends on the corpus; both keep the general limit."""
 
 
@@ -241,3 +241,16 @@ def test_the_names_that_scripts_rely_on_exist() -> None:
 )
 def test_warmup(setting: int | None, epochs: int, expected: int) -> None:
     assert mfm_settings.resolved_warmup(setting, epochs) == expected
+
+
+@pytest.mark.parametrize(("name", "used"), [("anatomy_fraction", 0.3), ("balance_temperature", 2.0)])
+def test_removed_settings_of_old_plans_are_ignored_and_refused_by_name(
+    name: str, used: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    neutral = mfm_settings.NEUTRAL[f"pretrain.{name}"]
+    assert mfm_settings.block_of({"mfm": {"pretrain": {name: neutral}}}) == MFMBlock()
+    assert not caplog.text
+    assert mfm_settings.block_of({"mfm": {"pretrain": {name: used}}}) == MFMBlock()
+    assert f"pretrain.{name}={used} is ignored" in caplog.text
+    with pytest.raises(MFMError, match=f"E_CONFIG .*pretrain.{name}'. It was removed: "):
+        mfm_settings.override(MFMBlock(), [f"pretrain.{name}={used}"])

@@ -29,7 +29,7 @@ def build_parser() -> common.StrictParser:
         "--images",
         "register unlabelled scans as dataset ID: a folder tree of NIfTI, NRRD, MHA or PNG files, a BIDS dataset or a "
         "folder of several, a CSV (columns image or image_0, image_1 ...; optional case, subject, modality, dataset, "
-        "anatomy_mask, anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
+        "anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
         metavar="SOURCE",
     )
     flag("--name", "name of the corpus that --images registers (default: Corpus)")
