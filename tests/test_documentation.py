@@ -36,6 +36,7 @@ from mfm_nnunet.jobs.pretrain import PretrainRun
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.planning import derive, like
 from mfm_nnunet.predict.predictor import load_model
+from mfm_nnunet.study import run as study
 from mfm_nnunet.tasks.base import find_task, list_tasks
 from tests.builders import tiny, tiny_run
 from tests.builders.tiny_plans import CONFIGURATION, tiny_backbone
@@ -143,7 +144,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(demo, "format_result", lambda result: "")
     (tmp_path / "table.md").touch()
     for name in ("run_study", "renew_study"):
-        monkeypatch.setattr(api, name, record(name, tmp_path))
+        monkeypatch.setattr(study, name, record(name, tmp_path))
     return seen
 
 
@@ -160,7 +161,8 @@ def run(words: list[str], calls: dict[str, Any]) -> None:
         config = find_task(calls["pretext"]).Config() if is_ours else None
         mfm_settings.override(PretrainRun(mfm_settings.PretrainSettings(), config, 0, None), calls["settings"])
     elif name == "train" or calls.get("job") == "run_study":
-        finetune_settings.resolve(mfm_settings.MFMBlock(), calls["settings"], None)
+        settings = calls["settings"] if name == "train" else calls["arguments"][0].settings
+        finetune_settings.resolve(mfm_settings.MFMBlock(), settings, None)
     elif name == "demo":
         mfm_settings.override(mfm_settings.MFMBlock(), calls["arguments"][2])
 

@@ -144,9 +144,8 @@ def check_start(
     Raises MFMError (E_CONFIG, E_MODEL_MISMATCH and others) as the training itself would.
     """
     from mfm_nnunet.finetune import groups
-    from mfm_nnunet.finetune.advice import Family, advised
     from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
-    from mfm_nnunet.finetune.settings import resolve
+    from mfm_nnunet.finetune.settings import Family, advise, resolve
     from mfm_nnunet.interchange.read import read_checkpoint
     from mfm_nnunet.models.networks import build_network
 
@@ -158,7 +157,7 @@ def check_start(
         reading = read_checkpoint(checkpoint)
         description = describe(checkpoint, reading)
         family: Family = "primus" if hasattr(network, "eva") else "resenc"
-        advice = advised(family, num_cases, description["pretext"], has_decoder(reading, network))
+        advice = advise(family, num_cases, description["pretext"], has_decoder(reading, network))
         finetune = resolve(plan.mfm, settings, description, advice).finetune
     groups.require_fitting(finetune, network, is_distributed=False)
     groups.require_pretrained(finetune, is_pretrained=checkpoint is not None)

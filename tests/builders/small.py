@@ -47,7 +47,7 @@ def arm(root: Path, name: str = "mae", settings: tuple[str, ...] = ()) -> Arm:
 def begin(
     root: Path, arms: Mapping[str, Arm] | None = None, plans: str = "own", is_written: bool = True, **changes: Any
 ) -> tuple[Study, list[Cell]]:
-    """Begin or continue the study in ``root / "study"`` as a call does; by default two arms, labels 1 and 2, one seed."""
+    """Begin or continue the study in ``root/study`` as a call does; by default two arms, labels 1 and 2, one seed."""
     asked = {"labels": ("1", "2"), "seeds": 1, "test": "4", **changes}
     request = StudyRequest(NAME, "3d_fullres", arms=(), **asked)
     arms = {"scratch": SCRATCH, "mae": arm(root)} if arms is None else arms

@@ -18,7 +18,7 @@ import pytest
 
 from mfm_nnunet.errors import CasesFailedError, MFMError
 from mfm_nnunet.study import cells, run
-from mfm_nnunet.study.cells import Slot, Step, Steps, all_steps, list_commands, run_cells, share_computer, steps_left
+from mfm_nnunet.study.cells import Slot, Step, all_steps, list_commands, run_cells, share_computer, steps_left
 from mfm_nnunet.study.design import Cell, StudyRequest
 from mfm_nnunet.study.folder import Study, read_study
 from tests.builders import small

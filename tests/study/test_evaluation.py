@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mfm_nnunet.errors import MFMError
 from mfm_nnunet.study import evaluation
 from mfm_nnunet.study.evaluation import score_case, surface_dice
 from mfm_nnunet.study.folder import TestCase

@@ -131,7 +131,7 @@ def test_lines_of_the_table(found: Study) -> None:
         cell: {
             **of_cell,
             "scores": {case: {names[n]: v for n, v in of.items()} for case, of in of_cell["scores"].items()},
-            "in_reference": dict.fromkeys(of_cell["scores"], list(names.values())),
+            "in_reference": {case: [*names.values()] for case in of_cell["scores"]},
         }
         for cell, of_cell in RESULTS.items()
     }

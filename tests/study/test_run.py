@@ -76,8 +76,8 @@ def test_names_of_the_plan(tmp_path: Path) -> None:
     assert run.name_own_plan("3d_fullres", arms) == "like hash"
     names = {plans: small.begin(tmp_path, plans=plans)[0].plans_name for plans in ("own", "like hash", "mfmA hash")}
     assert names == {"own": "mfmStudyPlans", "like hash": "mfmStudyPlans", "mfmA hash": "mfmA"}
-    tiny.make(tmp_path)
-    with workspace.use(tmp_path) as here:
+    tiny.make(tmp_path / "tiny")
+    with workspace.use(tmp_path / "tiny") as here:
         assert run.read_given_plan(here, tiny.NAME, "mfmPlans", "3d_fullres").name == "mfmPlans"
         with pytest.raises(MFMError, match=r"E_CONFIG.*Did you mean '3d_fullres'\?"):
             run.read_given_plan(here, tiny.NAME, "mfmPlans", "3d_fulres")
