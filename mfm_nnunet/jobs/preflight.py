@@ -110,10 +110,9 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
 def preprocess(here: Workspace, plan: Plan, configuration: str) -> None:
     """Preprocess the labelled dataset of a plan for one of its configurations; finished work is reused."""
     from mfm_nnunet.jobs import plan as preparation
-    from mfm_nnunet.planning.request import PlanResult
 
     cases, _ = preparation.fingerprinted(here, plan.dataset_name, None)
-    result = PlanResult(dict(plan.content), here.plans_file(plan.dataset_name, plan.name), [])
+    result = preparation.PlanResult(dict(plan.content), here.plans_file(plan.dataset_name, plan.name), [])
     preparation.preprocess(here, plan.dataset_name, cases, result, (configuration,), None)
 
 
@@ -122,7 +121,8 @@ def configuration_of(checkpoint: Path | None, configuration: str) -> str:
 
     Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can be made like this checkpoint).
     """
-    from mfm_nnunet.planning.request import PlanRequest, check_request
+    from mfm_nnunet.jobs.plan import check_request
+    from mfm_nnunet.planning.request import PlanRequest
 
     source = check_request(PlanRequest(like=checkpoint, configurations=(configuration,)))
     return configuration if source is None else source.configuration
@@ -145,8 +145,9 @@ def check_start(
     """
     from mfm_nnunet.finetune import groups
     from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
-    from mfm_nnunet.finetune.settings import Family, advise, resolve
+    from mfm_nnunet.finetune.settings import advise, resolve
     from mfm_nnunet.interchange.read import read_checkpoint
+    from mfm_nnunet.models.families import family_of
     from mfm_nnunet.models.networks import build_network
 
     num_channels = len(plan.configuration(configuration).normalization_schemes)
@@ -156,8 +157,7 @@ def check_start(
     else:
         reading = read_checkpoint(checkpoint)
         description = describe(checkpoint, reading)
-        family: Family = "primus" if hasattr(network, "eva") else "resenc"
-        advice = advise(family, num_cases, description["pretext"], has_decoder(reading, network))
+        advice = advise(family_of(network), num_cases, description["pretext"], has_decoder(reading, network))
         finetune = resolve(plan.mfm, settings, description, advice).finetune
     groups.require_fitting(finetune, network, is_distributed=False)
     groups.require_pretrained(finetune, is_pretrained=checkpoint is not None)
