@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
     "predict": {"data", "images", "models"},
-    "finetune": {"engine", "models", "data", "images", "predict", "interchange"},
+    "finetune": {"engine", "tasks", "models", "data", "images", "predict", "interchange"},
     "jobs": {
         "data",
         "images",

@@ -66,9 +66,23 @@ def require_divisible(batch_size: int, accumulation: int, num_processes: int) ->
 
 
 def any_true(flag: bool, world: World, device: torch.device) -> bool:
-    """Whether ``flag`` holds in any process, so that all processes decide alike."""
+    """Return whether ``flag`` is true in any process, so that all processes decide alike."""
+    return bool(largest(int(flag), world, device))
+
+
+def largest(value: int, world: World, device: torch.device) -> int:
+    """Return the largest ``value`` of all processes."""
     if world.size == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def gather(values: torch.Tensor, world: World) -> torch.Tensor:
+    """Join the values of all processes along the first axis; each has equally many."""
+    if world.size == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)

@@ -25,7 +25,7 @@ from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
 from mfm_nnunet.engine import probe as probing
 from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
-from mfm_nnunet.engine.engine import Pretrainer, Run
+from mfm_nnunet.engine.pretraining import Pretraining
 from mfm_nnunet.engine.probe_data import choose_cases
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
@@ -176,19 +176,16 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
 
 def _pretrain(job: Job, device: torch.device, world: World, arguments: dict[str, Any]) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
-    run, task, notes = _prepare(job, arguments["configuration"])
-    workers = default_workers(world.size) if job.resolved.num_workers is None else job.resolved.num_workers
-    run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe, num_workers=workers)
-    pretrainer = Pretrainer(task, run)
+    run, notes = _prepare(job, arguments["configuration"], device, world)
     if job.probe is not None:
         probing.prepare(job.probe, world)
     if world.is_main:
-        _announce(run, task, is_new=not arguments["continue_training"])
+        _announce(run, is_new=not arguments["continue_training"])
         for note in job.selection.notes():
             logger.warning("%s: %s", arguments["dataset_name"], note)
         for note in notes:
             logger.info("%s", note)
-    return pretrainer.run(arguments["continue_training"])
+    return run.train(arguments["continue_training"])
 
 
 def select_cases(
@@ -266,8 +263,8 @@ def _corpus_hash(cases: list[corpus.Case], files: dict[str, Path], num_inputs: i
     return corpus.corpus_hash(cases, sizes)
 
 
-def _prepare(job: Job, configuration: str) -> tuple[Run, PretextTask, list[str]]:
-    """The run, its task, and what the user should know about its data."""
+def _prepare(job: Job, configuration: str, device: torch.device, world: World) -> tuple[Pretraining, list[str]]:
+    """Make the run, and what the user should know about its data."""
     plans, task_class, resolved = job.plans, job.task_class, job.resolved
     cases, files = job.selection.cases, job.files
     patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
@@ -307,9 +304,12 @@ def _prepare(job: Job, configuration: str) -> tuple[Run, PretextTask, list[str]]
         "citations": list(task_class.citations),
         "trained": "network" if task_class.trains_decoder else "encoder",
     }
-    data = (streams.training, streams.validation)
-    run = Run(resolved.pretrain, *data, Path(), torch.device("cpu"), description, resolved.seed)
-    return run, task, streams.notes
+    workers = default_workers(world.size) if resolved.num_workers is None else resolved.num_workers
+    run = Pretraining(
+        task, resolved.pretrain, streams.training, streams.validation, job.folder, device, description,
+        resolved.seed, workers, world, job.probe,
+    )  # fmt: skip
+    return run, streams.notes
 
 
 def _require_legal(resolved: PretrainRun) -> None:
@@ -342,7 +342,7 @@ def _require_free(folder: Path, continue_training: bool) -> None:
         )
 
 
-def _announce(run: Run, task: PretextTask, is_new: bool) -> None:
+def _announce(run: Pretraining, is_new: bool) -> None:
     """Say what is about to happen; a new run's settings are written into its folder, those of an old one are kept."""
     run.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run.folder)
@@ -353,7 +353,7 @@ def _announce(run: Run, task: PretextTask, is_new: bool) -> None:
     if is_new:
         with atomic_write(run.folder / "settings.json") as file:
             file.write(json.dumps(values, indent=2).encode())
-    millions = sum(parameter.numel() for parameter in task.backbone.network.parameters()) / 1e6
+    millions = sum(parameter.numel() for parameter in run.task.backbone.network.parameters()) / 1e6
     logger.info("run folder: %s", run.folder)
     logger.info("settings: %s", json.dumps({name: values[name] for name in (*names[1:4], "num_workers")}))
     logger.info(

@@ -156,11 +156,10 @@ def execute(job: Job) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     # nnU-Net writes logs, plans and pictures itself, and its errors do not always name the file.
-    with full_disk_named(job.folder), _threads(device), stop_on_signal() as flag:
+    with full_disk_named(job.folder), _threads(device), stop_on_signal():
         with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE if job.only_validate else _LESS_MEMORY):
             plans = {**job.plans, "continue_training": job.start_from is not None}
             trainer = MFMTrainer(plans, job.configuration, job.fold, job.dataset_json, device)
-            trainer.stop_flag = flag
             trainer.split = job.split
             trainer.pretrained_checkpoint = job.pretrained_weights
             if job.start_from is not None:

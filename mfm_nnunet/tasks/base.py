@@ -34,6 +34,7 @@ __all__ = [
     "CropRequest",
     "ItemTransform",
     "PretextTask",
+    "Task",
     "TaskInfo",
     "TaskOutput",
     "find_task",
@@ -89,7 +90,25 @@ class TaskOutput:
     """In eval mode: named volumes (C, D, H, W) of the first item that show what the task sees, hides and restores."""
 
 
-class PretextTask(nn.Module, ABC):
+class Task(nn.Module, ABC):
+    """A module from a batch to its loss: what the engine trains."""
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Any]) -> TaskOutput:
+        """Return the loss of a batch, which lies on the network's device."""
+
+    def summarise(self, values: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what is logged of a validation: by default the mean of the loss and of each metric.
+
+        ``values`` holds the loss and the metrics of all batches of all processes, stacked along the first axis.
+        """
+        return {name: value.mean().item() for name, value in values.items()}
+
+    def after_step(self, progress: float) -> None:
+        """Follow an optimiser step, e.g. in a teacher; ``progress`` is the share of the training done, 0 to 1."""
+
+
+class PretextTask(Task):
     """Abstract base of all pretext tasks; each of them is final.
 
     Settings come as a frozen dataclass ``Config`` of which each field is documented. Whatever weights a task needs
@@ -167,13 +186,6 @@ class PretextTask(nn.Module, ABC):
     @abstractmethod
     def transform(cls, config: Any, patch_size: tuple[int, ...]) -> ItemTransform:
         """The transform of the items for a resolved ``config``."""
-
-    @abstractmethod
-    def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
-        """The loss of a batch of items, which lies on the network's device."""
-
-    def after_step(self, progress: float) -> None:
-        """Called after each optimiser step, for teachers; ``progress`` is the share of the training done, 0 to 1."""
 
 
 def find_task(name: str) -> type[PretextTask]:
