@@ -1,6 +1,7 @@
-"""The settings of a run: frozen dataclasses, JSON both ways, and ``--set name=value`` typed by the fields.
+"""Settings of a run: frozen dataclasses, read from and written as JSON, and changed by ``--set name=value``.
 
-``plans["mfm"]`` in a plans file is :class:`MFMBlock`. An unknown key is an error that names the nearest legal one.
+Each field says its type, its legal range and what it does. ``plans["mfm"]`` in a plans file is :class:`MFMBlock`. An
+unknown name is an error that suggests the nearest legal one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mfm_nnunet.errors import MFMError, nearest
 
 FORMAT = 1
 """Version of the plan block and of the checkpoint's ``mfm`` key."""
+
 PUBLISHED_RATES = {
     ("resenc", "sgd"): (1e-2, 1e-3),
     ("resenc", "adamw"): (3e-4, 1e-4),
@@ -26,14 +28,14 @@ PUBLISHED_RATES = {
 2412.17041)."""
 
 LARGEST = 10**9
-"""No number among the settings is larger; what is, is a slip of the keyboard and would run for ever or fill memory."""
+"""Limit of all numbers: a larger one is a typing error that would run for ever or fill the memory."""
 
 Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
 class Range:
-    """The legal values of a number: from ``low`` to ``high``, with ``above`` and ``below`` without these two."""
+    """Legal values of a number: from ``low`` to ``high``; ``above`` and ``below`` exclude the limits themselves."""
 
     low: float
     high: float
@@ -47,21 +49,25 @@ class Range:
     def __str__(self) -> str:
         if self.above and self.below:
             return f"between {self.low:g} and {self.high:g}"
-        return f"{'above' if self.above else 'at least'} {self.low:g} and {'below' if self.below else 'at most'} " + (
-            f"{self.high:.10g}"
-        )
+        low, high = "above" if self.above else "at least", "below" if self.below else "at most"
+        return f"{low} {self.low:g} and {high} {self.high:.10g}"
 
 
-def ranged(default: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> Any:
-    """Return a dataclass field with a legal range; None, where it is the default, is legal too."""
-    return field(default=default, metadata={"range": Range(low, high, above, below)})
+def ranged(
+    default: Any, low: float, high: float, *, above: bool = False, below: bool = False, ascending: bool = False
+) -> Any:
+    """Make a dataclass field with a legal range, for each number of a tuple; None, where it is the default, is legal.
+
+    ``ascending``: of several numbers the smaller ones come first.
+    """
+    return field(default=default, metadata={"range": Range(low, high, above, below), "ascending": ascending})
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """How a network is pretrained. Lengths of warm-up are in epochs; learning rates are peaks.
+    """Settings of pretraining. Lengths of warm-up are in epochs; learning rates are peaks.
 
-    A value of ``None`` is resolved at the start of the run and the resolved value is printed and saved.
+    A value of ``None`` is resolved at the start of the run, printed and saved.
     """
 
     epochs: int = ranged(1000, 1, 10**6)
@@ -83,8 +89,8 @@ class PretrainSettings:
     validation_fraction: float = ranged(0.05, 0, 1, below=True)
     """Share of the subjects held out for the validation loss (at least one subject)."""
     accumulation: int = ranged(1, 1, 2**16)
-    """Parts of a batch that are computed one after the other, their gradients added up. It saves memory; contrastive
-    losses compare within a part."""
+    """Parts of a batch that are computed in turn, with summed gradients. Saves memory; contrastive losses compare
+    within a part."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
     ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
@@ -97,8 +103,7 @@ class PretrainSettings:
     anatomy_fraction: float = ranged(0.0, 0, 1)
     """Share of the crops that are centred on a voxel of the anatomy mask, for cases that have one."""
     balance_by: tuple[str, ...] = ()
-    """subject, dataset, modality or several of them: each combination is drawn equally often. None of them: each case
-    is."""
+    """subject, dataset, modality or several of them: each combination is drawn equally often. Empty: each case is."""
     balance_temperature: float | None = None
     """Shares of the groups of ``balance_by`` in proportion to (number of cases)^(1/T): 1 keeps a corpus as it is. None:
     all groups equally."""
@@ -106,9 +111,9 @@ class PretrainSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How MFMTrainer trains, with or without a pretrained checkpoint: the schedule is the same.
+    """Settings of MFMTrainer, with or without a pretrained checkpoint: the schedule is the same.
 
-    What is open (None, auto) is resolved at the start of a run, printed and saved.
+    Open values (None, auto) are resolved at the start of a run, printed and saved.
     """
 
     epochs: int = ranged(1000, 1, 10**6)
@@ -131,31 +136,31 @@ class FinetuneSettings:
     decoder_epochs: int | None = ranged(None, 2, 10**6)
     """sawtooth: epochs of its first phase. None: 5 % of the epochs from 300 epochs on, else 10 %, at least 2."""
     train: Literal["all", "decoder", "head", "lora"] = "all"
-    """What learns in the whole run: decoder leaves the encoder still, head all but the output layers (a linear probe);
-    lora trains the decoder and low-rank adapters in the encoder (arXiv 2106.09685, Primus only). A stem that was
-    adapted to other channels learns in each."""
+    """Trained part of the network. decoder: the encoder is frozen; head: all but the output layers is (a linear probe);
+    lora: the decoder and low-rank adapters in the encoder are trained (arXiv 2106.09685, Primus only). A stem that was
+    adapted to other channels is always trained."""
     lora_rank: int = ranged(8, 1, 2**16)
     """lora: rank of the adapters."""
     lora_alpha: float = ranged(16.0, 0, LARGEST, above=True)
-    """lora: the adapters count ``lora_alpha / lora_rank`` fold."""
+    """lora: the adapters are scaled by ``lora_alpha / lora_rank``."""
     layer_decay: float | None = ranged(None, 0, 1, above=True)
     """Primus: each block of the encoder learns at this fraction of the rate of the block after it (arXiv 2106.08254).
     None: see ``finetune.advice``."""
     parts: Literal["auto", "encoder", "encoder_decoder", "all_but_heads"] = "auto"
-    """What travels from the checkpoint. auto: see ``finetune.advice``."""
+    """Part of the checkpoint that is transferred. auto: see ``finetune.advice``."""
     transfer: Literal["fit", "adapt"] = "fit"
     """fit: the plan was made like the checkpoint. adapt: the dataset keeps a plan of its own, and kernels of another
-    size are made to fit it."""
+    size are resized."""
     ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
     """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
     compile: bool = True
-    """torch.compile of the network on CUDA GPUs, as nnU-Net; it needs a C compiler there."""
+    """torch.compile of the network on CUDA GPUs, as nnU-Net; needs a C compiler."""
     mirroring: bool = True
     """Mirror crops in training and images in prediction, along all axes as nnU-Net does."""
     batch_size: int | None = ranged(None, 1, 2**16)
     """Crops per step over all GPUs together. None: as the plan's configuration says."""
     checkpoint: dict[str, Any] | None = None
-    """What the weights come from: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
+    """Origin of the weights: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
 
 
 @dataclass(frozen=True)
@@ -184,20 +189,20 @@ class MFMBlock:
     """The checkpoint a plan was made to fit (``--like``): {"name", "sha256", "pretext", "network"}."""
     seed: int = ranged(0, 0, 2**32 - 1)
     num_workers: int | None = ranged(None, 0, 1024)
-    """Background processes that read and augment. None: chosen from the number of CPU cores."""
+    """Background processes that read and augment. None: by the number of CPU cores."""
     network: Literal["resenc", "primus"] = "resenc"
     format: int = FORMAT
 
 
 def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
-    """Length of the warm-up in epochs: the setting, or 5 % of 300 and more epochs, or 10 % of fewer."""
+    """Return the length of the warm-up in epochs: the setting, or 5 % of 300 and more epochs, or 10 % of fewer."""
     if warmup_epochs is not None:
         return warmup_epochs
     return round(epochs * (0.05 if epochs >= 300 else 0.1))
 
 
 def resolved_learning_rate(settings: FinetuneSettings, network: str) -> float:
-    """The rate of a run with these settings; ``checkpoint`` tells whether it starts from one.
+    """Return the learning rate of a run: the setting, or the published one, from scratch or from a checkpoint.
 
     Raises MFMError (E_CONFIG) when it is open and none was published.
     """
@@ -209,12 +214,11 @@ def resolved_learning_rate(settings: FinetuneSettings, network: str) -> float:
             f"finetune.optimizer={settings.optimizer}: no learning rate was published for {network} with it. Set "
             "finetune.learning_rate, or use another optimizer.",
         )
-    scratch, pretrained = PUBLISHED_RATES[network, settings.optimizer]
-    return scratch if settings.checkpoint is None else pretrained
+    return PUBLISHED_RATES[network, settings.optimizer][settings.checkpoint is not None]
 
 
 def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
-    """Length of the sawtooth's first phase in epochs; the setting as it is for the other schedule."""
+    """Return the length of the sawtooth's first phase in epochs; the setting itself for the other schedule."""
     if settings.schedule != "sawtooth" or settings.decoder_epochs is not None:
         return settings.decoder_epochs
     return max(2, resolved_warmup(None, settings.epochs))
@@ -228,59 +232,47 @@ def require_in_range(settings: Any, prefix: str = "") -> None:
             require_in_range(value, f"{name}.")
             continue
         legal = item.metadata.get("range", Range(-LARGEST, LARGEST))
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)) and number not in legal:
-                raise MFMError("E_CONFIG", f"{name}={number}: must be {legal}.")
+        values = value if isinstance(value, tuple) else (value,)
+        shown = ",".join(map(str, values))
+        if any(isinstance(number, (int, float)) and number not in legal for number in values):
+            raise MFMError("E_CONFIG", f"{name}={shown}: must be {legal}.")
+        if item.metadata.get("ascending") and list(values) != sorted(values):
+            raise MFMError("E_CONFIG", f"{name}={shown}: the smaller number comes first.")
 
 
-def require_legal_schedule(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
-    """Raise MFMError (E_CONFIG) that names the first setting of a schedule which is out of its range."""
+def require_legal(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
+    """Raise MFMError (E_CONFIG) that names the first setting that is out of its range or conflicts with another."""
     require_in_range(settings, prefix)
-    warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
-    if not 0 <= warmup <= settings.epochs:
-        raise MFMError(
-            "E_CONFIG", f"{prefix}warmup_epochs={warmup}: must be from 0 to {prefix}epochs={settings.epochs}."
-        )
-
-
-def require_legal_finetuning(settings: FinetuneSettings) -> None:
-    """Raise MFMError (E_CONFIG) that names the first setting of fine-tuning which is out of its range."""
-    require_legal_schedule(settings, "finetune.")
-    name, problem = "decoder_epochs", _sawtooth_problem(settings)
-    if not problem and settings.schedule == "sawtooth" and settings.train != "all":
-        name, problem = (
-            "train",
-            "the sawtooth trains all in the end; take finetune.schedule=warmup, or finetune.train=all",
-        )
+    epochs, warmup = settings.epochs, resolved_warmup(settings.warmup_epochs, settings.epochs)
+    name, problem = "", ""
+    if warmup > epochs:
+        name, problem = "warmup_epochs", f"must be from 0 to {prefix}epochs={epochs}"
+    elif isinstance(settings, FinetuneSettings) and settings.schedule != "sawtooth":
+        if settings.decoder_epochs is not None:
+            name = "decoder_epochs"
+            problem = "only finetune.schedule=sawtooth has this phase; set that, or leave this out"
+    elif isinstance(settings, FinetuneSettings):
+        first = resolved_decoder_epochs(settings) or 0
+        if first + max(warmup, 1) > epochs:
+            name = "decoder_epochs"
+            problem = f"the first phase ({first} epochs) and the warm-up ({warmup}) leave nothing of finetune.epochs="
+            problem += f"{epochs} to train the whole network; shorten them, or train longer"
+        elif settings.train != "all":
+            name = "train"
+            problem = "the sawtooth trains all in the end; take finetune.schedule=warmup, or finetune.train=all"
     if problem:
-        raise MFMError("E_CONFIG", f"finetune.{name}={getattr(settings, name)}: {problem}.")
-
-
-def _sawtooth_problem(settings: FinetuneSettings) -> str:
-    """What is wrong with the length of the sawtooth's phases; empty where nothing is."""
-    first = resolved_decoder_epochs(settings)
-    if settings.schedule != "sawtooth":
-        return "" if first is None else "only finetune.schedule=sawtooth has this phase; set that, or leave this out"
-    ramp = resolved_warmup(settings.warmup_epochs, settings.epochs)
-    assert first is not None
-    if first + max(ramp, 1) > settings.epochs:
-        return (
-            f"the first phase ({first} epochs) and the warm-up ({ramp}) are longer than finetune.epochs="
-            f"{settings.epochs}, or leave nothing to train the whole network; shorten them, or train longer"
-        )
-    return ""
+        raise MFMError("E_CONFIG", f"{prefix}{name}={getattr(settings, name)}: {problem}.")
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as plain JSON values (tuples become lists)."""
+    """Return a settings dataclass as plain JSON values (tuples become lists)."""
     return _plain(dataclasses.asdict(settings))
 
 
 def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
-    """The dataclass ``cls`` from JSON values.
+    """Make the dataclass ``cls`` from JSON values; ``where`` prefixes names in messages.
 
-    Raises MFMError (E_CONFIG) for an unknown key, a value of the wrong type and a number out of its range; ``where``
-    prefixes names in messages.
+    Raises MFMError (E_CONFIG) for an unknown key, a value of the wrong type and a number out of its range.
     """
     if not isinstance(values, Mapping):
         raise MFMError("E_CONFIG", f"{where.rstrip('.') or 'settings'}={values}: expected a table of names and values.")
@@ -294,7 +286,7 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
 
 
 def block_of(plans: Mapping[str, Any]) -> MFMBlock:
-    """The typed view of ``plans["mfm"]``; the defaults for a stock plan that has no such block."""
+    """Read ``plans["mfm"]``; a stock plan, which has no such block, gives the defaults."""
     block = from_dict(MFMBlock, plans.get("mfm", {}), "mfm.")
     if block.format != FORMAT:
         raise MFMError(
@@ -305,9 +297,9 @@ def block_of(plans: Mapping[str, Any]) -> MFMBlock:
 
 
 def override(settings: Settings, assignments: Iterable[str]) -> Settings:
-    """``settings`` with ``name=value`` strings applied; nested names are dotted (``pretrain.epochs=3``).
+    """Apply ``name=value`` strings, typed by the fields; nested names are dotted (``pretrain.epochs=3``).
 
-    Values are typed by the field's annotation. Raises MFMError (E_CONFIG) that names the nearest legal setting.
+    Raises MFMError (E_CONFIG) that names the nearest legal setting.
     """
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
@@ -319,14 +311,11 @@ def override(settings: Settings, assignments: Iterable[str]) -> Settings:
 
 
 def setting_names(settings: Any, prefix: str = "") -> list[str]:
-    """All names that ``--set`` accepts for ``settings``, dotted."""
+    """List all names that ``--set`` accepts for ``settings``, dotted."""
     names: list[str] = []
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        if dataclasses.is_dataclass(value):
-            names += setting_names(value, f"{prefix}{item.name}.")
-        else:
-            names.append(prefix + item.name)
+    for name, value in vars(settings).items():
+        is_nested = dataclasses.is_dataclass(value)
+        names += setting_names(value, f"{prefix}{name}.") if is_nested else [prefix + name]
     return names
 
 
@@ -343,7 +332,7 @@ def _assign(settings: Any, name: str, value: str, root: Any, path: str = "") -> 
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """``value`` (JSON or a string from the command line) as the annotated type."""
+    """Convert ``value`` (JSON or a string from the command line) to the annotated type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -356,11 +345,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         for option in options:
             try:
                 return _convert(value, option, name)
-            except MFMError as error:
-                failure = error
-        if len(options) == 1:
-            raise failure
-        raise MFMError("E_CONFIG", f"{name}={value}: expected {' or '.join(map(_described, options))}.")
+            except MFMError:
+                if len(options) == 1:
+                    raise
+        raise MFMError("E_CONFIG", f"{name}={value}: expected {' or '.join(map(_describe, options))}.")
     if origin is Literal:
         if value in arguments:
             return value
@@ -374,8 +362,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return _convert_scalar(value, hint, name)
 
 
-def _described(hint: Any) -> str:
-    """A type as messages call it."""
+def _describe(hint: Any) -> str:
+    """Name a type for messages."""
     if get_origin(hint) is tuple:
         arguments = get_args(hint)
         return "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"

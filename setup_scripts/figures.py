@@ -14,14 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mfm_nnunet"
 SPINE = {
-    "List the scans": "jobs.plan data.sources data.cases data.corpus data.labelled data.current data.loops",
+    "List the scans": "jobs.plan data.sources data.cases data.corpus data.labelled data.loops",
     "Let them in": "images.reading images.decoder images.decode images.integrity images.headers images.nifti "
     "images.geometry",
     "Plan": "planning.request planning.fingerprint planning.planner planning.derive planning.like dataset plan "
     "plan_rules settings models.networks models.memory models.families",
-    "Preprocess": "data.preprocess data.preprocess_case data.sizes data.resampling data.masks data.properties "
-    "data.storage data.volumes",
-    "Draw crops": "jobs.pretrain data.sampling data.crops data.augment data.loading",
+    "Preprocess": "data.preprocess data.sizes data.resampling data.storage data.volumes",
+    "Draw crops": "jobs.pretrain data.crops data.loading",
     "Pretrain": "tasks.base tasks.masks tasks.mae tasks.restoration tasks.losses models.backbone engine.streams "
     "engine.engine engine.optim engine.state checkpoint",
     "Fine-tune": "jobs.train finetune.checks finetune.pretrained models.transfer finetune.splits finetune.preprocessed "

@@ -29,8 +29,18 @@ CEILINGS = {
 }
 """The names are those of ``setup_scripts/figures.py``, which prints what is behind a number."""
 LEAVES = {
-    *("errors", "version", "workspace", "checkpoint", "children", "plan", "plan_rules", "dataset", "settings"),
-    *("processes", "device", "metrics", "terminal", "files"),
+    *(
+        "errors",
+        "version",
+        "workspace",
+        "checkpoint",
+        "signals",
+        "plan",
+        "plan_rules",
+        "dataset",
+        "settings",
+    ),
+    *("processes", "signals", "device", "metrics", "terminal", "files"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
@@ -40,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": set(),
     "interchange": {"models"},
     "planning": {"data", "images", "models", "interchange"},
-    "tasks": {"models", "data.augment"},
+    "tasks": {"models", "data.crops"},
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
     "predict": {"data", "images", "models"},
@@ -83,7 +93,7 @@ WITH_MOCK = {"planning.planner"}
 LIGHT = {"cli", "errors", "files", "version", "workspace", "settings", "terminal"}
 """What a command may import before it runs its job, besides the standard library."""
 MAY_PRINT = {"cli", "reports.progress"}
-UNPICKLES = "data.properties"
+UNPICKLES = "data.volumes"
 UNSAFE = {
     *("blosc2.open", "blosc2.load", "blosc2.from_cframe"),  # they follow what a file names: see data.volumes
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "load_pickle", "eval", "exec"),

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data import corpus
+from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.data.storage import Manifest
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import parse_json, read_json
@@ -33,7 +34,7 @@ DOORS: dict[str, Callable[[Path], object]] = {
     "plans.json": lambda file: read_plans(file, ""),
     "dataset.json": lambda file: corpus.read_dataset_json(file.parent),
     "corpus.json": lambda file: corpus.load_cases(file.parent),
-    "pretrain_data.json": lambda file: corpus.index_source(file),
+    "pretrain_data.json": lambda file: index_source(file),
     "splits_final.json": lambda file: ensure_splits(file.parent, ["a", "b"]),
     "recipe.json": lambda file: read_recipe(file),
     "study.json": lambda file: read_record(file.parent),

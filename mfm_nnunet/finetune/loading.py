@@ -31,11 +31,10 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.utils.data import Dataset
 
-from mfm_nnunet.data.current import Selection, select
+from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.loading import read_in_order
-from mfm_nnunet.data.properties import read_properties
 from mfm_nnunet.data.storage import require_whole, stored_cases
-from mfm_nnunet.data.volumes import PREPROCESS_AGAIN, open_array, read_arrays, unreadable
+from mfm_nnunet.data.volumes import PREPROCESS_AGAIN, open_array, read_arrays, read_properties, unreadable
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import read_json
 
@@ -154,7 +153,7 @@ def select_labelled(raw: Path | None, preprocessed_folder: Path, data: Path) -> 
     """Choose the labelled cases that the dataset has now in a folder ``data`` (blosc2, or nnU-Net's older npz).
 
     ``raw`` and ``preprocessed_folder`` are the dataset's. Raises MFMError: E_CONFIG when files of a case are missing,
-    E_SHORT_DATA when one is damaged, and as :func:`mfm_nnunet.data.current.select`.
+    E_SHORT_DATA when one is damaged, and as :func:`mfm_nnunet.data.corpus.select`.
     """
     images = stored_cases(data)
     selection = select(raw, preprocessed_folder, images or {file.stem for file in data.glob("*.npz")})

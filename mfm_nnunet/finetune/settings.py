@@ -25,7 +25,7 @@ from mfm_nnunet.settings import (
     MFMBlock,
     from_dict,
     override,
-    require_legal_finetuning,
+    require_legal,
     resolved_decoder_epochs,
     resolved_learning_rate,
     resolved_warmup,
@@ -91,7 +91,7 @@ def resolve(
         _require_of_training(assignment.partition("=")[0].strip(), block)
     block = override(block, overrides)
     settings = block.finetune
-    require_legal_finetuning(settings)
+    require_legal(settings, "finetune.")
     taken = [item for item in advice if getattr(settings, item.name) in (None, "auto")]
     settings = dataclasses.replace(settings, **{item.name: item.value for item in taken})
     for item in taken:

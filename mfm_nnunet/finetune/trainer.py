@@ -21,7 +21,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from mfm_nnunet import checkpoint
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import default_autocast_dtype
-from mfm_nnunet.engine.distributed import ALONE, World, largest
 from mfm_nnunet.engine.engine import Engine, Optimisation
 from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
 from mfm_nnunet.engine.state import RunState
@@ -44,7 +43,7 @@ from mfm_nnunet.models.networks import knows_deep_supervision
 from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
 from mfm_nnunet.plan import Plan
-from mfm_nnunet.processes import stop_on_signal
+from mfm_nnunet.processes import ALONE, World, largest, stop_on_signal
 from mfm_nnunet.settings import FORMAT, block_of, resolved_learning_rate, to_dict
 from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.workspace import num_cores

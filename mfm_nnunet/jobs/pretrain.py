@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import random
 import re
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,23 +16,22 @@ import torch
 
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.checkpoint import atomic_write, remove_leftovers
-from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, no_child_left, raise_recorded
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.current import Selection, select
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
 from mfm_nnunet.engine import probe as probing
-from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
 from mfm_nnunet.engine.pretraining import Pretraining
 from mfm_nnunet.engine.probe_data import choose_cases
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
-from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
+from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import inside
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import read_plans, shared_plan
-from mfm_nnunet.processes import raise_on_signal, signal_handlers_kept, start_resource_tracker
+from mfm_nnunet.processes import World, join_world, leave_world, run_processes
 from mfm_nnunet.tasks.base import PretextTask, find_task
 from mfm_nnunet.workspace import Workspace, num_cores
 
@@ -59,45 +56,30 @@ class PretrainRun:
 
 
 def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
-    """Run :func:`pretrain_here` in ``num_gpus`` processes as torchrun does; returns the final checkpoint.
+    """Run :func:`pretrain_here` in ``num_gpus`` processes; returns the final checkpoint.
 
     Raises what a process raised; a signal reaches all of them, and each saves before it ends.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     job = check(here, **arguments)  # before processes are started, each of which would say it
-    device, settings = job.device, job.resolved.pretrain
-    require_divisible(settings.batch_size, settings.accumulation, num_gpus)
-    if device.type == "cuda" and torch.cuda.device_count() < num_gpus:
+    require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, num_gpus)
+    if job.device.type == "cuda" and torch.cuda.device_count() < num_gpus:
         raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_gpus,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=f"mfm-{os.getpid()}",
-        max_restarts=0,
-        start_method="spawn",
-    )
-    start_resource_tracker()
-    # Signals are ours: torchrun's agent would take one that is sent twice for two, and does not know SIGUSR1.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    with tempfile.TemporaryDirectory() as notes, raise_on_signal(), signal_handlers_kept(), no_child_left():
-        try:
-            return elastic_launch(config, call_recorded)(notes, _pretrain_worker, here, arguments)[0]
-        except (ChildFailedError, SignalException, StoppedError) as error:
-            if isinstance(error, SignalException):
-                error = StoppedError(128 + error.sigval, "stopped by a signal. Continue with --c.")
-            raise_recorded(notes, error.exit_code if isinstance(error, StoppedError) else None)
-            raise error
+    run_processes(_pretrain_worker, (here, arguments), num_gpus)
+    return job.folder / "checkpoint_final.pth"
 
 
-def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> Path:
-    return pretrain_here(here, **arguments)
+def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> None:
+    pretrain_here(here, **arguments)
+
+
+def require_divisible(batch_size: int, accumulation: int, num_processes: int) -> None:
+    """Raise MFMError (E_CONFIG) unless each part of a batch has equally many items, at least one, in each process."""
+    if accumulation < 1 or batch_size < 1 or batch_size % (accumulation * num_processes):
+        raise MFMError(
+            "E_CONFIG",
+            f"pretrain.batch_size={batch_size}: must be a multiple of pretrain.accumulation={accumulation} x the "
+            f"{num_processes} process{'es' * (num_processes > 1)}, for parts of equal size. Change one of them.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +176,7 @@ def select_cases(
     """Return the cases that the corpus has now and the preprocessed volume of each for a configuration.
 
     Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan,
-    E_SHORT_DATA when a file is damaged, and as :func:`mfm_nnunet.data.current.select`.
+    E_SHORT_DATA when a file is damaged, and as :func:`mfm_nnunet.data.corpus.select`.
     """
     if configuration not in plans["configurations"]:
         raise MFMError(
@@ -221,7 +203,7 @@ def select_cases(
 
 
 def split_subjects(
-    cases: Sequence[corpus.Case], fraction: float, seed: int, volumes_per_item: int = 1
+    cases: Sequence[Case], fraction: float, seed: int, volumes_per_item: int = 1
 ) -> tuple[set[str], set[str]]:
     """Names of the training and the validation cases, split by subject; the same for the same corpus and seed.
 
@@ -250,13 +232,13 @@ def split_subjects(
     return names - validation, validation
 
 
-def _of_subjects(cases: Sequence[corpus.Case], subjects: Sequence[str], count: int, seed: int) -> set[str]:
+def _of_subjects(cases: Sequence[Case], subjects: Sequence[str], count: int, seed: int) -> set[str]:
     """Names of the cases of ``count`` random subjects."""
     held_out = set(random.Random(seed).sample(subjects, count))
     return {case.name for case in cases if case.subject in held_out}
 
 
-def _corpus_hash(cases: list[corpus.Case], files: dict[str, Path], num_inputs: int) -> str:
+def _corpus_hash(cases: list[Case], files: dict[str, Path], num_inputs: int) -> str:
     """Of the scans as they were preprocessed: a run goes on where only the preprocessed data are."""
     manifest = Manifest.read(next(iter(files.values())).parent)
     sizes = {case.name: manifest.source_sizes(case.name, len(case.images) or num_inputs) for case in cases}
@@ -315,7 +297,7 @@ def _prepare(job: Job, configuration: str, device: torch.device, world: World) -
 def _require_legal(resolved: PretrainRun) -> None:
     """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
     mfm_settings.require_in_range(mfm_settings.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
-    mfm_settings.require_legal_schedule(resolved.pretrain, "pretrain.")
+    mfm_settings.require_legal(resolved.pretrain, "pretrain.")
     require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
 
 

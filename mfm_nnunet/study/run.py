@@ -15,7 +15,7 @@ from typing import IO, Any
 from torch import nn
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import in_threads, with_progress
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused

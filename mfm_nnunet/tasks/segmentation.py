@@ -5,7 +5,7 @@ Shapes: B batch, K classes or regions, C channels, D H W voxels (2D has no D).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,25 +23,32 @@ class SegmentationTask(Task):
     target.
     """
 
+    name = "segmentation"
+
     def __init__(
         self, network: nn.Module, loss: Callable[[Any, Any], Tensor], has_regions: bool, ignore_label: int | None
     ) -> None:
         super().__init__()
-        self.network = network
+        self._network = network
         self.loss = loss
         self._has_regions = has_regions
         self._ignore_label = ignore_label
 
+    @property
+    def network(self) -> nn.Module:
+        """Return nnU-Net's network, with its wrappers."""
+        return self._network
+
     def forward(self, batch: dict[str, Any]) -> TaskOutput:
         """Return the loss; in eval mode also the voxels that are right and wrong, per foreground class or region."""
-        output, target = self.network(batch["data"]), batch["target"]
+        output, target = self._network(batch["data"]), batch["target"]
         loss = self.loss(output, target)
         if self.training:
             return TaskOutput(loss)
         finest = (output[0], target[0]) if isinstance(target, list) else (output, target)
         return TaskOutput(loss, self._count(*finest))
 
-    def summarise(self, values: dict[str, Tensor]) -> dict[str, Any]:
+    def summarise(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the mean loss and the Dice over all voxels of the validation: nnU-Net's pseudo Dice.
 
         The Dice of a class that no batch holds, and that was nowhere predicted, is NaN.

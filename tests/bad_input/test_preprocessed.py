@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 
-from mfm_nnunet.data.masks import mask_file
-from mfm_nnunet.data.properties import read_properties
-from mfm_nnunet.data.volumes import open_array
+from mfm_nnunet.data.volumes import mask_file, open_array, read_properties
 from tests.builders import crafted
 from tests.builders.site import CORPUS, Site, accepted, refused, unchanged
 

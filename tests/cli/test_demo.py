@@ -12,7 +12,8 @@ import pytest
 import SimpleITK as sitk
 
 from mfm_nnunet.cli import demo as command
-from mfm_nnunet.data.corpus import index_source, load_cases
+from mfm_nnunet.data.corpus import load_cases
+from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.demo import data, run
 from mfm_nnunet.demo.run import ARMS, DemoResult, compare, format_result
 from mfm_nnunet.errors import MFMError

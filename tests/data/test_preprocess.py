@@ -23,7 +23,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nn
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.data import preprocess, storage
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_dataset
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.images import reading

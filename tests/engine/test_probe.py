@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.engine import probe_data
-from mfm_nnunet.engine.distributed import ALONE
 from mfm_nnunet.engine.engine import Pretrainer
 from mfm_nnunet.engine.probe import Probe, in_words, predict, prepare
 from mfm_nnunet.engine.probe_data import LabelledVolume, ProbeDataset
@@ -34,6 +33,7 @@ from mfm_nnunet.jobs.pretrain import check, launch
 from mfm_nnunet.metrics import dice
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.processes import ALONE
 from mfm_nnunet.reports.progress import plot_progress
 from mfm_nnunet.settings import ProbeSettings
 from mfm_nnunet.workspace import Workspace

@@ -18,13 +18,14 @@ from mfm_nnunet.engine.streams import Corpus, Streams, make_streams
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.settings import PretrainSettings
 from mfm_nnunet.tasks.base import PretextTask
-from mfm_nnunet.tasks.mae import MAE, MAEConfig
+from mfm_nnunet.tasks.mae import MAE
+from mfm_nnunet.tasks.masks import MaskingConfig
 from mfm_nnunet.tasks.volume_fusion import VolumeFusion, VolumeFusionConfig
 from tests.builders import tiny_run
 from tests.data.test_crops import masked_volume, write_masks
 
 PATCH = (8, 8, 8)
-MAE_CONFIG = MAEConfig(cell_size=(4, 4, 4))
+MAE_CONFIG = MaskingConfig(cell_size=(4, 4, 4))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.current import Selection
+from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.splits import choose_split, ensure_splits, make_splits
 
