@@ -30,6 +30,10 @@ PUBLISHED_RATES = {
 LARGEST = 10**9
 """Limit of all numbers: a larger one is a typing error that would run for ever or fill the memory."""
 
+_NO_FINETUNING = "Probes are linear. Fine-tune a checkpoint for a few epochs with mfm_train, or compare with mfm_study."
+REMOVED = dict.fromkeys(("probe.kind=finetune", "probe.steps", "probe.learning_rate"), _NO_FINETUNING)
+"""Advice for settings, or values of settings, of earlier versions."""
+
 Settings = TypeVar("Settings")
 
 
@@ -165,18 +169,14 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The downstream probe while pretraining: what the weights are worth on a few labelled cases."""
+    """Settings of the probe, which measures the weights on a few labelled cases while pretraining."""
 
     every: int = ranged(10, 1, 10**6)
     """Epochs from one probe to the next; the last epoch is always probed."""
-    kind: Literal["linear", "finetune"] = "linear"
-    """linear: voxels are classified from the frozen encoder's features; finetune: a copy of the network is trained."""
+    kind: Literal["linear"] = "linear"
+    """Voxels are classified from the frozen encoder's features."""
     max_cases: int = ranged(20, 2, 10**6)
-    """Labelled cases that are used at most; one subject in three is held out for the Dice."""
-    steps: int = ranged(200, 1, 10**6)
-    """finetune: training steps of the copy."""
-    learning_rate: float = ranged(1e-3, 0, 10, above=True)
-    """finetune: peak of the learning rate, with AdamW."""
+    """Most labelled cases that are used; one subject in three is held out for the Dice."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,8 @@ def _assign(settings: Any, name: str, value: str, root: Any, path: str = "") -> 
     head, _, rest = name.partition(".")
     hints = get_type_hints(type(settings))
     if head not in hints or bool(rest) != dataclasses.is_dataclass(getattr(settings, head)):
-        raise MFMError("E_CONFIG", f"unknown setting '{path}{name}'. {nearest(path + name, setting_names(root))}")
+        advice = REMOVED.get(path + name) or nearest(path + name, setting_names(root))
+        raise MFMError("E_CONFIG", f"unknown setting '{path}{name}'. {advice}")
     if rest:
         new = _assign(getattr(settings, head), rest, value, root, f"{path}{head}.")
     else:
@@ -352,7 +353,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise MFMError("E_CONFIG", f"{name}={value}: legal values are {', '.join(map(str, arguments))}.")
+        advice = REMOVED.get(f"{name}={value}") or f"legal values are {', '.join(map(str, arguments))}."
+        raise MFMError("E_CONFIG", f"{name}={value}: {advice}")
     if origin is tuple:
         return _convert_tuple(value, arguments, name)
     if origin is dict:

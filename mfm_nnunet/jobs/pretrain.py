@@ -21,16 +21,15 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
-from mfm_nnunet.engine import probe as probing
 from mfm_nnunet.engine.pretraining import Pretraining
-from mfm_nnunet.engine.probe_data import choose_cases
+from mfm_nnunet.engine.probe import Probe, make_probe, prepare
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import inside
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.plan import read_plans, shared_plan
+from mfm_nnunet.plan import Plan, read_plans, shared_plan
 from mfm_nnunet.processes import World, join_world, leave_world, run_processes
 from mfm_nnunet.tasks.base import PretextTask, find_task
 from mfm_nnunet.workspace import Workspace, num_cores
@@ -93,7 +92,7 @@ class Job:
     resolved: PretrainRun
     folder: Path
     device: torch.device
-    probe: probing.Probe | None = None
+    probe: Probe | None = None
 
 
 def check(
@@ -123,18 +122,13 @@ def check(
         PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
     )
     _require_legal(resolved)
-    probing.require_legal(resolved.probe, probe is not None)
     if run_name and not re.fullmatch(r"[A-Za-z0-9._+-]+", run_name):
         raise MFMError("E_CONFIG", f"--run-name {run_name}: a name of letters, digits, _ . + and - is needed.")
     name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
     folder = inside(here.results, dataset_name, name)
     _require_free(folder, continue_training)
-    job = Job(plans, selection, files, task_class, resolved, folder, pick_device(device))
-    if probe is None:
-        return job
-    dataset = choose_cases(here, probe, plans, configuration, resolved.probe.max_cases, resolved.seed)
-    parts = (resolved.probe, dataset, plans, configuration, resolved.pretrain.batch_size, resolved.seed)
-    return dataclasses.replace(job, probe=probing.Probe(*parts))
+    probed = make_probe(here, probe, Plan.of(plans), configuration, resolved.probe, resolved.seed)
+    return Job(plans, selection, files, task_class, resolved, folder, pick_device(device), probed)
 
 
 def pretrain_here(here: Workspace, **arguments: Any) -> Path:
@@ -160,7 +154,7 @@ def _pretrain(job: Job, device: torch.device, world: World, arguments: dict[str,
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
     run, notes = _prepare(job, arguments["configuration"], device, world)
     if job.probe is not None:
-        probing.prepare(job.probe, world)
+        prepare(job.probe, world)
     if world.is_main:
         _announce(run, is_new=not arguments["continue_training"])
         for note in job.selection.notes():
