@@ -493,11 +493,7 @@ def test_stock_predictor_gives_the_validations_masks(trained: tuple[Path, Worksp
         ({"fold": 7}, "E_CONFIG", "folds 0 to 4"),
         ({"fold": "some"}, "E_CONFIG", "'all'"),
         ({"plans_name": "mfmPlan"}, "E_NOT_FOUND", "mfmPlans"),
-        (
-            {"trainer": "nnUNetTrainer"},
-            "E_CONFIG",
-            "nnUNetv2_train Dataset007_Tiny 3d_fullres 0 -p mfmPlans -tr nnUNetT",
-        ),
+        ({"trainer": "Theirs"}, "E_NOT_FOUND", f"nnUNetv2_train {tiny.NAME} 3d_fullres 0 -p mfmPlans -tr Theirs"),
         ({"overrides": ("finetune.epoch=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("pretrain.epochs=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("finetune.checkpoint=none",)}, "E_CONFIG", "-pretrained_weights"),
