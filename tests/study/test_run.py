@@ -10,24 +10,16 @@ from typing import Any
 
 import pytest
 
-from mfm_nnunet import checkpoint, workspace
+from mfm_nnunet import workspace
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import digest_of, sha256, write_json
-from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.study import run
 from mfm_nnunet.study.design import Arm
 from mfm_nnunet.study.folder import Study
 from tests.builders import small, tiny
 from tests.builders.tiny_data import pretrained_checkpoint
-
-
-def matching_checkpoint(file: Path) -> Path:
-    """Write a checkpoint with weights for the tiny plan."""
-    content, about = tiny.plans(), {"format": 1, "kind": "pretrained", "pretext": "mae", "configuration": "3d_fullres"}
-    weights = checkpoint.cpu_weights(build_network(content, "3d_fullres", 1, 1).state_dict())
-    checkpoint.save({"network_weights": weights, "mfm": {**about, "plans": content}}, file)
-    return file
+from tests.builders.training import pretrained_file
 
 
 def pretrained(file: Path, settings: tuple[str, ...] = ()) -> Arm:
@@ -56,7 +48,7 @@ def test_an_arm_that_does_not_fit_the_plan(tmp_path: Path) -> None:
 def test_settings_that_an_arm_cannot_train_with(tmp_path: Path, arm: str, settings: list[str]) -> None:
     """Each of its cells would be refused, after hours."""
     small.write_raw(tmp_path)
-    mae, plan = pretrained(matching_checkpoint(tmp_path / "mae.pth")), Plan.of({**tiny.plans(), "mfm": {}})
+    mae, plan = pretrained(pretrained_file(tmp_path)), Plan.of({**tiny.plans(), "mfm": {}})
     arms = {"scratch": small.SCRATCH, "mae": mae}
     study, _ = small.begin(tmp_path, arms)
     run.check_arms(study, arms, plan, 1)
