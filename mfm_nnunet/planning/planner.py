@@ -71,20 +71,15 @@ class MFMPlanner(ResEncUNetPlanner):
         _require_file(fingerprint_file, f"Run mfm_plan_and_preprocess -d {name}, which makes it first.")
         self.is_corpus = corpus.is_corpus(raw)
         self.memory_gb = gpu_memory_target_in_gb if gpu_memory_target_in_gb is not None else _gpu_memory_gb()
-        self.cases = corpus.load_cases(raw)
-        files = {
-            case.name: {"images": [str(file) for file in case.images], "label": str(case.label) if case.label else None}
-            for case in self.cases
-        }
-        # Stock lists imagesTr, which a corpus does not have, with twelve processes; everything else it does is wanted.
+        # Stock lists imagesTr, which a corpus does not have, and needs the list for nothing that is not done here.
         # It reads JSON as UTF-8 without a byte order mark.
         with (
-            mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value=files),
+            mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value={}),
             mock.patch.object(stock, "load_json", side_effect=lambda file: parse_json(Path(file).read_bytes())),
         ):
             super().__init__(name, 8, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose)
         self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # as we understand it, not as it is written
-        self.dataset_json.setdefault("numTraining", len(files))
+        self.dataset_json.setdefault("numTraining", len(self.dataset_fingerprint["spacings"]))
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
         self.dataset_fingerprint: dict[str, Any] = self.dataset_fingerprint
@@ -129,7 +124,10 @@ class MFMPlanner(ResEncUNetPlanner):
     def determine_reader_writer(self) -> Any:
         """Return the reader class that the fingerprint's images were read with; stock tries each on the first image."""
         known = self.dataset_fingerprint.get("mfm", {}).get("reader")
-        return recursive_find_reader_writer_by_name(known or choose_reader(self.cases, self.dataset_json))
+        if not known:  # stock nnU-Net made the fingerprint
+            raw = Path(str(stock.nnUNet_raw)) / self.dataset_name
+            known = choose_reader(corpus.load_cases(raw), self.dataset_json)
+        return recursive_find_reader_writer_by_name(known)
 
     @staticmethod
     def static_estimate_VRAM_usage(
