@@ -19,15 +19,6 @@ from mfm_nnunet.errors import MFMError, nearest
 
 FORMAT = 1
 """Version of the plan block and of the checkpoint's ``mfm`` key."""
-
-PUBLISHED_RATES = {
-    ("resenc", "sgd"): (1e-2, 1e-3),
-    ("resenc", "adamw"): (3e-4, 1e-4),
-    ("primus", "adamw"): (3e-4, 1e-4),
-}
-"""Peak learning rates from scratch and from a checkpoint, by network and optimizer (nnU-Net's; arXiv 2503.01835,
-2412.17041)."""
-
 LARGEST = 10**9
 """Limit of all numbers: a larger one is a typing error that would run for ever or fill the memory."""
 
@@ -127,7 +118,7 @@ class FinetuneSettings:
     iterations_per_epoch: int = ranged(250, 1, 10**6)
     validation_iterations: int = ranged(50, 1, 10**6)
     learning_rate: float | None = ranged(None, 0, 10, above=True)
-    """None: the published rate of this network, optimizer and start, see ``PUBLISHED_RATES``."""
+    """None: the published rate of this network, optimizer and start, see the family's ``rates``."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = ranged(3e-5, 0, 10)
     warmup_epochs: int | None = ranged(None, 0, 10**6)
@@ -193,7 +184,8 @@ class MFMBlock:
     seed: int = ranged(0, 0, 2**32 - 1)
     num_workers: int | None = ranged(None, 0, 1024)
     """Background processes that read and augment. None: by the number of CPU cores."""
-    network: Literal["resenc", "primus"] = "resenc"
+    network: str = "resenc"
+    """The family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT
 
 
@@ -202,22 +194,6 @@ def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
     if warmup_epochs is not None:
         return warmup_epochs
     return round(epochs * (0.05 if epochs >= 300 else 0.1))
-
-
-def resolved_learning_rate(settings: FinetuneSettings, network: str) -> float:
-    """Return the learning rate of a run: the setting, or the published one, from scratch or from a checkpoint.
-
-    Raises MFMError (E_CONFIG) when it is open and none was published.
-    """
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    if (network, settings.optimizer) not in PUBLISHED_RATES:
-        raise MFMError(
-            "E_CONFIG",
-            f"finetune.optimizer={settings.optimizer}: no learning rate was published for {network} with it. Set "
-            "finetune.learning_rate, or use another optimizer.",
-        )
-    return PUBLISHED_RATES[network, settings.optimizer][settings.checkpoint is not None]
 
 
 def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:

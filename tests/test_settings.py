@@ -64,7 +64,6 @@ def test_a_block_of_another_format_is_refused() -> None:
         ({"sed": 1}, "unknown setting 'mfm.sed'. Did you mean 'seed'"),
         ({"pretrain": {"epoch": 1}}, "unknown setting 'mfm.pretrain.epoch'. Did you mean 'epochs'"),
         ({"pretrain": {"epochs": "many"}}, "mfm.pretrain.epochs=many: expected int"),
-        ({"network": "unet"}, "mfm.network=unet: legal values are resenc, primus"),
     ],
 )
 def test_unknown_keys_and_wrong_values_in_a_plan_are_named(values: dict[str, Any], message: str) -> None:
