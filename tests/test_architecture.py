@@ -34,7 +34,6 @@ LEAVES = {
         "version",
         "workspace",
         "checkpoint",
-        "children",
         "signals",
         "plan",
         "plan_rules",
@@ -55,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
     "predict": {"data", "images", "models"},
-    "finetune": {"engine", "models", "data", "images", "predict", "interchange"},
+    "finetune": {"engine", "tasks", "models", "data", "images", "predict", "interchange"},
     "jobs": {
         "data",
         "images",
@@ -68,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "interchange",
         "reports",
     },
-    "study": {"jobs", "data", "images", "planning", "models", "finetune", "interchange"},
+    "study": {"jobs"},
     "api": {
         "jobs",
         "data",
@@ -79,11 +78,23 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "finetune",
         "predict",
-        "study",
         "interchange",
     },
     "demo": {"jobs", "reports"},
-    "cli": {"api", "jobs", "data", "images", "planning", "models", "tasks", "engine", "finetune", "predict", "demo"},
+    "cli": {
+        "api",
+        "jobs",
+        "data",
+        "images",
+        "planning",
+        "models",
+        "tasks",
+        "engine",
+        "finetune",
+        "predict",
+        "demo",
+        "study",
+    },
 }
 """Leaves and the own package come on top."""
 
