@@ -19,8 +19,8 @@ from mfm_nnunet.plan import read_plans
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
+    from mfm_nnunet.jobs.plan import PlanResult
     from mfm_nnunet.jobs.predict import PredictReport
-    from mfm_nnunet.planning.request import PlanResult
     from mfm_nnunet.study.design import Design
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def plan_and_preprocess(
     images: str | Path | None = None,
     name: str | None = None,
     configurations: Sequence[str] | None = None,
-    network: Literal["resenc", "primus", "primus_v2", "primus_v3"] = "resenc",
+    network: str = "resenc",
     memory_gb: float | None = None,
     spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = "median",
     like: str | Path | None = None,
@@ -52,7 +52,9 @@ def plan_and_preprocess(
     """
     decoder.warm()
     from mfm_nnunet.interchange.read import find_checkpoint
-    from mfm_nnunet.planning.request import PlanRequest, check_request, format_table, plan
+    from mfm_nnunet.jobs.plan import check_request, plan
+    from mfm_nnunet.planning.request import PlanRequest
+    from mfm_nnunet.planning.table import format_table
 
     if images is not None and len(datasets) != 1:
         raise MFMError("E_CONFIG", "--images registers one corpus: give exactly one -d ID with it.")
@@ -64,14 +66,14 @@ def plan_and_preprocess(
         like=find_checkpoint(like) if like else None,
         configurations=tuple(configurations) if configurations else None,
     )
-    check_request(request)  # before hours of reading
+    source = check_request(request)  # before hours of reading
     results, failures, num_cases = [], [], 0
     with places.use(workspace) as here:
         for dataset in datasets:
             dataset_name = preparation.registered(here, dataset, images, name)
             cases, failed = preparation.fingerprinted(here, dataset_name, num_processes)
             num_cases += len(cases) + len(failed)
-            result = plan(here, dataset_name, request)
+            result = plan(here, dataset_name, request, source)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
             if preprocess:
@@ -234,7 +236,7 @@ def describe_checkpoint(
     With ``verify`` its network is built and every tensor compared with it. ``token_order`` is for a foreign Primus
     whose file does not say it. Raises MFMError for a file that cannot be read, is damaged, or is no whole network.
     """
-    from mfm_nnunet.interchange.card import describe_text
+    from mfm_nnunet.interchange.folder import describe_text
     from mfm_nnunet.interchange.foreign import DESCRIBED, require_plan
     from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
     from mfm_nnunet.interchange.verify import require_whole
@@ -363,7 +365,7 @@ def study_folder(output: str | Path | None, workspace: str | Path | None) -> Pat
 
 def _plan_study(own: Workspace, design: Design, given: dict[str, Any] | None) -> dict[str, Any]:
     """The study's plan, made once from the pool or copied, with the whole pool preprocessed."""
-    from mfm_nnunet.planning.request import PlanResult
+    from mfm_nnunet.jobs.plan import PlanResult
     from mfm_nnunet.study import plan as study_plan
     from mfm_nnunet.study.folder import pin_plan, write_json
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -18,21 +19,19 @@ from mfm_nnunet.errors import MFMError, nearest
 
 FORMAT = 1
 """Version of the plan block and of the checkpoint's ``mfm`` key."""
-
-PUBLISHED_RATES = {
-    ("resenc", "sgd"): (1e-2, 1e-3),
-    ("resenc", "adamw"): (3e-4, 1e-4),
-    ("primus", "adamw"): (3e-4, 1e-4),
-}
-"""Peak learning rates from scratch and from a checkpoint, by network and optimizer (nnU-Net's; arXiv 2503.01835,
-2412.17041)."""
-
 LARGEST = 10**9
 """Limit of all numbers: a larger one is a typing error that would run for ever or fill the memory."""
 
+logger = logging.getLogger(__name__)
 _NO_FINETUNING = "Probes are linear. Fine-tune a checkpoint for a few epochs with mfm_train, or compare with mfm_study."
-REMOVED = dict.fromkeys(("probe.kind=finetune", "probe.steps", "probe.learning_rate"), _NO_FINETUNING)
+REMOVED = {
+    **dict.fromkeys(("probe.kind=finetune", "probe.steps", "probe.learning_rate"), _NO_FINETUNING),
+    "pretrain.anatomy_fraction": "It was removed: crops are drawn from anywhere in the image.",
+    "pretrain.balance_temperature": "It was removed: pretrain.balance_by draws all groups equally often.",
+}
 """Advice for settings, or values of settings, of earlier versions."""
+NEUTRAL = {"pretrain.anatomy_fraction": 0.0, "pretrain.balance_temperature": None}
+"""Removed settings that plans and runs made before may hold, with the value that had no effect."""
 
 Settings = TypeVar("Settings")
 
@@ -104,13 +103,8 @@ class PretrainSettings:
     leave_out_anonymised: bool = True
     """Leave voxels that were anonymised out of the loss, where the corpus has such masks and the task restores
     voxels."""
-    anatomy_fraction: float = ranged(0.0, 0, 1)
-    """Share of the crops that are centred on a voxel of the anatomy mask, for cases that have one."""
     balance_by: tuple[str, ...] = ()
     """subject, dataset, modality or several of them: each combination is drawn equally often. Empty: each case is."""
-    balance_temperature: float | None = None
-    """Shares of the groups of ``balance_by`` in proportion to (number of cases)^(1/T): 1 keeps a corpus as it is. None:
-    all groups equally."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ class FinetuneSettings:
     iterations_per_epoch: int = ranged(250, 1, 10**6)
     validation_iterations: int = ranged(50, 1, 10**6)
     learning_rate: float | None = ranged(None, 0, 10, above=True)
-    """None: the published rate of this network, optimizer and start, see ``PUBLISHED_RATES``."""
+    """None: the published rate of this network, optimizer and start, see the family's ``rates``."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = ranged(3e-5, 0, 10)
     warmup_epochs: int | None = ranged(None, 0, 10**6)
@@ -190,7 +184,8 @@ class MFMBlock:
     seed: int = ranged(0, 0, 2**32 - 1)
     num_workers: int | None = ranged(None, 0, 1024)
     """Background processes that read and augment. None: by the number of CPU cores."""
-    network: Literal["resenc", "primus"] = "resenc"
+    network: str = "resenc"
+    """The family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT
 
 
@@ -199,22 +194,6 @@ def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
     if warmup_epochs is not None:
         return warmup_epochs
     return round(epochs * (0.05 if epochs >= 300 else 0.1))
-
-
-def resolved_learning_rate(settings: FinetuneSettings, network: str) -> float:
-    """Return the learning rate of a run: the setting, or the published one, from scratch or from a checkpoint.
-
-    Raises MFMError (E_CONFIG) when it is open and none was published.
-    """
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    if (network, settings.optimizer) not in PUBLISHED_RATES:
-        raise MFMError(
-            "E_CONFIG",
-            f"finetune.optimizer={settings.optimizer}: no learning rate was published for {network} with it. Set "
-            "finetune.learning_rate, or use another optimizer.",
-        )
-    return PUBLISHED_RATES[network, settings.optimizer][settings.checkpoint is not None]
 
 
 def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
@@ -277,12 +256,22 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
     if not isinstance(values, Mapping):
         raise MFMError("E_CONFIG", f"{where.rstrip('.') or 'settings'}={values}: expected a table of names and values.")
     hints = get_type_hints(cls)
+    if cls is PretrainSettings:
+        values = {name: value for name, value in values.items() if not _is_removed(name, value, where)}
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
     settings = cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
     require_in_range(settings, where)
     return settings
+
+
+def _is_removed(name: str, value: Any, where: str) -> bool:
+    """Return whether a stored setting of pretraining was removed since; warn where it had an effect."""
+    own = f"pretrain.{name}"
+    if own in NEUTRAL and value != NEUTRAL[own]:
+        logger.warning("%s%s=%s is ignored. %s", where, name, value, REMOVED[own])
+    return own in NEUTRAL
 
 
 def block_of(plans: Mapping[str, Any]) -> MFMBlock:

@@ -29,14 +29,16 @@ def build_parser() -> common.StrictParser:
         "--images",
         "register unlabelled scans as dataset ID: a folder tree of NIfTI, NRRD, MHA or PNG files, a BIDS dataset or a "
         "folder of several, a CSV (columns image or image_0, image_1 ...; optional case, subject, modality, dataset, "
-        "anatomy_mask, anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
+        "anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
         metavar="SOURCE",
     )
     flag("--name", "name of the corpus that --images registers (default: Corpus)")
     text = "configurations to preprocess (default: all that are planned; for a corpus 3d_fullres, or 2d for 2D images)"
     flag("-c --configuration", text, dest="configurations", nargs="+", metavar="CONFIG")
-    text = "residual encoder U-Net (default), or the Primus transformer; V2 and V3 have a convolutional stem"
-    flag("--network", text, choices=("resenc", "primus", "primus_v2", "primus_v3"), default="resenc")
+    from mfm_nnunet.models.families import network_names  # without torch
+
+    text = "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), or your own"
+    flag("--network", text, choices=tuple(network_names()), default="resenc")
     text = "memory that training may take (default: the GPU's, or a small preset for the CPU)"
     flag("--memory-gb -gpu_memory_target", text, type=_positive_float, metavar="G")
     text = "median (default), onemm, original, or three numbers in mm, slices first as in nnU-Net (Z Y X)"

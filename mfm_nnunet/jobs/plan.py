@@ -9,7 +9,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
+import os
+import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +22,20 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import PICTURES, Case
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.sources import index_source
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
-from mfm_nnunet.files import ending_of, parse_json, whole_number
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused, nearest
+from mfm_nnunet.files import ending_of, parse_json, shown, whole_number, write_json
+from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
-    from mfm_nnunet.planning.request import PlanResult
+    from mfm_nnunet.planning.like import Template
+    from mfm_nnunet.planning.request import PlanRequest
+    from mfm_nnunet.planning.table import Decision
 
 logger = logging.getLogger(__name__)
 
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
+"""All that nnU-Net ever plans; which of them a data set gets is known only after its images were read."""
 FINGERPRINT = {
     *("spacings", "shapes_after_crop", "median_relative_size_after_cropping"),
     "foreground_intensity_properties_per_channel",
@@ -86,7 +95,6 @@ def fingerprinted(
     here: Workspace, dataset_name: str, num_processes: int | None
 ) -> tuple[list[Case], list[CaseFailure]]:
     """The good cases of a dataset, and an up-to-date ``dataset_fingerprint.json``; labelled cases must all be good."""
-    from mfm_nnunet.checkpoint import atomic_write
     from mfm_nnunet.planning.fingerprint import extract_fingerprint
 
     raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
@@ -123,14 +131,12 @@ def fingerprinted(
             "failures": [[failure.case, failure.code, failure.reason] for failure in failures],
         }
         preprocessed.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as handle:
-            handle.write(json.dumps(fingerprint, indent=1).encode())
+        write_json(file, fingerprint)
     # Beside the data, so that pretraining knows subjects and modalities where only the preprocessed data are.
     for name in ("dataset.json", "corpus.json") if is_corpus else ("dataset.json",):
         content = dataset_json if name == "dataset.json" else _content(raw / name)
         if _content(preprocessed / name) != content:
-            with atomic_write(preprocessed / name) as handle:
-                handle.write(json.dumps(content, indent=1).encode())
+            write_json(preprocessed / name, content)
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
 
@@ -151,6 +157,111 @@ def _content(file: Path) -> Any:
         return parse_json(file.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def read_source(path: Path) -> Template:
+    """Read the checkpoint that a plan must fit, of any layout that :func:`read_checkpoint` knows.
+
+    Raises MFMError as that does, E_MODEL_MISMATCH when the plan in it is not whole or lacks the intensities that CT is
+    normalised with, E_MODEL_UNSAFE when its plan names anything but networks and layers.
+    """
+    from mfm_nnunet.interchange.foreign import require_plan
+    from mfm_nnunet.interchange.read import read_checkpoint, sha256
+    from mfm_nnunet.models.networks import check_architecture
+    from mfm_nnunet.planning.like import Template
+
+    reading = read_checkpoint(path)
+    with about(path):
+        require_plan(reading)
+        own = Plan.of(reading.mfm["plans"])
+        trained = own.configuration(reading.mfm["configuration"])
+        check_architecture(*(trained.architecture[key] for key in ARCHITECTURE_KEYS))
+        if "CTNormalization" in trained.normalization_schemes and not own.content[INTENSITIES]:
+            raise MFMError(
+                "E_MODEL_MISMATCH",
+                "it was trained on images with CTNormalization, and the plan in it has no intensities for that "
+                f"('{INTENSITIES}' is empty). Use a checkpoint whose plan has them.",
+            )
+        family = own.family
+    digest, pretext = sha256(path), reading.mfm.get("pretext")
+    return Template(own, trained, {"name": shown(path.name), "sha256": digest, "pretext": pretext, "network": family})
+
+
+def check_request(request: PlanRequest) -> Template | None:
+    """Refuse a request that no data can meet, before a dataset is read; returns the checkpoint that the plan must fit.
+
+    Raises MFMError: E_CONFIG, and as :func:`read_source`.
+    """
+    from mfm_nnunet.models.families import family_named
+
+    name = request.plans_name
+    problem = None
+    family_named(request.network)
+    if request.memory_gb is not None and not 0 < request.memory_gb < math.inf:
+        problem = f"--memory-gb {request.memory_gb}: expected a positive number of GB."
+    elif name is not None and not re.fullmatch(r"mfm[A-Za-z0-9_-]*", name):
+        problem = f"-pl {name}: our plan names start with 'mfm' and have letters, digits, _ and - only, e.g. mfm{name}."
+    elif request.like is not None and request.spacing != "median":
+        problem = "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out."
+    unknown = [configuration for configuration in request.configurations or () if configuration not in CONFIGURATIONS]
+    if unknown:
+        problem = f"-c {unknown[0]}: there is no such configuration. {nearest(unknown[0], CONFIGURATIONS)}"
+    if problem:
+        raise MFMError("E_CONFIG", problem)
+    spacing = request.spacing
+    is_length = not isinstance(spacing, str) and len(spacing) == 3 and all(1e-3 <= length <= 1e3 for length in spacing)
+    if spacing not in ("median", "onemm", "original") and not is_length:
+        raise MFMError("E_CONFIG", f"--spacing {spacing}: expected median, onemm, original or three lengths in mm.")
+    source = read_source(request.like) if request.like else None
+    if source and request.network not in ("resenc", source.variant):
+        holds = f"a {source.family.title} (--network {source.variant})"
+        raise MFMError(
+            "E_CONFIG", f"--network {request.network} and --like: {request.like} holds {holds}. Leave --network out."
+        )
+    return source
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A plan, the file it was written to, and its decisions with their reasons."""
+
+    plans: dict[str, Any]
+    file: Path
+    decisions: list[Decision]
+
+
+def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: Template | None = None) -> PlanResult:
+    """Plan ``dataset_name`` and write ``<preprocessed>/<dataset_name>/<plans name>.json``.
+
+    Call it inside :func:`mfm_nnunet.workspace.use`; ``source`` is the checkpoint that the plan must fit, if there is
+    one. A different plan of that name is replaced, with a warning that names the differences: finished models keep a
+    copy of their plan and predict as before, but an unfinished training would resume with the new one. Configurations
+    of the old file that this call was not asked for are kept, as in nnU-Net, unless axis order, reader, intensities or
+    network changed, which all configurations share.
+
+    Raises MFMError: E_NOT_FOUND (no dataset, or no fingerprint yet), E_CONFIG (a request that cannot be met),
+    E_MODEL_MISMATCH (a checkpoint that does not fit the data).
+    """
+    from mfm_nnunet.models.families import family_named
+    from mfm_nnunet.planning import like
+    from mfm_nnunet.planning.planner import MFMPlanner
+
+    assert Path(os.environ.get("nnUNet_raw", "")) == workspace.raw, "plan() must run inside workspace.use()"
+    family = source.family if source else family_named(request.network)
+    name = request.plans_name or (source.plans_name if source else family.plans_name(request.network))
+    in_mm = {"median": None, "original": None, "onemm": [1.0, 1.0, 1.0]}
+    target = in_mm[request.spacing] if isinstance(request.spacing, str) else [float(mm) for mm in request.spacing]
+    planner = MFMPlanner(dataset_name, request.memory_gb, plans_name=name, overwrite_target_spacing=target)
+    planner.family, planner.variant = family, source.variant if source else request.network
+    planner.spacing, planner.source = request.spacing, source
+    planner.wanted = tuple(request.configurations) if request.configurations else None
+    own = Plan.of(planner.plan_experiment())
+    if source:
+        spacings, axes = planner.dataset_fingerprint["spacings"], own.content["transpose_forward"]
+        configuration = own.configuration(source.configuration)
+        if doubts := like.find_doubts(configuration, spacings, axes, source.entry["name"]):
+            logger.warning("%s", doubts)
+    return PlanResult(dict(own.content), planner.plans_file, planner.explain(own))
 
 
 def _to_preprocess(plans: dict[str, Any], asked: tuple[str, ...] | None, is_corpus: bool) -> list[str]:

@@ -133,10 +133,10 @@ class PretextTask(Task):
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:
         """Raises MFMError (E_CONFIG) when the task does not work on this family of networks."""
         super().__init__()
-        if backbone.family not in self.backbones:
+        if backbone.family.name not in self.backbones:
             raise MFMError(
                 "E_CONFIG",
-                f"{self.name} works on {' and '.join(self.backbones)}, the plan's network is {backbone.family}. "
+                f"{self.name} works on {' and '.join(self.backbones)}, the plan's network is {backbone.family.name}. "
                 "Choose another pretext task or plan with another --network.",
             )
         self.config = config

@@ -26,7 +26,7 @@ class SparK(MaskedRestoration):
 
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:
         super().__init__(config, backbone)
-        self._encode = SparseEncoder(backbone.network.encoder)  # type: ignore[arg-type]
+        self._encode = SparseEncoder(backbone.network.encoder)
         # The finest map has no convolution: it would cost as much as all the others together.
         self.densify = nn.ModuleList(
             Densify(width, len(backbone.patch_size), has_convolution=level > 0)
@@ -37,4 +37,4 @@ class SparK(MaskedRestoration):
         maps = self._encode(x_BCDHW.masked_fill(hidden_B1DHW, self.config.fill_value), hidden_B1DHW)
         inactive = [self._encode.inactive(tuple(sparse_map.shape[2:])) for sparse_map in maps]
         dense_maps = [densify(*pair) for densify, pair in zip(self.densify, zip(maps, inactive))]
-        return self.backbone.network.decoder(dense_maps)  # type: ignore[operator]
+        return self.backbone.network.decoder(dense_maps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.backbone import TokenBackbone
+from mfm_nnunet.models.tokens import TokenBackbone
 from mfm_nnunet.tasks.simmim import SimMIM, SimMIMConfig
 from tests.builders import tiny_run
 from tests.builders.tiny_plans import tiny_backbone

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as compute_again
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.networks import encoder_names
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.tasks.masks import MaskingConfig, draw_hidden
 from mfm_nnunet.tasks.spark3d import SparK
@@ -245,7 +245,7 @@ def test_the_network_is_the_plain_one_after_a_training_step() -> None:
         assert block.conv is block.all_modules[0]
         assert block.norm is block.all_modules[1]
     after = network.state_dict()
-    for name in encoder_names(network):
+    for name in family_of(network).encoder_names(network):
         # The bias of a convolution before a norm has no effect, so it has no gradient either.
         assert "conv.bias" in name or not torch.equal(after[name], before[name]), name
     # The task's own weights are trained and resumed, but are none of the network's.
@@ -404,7 +404,9 @@ def test_a_run_is_saved_as_a_plain_network_that_transfers_whole(tmp_path: Path) 
     assert report.encoder_share == 1.0
     assert not [entry for entry in report.ignored if "seg_layers" not in entry.name]
     weights = dict(target.named_parameters())
-    assert all(torch.equal(weights[name], loaded["network_weights"][name]) for name in encoder_names(target))
+    assert all(
+        torch.equal(weights[name], loaded["network_weights"][name]) for name in family_of(target).encoder_names(target)
+    )
 
 
 # Settings, items and loss
