@@ -20,7 +20,7 @@ from mfm_nnunet.processes import stop_signals_ignored
 def read_in_order(
     source: Dataset, num_workers: int, pin_memory: bool, collate: Callable[[Any], Any], **how: Any
 ) -> Iterator[Any]:
-    """The batches of ``source`` in the order of its sampler, which is among ``how`` (as ``DataLoader`` takes them).
+    """Load the batches of ``source`` in the order of its sampler, which is in ``how`` (as for ``DataLoader``).
 
     ``pin_memory`` puts them where a GPU copies from.
 

@@ -100,7 +100,7 @@ def anonymised_of(volume: str) -> Volume | None:
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
-    """The box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image.
+    """Read the box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image.
 
     Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) as :meth:`Volume.__getitem__`.
     """

@@ -227,7 +227,7 @@ def _size(file: Path) -> int:
 
 
 def _forget_all() -> None:
-    """In a forked process: the children belong to the parent."""
+    """Forget all children in a forked process: they belong to the parent."""
     global _lock
     _lock = threading.RLock()
     for child in _living:

@@ -37,7 +37,7 @@ class Geometry:
 
 
 def geometry_of(properties: Mapping[str, Any]) -> Geometry:
-    """The geometry in nnU-Net's properties; pictures have none but a spacing.
+    """Return the geometry in nnU-Net's properties; pictures have nothing but a spacing.
 
     Readers check nothing of the spacing that a file beside a TIFF stack holds; what is no number there is NaN here.
     """
@@ -99,7 +99,7 @@ def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
 
 
 def difference(one: Geometry, other: Geometry) -> str:
-    """How two geometries differ beyond rounding, in words; empty when they are the same."""
+    """Describe how two geometries differ beyond rounding; empty when they are the same."""
     if not np.allclose(one.spacing, other.spacing, rtol=SPACING_TOLERANCE, atol=0):
         return (
             f"spacing {_numbers(one.spacing)} against {_numbers(other.spacing)} mm "

@@ -169,7 +169,7 @@ def _first_bytes(path: Path, ending: str) -> bytes:
 
 
 def files_of(path: Path, is_label: bool = False) -> list[Path]:
-    """The file of an image and those that belong to it: the voxels of a detached header, the spacing of a TIFF stack.
+    """List the file of an image and those that belong to it: voxels of a detached header, spacing of a TIFF stack.
 
     nnU-Net's Tiff3DIO takes the latter from CASE.json, for images named CASE_0000.tif and for labels named CASE.tif.
     What is missing or cannot be read is left out: :func:`check_image_file` says why.
@@ -188,7 +188,7 @@ def files_of(path: Path, is_label: bool = False) -> list[Path]:
 
 
 def require_regular(path: Path) -> str:
-    """The ending of a file that exists, is a plain file and is not empty."""
+    """Return the ending of a file; refuse one that is missing, empty, no plain file or no image."""
     try:
         info = os.stat(path)
     except PermissionError as error:
@@ -208,7 +208,7 @@ def require_regular(path: Path) -> str:
 
 
 def _require_content(path: Path, ending: str) -> None:
-    """The file starts as files of its ending do; otherwise say what it seems to be."""
+    """Refuse a file that does not start as files of its ending do, and say what it seems to be."""
     with open(path, "rb") as file:
         start = file.read(512)
     known = next((what for magic, what in _OTHER_CONTENT.items() if start.startswith(magic)), "")
@@ -278,7 +278,7 @@ def _summary(
 
 
 def non_finite(path: Path, num_voxels: int) -> MFMError:
-    """The error of an image with NaN or infinite voxels."""
+    """Return the error of an image with NaN or infinite voxels."""
     return MFMError(
         "E_NONFINITE",
         f"{path}: {num_voxels} voxels are NaN or infinite. One of them would spread over the whole volume when it is "
@@ -305,7 +305,7 @@ def _blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
 
 
 def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False, most: int | None = None) -> Iterator[bytes]:
-    """The decompressed bytes in blocks of at most ``most`` (default: BLOCK) bytes, with checksums verified.
+    """Yield decompressed blocks of at most ``most`` (default: BLOCK) bytes; checksums are verified.
 
     Several gzip members in a row are one stream, and zeros after the last are padding, as for gzip itself.
     """

@@ -231,7 +231,7 @@ def _scaling(path: Path, slope: float, inter: float) -> tuple[float, float]:
 
 
 def _require_geometry(path: Path, fields: Any, num_axes: int) -> None:
-    """A NIfTI header states the voxel size up to three times; a contradiction is never resolved silently."""
+    """Refuse a header whose statements of the voxel size (up to three) contradict each other."""
     spacing = fields["pixdim"][1 : num_axes + 1].astype(float)
     if not np.all(np.isfinite(spacing)) or np.any(spacing <= 0):
         raise refuse("E_SPACING", path, f"the voxel size (pixdim) is {_numbers(spacing)}; it must be positive")
@@ -251,7 +251,7 @@ def _require_geometry(path: Path, fields: Any, num_axes: int) -> None:
 
 
 def _require_sform(path: Path, axes: np.ndarray, origin: np.ndarray, spacing: np.ndarray) -> None:
-    """``axes`` (3, n): the vector of one voxel along each axis; ``spacing``: the voxel size by pixdim."""
+    """Check ``axes`` (3, n), the vector of one voxel along each axis, against ``spacing``, the voxel size by pixdim."""
     scales = np.linalg.norm(axes, axis=0)
     if not np.all(np.isfinite(axes)) or not np.all(np.isfinite(origin)) or np.any(scales == 0):
         raise refuse("E_GEOMETRY", path, "the sform holds NaN or an axis without direction", "Set the sform again.")
