@@ -1,4 +1,4 @@
-"""What a case is, and how cases get unique, readable names, their channels and their subjects."""
+"""Cases: their unique, readable names, their channels and subjects; and masks that were taken for scans."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Case:
     subject: str = ""
     """Cases of one subject are never split between training and validation."""
     modality: str = ""
-    """What kind of image it is, in the words of the source ("T1w", "CT"); "" if the source does not say."""
+    """Kind of image in the words of the source ("T1w", "CT"); "" if unknown."""
     dataset: str = ""
-    """Which of several collected datasets it is from; "" if the source does not say."""
+    """Name of the collected dataset that it is from; "" if unknown."""
     anonymisation_mask: Path | None = None
     """A mask on the grid of the image, above 0 where voxels were changed so that nobody is recognised."""
 
@@ -195,7 +195,7 @@ SMOOTH = 0.85
 In label maps it is 0.9 and more, in ultrasound of 8 bits, the smoothest of the scans that were measured, 0.6.
 """
 _SAMPLE = 1 << 18
-"""Voxels that decide about nearly every scan; only what looks like a mask in these is looked at as a whole."""
+"""Voxels that decide about nearly every scan; an image that looks like a mask in these is checked as a whole."""
 
 
 def is_named_mask(relative: PurePath) -> bool:

@@ -115,7 +115,7 @@ def corpus_hash(cases: Sequence[Case], sizes: Mapping[str, Mapping[str, list[int
     """Hash names, modalities and datasets of the cases and sizes of their files; the hash reveals none of them.
 
     ``sizes`` holds what is known of the files of a case, ``images`` and each kind of mask, so that scans which were
-    preprocessed and are not there any more have the same hash; others are looked at.
+    preprocessed and are not there any more have the same hash; the sizes of all others are read.
     """
     return _digest([_hash_line(case, (sizes or {}).get(case.name, {})) for case in cases])
 
@@ -285,7 +285,7 @@ class Selection:
     missing: list[str]
     """In the dataset and not preprocessed, and no planning said why."""
     source: Path | None
-    """What says which cases there are; None where nothing does, and all that is preprocessed is used."""
+    """File or folder that lists the cases; None where there is none, and all that is preprocessed is used."""
 
     @property
     def names(self) -> list[str]:

@@ -36,9 +36,9 @@ class CropRequest:
     size: tuple[int, ...]
     """Voxels per axis."""
     volume: int = 0
-    """Which of the item's volumes it is cut from, from 0; other numbers are other volumes."""
+    """Number of the volume, from 0, among those of the item; different numbers are different volumes."""
     pad: bool = True
-    """Where the volume is smaller than ``size``: True, zeros are added around it; False, the crop is as small as it."""
+    """True: a volume smaller than ``size`` is padded with zeros. False: the crop is as small as the volume."""
 
 
 class ItemTransform(ABC):
@@ -64,7 +64,7 @@ class ItemTransform(ABC):
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How items are drawn: from ``num_volumes`` different volumes each, with ``augmentation`` as in
+    """Settings of a stream: items from ``num_volumes`` different volumes each, with ``augmentation`` as in
     :func:`draw_spatial`. Streams of one seed are independent: 0 training, 1 validation."""
 
     num_volumes: int = 1
@@ -72,7 +72,7 @@ class StreamSettings:
     seed: int = 0
     stream: int = 0
     with_valid: bool = False
-    """Whether transforms get ``valid``; the same for all items of a run, whichever of its volumes has a mask."""
+    """Pass a validity mask to the transform. Constant within a run, even for volumes without a mask."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def _plane_rotation(num_axes: int, first: int, second: int, angle: float) -> np.
 
 
 KINDS = ("subject", "dataset", "modality")
-"""What can be balanced: fields of :class:`Case`."""
+"""Fields of :class:`Case` that can be balanced."""
 
 
 def require_legal_balance(kinds: Sequence[str], cases: Sequence[Case]) -> None:

@@ -49,11 +49,11 @@ def raw_cases(folder: Path, dataset_json: Mapping[str, Any], need_mapped_files: 
 
 def warn_of_differences(folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[Case]) -> None:
     """Log where dataset.json and the files disagree about the cases, and images that are used twice."""
-    told = dataset_json.get("numTraining")
-    if isinstance(told, int) and told != len(cases):
+    stated = dataset_json.get("numTraining")
+    if isinstance(stated, int) and stated != len(cases):
         _log.warning(
             "%s: numTraining is %d, and there are %d cases. Correct it, or look for what is missing.",
-            folder / "dataset.json", told, len(cases),
+            folder / "dataset.json", stated, len(cases),
         )  # fmt: skip
     used = {os.path.realpath(file) for case in cases for file in (*case.images, case.label) if file is not None}
     left = [file for file in _image_files(folder) if os.path.realpath(file) not in used]

@@ -1,4 +1,4 @@
-"""What every loop over cases shares: one bad case is a report line, a dead worker costs one case, changes are seen.
+"""Loops over cases: a bad case is a line of the report, a dead worker costs one case, changed files are noticed.
 
 Used by the fingerprint (``plans``) and by preprocessing.
 """
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 15.0
-"""How often a loop over cases says how far it is."""
+"""Seconds from one line about the progress of a loop to the next."""
 
 
 def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:

@@ -1,4 +1,4 @@
-"""Where a corpus comes from: a folder tree, a BIDS tree, a table, nnssl's index, an nnU-Net raw folder, one image."""
+"""Sources of a corpus: a folder tree, a BIDS tree, a table, nnssl's index, an nnU-Net raw folder, one image."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _is_alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Content:
-    """What is stored of a case; ``anonymised`` is a boolean mask (1, D, H, W)."""
+    """Stored parts of a case; ``anonymised`` is a boolean mask (1, D, H, W)."""
 
     data_CDHW: np.ndarray
     seg_1DHW: np.ndarray | None
@@ -88,7 +88,7 @@ class Content:
 
 @dataclass
 class Manifest:
-    """Which cases of a data folder are finished: one JSON line each, flushed to the disk; the last line counts.
+    """Record of the finished cases of a data folder: one JSON line each, flushed to the disk; the last line counts.
 
     ``entries`` maps a case to ``{"case", "hash", "sources", "files"}``: hash of the settings, size and time of the
     source files, and sizes of the files written.

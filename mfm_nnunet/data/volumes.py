@@ -52,7 +52,7 @@ class Volume(blosc2.NDArray):
     """An array in a file that :func:`open_array` checked; slices are decompressed when they are asked for."""
 
     repair: str
-    """How to make the file again."""
+    """Advice that ends messages: how to make the file again."""
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Return the voxels at ``key``.
@@ -266,7 +266,7 @@ _NAMES: dict[str, Any] = {
     "numpy.core.numeric._frombuffer": _StoredBuffer,
     "collections.OrderedDict": dict,
 }
-"""What a pickle may name (``numpy._core`` counts as ``numpy.core``), and what stands for it."""
+"""Names that a pickle may hold (``numpy._core`` counts as ``numpy.core``), and their stand-ins."""
 
 
 class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C reserves as much memory as the file says

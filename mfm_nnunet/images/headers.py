@@ -1,4 +1,4 @@
-"""What the header of a volume promises: its shape, the type of its voxels and where their bytes are.
+"""Read headers of volumes: shape, type of the voxels and the place of their bytes.
 
 NRRD (attached and detached), MetaImage (MHA, MHD) and GIPL are read here, NIfTI in :mod:`mfm_nnunet.images.nifti`. Only
 facts that decide whether a file is complete are taken; the voxels are decoded by nnU-Net's readers.

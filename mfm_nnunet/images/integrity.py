@@ -1,4 +1,4 @@
-"""Is an image file whole? One pass over its bytes answers, before any reader may fill what is missing with zeros.
+"""Check in one pass over its bytes that an image file is whole, before a reader fills what is missing with zeros.
 
 nnU-Net's default reader accepts a .nii.gz that was cut anywhere and returns zeros for the rest. Here the whole
 compressed stream is read with its checksum and its length is compared with what the header promises.
@@ -63,7 +63,7 @@ _OTHER_CONTENT = {
 
 
 _CHECKS = {".png": bitmaps.check_png, ".bmp": bitmaps.check_bmp, ".tif": tiff.check_tiff, ".tiff": tiff.check_tiff}
-"""How the content of a picture is checked; :func:`bitmaps.check_picture` for the others."""
+"""Checks of the content of pictures, by ending; :func:`bitmaps.check_picture` for the others."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _require_content(path: Path, ending: str) -> None:
     with open(path, "rb") as file:
         start = file.read(512)
     known = next((what for magic, what in _OTHER_CONTENT.items() if start.startswith(magic)), "")
-    if b"" in _MAGIC[ending]:  # MetaImage and GIPL have no magic at the start; a foreign one still tells.
+    if b"" in _MAGIC[ending]:  # MetaImage and GIPL have no magic at the start; a foreign one is recognised.
         if not known:
             return
     elif start.startswith(_MAGIC[ending]):
@@ -228,7 +228,7 @@ def _require_content(path: Path, ending: str) -> None:
 def _count(path: Path, header: headers.VolumeHeader, blocks: Iterable[bytes]) -> Voxels:
     """Compare the bytes that are there with the promised number, count voxels that are not finite, and take samples.
 
-    Floats are looked at here and not only in the array, because SimpleITK turns NaN in a NIfTI file into 0.
+    Floats are checked here and not only in the array, because SimpleITK turns NaN in a NIfTI file into 0.
     """
     promised = header.stream_offset + header.num_bytes
     size = header.dtype.itemsize
