@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.models.backbone import make_backbone
-from mfm_nnunet.models.families import family_of
+from mfm_nnunet.models.families import all_families, family_of
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.tasks.base import CropRequest, ItemTransform, PretextTask, find_task, list_tasks
 from tests.builders.tiny_plans import tiny_network
@@ -55,7 +55,7 @@ def cases() -> list[Any]:
     for info in list_tasks():
         task = find_task(info.name)
         for setting in VARIANTS.get(info.name, [""]):
-            for family in task.backbones:
+            for family in [family.name for family in all_families() if family.meets(task.needs)]:
                 for channels in (1, 2):
                     for patch in PATCHES:
                         name = f"{info.name}-{setting}-{family}-{channels}c-{'x'.join(map(str, patch))}"
