@@ -251,7 +251,7 @@ class NetworkFamily(ABC):
 
     def takes_deep_supervision(self, class_name: str) -> bool:
         """Tell whether the constructor of ``class_name`` has the argument ``deep_supervision``."""
-        return True
+        return False
 
     def has_pyramid(self, kwargs: Mapping[str, Any]) -> bool:
         """Tell whether the decoder has outputs at several resolutions, as deep supervision needs them."""

@@ -250,6 +250,9 @@ class UNetFamily(NetworkFamily):
             widths = "small widths for a small budget"
         return f"nnU-Net's topology for this patch, {widths}"
 
+    def takes_deep_supervision(self, class_name: str) -> bool:
+        return True
+
     def has_pyramid(self, kwargs: Mapping[str, Any]) -> bool:
         # Two stages have a single output, whose weight nnU-Net sets to zero: the loss would be zero by zero.
         return len(kwargs.get("strides", ())) > 2
