@@ -22,7 +22,7 @@ from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_r
 from mfm_nnunet.files import inside, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as finetune_settings
-from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
+from mfm_nnunet.finetune.pretrained import has_decoder, transfer
 from mfm_nnunet.finetune.settings import advise
 from mfm_nnunet.images.reading import check_label, read_image, read_label
 from mfm_nnunet.interchange.read import read_checkpoint
@@ -77,14 +77,14 @@ def _check_arm(arm: Arm, design: Design, plans: Mapping[str, Any], network: nn.M
         groups.require_fitting(settings, network, is_distributed=False)
         return
     reading = read_checkpoint(arm.checkpoint)
-    about = describe(arm.checkpoint, reading)
+    about = reading.origin
     advice = advise(family_of(network), min(design.labels), about["pretext"], has_decoder(reading, network))
     settings = finetune_settings.resolve(block_of(plans), overrides, about, advice).finetune
     groups.require_fitting(settings, network, is_distributed=False)
     groups.require_pretrained(settings, is_pretrained=True)
     parts = "all_but_heads" if settings.parts == "auto" else settings.parts
     try:
-        _, report = transfer(arm.checkpoint, network, parts, settings.transfer)
+        report = transfer(reading, network, parts, settings.transfer)
     except MFMError as error:
         raise MFMError(
             error.code,
