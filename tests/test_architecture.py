@@ -34,7 +34,6 @@ LEAVES = {
         "version",
         "workspace",
         "checkpoint",
-        "children",
         "signals",
         "plan",
         "plan_rules",
@@ -55,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
     "predict": {"data", "images", "models"},
-    "finetune": {"engine", "models", "data", "images", "predict", "interchange"},
+    "finetune": {"engine", "tasks", "models", "data", "images", "predict", "interchange"},
     "jobs": {
         "data",
         "images",
