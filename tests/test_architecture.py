@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "interchange",
         "reports",
     },
-    "study": {"jobs", "data", "images", "planning", "models", "finetune", "interchange"},
+    "study": {"jobs"},
     "api": {
         "jobs",
         "data",
@@ -78,11 +78,23 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "finetune",
         "predict",
-        "study",
         "interchange",
     },
     "demo": {"jobs", "reports"},
-    "cli": {"api", "jobs", "data", "images", "planning", "models", "tasks", "engine", "finetune", "predict", "demo"},
+    "cli": {
+        "api",
+        "jobs",
+        "data",
+        "images",
+        "planning",
+        "models",
+        "tasks",
+        "engine",
+        "finetune",
+        "predict",
+        "demo",
+        "study",
+    },
 }
 """Leaves and the own package come on top."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -17,12 +18,13 @@ Train from scratch and from checkpoints with few and with many labels, several t
   mfm_study 4 3d_fullres --labels 5 10 20 100% --arms scratch mae=CHECKPOINT --seeds 3
   mfm_study -o STUDY --table                renew table and picture from the cells that are finished
 
-All trainings share one plan; smaller subsets are inside larger ones; subjects never are on both sides. What was killed
-goes on with the same command. It ends with the table; the study folder holds table.md, study.png and study.json."""
+All trainings share one plan, smaller subsets are inside larger ones, and no subject both trains and tests. A study that
+was killed continues with the same command. It ends with the table; the study folder holds table.md, study.png and
+study.json."""
 
 
 def build_parser() -> common.StrictParser:
-    """The flags of the command."""
+    """Define the flags of the command."""
     parser = common.make_parser("mfm_study", DESCRIPTION)
     common.add_dataset_arguments(parser)
     flag = parser.flag
@@ -51,7 +53,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return its exit code."""
     parser = build_parser()
     arguments = parser.parse_strictly(argv)
     if not arguments.table:
@@ -63,29 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from mfm_nnunet import api
+    from mfm_nnunet.study import run
+    from mfm_nnunet.study.design import StudyRequest
 
     if arguments.table:
-        folder = api.renew_study(arguments.output, arguments.workspace)
+        folder = run.renew_study(arguments.output, arguments.workspace)
     else:
-        with contextlib.redirect_stdout(sys.stderr):  # what nnU-Net prints is progress; stdout gets the result
-            folder = api.run_study(
-                arguments.dataset,
-                arguments.configuration,
-                labels=arguments.labels,
-                arms=arguments.arms,
-                seeds=arguments.seeds,
-                test=arguments.test,
-                subjects=arguments.subjects,
-                plans_name=arguments.plans,
-                settings=arguments.settings,
-                tolerance_mm=arguments.tolerance_mm,
-                mirroring=not arguments.disable_tta,
-                jobs=arguments.jobs,
-                device=arguments.device,
-                output=arguments.output,
-                workspace=arguments.workspace,
-            )
+        values = {**vars(arguments), "plans_name": arguments.plans, "mirroring": not arguments.disable_tta}
+        request = StudyRequest(**{field.name: values[field.name] for field in dataclasses.fields(StudyRequest)})
+        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints progress; stdout gets the result
+            folder = run.run_study(request)
     print((folder / "table.md").read_text(encoding="utf-8"))
     for name in ("table.md", "study.png", "study.json", "commands.sh"):
         terminal.print_path(folder / name)
