@@ -51,12 +51,20 @@ def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str
     if ending in (".png", ".bmp", ".jpg", ".jpeg"):
         return "NaturalImage2DIO"
     if ending in (".tif", ".tiff"):
-        return decoder.call(Path(file), {"task": "name_reader"}).content["reader"]
+        return decoder.call(Path(file), {"task": "name_reader"}).content["answer"]
     if ending in (".nii", ".nii.gz"):
         return nifti.choose_reader(Path(file), "SimpleITKIO" if ending == ".nii.gz" else "NibabelIO")
     if ending:
         return "SimpleITKIO"
     raise MFMError("E_FORMAT", f"{file}: not a known image format. Known endings: {' '.join(IMAGE_ENDINGS)}")
+
+
+def count_channels(file: Path) -> int:
+    """Return the number of channels that a picture holds, by its header; more than 1 for colours.
+
+    Raises MFMError as :func:`mfm_nnunet.images.integrity.declared_by`.
+    """
+    return decoder.call(file, {"task": "count_channels"}).content["answer"]
 
 
 @functools.cache
@@ -159,6 +167,25 @@ def check_label(
             "E_LABEL_VALUE",
             f"{name}: the label holds the values {_list(unknown)}; dataset.json names {_list(sorted(known))}. "
             "Add them to 'labels' in dataset.json, or correct the label map.",
+        )
+
+
+def check_mask(
+    mask_1DHW: np.ndarray,
+    mask_properties: dict[str, Any],
+    image_CDHW: np.ndarray,
+    image_properties: dict[str, Any],
+    file: Path,
+) -> None:
+    """Return when a mask lies on the grid of its image. Raises MFMError (E_GEOMETRY); ``file`` is the mask's."""
+    differs = difference(geometry_of(mask_properties), geometry_of(image_properties))
+    if mask_1DHW.shape[1:] != image_CDHW.shape[1:]:
+        differs = f"{_size(mask_1DHW)} against {_size(image_CDHW)} voxels"
+    if differs:
+        raise MFMError(
+            "E_GEOMETRY",
+            f"{file}: the mask does not lie on the grid of its image: {differs}. Resample it to the image, or take it "
+            "out of the source.",
         )
 
 

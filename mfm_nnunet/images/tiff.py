@@ -261,10 +261,20 @@ def is_2d(path: Path) -> bool:
 
     Raises MFMError as :func:`check_tiff`.
     """
+    shape = _shape(path)
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
+
+
+def count_channels(path: Path) -> int:
+    """Return the number of channels of a picture; 1 for a stack of slices. Raises MFMError as :func:`check_tiff`."""
+    shape = _shape(path)
+    return shape[-1] if len(shape) == 3 and shape[-1] in (3, 4) else 1
+
+
+def _shape(path: Path) -> tuple[int, ...]:
     read_pages(path)
     with _open_tiff(path) as file:
-        shape = file.series[0].shape
-    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
+        return file.series[0].shape
 
 
 @contextlib.contextmanager
