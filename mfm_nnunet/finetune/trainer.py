@@ -20,12 +20,18 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.device import default_autocast_dtype
+from mfm_nnunet.device import (
+    default_autocast_dtype,
+    finetuning_dtype,
+    require_scaled_fp16,
+    require_sound_bf16,
+    warn_of_slow_bf16,
+)
 from mfm_nnunet.engine.engine import Engine, Optimisation
 from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
 from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import MFMError, StoppedError
-from mfm_nnunet.files import to_plain
+from mfm_nnunet.files import atomic_write, to_plain
 from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.fold import Fold
 from mfm_nnunet.finetune.groups import EpochSchedule, Phases, describe_training
@@ -39,13 +45,15 @@ from mfm_nnunet.finetune.loading import (
 )
 from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.splits import Split, choose_split
+from mfm_nnunet.interchange.foreign import Reading
+from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
 from mfm_nnunet.models.networks import check_architecture
-from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
 from mfm_nnunet.plan import Plan
-from mfm_nnunet.processes import ALONE, World, largest, stop_on_signal
+from mfm_nnunet.processes import ALONE, World, largest
 from mfm_nnunet.settings import FORMAT, block_of, to_dict
+from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.workspace import num_cores
 
@@ -58,7 +66,7 @@ class MFMTrainer(nnUNetTrainer):
     nnU-Net's losses, loaders and transforms are parts of what the engine trains (:meth:`make_engine`).
     """
 
-    pretrained_checkpoint: Path | None = None
+    pretrained_checkpoint: Path | Reading | None = None
     new_weights: Collection[str] | None = None
     """Names of the parameters that learn first (:func:`groups.first_names`); None from scratch.
 
@@ -151,7 +159,10 @@ class MFMTrainer(nnUNetTrainer):
         """Move the pretrained weights into the network and report it; names of what learns first."""
         assert self.pretrained_checkpoint is not None, "there is a checkpoint"
         parts = "all_but_heads" if self.settings.parts == "auto" else self.settings.parts
-        report = transfer_into(self, self.pretrained_checkpoint, parts, self.settings.transfer)
+        given = self.pretrained_checkpoint
+        reading = given if isinstance(given, Reading) else read_checkpoint(given)
+        report = transfer_into(self, reading, parts, self.settings.transfer)
+        reading.release()
         groups.require_no_random_rest(self.settings, unwrapped(self.network), [entry.name for entry in report.new])
         return groups.first_names(unwrapped(self.network), self.settings, untrained_names(report, self.network))
 
@@ -251,7 +262,7 @@ class MFMTrainer(nnUNetTrainer):
             self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, num_processes=workers, verify=True)
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in contents.items():
-                with checkpoint.atomic_write(folder / f"{name}.json") as file:
+                with atomic_write(folder / f"{name}.json") as file:
                     file.write(json.dumps(content, indent=4).encode())
         if self.is_ddp:
             torch.distributed.barrier()
