@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "mfm_nnunet"
 ROOT = "mfm_nnunet"
 LEAVES = {
     *("errors", "version", "workspace", "checkpoint", "children", "plan", "plan_rules", "dataset", "settings"),
-    *("processes", "device", "metrics", "terminal", "files"),
+    *("processes", "device", "metrics", "terminal", "files", "fields", "requests"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
@@ -26,8 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"models", "data.augment"},
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
-    "predict": {"data", "images", "models"},
-    "finetune": {"engine", "models", "data", "images", "predict", "interchange"},
+    "prediction": {"data", "images", "models"},
+    "finetune": {"engine", "models", "data", "images", "prediction", "interchange"},
     "jobs": {
         "data",
         "images",
@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "engine",
         "finetune",
-        "predict",
+        "prediction",
         "interchange",
         "reports",
     },
@@ -50,17 +50,17 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "engine",
         "finetune",
-        "predict",
+        "prediction",
         "study",
         "interchange",
     },
     "demo": {"api", "data", "images", "reports"},
-    "cli": {"api", "jobs", "data", "images", "planning", "models", "tasks", "engine", "finetune", "predict", "demo"},
+    "cli": {"api", "jobs", "data", "images", "planning", "models", "tasks", "engine", "finetune", "prediction", "demo"},
 }
 """Leaves and the own package come on top."""
 
 FORBIDDEN_EXTERNAL = {"tasks": {"nnunetv2"}, "settings": {"torch", "numpy", "nnunetv2"}}
-LIGHT = {"cli", "errors", "files", "version", "workspace", "settings", "terminal"}
+LIGHT = {"cli", "errors", "files", "version", "workspace", "settings", "terminal", "fields", "requests"}
 """What a command may import before it runs its job, besides the standard library."""
 
 

@@ -16,7 +16,7 @@ from mfm_nnunet import dataset as dataset_jsons
 from mfm_nnunet.data.preprocess import preprocessing_hash
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import inside, whole_number
+from mfm_nnunet.files import inside
 from mfm_nnunet.finetune.preprocessed import require_fingerprint, select_cases
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
@@ -43,16 +43,6 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         return found
     known = {cls.__name__ for cls in _subclasses(nnUNetTrainer)} | {nnUNetTrainer.__name__}
     raise MFMError("E_NOT_FOUND", f"there is no trainer '{name}'. {nearest(name, known)}")
-
-
-def fold_value(fold: int | str) -> int | str:
-    """A fold's number, or ``all``; MFMError (E_CONFIG) for anything else."""
-    if fold == "all" or isinstance(fold, int):
-        return fold
-    number = whole_number(str(fold))
-    if number is not None:
-        return number
-    raise MFMError("E_CONFIG", f"fold {fold}: a fold is a number from 0 on, or 'all'.")
 
 
 def check_data(

@@ -1,7 +1,4 @@
-"""From scans to what training reads: register a corpus, take fingerprints, preprocess what a plan asks for.
-
-Here data and plans meet; :mod:`mfm_nnunet.api` plans in between.
-"""
+"""From scans to what training reads: register a corpus, take fingerprints, plan, preprocess what the plan asks for."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,10 @@ from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import PICTURES
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
+from mfm_nnunet.fields import takes
 from mfm_nnunet.files import ending_of, parse_json, whole_number
+from mfm_nnunet.images import decoder
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -34,11 +35,43 @@ _MOST_PICTURES = 9
 """So many pictures are read to find out whether a corpus is grey or in colour."""
 
 
-def registered(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
-    """The dataset's name; with ``images`` the corpus is registered first."""
+@takes(PlanRequest)
+def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
+    """Plan and preprocess labelled datasets or unlabelled corpora; finished work is reused.
+
+    ``images`` registers a corpus of scans that stay where they are. Raises MFMError for bad input (a labelled dataset
+    with any bad case is refused, with the list of all of them), and CasesFailedError after finishing when single cases
+    failed and were left out.
+    """
+    decoder.warm()
+    from mfm_nnunet.interchange.read import find_checkpoint
+    from mfm_nnunet.planning.request import check_request, format_table, plan
+
+    if request.like is not None:
+        request = replace(request, like=find_checkpoint(request.like))
+    check_request(request)  # before hours of reading
+    configurations = None if request.configurations is None else tuple(request.configurations)
+    results, failures, num_cases = [], [], 0
+    with places.use(request.workspace) as here:
+        for dataset in request.datasets:
+            dataset_name = register(here, dataset, request.images, request.name)
+            cases, failed = fingerprint(here, dataset_name, request.num_processes)
+            num_cases += len(cases) + len(failed)
+            result = plan(here, dataset_name, request)
+            logger.info("%s\n%s", dataset_name, format_table(result.decisions))
+            logger.info("plan written to %s", result.file)
+            if request.preprocess:
+                failed += preprocess(here, dataset_name, cases, result, configurations, request.num_processes)
+            results.append(result)
+            failures += failed
+    if failures:
+        raise CasesFailedError(failures, num_cases)
+    return results
+
+
+def register(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
+    """Return the dataset's name; with ``images`` the corpus is registered first."""
     if images is None:
-        if name is not None:
-            raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
         return here.dataset_name(dataset)
     number = whole_number(str(dataset))
     if number is None or not 1 <= number <= 999:
@@ -80,10 +113,10 @@ def _num_channels(cases: list[corpus.Case]) -> int:
     return found.most_common(1)[0][0] if found else len(cases[0].images)
 
 
-def fingerprinted(
+def fingerprint(
     here: Workspace, dataset_name: str, num_processes: int | None
 ) -> tuple[list[corpus.Case], list[CaseFailure]]:
-    """The good cases of a dataset, and an up-to-date ``dataset_fingerprint.json``; labelled cases must all be good."""
+    """Bring ``dataset_fingerprint.json`` up to date; returns the good cases and the failed ones of a corpus."""
     from mfm_nnunet.checkpoint import atomic_write
     from mfm_nnunet.planning.fingerprint import extract_fingerprint
 
@@ -108,27 +141,27 @@ def fingerprinted(
         failures = [CaseFailure(*failure) for failure in known["failures"]]
     else:
         try:
-            fingerprint, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
+            content, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
             if failures and not is_corpus:
                 raise CasesFailedError(failures, len(cases))
         except CasesFailedError as error:
             if is_corpus:
                 raise
             raise dataset_refused(dataset_name, error.failures, len(cases), "; nothing was planned") from error
-        fingerprint["mfm"] = {
-            **fingerprint.get("mfm", {}),
+        content["mfm"] = {
+            **content.get("mfm", {}),
             "signature": signature,
             "failures": [[failure.case, failure.code, failure.reason] for failure in failures],
         }
         preprocessed.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as handle:
-            handle.write(json.dumps(fingerprint, indent=1).encode())
+            handle.write(json.dumps(content, indent=1).encode())
     # Beside the data, so that pretraining knows subjects and modalities where only the preprocessed data are.
     for name in ("dataset.json", "corpus.json") if is_corpus else ("dataset.json",):
-        content = dataset_json if name == "dataset.json" else _content(raw / name)
-        if _content(preprocessed / name) != content:
+        beside = dataset_json if name == "dataset.json" else _content(raw / name)
+        if _content(preprocessed / name) != beside:
             with atomic_write(preprocessed / name) as handle:
-                handle.write(json.dumps(content, indent=1).encode())
+                handle.write(json.dumps(beside, indent=1).encode())
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
 

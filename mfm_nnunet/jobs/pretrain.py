@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import random
-import re
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -30,13 +29,16 @@ from mfm_nnunet.engine.probe_data import choose_cases
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
+from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import read_plans, shared_plan
+from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import raise_on_signal, signal_handlers_kept, start_resource_tracker
+from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.tasks.base import PretextTask, find_task
-from mfm_nnunet.workspace import Workspace, num_cores
+from mfm_nnunet.workspace import Workspace, num_cores, use
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,31 @@ class PretrainRun:
     probe: mfm_settings.ProbeSettings = dataclasses.field(default_factory=mfm_settings.ProbeSettings)
 
 
-def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
-    """Run :func:`pretrain_here` in ``num_gpus`` processes as torchrun does; returns the final checkpoint.
+@takes(PretrainRequest)
+def pretrain(request: PretrainRequest) -> Path:
+    """Pretrain the network of a plan without labels; returns the checkpoint ``checkpoint_final.pth`` of the run.
+
+    With ``num_gpus`` > 1 the run is started again under torchrun, one process per GPU. Raises MFMError for bad input,
+    StoppedError after a clean save on a stop signal, FloatingPointError when the loss becomes non-finite.
+    """
+    with use(request.workspace) as here:
+        request = _with_recipe(here, request)
+        return launch(here, request) if request.num_gpus > 1 else pretrain_here(here, request)
+
+
+def _with_recipe(here: Workspace, request: PretrainRequest) -> PretrainRequest:
+    """Put the settings of the recipe in front of the request's own."""
+    if request.recipe is None:
+        return request
+    plans_file = here.plans_file(here.dataset_name(request.dataset), request.plans_name)
+    block = mfm_settings.block_of(read_plans(plans_file, f"Plan {request.dataset} again."))
+    run = PretrainRun(block.pretrain, find_task(request.pretext).Config(), block.seed, block.num_workers)
+    found = apply_recipe(request.recipe, run, block.network, request.pretext)
+    return dataclasses.replace(request, recipe=None, settings=(*found, *request.settings))
+
+
+def launch(here: Workspace, request: PretrainRequest) -> Path:
+    """Run :func:`pretrain_here` in ``request.num_gpus`` processes as torchrun does; returns the final checkpoint.
 
     Raises what a process raised; a signal reaches all of them, and each saves before it ends.
     """
@@ -67,7 +92,8 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    job = check(here, **arguments)  # before processes are started, each of which would say it
+    num_gpus = request.num_gpus
+    job = check(here, request)  # before processes are started, each of which would say it
     device, settings = job.device, job.resolved.pretrain
     require_divisible(settings.batch_size, settings.accumulation, num_gpus)
     if device.type == "cuda" and torch.cuda.device_count() < num_gpus:
@@ -88,7 +114,7 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     with tempfile.TemporaryDirectory() as notes, raise_on_signal(), signal_handlers_kept(), no_child_left():
         try:
-            return elastic_launch(config, call_recorded)(notes, _pretrain_worker, here, arguments)[0]
+            return elastic_launch(config, call_recorded)(notes, pretrain_here, here, request)[0]
         except (ChildFailedError, SignalException, StoppedError) as error:
             if isinstance(error, SignalException):
                 error = StoppedError(128 + error.sigval, "stopped by a signal. Continue with --c.")
@@ -96,14 +122,12 @@ def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
             raise error
 
 
-def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> Path:
-    return pretrain_here(here, **arguments)
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run that was asked for, checked as far as it can be before the data are read."""
 
+    request: PretrainRequest
+    dataset_name: str
     plans: dict[str, Any]
     selection: Selection
     files: dict[str, Path]
@@ -114,53 +138,36 @@ class Job:
     probe: probing.Probe | None = None
 
 
-def check(
-    here: Workspace,
-    *,
-    dataset_name: str,
-    configuration: str,
-    plans_name: str,
-    pretext: str,
-    settings: Sequence[str],
-    continue_training: bool,
-    device: str,
-    run_name: str | None,
-    probe: str | int | None = None,
-) -> Job:
-    """The run that these arguments ask for; nothing is written. Raises MFMError for whatever the user can repair.
-
-    ``probe`` names a labelled dataset that the weights are tried on while pretraining.
-    """
-    plans_file = here.plans_file(dataset_name, plans_name)
+def check(here: Workspace, request: PretrainRequest) -> Job:
+    """Check the run that is asked for; nothing is written. Raises MFMError for whatever the user can repair."""
+    dataset_name, configuration = here.dataset_name(request.dataset), request.configuration
+    plans_file = here.plans_file(dataset_name, request.plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
     selection, files = select_cases(here, dataset_name, plans, configuration)
-    task_class = find_task(pretext)
+    task_class = find_task(request.pretext)
     with about(plans_file):
         block = mfm_settings.block_of(plans)
     resolved = mfm_settings.override(
-        PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
+        PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), request.settings
     )
     _require_legal(resolved)
-    probing.require_legal(resolved.probe, probe is not None)
-    if run_name and not re.fullmatch(r"[A-Za-z0-9._+-]+", run_name):
-        raise MFMError("E_CONFIG", f"--run-name {run_name}: a name of letters, digits, _ . + and - is needed.")
-    name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
+    probing.require_legal(resolved.probe, request.probe is not None)
+    name = "__".join(
+        filter(None, ("mfm_pretrain", task_class.name, request.plans_name, configuration, request.run_name))
+    )
     folder = inside(here.results, dataset_name, name)
-    _require_free(folder, continue_training)
-    job = Job(plans, selection, files, task_class, resolved, folder, pick_device(device))
-    if probe is None:
+    _require_free(folder, request.continue_training)
+    job = Job(request, dataset_name, plans, selection, files, task_class, resolved, folder, pick_device(request.device))
+    if request.probe is None:
         return job
-    dataset = choose_cases(here, probe, plans, configuration, resolved.probe.max_cases, resolved.seed)
+    dataset = choose_cases(here, request.probe, plans, configuration, resolved.probe.max_cases, resolved.seed)
     parts = (resolved.probe, dataset, plans, configuration, resolved.pretrain.batch_size, resolved.seed)
     return dataclasses.replace(job, probe=probing.Probe(*parts))
 
 
-def pretrain_here(here: Workspace, **arguments: Any) -> Path:
-    """Pretrain in this process (one of several under torchrun); returns the final checkpoint.
-
-    ``arguments`` are those of :func:`check`.
-    """
-    job = check(here, **arguments)
+def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
+    """Pretrain in this process (one of several under torchrun); returns the final checkpoint."""
+    job = check(here, request)
     world, used = join_world(job.device), job.device
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
     try:
@@ -169,26 +176,26 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
                 used = torch.device("cuda", world.local_rank) if world.size > 1 or used.index is None else used
                 torch.cuda.set_device(used)  # takes the first memory
                 torch.backends.cudnn.benchmark = True  # all patches have one size
-            return _pretrain(job, used, world, arguments)
+            return _pretrain(job, used, world)
     finally:
         leave_world(world)
 
 
-def _pretrain(job: Job, device: torch.device, world: World, arguments: dict[str, Any]) -> Path:
+def _pretrain(job: Job, device: torch.device, world: World) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
-    run, task, notes = _prepare(job, arguments["configuration"])
+    run, task, notes = _prepare(job, job.request.configuration)
     workers = default_workers(world.size) if job.resolved.num_workers is None else job.resolved.num_workers
     run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe, num_workers=workers)
     pretrainer = Pretrainer(task, run)
     if job.probe is not None:
         probing.prepare(job.probe, world)
     if world.is_main:
-        _announce(run, task, is_new=not arguments["continue_training"])
+        _announce(run, task, is_new=not job.request.continue_training)
         for note in job.selection.notes():
-            logger.warning("%s: %s", arguments["dataset_name"], note)
+            logger.warning("%s: %s", job.dataset_name, note)
         for note in notes:
             logger.info("%s", note)
-    return pretrainer.run(arguments["continue_training"])
+    return pretrainer.run(job.request.continue_training)
 
 
 def select_cases(

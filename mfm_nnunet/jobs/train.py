@@ -24,6 +24,7 @@ from mfm_nnunet.checkpoint import full_disk_named, load_weights, remove_leftover
 from mfm_nnunet.children import call_recorded, run_processes
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside, refuse_links
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
@@ -33,20 +34,21 @@ from mfm_nnunet.finetune.checks import (
     check_previous_stage,
     checkpoint_to_start_from,
     find_trainer,
-    fold_value,
     read_dataset_json,
 )
 from mfm_nnunet.finetune.datasets import next_stage_checked, use_checked_data
 from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_into
 from mfm_nnunet.finetune.splits import Split
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.interchange.read import read_checkpoint
+from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plan import read_plans
+from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import StopFlag, stop_on_signal
+from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import MFMBlock, block_of, override, to_dict
-from mfm_nnunet.workspace import Workspace, num_cores
+from mfm_nnunet.workspace import Workspace, num_cores, use
 
 logger = logging.getLogger(__name__)
 
@@ -80,32 +82,26 @@ class Job:
     """The cases that train and validate, chosen once for all processes; None: the trainer chooses."""
 
 
-def run_training(
-    workspace: Workspace,
-    dataset_name: str,
-    configuration: str,
-    fold: int | str,
-    *,
-    plans_name: str = "mfmPlans",
-    trainer: str = "MFMTrainer",
-    pretrained_weights: Path | None = None,
-    overrides: Sequence[str] = (),
-    continue_training: bool = False,
-    only_validate: bool = False,
-    save_probabilities: bool = False,
-    device: str = "auto",
-    num_gpus: int = 1,
-) -> Path:
+@takes(TrainRequest)
+def train(request: TrainRequest) -> Path:
+    """Train a segmentation network, from a pretrained checkpoint or from scratch on the same schedule.
+
+    Returns the fold's folder inside nnU-Net's model folder. Raises MFMError for bad input (also when less than half of
+    the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and FloatingPointError when the
+    loss becomes non-finite.
+    """
+    with use(request.workspace) as here:
+        return run_training(here, request)
+
+
+def run_training(workspace: Workspace, request: TrainRequest) -> Path:
     """Train and validate one fold (or ``"all"``); returns the fold's folder inside nnU-Net's model folder.
 
     Raises MFMError for everything that the user can repair, StoppedError after a stop signal.
     """
-    if continue_training and only_validate:
-        raise MFMError(
-            "E_CONFIG", "--c continues a training and --val only validates a finished one: give one of them."
-        )
-    dataset_name = workspace.dataset_name(dataset_name)
-    plans_file = workspace.plans_file(dataset_name, plans_name)
+    dataset_name, configuration, fold = workspace.dataset_name(request.dataset), request.configuration, request.fold
+    pretrained_weights = find_checkpoint(request.pretrained_weights) if request.pretrained_weights else None
+    plans_file = workspace.plans_file(dataset_name, request.plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
     if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
         raise MFMError(
@@ -113,11 +109,14 @@ def run_training(
             f"{plans_file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
             f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
         )
-    found = find_trainer(trainer)
+    found = find_trainer(request.trainer)
     is_ours = issubclass(found, MFMTrainer)
+    overrides = tuple(request.settings)
+    if request.recipe is not None:
+        block = block_of(plans)
+        overrides = (*apply_recipe(request.recipe, block, block.network), *overrides)
     if overrides and not is_ours:
-        raise MFMError("E_CONFIG", f"trainer {trainer} reads no settings; --set works with MFMTrainer.")
-    fold = fold_value(fold)
+        raise MFMError("E_CONFIG", f"trainer {request.trainer} reads no settings; --set works with MFMTrainer.")
     dataset_json = read_dataset_json(workspace, dataset_name)
     split = check_data(workspace, dataset_name, plans, configuration, fold, dataset_json, found)
     results = workspace.results / dataset_name
@@ -125,12 +124,9 @@ def run_training(
     folder = inside(results, f"{found.__name__}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
     for written in (folder, folder.parent, folder / "validation"):
         refuse_links(written)
-    start_from = checkpoint_to_start_from(folder, continue_training, only_validate)
-    if num_gpus > 1 and device not in ("auto", "cuda"):
-        raise MFMError(
-            "E_CONFIG", f"-num_gpus {num_gpus}: these are the first GPUs that are seen, not -device {device}."
-        )
-    used = pick_device("cuda" if num_gpus > 1 else device)
+    start_from = checkpoint_to_start_from(folder, request.continue_training, request.only_validate)
+    num_gpus = request.num_gpus
+    used = pick_device("cuda" if num_gpus > 1 else request.device)
     if used.index:
         raise MFMError(
             "E_CONFIG",
@@ -144,7 +140,7 @@ def run_training(
         run_settings.require_effect(overrides, block.finetune, used.type)
         groups.require_fitting(block.finetune, network, num_gpus > 1)
         groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
-        if not only_validate:
+        if not request.only_validate:
             require_scaled_fp16(block.finetune.precision, used)
         _require_a_crop_each(block, plans, configuration, num_gpus)
         if start_from is None:
@@ -156,9 +152,9 @@ def run_training(
         with about(plans_file):
             _require_known_architecture(plans, configuration)
     job = Job(
-        trainer, plans, configuration, fold, dataset_json, folder,
-        str(used), None if start_from else pretrained_weights, start_from, only_validate, save_probabilities,
-        split,
+        request.trainer, plans, configuration, fold, dataset_json, folder,
+        str(used), None if start_from else pretrained_weights, start_from, request.only_validate,
+        request.save_probabilities, split,
     )  # fmt: skip
     if num_gpus > 1:
         _spawn(job, num_gpus)

@@ -7,18 +7,17 @@ The plan file is nnU-Net's, every name in it resolves in stock nnunetv2 (but the
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.errors import MFMError
 from mfm_nnunet.planning import derive, like
 from mfm_nnunet.planning.planner import MFMPlanner
 from mfm_nnunet.planning.table import Circumstances, Decision, decisions_for, format_table
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -34,8 +33,6 @@ __all__ = [
     "plan",
 ]
 
-CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
-"""All that nnU-Net ever plans; which of them a data set gets is known only after its images were read."""
 DEFAULT_NAMES = {
     "resenc": "mfmPlans",
     "primus": "mfmPrimusPlans",
@@ -43,22 +40,6 @@ DEFAULT_NAMES = {
     "primus_v3": "mfmPrimusV3Plans",
 }
 """Plan names by network; a plan like a checkpoint is named by :func:`mfm_nnunet.planning.like.like_plans_name`."""
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What the user asks of a plan; everything else is derived.
-
-    ``memory_gb`` is GPU memory (None: this machine's GPU, or the CPU preset without one); ``spacing`` a mode or mm in
-    nnU-Net's axis order, before transposing; ``like`` a pretrained checkpoint that the plan must fit.
-    """
-
-    network: Literal["resenc", "primus", "primus_v2", "primus_v3"] = "resenc"
-    memory_gb: float | None = None
-    spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = "median"
-    plans_name: str | None = None
-    like: Path | None = None
-    configurations: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +76,7 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
     family, version = derive.NETWORKS[source.network_with_version if source else request.network]
     planner.network, planner.version = ("primus" if family == "primus" else "resenc"), version
     planner.is_original_spacing = source.is_original_spacing if source else request.spacing == "original"
-    planner.wanted = request.configurations
+    planner.wanted = tuple(request.configurations) if request.configurations else None
     planner.source = source
     plans = planner.plan_experiment()
     if source:
@@ -115,27 +96,11 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest) -> PlanR
 
 
 def check_request(request: PlanRequest) -> like.Source | None:
-    """Refuse what no data can meet, before a dataset is read; returns the checkpoint that the plan must fit.
+    """Read the checkpoint that the plan must fit, if there is one.
 
-    Raises MFMError: E_CONFIG, and as :func:`mfm_nnunet.planning.like.read_source`.
+    Raises MFMError as :func:`mfm_nnunet.planning.like.read_source`, and E_CONFIG when another network was asked for.
     """
-    name = request.plans_name
-    problem = None
-    if request.network not in DEFAULT_NAMES:
-        problem = f"--network {request.network}: unknown. {nearest(request.network, DEFAULT_NAMES)}"
-    elif request.memory_gb is not None and not 0 < request.memory_gb < math.inf:
-        problem = f"--memory-gb {request.memory_gb}: expected a positive number of GB."
-    elif name is not None and not re.fullmatch(r"mfm[A-Za-z0-9_-]*", name):
-        problem = f"-pl {name}: our plan names start with 'mfm' and have letters, digits, _ and - only, e.g. mfm{name}."
-    elif request.like is not None and request.spacing != "median":
-        problem = "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out."
-    unknown = [configuration for configuration in request.configurations or () if configuration not in CONFIGURATIONS]
-    if unknown:
-        problem = f"-c {unknown[0]}: there is no such configuration. {nearest(unknown[0], CONFIGURATIONS)}"
-    if problem:
-        raise MFMError("E_CONFIG", problem)
-    _explicit_spacing(request.spacing)
-    source = like.read_source(request.like) if request.like else None
+    source = like.read_source(Path(request.like)) if request.like else None
     if source and request.network not in ("resenc", source.network_with_version):
         holds = "a ResEnc U-Net" if source.network == "resenc" else f"the network {source.network_with_version}"
         raise MFMError(
@@ -148,7 +113,4 @@ def _explicit_spacing(spacing: str | Sequence[float]) -> list[float] | None:
     """Millimetres before transposing, or None where the data decide."""
     if spacing in ("median", "original"):
         return None
-    values = [1.0, 1.0, 1.0] if spacing == "onemm" else spacing
-    if isinstance(values, str) or len(values) != 3 or not all(1e-3 <= value <= 1e3 for value in values):
-        raise MFMError("E_CONFIG", f"--spacing {spacing}: expected median, onemm, original or three lengths in mm.")
-    return [float(value) for value in values]
+    return [1.0, 1.0, 1.0] if spacing == "onemm" else [float(length) for length in spacing]

@@ -16,7 +16,8 @@ from mfm_nnunet.files import read_json
 from mfm_nnunet.finetune.settings import plan_hash
 from mfm_nnunet.interchange.read import sha256
 from mfm_nnunet.plan import read_plans
-from mfm_nnunet.planning.request import PlanRequest, check_request
+from mfm_nnunet.planning.request import check_request
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.design import CELLS, RUN_SETTINGS, Design
 from mfm_nnunet.workspace import Workspace
@@ -54,7 +55,7 @@ def own_plan(configuration: str, arms: Sequence[Arm]) -> str:
     _refuse_cascade(configuration)
     like = next((arm.checkpoint for arm in arms if arm.checkpoint), None)
     try:
-        source = check_request(PlanRequest(like=like, configurations=(configuration,)))
+        source = check_request(PlanRequest([], like=like, configurations=(configuration,)))
     except MFMError as error:
         if error.code != "E_MODEL_MISMATCH":
             raise

@@ -35,6 +35,7 @@ from mfm_nnunet.metrics import dice
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.reports.progress import plot_progress
+from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.settings import ProbeSettings
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny_run
@@ -72,24 +73,13 @@ def here(tmp_path: Path, shared_data: Path) -> Workspace:
     return here
 
 
-def arguments(*settings: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "dataset_name": tiny_run.NAME,
-        "configuration": tiny_run.CONFIGURATION,
-        "plans_name": "mfmPlans",
-        "pretext": "mae",
-        "settings": (*tiny_run.SETTINGS, *settings),
-        "continue_training": False,
-        "device": "cpu",
-        "run_name": None,
-        "probe": 4,
-        **changes,
-    }
+def request(*settings: str, **changes: Any) -> PretrainRequest:
+    return tiny_run.request("mae", settings, **{"probe": 4, **changes})
 
 
 def prepared(here: Workspace, *settings: str, **changes: Any) -> Probe:
     """A probe whose cases are preprocessed."""
-    probe = check(here, **arguments(*settings, **changes)).probe
+    probe = check(here, request(*settings, **changes)).probe
     assert probe is not None
     prepare(probe, ALONE)
     return probe
@@ -173,7 +163,7 @@ def test_a_run_that_was_killed_goes_on_with_its_probe(here: Workspace, monkeypat
 def test_only_the_main_process_probes(here: Workspace) -> None:
     settings = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=2", "probe.max_cases=2")
     alone = tiny_run.run(here, settings=settings, probe=4)
-    shared = launch(2, here, arguments(*settings, run_name="two"))
+    shared = launch(here, request(*settings, run_name="two", num_gpus=2))
     assert rows(shared)[0]["probe_dice"] == pytest.approx(rows(alone)[0]["probe_dice"], abs=0.02)
 
 
@@ -181,7 +171,7 @@ def test_only_the_main_process_probes(here: Workspace) -> None:
 def test_an_error_of_the_main_process_reaches_the_user(here: Workspace, shared_data: Path) -> None:
     add_labelled(here, shared_data, labels={"background": 0, "Anterior": 1})
     with pytest.raises(MFMError, match="E_LABEL_VALUE"):
-        launch(2, here, arguments())
+        launch(here, request(num_gpus=2))
 
 
 # What a probe measures
@@ -225,7 +215,7 @@ def measured(probe: Probe, network: nn.Module) -> dict[str, float | None]:
 
 def test_finetuning_starts_from_the_weights_and_learns(here: Workspace) -> None:
     """The image holds the label, so few steps are enough."""
-    probe = check(here, **arguments()).probe
+    probe = check(here, request()).probe
     assert probe is not None
     volumes = [labelled_boxes((30, 31, 32), seed) for seed in range(3)]
 
@@ -385,21 +375,21 @@ def test_the_settings_page_lists_them() -> None:
 def test_split_by_subject(here: Workspace, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [Case(f"{subject}{scan}", (), Path("label"), subject) for subject in "abcdefg" for scan in range(2)]
     monkeypatch.setattr(probe_data.corpus, "load_cases", lambda folder: cases)
-    probe = check(here, **arguments("probe.max_cases=12")).probe
+    probe = check(here, request("probe.max_cases=12")).probe
     assert probe is not None
     fit, held_out = ({case.subject for case in part} for part in (probe.dataset.fit, probe.dataset.held_out))
     assert len(fit) == 4
     assert len(held_out) == 2
     assert fit.isdisjoint(held_out)
-    again = check(here, **arguments("probe.max_cases=12")).probe
-    other = check(here, **arguments("probe.max_cases=12", "seed=1")).probe
+    again = check(here, request("probe.max_cases=12")).probe
+    other = check(here, request("probe.max_cases=12", "seed=1")).probe
     assert again is not None
     assert other is not None
     assert probe.dataset == again.dataset
     assert other.dataset.held_out != probe.dataset.held_out
     cases[2:] = []
     cases[1] = replace(cases[1], subject="b")
-    smallest = check(here, **arguments()).probe
+    smallest = check(here, request()).probe
     assert smallest is not None
     assert (len(smallest.dataset.fit), len(smallest.dataset.held_out)) == (1, 1)
 

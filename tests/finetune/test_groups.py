@@ -17,11 +17,11 @@ from mfm_nnunet.finetune import advice, groups
 from mfm_nnunet.finetune.loading import nnunet_loaders, seeded
 from mfm_nnunet.finetune.settings import require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.networks import encoder_names, head_names
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
+from tests.builders.tiny import run_training
 from tests.finetune.test_schedule import WITHOUT_LOSS
 from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
 from tests.finetune.test_trainer import train as run

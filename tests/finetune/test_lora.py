@@ -16,13 +16,13 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune import lora, state
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.average import decay_at
 from mfm_nnunet.models.networks import encoder_names
-from mfm_nnunet.predict.predictor import load_model
+from mfm_nnunet.prediction.predictor import load_model
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
+from tests.builders.tiny import run_training
 from tests.finetune.test_resume import require_equal
 from tests.finetune.test_resume import state as state_of
 from tests.finetune.test_trainer import make_trainer, pretrained_file, refused

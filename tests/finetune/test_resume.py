@@ -17,16 +17,16 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
+from tests.builders.tiny import run_training
 
 SETTINGS = ("finetune.epochs=3", "finetune.iterations_per_epoch=2", "seed=2")
 
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from mfm_nnunet.jobs.train import run_training
+from tests.builders.tiny import run_training
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.workspace import use
 

@@ -16,12 +16,12 @@ from mfm_nnunet.finetune.groups import Group
 from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, rate_factor
 from mfm_nnunet.finetune.state import content_of as state_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, require_legal_finetuning, resolved_decoder_epochs
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
 from tests.builders.architectures import resenc
+from tests.builders.tiny import run_training
 from tests.finetune.test_resume import require_equal, state
 from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
 

@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from mfm_nnunet import checkpoint, workspace
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.backbone import TokenBackbone, make_backbone
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
 from mfm_nnunet.models.networks import build_network, encoder_names, head_names, token_size
 from mfm_nnunet.models.primus import PRIMUS_SIZES, REFERENCE_OUTPUTS, PrimusSeg, primus_kwargs
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.planning.planner import MFMPlanner, primus_architecture
-from mfm_nnunet.planning.request import PlanRequest, plan
+from mfm_nnunet.planning.request import plan
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.masks import draw_hidden
 from tests.builders import tiny as finetune_tiny
 from tests.builders import tiny_run
 from tests.builders.architectures import primus
+from tests.builders.tiny import run_training
 from tests.builders.tiny_data import HIPPOCAMPUS, pretrained_checkpoint, workspace_with
 from tests.builders.tiny_plans import CONFIGURATION, tiny_backbone, tiny_network, tiny_plans
 from tests.models.test_memory import really_kept
@@ -327,7 +328,7 @@ def test_from_pretraining_to_a_fine_tuned_model(version: int, tmp_path: Path) ->
 
 def make(root: Path, network: Any, **request: Any) -> Any:
     with workspace_with(root, "Dataset004_X", **HIPPOCAMPUS) as here:
-        return plan(here, "Dataset004_X", PlanRequest(network=network, **request))
+        return plan(here, "Dataset004_X", PlanRequest(["Dataset004_X"], network=network, **request))
 
 
 @pytest.mark.parametrize(("network", "version"), [("primus_v2", 2), ("primus_v3", 3)])

@@ -13,7 +13,8 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.planning import like, planner
-from mfm_nnunet.planning.request import PlanRequest, PlanResult, plan
+from mfm_nnunet.planning.request import PlanResult, plan
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.settings import block_of
 from tests.builders.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, pretrained_checkpoint, workspace_with
 
@@ -30,7 +31,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def corpus_plan(root: Path, data: dict[str, Any], channels: tuple[str, ...] = ("MRI",), **request: Any) -> PlanResult:
     """The plan of an unlabelled corpus."""
     with workspace_with(root, CORPUS, **data, channels=channels, is_corpus=True) as here:
-        return plan(here, CORPUS, PlanRequest(**request))
+        return plan(here, CORPUS, PlanRequest([CORPUS], **request))
 
 
 def plan_like(
@@ -38,7 +39,7 @@ def plan_like(
 ) -> PlanResult:
     """The plan of a labelled data set like the checkpoint ``file``."""
     with workspace_with(root, TARGET, **data, channels=channels) as here:
-        return plan(here, TARGET, PlanRequest(like=file, **request))
+        return plan(here, TARGET, PlanRequest([TARGET], like=file, **request))
 
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])

@@ -166,7 +166,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Design
     for name in ("mae", "vf"):
         (tmp_path / f"{name}.pth").write_bytes(name.encode())
     asked: list[Path | None] = []
-    monkeypatch.setattr(api.preparation, "fingerprinted", lambda *arguments: ([], []))
+    monkeypatch.setattr(api.preparation, "fingerprint", lambda *arguments: ([], []))
     monkeypatch.setattr(api.preparation, "preprocess", lambda *arguments: [])
 
     def plan_study(design: Design, plans: dict[str, Any]) -> Path | None:
