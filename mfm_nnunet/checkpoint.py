@@ -8,128 +8,36 @@ to the disk and renamed, so a killed process never leaves half a file under the 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
 import pickle
-import re
-import secrets
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import MAX_DEPTH, is_nested_too_deep
+from mfm_nnunet.files import (
+    MAX_DEPTH,
+    atomic_write,
+    disk_full,
+    is_disk_full,
+    is_nested_too_deep,
+    locked,
+    remove_leftovers,
+    report_full_disk,
+    sha256,
+)
 
-try:
-    import fcntl
-except ImportError:  # only POSIX has it; without it leftovers stay
-    fcntl = None  # type: ignore[assignment]
+__all__ = [
+    "atomic_write", "cpu_weights", "disk_full", "full_disk_named", "is_disk_full", "load", "load_weights", "locked",
+    "remove_leftovers", "require_plain", "save", "sha256", "weights_only_forced",
+]  # fmt: skip
 
-_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open ``path`` for writing such that it appears whole or not at all.
-
-    What killed processes left beside it is removed. Raises MFMError (E_DISK_FULL) when the disk is full; an older file
-    of that name stays as it was.
-    """
-    target = Path(path)
-    remove_leftovers(target.parent)
-    with full_disk_named(target), _temporary(target) as (temporary, file):
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-
-
-@contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Open a new file beside ``target``, locked so that others see that it is in use; removed at the end."""
-    while True:
-        # No process number: containers and hosts that share a disk have the same ones.
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        with open(temporary, "xb") as file:
-            try:
-                if _lock(file.fileno()) is False or not temporary.exists():
-                    continue  # taken for a leftover by a process that was faster
-                yield temporary, file
-                return
-            finally:
-                temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir(folder):
-            if _TEMPORARY_NAME.fullmatch(name):
-                with contextlib.suppress(OSError), locked(folder / name) as is_free:
-                    if is_free:
-                        (folder / name).unlink()
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Lock a file or folder for this process, and yield whether that worked; the system unlocks it for a dead one.
-
-    It does not work where another process holds the lock, nor on a file system without locks.
-    """
-    # Never another file than this one, nor a wait for a pipe.
-    safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    handle = os.open(path, safely | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
-    try:
-        yield bool(_lock(handle))
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> bool | None:
-    """Lock an open file; False where another process has it, None where there are no locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether the operating system refused a write for want of space."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextlib.contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    """Turn the system's errors of a full disk into MFMError (E_DISK_FULL) that names ``path``.
-
-    Where that is a folder, the file in it that the error names, if it names one.
-    """
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            named = error.filename2 or error.filename  # of a copy, the second is the one that was written
-            is_better = path.is_dir() and isinstance(named, (str, bytes, os.PathLike))
-            raise disk_full(Path(os.fsdecode(named)) if is_better else path) from error
-        raise
-
-
-def disk_full(path: Path) -> MFMError:
-    """The error of a full disk; what was on the disk before is untouched."""
-    return MFMError("E_DISK_FULL", f"{path}: the disk is full. Free some space and run the command again.")
+full_disk_named = report_full_disk
 
 
 def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -210,19 +118,6 @@ def require_plain(value: Any, name: str = "checkpoint") -> None:
         assert plain, f"{name}: {type(value).__name__} is not plain"
 
 
-def to_plain(value: Any) -> Any:
-    """``value`` with NumPy scalars and arrays as Python numbers and lists, paths and devices as strings."""
-    if isinstance(value, Mapping):
-        return {(key if isinstance(key, (str, int)) else str(key)): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor):
-        return value
-    if hasattr(value, "tolist"):
-        return to_plain(value.tolist())
-    return str(value)
-
-
 def cpu_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict on the CPU in which tensors that share memory still share it (nnU-Net has many aliases)."""
     copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
@@ -233,25 +128,6 @@ def cpu_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             copies[key] = tensor.detach().cpu()
         result[name] = copies[key]
     return result
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; file systems that cannot (some network shares) are left alone."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _damaged(file: Path, reason: str) -> MFMError:

@@ -6,13 +6,17 @@ its channels is that of the lines, whatever their numbers say. Fields that it do
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import IMAGE_ENDINGS, read_json
+from mfm_nnunet.files import IMAGE_ENDINGS, is_same, read_json, to_plain
 
 ADVICE = "See nnU-Net's documentation/dataset_format.md."
 MAX_LABEL = (1 << 15) - 1
@@ -22,16 +26,112 @@ MAX_CHANNELS = 10_000
 _CHANNEL = re.compile(r"_?([0-9]{1,9})")
 _LABEL = re.compile(r"-?[0-9]{1,9}")
 
+SHARED_KEYS = (
+    "channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",
+    "overwrite_image_reader_writer", "name", "description", "reference", "licence", "license", "release",
+)  # fmt: skip
+"""Keys that go into model folders and checkpoints: nothing that names or locates a case."""
+
+
+@dataclass(frozen=True)
+class DatasetJson:
+    """A legal dataset.json. ``content`` is the file's, for nnU-Net's own classes; do not change it."""
+
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, file: Path, advice: str, code: str = "E_FORMAT", of_model: bool = False) -> DatasetJson:
+        """Read, check and normalise a dataset.json.
+
+        In the folder of a model (``of_model``) channels with other numbers than 0, 1, 2, ... are legal: stock nnU-Net
+        trained with them in the order of their lines. Raises MFMError: E_NOT_FOUND, else ``code`` with all that is
+        wrong; ``advice``, a sentence, ends the message.
+        """
+        content = read_json(file, advice, code)
+        check_dataset_json(content, file, code, of_model)
+        return cls(normalise(content))
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> DatasetJson:
+        """Wrap a dataset.json that was just made or was checked with :func:`check_dataset_json`."""
+        return cls(content)
+
+    @classmethod
+    def of_checkpoint(cls, init_args: Mapping[str, Any]) -> DatasetJson | None:
+        """Return the dataset.json that a fine-tuned checkpoint holds; None where there is none with labels."""
+        content = init_args.get("dataset_json")
+        if isinstance(content, Mapping) and isinstance(content.get("labels"), Mapping):
+            return cls(content)
+        return None
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels in the order of their numbers; old datasets call the field ``modality``."""
+        return tuple(self.content[_channel_key(self.content)].values())
+
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """Names of the labels, background and ignore included, and their value or list of values."""
+        return self.content["labels"]
+
+    @functools.cached_property
+    def foreground(self) -> dict[str, tuple[int, ...]]:
+        """Names of the labels and their values, of which a region has several; without background and ignore."""
+        labels = {name: _as_tuple(value) for name, value in self.labels.items()}
+        return {name: values for name, values in labels.items() if name != "ignore" and values != (0,)}
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether some label is a region, i.e. has several values."""
+        return any(isinstance(value, (list, tuple)) and len(value) > 1 for value in self.labels.values())
+
+    @property
+    def regions(self) -> tuple[Any, ...] | None:
+        """``regions_class_order``: the value that is painted for each region; None without regions."""
+        return tuple(self.content["regions_class_order"]) if self.has_regions else None
+
+    @property
+    def ignore(self) -> int | None:
+        """Value of the label ``ignore``, if there is one."""
+        value = self.labels.get("ignore")
+        return None if value is None else int(value)
+
+    @property
+    def file_ending(self) -> str:
+        """Ending of the image files, with its dot."""
+        return self.content["file_ending"]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what images and labels mean and how they are read: a change makes results incomparable."""
+        reader = self.content.get("overwrite_image_reader_writer", "None")
+        content = {**self._meaning, "file_ending": self.content.get("file_ending"), "reader": reader}
+        return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: DatasetJson) -> list[str]:
+        """Return the names of what decides about the meaning of images and labels and differs."""
+        return [name for name, value in self._meaning.items() if not is_same(value, other._meaning[name])]
+
+    def shared(self) -> dict[str, Any]:
+        """Return the part that may leave this computer: without names and paths of cases."""
+        return {key: self.content[key] for key in SHARED_KEYS if key in self.content}
+
+    @property
+    def _meaning(self) -> dict[str, Any]:
+        channels = self.content.get("channel_names") or self.content.get("modality")
+        numbers = channel_numbers(channels) if isinstance(channels, Mapping) else None
+        if isinstance(channels, Mapping) and numbers is not None:
+            channels = {number: channels[name] for number, name in numbers.items()}
+        return {
+            "labels": list(self.labels.items()) if self.has_regions else self.labels,  # the outputs are in this order
+            "regions_class_order": self.content.get("regions_class_order"),
+            "channel_names": channels,
+        }
+
 
 def read_dataset_json(file: Path, advice: str, code: str = "E_FORMAT", of_model: bool = False) -> dict[str, Any]:
-    """Read a dataset.json, check it and return it as :func:`normalise` writes it.
-
-    In the folder of a model (``of_model``) channels with other numbers than 0, 1, 2, ... are legal: stock nnU-Net
-    trained with them in the order of their lines. Raises MFMError: E_NOT_FOUND, else ``code`` with all that is wrong.
-    """
-    content = read_json(file, advice, code)
-    check_dataset_json(content, file, code, of_model)
-    return normalise(content)
+    """Read a dataset.json as :meth:`DatasetJson.read`, as nnU-Net's dict."""
+    return dict(DatasetJson.read(file, advice, code, of_model).content)
 
 
 def normalise(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +162,7 @@ def channel_numbers(names: Mapping[Any, Any]) -> dict[int, Any] | None:
 def check_dataset_json(content: Mapping[str, Any], file: Path, code: str = "E_FORMAT", of_model: bool = False) -> None:
     """Raise MFMError (``code``) with everything that is wrong in a dataset.json; ``file`` is for the message.
 
-    ``of_model`` is as in :func:`read_dataset_json`.
+    ``of_model`` is as in :meth:`DatasetJson.read`.
     """
     lacking = [key for key in ("labels", "file_ending") if key not in content]
     if lacking:
@@ -77,6 +177,10 @@ def check_dataset_json(content: Mapping[str, Any], file: Path, code: str = "E_FO
         problems.append("numTraining must be the number of cases, from 0")
     if problems:
         raise MFMError(code, f"{file}: {'; '.join(problems)}. {ADVICE}")
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return tuple(int(item) for item in value) if isinstance(value, (list, tuple)) else (int(value),)
 
 
 def _ending_problems(ending: Any) -> list[str]:

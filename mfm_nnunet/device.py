@@ -1,4 +1,4 @@
-"""Which device a command runs on, how much memory it may use, and how many background processes read for it.
+"""The device of a command: which one, in which precision, how much memory, and how many processes read for it.
 
 torch is imported where it is used: the check of an image file asks for the memory only, and must not wait for torch.
 """
@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.errors import OUT_OF_SHARED_MEMORY_WORDS, MFMError, is_out_of_memory
 from mfm_nnunet.workspace import num_cores
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+logger = logging.getLogger(__name__)
 
 CONTROL_GROUPS = "/sys/fs/cgroup"
 
@@ -70,6 +75,64 @@ def default_autocast_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_dtype("cuda", before)
+
+
+def finetuning_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of ``finetune.precision``, None for float32; auto is nnU-Net's, fp16 is for CUDA only."""
+    import torch
+
+    if precision in ("auto", "fp16"):
+        return torch.float16 if device.type == "cuda" else None
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def require_scaled_fp16(precision: str, device: torch.device) -> None:
+    """Raise MFMError (E_CONFIG) for training in fp16 where nnU-Net does not scale the losses, which fp16 needs."""
+    if precision == "fp16" and device.type != "cuda":
+        raise MFMError(
+            "E_CONFIG",
+            f"finetune.precision=fp16: only for CUDA GPUs, this is {device.type}. Use finetune.precision=bf16 or fp32.",
+        )
+
+
+def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: torch.device, setting: str) -> None:
+    """Raise MFMError (E_CONFIG) where bf16 convolutions on CPUs get the weight gradient of uninitialised memory.
+
+    With torch 2.14 (oneDNN) that is so for 3D kernels longer than 1 on feature maps of two voxels along the first axis;
+    maps of 1, 3 or more are right, and so are 2D ones. ``image_size`` is what the network sees, in voxels; ``setting``
+    is named in the message. Networks without strides per stage (transformers) are not concerned.
+    """
+    encoder: Any = getattr(network, "encoder", None)
+    if device.type != "cpu" or len(image_size) != 3 or not hasattr(encoder, "strides"):
+        return
+    sizes = itertools.accumulate((int(stride[0]) for stride in encoder.strides), _halved, initial=image_size[0])
+    if any(size == 2 and kernel[0] > 1 for size, kernel in zip(list(sizes)[1:], encoder.kernel_sizes)):
+        raise MFMError(
+            "E_CONFIG",
+            f"{setting}=bf16: a feature map of this network has two voxels along the first axis (images of "
+            f"{tuple(image_size)}), where torch's bf16 convolutions give wrong gradients on CPUs. Use {setting}=fp32.",
+        )
+
+
+def warn_of_slow_bf16(device: torch.device, setting: str) -> None:
+    """Log a warning where the CPU has no bf16 arithmetic: torch imitates it, which took six times as long with AVX2.
+
+    Only x86 is checked, and only with a torch that reports capabilities.
+    """
+    import torch
+
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    if device.type == "cpu" and capabilities.get("architecture") == "x86_64" and not has_bf16:
+        logger.warning(
+            "%s=bf16: this CPU has neither AVX512-BF16 nor AMX, so bf16 is imitated; %s=fp32 is probably faster",
+            *(setting, setting),
+        )
+
+
+def _halved(size: int, stride: int) -> int:
+    """Size after a padded convolution with this stride."""
+    return -(-size // stride)
 
 
 @contextlib.contextmanager

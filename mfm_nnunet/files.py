@@ -1,4 +1,4 @@
-"""Names that come out of files, and the paths that are built from them: nothing leaves the folder that it is meant for.
+"""Files: names that come out of downloads, JSON, atomic writing, full disks, locks and journals, one of each.
 
 A dataset, a plan or a checkpoint is what people download, so a name in it may be ``../../.bashrc``. Every path that is
 written goes through :func:`inside`. Files are replaced and never written through a link.
@@ -6,16 +6,27 @@ written goes through :func:`inside`. Files are replaced and never written throug
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
+import io
 import json
 import os
 import re
+import secrets
+import shutil
 import stat
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from mfm_nnunet.errors import MFMError
+
+try:
+    import fcntl
+except ImportError:  # only POSIX has it; without it leftovers stay, and nobody is kept out of a folder
+    fcntl = None  # type: ignore[assignment]
 
 IMAGE_ENDINGS = (
     *(".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"),
@@ -28,6 +39,12 @@ MAX_BYTES = 255
 _NAME = re.compile(r"\w[\w .,+()=@&~-]*(?<![ .])")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _NO_LETTER = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_HEADER_BYTES = 1 << 16
+"""What a format writes besides the voxels."""
+
+
+# Names and paths
 
 
 def ending_of(path: Path) -> str:
@@ -45,9 +62,9 @@ def is_name(value: Any) -> bool:
 
 
 def is_file_name(value: Any) -> bool:
-    """Return whether ``value`` is the name of one file: no separator, no control character, and text as UTF-8 has it.
+    """Return whether ``value`` is the name of one file: no separator, no control character, valid UTF-8.
 
-    Bidirectional marks, which turn names round on the screen, are legal: they change no path.
+    Bidirectional marks, which reverse names on the screen, are legal: they change no path.
     """
     if not isinstance(value, str) or value in ("", ".", "..") or not is_unicode(value):
         return False
@@ -64,7 +81,7 @@ def is_unicode(text: str) -> bool:
 
 
 def shown(text: object) -> str:
-    """Return ``text`` as it can be printed and written: what UTF-8 cannot hold stands as ``\\udcfc``."""
+    """Return ``text`` as it can be printed and written; what UTF-8 cannot hold becomes e.g. ``\\udcfc``."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -102,24 +119,6 @@ def not_regular(file: Path) -> MFMError:
     return MFMError("E_NOT_REGULAR", f"{file}: is {kind} where this command writes a file. Move it away.")
 
 
-def open_to_append(file: Path) -> IO[bytes]:
-    """Open a log for reading and appending; the caller closes it.
-
-    Raises MFMError (E_NOT_REGULAR) for a link, which would lead to a file elsewhere, and for a pipe or device.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        handle = os.open(file, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise not_regular(file) from error
-        raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise not_regular(file)
-    return os.fdopen(handle, "a+b")
-
-
 def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".txt", ".jsonl")) -> None:
     """Raise MFMError (E_NOT_REGULAR) for a link among the files that nnU-Net writes through: JSON, logs, plots.
 
@@ -128,6 +127,9 @@ def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".tx
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     if links := [entry for entry in entries if entry.is_symlink() and entry.suffix in endings]:
         raise not_regular(links[0])
+
+
+# JSON
 
 
 def is_nested_too_deep(value: Any) -> bool:
@@ -176,3 +178,233 @@ def read_json(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any]
     if not isinstance(content, dict):
         raise MFMError(code, f"{file}: expected a JSON object, a table of names and values. {advice}")
     return content
+
+
+def write_json(file: Path, content: Any, indent: int = 1) -> None:
+    """Write JSON as :func:`atomic_write`."""
+    with atomic_write(file) as handle:
+        handle.write(json.dumps(content, indent=indent).encode())
+
+
+def to_plain(value: Any) -> Any:
+    """Return ``value`` with NumPy's scalars and arrays as numbers and lists, paths and devices as text.
+
+    Tensors stay: checkpoints hold them.
+    """
+    if isinstance(value, Mapping):
+        return {(key if isinstance(key, (str, int)) else str(key)): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str) or hasattr(value, "detach"):
+        return value
+    return to_plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two values are the same as JSON: keys are text, sequences lists, 1 is 1.0, and NaN is itself."""
+    return bool(_comparable(to_plain(one)) == _comparable(to_plain(other)))
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_comparable(item) for item in value]
+    return str(float(value)) if type(value) in (int, float) else value
+
+
+def digest_of(content: Any) -> str:
+    """Return the SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# Atomic writing
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open ``path`` for writing such that it appears whole or not at all.
+
+    Files that killed processes left beside it are removed. Raises MFMError (E_DISK_FULL) when the disk is full; an
+    older file of that name stays as it was.
+    """
+    target = Path(path)
+    remove_leftovers(target.parent)
+    with report_full_disk(target), _temporary(target) as (temporary, file):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Open a new file beside ``target``, locked to show others that it is in use; removed at the end."""
+    while True:
+        # No process number: containers and hosts that share a disk have the same ones.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        with open(temporary, "xb") as file:
+            try:
+                if take_lock(file.fileno()) is False or not temporary.exists():
+                    continue  # taken for a leftover by a process that was faster
+                yield temporary, file
+                return
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if _TEMPORARY_NAME.fullmatch(name):
+                with contextlib.suppress(OSError), locked(folder / name) as is_free:
+                    if is_free:
+                        (folder / name).unlink()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable; some network shares cannot."""
+    with contextlib.suppress(OSError):
+        sync(folder)
+
+
+# Full disks
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether the operating system refused a write for lack of space."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(path: Path) -> MFMError:
+    """Return the error of a full disk; files that were there before are untouched."""
+    return MFMError("E_DISK_FULL", f"{path}: the disk is full. Free some space and run the command again.")
+
+
+@contextlib.contextmanager
+def report_full_disk(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn the system's errors of a full disk into MFMError (E_DISK_FULL) that names ``path``.
+
+    Where ``path`` is a folder, the file in it that the error names, if it names one. Libraries often hide the cause:
+    with ``num_bytes``, the size of what they write, other errors count as well if so much cannot be written there.
+    """
+    try:
+        yield
+    except MFMError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and is_disk_full(error):
+            named = error.filename2 or error.filename  # of a copy, the second is the one that was written
+            is_better = path.is_dir() and isinstance(named, (str, bytes, os.PathLike))
+            raise disk_full(Path(os.fsdecode(named)) if is_better else path) from error
+        is_hidden = num_bytes is not None and getattr(error, "errno", None) in (None, errno.EIO)
+        if is_hidden and not _has_room(path.parent, (num_bytes or 0) + _HEADER_BYTES):
+            raise disk_full(path) from error
+        raise
+
+
+def _has_room(folder: Path, num_bytes: int) -> bool:
+    """Return whether so much can be written into a folder; quotas do not show in the free space of a disk."""
+    if shutil.disk_usage(folder).free < num_bytes:
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(num_bytes))
+    except OSError as error:
+        return not is_disk_full(error)
+    return True
+
+
+# Locks and journals
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Lock a file or folder for this process, and yield whether that worked; the system unlocks it for a dead one.
+
+    It fails where another process holds the lock, and on a file system without locks.
+    """
+    # Never another file than this one, nor a wait for a pipe.
+    safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, safely | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+    try:
+        yield bool(take_lock(handle))
+    finally:
+        os.close(handle)
+
+
+def take_lock(handle: int) -> bool | None:
+    """Lock an open file until it is closed; False where another process has it, None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def open_to_append(file: Path) -> IO[bytes]:
+    """Open a log for reading and appending; the caller closes it.
+
+    Raises MFMError (E_NOT_REGULAR) for a link, which would lead to a file elsewhere, and for a pipe or device.
+    """
+    safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        handle = open(file, "a+b", opener=lambda path, flags: os.open(path, flags | safely, 0o666))  # noqa: SIM115
+    except io.UnsupportedOperation as error:  # a pipe cannot be read from its beginning
+        raise not_regular(file) from error
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise not_regular(file) from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise not_regular(file)
+    return handle
+
+
+def append_line(handle: IO[bytes], entry: Mapping[str, Any]) -> None:
+    """Append a line of JSON to a journal of :func:`open_to_append`; it is on the disk when this returns.
+
+    A line that a killed process left unfinished is ended first. Raises MFMError (E_DISK_FULL).
+    """
+    with report_full_disk(Path(handle.name)):
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - 1))
+        cut_off = handle.read(1) not in (b"", b"\n")
+        handle.write(b"\n" * cut_off + json.dumps(entry).encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def read_lines(file: Path) -> Iterator[Any]:
+    """Yield the values of a journal; lines that are no JSON, such as one that was cut off, are skipped."""
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        try:
+            value = parse_json(line)
+        except ValueError:
+            continue
+        yield value

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mfm_nnunet.dataset import DatasetJson
+
 
 def dice(reference: np.ndarray, predicted: np.ndarray, values: tuple[int, ...], ignore: int | None = None) -> float:
     """Dice of one label, the voxels whose value is in ``values``.
@@ -29,15 +31,9 @@ def mean_dice(values: list[float]) -> float:
 
 def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Label names and their values from a dataset.json; regions have several; without background and ignore."""
-    labels = {name: _as_tuple(value) for name, value in dataset_json["labels"].items()}
-    return {name: values for name, values in labels.items() if name != "ignore" and values != (0,)}
+    return DatasetJson.of(dataset_json).foreground
 
 
 def ignore_label(dataset_json: Mapping[str, Any]) -> int | None:
     """The value of the label ``ignore``, if there is one."""
-    value = dataset_json["labels"].get("ignore")
-    return None if value is None else int(value)
-
-
-def _as_tuple(value: Any) -> tuple[int, ...]:
-    return tuple(int(item) for item in value) if isinstance(value, (list, tuple)) else (int(value),)
+    return DatasetJson.of(dataset_json).ignore

@@ -1,17 +1,36 @@
-"""Plans as files hold them: read, resolved and refused with the file's name, what is wrong in it and what to do."""
+"""The plan: nnU-Net's ``plans.json`` with our block, read, resolved and refused once at the door of a job.
+
+Sizes are in voxels and spacings in mm, in the plan's axis order (after ``transpose_forward``).
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import read_json
-from mfm_nnunet.plan_rules import ARCHITECTURE_KEYS, NO_RESAMPLING, PLAN_KEYS, network_problem, plan_problem
+from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import is_same, read_json, to_plain
+from mfm_nnunet.plan_rules import (
+    ARCHITECTURE_KEYS,
+    CT,
+    INTENSITIES,
+    NO_RESAMPLING,
+    NORMALISATIONS,
+    PLAN_KEYS,
+    network_problem,
+    plan_problem,
+    resolve,
+)
+from mfm_nnunet.settings import MFMBlock, block_of
 
-__all__ = ["ARCHITECTURE_KEYS", "NO_RESAMPLING", "plan_problem", "read_plans"]
+__all__ = ["ARCHITECTURE_KEYS", "INTENSITIES", "NO_RESAMPLING", "Configuration", "Plan", "plan_problem", "read_plans"]
 
 SHARED_KEYS = (
     *PLAN_KEYS, "original_median_spacing_after_transp", "original_median_shape_after_transp",
@@ -20,43 +39,229 @@ SHARED_KEYS = (
 """Keys of a plan that leave this computer with a checkpoint."""
 PREPROCESSOR = "DefaultPreprocessor"
 """nnU-Net's class whose work we do; older plans do not name one."""
+NORMALISED_BY_CASE = frozenset(NORMALISATIONS) - {CT}
+"""Schemes that need nothing from the fingerprint, so that one more case does not change all others."""
+
+OF_PLAN = ("transpose_forward",)
+OF_CONFIGURATION = (
+    *("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "resampling_fn_seg"),
+    *("resampling_fn_data_kwargs", "resampling_fn_seg_kwargs"),
+)
+"""What decides, together with the intensities of CT, how an image becomes voxels: for preprocessing and prediction."""
+PREPROCESSING_ONLY = ("image_reader_writer", "preprocessor_name")
+"""Also decides about preprocessed files. A prediction reads by the ending of each file, and is ours in any case."""
+PREDICTION_ONLY = ("patch_size", "previous_stage")
+"""Also decides about predictions. How probabilities return to the image does not: people set a faster way there."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration of a plan, with everything that it inherits; do not change ``values``."""
+
+    name: str
+    values: Mapping[str, Any]
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Voxels that the network sees."""
+        return tuple(self.values["patch_size"])
+
+    @property
+    def spacing(self) -> tuple[float, ...] | None:
+        """Lengths in mm; None where the plan names none, or none for each axis."""
+        spacing = self.values.get("spacing")
+        return None if spacing is None or None in spacing else tuple(spacing)
+
+    @property
+    def is_resampled(self) -> bool:
+        """Whether images are brought to one spacing."""
+        return self.values.get("resampling_fn_data") != NO_RESAMPLING and self.spacing is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Patches per training step."""
+        return self.values["batch_size"]
+
+    @property
+    def data_identifier(self) -> str:
+        """Name of the folder of preprocessed cases."""
+        return self.values["data_identifier"]
+
+    @property
+    def normalization_schemes(self) -> tuple[str, ...]:
+        """nnU-Net's class for each image channel."""
+        return tuple(self.values["normalization_schemes"])
+
+    @property
+    def num_channels(self) -> int:
+        """Number of image channels; a cascade's network sees the labels of the previous stage as well."""
+        return len(self.normalization_schemes)
+
+    @property
+    def previous_stage(self) -> str | None:
+        """The configuration of a cascade whose predictions this one continues."""
+        return self.values.get("previous_stage")
+
+    @property
+    def next_stages(self) -> tuple[str, ...]:
+        """The configurations of a cascade that continue this one."""
+        stages = self.values.get("next_stage") or ()
+        return (stages,) if isinstance(stages, str) else tuple(stages)
+
+    @property
+    def architecture(self) -> Mapping[str, Any]:
+        """Class and arguments of the network; empty in the plans of nnU-Net 2.0 and 2.1, which wrote other keys."""
+        return self.values.get("architecture") or {}
+
+    @property
+    def preprocessor_problem(self) -> str:
+        """The sentence that says why our preprocessing is not the plan's; "" if it is."""
+        named = self.values.get("preprocessor_name", PREPROCESSOR)
+        if named == PREPROCESSOR:
+            return ""
+        return (
+            f"configuration '{self.name}' names the preprocessor '{named}', and only {PREPROCESSOR} is available here: "
+            "what another one does to the images would be left out."
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan of ours or of stock nnU-Net. ``content`` is the file's, for nnU-Net's own classes; do not change it."""
+
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, file: Path, advice: str, code: str = "E_FORMAT") -> Plan:
+        """Read a plan that holds everything that training and prediction look up in it.
+
+        Raises MFMError as :func:`mfm_nnunet.files.read_json`, with ``code`` also when something is missing or of
+        another kind; ``advice``, a sentence, ends the message.
+        """
+        content = read_json(file, advice, code)
+        if problem := plan_problem(content) or network_problem(content):
+            raise MFMError(code, f"{file}: {problem}. {advice}")
+        return cls(content)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Plan:
+        """Wrap a plan that was just made or was checked with :func:`mfm_nnunet.plan_rules.plan_problem`."""
+        return cls(content)
+
+    @classmethod
+    def of_checkpoint(cls, init_args: Mapping[str, Any]) -> Plan | None:
+        """Return the plan that a fine-tuned checkpoint holds; None where there is none or it is not whole."""
+        content = init_args.get("plans")
+        return cls(content) if isinstance(content, Mapping) and not plan_problem(content) else None
+
+    @property
+    def name(self) -> str:
+        """Name of the plan, e.g. ``mfmPlans``."""
+        return self.content["plans_name"]
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the dataset or corpus that was planned."""
+        return self.content["dataset_name"]
+
+    @functools.cached_property
+    def mfm(self) -> MFMBlock:
+        """Our block; the defaults for a stock plan. Raises MFMError (E_CONFIG) for settings that do not exist."""
+        return block_of(self.content)
+
+    @property
+    def family(self) -> str:
+        """Family of the network, as :mod:`mfm_nnunet.models.families` names it."""
+        return self.mfm.network
+
+    @property
+    def configuration_names(self) -> tuple[str, ...]:
+        """Names of the configurations, in the order of the file."""
+        return tuple(self.content.get("configurations", {}))
+
+    def configuration(self, name: str) -> Configuration:
+        """Return a configuration, resolved. Raises MFMError (E_CONFIG) with the nearest name if there is none."""
+        if name not in self.configuration_names:
+            raise MFMError(
+                "E_CONFIG",
+                f"plan {self.content.get('plans_name', 'without a name')} has no configuration '{name}'. "
+                f"{nearest(name, self.configuration_names)}",
+            )
+        values, missing_parent = resolve(self.content["configurations"], name)
+        if missing_parent is not None:
+            raise MFMError("E_CONFIG", f"configuration '{name}' inherits from '{missing_parent}'. Plan again.")
+        return Configuration(name, copy.deepcopy(values))
+
+    def shared(self) -> dict[str, Any]:
+        """Return the part that may leave this computer: planners of others add e.g. the path of a checkpoint."""
+        return {key: value for key, value in self.content.items() if key in SHARED_KEYS}
+
+    def preprocessing_digest(self, configuration: str, dataset: DatasetJson) -> str:
+        """Return the SHA-256 of everything but the images that preprocessed files depend on."""
+        content = {"format": 1, **self._preprocessing(configuration, dataset)}
+        return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
+
+    def make_data_identifier(self, configuration: str, dataset: DatasetJson) -> str:
+        """Return ``mfm_<configuration>_<8 hex>``: equal exactly when preprocessing gives the same files."""
+        content = self._preprocessing(configuration, dataset)
+        content["labels"] = [content["labels"], content.pop("regions_class_order")]
+        if content["intensities"] is None:
+            del content["intensities"]
+        digest = hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
+        return f"mfm_{configuration}_{digest[:8]}"
+
+    def differences(self, other: Plan, configuration: str) -> list[str]:
+        """Return the names of what decides a prediction and differs: weights of one plan would be wrong for the other.
+
+        Many plans fit one network; with another spacing or normalisation, masks look plausible and are wrong.
+        """
+        own, theirs = self._prediction(configuration), other._prediction(configuration)
+        return [name for name, value in own.items() if not is_same(value, theirs[name])]
+
+    def _preprocessing(self, configuration: str, dataset: DatasetJson) -> dict[str, Any]:
+        """Collect what preprocessed files depend on. Folders on disk bear digests of this: never change it."""
+        values = self.configuration(configuration).values
+        return {
+            **{name: self.content.get(name) for name in (*OF_PLAN, "image_reader_writer")},
+            **{name: values.get(name) for name in (*OF_CONFIGURATION, "preprocessor_name")},
+            **{name: dataset.content.get(name) for name in ("labels", "regions_class_order")},
+            "intensities": self._intensities(configuration),
+        }
+
+    def _prediction(self, configuration: str) -> dict[str, Any]:
+        values = self.configuration(configuration).values
+        return {
+            **{name: values.get(name) for name in (*OF_CONFIGURATION, *PREDICTION_ONLY)},
+            **{name: self.content[name] for name in OF_PLAN},
+            INTENSITIES: self._intensities(configuration),
+        }
+
+    def _intensities(self, configuration: str) -> Any:
+        """Return the intensities of the dataset where images are normalised with them, else None."""
+        uses_dataset = set(self.configuration(configuration).normalization_schemes) - NORMALISED_BY_CASE
+        return self.content[INTENSITIES] if uses_dataset else None
 
 
 def read_plans(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any]:
-    """A plans file, ours or stock nnU-Net's, that holds everything that training and prediction look up in it.
-
-    Raises MFMError as :func:`read_json` does, with ``code`` also when something is missing or of another kind.
-    """
-    plans = read_json(file, advice, code)
-    if problem := plan_problem(plans) or network_problem(plans):
-        raise MFMError(code, f"{file}: {problem}. {advice}")
-    return plans
+    """Read a plan as :meth:`Plan.read`, as nnU-Net's dict."""
+    return dict(Plan.read(file, advice, code).content)
 
 
 def resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     """A configuration of a plan with what it inherits, as a new dict."""
-    own = plans["configurations"][configuration]
-    parent = resolved(plans, own["inherits_from"]) if "inherits_from" in own else {}
-    return copy.deepcopy({**parent, **own})
+    return dict(Plan.of(plans).configuration(configuration).values)
 
 
 def is_resampled(configuration: Mapping[str, Any]) -> bool:
     """Whether images are brought to one spacing; plans of others may name none, or none for each axis."""
-    spacing = configuration.get("spacing")
-    return configuration.get("resampling_fn_data") != NO_RESAMPLING and spacing is not None and None not in spacing
+    return Configuration("", configuration).is_resampled
 
 
 def preprocessor_problem(plans: Mapping[str, Any], configuration: str) -> str:
     """Why our preprocessing is not that of the plan, as a sentence; "" if it is."""
-    named = resolved(plans, configuration).get("preprocessor_name", PREPROCESSOR)
-    if named == PREPROCESSOR:
-        return ""
-    return (
-        f"configuration '{configuration}' names the preprocessor '{named}', and only {PREPROCESSOR} is available here: "
-        "what another one does to the images would be left out."
-    )
+    return Plan.of(plans).configuration(configuration).preprocessor_problem
 
 
 def shared_plan(plans: Mapping[str, Any]) -> dict[str, Any]:
     """A plan as checkpoints hold it: planners of others add keys of their own, such as the path of a checkpoint."""
-    return {key: plans[key] for key in plans if key in SHARED_KEYS}
+    return Plan.of(plans).shared()

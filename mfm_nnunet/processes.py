@@ -1,293 +1,193 @@
-"""Stop signals (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1): what a process does when it gets one, and what it says.
+"""Several processes: one for each GPU, and the errors of child processes as they were raised.
 
-A training notes the first one, ends its step, saves and raises StoppedError; everything else raises StoppedError at
-once. The exit code is 128 plus the number of the signal. A thread says within a second that the signal has arrived,
-also while the main thread is inside a long call of a library. The second signal ends the process at once.
+torch is imported where it is used.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import gc
+import json
+import multiprocessing
 import os
-import select
 import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
-from types import FrameType
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mfm_nnunet.errors import StoppedError
-
-logger = logging.getLogger(__name__)
-
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+from mfm_nnunet import terminal
+from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.signals import (
+    STOP_SIGNALS,
+    StopFlag,
+    end_despite_threads,
+    name_of,
+    raise_on_signal,
+    signal_handlers_kept,
+    start_resource_tracker,
+    stop_on_signal,
+    stop_signals_blocked,
+    stop_signals_ignored,
 )
-_KEPT = [*STOP_SIGNALS, *(getattr(signal, name) for name in ("SIGQUIT",) if hasattr(signal, name))]
-SAME_STOP_SECONDS = 2.0
-"""Ctrl-C and schedulers signal a whole group of processes, and their parent passes the signal on: that is one stop."""
-SAME_STOP_SECONDS_ALONE = 0.5
-"""The same for a process that no parent of ours passes signals on to; ``timeout`` sends SIGTERM twice."""
-SECONDS_WITHOUT_A_WORD = 0.5
-"""A process that ends sooner than that says only why it ended."""
-SECONDS_TO_END = 5.0
-"""How long after the second signal the main thread may stay inside a call of a library."""
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ALONE", "STOP_SIGNALS", "StopFlag", "World", "any_true", "call_recorded", "end_despite_threads", "join_world",
+    "leave_world", "mean", "name_of", "no_child_left", "raise_on_signal", "raise_recorded", "run_processes",
+    "signal_handlers_kept", "start_resource_tracker", "stop_on_signal", "stop_signals_blocked", "stop_signals_ignored",
+]  # fmt: skip
+
+SECONDS_TO_SAVE = 600
+"""How long child processes that were stopped may take, e.g. to end a probe and to save, before they are killed."""
 
 
-def name_of(number: int) -> str:
-    """Return what people call a signal."""
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+# Several GPUs
 
 
-class StopFlag:
-    """Set by the first signal; the next one raises StoppedError. The last saved state stays intact."""
+@dataclass(frozen=True)
+class World:
+    """The rank of this process among ``size`` processes."""
 
-    def __init__(self) -> None:
-        self.exit_code: int | None = None
-        self.after = "this step"
-        """What is still finished after the first signal, for the message."""
-        self._since = 0.0
-        self._message_at_once: str | None = None
-        self._process = os.getpid()
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
 
     @property
-    def is_of_this_process(self) -> bool:
-        """Return whether it was made here, and not before a fork."""
-        return os.getpid() == self._process
-
-    @property
-    def is_raising(self) -> bool:
-        """Return whether a signal raises StoppedError at once."""
-        return self._message_at_once is not None
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal, in the main thread."""
-        if self.is_raising and not self.is_of_this_process:  # a fork, which has nothing to clean up
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        if name_of(number) == "SIGHUP":
-            _replace_closed_streams()
-        if self.exit_code is None:
-            self.exit_code = 128 + number
-            self._since = self._since or time.monotonic()
-            if self.is_raising:
-                raise StoppedError(self.exit_code, self._message_at_once or f"stopped by {name_of(number)}.")
-        elif not self.is_same_stop(time.monotonic() - self._since):
-            message = f"stopped at once by a second signal, {name_of(number)}. What was saved before it is whole."
-            raise StoppedError(128 + number, message)
-
-    def note_arrival(self, moment: float) -> None:
-        """Note when the first signal arrived, for the main thread may be late to handle it."""
-        self._since = moment
-
-    def is_same_stop(self, seconds: float) -> bool:
-        """Return whether a signal that comes so long after the first one belongs to it."""
-        return seconds <= (SAME_STOP_SECONDS if _has_parent() else SAME_STOP_SECONDS_ALONE)
-
-    @contextlib.contextmanager
-    def at_once(self, message: str = "") -> Iterator[None]:
-        """Inside, a signal raises StoppedError with ``message``: for work that does not ask for the flag."""
-        before, self._message_at_once = self._message_at_once, message
-        try:
-            yield
-        finally:
-            self._message_at_once = before
-
-    @contextlib.contextmanager
-    def noted(self, after: str) -> Iterator[None]:
-        """Inside, a signal sets the flag and raises nothing; ``after`` is what is still finished then."""
-        before = self._message_at_once, self.after
-        self._message_at_once, self.after = None, after
-        try:
-            yield
-        finally:
-            self._message_at_once, self.after = before
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
 
 
-_active: StopFlag | None = None
-"""The flag whose handlers are installed in this process."""
+ALONE = World()
 
 
-@contextlib.contextmanager
-def stop_on_signal(after: str = "this step") -> Iterator[StopFlag]:
-    """Note stop signals for the duration of a run (only possible in the main thread); ``after`` is what it finishes."""
-    with _flag() as flag, flag.noted(after):
-        yield flag
+def join_world(device: torch.device) -> World:
+    """Join the process group that torchrun announced in the environment, if it did."""
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
-@contextlib.contextmanager
-def raise_on_signal(is_command: bool = False) -> Iterator[StopFlag]:
-    """Raise StoppedError on stop signals, so that half-written files are cleaned up (only in the main thread).
+def leave_world(world: World) -> None:
+    """Leave the process group; a module that was wrapped for it must be released before."""
+    import torch.distributed as dist
 
-    ``is_command`` says that the process is ours to end when its main thread does not answer a second signal.
+    if world.size > 1 and dist.is_initialized():
+        # A wrapper left in a reference cycle keeps the group's threads beyond the interpreter's end, which aborts.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def mean(value: torch.Tensor, world: World) -> torch.Tensor:
+    """Return the mean of ``value`` over all processes."""
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / world.size
+
+
+def any_true(flag: bool, world: World, device: torch.device) -> bool:
+    """Return whether ``flag`` holds in any process, so that all processes decide alike."""
+    import torch
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+# Children
+
+
+def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function`` in a child process and note in ``folder`` an error that the user should see."""
+    try:
+        with terminal.escaped_streams():
+            terminal.configure_logging()
+            return function(*arguments)
+    except (MFMError, StoppedError, FloatingPointError) as error:
+        note: dict[str, Any] = {"message": str(error)}
+        if isinstance(error, MFMError):
+            note = {"code": error.code, "message": error.message}
+        elif isinstance(error, StoppedError):
+            note["exit_code"] = error.exit_code
+        (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(note))
+        if isinstance(error, StoppedError):
+            raise SystemExit(error.exit_code) from error  # the end of a process without a traceback
+        raise
+
+
+def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], number: int, folder: str) -> None:
+    """Call ``function(rank, *arguments)`` in ``number`` processes and wait for them; ``folder`` is for their notes.
+
+    Raises the error that a process noted. Whatever ends the wait, such as a signal, ends the processes too: each gets
+    the same signal and may save, for as long as ``SECONDS_TO_SAVE``. A second signal kills them.
     """
-    with _flag(is_command) as flag, flag.at_once():
-        yield flag
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+    start_resource_tracker()
+    with raise_on_signal(), no_child_left():
+        context = start_processes(function, arguments, number, join=False)
+        assert context is not None, "it is not joined yet"
+        try:
+            while not context.join():
+                pass
+        except (ProcessRaisedException, ProcessExitedException):
+            raise_recorded(folder)
+            raise
+        except BaseException as error:
+            number_sent = error.exit_code - 128 if isinstance(error, StoppedError) else signal.SIGTERM
+            _end(context.processes, number_sent)
+            raise_recorded(folder, 128 + number_sent)
+            raise
 
 
 @contextlib.contextmanager
-def _flag(is_command: bool = False) -> Iterator[StopFlag]:
-    """Yield the flag of this process; all parts of a command share one, so they agree on which signal was the first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield StopFlag()
-    elif _active is not None and _active.is_of_this_process:
-        yield _active
-    else:
-        flag = StopFlag()
-        with _installed(flag, is_command):
-            yield flag
-
-
-@contextlib.contextmanager
-def signal_handlers_kept() -> Iterator[None]:
-    """Put this process's signal handlers back afterwards; torchrun's agent replaces some of them and leaves its own,
-    which the next child process would inherit and raise on a plain terminate()."""
-    before = {number: signal.getsignal(number) for number in _KEPT}
+def no_child_left() -> Iterator[None]:
+    """Kill the ``multiprocessing`` children of this block that are left at its end, e.g. after a second signal."""
+    before = multiprocessing.active_children()
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.kill()
+                process.join()
 
 
-def stop_signals_ignored() -> None:
-    """Ignore all stop signals but SIGTERM, for a worker process: its parent decides when it ends."""
-    for number in STOP_SIGNALS:
-        if number != signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)
+def _end(processes: Iterable[BaseProcess], number: int) -> None:
+    """Send a signal to processes and give them time to save."""
+    until = time.monotonic() + SECONDS_TO_SAVE
+    for process in processes:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, number)
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
 
 
-@contextlib.contextmanager
-def stop_signals_blocked() -> Iterator[None]:
-    """Let processes that start inside never see a stop signal but SIGTERM; here it is only late."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number for number in STOP_SIGNALS if number != signal.SIGTERM])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def raise_recorded(folder: str, exit_code: int | None = None) -> None:
+    """Raise in the parent what a child noted in ``folder``, if any did.
 
-
-def start_resource_tracker() -> None:
-    """Start Python's resource tracker before ``multiprocessing`` does: it would die of SIGHUP and SIGUSR1."""
-    with stop_signals_blocked():
-        resource_tracker.ensure_running()
-
-
-def handled_signals() -> list[int]:
-    """Return the stop signals that this process answers; ``nohup`` has it ignore SIGHUP."""
-    return [n for n in STOP_SIGNALS if not (name_of(n) == "SIGHUP" and signal.getsignal(n) is signal.SIG_IGN)]
-
-
-def end_despite_threads(exit_code: int) -> None:
-    """End a command that was stopped although threads of it are still at work, for which the interpreter would wait."""
-    main = threading.main_thread()
-    left = [thread for thread in threading.enumerate() if thread is not main and not thread.daemon]
-
-    def end() -> None:
-        until = time.monotonic() + SECONDS_WITHOUT_A_WORD
-        for thread in left:
-            thread.join(max(0.0, until - time.monotonic()))
-        if any(thread.is_alive() for thread in left):
-            _end_now(exit_code)
-
-    if left:
-        threading.Thread(target=end, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _installed(flag: StopFlag, is_command: bool) -> Iterator[None]:
-    """Install the handlers of a flag and the thread that answers signals."""
-    global _active
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    answers = threading.Thread(target=_answer, args=(flag, reading, is_command), daemon=True, name="stop signals")
-    with signal_handlers_kept():
-        before, _active = _active, flag
-        # The interpreter writes the number of each signal there at once, wherever the main thread is.
-        other = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        answers.start()
-        try:
-            for number in handled_signals():
-                signal.signal(number, flag.handle)
-            yield
-        finally:
-            _active = before
-            signal.set_wakeup_fd(other)
-            os.write(writing, b"\0")  # not closed alone: forked processes hold it open too
-            answers.join()
-            os.close(reading)
-            os.close(writing)
-
-
-def _answer(flag: StopFlag, reading: int, is_command: bool) -> None:
-    """Say that a signal has arrived; after a second one, end a command whose main thread does not.
-
-    Ends when it reads a zero from the pipe ``reading``.
+    ``exit_code`` is that of the signal which ended the parent, where one did: a child may have got another one first.
     """
-    first: float | None = None
-    last, seconds, is_second = 0, None, False
-    while (number := _next_signal(reading, seconds)) != 0:
-        now = time.monotonic()
-        if number is None and is_second:
-            logger.error("%s again: ended at once, in the middle of a long computation.", name_of(last))
-            _end_now(128 + last)
-        elif number is None:
-            _acknowledge(flag, last)
-            seconds = None
-        elif number in STOP_SIGNALS and first is None:
-            first, last, seconds = now, number, SECONDS_WITHOUT_A_WORD
-            flag.note_arrival(now)
-        elif number in STOP_SIGNALS and first is not None and is_command and not flag.is_same_stop(now - first):
-            last, seconds, is_second = number, SECONDS_TO_END, True
-
-
-def _next_signal(reading: int, seconds: float | None) -> int | None:
-    """Wait for the number of a signal; None after ``seconds``."""
-    ready, _, _ = select.select([reading], [], [], seconds)
-    return os.read(reading, 1)[0] if ready else None
-
-
-def _acknowledge(flag: StopFlag, number: int) -> None:
-    if name_of(number) == "SIGHUP":  # what reads a pipe from us may have ended a little later than the terminal
-        _replace_closed_streams()
-    if _has_parent():  # which says it for all
-        return
-    end = "" if flag.is_raising else f" after {flag.after}"
-    again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
-    lead = "\n" if sys.stderr.isatty() else ""  # below a progress line that renews itself
-    logger.warning("%s%s: stopping%s; %s to stop at once", lead, name_of(number), end, again)
-
-
-def _has_parent() -> bool:
-    """Return whether a process of ours, or torchrun, started this one and passes signals on to it."""
-    import multiprocessing
-
-    return multiprocessing.parent_process() is not None or "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _replace_closed_streams() -> None:
-    """Send output to nowhere where the terminal or the reader of a pipe is gone: a message must not fail the save."""
-    if not hasattr(select, "poll"):
-        return
-    for stream in (1, 2):
-        poll = select.poll()
-        poll.register(stream, 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            sink = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(sink, stream)
-            os.close(sink)
-
-
-def _end_now(exit_code: int) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(exit_code)
+    for file in sorted(Path(folder).glob("*.json")):
+        note = json.loads(file.read_text())
+        if "code" in note:
+            raise MFMError(note["code"], note["message"])
+        if "exit_code" in note:
+            raise StoppedError(exit_code or note["exit_code"], note["message"])
+        raise FloatingPointError(note["message"])

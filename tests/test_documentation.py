@@ -28,7 +28,6 @@ import mfm_nnunet
 from mfm_nnunet import api, checkpoint, workspace
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.cli.common import StrictParser
-from mfm_nnunet.demo import result as demo_result
 from mfm_nnunet.demo import run as demo
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import settings as finetune_settings
@@ -144,7 +143,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     for name in ("pretrain", "train", "predict", "describe_checkpoint", "convert_checkpoint"):
         monkeypatch.setattr(mfm_nnunet, name, record(name, "result"))
     monkeypatch.setattr(demo, "run_demo", record("demo", SimpleNamespace(overlays=[], masks=[])))
-    monkeypatch.setattr(demo_result, "format_result", lambda result: "")
+    monkeypatch.setattr(demo, "format_result", lambda result: "")
     (tmp_path / "table.md").touch()
     for name in ("run_study", "renew_study"):
         monkeypatch.setattr(api, name, record(name, tmp_path))

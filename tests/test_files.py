@@ -1,11 +1,17 @@
-"""Names out of files, and the paths that are built from them."""
+"""Names and paths, JSON, atomic writing, full disks, locks and journals."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from mfm_nnunet import files
 from mfm_nnunet.errors import MFMError
@@ -76,3 +82,124 @@ def test_logs_are_appended_to_and_never_through_a_link(tmp_path: Path) -> None:
 def test_shown_is_utf_8() -> None:
     assert files.shown(LATIN_1) == "M\\udcfcller"
     assert files.shown(Path("ä")) == "ä"
+
+
+def test_plain_values_of_numpy_paths_and_devices() -> None:
+    plain = files.to_plain({"a": np.float32(1.5), "b": np.arange(3), "c": torch.device("cpu"), 1: (np.int64(2),)})
+    assert plain == {"a": 1.5, "b": [0, 1, 2], "c": "cpu", 1: [2]}
+
+
+WRITER = """
+import os, signal, sys
+from mfm_nnunet import files
+
+with files.atomic_write(sys.argv[1]) as file:
+    file.write(b"half")
+    file.flush()
+    print("half", flush=True)
+    sys.stdin.readline()
+    file.write(b" and half")
+"""
+
+
+def test_leftovers_of_killed_saves_are_removed_and_others_stay(tmp_path: Path) -> None:
+    """A temporary file is a leftover when its writer is dead, and never before."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    targets = [tmp_path / "resume.pth", tmp_path / "other.pth"]
+    dead, living = (subprocess.Popen([sys.executable, "-c", WRITER, str(file)], **pipes) for file in targets)  # type: ignore[call-overload]
+    for process in (dead, living):
+        assert process.stdout.readline() == "half\n"
+    dead.kill()
+    dead.wait()
+    keep = [tmp_path / name for name in (".notes.tmp", "scan.1234abcd.tmp", ".x.1234ABCD.tmp", ".link.1234abcd.tmp")]
+    for file in keep[:-1]:
+        file.write_text("of the user")
+    keep[-1].symlink_to(keep[0])
+    assert len(list(tmp_path.glob(".*.pth.*.tmp"))) == 2
+    with files.atomic_write(tmp_path / "log.jsonl") as file:
+        file.write(b"{}")
+    assert [path.name[: len(".other.pth.")] for path in tmp_path.glob(".*.pth.*.tmp")] == [".other.pth."]
+    living.communicate("\n")
+    assert living.returncode == 0
+    assert targets[1].read_text() == "half and half"
+    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "other.pth", *(path.name for path in keep)}
+
+
+def test_a_leftover_of_an_earlier_version_is_removed_at_a_start(tmp_path: Path) -> None:
+    (tmp_path / ".resume.pth.0123abcd.tmp").write_bytes(b"half")
+    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_leftovers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can tell there whether the writer lives; writing works all the same."""
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    left = tmp_path / ".resume.pth.0123abcd.tmp"
+    left.write_bytes(b"half")
+    with files.atomic_write(tmp_path / "x.json") as file:
+        file.write(b"{}")
+    assert {path.name for path in tmp_path.iterdir()} == {left.name, "x.json"}
+
+
+def test_a_full_disk_is_named_where_the_system_does_not(tmp_path: Path) -> None:
+    """As nnU-Net's writers raise it: without a name, or with that of the file that was copied."""
+    file, folder = tmp_path / "log.txt", tmp_path
+    for error, where, expected in (
+        (OSError(errno.ENOSPC, "full"), file, file),
+        (OSError(errno.ENOSPC, "full"), folder, folder),
+        (OSError(errno.EDQUOT, "full", "/from", None, str(file)), folder, file),
+        (OSError(errno.EFBIG, "full", str(file)), folder, file),
+    ):
+        named = re.escape(f"E_DISK_FULL  {expected}: ")
+        with pytest.raises(MFMError, match=named), files.report_full_disk(where):
+            raise error
+
+
+def test_writers_of_one_file_do_not_share_its_temporary_name(tmp_path: Path) -> None:
+    """Two containers may give the same number to their processes."""
+    file = tmp_path / "x.json"
+    with files.atomic_write(file) as one:
+        one.write(b"one")
+        with files.atomic_write(file) as other:
+            other.write(b"other")
+        assert file.read_bytes() == b"other"
+    assert file.read_bytes() == b"one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_error_without_a_cause_is_a_full_disk_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries hide why a write failed."""
+    for error in (RuntimeError("cannot write"), OSError(errno.EIO, "failed")):
+        with pytest.raises(type(error)), files.report_full_disk(tmp_path / "a.nii.gz", 1):
+            raise error
+    monkeypatch.setattr(files, "_has_room", lambda folder, num_bytes: num_bytes < 10)
+    with pytest.raises(MFMError, match=r"E_DISK_FULL.*a\.nii\.gz"), files.report_full_disk(tmp_path / "a.nii.gz", 1):
+        raise error
+    with pytest.raises(OSError, match="failed"), files.report_full_disk(tmp_path / "a.nii.gz"):
+        raise error
+
+
+def test_journals_survive_a_kill_within_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    assert list(files.read_lines(file)) == []
+    for number, cut_off in enumerate((b'{"case": "b', b"")):
+        with files.open_to_append(file) as handle:
+            files.append_line(handle, {"case": number})
+            handle.write(cut_off)
+    assert list(files.read_lines(file)) == [{"case": 0}, {"case": 1}]
+
+
+def test_a_lock_is_taken_once_and_ends_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    with files.open_to_append(file) as one, files.open_to_append(file) as other:
+        assert files.take_lock(one.fileno()) is True
+        assert files.take_lock(other.fileno()) is False
+    with files.locked(file) as is_free, files.locked(file) as is_free_twice:
+        assert (is_free, is_free_twice) == (True, False)

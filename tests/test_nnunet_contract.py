@@ -290,9 +290,9 @@ def trainer(workspace: Path) -> nnUNetTrainer:
 
 OWN = {
     "autocast_dtype", "average", "averaged", "block", "new_weights", "prepare", "pretrained_checkpoint", "settings",
-    "split", "stop_flag", "_drop_gradients_of_the_still", "_first_weight", "_last_plot", "_num_steps",
+    "split", "stop_flag", "_drop_frozen_gradients", "_first_weight", "_last_plot", "_num_steps",
     "_refuse_nonfinite",
-    "_still", "_stop_if_asked", "_trained", "_transfer", "_update", "_validate",
+    "_frozen", "_stop_if_asked", "_trained", "_transfer", "_update", "_validate",
 }  # fmt: skip
 """What MFMTrainer adds. Everything else that it uses, or sets, must be stock's, or setting it would do nothing."""
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from mfm_nnunet import processes
-from mfm_nnunet.children import run_processes
+from mfm_nnunet import signals
 from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.processes import run_processes
 from tests.builders.groups import ROOT, started, wait_for_end
 
 PARENT = """
 import os, signal, sys, time
 from pathlib import Path
-from mfm_nnunet.children import call_recorded, run_processes
+from mfm_nnunet.processes import call_recorded, run_processes
 from mfm_nnunet.errors import StoppedError
-from mfm_nnunet.processes import stop_on_signal
+from mfm_nnunet.signals import stop_on_signal
 
 def work(rank, folder, notes):
     call_recorded(notes, train, rank, folder)
@@ -74,7 +74,7 @@ def test_a_second_signal_leaves_no_process(tmp_path: Path) -> None:
     until = time.monotonic() + 60
     while len(list(notes.glob("saving_*"))) < 2 and time.monotonic() < until:
         time.sleep(0.1)
-    time.sleep(processes.SAME_STOP_SECONDS_ALONE)
+    time.sleep(signals.SAME_STOP_SECONDS_ALONE)
     os.kill(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert "stopped at once by a second signal, SIGTERM" in output + errors
@@ -97,7 +97,7 @@ def run_parent(tmp_path: Path, *words: str) -> tuple[subprocess.Popen[str], Path
 
 
 def _fails(rank: int, notes: str) -> None:
-    from mfm_nnunet.children import call_recorded
+    from mfm_nnunet.processes import call_recorded
 
     def refuse() -> None:
         raise MFMError("E_OOM", "too much")
@@ -115,13 +115,13 @@ def test_what_a_process_raised_is_raised(tmp_path: Path) -> None:
 def test_signals_that_come_together_are_one_stop(is_child: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent passes them on, which takes longer than a scheduler that sends one twice."""
     now = 100.0
-    monkeypatch.setattr(processes.time, "monotonic", lambda: now)
-    monkeypatch.setattr(processes, "_has_parent", lambda: is_child)
-    flag = processes.StopFlag()
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    monkeypatch.setattr(signals, "_has_parent", lambda: is_child)
+    flag = signals.StopFlag()
     flag.handle(signal.SIGINT, None)
     flag.handle(signal.SIGTERM, None)
     assert flag.exit_code == 130
-    now += (processes.SAME_STOP_SECONDS if is_child else processes.SAME_STOP_SECONDS_ALONE) + 0.1
+    now += (signals.SAME_STOP_SECONDS if is_child else signals.SAME_STOP_SECONDS_ALONE) + 0.1
     with pytest.raises(StoppedError, match="second signal, SIGUSR1") as caught:
         flag.handle(signal.SIGUSR1, None)
     assert caught.value.exit_code == 128 + signal.SIGUSR1
@@ -133,9 +133,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mfm_nnunet import processes
+from mfm_nnunet import signals
 from mfm_nnunet.cli.run import run_command
-from mfm_nnunet.processes import stop_on_signal
+from mfm_nnunet.signals import stop_on_signal
 
 def job(arguments):
     how, ready = sys.argv[1], Path(sys.argv[2])
@@ -151,7 +151,7 @@ def job(arguments):
             time.sleep(0.05)
         time.sleep(100)
 
-processes.SECONDS_TO_END = 0.5
+signals.SECONDS_TO_END = 0.5
 sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[2] + ".w", debug=False)))
 """
 
@@ -180,7 +180,7 @@ def test_the_first_signal_is_acknowledged_and_the_second_ends_at_once(how: str, 
 TERMINAL = """
 import sys, time
 from pathlib import Path
-from mfm_nnunet.processes import stop_on_signal
+from mfm_nnunet.signals import stop_on_signal
 
 with stop_on_signal() as flag:
     Path(sys.argv[1], "ready").touch()
@@ -215,10 +215,10 @@ def test_a_terminal_that_is_closed_does_not_fail_the_save(tmp_path: Path) -> Non
 def test_nohup_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with processes.stop_on_signal() as flag:
+        with signals.stop_on_signal() as flag:
             os.kill(os.getpid(), signal.SIGHUP)
             assert flag.exit_code is None
-        with processes.raise_on_signal():
+        with signals.raise_on_signal():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

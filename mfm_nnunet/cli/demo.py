@@ -1,4 +1,4 @@
-"""``mfm_demo``: the whole way on real images in minutes."""
+"""``mfm_demo``: every step on real images in minutes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,12 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return its exit code."""
     return run_command(_run, build_parser().parse_strictly(argv))
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from mfm_nnunet.demo.result import format_result
-    from mfm_nnunet.demo.run import run_demo
+    from mfm_nnunet.demo.run import format_result, run_demo
 
     data = Path(arguments.data) if arguments.data else None
     folder = Path(arguments.workspace)

@@ -8,50 +8,67 @@ Legend: C channels, D H W voxels. Axis order is the plan's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
+import scipy.ndimage
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from mfm_nnunet.data.augment import apply_spatial, draw_spatial
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loading import read_in_order
 from mfm_nnunet.data.volumes import anatomy_of, anonymised_of, open_volume, read_box
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, nearest
+
+Augmentation = Literal["none", "mirror", "spatial"]
+"""In growing order: nothing; mirroring; rotation, scaling and mirroring."""
 
 
-class Request(Protocol):
-    """One crop that an item needs: its size in voxels, of which of the item's volumes, padded with 0 or cut short."""
+@dataclass(frozen=True)
+class CropRequest:
+    """One crop that an item needs, at a uniformly drawn position."""
 
     size: tuple[int, ...]
-    volume: int
-    pad: bool
+    """Voxels per axis."""
+    volume: int = 0
+    """Which of the item's volumes it is cut from, from 0; other numbers are other volumes."""
+    pad: bool = True
+    """Where the volume is smaller than ``size``: True, zeros are added around it; False, the crop is as small as it."""
 
 
-class Transform(Protocol):
-    """Makes one item from its crops; a pretext task's ``ItemTransform``."""
+class ItemTransform(ABC):
+    """Makes one item from its crops, in a worker process: picklable, NumPy only, no state that changes."""
 
-    def requests(self, rng: np.random.Generator) -> Sequence[Any]:
-        """The crops to read for one item."""
-        ...
+    @abstractmethod
+    def requests(self, rng: np.random.Generator) -> list[CropRequest]:
+        """Return the crops to read for one item. Called before, and with the same generator as, the item itself."""
 
+    @abstractmethod
     def __call__(
         self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """The item; ``valid`` as in :class:`CropStream`."""
-        ...
+        """Make the item from its crops (C, D, H, W), float32, normalised as in the plan, in the order of the requests.
+
+        ``item["image"]`` is what the network sees, (C, *patch), or (V, C, *crop) for tasks of several views; further
+        arrays are the task's own business. The crops may be changed in place. ``valid`` are boolean arrays
+        (1, D, H, W), one per crop, False where voxels were anonymised; None in a corpus without such masks. Tasks that
+        restore voxels pass them on as ``item["valid"]``, like the image, and leave the others out of the loss. All
+        items of a run have the same keys, shapes and types, so a batch is ``np.stack``.
+        """
 
 
 @dataclass(frozen=True)
 class StreamSettings:
     """How items are drawn: from ``num_volumes`` different volumes each, with ``augmentation`` as in
-    :func:`mfm_nnunet.data.augment.draw_spatial`. Streams of one seed are independent: 0 training, 1 validation."""
+    :func:`draw_spatial`. Streams of one seed are independent: 0 training, 1 validation."""
 
     num_volumes: int = 1
-    augmentation: str = "none"
+    augmentation: Augmentation = "none"
     seed: int = 0
     stream: int = 0
     with_valid: bool = False
@@ -78,7 +95,7 @@ class CropStream(Dataset):
     """Item ``index``: the transform of random crops (C, *size) float32, 0 outside the image.
 
     ``files`` are the preprocessed ``.b2nd`` volumes; their masks lie beside their folder
-    (:mod:`mfm_nnunet.data.masks`). ``weights`` are the probabilities of the cases by name; None: all alike. In 2D
+    (:mod:`mfm_nnunet.data.volumes`). ``weights`` are the probabilities of the cases by name; None: all alike. In 2D
     configurations (requests of two axes on volumes of three) one slice along the first axis is drawn per volume.
 
     With ``settings.with_valid`` the transform gets ``valid``, a boolean array (1, *size) per crop, False where voxels
@@ -91,7 +108,7 @@ class CropStream(Dataset):
     def __init__(
         self,
         files: Sequence[Path],
-        transform: Transform,
+        transform: ItemTransform,
         settings: StreamSettings,
         weights: Mapping[str, float] | None = None,
     ) -> None:
@@ -145,7 +162,7 @@ class CropStream(Dataset):
         masks = [anonymised_of(file) if self.settings.with_valid else None for file in files]
         return [Source(*parts) for parts in zip(volumes, masks, points, slices)]
 
-    def _crop(self, source: Source, request: Request, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _crop(self, source: Source, request: CropRequest, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One crop (C, *size), and where it is valid (1, *size); the latter is empty unless it is asked for."""
         is_slice = len(request.size) == source.volume.ndim - 2
         leading = (source.slice,) if is_slice else ()
@@ -211,3 +228,158 @@ def batches(
     ]
     ahead = 4 if num_workers else None
     return read_in_order(stream, num_workers, pin, default_collate, batch_sampler=indices, prefetch_factor=ahead)
+
+
+ROTATION_DEGREES = 30.0
+SCALE_RANGE = (0.7, 1.4)
+PROBABILITY = 0.2
+ANISOTROPY = 3.0
+
+
+@dataclass(frozen=True)
+class SpatialParameters:
+    """One draw: ``matrix`` maps centred output to centred input voxels (None: identity); a flag per axis for flips."""
+
+    matrix: np.ndarray | None
+    flips: tuple[bool, ...]
+
+    def read_size(self, patch_size: Sequence[int]) -> tuple[int, ...]:
+        """Voxels per axis that must be read so that the transformed patch is covered."""
+        if self.matrix is None:
+            return tuple(patch_size)
+        # Three voxels around the box feed the cubic spline at its border.
+        return tuple(int(np.ceil(extent)) + 6 for extent in np.abs(self.matrix) @ np.asarray(patch_size))
+
+
+def draw_spatial(rng: np.random.Generator, patch_size: Sequence[int], kind: Augmentation) -> SpatialParameters:
+    """Draw rotation (up to 30 degrees, p 0.2), isotropic scale 0.7-1.4 (p 0.2) and flips (p 0.5 per axis).
+
+    ``kind``: "spatial", "mirror" (flips only) or "none". In flat patches (more than 3:1) only the plane rotates, as in
+    nnU-Net. The draw consumes the same random numbers whatever the outcome.
+    """
+    num_axes = len(patch_size)
+    flips = rng.random(num_axes) < 0.5
+    rotates, scales = rng.random(2) < PROBABILITY
+    angles = np.deg2rad(rng.uniform(-ROTATION_DEGREES, ROTATION_DEGREES, 3))
+    scale = rng.uniform(*SCALE_RANGE)
+    if kind == "none":
+        return SpatialParameters(None, (False,) * num_axes)
+    matrix: np.ndarray | None = None
+    if kind == "spatial" and (rotates or scales):
+        matrix = _rotation(angles, patch_size) if rotates else np.eye(num_axes)
+        if scales:
+            matrix = matrix * scale
+            if _is_flat(patch_size):
+                matrix[0, 0] = 1.0
+    return SpatialParameters(matrix, tuple(bool(flip) for flip in flips))
+
+
+def apply_spatial(
+    crop_CDHW: np.ndarray, parameters: SpatialParameters, patch_size: Sequence[int], order: int = 3
+) -> np.ndarray:
+    """The patch (C, *patch_size) from a crop of ``parameters.read_size(patch_size)``; 0 outside.
+
+    ``order`` of the spline: 3 for images, 0 (nearest neighbour) for masks.
+    """
+    if parameters.matrix is not None:
+        centre_in = (np.asarray(crop_CDHW.shape[1:]) - 1) / 2
+        centre_out = (np.asarray(patch_size) - 1) / 2
+        offset = centre_in - parameters.matrix @ centre_out
+        crop_CDHW = np.stack(
+            [
+                scipy.ndimage.affine_transform(channel, parameters.matrix, offset, tuple(patch_size), order=order)
+                for channel in crop_CDHW
+            ]
+        )
+    axes = [axis + 1 for axis, flip in enumerate(parameters.flips) if flip]
+    return np.ascontiguousarray(np.flip(crop_CDHW, tuple(axes)) if axes else crop_CDHW, dtype=np.float32)
+
+
+def _is_flat(patch_size: Sequence[int]) -> bool:
+    return len(patch_size) == 3 and max(patch_size) / patch_size[0] > ANISOTROPY
+
+
+def _rotation(angles: np.ndarray, patch_size: Sequence[int]) -> np.ndarray:
+    if len(patch_size) == 2:
+        return _plane_rotation(2, 0, 1, angles[0])
+    if _is_flat(patch_size):
+        return _plane_rotation(3, 1, 2, angles[0])
+    return (
+        _plane_rotation(3, 1, 2, angles[0]) @ _plane_rotation(3, 0, 2, angles[1]) @ _plane_rotation(3, 0, 1, angles[2])
+    )
+
+
+def _plane_rotation(num_axes: int, first: int, second: int, angle: float) -> np.ndarray:
+    matrix = np.eye(num_axes)
+    matrix[first, first] = matrix[second, second] = np.cos(angle)
+    matrix[first, second], matrix[second, first] = -np.sin(angle), np.sin(angle)
+    return matrix
+
+
+KINDS = ("subject", "dataset", "modality")
+"""What can be balanced: fields of :class:`Case`."""
+LOWEST_TEMPERATURE = 0.1
+"""Below, small groups would vanish in rounding."""
+Group = tuple[str, ...]
+
+
+def require_legal_balance(kinds: Sequence[str], temperature: float | None, cases: Sequence[Case]) -> None:
+    """Raise MFMError (E_CONFIG) when the cases cannot be balanced so."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise MFMError("E_CONFIG", f"pretrain.balance_by={kind}: legal are {', '.join(KINDS)}. "
+                                       f"{nearest(kind, KINDS)}")  # fmt: skip
+        if not any(getattr(case, kind) for case in cases):
+            raise MFMError(
+                "E_CONFIG",
+                f"pretrain.balance_by={kind}: the corpus names no {kind} of any case. Register it again from a source "
+                f"that does, e.g. a CSV with the column '{kind}', or leave {kind} out.",
+            )
+    if temperature is not None and not kinds:
+        raise MFMError(
+            "E_CONFIG",
+            f"pretrain.balance_temperature={temperature}: without pretrain.balance_by there is nothing to balance. Set "
+            "that too, e.g. to modality.",
+        )
+    if temperature is not None and temperature < LOWEST_TEMPERATURE:
+        raise MFMError(
+            "E_CONFIG", f"pretrain.balance_temperature={temperature}: must be at least {LOWEST_TEMPERATURE}, or none."
+        )
+
+
+def group_shares(
+    cases: Sequence[Case], kinds: Sequence[str], temperature: float | None
+) -> tuple[list[Group], dict[Group, float]]:
+    """The group of each case, and the share of the draws that each group gets; the shares add up to 1.
+
+    ``temperature`` None: all groups equally; T: in proportion to (number of cases) to the power 1 / T, so 1 keeps a
+    corpus as it is, and large values come near to None.
+    """
+    groups = [tuple(getattr(case, kind) for kind in kinds) for case in cases]
+    counts = Counter(groups)
+    exponent = 0.0 if temperature is None else 1 / temperature
+    largest = max(counts.values())  # powers of ratios neither overflow nor vanish altogether
+    powers = {group: (count / largest) ** exponent for group, count in sorted(counts.items())}
+    total = sum(powers.values())
+    return groups, {group: power / total for group, power in powers.items()}
+
+
+def case_weights(cases: Sequence[Case], kinds: Sequence[str], temperature: float | None) -> dict[str, float]:
+    """The probability of each case by name; they add up to 1."""
+    groups, shares = group_shares(cases, kinds, temperature)
+    counts = Counter(groups)
+    return {case.name: shares[group] / counts[group] for case, group in zip(cases, groups)}
+
+
+def describe_shares(cases: Sequence[Case], kinds: Sequence[str], temperature: float | None) -> str:
+    """One line with the shares of modalities and datasets, the twenty largest by name; subjects are not named."""
+    _, shares = group_shares(cases, kinds, temperature)
+    merged: defaultdict[str, float] = defaultdict(float)
+    for group, share in shares.items():
+        words = [word or f"unknown {kind}" for kind, word in zip(kinds, group) if kind != "subject"]
+        merged[" ".join(words)] += share
+    largest = sorted(merged.items(), key=lambda item: -item[1])[:20]
+    listed = ", ".join(f"{name} {share:.1%}" for name, share in largest if name)
+    listed = listed or f"{min(shares.values()):.2%} to {max(shares.values()):.2%} each"
+    rest = f", {len(merged) - 20} more" if len(merged) > 20 else ""
+    return f"balanced by {' and '.join(kinds)}, {len(shares)} groups: {listed}{rest}"

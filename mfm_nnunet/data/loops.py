@@ -29,7 +29,7 @@ from mfm_nnunet.images.integrity import files_of
 from mfm_nnunet.processes import start_resource_tracker, stop_signals_blocked
 
 if TYPE_CHECKING:
-    from mfm_nnunet.data.corpus import Case
+    from mfm_nnunet.data.cases import Case
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -66,6 +66,15 @@ def source_signature(case: Case) -> list[list[int]]:
         return [[status.st_size, status.st_mtime_ns] for status in (file.stat() for file in files)]
     except OSError as error:
         raise unreadable(error.filename, error) from error
+
+
+def mask_signature(case: Case) -> list[list[Any]]:
+    """Size in bytes, time of change in ns and kind of each mask file. Raises MFMError (E_NOT_FOUND, E_PERMISSION)."""
+    try:
+        status = [(kind, file.stat()) for kind, mask in case.masks.items() for file in files_of(mask, is_label=True)]
+    except OSError as error:
+        raise unreadable(error.filename, error) from error
+    return [[found.st_size, found.st_mtime_ns, kind] for kind, found in status]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -10,9 +11,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from mfm_nnunet.data import bids, listings
-from mfm_nnunet.data.cases import PICTURES, Case, group_channels, image_files, named, require_channels, stem_of
-from mfm_nnunet.data.not_scans import is_named_mask
+from mfm_nnunet.data import listings
+from mfm_nnunet.data.cases import (
+    PICTURES,
+    Case,
+    group_channels,
+    image_files,
+    is_named_mask,
+    named,
+    require_channels,
+    stem_of,
+    subject_of,
+)
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
 from mfm_nnunet.images import dicom
@@ -26,9 +36,9 @@ def index_source(source: Path) -> list[Case]:
     """The cases of a source of images; absolute paths, sorted, none of the files opened.
 
     * A folder tree: each image file is a case; hidden files are left out, and so are, with a message, those that are
-      named as masks (:mod:`mfm_nnunet.data.not_scans`), DICOM files, and a few pictures among volumes. ``sub-XX``
+      named as masks (:func:`is_named_mask`), DICOM files, and a few pictures among volumes. ``sub-XX``
       in a path names the subject.
-    * A BIDS dataset, or a folder that holds several (:mod:`mfm_nnunet.data.bids`).
+    * A BIDS dataset, or a folder that holds several.
     * A folder with ``imagesTr`` or ``imagesTs`` (or one of these itself): nnU-Net's ``_0000`` names.
     * A CSV table or nnssl's ``pretrain_data.json`` (:mod:`mfm_nnunet.data.listings`), also a folder that holds the
       latter.
@@ -107,8 +117,8 @@ def _folder(source: Path) -> list[Case]:
         return _raw(images)
     files = sorted(image_files(images), key=lambda file: file.relative_to(images).as_posix())
     places = [file for file in files if not _LABEL_FOLDERS & set(file.relative_to(images).parts)]
-    if roots := bids.dataset_folders(images, places):
-        return bids.cases(images, files, roots)
+    if roots := _bids_folders(images, places):
+        return _bids_cases(images, files, roots)
     files = _without_stray_pictures(images, _without_masks(images, files))
     if files and (found := dicom.find_dicom(images)):
         _log.warning("%s: DICOM files are left out, e.g. %s. %s", images, found, dicom.CONVERT)
@@ -168,3 +178,76 @@ def _raw(folder: Path) -> list[Case]:
     return named(
         [PurePath(name) for name in groups], [tuple(files[c] for c in sorted(files)) for files in groups.values()]
     )
+
+
+_DESCRIPTION = "dataset_description.json"
+_NO_SCANS = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
+"""Folders of a BIDS dataset that hold no scans of its own."""
+_NO_IMAGES = frozenset(("mask", "defacemask", "dseg", "probseg", "label", "seg", "boldref"))
+"""Suffixes of files that are no scans: masks, segmentations and references that were computed."""
+_PLACE = re.compile(
+    r"sub-[A-Za-z0-9]+/(ses-[A-Za-z0-9]+/)?(anat|func|dwi|fmap|perf|pet|micr|swi)/sub-[^/]+_[A-Za-z0-9]+"
+)
+
+
+def _bids_folders(source: Path, files: Sequence[Path]) -> list[Path]:
+    """The BIDS datasets in ``source``: itself, or folders directly in it; empty where there are none.
+
+    A dataset has a ``dataset_description.json``, or every one of its images has a place as in BIDS. ``files`` are the
+    images below ``source``.
+    """
+    if _is_bids(source, files):
+        return [source]
+    children = sorted({source / file.relative_to(source).parts[0] for file in files if file.parent != source})
+    return [child for child in children if _is_bids(child, [file for file in files if child in file.parents])]
+
+
+def _bids_cases(source: Path, files: Sequence[Path], roots: Sequence[Path]) -> list[Case]:
+    """The scans among the images ``files`` of ``source``, in which the folders ``roots`` are BIDS datasets.
+
+    Images outside of these are taken as in any folder tree. What is left out is logged with its number and an example.
+    """
+    owners = [next((root for root in roots if root in file.parents), None) for file in files]
+    reasons = [
+        _left_out(file.relative_to(root)) if root else "masks" if is_named_mask(file.relative_to(source)) else ""
+        for file, root in zip(files, owners)
+    ]
+    for reason, count in sorted(Counter(filter(None, reasons)).items()):
+        _log.info("%s: %d %s are left out, e.g. %s", source, count, reason, files[reasons.index(reason)])
+    kept = [(file, root) for file, root, reason in zip(files, owners, reasons) if not reason]
+    plain = named([file.relative_to(source) for file, _ in kept], [(file,) for file, _ in kept])
+    return [
+        case if root is None else _described(case, root, several=len(roots) > 1 or root != source)
+        for case, (_, root) in zip(plain, kept)
+    ]
+
+
+def _is_bids(folder: Path, files: Sequence[Path]) -> bool:
+    if (folder / _DESCRIPTION).is_file():
+        return True
+    own = [file for file in (file.relative_to(folder) for file in files) if file.parts[0] not in _NO_SCANS]
+    return bool(own) and all(_PLACE.fullmatch((file.parent / stem_of(file)).as_posix()) for file in own)
+
+
+def _left_out(file: PurePath) -> str:
+    """Why a file of a dataset is no scan, in words; "" for a scan."""
+    if file.parts[0] in _NO_SCANS:
+        return f"images in {file.parts[0]}/"
+    if not file.parts[0].startswith("sub-"):
+        return "images outside of the folders sub-*"
+    if "fmap" in file.parts:
+        return "field maps"
+    return "masks, segmentations and computed references" if _suffix(file) in _NO_IMAGES else ""
+
+
+def _described(case: Case, root: Path, several: bool) -> Case:
+    """The case with its dataset, its modality, and a subject that is unique over several datasets."""
+    file = case.images[0]
+    subject = subject_of(file.relative_to(root))
+    return dataclasses.replace(
+        case, subject=f"{root.name}/{subject}" if several else subject, modality=_suffix(file), dataset=root.name
+    )
+
+
+def _suffix(file: PurePath) -> str:
+    return stem_of(file).rpartition("_")[2]

@@ -24,9 +24,14 @@ import blosc2
 import numpy as np
 
 from mfm_nnunet.checkpoint import atomic_write, full_disk_named
-from mfm_nnunet.data import masks
-from mfm_nnunet.data.properties import read_properties
-from mfm_nnunet.data.volumes import open_array, read_arrays
+from mfm_nnunet.data.volumes import (
+    MASK_ENDINGS,
+    anatomy_points,
+    mask_file,
+    open_array,
+    read_arrays,
+    read_properties,
+)
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, is_file_name, open_to_append, parse_json, whole_number
 
@@ -154,7 +159,7 @@ def _is_entry(entry: Any) -> bool:
 def case_files(folder: Path, case: str) -> dict[str, Path]:
     """All files that a case may have, by kind of mask and by ending, in the order in which they appear."""
     own = {ending: inside(folder, f"{case}{ending}") for ending in ENDINGS}
-    return {**{kind: masks.mask_file(folder, kind, case) for kind in masks.ENDINGS}, **own}
+    return {**{kind: mask_file(folder, kind, case) for kind in MASK_ENDINGS}, **own}
 
 
 def file_sizes(folder: Path, case: str) -> dict[str, int]:
@@ -186,7 +191,7 @@ def require_whole(folder: Path, cases: Collection[str] | None = None) -> None:
         suspects = [key for key, size in sizes.items() if size != expected.get(key)]
         files = case_files(folder, case)
         damaged += [files[key] for key in suspects if not _is_readable(files[key])]
-        damaged += [files[kind] for kind in masks.ENDINGS if kind in expected and kind not in sizes]
+        damaged += [files[kind] for kind in MASK_ENDINGS if kind in expected and kind not in sizes]
     if damaged:
         raise MFMError(
             "E_SHORT_DATA",
@@ -229,7 +234,7 @@ def write_case(
         _write_array(content.masks["anonymised"].astype(np.uint8), patch_size, staged["anonymised"])
     if "anatomy" in content.masks:
         with atomic_write(staged["anatomy"]) as file:
-            np.save(file, masks.anatomy_points(content.masks["anatomy"]), allow_pickle=False)
+            np.save(file, anatomy_points(content.masks["anatomy"]), allow_pickle=False)
     _write_array(content.data_CDHW.astype(np.float32, copy=False), patch_size, staged[".b2nd"])
     with full_disk_named(folder):
         targets = case_files(folder, case)

@@ -3,22 +3,36 @@
 Nothing that a file says runs code, starts a program or opens a connection. So ``blosc2.open`` is not used: it follows
 what the file's metalayers name (expressions, functions, files, servers). Compressors are the built-in ones: for any
 other, blosc2 starts a Python that imports a module of the compressor's name, from the current folder too.
+
+A mask says where there is anatomy, or which voxels were changed to hide who somebody is. It is 0 or 1, always named and
+never known by its place in a list, and 0 outside the image: "not anonymised", "no anatomy". It goes through the crop,
+transposition and resampling of its image and is never used for normalisation. It is stored beside the folder of the
+preprocessed volumes, where nothing that looks for volumes finds it:
+
+* ``<folder>_anonymised/{case}.b2nd``: the mask itself, uint8 (1, D, H, W), because a loss needs all of its voxels;
+* ``<folder>_anatomy/{case}.npy``: up to 10,000 of its voxels, int32 (n, 3), because a crop needs a place only.
+
+A case without a mask has no such file.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import os
+import pickle
+import re
 import stat
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import blosc2
 import numpy as np
 
-from mfm_nnunet.data.masks import mask_file
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
 
 COMPRESSORS = range(5)
 """Formats of compressed chunks that are built into blosc2."""
@@ -27,6 +41,23 @@ FILTERS = {*range(6), *range(32, 37)}
 HEADER_BYTES = 32
 """Length of the header of a compressed chunk."""
 PREPROCESS_AGAIN = "run mfm_plan_and_preprocess again; it makes only what is missing."
+
+
+MAX_POINTS = 10_000
+"""Voxels of an anatomy mask that are kept: enough places for crops, little to read."""
+MASK_ENDINGS = {"anonymised": ".b2nd", "anatomy": ".npy"}
+"""Kinds of masks, and the endings of their files."""
+
+
+def mask_file(folder: Path, kind: str, case: str) -> Path:
+    """Where the mask of a case lies whose volume is in ``folder``."""
+    return inside(folder.with_name(f"{folder.name}_{kind}"), f"{case}{MASK_ENDINGS[kind]}")
+
+
+def masked_cases(folder: Path, kind: str) -> set[str]:
+    """The names of the cases in the data folder ``folder`` that have a mask of this kind; one look into a folder."""
+    beside = mask_file(folder, kind, "x").parent
+    return {file.name.removesuffix(MASK_ENDINGS[kind]) for file in beside.glob(f"*{MASK_ENDINGS[kind]}")}
 
 
 class Volume(blosc2.NDArray):
@@ -92,6 +123,14 @@ def anatomy_of(volume: str) -> np.ndarray:
     if len(points) and (points.min() < 0 or (points.max(axis=0) >= open_volume(volume).shape[1:]).any()):
         raise unreadable(str(file), "its voxels lie outside of the image")
     return points
+
+
+def anatomy_points(mask_1DHW: np.ndarray) -> np.ndarray:
+    """Up to 10,000 voxels of a mask, int32 (n, 3), in the order of the array; the same ones every time."""
+    found = np.flatnonzero(mask_1DHW[0])
+    if len(found) > MAX_POINTS:
+        found = np.sort(np.random.default_rng(0).choice(found, MAX_POINTS, replace=False))
+    return np.stack(np.unravel_index(found, mask_1DHW.shape[1:]), axis=1).astype(np.int32)
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
@@ -194,3 +233,134 @@ def unsafe(file: str, reason: str, repair: str = PREPROCESS_AGAIN) -> MFMError:
         f"{file}: the preprocessed file {reason}, so it could run code. It was refused and nothing was run. Neither "
         f"nnU-Net nor mfm_nnunet writes such files: find out who did. Then delete it and {repair}",
     )
+
+
+PLAIN = (type(None), bool, int, float, str, bytes)
+
+
+class _UnsafeError(Exception):
+    """A pickle names or holds something that is not on the list."""
+
+
+class _Stored:
+    """A value of NumPy as its pickle describes it: the arguments of a call, and a state."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def value(self) -> Any:
+        """Return what is described."""
+        raise NotImplementedError
+
+
+class _StoredDtype(_Stored):
+    def value(self) -> np.dtype:
+        """Return the type, a number's; NumPy itself would take its fields and flags from the file."""
+        _, order, *rest = self.state[:5]
+        if any(part is not None for part in rest) or not re.fullmatch("[biufc][0-9]{1,2}", self.arguments[0]):
+            raise _UnsafeError(f"holds arrays of {ascii(self.arguments[0])[:80]}")
+        return np.dtype(order + self.arguments[0])
+
+
+class _StoredArray(_Stored):
+    """``numpy._core.multiarray._reconstruct``, with the array in the state."""
+
+    def value(self) -> np.ndarray:
+        _, shape, dtype, is_fortran, content = self.state
+        return _array(content, dtype, shape, "F" if is_fortran else "C")
+
+
+class _StoredBuffer(_Stored):
+    """``numpy._core.numeric._frombuffer``, the form of an array since protocol 5."""
+
+    def value(self) -> np.ndarray:
+        content, dtype, shape, order = self.arguments
+        return _array(content, dtype, shape, order)
+
+
+class _StoredScalar(_Stored):
+    def value(self) -> Any:
+        dtype, content = self.arguments
+        return _array(content, dtype, (), "C")[()]
+
+
+def _array(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    return np.ndarray(shape, dtype.value(), content, order=order).copy(order)
+
+
+_NAMES: dict[str, Any] = {
+    "numpy.dtype": _StoredDtype,
+    "numpy.ndarray": None,  # an argument of _reconstruct, which makes nothing else here
+    "numpy.core.multiarray._reconstruct": _StoredArray,
+    "numpy.core.multiarray.scalar": _StoredScalar,
+    "numpy.core.numeric._frombuffer": _StoredBuffer,
+    "collections.OrderedDict": dict,
+}
+"""What a pickle may name (``numpy._core`` counts as ``numpy.core``), and what stands for it."""
+
+
+class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C reserves as much memory as the file says
+    read: Any
+    append: Any
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1)
+        if full_name not in _NAMES:
+            raise _UnsafeError(f"names {ascii(full_name)[:80]}")
+        return _NAMES[full_name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise _UnsafeError("names an object outside of it")
+
+    def load_bytearray8(self) -> None:
+        """Read only as much as there is."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
+
+
+def read_properties(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[Any, Any]:
+    """Return the properties of a case from its ``.pkl`` file.
+
+    Raises MFMError: E_SHORT_DATA for a damaged file, E_DATA_UNSAFE for one that names or holds anything but plain
+    values and arrays of numbers.
+    """
+    try:
+        require_regular(file)
+        properties = _plain(_PlainUnpickler(io.BytesIO(file.read_bytes())).load(), {})
+    except _UnsafeError as error:
+        raise unsafe(str(file), str(error), repair) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged pickles raise anything
+        raise unreadable(str(file), error, repair) from error
+    if not isinstance(properties, dict):
+        raise unreadable(str(file), f"it holds no properties but a {type(properties).__name__}", repair)
+    return properties
+
+
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Return a value with NumPy's own in place of those stored; ``done`` holds those made so far by identity."""
+    if type(value) in PLAIN:
+        return value
+    if id(value) in done:  # else a few nested lists could stand for billions
+        return done[id(value)]
+    if isinstance(value, _Stored) and not isinstance(value, _StoredDtype):
+        made: Any = value.value()
+    elif type(value) is list:
+        made = done[id(value)] = []
+        made.extend(_plain(item, done) for item in value)
+    elif type(value) is dict:
+        made = done[id(value)] = {}
+        made.update((_plain(key, done), _plain(item, done)) for key, item in value.items())
+    elif type(value) in (tuple, set, frozenset):
+        made = type(value)(_plain(item, done) for item in value)
+    else:
+        raise _UnsafeError(f"holds a {ascii(type(value).__name__)[:80]}")
+    done[id(value)] = made
+    return made

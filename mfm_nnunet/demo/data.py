@@ -1,9 +1,9 @@
-"""What the demo works on: real images with labels, split into a corpus, labelled training cases and test cases.
+"""Data of the demo: real images with labels, split into a corpus, labelled training cases and test cases.
 
-Without ``--data`` it is the T1 brain template that the nilearn wheel carries (MNI ICBM 152, 1 mm) with labels from its
-grey- and white-matter maps, cut into blocks that share no voxel. The left hemisphere trains and the right one tests.
-The template is left-right symmetric to the bit, so a block and its mirror image are the same data: blocks are coloured
-like a chessboard, left ones of one colour train and right ones of the other test. Nothing tested was seen in a mirror.
+By default these are blocks of the T1 brain template in the nilearn wheel (MNI ICBM 152, 1 mm), with labels made from
+its grey- and white-matter maps. Blocks share no voxel; the left hemisphere trains and the right one tests. The template
+is left-right symmetric to the bit, so a block equals its mirror image. Therefore blocks are coloured like a chessboard:
+left blocks of one colour train, right blocks of the other test, and no tested voxel was trained on in the mirror.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.data.corpus import Case, load_cases, read_dataset_json
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
+from mfm_nnunet.jobs.preflight import Case, read_raw_dataset
 
 TEMPLATE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 LABELS = {"background": 0, "grey_matter": 1, "white_matter": 2}
@@ -28,7 +28,7 @@ BLOCK = (36, 45, 38)
 NUM_BLOCKS = (2, 4, 4)
 """Blocks per hemisphere; with BLOCK and START they tile the brain."""
 START = (26, 28, 2)
-"""First voxel of the left hemisphere's blocks; the right ones are their mirror images."""
+"""First voxel of the left hemisphere's blocks; the right blocks are their mirror images."""
 MIDLINE = 98
 """The voxel plane x = 0; it belongs to neither hemisphere."""
 MIN_TISSUE = 0.15
@@ -39,7 +39,7 @@ TEST_EVERY = 5
 
 @dataclass(frozen=True)
 class Split:
-    """``corpus`` is used without labels, ``labelled`` to fine-tune, ``test`` to predict and compare."""
+    """Cases of a demo: ``corpus`` pretrains without labels, ``labelled`` fine-tunes, ``test`` is predicted."""
 
     corpus: list[Case]
     labelled: list[Case]
@@ -48,16 +48,24 @@ class Split:
 
     @property
     def is_2d(self) -> bool:
-        """Whether the images have two dimensions (or one slice)."""
-        return _num_dimensions(self.test[0].images[0]) == 2
+        """Return whether the images have two dimensions (or one slice)."""
+        import SimpleITK as sitk
+
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(self.test[0].images[0]))
+        reader.ReadImageInformation()
+        return sum(size > 1 for size in reader.GetSize()) <= 2
 
 
 def split_template(folder: Path) -> Split:
-    """Cut the template into blocks, written to ``folder`` as NIfTI files; every second one is labelled or tests.
+    """Cut the template into blocks and write them to ``folder`` as NIfTI; every second one is labelled or tests.
 
     Raises MFMError (E_NOT_FOUND) when nilearn is not installed.
     """
-    t1, grey, white = (_open_template(name) for name in ("t1", "gm", "wm"))
+    import nibabel
+
+    maps: list[Any] = [nibabel.load(find_template(name)) for name in ("t1", "gm", "wm")]
+    t1, grey, white = maps
     labels = tissue_labels(np.asarray(grey.dataobj), np.asarray(white.dataobj))
     folder.mkdir(parents=True, exist_ok=True)
     cases: dict[str, list[Case]] = {"left": [], "right": []}
@@ -69,17 +77,12 @@ def split_template(folder: Path) -> Split:
         _save_block(image, t1, np.asarray(t1.dataobj), where)
         _save_block(label, t1, labels, where)
         cases[hemisphere].append(Case(name, (image,), label, name))
-    train, test = cases["left"], cases["right"]
-    return Split(
-        corpus=train,
-        labelled=train[::2],
-        test=test[::2],
-        dataset_json={"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz"},
-    )
+    dataset_json = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz"}
+    return Split(cases["left"], cases["left"][::2], cases["right"][::2], dataset_json)
 
 
 def find_template(name: str) -> Path:
-    """The file of a map (``t1``, ``gm``, ``wm``) inside the installed nilearn, found without importing or loading it.
+    """Find the file of a map (``t1``, ``gm``, ``wm``) inside the installed nilearn without importing it.
 
     Raises MFMError (E_NOT_FOUND) when nilearn is not installed.
     """
@@ -96,7 +99,7 @@ def find_template(name: str) -> Path:
 
 
 def template_blocks(affine: np.ndarray) -> list[tuple[str, tuple[int, int, int], tuple[slice, slice, slice]]]:
-    """(hemisphere, place in the grid, voxels) of all blocks; place i counts from the side towards the midline."""
+    """List hemisphere, place in the grid and voxels of all blocks; i counts from the side towards the midline."""
     assert affine[0, 0] > 0, "the template's first axis must point to the right"
     blocks = []
     for i, j, k in np.ndindex(NUM_BLOCKS):
@@ -109,30 +112,32 @@ def template_blocks(affine: np.ndarray) -> list[tuple[str, tuple[int, int, int],
 
 
 def tissue_labels(grey: np.ndarray, white: np.ndarray) -> np.ndarray:
-    """Labels from maps of 0 to 255: background where the two together are below one half, else the larger one."""
+    """Make labels from maps of 0 to 255: background where their sum is below one half, else the larger map."""
     is_tissue = grey.astype(np.int32) + white >= 128
     return np.where(is_tissue, np.where(grey >= white, 1, 2), 0).astype(np.uint8)
 
 
 def split_folder(folder: Path) -> Split:
-    """A labelled dataset in nnU-Net's raw format: every fifth case by name tests, the others train and are the corpus.
+    """Split a labelled dataset in nnU-Net's raw format: every fifth case by name tests, the others train.
 
-    Raises MFMError: E_NOT_FOUND without dataset.json, E_CONFIG with fewer than three cases, and as ``load_cases``.
+    The training cases are the corpus too. Raises MFMError: E_NOT_FOUND without dataset.json, E_CONFIG with fewer than
+    three labelled cases, and as :func:`read_raw_dataset`.
     """
     if not (folder / "dataset.json").is_file():
         raise MFMError(
             "E_NOT_FOUND", f"--data {folder}: no dataset.json. Give a dataset folder in nnU-Net's raw format."
         )
-    cases = sorted((case for case in load_cases(folder) if case.label is not None), key=lambda case: case.name)
+    dataset = read_raw_dataset(folder)
+    cases = sorted((case for case in dataset.cases if case.label is not None), key=lambda case: case.name)
     if len(cases) < 3:
         raise MFMError("E_CONFIG", f"--data {folder}: {len(cases)} labelled cases. The demo needs at least three.")
     test = cases[TEST_EVERY - 1 :: TEST_EVERY] or cases[-1:]
     train = [case for case in cases if case not in test]
-    return Split(corpus=train, labelled=train, test=test, dataset_json=read_dataset_json(folder))
+    return Split(train, train, test, dataset.content)
 
 
 def write_corpus(split: Split, file: Path) -> None:
-    """The corpus as a CSV for ``--images``; the images stay where they are."""
+    """Write the corpus as a CSV for ``--images``; the images stay where they are."""
     num_channels = len(split.corpus[0].images)
     with open(file, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
@@ -141,13 +146,10 @@ def write_corpus(split: Split, file: Path) -> None:
 
 
 def write_dataset(split: Split, folder: Path) -> None:
-    """The labelled training cases as an nnU-Net raw dataset that refers to the files where they are."""
+    """Write the labelled training cases as an nnU-Net raw dataset that refers to the files where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {
-        case.name: {
-            "images": [str(image.absolute()) for image in case.images],
-            "label": str(Path(case.label).absolute()),
-        }
+        case.name: {"images": [str(image.absolute()) for image in case.images], "label": str(case.label.absolute())}
         for case in split.labelled
         if case.label is not None
     }
@@ -156,18 +158,12 @@ def write_dataset(split: Split, folder: Path) -> None:
 
 
 def write_test_folder(split: Split, folder: Path) -> None:
-    """Links to the test images under the names that prediction expects (``case_0000.nii.gz``)."""
+    """Link the test images under the names that prediction expects (``case_0000.nii.gz``)."""
     folder.mkdir(parents=True, exist_ok=True)
     ending = split.dataset_json["file_ending"]
     for case in split.test:
         for channel, image in enumerate(case.images):
             inside(folder, f"{case.name}_{channel:04d}{ending}").symlink_to(image.resolve())
-
-
-def _open_template(name: str) -> Any:
-    import nibabel
-
-    return nibabel.load(find_template(name))
 
 
 def _save_block(file: Path, template: Any, volume: np.ndarray, where: tuple[slice, slice, slice]) -> None:
@@ -179,13 +175,3 @@ def _save_block(file: Path, template: Any, volume: np.ndarray, where: tuple[slic
     block = nibabel.Nifti1Image(np.ascontiguousarray(volume[where]), affine)
     block.header.set_xyzt_units("mm")
     nibabel.save(block, file)
-
-
-def _num_dimensions(file: Path) -> int:
-    """Dimensions with more than one voxel, 2 or 3."""
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    reader.ReadImageInformation()
-    return min(3, max(2, sum(size > 1 for size in reader.GetSize())))

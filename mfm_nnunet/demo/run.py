@@ -1,7 +1,7 @@
-"""The whole way on real images in minutes: plan, preprocess, pretrain twice, fine-tune three times, predict, compare.
+"""Run every step on real images in minutes: plan, preprocess, pretrain twice, fine-tune three times, predict, compare.
 
-Three arms share one network and one schedule: from scratch, after MAE, after Volume Fusion. Everything that the demo
-writes is inside one folder. It shows that the machinery works; one seed on a short schedule proves no accuracy.
+Three arms share one network and one schedule: from scratch, after MAE, after Volume Fusion. Everything is written into
+one folder. The demo shows that the steps work together; one seed on a short schedule proves no accuracy.
 """
 
 from __future__ import annotations
@@ -11,29 +11,25 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet import api, workspace
+import mfm_nnunet
+from mfm_nnunet import workspace
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.demo.data import (
-    Split,
-    find_template,
-    split_folder,
-    split_template,
-    write_corpus,
-    write_dataset,
-    write_test_folder,
-)
-from mfm_nnunet.demo.result import ARMS, Arm, DemoResult, compare
+from mfm_nnunet.demo import data as demo_data
+from mfm_nnunet.demo.data import Split
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import inside
+from mfm_nnunet.metrics import dice, foreground_labels, ignore_label, mean_dice
+from mfm_nnunet.reports.overlays import draw_overlay
 from mfm_nnunet.settings import MFMBlock, override
-from mfm_nnunet.version import __version__
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_FOLDER = "mfm_demo"
 SCHEDULE = (
     "pretrain.epochs=5",
     "pretrain.iterations_per_epoch=25",
@@ -44,14 +40,55 @@ SCHEDULE = (
     "finetune.validation_iterations=3",
     "finetune.warmup_epochs=1",
 )
-"""What the demo changes in the plan's settings so that it takes minutes; ``--set`` comes after and wins."""
+"""Settings that make the demo take minutes; ``--set`` comes after and wins."""
 CORPUS_ID, CORPUS_NAME = 901, "DemoCorpus"
 DATASET_ID, DATASET_NAME = 902, "DemoLabelled"
 FOLD = 0
 RECORD = "demo.json"
-"""Written first, so that a folder is known as the demo's, and again at the end with the results."""
-_OWN_FOLDERS = ("scans", "test_images", "predictions", "overlays")
-_OWN_FILES = ("corpus.csv", RECORD)
+"""Written first, so that the folder is known to be a demo's, and again at the end with the results."""
+NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One start of the fine-tuning. nnU-Net names result folders by the plan, so each arm has a plan of its own."""
+
+    key: str
+    title: str
+    pretext: str | None
+    plans_name: str
+
+
+ARMS = (
+    Arm("scratch", "from scratch", None, "mfmDemoScratchPlans"),
+    Arm("mae", "MAE", "mae", "mfmDemoMaePlans"),
+    Arm("volume_fusion", "Volume Fusion", "volume_fusion", "mfmDemoVolumeFusionPlans"),
+)
+
+
+@dataclass
+class DemoResult:
+    """Dice by arm, label and test case (NaN where a label is absent), seconds by stage, and files."""
+
+    dice: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Folder of predicted masks by arm."""
+    masks: list[Path] = field(default_factory=list)
+    overlays: list[Path] = field(default_factory=list)
+
+    def mean(self, arm: str, label: str | None = None) -> float:
+        """Return the mean Dice of an arm over the test cases: of one label, or the mean over the labels."""
+        if label is None:
+            return mean_dice([self.mean(arm, name) for name in self.dice[arm]])
+        return mean_dice(list(self.dice[arm][label].values()))
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds that the block takes to ``stage``."""
+        start = time.monotonic()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
 
 
 def run_demo(
@@ -62,33 +99,48 @@ def run_demo(
     Raises MFMError (E_EXISTS) when the folder is not empty; ``overwrite`` removes what an earlier demo made there.
     """
     schedule = (*SCHEDULE, *settings)
-    override(MFMBlock(), schedule)  # what the user got wrong is an error now, before anything is written
-    source = split_folder(data) if data else None
+    override(MFMBlock(), schedule)  # refuses a wrong setting before anything is written
+    source = demo_data.split_folder(data) if data else None
     if source is None:
-        find_template("t1")
-    _prepare(folder, overwrite)
+        demo_data.find_template("t1")
+    prepare_folder(folder, overwrite)
+    if ignored := [name for name in NNUNET_FOLDERS if name in os.environ]:  # they hold somebody's real data
+        logger.info("%s: set, but the demo uses its own folder", ", ".join(ignored))
     result = DemoResult()
-    with _ignoring_nnunet_folders(), workspace.use(folder) as here:
+    with workspace.use_only(folder) as here:
         with result.timed("data"):
-            split = source or split_template(folder / "scans")
-            write_corpus(split, folder / "corpus.csv")
-            write_dataset(split, here.raw / f"Dataset{DATASET_ID}_{DATASET_NAME}")
-            write_test_folder(split, folder / "test_images")
+            split = source or demo_data.split_template(folder / "scans")
+            demo_data.write_corpus(split, folder / "corpus.csv")
+            demo_data.write_dataset(split, here.raw / f"Dataset{DATASET_ID}_{DATASET_NAME}")
+            demo_data.write_test_folder(split, folder / "test_images")
         counts = (len(split.corpus), len(split.labelled), len(split.test))
         logger.info("%d images without labels, %d labelled ones, %d to test", *counts)
         configuration = "2d" if split.is_2d else "3d_fullres"
         checkpoints = _pretrain(result, folder, configuration, schedule, device)
         _plan_labelled(result, folder, split, configuration, checkpoints)
         for arm in ARMS:
-            _train_and_predict(result, arm, folder, configuration, checkpoints.get(arm.key), schedule, device)
+            logger.info("\n== Fine-tune: %s", arm.title)
+            with result.timed(f"train {arm.key}"):
+                fold_folder = mfm_nnunet.train(
+                    DATASET_ID,
+                    configuration,
+                    FOLD,
+                    plans_name=arm.plans_name,
+                    pretrained_weights=checkpoints.get(arm.key),
+                    settings=[setting for setting in schedule if not setting.startswith("pretrain.")],
+                    device=device,
+                    workspace=folder,
+                )
+            _predict(result, arm, folder, fold_folder, device)
         with result.timed("pictures"):
             compare(result, split, folder / "overlays")
-    _write_record(folder, {"schedule": schedule, "seconds": result.seconds, "dice": result.dice_or_none()})
+    scores = {arm: {name: _without_nan(of) for name, of in labels.items()} for arm, labels in result.dice.items()}
+    _write_record(folder, {"schedule": schedule, "seconds": result.seconds, "dice": scores})
     return result
 
 
-def _prepare(folder: Path, overwrite: bool) -> None:
-    """An empty folder marked as the demo's; with ``overwrite`` only what an earlier demo made is removed."""
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Make an empty folder and mark it as the demo's; ``overwrite`` removes only what an earlier demo made."""
     if folder.exists() and not folder.is_dir():
         raise MFMError("E_EXISTS", f"{folder}: this is a file. Choose another folder with --workspace DIR.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -104,43 +156,40 @@ def _prepare(folder: Path, overwrite: bool) -> None:
                 f"{folder}: no demo made this folder ({RECORD} is missing), so --overwrite removes nothing there. "
                 "Choose another folder with --workspace DIR.",
             )
-        _remove_own(folder)
+        datasets = (f"Dataset{CORPUS_ID}_{CORPUS_NAME}", f"Dataset{DATASET_ID}_{DATASET_NAME}")
+        own = [f"{root}/{dataset}" for root in NNUNET_FOLDERS for dataset in datasets]
+        for name in ("scans", "test_images", "predictions", "overlays", *own):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "corpus.csv").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     _write_record(folder, {})
-
-
-def _remove_own(folder: Path) -> None:
-    datasets = (f"Dataset{CORPUS_ID}_{CORPUS_NAME}", f"Dataset{DATASET_ID}_{DATASET_NAME}")
-    roots = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    for name in (*_OWN_FOLDERS, *(f"{root}/{dataset}" for root in roots for dataset in datasets)):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in _OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _pretrain(
     result: DemoResult, folder: Path, configuration: str, schedule: Sequence[str], device: str
 ) -> dict[str, Path]:
-    """Plan the corpus and pretrain; returns the checkpoint of each arm that has one."""
+    """Plan the corpus and pretrain; return the checkpoint of each arm that has one."""
     with result.timed("plan"):
         logger.info("\n== Plan and preprocess the images without labels")
-        plan = api.plan_and_preprocess(
+        (plan,) = mfm_nnunet.plan_and_preprocess(
             [CORPUS_ID],
             images=folder / "corpus.csv",
             name=CORPUS_NAME,
             configurations=[configuration],
             workspace=folder,
-        )[0]
+        )
     checkpoints = {}
-    for arm in (arm for arm in ARMS if arm.pretext):
+    for arm in ARMS:
+        if arm.pretext is None:
+            continue
         logger.info("\n== Pretrain: %s", arm.title)
         with result.timed(f"pretrain {arm.key}"):
-            checkpoints[arm.key] = api.pretrain(
+            checkpoints[arm.key] = mfm_nnunet.pretrain(
                 CORPUS_ID,
                 configuration,
                 plans_name=plan.file.stem,
-                pretext=str(arm.pretext),
-                settings=_only(schedule, "finetune."),
+                pretext=arm.pretext,
+                settings=[setting for setting in schedule if not setting.startswith("finetune.")],
                 device=device,
                 workspace=folder,
             )
@@ -150,50 +199,35 @@ def _pretrain(
 def _plan_labelled(
     result: DemoResult, folder: Path, split: Split, configuration: str, checkpoints: Mapping[str, Path]
 ) -> None:
-    """A plan per arm, equal but for the name (nnU-Net's result folders are named by the plan); the data are shared."""
+    """Make a plan per arm, equal but for its name, so all share the preprocessed data."""
     logger.info("\n== Plan and preprocess the labelled images so that the checkpoints fit")
     first = next(iter(checkpoints.values()))
+    package = logging.getLogger("mfm_nnunet")
+    level = package.level
     with result.timed("plan"):
-        for arm in ARMS:
-            with contextlib.nullcontext() if arm is ARMS[0] else _quiet():
-                plan = api.plan_and_preprocess(
+        try:
+            for arm in ARMS:
+                (plan,) = mfm_nnunet.plan_and_preprocess(
                     [DATASET_ID],
                     configurations=[configuration],
                     like=checkpoints.get(arm.key, first),
                     plans_name=arm.plans_name,
                     workspace=folder,
-                )[0]
+                )
+                package.setLevel(logging.WARNING)  # the other plans would only repeat it
+        finally:
+            package.setLevel(level)
     # One case validates during training; nnU-Net's own split would hold out a fifth and predict it at the end.
     names = [case.name for case in split.labelled]
     with atomic_write(plan.file.parent / "splits_final.json") as handle:
         handle.write(json.dumps([{"train": names[:-1], "val": names[-1:]}]).encode())
 
 
-def _train_and_predict(
-    result: DemoResult,
-    arm: Arm,
-    folder: Path,
-    configuration: str,
-    checkpoint: Path | None,
-    schedule: Sequence[str],
-    device: str,
-) -> None:
-    logger.info("\n== Fine-tune: %s", arm.title)
-    with result.timed(f"train {arm.key}"):
-        fold_folder = api.train(
-            DATASET_ID,
-            configuration,
-            FOLD,
-            plans_name=arm.plans_name,
-            pretrained_weights=checkpoint,
-            settings=_only(schedule, "pretrain."),
-            device=device,
-            workspace=folder,
-        )
+def _predict(result: DemoResult, arm: Arm, folder: Path, fold_folder: Path, device: str) -> None:
     logger.info("\n== Predict: %s", arm.title)
     result.folders[arm.key] = folder / "predictions" / arm.key
     with result.timed(f"predict {arm.key}"):
-        api.predict(
+        mfm_nnunet.predict(
             folder / "test_images",
             result.folders[arm.key],
             model_folder=fold_folder.parent,
@@ -204,36 +238,54 @@ def _train_and_predict(
         )
 
 
-def _only(schedule: Sequence[str], unwanted: str) -> list[str]:
-    """The settings of a stage: all but the other stage's."""
-    return [setting for setting in schedule if not setting.startswith(unwanted)]
+def compare(result: DemoResult, split: Split, folder: Path) -> None:
+    """Fill in the Dice of every arm on every test case, and draw one overlay per case into ``folder``."""
+    labels, ignore = foreground_labels(split.dataset_json), ignore_label(split.dataset_json)
+    folder.mkdir(exist_ok=True)
+    result.dice = {arm.key: {label: {} for label in labels} for arm in ARMS}
+    for case in split.test:
+        assert case.label is not None
+        reference, predictions = _read_mask(case.label), {}
+        for arm in ARMS:
+            file = inside(result.folders[arm.key], f"{case.name}{split.dataset_json['file_ending']}")
+            mask = _read_mask(file)
+            scores = {label: dice(reference, mask, values, ignore) for label, values in labels.items()}
+            for label, score in scores.items():
+                result.dice[arm.key][label][case.name] = score
+            result.masks.append(file)
+            predictions[f"{arm.title}, Dice {mean_dice(list(scores.values())):.2f}"] = file
+        overlay = inside(folder, f"{case.name}.png")
+        title = f"{case.name}: predicted and reference labels"
+        draw_overlay(overlay, title, case.images[0], case.label, predictions, labels)
+        result.overlays.append(overlay)
+
+
+def format_result(result: DemoResult) -> str:
+    """Format Dice per label and arm, and times, as a table."""
+    scores = result.dice[ARMS[0].key]
+    num_cases = len(next(iter(scores.values())))
+    rows = [["start", *scores, "mean", "pretraining", "fine-tuning", "predicting"]]
+    for arm in ARMS:
+        values = [f"{result.mean(arm.key, label):.3f}" for label in [*scores, None]]
+        times = [result.seconds.get(f"{stage} {arm.key}") for stage in ("pretrain", "train", "predict")]
+        rows.append([arm.title, *values, *("-" if seconds is None else f"{seconds:.0f} s" for seconds in times)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    others = ", ".join(f"{name} {result.seconds[name]:.0f} s" for name in ("data", "plan", "pictures"))
+    total = f"In all {sum(result.seconds.values()):.0f} s ({others}, and what the table says)."
+    return "\n".join([f"Mean Dice over {num_cases} test cases", lines[0], "-" * len(lines[0]), *lines[1:], total])
+
+
+def _read_mask(file: Path) -> Any:
+    import SimpleITK as sitk
+
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def _without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {case: None if score != score else score for case, score in scores.items()}
 
 
 def _write_record(folder: Path, content: Mapping[str, Any]) -> None:
     with atomic_write(folder / RECORD) as handle:
-        handle.write(json.dumps({"made_by": f"mfm_demo {__version__}", **content}, indent=1).encode())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without our progress messages (for what would only repeat itself)."""
-    package = logging.getLogger("mfm_nnunet")
-    level = package.level
-    package.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
-
-
-@contextlib.contextmanager
-def _ignoring_nnunet_folders() -> Iterator[None]:
-    """The demo keeps to its own folder even where nnUNet_raw and the like are set: those hold somebody's real data."""
-    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    before = {name: os.environ.pop(name) for name in names if name in os.environ}
-    if before:
-        logger.info("%s: set, but the demo uses its own folder", ", ".join(before))
-    try:
-        yield
-    finally:
-        os.environ.update(before)
+        handle.write(json.dumps({"made_by": f"mfm_demo {mfm_nnunet.__version__}", **content}, indent=1).encode())

@@ -1,58 +1,11 @@
-"""Rank, world size and reductions under torchrun; with one process all of this is trivial."""
+"""Old name of :mod:`mfm_nnunet.processes`, and the rule for batches that several processes share."""
 
 from __future__ import annotations
 
-import gc
-import os
-from dataclasses import dataclass
-
-import torch
-import torch.distributed as dist
-
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.processes import ALONE, World, any_true, join_world, leave_world, mean
 
-
-@dataclass(frozen=True)
-class World:
-    """Who this process is among how many."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
-        return self.rank == 0
-
-
-ALONE = World()
-
-
-def join_world(device: torch.device) -> World:
-    """Join the process group that torchrun announced in the environment; alone without one."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World()
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def leave_world(world: World) -> None:
-    """Leave the process group again; whoever wrapped a module for it must have let go of that before."""
-    if world.size > 1 and dist.is_initialized():
-        # A wrapper left in a reference cycle keeps the group's threads beyond the interpreter's end, which aborts.
-        gc.collect()
-        dist.destroy_process_group()
-
-
-def mean(value: torch.Tensor, world: World) -> torch.Tensor:
-    """The mean of ``value`` over all processes."""
-    if world.size == 1:
-        return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / world.size
+__all__ = ["ALONE", "World", "any_true", "join_world", "leave_world", "mean", "require_divisible"]
 
 
 def require_divisible(batch_size: int, accumulation: int, num_processes: int) -> None:
@@ -63,12 +16,3 @@ def require_divisible(batch_size: int, accumulation: int, num_processes: int) ->
             f"pretrain.batch_size={batch_size}: must be a multiple of pretrain.accumulation={accumulation} x the "
             f"{num_processes} process{'es' * (num_processes > 1)}, for parts of equal size. Change one of them.",
         )
-
-
-def any_true(flag: bool, world: World, device: torch.device) -> bool:
-    """Whether ``flag`` holds in any process, so that all processes decide alike."""
-    if world.size == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,11 @@ from torch import nn
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data.crops import CropStream, batches
 from mfm_nnunet.device import autocast
-from mfm_nnunet.engine.compilation import compile_network
 from mfm_nnunet.engine.distributed import ALONE, World, any_true, mean
-from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, learning_rate_factor, make_optimizer
+from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, WeightAverage, learning_rate_factor, make_optimizer
 from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import MFMError, StoppedError, is_out_of_memory
-from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.precision import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.processes import StopFlag, name_of, stop_on_signal
 from mfm_nnunet.reports import progress as reports
@@ -288,7 +286,7 @@ class Pretrainer:
     def _compile(self) -> None:
         run, step, size = self._run, self._state.step, self._settings.batch_size
         batch = next(batches(run.training, size, step, step + 1, 0, run.world.rank, run.world.size))
-        compile_network(self._task, lambda: self._forward(self._parts(batch)[0], self._task).loss)
+        _compile_network(self._task, lambda: self._forward(self._parts(batch)[0], self._task).loss)
 
     def _load(self) -> None:
         self._state, modules = load_state(self._run.folder, self._resume_settings())
@@ -348,3 +346,25 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         # Older GPUs emulate bf16, which is slower than float32.
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _compile_network(task: PretextTask, loss: Callable[[], torch.Tensor]) -> None:
+    """Compile the network's blocks and run ``loss``, a training pass of ``task``, through them, forward and backward.
+
+    Raises MFMError (E_CONFIG) when the compiler is missing or cannot compile this network or task.
+    """
+    logger.info("compiling the network; this takes minutes")
+    task.backbone.compile_blocks()
+    task.train()
+    try:
+        loss().backward()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MFMError(
+            "E_CONFIG",
+            f"pretrain.compile=true: torch.compile cannot compile this network here ({reason}). Install a C++ "
+            "compiler (on GPUs also Triton), or leave the setting out.",
+        ) from error
+    task.zero_grad(set_to_none=True)

@@ -1,22 +1,24 @@
-"""Optimisers and learning-rate schedules shared by pretraining and fine-tuning.
+"""Optimisers, learning rates and averaged weights of every training.
 
-A schedule is a pure function of the epoch, so resuming a run needs no schedule state.
+A learning rate is a pure function of the epoch, so resuming a run needs no schedule state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 SMALLEST_LOSS_SCALE = 1.0
-"""Scaling is there to make gradients larger. It begins at 2^16, is halved at each step that is skipped because its
-gradients are not finite and doubled after 2000 good ones: below this, smaller losses are no remedy."""
+"""Loss scaling makes gradients larger. The scale starts at 2^16, is halved by each step that is skipped for gradients
+that are not finite, and doubled after 2000 good ones: below 1, a smaller scale cannot help."""
 
 
 def learning_rate_factor(epoch: float, epochs: int, warmup_epochs: float) -> float:
-    """Share of the peak learning rate at ``epoch`` (0-based; fractions are allowed).
+    """Return the share of the peak learning rate at ``epoch`` (0-based; fractions are allowed).
 
     Linear warm-up ``(epoch + 1) / warmup_epochs``, then nnU-Net's polynomial decay with exponent 0.9.
     """
@@ -32,10 +34,59 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """nnU-Net's SGD (Nesterov momentum 0.99), or AdamW with betas (0.9, 0.98) as Primus uses it (arXiv 2503.01835).
+    """Make nnU-Net's SGD (Nesterov momentum 0.99), or AdamW with betas (0.9, 0.98) as for Primus (arXiv 2503.01835).
 
     ``parameters`` may be torch's parameter groups.
     """
     if kind == "sgd":
         return torch.optim.SGD(parameters, learning_rate, momentum=0.99, nesterov=True, weight_decay=weight_decay)
     return torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+
+
+class WeightAverage:
+    """An exponential moving average (arXiv 1703.01780) of a module's trained parameters and running statistics.
+
+    ``trained`` names the parameters; by default they are those that take gradients. The decay of update n (0-based) is
+    min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, trained: Collection[str] | None = None) -> None:
+        self._decay = decay
+        self._tensors: dict[str, Tensor] = {
+            name: weight
+            for name, weight in module.named_parameters()
+            if (weight.requires_grad if trained is None else name in trained)
+        }
+        self._tensors |= {n: b for n, b in module.named_buffers() if n.endswith(("running_mean", "running_var"))}
+        self._averages = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimiser step ``step`` (0-based)."""
+        share = 1 - min(self._decay, (1 + step) / (10 + step))
+        for name, tensor in self._tensors.items():
+            self._averages[name].lerp_(tensor, share)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the average into the module inside the block, and its own weights back, bit for bit, afterwards."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages."""
+        return dict(self._averages)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue with saved averages."""
+        assert state.keys() == self._averages.keys(), "the averages are those of another module"
+        for name, average in self._averages.items():
+            average.copy_(state[name])
+
+    def _swap(self) -> None:
+        # The storages change places: nothing is copied, and optimizers and DDP keep their parameters.
+        for name, tensor in self._tensors.items():
+            tensor.data, self._averages[name] = self._averages[name], tensor.data

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfm_nnunet.data import corpus
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.device import autocast
 from mfm_nnunet.engine.distributed import World
 from mfm_nnunet.engine.probe_data import LabelledVolume, ProbeDataset, preprocess
@@ -93,7 +93,7 @@ class Probe:
             device=device, dtype=dtype,
         )  # fmt: skip
 
-    def _volumes(self, cases: Sequence[corpus.Case]) -> Iterator[LabelledVolume]:
+    def _volumes(self, cases: Sequence[Case]) -> Iterator[LabelledVolume]:
         return (LabelledVolume(self.dataset.folder, case.name, self.dataset.ignored) for case in cases)
 
     def _dice(self, label: Labeller, volume: LabelledVolume, patch_size: Sequence[int]) -> dict[str, float]:

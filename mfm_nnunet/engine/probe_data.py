@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.data import corpus, storage
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.preprocess import preprocess_dataset, preprocessing_hash
 from mfm_nnunet.data.volumes import open_volume, read_box
 from mfm_nnunet.errors import MFMError, dataset_refused
@@ -35,9 +36,9 @@ class ProbeDataset:
 
     name: str
     dataset_json: dict[str, Any]
-    fit: tuple[corpus.Case, ...]
-    held_out: tuple[corpus.Case, ...]
-    others: tuple[corpus.Case, ...]
+    fit: tuple[Case, ...]
+    held_out: tuple[Case, ...]
+    others: tuple[Case, ...]
     """Labelled cases that are not used."""
     folder: Path
     """Where the preprocessed cases are or will be."""
@@ -106,11 +107,11 @@ def choose_cases(
     )
 
 
-def _choose(cases: Sequence[corpus.Case], max_cases: int, seed: int) -> list[corpus.Case]:
+def _choose(cases: Sequence[Case], max_cases: int, seed: int) -> list[Case]:
     """Cases of whole subjects in a random order; of at least two subjects if there are as many."""
     subjects = sorted({case.subject for case in cases})
     random.Random(seed).shuffle(subjects)
-    chosen: list[corpus.Case] = []
+    chosen: list[Case] = []
     for number, subject in enumerate(subjects):
         theirs = [case for case in cases if case.subject == subject]
         if number < 2 or len(chosen) + len(theirs) <= max_cases:

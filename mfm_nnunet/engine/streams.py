@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.crops import CropStream, StreamSettings
-from mfm_nnunet.data.masks import masked_cases
-from mfm_nnunet.data.sampling import case_weights, describe_shares, require_legal_balance
-from mfm_nnunet.data.volumes import volume_shape
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.crops import CropStream, StreamSettings, case_weights, describe_shares, require_legal_balance
+from mfm_nnunet.data.volumes import masked_cases, volume_shape
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.settings import PretrainSettings
 from mfm_nnunet.tasks.base import Augmentation, PretextTask

@@ -1,21 +1,26 @@
-"""Which parameters of a network learn in fine-tuning, together and how fast relative to each other.
+"""Which parameters learn in fine-tuning, and at which rate in which epoch.
 
-What is still has no gradient: so no weight decay and no momentum either, and no part in the norm that is clipped. Its
-optimizer state begins when it is released.
+Frozen parameters get no gradient, so weight decay, momentum and gradient clipping ignore them. Their optimizer state is
+created when they are unfrozen.
+
+Rates are pure functions of the epoch. ``warmup`` has one phase: linear warm-up, then polynomial decay. ``sawtooth``
+(arXiv 2410.23132) starts with a phase in which the transferred encoder is frozen; its rate rises, then decays.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from mfm_nnunet.engine.optim import learning_rate_factor
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import lora
 from mfm_nnunet.models.networks import encoder_names, head_names
-from mfm_nnunet.settings import FinetuneSettings
+from mfm_nnunet.settings import FinetuneSettings, resolved_decoder_epochs, resolved_warmup
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,18 @@ class Group:
 
     names: tuple[str, ...]
     waits: bool = False
-    """Still in the first phase of a sawtooth."""
+    """Frozen in the first phase of a sawtooth."""
     scale: float = 1.0
     """Share of the learning rate, from the decay over the layers."""
 
 
-def groups_of(network: nn.Module, settings: FinetuneSettings, new: Collection[str] | None) -> list[Group]:
-    """The groups of all parameters that ever learn, each parameter once, the fastest group first.
+def group_parameters(network: nn.Module, settings: FinetuneSettings, new: Collection[str] | None) -> list[Group]:
+    """Return the groups of all parameters that ever learn, each parameter once, the fastest group first.
 
     ``network`` is without wrappers; ``new`` names what learns first (:func:`first_names`), None from scratch.
     """
     is_two_phased = settings.schedule == "sawtooth" and new is not None
-    # A stem that was adapted to other channels is new to them: still, it could not tell them apart.
+    # A stem that was adapted to other channels is new to them: a frozen one could not tell them apart.
     learning = trained_names(network, settings.train) | set(new or ())
     members: dict[tuple[bool, float], list[str]] = {}
     for name, _ in network.named_parameters():
@@ -47,7 +52,7 @@ def groups_of(network: nn.Module, settings: FinetuneSettings, new: Collection[st
 
 
 def trained_names(network: nn.Module, train: str) -> set[str]:
-    """Names of the parameters that learn with ``finetune.train`` wherever they come from."""
+    """Return the names of the parameters that ``finetune.train`` trains, wherever they come from."""
     names = {name for name, _ in network.named_parameters()}
     if train == "all":
         return names
@@ -57,9 +62,9 @@ def trained_names(network: nn.Module, train: str) -> set[str]:
 
 
 def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[str]) -> set[str]:
-    """What does not wait for a sawtooth's second phase: what a checkpoint did not train, and all but the encoder.
+    """Return the names of what a checkpoint did not train and, for a sawtooth, of all but the encoder.
 
-    Without a sawtooth just ``untrained``.
+    These do not wait for a sawtooth's second phase.
     """
     if settings.schedule != "sawtooth":
         return untrained
@@ -67,7 +72,7 @@ def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[s
 
 
 def layer_scale(name: str, network: nn.Module, decay: float) -> float:
-    """Share of the learning rate of a parameter of Primus (arXiv 2106.08254); 1 for what is not in its encoder.
+    """Return the share of the learning rate of a parameter of Primus (arXiv 2106.08254); 1 outside its encoder.
 
     Block i of n (0-based) has decay^(n-i), patch embedding and positions decay^(n+1), the last norm and the decoder 1.
     """
@@ -80,29 +85,90 @@ def layer_scale(name: str, network: nn.Module, decay: float) -> float:
     return decay ** (depth + 1) if name.startswith(("down_projection.", "eva.pos_embed")) else 1.0
 
 
-def hold_still(network: nn.Module, trained: Collection[str], keep_gradients: bool) -> list[nn.Parameter]:
-    """Let only the parameters in ``trained`` learn from now on; returns the others.
+def freeze(network: nn.Module, trained: Collection[str], keep_gradients: bool) -> list[nn.Parameter]:
+    """Freeze all parameters but those in ``trained``; returns the frozen ones.
 
-    Norms that are still keep their running statistics too. ``keep_gradients`` is for DistributedDataParallel, which
-    expects a gradient of every parameter that had one when it was made: there they are computed, and the caller drops
-    them before clipping and stepping.
+    Frozen norms keep their running statistics too. ``keep_gradients`` is for DistributedDataParallel, which expects a
+    gradient of every parameter that had one when it was made: they are computed, and the engine drops them.
     """
-    still = []
+    frozen = []
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trained or keep_gradients)
         if name not in trained:
-            still.append(parameter)
-    places = {id(parameter) for parameter in still}
+            frozen.append(parameter)
+    places = {id(parameter) for parameter in frozen}
     for module in network.modules():
         own = list(module.parameters(recurse=False))
         if getattr(module, "running_mean", None) is not None and own and all(id(p) in places for p in own):
             module.eval()
-    return still
+    return frozen
 
 
-def count(network: nn.Module, names: Collection[str]) -> int:
-    """The number of values in the named parameters."""
-    return sum(parameter.numel() for name, parameter in network.named_parameters() if name in names)
+@dataclass(frozen=True)
+class Phases:
+    """Lengths in epochs: of the whole run, of the whole network's warm-up, of the first phase (0: there is none)."""
+
+    epochs: int
+    warmup_epochs: int
+    decoder_epochs: int = 0
+
+    @classmethod
+    def of(cls, settings: FinetuneSettings, is_pretrained: bool) -> Phases:
+        """Return the phases of a run; from scratch nothing is frozen, so there is no first phase."""
+        has_first = settings.schedule == "sawtooth" and is_pretrained
+        first = resolved_decoder_epochs(settings) if has_first else None
+        return cls(settings.epochs, resolved_warmup(settings.warmup_epochs, settings.epochs), first or 0)
+
+
+def rate_factor(epoch: int, phases: Phases, waits: bool) -> float:
+    """Return the share of the peak rate at ``epoch`` (0-based); 0 in the first phase for groups that wait for its end.
+
+    With D, W and E the first phase, warm-up and run: (e+1)/(D/2) below D/2 and (1-(e-D/2)/(D/2))^0.9 below D; then
+    (e-D+1)/W below D+W and (1-(e-D-W)/(E-D-W))^0.9.
+    """
+    first = phases.decoder_epochs
+    if epoch < first:
+        return 0.0 if waits else learning_rate_factor(epoch, first, first / 2)
+    return learning_rate_factor(epoch - first, phases.epochs - first, phases.warmup_epochs)
+
+
+class EpochSchedule:
+    """Sets the learning rate of every group of the optimizer; ``peak`` is the largest."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], peak: float, phases: Phases) -> None:
+        assert len(groups) == len(optimizer.param_groups), "one description for each group"
+        self.optimizer = optimizer
+        self.groups = tuple(groups)
+        self.peak = peak
+        self.phases = phases
+
+    def step(self, epoch: int) -> None:
+        """Set the rates of ``epoch``."""
+        for description, group in zip(self.groups, self.optimizer.param_groups):
+            group["lr"] = self.peak * description.scale * rate_factor(epoch, self.phases, description.waits)
+
+    def trained_names(self, epoch: int) -> set[str]:
+        """Return the names of the parameters that learn in ``epoch``."""
+        in_first = epoch < self.phases.decoder_epochs
+        return {name for group in self.groups if not (in_first and group.waits) for name in group.names}
+
+    def all_trained_names(self) -> set[str]:
+        """Return the names of the parameters that learn in some epoch."""
+        return {name for group in self.groups for name in group.names}
+
+
+def describe_training(schedule: EpochSchedule, settings: FinetuneSettings, network: nn.Module) -> list[str]:
+    """Describe what learns, for the log of a run; ``network`` is without wrappers."""
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    learn, total = sum(sizes[name] for name in schedule.all_trained_names()), sum(sizes.values())
+    lines = [f"{learn:,} of {total:,} parameters are trained ({learn / total:.1%})"]
+    first = schedule.phases.decoder_epochs
+    if first:
+        early = sum(sizes[name] for name in schedule.trained_names(0))
+        lines.append(f"sawtooth: {early:,} of them in the first {first} epochs, then all")
+    elif settings.schedule == "sawtooth":
+        lines.append("sawtooth: nothing came from a checkpoint, so the whole network warms up at once")
+    return lines
 
 
 def require_fitting(settings: FinetuneSettings, network: nn.Module, is_distributed: bool) -> None:
@@ -125,7 +191,7 @@ def require_fitting(settings: FinetuneSettings, network: nn.Module, is_distribut
 
 
 def require_pretrained(settings: FinetuneSettings, is_pretrained: bool) -> None:
-    """Raise MFMError (E_CONFIG) when random weights would stay as they are."""
+    """Raise MFMError (E_CONFIG) when random weights would never be trained."""
     if settings.train != "all" and not is_pretrained:
         _refuse(
             f"finetune.train={settings.train}: without a checkpoint the encoder would stay random. Give one to "
@@ -139,7 +205,7 @@ def require_pretrained(settings: FinetuneSettings, is_pretrained: bool) -> None:
 
 
 def require_no_random_rest(settings: FinetuneSettings, network: nn.Module, new: Collection[str]) -> None:
-    """Raise MFMError (E_CONFIG) when parameters that stayed ``new`` in a transfer would never learn."""
+    """Raise MFMError (E_CONFIG) when parameters that a checkpoint did not fill would never be trained."""
     names = {name for name, _ in network.named_parameters()}
     random = sorted(names & set(new) - trained_names(network, settings.train))
     if random:

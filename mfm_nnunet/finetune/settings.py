@@ -1,4 +1,9 @@
-"""The resolved settings of a fine-tuning run: plan, then ``--set``; saved in the run folder, compared on ``--c``."""
+"""Settings of a fine-tuning run: resolved from the plan, ``--set`` and advice, saved in the run folder.
+
+Advice fills settings that were left open, from the checkpoint and the number of labelled cases. It follows published
+results only. The schedule stays the plain warm-up for all networks: published results favour the sawtooth for CNNs with
+long schedules, and nothing was measured here.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.engine.state import flat, require_same_settings
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import read_json
-from mfm_nnunet.finetune.advice import Advice, applied
 from mfm_nnunet.settings import (
     FinetuneSettings,
     MFMBlock,
@@ -29,26 +35,65 @@ from mfm_nnunet.settings import (
 
 logger = logging.getLogger(__name__)
 
+Family = Literal["resenc", "primus"]
+
 FILE = "settings.json"
 MAY_DIFFER = ("num_workers", "finetune.checkpoint.licence", "finetune.checkpoint.citations")
-"""Settings that a continued run may change, because they do not change its result."""
+"""Settings that a resumed run may change, because they do not change its result."""
+FEW_CASES = 10
+"""Number of labelled cases up to which published adapters were as good as training all weights."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A value for one setting of ``finetune`` and the reason for it."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+def advise(family: Family, num_cases: int, pretext: str | None, has_decoder: bool) -> list[Advice]:
+    """Return values for open settings.
+
+    ``pretext`` is the checkpoint's task (None: unknown or supervised); ``has_decoder`` is true if the checkpoint has
+    weights of a decoder.
+    """
+    task = pretext or "the checkpoint's training"
+    parts = Advice("parts", "encoder", f"{task} left no weights of a decoder")
+    if has_decoder:
+        reason = f"{task} trained the decoder too, and encoder with decoder transferred best (arXiv 2410.23132)"
+        parts = Advice("parts", "encoder_decoder", reason)
+    reason = "the stages of a U-Net are no chain of layers"
+    if family == "primus":
+        reason = "published fine-tuning of Primus has one rate for all blocks (arXiv 2412.17041)"
+        if num_cases <= FEW_CASES:
+            reason += f"; with {num_cases} cases finetune.train=lora or finetune.layer_decay=0.75 are worth a try"
+    return [parts, Advice("layer_decay", 1.0, reason)]
+
+
+def advise_as_begun(settings: FinetuneSettings) -> list[Advice]:
+    """Return the values that a run started with, for settings that are left open again when it is resumed."""
+    names = ("learning_rate", "warmup_epochs", "decoder_epochs", "layer_decay", "parts")
+    values = {name: getattr(settings, name) for name in names}
+    return [Advice(name, value, "as this run began") for name, value in values.items() if value not in (None, "auto")]
 
 
 def resolve(
     block: MFMBlock, overrides: Sequence[str], pretrained: Mapping[str, Any] | None, advice: Sequence[Advice] = ()
 ) -> MFMBlock:
-    """The block with ``name=value`` overrides and the checkpoint's description applied, and what is open resolved.
+    """Apply ``name=value`` overrides and the checkpoint's description to a block, and fill in what is open.
 
-    ``advice`` is taken for what is open then and logged with its reasons.
-
-    Raises MFMError (E_CONFIG) for an unknown setting, one that training does not have, and an impossible value.
+    Advice is taken for settings that are open after the overrides, and logged with its reason. Raises MFMError
+    (E_CONFIG) for a setting that is unknown or not one of training, and for an impossible value.
     """
     for assignment in overrides:
         _require_of_training(assignment.partition("=")[0].strip(), block)
     block = override(block, overrides)
     settings = block.finetune
     require_legal_finetuning(settings)
-    settings, taken = applied(settings, list(advice))
+    taken = [item for item in advice if getattr(settings, item.name) in (None, "auto")]
+    settings = dataclasses.replace(settings, **{item.name: item.value for item in taken})
     for item in taken:
         logger.info("finetune.%s=%s: %s", item.name, item.value, item.reason)
     if pretrained is not None:
@@ -64,10 +109,10 @@ def resolve(
 
 
 def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device: str) -> None:
-    """Raise MFMError (E_CONFIG) for a setting of adapters that was given to a run without any.
+    """Raise MFMError (E_CONFIG) for adapter settings of a run without adapters; log others that have no effect.
 
-    What has no effect without a checkpoint or without a GPU is logged, not refused: a baseline from scratch is given
-    the same settings, and every plan says finetune.compile=true.
+    Settings that need a checkpoint or a GPU are not refused: a baseline from scratch gets the same settings, and every
+    plan has finetune.compile=true.
     """
     given = {assignment.partition("=")[0].strip().removeprefix("finetune.") for assignment in overrides}
     for name in sorted(given & {"lora_rank", "lora_alpha"}):
@@ -94,9 +139,9 @@ def save(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:
 
 
 def load(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
-    """The settings that a run began with; None for a run of stock nnU-Net, which saved none.
+    """Read the settings that a run began with; None for a run of stock nnU-Net, which saved none.
 
-    Raises MFMError (E_CONFIG) when the plan is not the one that the run began with.
+    Raises MFMError (E_CONFIG) when the plan has changed since.
     """
     if not (folder / FILE).is_file():
         return None
@@ -104,7 +149,7 @@ def load(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
     if content.get("plan_sha256") != plan_hash(plans):
         raise MFMError(
             "E_CONFIG",
-            f"{folder}: plan {plans['plans_name']} was changed after this run began, so it cannot go on. Put the "
+            f"{folder}: plan {plans['plans_name']} was changed after this run began, so it cannot be resumed. Put the "
             "old plan back (a copy is plans.json in the model folder), or start a new run under another plan name.",
         )
     with about(folder / FILE):
@@ -112,44 +157,26 @@ def load(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
 
 
 def require_same(before: MFMBlock, now: MFMBlock, folder: Path) -> None:
-    """Raise MFMError (E_CONFIG) that names the differences when a continued run would get other settings."""
-    old, new = (_flat(to_dict(block)) for block in (before, now))
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and name not in MAY_DIFFER]
-    if names:
-        lines = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
-        raise MFMError(
-            "E_CONFIG",
-            f"--c continues the same run, but the settings differ from those of {folder}: {lines}. Leave out the "
-            "settings that changed, or start a new run.",
-        )
+    """Raise MFMError (E_CONFIG) that names the differences when a resumed run would get other settings."""
+    require_same_settings(to_dict(before), to_dict(now), folder, MAY_DIFFER)
 
 
 def format_settings(block: MFMBlock) -> str:
-    """What training reads, one setting per line."""
-    values = _flat({"finetune": to_dict(block.finetune), "seed": block.seed, "num_workers": block.num_workers})
+    """Format the settings of training, one per line."""
+    values = flat({"finetune": to_dict(block.finetune), "seed": block.seed, "num_workers": block.num_workers})
     return "\n".join(f"  {name} = {value}" for name, value in values.items() if not name.endswith(".citations"))
 
 
 def plan_hash(plans: Mapping[str, Any]) -> str:
-    """SHA-256 of what a plan decides besides our block, in hex."""
+    """Return the SHA-256, in hex, of a plan without our block."""
     stock = {key: value for key, value in plans.items() if key not in ("mfm", "continue_training")}
     return hashlib.sha256(json.dumps(stock, sort_keys=True).encode()).hexdigest()
 
 
 def _require_of_training(name: str, block: MFMBlock) -> None:
-    names = [n for n in setting_names(block) if n in ("seed", "num_workers") or n.startswith("finetune.")]
-    names.remove("finetune.checkpoint")
     if name == "finetune.checkpoint":
         raise MFMError("E_CONFIG", f"--set {name}: give the checkpoint with -pretrained_weights.")
+    names = [n for n in setting_names(block) if n in ("seed", "num_workers") or n.startswith("finetune.")]
+    names.remove("finetune.checkpoint")
     if name not in names:
         raise MFMError("E_CONFIG", f"training has no setting '{name}'. {nearest(name, names)}")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            result.update(_flat(value, f"{prefix}{name}."))
-        else:
-            result[prefix + name] = value
-    return result

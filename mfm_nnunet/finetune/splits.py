@@ -1,7 +1,7 @@
-"""Which cases train and which validate: nnU-Net's ``splits_final.json``, defined for every number of cases.
+"""Cases that train and cases that validate: nnU-Net's ``splits_final.json``, for any number of cases.
 
-Five and more cases get nnU-Net's own five folds. Fewer get one fold per case (leave one out), where nnU-Net fails.
-Cases of one subject stay together. A file that exists is used as it stands, but for cases that the dataset has no more.
+Five or more cases get nnU-Net's own five folds. Fewer get one fold per case (leave one out), where nnU-Net fails.
+Cases of one subject stay together. An existing file is used unchanged, except for cases that left the dataset.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.current import Selection
+from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import parse_json
 
@@ -26,14 +26,11 @@ Split = dict[str, list[str]]
 """One fold: the case names under "train" and "val"."""
 
 
-def choose_split(
-    fold: int | str, preprocessed_folder: Path, selection: Selection, trainer_lists_folder: bool = False
-) -> Split:
+def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selection) -> Split:
     """Return the cases that train and validate ``fold``, writing the split file if there is none.
 
-    Only cases of ``selection`` are in it. What else is preprocessed, or named by the file, is left out with a warning.
-    Raises MFMError: E_CONFIG (no cases; a fold that does not exist or is left empty; a split that names cases that
-    nobody knows; cases left out where ``trainer_lists_folder``, because such a trainer takes them all the same) and
+    Only cases of ``selection`` are used; others that are preprocessed or in the file are left out with a warning.
+    Raises MFMError: E_CONFIG (no cases; a fold that does not exist or becomes empty; unknown cases in the file) and
     E_NOT_FOUND (cases of the dataset that are not preprocessed).
     """
     if not selection.cases:
@@ -46,33 +43,30 @@ def choose_split(
     if selection.removed:
         logger.warning("%s: %s", preprocessed_folder.name, selection.notes()[0])
     if fold == "all":
-        split, dropped = {"train": selection.names, "val": selection.names}, selection.removed
-    else:
-        splits = ensure_splits(preprocessed_folder, selection.names, {c.name: c.subject for c in selection.cases})
-        if not isinstance(fold, int) or not 0 <= fold < len(splits):
-            raise MFMError(
-                "E_CONFIG",
-                f"fold {fold}: {preprocessed_folder.name} has the folds 0 to {len(splits) - 1}, and 'all' "
-                f"(training on everything). They are defined in {file}.",
-            )
-        _warn_of_others(splits, selection, file)
-        split, dropped = _current_part(splits[fold], fold, selection, file)
-    if trainer_lists_folder and dropped:
+        return {"train": selection.names, "val": selection.names}
+    splits = ensure_splits(preprocessed_folder, selection.names, {c.name: c.subject for c in selection.cases})
+    if not isinstance(fold, int) or not 0 <= fold < len(splits):
         raise MFMError(
             "E_CONFIG",
-            f"{preprocessed_folder.name}: this trainer takes its cases from the folder of preprocessed data or from "
-            f"{file.name}, and {len(dropped)} of them, e.g. {dropped[0]}, are no longer in the dataset. Take them out "
-            "there, or train with MFMTrainer.",
+            f"fold {fold}: {preprocessed_folder.name} has the folds 0 to {len(splits) - 1}, and 'all' "
+            f"(training on everything). They are defined in {file}.",
         )
-    return split
+    named = {case for split in splits for part in split.values() for case in part}
+    if others := sorted({*selection.names, *selection.missing} - named):
+        logger.warning(
+            "%s: %d cases of the dataset are in no fold and are not used, e.g. %s. Add them, or delete the file to get "
+            "folds of all cases.",
+            file, len(others), others[0],
+        )  # fmt: skip
+    return _keep_current(splits[fold], fold, selection, file)
 
 
 def ensure_splits(
     preprocessed_folder: Path, cases: Sequence[str], subjects: Mapping[str, str] | None = None
 ) -> list[Split]:
-    """The folds in ``splits_final.json``; the file is written first if there is none.
+    """Read the folds in ``splits_final.json``, which is written first if it does not exist.
 
-    ``subjects`` maps a case to its subject; a case that is not in it is its own.
+    ``subjects`` maps a case to its subject; other cases are their own.
     Raises MFMError (E_CONFIG) for a single case or subject, which cannot be split, and for a file of another form.
     """
     file = preprocessed_folder / "splits_final.json"
@@ -101,7 +95,7 @@ def _case_names(names: object) -> list[str]:
 
 
 def make_splits(cases: Sequence[str], subjects: Mapping[str, str]) -> list[Split]:
-    """The folds of some cases: nnU-Net's own for five and more subjects, else one per subject.
+    """Make folds: nnU-Net's own for five or more subjects, else one per subject.
 
     Raises MFMError (E_CONFIG) when there is only one.
     """
@@ -125,8 +119,8 @@ def make_splits(cases: Sequence[str], subjects: Mapping[str, str]) -> list[Split
     ]
 
 
-def _current_part(split: Split, fold: int, selection: Selection, file: Path) -> tuple[Split, list[str]]:
-    """A fold without the cases that the dataset has no more, each case once; and the cases that were left out."""
+def _keep_current(split: Split, fold: int, selection: Selection, file: Path) -> Split:
+    """Return a fold without cases that left the dataset, each case once."""
     named = {*split["train"], *split["val"]}
     known, removed = set(selection.names), set(selection.removed)
     if unknown := sorted(named - known - removed):
@@ -154,15 +148,4 @@ def _current_part(split: Split, fold: int, selection: Selection, file: Path) -> 
             "%s: in fold %d %d cases train and validate, e.g. %s: the validation says nothing about these",
             file, fold, len(both), both[0],
         )  # fmt: skip
-    return kept, dropped
-
-
-def _warn_of_others(splits: Sequence[Split], selection: Selection, file: Path) -> None:
-    """Say how many cases of the dataset are in no fold: they were added after the file was written."""
-    named = {case for split in splits for part in split.values() for case in part}
-    if others := sorted({*selection.names, *selection.missing} - named):
-        logger.warning(
-            "%s: %d cases of the dataset are in no fold and are not used, e.g. %s. Add them, or delete the file to get "
-            "folds of all cases.",
-            file, len(others), others[0],
-        )  # fmt: skip
+    return kept

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mfm_nnunet.checkpoint import atomic_write, cpu_weights, to_plain
+from mfm_nnunet.checkpoint import atomic_write, cpu_weights
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import to_plain
 from mfm_nnunet.finetune.lora import merged_state
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
 from mfm_nnunet.plan import shared_plan

@@ -8,30 +8,41 @@ that was killed and continued ends in the same weights as an unbroken one, bit f
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Collection
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_raw
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import autocast, default_autocast_dtype, default_workers
-from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, make_optimizer
+from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, WeightAverage, make_optimizer
 from mfm_nnunet.errors import StoppedError
+from mfm_nnunet.files import to_plain
 from mfm_nnunet.finetune import groups, lora, state, validation
-from mfm_nnunet.finetune.datasets import checked, next_stage_checked
-from mfm_nnunet.finetune.loading import Batch, SeededBatches, batches, nnunet_loaders, seed_everything, seed_of
-from mfm_nnunet.finetune.preprocessed import forget_cases, require_fingerprint, select_cases, shareable
+from mfm_nnunet.finetune.groups import EpochSchedule, Phases, describe_training
+from mfm_nnunet.finetune.loading import (
+    Batch,
+    SeededBatches,
+    check_next_stage,
+    find_dataset_class,
+    make_loaders,
+    read_batches,
+    read_fingerprint,
+    seed_everything,
+    seed_of,
+    select_labelled,
+)
 from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
-from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, epoch_in_words, in_words
 from mfm_nnunet.finetune.splits import Split, choose_split
-from mfm_nnunet.models.average import WeightAverage
 from mfm_nnunet.models.networks import knows_deep_supervision
 from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.models.transfer import unwrapped
@@ -66,7 +77,7 @@ class MFMTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         block = block_of(plans)
-        super().__init__(plans, configuration, fold, shareable(dataset_json), device)
+        super().__init__(plans, configuration, fold, DatasetJson.of(dataset_json).shared(), device)
         self.block = block
         self.settings = block.finetune
         self.initial_lr = resolved_learning_rate(self.settings, block.network)
@@ -79,7 +90,7 @@ class MFMTrainer(nnUNetTrainer):
             # In the trainer's own view of the configuration; the plan that is saved stays as it is.
             changed = {**self.configuration_manager.configuration, "batch_size": self.settings.batch_size}
             self.configuration_manager.configuration = changed
-        self._still: list[torch.nn.Parameter] = []
+        self._frozen: list[torch.nn.Parameter] = []
         self._trained: set[str] | None = None
         self._num_steps = 0
         self.autocast_dtype = finetuning_dtype(self.settings.precision, self.device)
@@ -100,7 +111,7 @@ class MFMTrainer(nnUNetTrainer):
         """
         seed_everything(seed_of(self.block.seed, "network", 0))
         super().initialize()
-        self.dataset_class: Any = checked(self.dataset_class)
+        self.dataset_class: Any = find_dataset_class(self.preprocessed_dataset_folder, self.dataset_class)
         if self.batch_size == 1 and not self.is_ddp:
             # nnU-Net centres the last third of a batch on foreground, which rounds to none of one crop.
             self.probabilistic_oversampling = True
@@ -160,14 +171,14 @@ class MFMTrainer(nnUNetTrainer):
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         network = unwrapped(self.network)
         trained = self.lr_scheduler.all_trained_names()
-        self._still = groups.hold_still(network, trained, self.is_ddp)
+        self._frozen = groups.freeze(network, trained, self.is_ddp)
         decay = self.settings.ema_decay
         self.average = WeightAverage(network, decay, trained) if decay is not None else None
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule]:
         """One optimizer for all parameters that ever learn, in groups, and the schedule of their learning rates."""
         settings, network = self.settings, unwrapped(self.network)
-        described = groups.groups_of(network, settings, self.new_weights)
+        described = groups.group_parameters(network, settings, self.new_weights)
         parameters = dict(network.named_parameters())
         optimizer = make_optimizer(
             [{"params": [parameters[name] for name in group.names]} for group in described],
@@ -205,9 +216,11 @@ class MFMTrainer(nnUNetTrainer):
         if self.split is None:  # nobody chose before: stock nnU-Net's command
             raw = Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
             base = Path(self.preprocessed_dataset_folder_base)
-            self.split = choose_split(self.fold, base, select_cases(raw, base, Path(self.preprocessed_dataset_folder)))
+            self.split = choose_split(
+                self.fold, base, select_labelled(raw, base, Path(self.preprocessed_dataset_folder))
+            )
         if self.dataset_class is None:
-            self.dataset_class = checked(infer_dataset_class(self.preprocessed_dataset_folder))
+            self.dataset_class = find_dataset_class(self.preprocessed_dataset_folder)
         training, validation_cases = self.split["train"], self.split["val"]
         self.print_to_log_file(f"{len(training)} training and {len(validation_cases)} validation cases")
         return list(training), list(validation_cases)
@@ -220,11 +233,11 @@ class MFMTrainer(nnUNetTrainer):
         self.print_to_log_file(f"{num_workers} background processes read and augment")
         parts = (("training", self.num_iterations_per_epoch), ("validation", self.num_val_iterations_per_epoch))
         streams = []
-        for loader, (name, per_epoch) in zip(nnunet_loaders(self), parts):
+        for loader, (name, per_epoch) in zip(make_loaders(self), parts):
             source = SeededBatches(loader, self.block.seed, f"{name} {self.local_rank}")
             first, last = self.current_epoch * per_epoch, self.num_epochs * per_epoch
             workers = num_workers if name == "training" else (num_workers + 1) // 2
-            streams.append(batches(source, first, last, workers, self.device.type == "cuda"))
+            streams.append(read_batches(source, first, last, workers, self.device.type == "cuda"))
         return streams[0], streams[1]
 
     def print_plans(self) -> None:
@@ -246,7 +259,7 @@ class MFMTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         groups.require_pretrained(self.settings, self.new_weights is not None)
-        require_fingerprint(Path(self.preprocessed_dataset_folder_base))
+        fingerprint = read_fingerprint(Path(self.preprocessed_dataset_folder_base))
         state.write_descriptions(self)
         super().on_train_start()
         is_new_scratch = self.new_weights is None and self.current_epoch == 0
@@ -256,12 +269,13 @@ class MFMTrainer(nnUNetTrainer):
                 f"this run they are random ones: the learning rate is that from scratch ({self.initial_lr:g}), and no "
                 "transfer is reported. Use mfm_train -pretrained_weights."
             )
-        for line in in_words(self.lr_scheduler, self.settings, unwrapped(self.network)):
+        for line in describe_training(self.lr_scheduler, self.settings, unwrapped(self.network)):
             self.print_to_log_file(line)
         if self.is_ddp:
             torch.distributed.barrier()  # each process copies the file, and none may after this
         if self.local_rank == 0:
-            forget_cases(Path(self.output_folder_base) / "dataset_fingerprint.json")
+            with checkpoint.atomic_write(Path(self.output_folder_base) / "dataset_fingerprint.json") as file:
+                file.write(json.dumps(fingerprint, indent=1).encode())
 
     def on_train_epoch_start(self) -> None:
         """Seed what draws during training (drop path, dropout) from the epoch, so resuming needs no random state.
@@ -276,7 +290,7 @@ class MFMTrainer(nnUNetTrainer):
             # (https://github.com/pytorch/pytorch/issues/139476).
             torch.compiler.reset()
         self._trained = trained
-        self._still = groups.hold_still(unwrapped(self.network), trained, self.is_ddp)
+        self._frozen = groups.freeze(unwrapped(self.network), trained, self.is_ddp)
         self._num_steps = self.current_epoch * self.num_iterations_per_epoch
 
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -320,9 +334,13 @@ class MFMTrainer(nnUNetTrainer):
         """Log the epoch, save ``checkpoint_best`` as nnU-Net and ``checkpoint_latest`` always, plot now and then."""
         self.logger.log("epoch_end_timestamps", time.time(), self.current_epoch)
         # As a continued run reads it: NumPy's float32 would round nnU-Net's moving average of the Dice otherwise.
-        self.logger.load_checkpoint(checkpoint.to_plain(self.logger.get_checkpoint()))
+        self.logger.load_checkpoint(to_plain(self.logger.get_checkpoint()))
         last = {key: values[-1] for key, values in self.logger.get_checkpoint().items()}
-        self.print_to_log_file(epoch_in_words(last, self.num_epochs - 1 - self.current_epoch))
+        dice = np.round(last["dice_per_class_or_region"], 4).tolist()
+        seconds = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
+        losses = f"train_loss {last['train_losses']:.4f}  val_loss {last['val_losses']:.4f}"
+        left = timedelta(seconds=round(seconds * (self.num_epochs - 1 - self.current_epoch)))
+        self.print_to_log_file(f"{losses}  pseudo dice {dice}  {seconds:.1f} s  ETA {left}")
         folder, ema = Path(self.output_folder), float(last["ema_fg_dice"])
         if self._best_ema is None or ema > self._best_ema:
             self._best_ema = ema
@@ -374,7 +392,7 @@ class MFMTrainer(nnUNetTrainer):
         stopped = "stopped in the final validation; the training is saved. Go on with --c."
         with self.stop_flag.at_once(stopped) if self.stop_flag is not None else contextlib.nullcontext():
             if self.is_ddp or self.is_cascaded or has_next_stage:
-                with default_autocast_dtype(self.autocast_dtype), next_stage_checked():
+                with default_autocast_dtype(self.autocast_dtype), check_next_stage():
                     super().perform_actual_validation(save_probabilities)
                 return
             for case in validation.validate_fold(self, save_probabilities):
@@ -391,20 +409,20 @@ class MFMTrainer(nnUNetTrainer):
         """Backward, clip and step, with loss scaling where there is any."""
         if self.grad_scaler is None:
             loss.backward()
-            self._drop_gradients_of_the_still()
+            self._drop_frozen_gradients()
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip)
             self.optimizer.step()
             return
         self.grad_scaler.scale(loss).backward()
-        self._drop_gradients_of_the_still()
+        self._drop_frozen_gradients()
         self.grad_scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _drop_gradients_of_the_still(self) -> None:
-        """On several GPUs they are computed all the same, see :func:`mfm_nnunet.finetune.groups.hold_still`."""
-        for parameter in self._still:
+    def _drop_frozen_gradients(self) -> None:
+        """On several GPUs they are computed all the same, see :func:`mfm_nnunet.finetune.groups.freeze`."""
+        for parameter in self._frozen:
             parameter.grad = None
 
     def _stop_if_asked(self) -> None:

@@ -21,7 +21,7 @@ from mfm_nnunet.checkpoint import full_disk_named
 from mfm_nnunet.data.loops import progress
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
-from mfm_nnunet.finetune.datasets import require_geometry
+from mfm_nnunet.finetune.loading import require_geometry
 from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.prediction.export import export_validation_case, publish, remove_dead_stages, require_space, staging

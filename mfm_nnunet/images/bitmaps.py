@@ -1,4 +1,4 @@
-"""Is a PNG, JPEG, BMP or TIFF file whole, of a kind that nnU-Net's readers return as it is, and how large is it?
+"""Is a PNG, JPEG or BMP file whole, of a kind that nnU-Net's readers return as it is, and how large is it?
 
 The rows of a PNG file are counted. The others are decoded, because their headers promise too little.
 """
@@ -9,18 +9,13 @@ import contextlib
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.images import tiff
-from mfm_nnunet.images.headers import refuse
 
 if TYPE_CHECKING:
-    import tifffile
     from PIL import Image
 
 _BLOCK = 1 << 20
@@ -29,20 +24,14 @@ _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """First column, first row and steps of the seven passes of an interlaced PNG file."""
 _NO_MARKER = b"\x55\xa3" * 64
-_DESCRIBED = ("ome", "imagej", "shaped")
-"""Kinds of TIFF files that describe their volume in a text of their own."""
 
 
 def num_bytes(path: Path) -> int:
-    """Return the number of bytes that the pixels of a picture take, by its header; all pages of a TIFF file together.
+    """Return the number of bytes that the pixels of a picture take, by its header.
 
     Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_TOO_LARGE).
     """
-    ending = path.suffix.lower()
-    if ending in (".tif", ".tiff"):
-        # Slices may also follow the only page without pages of their own; they are not compressed then.
-        return max(sum(page.num_bytes for page in tiff.read_pages(path)), path.stat().st_size)
-    if ending == ".png":
+    if path.suffix.lower() == ".png":
         with open(path, "rb") as file:
             header = _PngHeader.read(path, file)
         channels = 3 if header.is_palette else header.channels
@@ -153,7 +142,7 @@ class _Rows:
             try:
                 self.seen += len(self.decoder.decompress(data, _BLOCK))
             except zlib.error as error:
-                raise _damaged(self.path, error) from error
+                raise damaged(self.path, error) from error
             if self.seen > self.expected:
                 raise MFMError(
                     "E_HEADER",
@@ -188,30 +177,15 @@ def _require_jpeg_rows(path: Path, picture: Image.Image) -> None:
     """
     from PIL import ImageChops
 
-    with _open_picture(path, io.BytesIO(_with_more(path.read_bytes()))) as other:
+    with _open_picture(path, io.BytesIO(with_more(path.read_bytes()))) as other:
         if ImageChops.difference(picture, other).getbbox() is not None:
             raise MFMError("E_SHORT_DATA", f"{path}: the last rows of the picture are missing. Copy it again.")
 
 
-def _with_more(jpeg: bytes) -> bytes:
+def with_more(jpeg: bytes) -> bytes:
     """Return a JPEG stream with bytes before its end mark that belong to no row."""
     end = jpeg.rfind(b"\xff\xd9")
     return jpeg[:end] + _NO_MARKER + jpeg[end:] if end >= 0 else jpeg
-
-
-def _require_tiff_rows(path: Path, file: Any) -> None:
-    """Notice rows that are missing in a strip or tile that is a JPEG stream of its own."""
-    for page in file.series[0].pages:
-        segments = file.filehandle.read_segments(page.dataoffsets, page.databytecounts)
-        for data, index in segments:
-            pair = (
-                page.keyframe.decode(stream, index, jpegtables=page.jpegtables)[0]
-                for stream in (data, _with_more(data))
-            )
-            if not np.array_equal(*pair):
-                raise refuse(
-                    "E_SHORT_DATA", path, f"part {index} of page {page.index} lacks rows", "Copy the file again."
-                )
 
 
 @contextlib.contextmanager
@@ -227,7 +201,7 @@ def _open_picture(path: Path, content: io.BytesIO | None = None) -> Iterator[Ima
     except Image.DecompressionBombError as error:
         raise MFMError("E_TOO_LARGE", f"{path}: {error}. Cut the picture into tiles.") from error
     except Exception as error:  # Pillow raises whatever its decoders raise.
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def check_bmp(path: Path) -> None:
@@ -249,85 +223,6 @@ def check_bmp(path: Path) -> None:
         )
 
 
-def check_tiff(path: Path) -> None:
-    """Check that all pages of a TIFF file are there, belong together and can be decoded.
-
-    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_DATATYPE, E_DIM, E_TOO_LARGE).
-    """
-    pages = {page.offset: page for page in tiff.read_pages(path)}
-    tiff.require_parts(path, list(pages.values()))
-    with _open_tiff(path) as file:
-        volume = file.series[0]
-        _require_one_volume(path, file, pages)
-        if file.asarray().shape != volume.shape:
-            raise refuse("E_SHORT_DATA", path, f"its pages do not make {volume.shape}", "Copy the file again.")
-        if volume.keyframe.compression in (6, 7):  # JPEG
-            _require_tiff_rows(path, file)
-
-
-def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int, tiff.Page]) -> None:
-    """Refuse pages that are missing, in other files, or of another kind. tifffile zeroes them, or leaves them out."""
-    volume, *others = file.series
-    described = [kind for kind in _DESCRIBED if getattr(file, f"is_{kind}")]
-    if described and volume.kind not in described:
-        raise refuse(
-            "E_FORMAT", path, f"its {described[0]} description names other files, or does not fit its pages",
-            "Save the volume as one plain TIFF stack.",
-        )  # fmt: skip
-    if volume.kind in (*_DESCRIBED, "generic", "uniform") and any(not other.keyframe.is_reduced for other in others):
-        raise refuse(
-            "E_DIM", path, f"holds {len(file.series)} images of different kinds or sizes; the first would be read",
-            "Split it into one file each.",
-        )  # fmt: skip
-    first = pages.get(volume.keyframe.offset)
-    for number, page in enumerate(volume.pages):
-        if page is None:
-            raise refuse(
-                "E_SHORT_DATA", path, f"page {number} of {len(volume.pages)} is missing", "Copy the file again."
-            )
-        if page.parent is not file:
-            raise refuse("E_FORMAT", path, f"page {number} is in another file", "Save the volume as one file.")
-        own = pages.get(page.offset)
-        # A page after the first is decoded as if its header said the same.
-        if (
-            first
-            and own
-            and (own.layout != first.layout or (page is not page.keyframe and own.storage != first.storage))
-        ):
-            raise refuse("E_HEADER", path, f"page {number} is stored in another way than the first")
-    if len(volume.pages) == 1 and volume.dataoffset is not None:
-        missing = volume.dataoffset + volume.nbytes - path.stat().st_size
-        if missing > 0:
-            raise refuse("E_SHORT_DATA", path, f"{missing} bytes of {volume.shape} are missing", "Copy the file again.")
-
-
-def tiff_is_2d(path: Path) -> bool:
-    """Return whether a TIFF file is one grey or RGB(A) picture, and not a stack of slices.
-
-    Raises MFMError as :func:`check_tiff`.
-    """
-    tiff.read_pages(path)
-    with _open_tiff(path) as file:
-        shape = file.series[0].shape
-    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
-
-
-@contextlib.contextmanager
-def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
-    """Open a TIFF file whose pages were walked. No other file is opened, whatever this one names."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path, _multifile=False) as file:
-            yield file
-    except MFMError:
-        raise
-    except MemoryError as error:
-        raise MFMError("E_TOO_LARGE", f"{path}: the picture does not fit into memory.") from error
-    except Exception as error:  # tifffile and its codecs have no common base class of errors.
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> MFMError:
+def damaged(path: Path, error: Exception) -> MFMError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return MFMError("E_FORMAT", f"{path}: the picture cannot be decoded ({reason}). Copy or export it again.")

@@ -28,8 +28,7 @@ import numpy as np
 
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import ending_of, is_unicode
-from mfm_nnunet.images import integrity, nifti
-from mfm_nnunet.images.bitmaps import tiff_is_2d
+from mfm_nnunet.images import integrity, nifti, tiff
 from mfm_nnunet.images.decoder import IDLE_SECONDS, receive, send
 from mfm_nnunet.images.geometry import geometry_of, properties_for, require_sane
 from mfm_nnunet.images.integrity import Voxels, files_of, non_finite
@@ -146,7 +145,7 @@ def name_reader(file: Path) -> str:
     """Return the name of nnU-Net's reader class for a TIFF file. Raises MFMError for one that cannot be opened."""
     integrity.require_regular(file)
     _limit(0)
-    return "NaturalImage2DIO" if tiff_is_2d(file) else "Tiff3DIO"
+    return "NaturalImage2DIO" if tiff.is_2d(file) else "Tiff3DIO"
 
 
 @functools.cache

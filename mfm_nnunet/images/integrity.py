@@ -21,7 +21,7 @@ import numpy as np
 from mfm_nnunet.device import require_memory
 from mfm_nnunet.errors import MFMError, unreadable
 from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
-from mfm_nnunet.images import bitmaps, headers, nifti
+from mfm_nnunet.images import bitmaps, headers, nifti, tiff
 
 BLOCK = 1 << 20
 """Bytes that are held at once, compressed and decompressed alike."""
@@ -60,6 +60,10 @@ _OTHER_CONTENT = {
     b"NRRD": "an NRRD file, whose name must end with .nrrd",
     b"PK": "a zip archive; unpack it",
 }
+
+
+_CHECKS = {".png": bitmaps.check_png, ".bmp": bitmaps.check_bmp, ".tif": tiff.check_tiff, ".tiff": tiff.check_tiff}
+"""How the content of a picture is checked; :func:`bitmaps.check_picture` for the others."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def declared_by(path: Path) -> Declared:
         if header is not None:
             _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
         if header is None:
-            reading_bytes = READING_BYTES_PER_BYTE * bitmaps.num_bytes(path)
+            count = tiff.num_bytes if ending in (".tif", ".tiff") else bitmaps.num_bytes
+            reading_bytes = READING_BYTES_PER_BYTE * count(path)
         else:
             reading_bytes = READING_BYTES_PER_VOXEL * math.prod(header.shape)
         require_memory(reading_bytes, f"{path}: reading the image", "Crop it.")
@@ -131,9 +136,7 @@ def check_content(path: Path, declared: Declared) -> Voxels | None:
     with _access(path):
         header = declared.header
         if header is None:
-            check = {".png": bitmaps.check_png, ".bmp": bitmaps.check_bmp}
-            check |= dict.fromkeys((".tif", ".tiff"), bitmaps.check_tiff)
-            check.get(declared.ending, bitmaps.check_picture)(path)
+            _CHECKS.get(declared.ending, bitmaps.check_picture)(path)
             return None
         offset = header.file_offset
         if offset < 0:

@@ -1,4 +1,4 @@
-"""The pages that a TIFF file declares, read without decoding and with a bound.
+"""Is a TIFF file whole, and one volume? Its pages are read without decoding and with a bound, then decoded.
 
 tifffile follows a chain of pages as long as it leads somewhere, also in a circle, fills what is missing with zeros and
 only logs it. Here the chain is walked first. Format: TIFF 6.0, and BigTIFF (https://www.awaresystems.be/imaging/tiff).
@@ -6,16 +6,23 @@ only logs it. Here the chain is walked first. Format: TIFF 6.0, and BigTIFF (htt
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.images.bitmaps import damaged, with_more
 from mfm_nnunet.images.headers import refuse
+
+if TYPE_CHECKING:
+    import tifffile
 
 _INTEGERS = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
 """Types of a tag's values that are whole numbers."""
@@ -23,6 +30,8 @@ _TILED, _STRIPED = (324, 325), (273, 279)
 """Tags of the places and of the lengths of the parts of a page."""
 _REAL = {1: "unsigned", 2: "signed", 3: "floating point"}
 MAX_TAGS = 4096
+_DESCRIBED = ("ome", "imagej", "shaped")
+"""Kinds of TIFF files that describe their volume in a text of their own."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,13 @@ def read_pages(path: Path) -> list[Page]:
     return pages
 
 
-def require_parts(path: Path, pages: list[Page]) -> None:
+def num_bytes(path: Path) -> int:
+    """Return the number of bytes that the pixels of all pages take. Raises MFMError as :func:`read_pages`."""
+    # Slices may also follow the only page without pages of their own; they are not compressed then.
+    return max(sum(page.num_bytes for page in read_pages(path)), path.stat().st_size)
+
+
+def _require_parts(path: Path, pages: list[Page]) -> None:
     """Refuse pages whose parts are not all there (E_SHORT_DATA), or hold anything but real numbers (E_DATATYPE)."""
     size = os.stat(path).st_size
     for number, page in enumerate(pages):
@@ -187,3 +202,96 @@ class _Reader:
         if len(data) < length:
             raise refuse("E_SHORT_DATA", self.path, f"page {number} is not there completely", "Copy the file again.")
         return data
+
+
+def check_tiff(path: Path) -> None:
+    """Check that all pages of a TIFF file are there, belong together and can be decoded.
+
+    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_DATATYPE, E_DIM, E_TOO_LARGE).
+    """
+    pages = {page.offset: page for page in read_pages(path)}
+    _require_parts(path, list(pages.values()))
+    with _open_tiff(path) as file:
+        volume = file.series[0]
+        _require_one_volume(path, file, pages)
+        if file.asarray().shape != volume.shape:
+            raise refuse("E_SHORT_DATA", path, f"its pages do not make {volume.shape}", "Copy the file again.")
+        if volume.keyframe.compression in (6, 7):  # JPEG
+            _require_rows(path, file)
+
+
+def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int, Page]) -> None:
+    """Refuse pages that are missing, in other files, or of another kind. tifffile zeroes them, or leaves them out."""
+    volume, *others = file.series
+    described = [kind for kind in _DESCRIBED if getattr(file, f"is_{kind}")]
+    if described and volume.kind not in described:
+        raise refuse(
+            "E_FORMAT", path, f"its {described[0]} description names other files, or does not fit its pages",
+            "Save the volume as one plain TIFF stack.",
+        )  # fmt: skip
+    if volume.kind in (*_DESCRIBED, "generic", "uniform") and any(not other.keyframe.is_reduced for other in others):
+        raise refuse(
+            "E_DIM", path, f"holds {len(file.series)} images of different kinds or sizes; the first would be read",
+            "Split it into one file each.",
+        )  # fmt: skip
+    first = pages.get(volume.keyframe.offset)
+    for number, page in enumerate(volume.pages):
+        if page is None:
+            raise refuse(
+                "E_SHORT_DATA", path, f"page {number} of {len(volume.pages)} is missing", "Copy the file again."
+            )
+        if page.parent is not file:
+            raise refuse("E_FORMAT", path, f"page {number} is in another file", "Save the volume as one file.")
+        own = pages.get(page.offset)
+        # A page after the first is decoded as if its header said the same.
+        if (
+            first
+            and own
+            and (own.layout != first.layout or (page is not page.keyframe and own.storage != first.storage))
+        ):
+            raise refuse("E_HEADER", path, f"page {number} is stored in another way than the first")
+    if len(volume.pages) == 1 and volume.dataoffset is not None:
+        missing = volume.dataoffset + volume.nbytes - path.stat().st_size
+        if missing > 0:
+            raise refuse("E_SHORT_DATA", path, f"{missing} bytes of {volume.shape} are missing", "Copy the file again.")
+
+
+def is_2d(path: Path) -> bool:
+    """Return whether a TIFF file is one grey or RGB(A) picture, and not a stack of slices.
+
+    Raises MFMError as :func:`check_tiff`.
+    """
+    read_pages(path)
+    with _open_tiff(path) as file:
+        shape = file.series[0].shape
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
+
+
+@contextlib.contextmanager
+def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
+    """Open a TIFF file whose pages were walked. No other file is opened, whatever this one names."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path, _multifile=False) as file:
+            yield file
+    except MFMError:
+        raise
+    except MemoryError as error:
+        raise MFMError("E_TOO_LARGE", f"{path}: the picture does not fit into memory.") from error
+    except Exception as error:  # tifffile and its codecs have no common base class of errors.
+        raise damaged(path, error) from error
+
+
+def _require_rows(path: Path, file: Any) -> None:
+    """Notice rows that are missing in a strip or tile that is a JPEG stream of its own."""
+    for page in file.series[0].pages:
+        segments = file.filehandle.read_segments(page.dataoffsets, page.databytecounts)
+        for data, index in segments:
+            pair = (
+                page.keyframe.decode(stream, index, jpegtables=page.jpegtables)[0] for stream in (data, with_more(data))
+            )
+            if not np.array_equal(*pair):
+                raise refuse(
+                    "E_SHORT_DATA", path, f"part {index} of page {page.index} lacks rows", "Copy the file again."
+                )

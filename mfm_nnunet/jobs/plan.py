@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.cases import PICTURES
+from mfm_nnunet.data.cases import PICTURES, Case
+from mfm_nnunet.data.labelled import warn_of_differences
+from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import ending_of, parse_json, whole_number
@@ -80,12 +82,12 @@ def register(here: Workspace, dataset: str | int, images: str | Path | None, nam
     others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
     if others:
         raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
-    cases = corpus.index_source(Path(images))
+    cases = index_source(Path(images))
     corpus.register_corpus(here.raw, dataset_name, cases, _channel_names(cases))
     return dataset_name
 
 
-def _channel_names(cases: list[corpus.Case]) -> list[str]:
+def _channel_names(cases: list[Case]) -> list[str]:
     """nnU-Net normalises by the channel's name: Hounsfield units keep their meaning where every case is a CT.
 
     In a mixed corpus one network sees all modalities, so each image is normalised by itself.
@@ -94,7 +96,7 @@ def _channel_names(cases: list[corpus.Case]) -> list[str]:
     return ["CT" if is_ct else f"channel{number}" for number in range(_num_channels(cases))]
 
 
-def _num_channels(cases: list[corpus.Case]) -> int:
+def _num_channels(cases: list[Case]) -> int:
     """Channels of the first image that can be read: one file may hold several (colour pictures).
 
     Pictures may be grey or coloured; of several the commoner kind decides, so that one of the other kind costs itself.
@@ -113,9 +115,7 @@ def _num_channels(cases: list[corpus.Case]) -> int:
     return found.most_common(1)[0][0] if found else len(cases[0].images)
 
 
-def fingerprint(
-    here: Workspace, dataset_name: str, num_processes: int | None
-) -> tuple[list[corpus.Case], list[CaseFailure]]:
+def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -> tuple[list[Case], list[CaseFailure]]:
     """Bring ``dataset_fingerprint.json`` up to date; returns the good cases and the failed ones of a corpus."""
     from mfm_nnunet.checkpoint import atomic_write
     from mfm_nnunet.planning.fingerprint import extract_fingerprint
@@ -124,7 +124,7 @@ def fingerprint(
     cases, dataset_json = corpus.load_cases(raw), corpus.read_dataset_json(raw)
     is_corpus = corpus.is_corpus(raw)
     if not is_corpus:
-        corpus.warn_of_differences(raw, dataset_json, cases)
+        warn_of_differences(raw, dataset_json, cases)
     unlabelled = [case.name for case in cases if case.label is None]
     if 0 < len(unlabelled) < len(cases):
         raise MFMError(
@@ -197,7 +197,7 @@ def _to_preprocess(plans: dict[str, Any], asked: tuple[str, ...] | None, is_corp
 def preprocess(
     here: Workspace,
     dataset_name: str,
-    cases: list[corpus.Case],
+    cases: list[Case],
     result: PlanResult,
     asked: tuple[str, ...] | None,
     num_processes: int | None,

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from mfm_nnunet.checkpoint import atomic_write, disk_full, is_disk_full, sha256
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import progress, reader_threads
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory, nearest
 from mfm_nnunet.fields import takes

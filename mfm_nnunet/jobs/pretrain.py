@@ -19,7 +19,8 @@ from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.checkpoint import atomic_write, remove_leftovers
 from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, no_child_left, raise_recorded
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.current import Selection, select
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
 from mfm_nnunet.engine import probe as probing
@@ -204,7 +205,7 @@ def select_cases(
     """Return the cases that the corpus has now and the preprocessed volume of each for a configuration.
 
     Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan,
-    E_SHORT_DATA when a file is damaged, and as :func:`mfm_nnunet.data.current.select`.
+    E_SHORT_DATA when a file is damaged, and as :func:`mfm_nnunet.data.corpus.select`.
     """
     if configuration not in plans["configurations"]:
         raise MFMError(
@@ -231,7 +232,7 @@ def select_cases(
 
 
 def split_subjects(
-    cases: Sequence[corpus.Case], fraction: float, seed: int, volumes_per_item: int = 1
+    cases: Sequence[Case], fraction: float, seed: int, volumes_per_item: int = 1
 ) -> tuple[set[str], set[str]]:
     """Names of the training and the validation cases, split by subject; the same for the same corpus and seed.
 
@@ -260,13 +261,13 @@ def split_subjects(
     return names - validation, validation
 
 
-def _of_subjects(cases: Sequence[corpus.Case], subjects: Sequence[str], count: int, seed: int) -> set[str]:
+def _of_subjects(cases: Sequence[Case], subjects: Sequence[str], count: int, seed: int) -> set[str]:
     """Names of the cases of ``count`` random subjects."""
     held_out = set(random.Random(seed).sample(subjects, count))
     return {case.name for case in cases if case.subject in held_out}
 
 
-def _corpus_hash(cases: list[corpus.Case], files: dict[str, Path], num_inputs: int) -> str:
+def _corpus_hash(cases: list[Case], files: dict[str, Path], num_inputs: int) -> str:
     """Of the scans as they were preprocessed: a run goes on where only the preprocessed data are."""
     manifest = Manifest.read(next(iter(files.values())).parent)
     sizes = {case.name: manifest.source_sizes(case.name, len(case.images) or num_inputs) for case in cases}

@@ -1,4 +1,4 @@
-"""From the names on a command line to a trained fold: check everything first, then train and validate.
+"""Train and validate one fold: check everything first, then run nnU-Net's trainer of ours on it.
 
 What can be refused is refused before the first file is written. A finished or stopped run is never overwritten.
 """
@@ -16,45 +16,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from mfm_nnunet.checkpoint import full_disk_named, load_weights, remove_leftovers, weights_only_forced
+from mfm_nnunet import dataset as dataset_jsons
+from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
 from mfm_nnunet.children import call_recorded, run_processes
+from mfm_nnunet.data.preprocess import preprocessing_hash
+from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
-from mfm_nnunet.errors import MFMError, about
+from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import inside, refuse_links
+from mfm_nnunet.files import inside, refuse_links, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
-from mfm_nnunet.finetune.advice import Family, advised, as_begun
-from mfm_nnunet.finetune.checks import (
-    check_data,
-    check_previous_stage,
-    checkpoint_to_start_from,
-    find_trainer,
-    read_dataset_json,
-)
-from mfm_nnunet.finetune.datasets import next_stage_checked, use_checked_data
-from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer_into
-from mfm_nnunet.finetune.splits import Split
+from mfm_nnunet.finetune.loading import check_next_stage, read_fingerprint, select_labelled
+from mfm_nnunet.finetune.pretrained import describe, has_decoder
+from mfm_nnunet.finetune.settings import Family, advise, advise_as_begun
+from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
-from mfm_nnunet.models.networks import build_network, check_architecture
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plan import read_plans
 from mfm_nnunet.planning.recipes import apply_recipe
-from mfm_nnunet.processes import StopFlag, stop_on_signal
+from mfm_nnunet.processes import stop_on_signal
 from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import MFMBlock, block_of, override, to_dict
 from mfm_nnunet.workspace import Workspace, num_cores, use
 
 logger = logging.getLogger(__name__)
 
+FINAL = "checkpoint_final.pth"
+TO_CONTINUE = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
+"""The checkpoints that --c looks for, in nnU-Net's order."""
+
 _LESS_MEMORY = (
     "End what else uses the device, or train with less: plan with a smaller --memory-gb (where the plan is like a "
-    "checkpoint: --set finetune.batch_size=1). Once an epoch is saved, --c goes on with the same plan and settings "
+    "checkpoint: --set finetune.batch_size=1). Once an epoch is saved, --c resumes with the same plan and settings "
     "only: for others move the fold's folder away first."
 )
 _LESS_MEMORY_TO_VALIDATE = (
@@ -66,7 +65,6 @@ _LESS_MEMORY_TO_VALIDATE = (
 class Job:
     """One fold to train: checked, and plain enough to be sent to another process."""
 
-    trainer: str
     plans: dict[str, Any]
     configuration: str
     fold: int | str
@@ -75,11 +73,10 @@ class Job:
     device: str
     pretrained_weights: Path | None
     start_from: Path | None
-    """The checkpoint of this run to go on from."""
+    """The checkpoint of this run to resume from."""
     only_validate: bool
     save_probabilities: bool
-    split: Split | None = None
-    """The cases that train and validate, chosen once for all processes; None: the trainer chooses."""
+    split: Split
 
 
 @takes(TrainRequest)
@@ -100,7 +97,14 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
     Raises MFMError for everything that the user can repair, StoppedError after a stop signal.
     """
     dataset_name, configuration, fold = workspace.dataset_name(request.dataset), request.configuration, request.fold
+    num_gpus, trainer = request.num_gpus, request.trainer
     pretrained_weights = find_checkpoint(request.pretrained_weights) if request.pretrained_weights else None
+    if trainer != MFMTrainer.__name__:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"--trainer {shown(trainer)}: mfm_train has only 'MFMTrainer'. Another one trains through nnU-Net: "
+            f"nnUNetv2_train {dataset_name} {configuration} {fold} -p {request.plans_name} -tr {shown(trainer)}",
+        )
     plans_file = workspace.plans_file(dataset_name, request.plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
     if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
@@ -109,51 +113,36 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
             f"{plans_file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
             f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
         )
-    found = find_trainer(request.trainer)
-    is_ours = issubclass(found, MFMTrainer)
     overrides = tuple(request.settings)
     if request.recipe is not None:
         block = block_of(plans)
         overrides = (*apply_recipe(request.recipe, block, block.network), *overrides)
-    if overrides and not is_ours:
-        raise MFMError("E_CONFIG", f"trainer {request.trainer} reads no settings; --set works with MFMTrainer.")
-    dataset_json = read_dataset_json(workspace, dataset_name)
-    split = check_data(workspace, dataset_name, plans, configuration, fold, dataset_json, found)
+    dataset_json = _read_dataset_json(workspace, dataset_name)
+    split = _check_data(workspace, plans, configuration, fold, dataset_json)
     results = workspace.results / dataset_name
-    check_previous_stage(plans, configuration, results, found.__name__)
-    folder = inside(results, f"{found.__name__}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
+    _check_previous_stage(plans, configuration, results)
+    folder = inside(results, f"{trainer}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
     for written in (folder, folder.parent, folder / "validation"):
         refuse_links(written)
-    start_from = checkpoint_to_start_from(folder, request.continue_training, request.only_validate)
-    num_gpus = request.num_gpus
-    used = pick_device("cuda" if num_gpus > 1 else request.device)
-    if used.index:
-        raise MFMError(
-            "E_CONFIG",
-            f"-device {used}: training takes the first GPU that is seen. Set CUDA_VISIBLE_DEVICES instead.",
-        )
+    start_from = _find_start(folder, request.continue_training, request.only_validate)
+    used = _pick_device(request)
     remove_leftovers(folder)
-    if is_ours:
-        with about(plans_file):
-            network = _checked_network(plans, configuration)
-        block = _settings(plans, folder, overrides, pretrained_weights, start_from, network, len(split["train"]))
-        run_settings.require_effect(overrides, block.finetune, used.type)
-        groups.require_fitting(block.finetune, network, num_gpus > 1)
-        groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
-        if not request.only_validate:
-            require_scaled_fp16(block.finetune.precision, used)
-        _require_a_crop_each(block, plans, configuration, num_gpus)
-        if start_from is None:
-            run_settings.save(folder, block, plans)
-        logger.info("run folder: %s", folder)
-        logger.info("settings:\n%s", run_settings.format_settings(block))
-        plans = {**plans, "mfm": to_dict(block)}
-    else:
-        with about(plans_file):
-            _require_known_architecture(plans, configuration)
+    with about(plans_file):
+        network = _build_checked_network(plans, configuration)
+    block = _resolve_settings(plans, folder, overrides, pretrained_weights, start_from, network, len(split["train"]))
+    run_settings.require_effect(overrides, block.finetune, used.type)
+    groups.require_fitting(block.finetune, network, num_gpus > 1)
+    groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
+    if not request.only_validate:
+        require_scaled_fp16(block.finetune.precision, used)
+    _require_a_crop_each(block, plans, configuration, num_gpus)
+    if start_from is None:
+        run_settings.save(folder, block, plans)
+    logger.info("run folder: %s", folder)
+    logger.info("settings:\n%s", run_settings.format_settings(block))
     job = Job(
-        request.trainer, plans, configuration, fold, dataset_json, folder,
-        str(used), None if start_from else pretrained_weights, start_from, request.only_validate,
+        {**plans, "mfm": to_dict(block)}, configuration, fold, dataset_json, folder, str(used),
+        None if start_from else pretrained_weights, start_from, request.only_validate,
         request.save_probabilities, split,
     )  # fmt: skip
     if num_gpus > 1:
@@ -164,61 +153,152 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
 
 
 def execute(job: Job) -> None:
-    """Do the work of a job in this process (one of several under distributed training)."""
+    """Train and validate in this process (one of several under distributed training)."""
     device = torch.device(job.device)
-    found = find_trainer(job.trainer)
-    is_ours = issubclass(found, MFMTrainer)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    # Trainers of others do not look at the flag, so for them signals keep their usual effect.
-    flagged = stop_on_signal() if is_ours else contextlib.nullcontext()
     # nnU-Net writes logs, plans and pictures itself, and its errors do not always name the file.
-    with full_disk_named(job.folder), _threads(device), flagged as flag:
+    with full_disk_named(job.folder), _threads(device), stop_on_signal() as flag:
         with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE if job.only_validate else _LESS_MEMORY):
-            trainer = _trained(job, found, device, flag)
-        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE), next_stage_checked():
+            plans = {**job.plans, "continue_training": job.start_from is not None}
+            trainer = MFMTrainer(plans, job.configuration, job.fold, job.dataset_json, device)
+            trainer.stop_flag = flag
+            trainer.split = job.split
+            trainer.pretrained_checkpoint = job.pretrained_weights
+            if job.start_from is not None:
+                trainer.load_checkpoint(str(job.start_from))
+            if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
+                trainer.run_training()
+        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE), check_next_stage():
             trainer.perform_actual_validation(job.save_probabilities)
 
 
-def _trained(
-    job: Job, trainer_class: type[nnUNetTrainer], device: torch.device, flag: StopFlag | None
-) -> nnUNetTrainer:
-    """The trainer of a job when its last epoch is done."""
-    plans = {**job.plans, "continue_training": job.start_from is not None}
-    trainer = trainer_class(plans, job.configuration, job.fold, job.dataset_json, device)
-    if isinstance(trainer, MFMTrainer):
-        trainer.stop_flag = flag
-        trainer.split = job.split
-        trainer.pretrained_checkpoint = job.pretrained_weights
-    else:
-        use_checked_data(trainer)
-        if job.pretrained_weights is not None:
-            transfer_into(trainer, job.pretrained_weights)
-    if job.start_from is not None:
-        if not isinstance(trainer, MFMTrainer):
-            load_weights(job.start_from)  # says what is wrong with the file, which nnU-Net's loading would not
-        with weights_only_forced():
-            trainer.load_checkpoint(str(job.start_from))
-    if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
-        trainer.run_training()
-    return trainer
+# Checks
 
 
-def _require_known_architecture(plans: dict[str, Any], configuration: str) -> None:
-    """Raise MFMError (E_MODEL_UNSAFE) when trainers of others would import what the plan names, whatever it is."""
-    manager = PlansManager(plans).get_configuration(configuration)
-    to_import = manager.network_arch_init_kwargs_req_import
-    check_architecture(manager.network_arch_class_name, manager.network_arch_init_kwargs, to_import)
+def _pick_device(request: TrainRequest) -> torch.device:
+    """Return the device that training uses. Raises MFMError (E_CONFIG) for one that it cannot use."""
+    used = pick_device("cuda" if request.num_gpus > 1 else request.device)
+    if used.index:
+        raise MFMError(
+            "E_CONFIG",
+            f"-device {used}: training takes the first GPU that is seen. Set CUDA_VISIBLE_DEVICES instead.",
+        )
+    return used
 
 
-def _checked_network(plans: dict[str, Any], configuration: str) -> nn.Module:
-    """The plan's network, built from trusted names before nnU-Net builds it, once the settings can be read."""
+def _read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any]:
+    """Read dataset.json of a dataset with labels.
+
+    Raises MFMError: E_NOT_FOUND without the file, E_FORMAT when it is damaged or breaks nnU-Net's rules, E_CONFIG when
+    it names no structure to segment.
+    """
+    files = [root / dataset_name / "dataset.json" for root in (workspace.preprocessed, workspace.raw)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise MFMError("E_NOT_FOUND", f"{files[0]}: there is no dataset.json. Run mfm_plan_and_preprocess.")
+    advice = f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}"
+    dataset_json = dataset_jsons.read_dataset_json(file, advice)
+    if not set(dataset_json["labels"]) - {"background", "ignore"}:
+        raise MFMError(
+            "E_CONFIG",
+            f"{dataset_name} names no structure to segment ({file}, 'labels'). A corpus without labels can only be "
+            "pretrained on: mfm_pretrain.",
+        )
+    return dataset_json
+
+
+def _check_data(
+    workspace: Workspace, plans: dict[str, Any], configuration: str, fold: int | str, dataset_json: dict[str, Any]
+) -> Split:
+    """Return the labelled cases that train and validate the fold.
+
+    Raises MFMError unless the configuration is in the plan and its preprocessed data can train the fold.
+    """
+    dataset_name = plans["dataset_name"]
+    again = f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}"
+    if configuration not in plans["configurations"]:
+        raise MFMError(
+            "E_CONFIG",
+            f"plan {plans['plans_name']} has no configuration '{configuration}'. "
+            f"{nearest(configuration, plans['configurations'])}",
+        )
+    resolved = PlansManager(plans).get_configuration(configuration)
+    for stage in resolved.next_stage_names or ():
+        if stage not in plans["configurations"]:  # nnU-Net looks it up when the training is done
+            raise MFMError(
+                "E_CONFIG",
+                f"configuration '{configuration}' has the next_stage '{stage}', which the plan does not have. "
+                f"{nearest(stage, plans['configurations'])}",
+            )
+    folder = workspace.preprocessed / dataset_name
+    data = inside(folder, resolved.data_identifier)
+    selection = select_labelled(inside(workspace.raw, dataset_name), folder, data)
+    if not selection.cases:
+        source = block_of(plans).source
+        like = f" --like CHECKPOINT (it was {source.get('name')}; without it the plan changes)" if source else ""
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. {again}{like}",
+        )
+    if stale := stale_cases(data, selection.names, preprocessing_hash(plans, configuration, dataset_json)):
+        raise MFMError(
+            "E_CONFIG",
+            f"{data}: {len(stale)} cases were preprocessed for another plan or dataset.json than those that are there "
+            f"now (labels, spacing or intensities differ), e.g. {stale[0]}. {again}",
+        )
+    read_fingerprint(folder)
+    return choose_split(fold, folder, selection)
+
+
+def _check_previous_stage(plans: dict[str, Any], configuration: str, dataset_folder: Path) -> None:
+    """Raise MFMError (E_NOT_FOUND) when a cascade lacks the predictions of its first stage.
+
+    ``dataset_folder`` is the dataset's folder among the results.
+    """
+    stage = PlansManager(plans).get_configuration(configuration).previous_stage_name
+    if stage is None:
+        return
+    model = f"{MFMTrainer.__name__}__{plans['plans_name']}__{stage}"
+    folder = inside(dataset_folder, model, "predicted_next_stage", configuration)
+    if not folder.is_dir():
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{configuration} is trained on the predictions of {stage}, and {folder} does not exist. Train all folds "
+            f"of {stage} first, with the same plan; their validation writes it.",
+        )
+
+
+def _find_start(folder: Path, continue_training: bool, only_validate: bool) -> Path | None:
+    """Return the checkpoint in a run folder to resume from, None for a new run.
+
+    Raises MFMError: E_NOT_FOUND when there is none to resume from, E_EXISTS when a new run would overwrite one.
+    """
+    existing = next((folder / name for name in TO_CONTINUE if (folder / name).is_file()), None)
+    is_finished = existing is not None and existing.name == FINAL
+    if only_validate and not is_finished:
+        raise MFMError(
+            "E_NOT_FOUND", f"{folder} holds no finished training ({FINAL}). Train first, or continue it with --c."
+        )
+    if continue_training and existing is None:
+        raise MFMError("E_NOT_FOUND", f"{folder} holds no checkpoint to continue from. Start without --c.")
+    if existing is not None and not (continue_training or only_validate):
+        raise MFMError(
+            "E_EXISTS",
+            f"{folder} holds {'a finished' if is_finished else 'an unfinished'} training, which is not overwritten. "
+            "Continue it with --c, use another plan name (-p), or move the folder away.",
+        )
+    return existing
+
+
+def _build_checked_network(plans: dict[str, Any], configuration: str) -> nn.Module:
+    """Build the plan's network from trusted names before nnU-Net builds it, once the settings can be read."""
     block_of(plans)
     channels = PlansManager(plans).get_configuration(configuration).normalization_schemes
     return build_network(plans, configuration, len(channels), 2)
 
 
-def _settings(
+def _resolve_settings(
     plans: dict[str, Any],
     folder: Path,
     overrides: Sequence[str],
@@ -227,27 +307,27 @@ def _settings(
     network: nn.Module,
     num_cases: int,
 ) -> MFMBlock:
-    """The resolved settings of a run; a continued one has those that it began with.
+    """Resolve the settings of a run; a resumed one keeps those that it began with.
 
-    Raises MFMError (E_CONFIG) when a setting is impossible, or a continued run would get another one.
+    Raises MFMError (E_CONFIG) when a setting is impossible, or a resumed run would get another one.
     """
     saved = run_settings.load(folder, plans) if start_from is not None else None
-    about, advice = None, as_begun(saved.finetune) if saved is not None else []
+    known, advice = None, advise_as_begun(saved.finetune) if saved is not None else []
     if pretrained_weights is not None:
         source = read_checkpoint(pretrained_weights)
-        about = describe(pretrained_weights, source)
+        known = describe(pretrained_weights, source)
         if start_from is None:
             family: Family = "primus" if hasattr(network, "eva") else "resenc"
-            advice = advised(family, num_cases, about["pretext"], has_decoder(source, network))
+            advice = advise(family, num_cases, known["pretext"], has_decoder(source, network))
     base = saved or block_of(plans)
     if start_from is None:
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))
-    block = run_settings.resolve(base, overrides, about, advice)
+    block = run_settings.resolve(base, overrides, known, advice)
     if saved is not None:
         # Settings that are younger than the run are resolved on both sides.
         run_settings.require_same(run_settings.resolve(saved, (), None), block, folder)
     elif override(base, overrides).finetune.learning_rate is None:
-        of = block.network, block.finetune.optimizer, "scratch" if about is None else "a checkpoint"
+        of = block.network, block.finetune.optimizer, "scratch" if known is None else "a checkpoint"
         rate = block.finetune.learning_rate
         logger.info("finetune.learning_rate=%g: the published rate of %s with %s from %s", rate, *of)
     return block
@@ -271,9 +351,12 @@ def _require_a_crop_each(block: MFMBlock, plans: dict[str, Any], configuration: 
         )
 
 
+# Processes
+
+
 @contextlib.contextmanager
 def _threads(device: torch.device) -> Iterator[None]:
-    """All cores for training on the CPU, one thread beside a GPU; restored afterwards."""
+    """Use all cores for training on the CPU, one thread beside a GPU; restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_cores() if device.type == "cpu" else 1)
     try:

@@ -7,9 +7,7 @@ Nothing here reads a file or looks at the machine. Sizes are in voxels, spacings
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mfm_nnunet.checkpoint import to_plain
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.settings import PUBLISHED_RATES, FinetuneSettings, PretrainSettings
 
@@ -45,17 +42,6 @@ MIN_EDGE = {3: 32, 2: 64}
 
 PRIMUS_BUDGET_SHARE = 0.85
 """The rest is for the loss, the kernels' workspaces and what the driver takes."""
-
-_PREPROCESSING_KEYS = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-)
 
 
 @dataclass(frozen=True)
@@ -211,21 +197,6 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
         deep_supervision=not is_primus,
     )
     return pretrain, finetune
-
-
-def data_identifier(name: str, configuration: Mapping[str, Any], plans: Mapping[str, Any], labels: Any) -> str:
-    """``mfm_<configuration>_<8 hex>``: equal exactly when preprocessing gives the same files.
-
-    The digest covers everything that preprocessing depends on: spacing, normalisation, resampling, axis order, reader,
-    ``labels`` (they decide which voxels are listed as foreground) and, for CT, the intensities of the data set.
-    """
-    parts = {key: configuration.get(key) for key in _PREPROCESSING_KEYS}
-    parts |= {key: plans.get(key) for key in ("transpose_forward", "image_reader_writer")}
-    parts["labels"] = labels
-    if "CTNormalization" in configuration["normalization_schemes"]:
-        parts["intensities"] = plans["foreground_intensity_properties_per_channel"]
-    text = json.dumps(to_plain(parts), sort_keys=True)
-    return f"mfm_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def select_configurations(

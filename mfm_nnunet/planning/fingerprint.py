@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
-from mfm_nnunet.data import corpus
+from mfm_nnunet.data.cases import require_scan
 from mfm_nnunet.data.loops import in_threads, with_progress
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 from mfm_nnunet.images import reading
 
 if TYPE_CHECKING:
-    from mfm_nnunet.data.corpus import Case
+    from mfm_nnunet.data.cases import Case
 
 MAX_VALUES = 1 << 23
 """Intensities kept for the percentiles, over all cases and channels together (float32)."""
@@ -133,7 +133,7 @@ def _readers_of(case: Case, *, dataset_json: Mapping[str, Any]) -> set[str]:
 def _analyse(case: Case, *, reader: str, dataset_json: dict[str, Any], num_channels: int) -> CaseStatistics:
     image_CDHW, properties = reading.read_image(case.images, reader)
     if case.label is None:
-        corpus.require_scan(case.images[0], image_CDHW)
+        require_scan(case.images[0], image_CDHW)
     if len(image_CDHW) != num_channels and case.label is None and len(case.images) == 1:
         raise MFMError("E_CHANNELS", _other_colours(case, len(image_CDHW), num_channels))
     if len(image_CDHW) != num_channels:

@@ -25,11 +25,12 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data import corpus
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import parse_json
+from mfm_nnunet.files import parse_json, to_plain
 from mfm_nnunet.models.memory import training_memory_bytes
 from mfm_nnunet.models.primus import PrimusSeg, primus_kwargs
-from mfm_nnunet.plan import read_plans
+from mfm_nnunet.plan import Plan, read_plans
 from mfm_nnunet.planning import derive, like
 from mfm_nnunet.planning.fingerprint import choose_reader
 from mfm_nnunet.planning.table import channel_names
@@ -205,7 +206,7 @@ class MFMPlanner(ResEncUNetPlanner):
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Make stock's plan ours (checkpoint, wanted configurations, identifiers, block) and write it atomically."""
-        plans = checkpoint.to_plain(plans)
+        plans = to_plain(plans)
         axes = plans["transpose_forward"]
         spacings = np.array(self.dataset_fingerprint["spacings"])[:, axes]
         plans["original_median_spacing_after_transp"] = [float(value) for value in np.median(spacings, 0)]
@@ -215,8 +216,8 @@ class MFMPlanner(ResEncUNetPlanner):
         _require_two_stages(plans["configurations"])
         for name, configuration in plans["configurations"].items():
             if "data_identifier" in configuration:
-                labels = [self.dataset_json["labels"], self.dataset_json.get("regions_class_order")]
-                configuration["data_identifier"] = derive.data_identifier(name, configuration, plans, labels)
+                dataset = DatasetJson.of(self.dataset_json)
+                configuration["data_identifier"] = Plan.of(plans).make_data_identifier(name, dataset)
         plans["mfm"] = to_dict(self._block(plans))
         self.planned = tuple(plans["configurations"])
         if self.plans_file.is_file():

@@ -20,8 +20,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from mfm_nnunet.checkpoint import sha256
-from mfm_nnunet.data.cases import spelling_of
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case, spelling_of
 from mfm_nnunet.data.loops import unchanged
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable

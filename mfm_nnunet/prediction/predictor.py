@@ -20,13 +20,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from mfm_nnunet.checkpoint import load_weights, sha256
-from mfm_nnunet.dataset import read_dataset_json
+from mfm_nnunet.dataset import DatasetJson, read_dataset_json
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import whole_number
 from mfm_nnunet.models.networks import build_network, check_architecture
-from mfm_nnunet.plan import preprocessor_problem, read_plans
-from mfm_nnunet.prediction.consistency import differences
+from mfm_nnunet.plan import Plan, preprocessor_problem, read_plans
 from mfm_nnunet.prediction.model import Model
 
 __all__ = ["Model", "load_model"]
@@ -170,11 +169,23 @@ def _require_one_model(folds: list[_Fold], plans: dict[str, Any], dataset_json: 
             own, other = getattr(fold, name), getattr(first, name)
             if own != other:
                 raise _mismatch(fold.file, f"{name} is {own}, and {other} in {first.file.parent.name}")
-        if unequal := differences(fold.init_args, plans, fold.configuration, dataset_json):
+        unequal = _differences(fold, Plan.of(plans), DatasetJson.of(dataset_json))
+        if unequal:
             raise _mismatch(
                 fold.file,
                 f"it was trained with other values than plans.json and dataset.json say: {', '.join(unequal)}",
             )
+
+
+def _differences(fold: _Fold, plan: Plan, dataset: DatasetJson) -> list[str]:
+    """Compare what a checkpoint was trained with, as far as it holds it, with the model folder's plan and dataset."""
+    found = []
+    own_plan, own_dataset = Plan.of_checkpoint(fold.init_args), DatasetJson.of_checkpoint(fold.init_args)
+    if own_plan and fold.configuration in own_plan.configuration_names:
+        found += own_plan.differences(plan, fold.configuration)
+    if own_dataset:
+        found += own_dataset.differences(dataset)
+    return found
 
 
 def _mismatch(file: Path, reason: str) -> MFMError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
 from mfm_nnunet.finetune import settings as finetune_settings

@@ -15,7 +15,7 @@ from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.dataset import check_dataset_json
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import is_file_name, read_json

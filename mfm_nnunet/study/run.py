@@ -15,15 +15,15 @@ from typing import IO, Any
 from torch import nn
 
 from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import in_threads, with_progress
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
 from mfm_nnunet.files import inside, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as finetune_settings
-from mfm_nnunet.finetune.advice import Family, advised
 from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
+from mfm_nnunet.finetune.settings import Family, advise
 from mfm_nnunet.images.reading import check_label, read_image, read_label
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.models.networks import build_network
@@ -78,7 +78,7 @@ def _check_arm(arm: Arm, design: Design, plans: Mapping[str, Any], network: nn.M
     reading = read_checkpoint(arm.checkpoint)
     about = describe(arm.checkpoint, reading)
     family: Family = "primus" if hasattr(network, "eva") else "resenc"
-    advice = advised(family, min(design.labels), about["pretext"], has_decoder(reading, network))
+    advice = advise(family, min(design.labels), about["pretext"], has_decoder(reading, network))
     settings = finetune_settings.resolve(block_of(plans), overrides, about, advice).finetune
     groups.require_fitting(settings, network, is_distributed=False)
     groups.require_pretrained(settings, is_pretrained=True)

@@ -20,11 +20,11 @@ import importlib.util
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 
+from mfm_nnunet.data.crops import Augmentation, CropRequest, ItemTransform
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.backbone import AbstractBackbone, Geometry, Restoring
 from mfm_nnunet.tasks.registry import TaskInfo, list_tasks
@@ -39,42 +39,6 @@ __all__ = [
     "find_task",
     "list_tasks",
 ]
-
-Augmentation = Literal["none", "mirror", "spatial"]
-"""In growing order: nothing; mirroring; rotation, scaling and mirroring."""
-
-
-@dataclass(frozen=True)
-class CropRequest:
-    """One crop that an item needs, at a uniformly drawn position."""
-
-    size: tuple[int, ...]
-    """Voxels per axis."""
-    volume: int = 0
-    """Which of the item's volumes it is cut from, 0 to ``volumes_per_item - 1``; other numbers are other volumes."""
-    pad: bool = True
-    """Where the volume is smaller than ``size``: True, zeros are added around it; False, the crop is as small as it."""
-
-
-class ItemTransform(ABC):
-    """Makes one item from its crops, in a worker process: picklable, NumPy only, no state that changes."""
-
-    @abstractmethod
-    def requests(self, rng: np.random.Generator) -> list[CropRequest]:
-        """The crops to read for one item. Called before, and with the same generator as, the item itself."""
-
-    @abstractmethod
-    def __call__(
-        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
-        """The item from its crops (C, D, H, W), float32, normalised as in the plan and in the order of the requests.
-
-        ``item["image"]`` is what the network sees, (C, *patch), or (V, C, *crop) for tasks of several views; further
-        arrays are the task's own business. The crops may be changed in place. ``valid`` are boolean arrays
-        (1, D, H, W), one per crop, False where voxels were anonymised; None in a corpus without such masks. Tasks that
-        restore voxels pass them on as ``item["valid"]``, like the image, and leave the others out of the loss. All
-        items of a run have the same keys, shapes and types, so a batch is ``np.stack``.
-        """
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 
-from mfm_nnunet.data.masks import mask_file
-from mfm_nnunet.data.properties import read_properties
-from mfm_nnunet.data.volumes import open_array
+from mfm_nnunet.data.volumes import mask_file, open_array, read_properties
 from tests.builders import crafted
 from tests.builders.site import CORPUS, Site, accepted, refused, unchanged
 
@@ -163,18 +160,6 @@ def test_arrays_of_objects_in_nnunets_older_layout(ending: str, older: Site, mar
             (older.data() / f"case{number}.npy").unlink()
     refused(older.train(1), "E_DATA_UNSAFE", older.data(), ending)
     refused(older.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", ending)
-
-
-def test_trainers_of_others_read_nothing_else(site: Site, mark: Path) -> None:
-    good = (site.data() / "case1.pkl").read_bytes()
-    (site.data() / "case1.pkl").write_bytes(crafted.pickles(mark)["protocol 4"])
-    words = ("train", 5, "3d_fullres", 1, "-tr", "nnUNetTrainer_1epoch")
-    refused(site.run(*words), "E_DATA_UNSAFE", site.data() / "case1.pkl")
-    (site.data() / "case1.pkl").write_bytes(good)
-    fold = site.results / site.raw.name / "nnUNetTrainer_1epoch__mfmPlans__3d_fullres" / "fold_1"
-    fold.mkdir(parents=True, exist_ok=True)
-    torch.save({"network_weights": {}, "more": crafted.Payload(mark)}, fold / "checkpoint_latest.pth")
-    refused(site.run(*words, "--c"), "E_MODEL_UNSAFE", fold / "checkpoint_latest.pth")
 
 
 def test_prediction_reads_none_of_them(site: Site, mark: Path) -> None:

@@ -1,9 +1,8 @@
-"""The demo: how its data are cut, what it writes and refuses, the pictures, and (long) the whole way."""
+"""The demo: data, output, refusals, pictures, and (long) all steps."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import pytest
 import SimpleITK as sitk
 
 from mfm_nnunet.cli import demo as command
-from mfm_nnunet.data.corpus import index_source, load_cases
+from mfm_nnunet.data.corpus import load_cases
+from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.demo import data, run
-from mfm_nnunet.demo.result import ARMS, DemoResult, compare, format_result
+from mfm_nnunet.demo.run import ARMS, DemoResult, compare, format_result
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.metrics import dice, foreground_labels, ignore_label, mean_dice
 from mfm_nnunet.reports import overlays
@@ -31,23 +31,17 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> data.Split:
     return data.split_template(tmp_path_factory.mktemp("scans"))
 
 
-def test_blocks_share_no_voxel_and_keep_to_their_hemisphere() -> None:
-    counts = np.zeros(TEMPLATE_SHAPE, int)
-    for hemisphere, _, where in data.template_blocks(AFFINE):
+def test_blocks_share_no_voxel_and_mirror_each_other() -> None:
+    counts, sides = np.zeros(TEMPLATE_SHAPE, int), {}
+    for hemisphere, place, where in data.template_blocks(AFFINE):
         assert counts[where].shape == data.BLOCK
         counts[where] += 1
         x_mm = AFFINE[0, 0] * np.arange(where[0].start, where[0].stop) + AFFINE[0, 3]
         assert (x_mm < 0).all() if hemisphere == "left" else (x_mm > 0).all()
+        sides[hemisphere, place] = set(x_mm)
     assert counts.max() == 1
-
-
-def test_the_halves_are_mirror_images_block_by_block() -> None:
-    places: dict[Any, list[slice]] = {}
-    for _, place, where in data.template_blocks(AFFINE):
-        places.setdefault(place, []).append(where[0])
-    for left, right in places.values():
-        mirrored = {2 * data.MIDLINE - i for i in range(left.start, left.stop)}
-        assert mirrored == set(range(right.start, right.stop))
+    for _, place in sides:
+        assert sides["left", place] == {-x for x in sides["right", place]}
 
 
 def test_no_tested_voxel_was_trained_on_not_even_mirrored(template: data.Split) -> None:
@@ -214,13 +208,13 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest
 
 def test_overwrite_removes_only_what_the_demo_made(tmp_path: Path) -> None:
     folder = tmp_path / "ws"
-    run._prepare(folder, overwrite=False)
+    run.prepare_folder(folder, overwrite=False)
     kept = ["nnUNet_raw/Dataset004_Mine/dataset.json", "notes.txt", "nnUNet_results/Dataset004_Mine/model.pth"]
     gone = ["nnUNet_raw/Dataset902_DemoLabelled/dataset.json", "predictions/mae/a.nii.gz", "corpus.csv"]
     for name in [*kept, *gone]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
-    run._prepare(folder, overwrite=True)
+    run.prepare_folder(folder, overwrite=True)
     assert all((folder / name).is_file() for name in kept)
     assert not any((folder / name).exists() for name in gone)
 
@@ -243,13 +237,6 @@ def test_nothing_is_written_without_data(
     assert command.main(line) == 2
     assert "mfm_nnunet[demo]" in capsys.readouterr().err
     assert not (tmp_path / "ws").exists()
-
-
-def test_folders_of_the_environment_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("nnUNet_raw", "/somebody's")
-    with run._ignoring_nnunet_folders():
-        assert "nnUNet_raw" not in os.environ
-    assert os.environ["nnUNet_raw"] == "/somebody's"
 
 
 SHORT = [

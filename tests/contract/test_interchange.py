@@ -99,7 +99,7 @@ def test_stock_plan_and_data_train_and_predict_here(
 
 @pytest.fixture(scope="module")
 def stock_model(planned: Dataset) -> Path:
-    """A model that a stock trainer trained on our plan and data, through mfm_train."""
+    """A model that a stock trainer trained on our plan and data."""
     start = nnUNetTrainer.on_train_start
 
     def short(self: nnUNetTrainer) -> None:
@@ -111,8 +111,8 @@ def stock_model(planned: Dataset) -> Path:
         patch.setattr(MetaLogger, "plot_progress_png", lambda *args: None)
         patch.setattr(nnUNetTrainer, "on_train_start", short)
         with use(planned.root) as here:
-            fold = run_training(here, planned.name, "3d_fullres", 0, trainer="nnUNetTrainer_1epoch", device="cpu")
-    return fold
+            stock_run_training(planned.name, "3d_fullres", "0", "nnUNetTrainer_1epoch", "mfmPlans", device=CPU)
+    return here.results / planned.name / "nnUNetTrainer_1epoch__mfmPlans__3d_fullres" / "fold_0"
 
 
 def test_stock_trainer_trains_on_our_data(stock_model: Path) -> None:

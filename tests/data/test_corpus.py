@@ -9,17 +9,10 @@ import pytest
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from mfm_nnunet.data.corpus import (
-    Case,
-    corpus_hash,
-    index_source,
-    is_corpus,
-    load_cases,
-    read_dataset_json,
-    register_corpus,
-    signature,
-    warn_of_differences,
-)
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.corpus import corpus_hash, is_corpus, load_cases, read_dataset_json, register_corpus, signature
+from mfm_nnunet.data.labelled import warn_of_differences
+from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import MFMError
 
 NAME = "Dataset701_Corpus"

@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from mfm_nnunet.data.augment import SpatialParameters, apply_spatial, draw_spatial
-from mfm_nnunet.data.crops import CropStream, StreamSettings, batches, read_box
-from mfm_nnunet.data.masks import anatomy_points, mask_file
+from mfm_nnunet.data.crops import (
+    CropStream,
+    SpatialParameters,
+    StreamSettings,
+    apply_spatial,
+    batches,
+    draw_spatial,
+    read_box,
+)
+from mfm_nnunet.data.volumes import anatomy_points, mask_file
 from mfm_nnunet.errors import MFMError
 from tests.builders.damage import overwrite_middle
 

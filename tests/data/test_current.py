@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mfm_nnunet.data.corpus import index_source, register_corpus
-from mfm_nnunet.data.current import FINGERPRINT, Selection, select
+from mfm_nnunet.data.corpus import FINGERPRINT, Selection, register_corpus, select
+from mfm_nnunet.data.sources import index_source
 from tests.data.test_corpus import NAME, dataset, refusal, touch
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 
 from mfm_nnunet.data import loops
-from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.loops import attempt, in_processes, in_threads, source_signature, with_progress
-from mfm_nnunet.data.masks import mask_signature
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.loops import attempt, in_processes, in_threads, mask_signature, source_signature, with_progress
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
 from tests.builders.groups import started, wait_for_end
 
@@ -195,7 +194,7 @@ def test_a_stop_is_no_bad_case() -> None:
 PARENT = """
 import sys, time
 from pathlib import Path
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import in_processes
 from tests.data.test_loops import sleep
 
@@ -229,7 +228,7 @@ STOPPED_PARENT = """
 import argparse, sys
 from pathlib import Path
 from mfm_nnunet.cli.run import run_command
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import in_processes, in_threads, with_progress
 from tests.data.test_loops import sleep
 

@@ -20,11 +20,10 @@ import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.masks import MAX_POINTS, anatomy_points, mask_file
-from mfm_nnunet.data.preprocess_case import preprocess_case_npy, preprocess_mask
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_mask
 from mfm_nnunet.data.storage import require_whole
-from mfm_nnunet.data.volumes import anatomy_of, anonymised_of
+from mfm_nnunet.data.volumes import MAX_POINTS, anatomy_of, anatomy_points, anonymised_of, mask_file
 from mfm_nnunet.errors import MFMError
 from tests.data.test_preprocess import DATASET, KILLED, contents, make_case, make_plans, run
 

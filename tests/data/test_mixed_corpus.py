@@ -16,8 +16,7 @@ import SimpleITK as sitk
 
 from mfm_nnunet import api
 from mfm_nnunet.checkpoint import load
-from mfm_nnunet.data.masks import mask_file
-from mfm_nnunet.data.volumes import anatomy_of
+from mfm_nnunet.data.volumes import anatomy_of, mask_file
 
 SOURCES = (
     ("Dataset004_Hippocampus", "T1w", 3),

@@ -7,8 +7,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import pytest
 
-from mfm_nnunet.data.cases import image_files
-from mfm_nnunet.data.not_scans import is_named_mask, require_scan
+from mfm_nnunet.data.cases import image_files, is_named_mask, require_scan
 from mfm_nnunet.images.reading import read_image, reader_for
 from tests.data.test_corpus import refusal
 

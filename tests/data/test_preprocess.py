@@ -23,8 +23,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nn
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.data import preprocess, storage
-from mfm_nnunet.data.corpus import Case
-from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_dataset, preprocessing_hash
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_dataset
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.images import reading
 
@@ -307,26 +307,6 @@ def test_a_file_that_changes_while_it_is_read(
     report = run(cases, out)
     assert (report.done, [failure.code for failure in report.failures]) == (["case0"], ["E_CHANGED"])
     assert not list(out.rglob("case1*"))
-
-
-def test_hash_depends_on_what_preprocessing_depends_on() -> None:
-    base = preprocessing_hash(make_plans(), "3d_fullres", DATASET)
-    assert base == preprocessing_hash(
-        {**make_plans(patch_size=[32, 32, 32]), "mfm": {"seed": 1}}, "3d_fullres", DATASET
-    )
-    other = {**DATASET, "labels": {**LABELS, "c": 3}}
-    ct = make_plans(normalization_schemes=["CTNormalization"])
-    warm = copy.deepcopy(ct)
-    warm["foreground_intensity_properties_per_channel"]["0"]["mean"] = 7.0
-    hashes = [
-        base,
-        preprocessing_hash(make_plans(), "3d_fullres", other),
-        preprocessing_hash(make_plans(spacing=[1.0, 1.0, 1.5]), "3d_fullres", DATASET),
-        preprocessing_hash(make_plans(transpose_forward=[1, 0, 2]), "3d_fullres", DATASET),
-        preprocessing_hash(ct, "3d_fullres", DATASET),
-        preprocessing_hash(warm, "3d_fullres", DATASET),
-    ]
-    assert len(set(hashes)) == len(hashes)
 
 
 def test_a_bad_case_costs_no_other(tmp_path: Path) -> None:

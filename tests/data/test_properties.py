@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfm_nnunet.data.properties import read_properties
+from mfm_nnunet.data.volumes import read_properties
 from mfm_nnunet.errors import MFMError
 from tests.builders import crafted
 

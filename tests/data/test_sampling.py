@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.sampling import case_weights, describe_shares, group_shares, require_legal_balance
+from mfm_nnunet.data.crops import case_weights, describe_shares, group_shares, require_legal_balance
 from mfm_nnunet.errors import MFMError
 
 

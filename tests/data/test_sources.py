@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from mfm_nnunet.data.corpus import Case, corpus_hash, index_source, load_cases, register_corpus, signature
-from mfm_nnunet.data.masks import mask_signature
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.corpus import corpus_hash, load_cases, register_corpus, signature
+from mfm_nnunet.data.loops import mask_signature
+from mfm_nnunet.data.sources import index_source
 from tests.data.test_corpus import NAME, refusal, touch
 
 # --- CSV ----------------------------------------------------------------------------------------------------------

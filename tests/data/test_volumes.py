@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mfm_nnunet.data import volumes
-from mfm_nnunet.data.masks import mask_file
+from mfm_nnunet.data.volumes import mask_file
 from mfm_nnunet.errors import MFMError
 from tests.builders import crafted
 

@@ -16,7 +16,7 @@ import torch
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet import settings as mfm_settings
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.engine import engine
 from mfm_nnunet.engine.engine import Pretrainer
 from mfm_nnunet.errors import MFMError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.engine import probe_data
 from mfm_nnunet.engine.distributed import ALONE
 from mfm_nnunet.engine.engine import Pretrainer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mfm_nnunet.engine.state import RunState, differing_settings, load_state, save_state
+from mfm_nnunet.engine.state import RunState, load_state, require_same_settings, save_state
 from mfm_nnunet.errors import MFMError
 
 SETTINGS = {"pretrain": {"epochs": 3, "betas": [0.9, 0.98]}, "seed": 1}
@@ -51,11 +51,10 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         load_state(tmp_path, {**SETTINGS, "pretrain": {**SETTINGS["pretrain"], "epochs": 4}})
 
 
-def test_differences() -> None:
-    assert differing_settings({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "d": 3}) == [
-        "c was 2, is None",
-        "d was None, is 3",
-    ]
+def test_differences_are_named_but_for_those_that_may_be(tmp_path: Path) -> None:
+    old, new = {"a": {"b": 1, "e": 1}, "c": 2}, {"a": {"b": 1, "e": 2}, "d": 3}
+    with pytest.raises(MFMError, match=r"c was 2, is None; d was None, is 3\."):
+        require_same_settings(old, new, tmp_path, may_differ=("a.e",))
 
 
 @pytest.mark.parametrize(

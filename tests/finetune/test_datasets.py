@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset, nnUN
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune.datasets import CheckedBlosc2, CheckedNumpy, checked, next_stage_checked
+from mfm_nnunet.finetune.loading import CheckedBlosc2, CheckedNumpy, check_next_stage, find_dataset_class
 from tests.builders import crafted
 from tests.builders.damage import overwrite_middle
 
@@ -92,7 +92,7 @@ def test_cases_are_those_that_stock_loads(tmp_path: Path) -> None:
         sizes = {"chunks": SHAPE, "blocks": (1, 8, 8, 8)} if ours is CheckedBlosc2 else {}
         stock.save_case(image, labels, properties, str(folder / "a"), **sizes)
         ours.save_seg(labels[0], str(before / "a"))
-        assert checked(stock) is ours
+        assert find_dataset_class("", stock) is ours
         one, other = (kind(str(folder), None, str(before)).load_case("a") for kind in (ours, stock))
         assert all(np.array_equal(mine[:], theirs[:]) for mine, theirs in zip(one[:3], other[:3]))
         assert repr(one[3]) == repr(other[3])
@@ -151,6 +151,6 @@ def test_stocks_validation_infers_our_class(dataset: nnUNetBaseDataset, tmp_path
     assert "infer_dataset_class" in validate.__code__.co_names
     assert validate.__globals__ is vars(trainer_module)
     before = trainer_module.infer_dataset_class
-    with next_stage_checked():
+    with check_next_stage():
         assert trainer_module.infer_dataset_class(str(tmp_path)) is CheckedBlosc2
     assert trainer_module.infer_dataset_class is before

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.finetune import advice, groups
-from mfm_nnunet.finetune.loading import nnunet_loaders, seeded
-from mfm_nnunet.finetune.settings import require_effect, require_same, resolve
+from mfm_nnunet.finetune import groups
+from mfm_nnunet.finetune.loading import make_loaders, seeded
+from mfm_nnunet.finetune.settings import advise, advise_as_begun, require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.networks import encoder_names, head_names
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
@@ -44,7 +44,7 @@ def test_the_default_is_one_group_in_the_networks_order(make: Any) -> None:
     """So that optimizer states of older runs, and of stock nnU-Net, fit."""
     network = make()
     for new in (None, head_names(network)):
-        (group,) = groups.groups_of(network, FinetuneSettings(), new)
+        (group,) = groups.group_parameters(network, FinetuneSettings(), new)
         assert list(group.names) == [name for name, _ in network.named_parameters()]
         assert (group.waits, group.scale) == (False, 1.0)
 
@@ -56,7 +56,7 @@ def test_who_learns(make: Any) -> None:
     assert groups.trained_names(network, "decoder") == names_of(network) - encoder
     assert groups.trained_names(network, "head") == head_names(network)
     new = head_names(network)
-    first, second = groups.groups_of(network, FinetuneSettings(schedule="sawtooth"), new)
+    first, second = groups.group_parameters(network, FinetuneSettings(schedule="sawtooth"), new)
     assert (set(first.names), set(second.names)) == (new, names_of(network) - new)
     assert (first.waits, second.waits) == (False, True)
 
@@ -72,7 +72,7 @@ def test_the_decoder_of_a_u_net_is_what_is_not_encoder() -> None:
 
 def test_layer_decay_of_primus() -> None:
     network = primus()
-    decayed = groups.groups_of(network, FinetuneSettings(layer_decay=0.5), None)
+    decayed = groups.group_parameters(network, FinetuneSettings(layer_decay=0.5), None)
     scales = {name: group.scale for group in decayed for name in group.names}
     assert scales.keys() == names_of(network)
     assert scales["eva.blocks.0.attn.q_proj.weight"] == 0.5
@@ -87,13 +87,13 @@ def test_layer_decay_of_primus() -> None:
 
 def test_holding_still() -> None:
     network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Conv3d(2, 1, 1)).train()
-    still = groups.hold_still(network, {"2.weight", "2.bias"}, keep_gradients=False)
+    still = groups.freeze(network, {"2.weight", "2.bias"}, keep_gradients=False)
     assert len(still) == 4
     assert [p.requires_grad for p in network.parameters()] == [False] * 4 + [True] * 2
     network(torch.rand(1, 1, 2, 2, 2)).sum().backward()
     assert torch.equal(network[1].running_mean, torch.zeros(2))
     network.train()
-    assert groups.hold_still(network, names_of(network), keep_gradients=False) == []
+    assert groups.freeze(network, names_of(network), keep_gradients=False) == []
     assert all(p.requires_grad for p in network.parameters())
     assert network[1].training
 
@@ -117,7 +117,7 @@ def test_on_several_gpus_gradients_of_the_still_are_dropped_before_clipping(
         trainer.pretrained_checkpoint = pretrained_file(tmp_path)
         trainer.initialize()
         trained = trainer.lr_scheduler.trained_names(0)
-        trainer._still = groups.hold_still(trainer.network, trained, keep)
+        trainer._frozen = groups.freeze(trainer.network, trained, keep)
         for _ in range(2):
             trainer.train_step(next(trainer.get_dataloaders()[0]))
         weights.append({name: p.detach().clone() for name, p in trainer.network.named_parameters()})
@@ -222,7 +222,7 @@ def test_batch_size_and_mirroring(here: Workspace) -> None:
     assert trainer.plans_manager.plans["configurations"]["3d_fullres"]["batch_size"] == 2
 
     def transforms(trainer: MFMTrainer) -> str:
-        return " ".join(type(t).__name__ for t in nnunet_loaders(trainer)[0].transforms.transforms)
+        return " ".join(type(t).__name__ for t in make_loaders(trainer)[0].transforms.transforms)
 
     assert "MirrorTransform" not in transforms(trainer)
     stock = make_trainer()
@@ -236,7 +236,7 @@ def test_a_batch_of_one_crop_sees_foreground_by_chance(here: Workspace) -> None:
     settings = dataclasses.replace(tiny.FINETUNE, batch_size=1)
     trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
     trainer.initialize()
-    loader = nnunet_loaders(trainer)[0]
+    loader = make_loaders(trainer)[0]
     with seeded(5):
         chosen = [loader.get_do_oversample(0) for _ in range(300)]
     with seeded(5):
@@ -244,7 +244,7 @@ def test_a_batch_of_one_crop_sees_foreground_by_chance(here: Workspace) -> None:
     assert 70 < sum(chosen) < 130
     pair = make_trainer()
     pair.initialize()
-    assert [nnunet_loaders(pair)[0].get_do_oversample(index) for index in (0, 1)] == [False, True]  # as nnU-Net's
+    assert [make_loaders(pair)[0].get_do_oversample(index) for index in (0, 1)] == [False, True]  # as nnU-Net's
 
 
 def test_what_only_a_checkpoint_gives_an_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -281,13 +281,13 @@ def test_a_network_is_compiled_on_cuda_only_and_the_run_says_so(caplog: pytest.L
     ],
 )
 def test_advice(family: Any, num_cases: int, pretext: str | None, has_decoder: bool, parts: str, reason: str) -> None:
-    given = advice.advised(family, num_cases, pretext, has_decoder)
+    given = advise(family, num_cases, pretext, has_decoder)
     assert {item.name: item.value for item in given} == {"parts": parts, "layer_decay": 1.0}
     assert reason in " ".join(item.reason for item in given)
 
 
 def test_advice_is_for_what_is_open_only() -> None:
-    given = advice.advised("resenc", 9, "mae", True)
+    given = advise("resenc", 9, "mae", True)
     assert resolve(MFMBlock(), (), None, given).finetune.parts == "encoder_decoder"
     chosen = resolve(MFMBlock(), ("finetune.parts=encoder", "finetune.layer_decay=0.5"), None, given).finetune
     assert (chosen.parts, chosen.layer_decay) == ("encoder", 0.5)
@@ -298,10 +298,10 @@ def test_what_a_continued_run_leaves_open_again_is_as_it_began() -> None:
     about = {"name": "a.pth", "sha256": "00", "pretext": "mae"}
     command = ("finetune.parts=auto", "finetune.layer_decay=none", "finetune.learning_rate=none")
     sawtooth = ("finetune.schedule=sawtooth", "finetune.decoder_epochs=none")
-    given = advice.advised("resenc", 9, "mae", False)
+    given = advise("resenc", 9, "mae", False)
     begun = resolve(MFMBlock(), (*command, *sawtooth), about, given)
-    assert resolve(begun, (*command, *sawtooth), about, advice.as_begun(begun.finetune)) == begun
-    other = resolve(begun, ("finetune.parts=all_but_heads",), about, advice.as_begun(begun.finetune))
+    assert resolve(begun, (*command, *sawtooth), about, advise_as_begun(begun.finetune)) == begun
+    other = resolve(begun, ("finetune.parts=all_but_heads",), about, advise_as_begun(begun.finetune))
     refused("E_CONFIG", "finetune.parts was encoder, is all_but_heads", lambda: require_same(begun, other, Path()))
 
 

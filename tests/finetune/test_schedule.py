@@ -12,8 +12,7 @@ import torch
 from mfm_nnunet import checkpoint
 from mfm_nnunet.engine.optim import learning_rate_factor
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune.groups import Group
-from mfm_nnunet.finetune.schedule import EpochSchedule, Phases, rate_factor
+from mfm_nnunet.finetune.groups import EpochSchedule, Group, Phases, rate_factor
 from mfm_nnunet.finetune.state import content_of as state_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.transfer import unwrapped

@@ -9,7 +9,7 @@ import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.current import Selection
+from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.splits import choose_split, ensure_splits, make_splits
 
@@ -125,16 +125,6 @@ def test_removed_cases_neither_train_nor_validate(tmp_path: Path, caplog: pytest
     assert "fold 0 names 1 cases that are no longer in the dataset" in caplog.text
     with pytest.raises(MFMError, match="no cases under 'val'"):
         choose_split(1, tmp_path, selection)
-
-
-@pytest.mark.parametrize("fold", [0, "all"])
-def test_a_trainer_that_lists_the_folder_is_refused_removed_cases(tmp_path: Path, fold: int | str) -> None:
-    selection = chosen(CASES[1:], removed=["case0"])
-    choose_split(0, tmp_path, selection, trainer_lists_folder=True)  # the file is made of what is there now
-    written(tmp_path, (CASES[:6], CASES[6:]))
-    with pytest.raises(MFMError, match="case0") as caught:
-        choose_split(fold, tmp_path, selection, trainer_lists_folder=True)
-    assert caught.value.code == "E_CONFIG"
 
 
 def test_cases_that_are_not_preprocessed_are_refused_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,9 +33,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.finetune import validation
-from mfm_nnunet.finetune.loading import SeededBatches, batches, nnunet_loaders, seed_of
+from mfm_nnunet.finetune.loading import SeededBatches, make_loaders, read_batches, seed_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import Job, _trained
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.prediction.model import Model
 from mfm_nnunet.processes import STOP_SIGNALS, StopFlag, stop_on_signal
@@ -320,15 +319,15 @@ def same(a: Any, b: Any) -> bool:
 def source(here: Workspace) -> SeededBatches:
     trainer = make_trainer()
     trainer.initialize()
-    return SeededBatches(nnunet_loaders(trainer)[0], 5, "training 0")
+    return SeededBatches(make_loaders(trainer)[0], 5, "training 0")
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_batches_are_the_same_for_any_number_of_workers(source: SeededBatches, num_workers: int) -> None:
-    alone, together = list(batches(source, 0, 6, 0)), list(batches(source, 0, 6, num_workers))
+    alone, together = list(read_batches(source, 0, 6, 0)), list(read_batches(source, 0, 6, num_workers))
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
     assert not same(alone[0], alone[1])
-    (late,) = batches(source, 4, 5, num_workers)
+    (late,) = read_batches(source, 4, 5, num_workers)
     assert same(late, alone[4])
 
 
@@ -346,13 +345,13 @@ def test_a_damaged_preprocessed_file_is_named(source: SeededBatches, num_workers
     for file in Path(source.loader._data.source_folder).glob("*_seg.b2nd"):
         overwrite_middle(file)
     with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*_seg\.b2nd: the preprocessed file cannot be read"):
-        next(batches(source, 0, 1, num_workers))
+        next(read_batches(source, 0, 1, num_workers))
 
 
 def test_reading_leaves_the_global_generators_alone(source: SeededBatches) -> None:
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     threads = torch.get_num_threads()
-    next(batches(source, 0, 1, 0))
+    next(read_batches(source, 0, 1, 0))
     assert random.getstate() == states[0]
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert torch.equal(torch.get_rng_state(), states[2])
@@ -528,14 +527,17 @@ def refused(code: str, message: str, call: Callable[[], Any]) -> None:
         ({"fold": 7}, "E_CONFIG", "folds 0 to 4"),
         ({"fold": "some"}, "E_CONFIG", "'all'"),
         ({"plans_name": "mfmPlan"}, "E_NOT_FOUND", "mfmPlans"),
-        ({"trainer": "MFMTrainr"}, "E_NOT_FOUND", "Did you mean 'MFMTrainer'?"),
+        (
+            {"trainer": "nnUNetTrainer"},
+            "E_CONFIG",
+            "nnUNetv2_train Dataset007_Tiny 3d_fullres 0 -p mfmPlans -tr nnUNetT",
+        ),
         ({"overrides": ("finetune.epoch=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("pretrain.epochs=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("finetune.checkpoint=none",)}, "E_CONFIG", "-pretrained_weights"),
         ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "at least 1"),
         ({"overrides": ("finetune.warmup_epochs=4",)}, "E_CONFIG", "warmup_epochs=4"),
         ({"overrides": ("finetune.epochs=many",)}, "E_CONFIG", "expected int"),
-        ({"overrides": ("seed=1",), "trainer": "nnUNetTrainer"}, "E_CONFIG", "reads no settings"),
         ({"continue_training": True}, "E_NOT_FOUND", "Start without --c"),
         ({"only_validate": True}, "E_NOT_FOUND", "no finished training"),
         ({"only_validate": True, "continue_training": True}, "E_CONFIG", "one of them"),
@@ -599,9 +601,7 @@ def test_a_plan_that_would_import_foreign_code_is_refused(here: Workspace) -> No
     plans = tiny.plans("mfmForeign")
     plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
     (here.preprocessed / tiny.NAME / "mfmForeign.json").write_text(json.dumps(plans))
-    for trainer in ("MFMTrainer", "nnUNetTrainer"):
-        call = functools.partial(train, here, plans_name="mfmForeign", trainer=trainer)
-        refused("E_MODEL_UNSAFE", "os.system", call)
+    refused("E_MODEL_UNSAFE", "os.system", lambda: train(here, plans_name="mfmForeign"))
     assert not list(here.results.rglob("*"))
 
 
@@ -728,45 +728,6 @@ def test_a_signal_stops_a_validation_by_nnunet_too(here: Workspace, monkeypatch:
         assert not finished
 
 
-def test_other_peoples_trainers_work_with_our_transfer(
-    here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plug_in = tmp_path / "plug_in"
-    plug_in.mkdir()
-    (plug_in / "theirs.py").write_text(
-        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
-        "class TheirTrainer(nnUNetTrainer):\n"
-        "    def run_training(self):\n"
-        "        self.current_epoch = self.num_epochs\n"
-        "    def perform_actual_validation(self, save_probabilities=False):\n"
-        "        self.my_init_kwargs.pop('device')\n"
-        "        self.save_checkpoint(self.output_folder + '/checkpoint_final.pth')\n"
-    )
-    monkeypatch.setenv("nnUNet_extTrainer", str(plug_in))
-    file = pretrained_file(tmp_path)
-    folder = train(here, trainer="TheirTrainer", pretrained_weights=file)
-    assert folder.parent.name == "TheirTrainer__mfmPlans__3d_fullres"
-    assert json.loads((folder / "transfer.json").read_text())["encoder_share"] == 1.0
-    weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
-    wanted = checkpoint.load_weights(file)["network_weights"]
-    assert torch.equal(weights["encoder.stem.convs.0.conv.weight"], wanted["encoder.stem.convs.0.conv.weight"])
-
-
-def test_other_peoples_cascades_get_weights_for_their_images_alone(here: Workspace, tmp_path: Path) -> None:
-    class Theirs(nnUNetTrainer):
-        def run_training(self) -> None:
-            """Nothing."""
-
-    file = pretrained_file(tmp_path)
-    plans = tiny.plans(**{"3d_fullres": tiny.configuration(resenc()) | {"previous_stage": "2d"}})
-    dataset_json = make_trainer().dataset_json
-    job = Job("Theirs", plans, "3d_fullres", 0, dataset_json, tmp_path, "cpu", file, None, False, False)
-    stem = next(_trained(job, Theirs, CPU, None).network.parameters())
-    source = checkpoint.load_weights(file)["network_weights"]["encoder.stem.convs.0.conv.weight"]
-    assert torch.equal(stem[:, :1], source)
-    assert not stem[:, 1:].any()
-
-
 @pytest.mark.parametrize("fold", ["all", 0])
 def test_a_removed_case_is_in_no_dataset(here: Workspace, fold: int | str) -> None:
     """The trainer alone, as stock nnU-Net's command makes it: the list of the last planning counts, not the folder."""
@@ -778,13 +739,3 @@ def test_a_removed_case_is_in_no_dataset(here: Workspace, fold: int | str) -> No
     training, held_out = trainer.get_tr_and_val_datasets()
     assert {*training.identifiers, *held_out.identifiers} == set(names)
     assert isinstance(training, nnUNetDatasetBlosc2)
-
-
-def test_trainers_of_others_are_refused_where_a_case_was_removed(here: Workspace) -> None:
-    """They list the folder."""
-    file = here.preprocessed / tiny.NAME / "dataset_fingerprint.json"
-    names = [f"subject-{number:02d}" for number in range(5)]
-    file.write_text(json.dumps({**json.loads(file.read_text()), "mfm": {"case_names": names}}))
-    with pytest.raises(MFMError, match="subject-05") as caught:
-        run_training(here, tiny.NAME, "3d_fullres", "all", trainer="nnUNetTrainer", device="cpu")
-    assert caught.value.code == "E_CONFIG"

@@ -226,7 +226,7 @@ def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path, monkeypatch: py
 
 def test_a_child_does_not_load_torch() -> None:
     """It would take seconds and half a gigabyte, for each thread that reads."""
-    load = "import sys; from mfm_nnunet.data import decode; decode.find_reader_class('SimpleITKIO')"
+    load = "import sys; from mfm_nnunet.images import decode; decode.find_reader_class('SimpleITKIO')"
     check = f"{load}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False"

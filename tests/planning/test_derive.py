@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import pytest
 
-from mfm_nnunet import plan
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.planning import derive
 
@@ -135,35 +133,6 @@ def test_schedules_by_family(network: str, is_cpu: bool, rate: float | None, epo
     assert finetune.deep_supervision == (network == "resenc")
 
 
-def test_the_data_identifier_follows_what_preprocessing_depends_on_and_nothing_else() -> None:
-    labels = {"background": 0, "a": 1}
-    base = derive.data_identifier("2d", CONFIGURATION, PLANS, labels)
-    assert base == derive.data_identifier("2d", copy.deepcopy(CONFIGURATION), dict(PLANS), dict(labels))
-    assert base.startswith("mfm_2d_")
-    assert len(base) == len("mfm_2d_") + 8
-    for key, value in (
-        ("spacing", [1.0, 1.0, 1.1]),
-        ("use_mask_for_norm", [True]),
-        ("resampling_fn_data", "no_resampling_hack"),
-        ("resampling_fn_seg_kwargs", {"order": 0}),
-        ("normalization_schemes", ["CTNormalization"]),
-    ):
-        assert derive.data_identifier("2d", {**CONFIGURATION, key: value}, PLANS, labels) != base
-    for key, value in (("transpose_forward", [1, 0, 2]), ("image_reader_writer", "NibabelIO")):
-        assert derive.data_identifier("2d", CONFIGURATION, {**PLANS, key: value}, labels) != base
-    assert derive.data_identifier("2d", CONFIGURATION, PLANS, {"background": 0}) != base
-    for key, value in (("batch_size", 9), ("patch_size", [16, 8, 8])):
-        assert derive.data_identifier("2d", {**CONFIGURATION, key: value}, PLANS, labels) == base
-    assert derive.data_identifier("2d", CONFIGURATION, {**PLANS, "plans_name": "other"}, labels) == base
-
-
-def test_the_data_identifier_depends_on_intensities_only_for_ct() -> None:
-    other = {**PLANS, "foreground_intensity_properties_per_channel": {"0": {"mean": 2.0}}}
-    ct = {**CONFIGURATION, "normalization_schemes": ["CTNormalization"]}
-    assert derive.data_identifier("a", CONFIGURATION, PLANS, 0) == derive.data_identifier("a", CONFIGURATION, other, 0)
-    assert derive.data_identifier("a", ct, PLANS, 0) != derive.data_identifier("a", ct, other, 0)
-
-
 STOCK: dict[str, dict[str, Any]] = {
     "2d": {},
     "3d_lowres": {"next_stage": "3d_cascade_fullres"},
@@ -182,14 +151,6 @@ def test_wanted_configurations_come_with_what_they_need() -> None:
     assert "next_stage" in STOCK["3d_lowres"]
     with pytest.raises(MFMError, match="Did you mean '2d'"):
         derive.select_configurations(STOCK, ("2D",))
-
-
-def test_inheritance_is_resolved_into_a_copy() -> None:
-    resolved = plan.resolved({"configurations": STOCK}, "3d_cascade_fullres")
-    assert resolved["patch_size"] == [1]
-    assert resolved["previous_stage"] == "3d_lowres"
-    resolved["patch_size"].append(2)
-    assert STOCK["3d_fullres"]["patch_size"] == [1]
 
 
 def test_changed_keys_are_dotted_names() -> None:

@@ -14,7 +14,7 @@ import tifffile
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from mfm_nnunet.data.corpus import Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.errors import CasesFailedError, MFMError
 from mfm_nnunet.planning import fingerprint as module
 from mfm_nnunet.planning.fingerprint import extract_fingerprint, weighted_percentiles

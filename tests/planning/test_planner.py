@@ -18,8 +18,8 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import to_plain
 from mfm_nnunet.planning import planner
 from mfm_nnunet.planning.request import MFMPlanner, PlanResult, format_table, plan
 from mfm_nnunet.planning.table import Circumstances, decisions_for
@@ -75,7 +75,7 @@ def test_the_plan_for_8_24_and_40_gb_is_nnunets(
         mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value=files),
         mock.patch.object(stock.ExperimentPlanner, "static_estimate_VRAM_usage", estimate),
     ):
-        theirs = checkpoint.to_plain(stock_planner(NAME).plan_experiment())
+        theirs = to_plain(stock_planner(NAME).plan_experiment())
     ignored = {"plans_name", "experiment_planner_used", "mfm", "configurations"}
     assert {k: v for k, v in ours.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
     assert list(ours["configurations"]) == list(theirs["configurations"])

@@ -24,7 +24,7 @@ PEAK = """
 import json, re, sys
 from pathlib import Path
 import numpy as np, torch
-from mfm_nnunet.data.preprocess_case import preprocess_case_npy
+from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.prediction.logits import logits_to_mask
 from mfm_nnunet.prediction.predictor import Model
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

@@ -1,0 +1,162 @@
+"""Pre-flight checks for jobs made of several jobs, such as a study: read, check and refuse before hours of training.
+
+Heavy libraries are imported by the function that needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfm_nnunet.data import corpus
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.errors import CaseFailure, dataset_refused
+from mfm_nnunet.interchange.read import find_checkpoint
+from mfm_nnunet.plan import resolved
+from mfm_nnunet.workspace import Workspace
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "Case",
+    "RawDataset",
+    "check_labelled_cases",
+    "check_settings",
+    "check_start",
+    "configuration_of",
+    "find_checkpoint",
+    "list_companions",
+    "preprocess",
+    "read_label_map",
+    "read_raw_dataset",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """The cases of a raw folder, with its dataset.json."""
+
+    name: str
+    cases: tuple[Case, ...]
+    content: dict[str, Any]
+    is_corpus: bool
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of names, paths, sizes and modification times of all images and labels."""
+        return corpus.signature(self.cases)
+
+
+def read_raw_dataset(folder: Path) -> RawDataset:
+    """List the cases of a folder in nnU-Net's raw format.
+
+    Raises MFMError: E_NOT_FOUND (no dataset.json, a missing file), E_FORMAT (a damaged dataset.json).
+    """
+    cases = tuple(corpus.load_cases(folder))
+    return RawDataset(folder.name, cases, corpus.read_dataset_json(folder), corpus.is_corpus(folder))
+
+
+def read_label_map(file: Path, reader: str) -> tuple[np.ndarray, list[float]]:
+    """Read a label map as (D, H, W), with its spacing in the unit of the file; ``reader`` is nnU-Net's name for it."""
+    from mfm_nnunet.images.reading import read_label
+
+    label, properties = read_label(file, reader)
+    return label[0], list(properties["spacing"])
+
+
+def list_companions(file: Path, is_label: bool = False) -> list[Path]:
+    """List the files that an image needs beside it: the voxels of a detached header, the spacing of a TIFF stack."""
+    from mfm_nnunet.images.integrity import files_of
+
+    return files_of(file, is_label)[1:]
+
+
+def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mapping[str, Any], name: str) -> None:
+    """Read every image and label, and compare them with each other and with dataset.json.
+
+    Raises MFMError that lists all cases which cannot be used; ``name`` is what the message calls them together.
+    """
+    from mfm_nnunet.data.loops import in_threads, with_progress
+    from mfm_nnunet.images.reading import check_label, read_image, read_label
+
+    def check(case: Case) -> bool:
+        assert case.label is not None
+        image, properties = read_image(case.images, reader)
+        label, label_properties = read_label(case.label, reader)
+        check_label(label, label_properties, image, properties, dataset_json, case.name)
+        return True
+
+    with with_progress(in_threads(check, cases, 1), len(cases), f"reading {name}") as outcomes:
+        failures = [found for _, found in outcomes if isinstance(found, CaseFailure)]
+    if failures:
+        raise dataset_refused(name, failures, len(cases), "; nothing was trained")
+
+
+def preprocess(here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str) -> None:
+    """Preprocess a labelled dataset for one configuration of a plan that exists; finished work is reused."""
+    from mfm_nnunet.jobs import plan as preparation
+    from mfm_nnunet.planning.request import PlanResult
+
+    cases, _ = preparation.fingerprint(here, dataset_name, None)
+    result = PlanResult(plans, here.plans_file(dataset_name, plans["plans_name"]), [])
+    preparation.preprocess(here, dataset_name, cases, result, (configuration,), None)
+
+
+def configuration_of(checkpoint: Path | None, configuration: str) -> str:
+    """Return the configuration of a plan that is made like ``checkpoint`` (None: like none).
+
+    Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can be made like this checkpoint).
+    """
+    from mfm_nnunet.planning.request import check_request
+    from mfm_nnunet.requests import PlanRequest
+
+    source = check_request(PlanRequest([], like=checkpoint, configurations=(configuration,)))
+    return configuration if source is None else source.configuration
+
+
+def check_settings(settings: Sequence[str]) -> None:
+    """Raise MFMError (E_CONFIG) for a setting that fine-tuning does not have, or an impossible value."""
+    from mfm_nnunet.finetune.settings import resolve
+    from mfm_nnunet.settings import MFMBlock
+
+    resolve(MFMBlock(), settings, None)
+
+
+def check_start(
+    plans: Mapping[str, Any], configuration: str, num_cases: int, settings: Sequence[str], checkpoint: Path | None
+) -> None:
+    """Check that a training on ``num_cases`` cases could start: settings and ``checkpoint`` must fit the network.
+
+    Raises MFMError (E_CONFIG, E_MODEL_MISMATCH and others) as the training itself would.
+    """
+    from mfm_nnunet.finetune import groups
+    from mfm_nnunet.finetune.advice import Family, advised
+    from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
+    from mfm_nnunet.finetune.settings import resolve
+    from mfm_nnunet.interchange.read import read_checkpoint
+    from mfm_nnunet.models.networks import build_network
+    from mfm_nnunet.settings import block_of
+
+    num_channels = len(resolved(plans, configuration)["normalization_schemes"])
+    network, block = build_network(plans, configuration, num_channels, 2), block_of(plans)
+    if checkpoint is None:
+        finetune = resolve(block, settings, None).finetune
+    else:
+        reading = read_checkpoint(checkpoint)
+        description = describe(checkpoint, reading)
+        family: Family = "primus" if hasattr(network, "eva") else "resenc"
+        advice = advised(family, num_cases, description["pretext"], has_decoder(reading, network))
+        finetune = resolve(block, settings, description, advice).finetune
+    groups.require_fitting(finetune, network, is_distributed=False)
+    groups.require_pretrained(finetune, is_pretrained=checkpoint is not None)
+    if checkpoint is not None:
+        parts = "all_but_heads" if finetune.parts == "auto" else finetune.parts
+        _, report = transfer(checkpoint, network, parts, finetune.transfer)
+        groups.require_no_random_rest(finetune, network, [entry.name for entry in report.new])
+        logger.info("%.0f %% of the encoder's parameters come from %s", 100 * report.encoder_share, checkpoint)
