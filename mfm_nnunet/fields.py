@@ -114,7 +114,7 @@ def to_fold(value: Any) -> int | str:
     """Convert ``value`` to the number of a fold, or ``all``."""
     number = whole_number(str(value))
     if number is None and value != "all":
-        raise ValueError("expected a number from 0, or all")
+        raise ValueError("expected a number from 0, or 'all'")
     return "all" if number is None else number
 
 
