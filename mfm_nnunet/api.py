@@ -110,7 +110,7 @@ def study_folder(output: str | Path | None, workspace: str | Path | None) -> Pat
 
 def _plan_study(own: Workspace, design: Design, given: dict[str, Any] | None) -> dict[str, Any]:
     """The study's plan, made once from the pool or copied, with the whole pool preprocessed."""
-    from mfm_nnunet.planning.request import PlanResult
+    from mfm_nnunet.jobs.plan import PlanResult
     from mfm_nnunet.study import plan as study_plan
     from mfm_nnunet.study.folder import pin_plan, write_json
 

@@ -58,7 +58,7 @@ def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU, without running any code that the file may carry.
+    """Return the content of a checkpoint, on the CPU, without running any code that the file may carry.
 
     Raises MFMError: E_NOT_FOUND, E_EMPTY, E_MODEL_CORRUPT (not a checkpoint, cut off, or a failed checksum),
     E_MODEL_UNSAFE (it holds objects other than tensors and plain values).
@@ -80,7 +80,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         raise _unsafe(file) from error
-    except Exception as error:  # there is no end to what a damaged file can do to its readers
+    except Exception as error:  # a damaged file can raise anything in its readers
         raise _damaged(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     if not isinstance(content, dict):
         raise MFMError("E_MODEL_CORRUPT", f"{file}: not a checkpoint (it holds a {type(content).__name__}).")
@@ -90,7 +90,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """As :func:`load`, for a file that must hold ``network_weights``.
+    """Load a file that must hold ``network_weights``, as :func:`load`.
 
     Raises MFMError (E_MODEL_CORRUPT) when the key is missing.
     """
@@ -119,7 +119,7 @@ def require_plain(value: Any, name: str = "checkpoint") -> None:
 
 
 def cpu_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict on the CPU in which tensors that share memory still share it (nnU-Net has many aliases)."""
+    """Return a state dict on the CPU in which tensors that share memory still do (nnU-Net has many aliases)."""
     copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
     result = {}
     for name, tensor in state.items():
@@ -143,7 +143,7 @@ def _unsafe(file: Path) -> MFMError:
 
 
 def _is_archive(file: Path) -> bool:
-    """Whether it is torch's zip archive, with a whole list of objects; else a bare pickle, torch's before 1.6."""
+    """Return whether it is torch's zip archive with a whole list of objects, not a bare pickle of torch before 1.6."""
     if not zipfile.is_zipfile(file):
         with open(file, "rb") as handle:
             start = handle.read(2)
@@ -162,7 +162,7 @@ def _is_archive(file: Path) -> bool:
 
 
 def _verify_checksums(file: Path) -> None:
-    """torch writes a CRC for each member of its archive but does not check it on loading; we do."""
+    """Check the CRC of each member of the archive, which torch writes and does not check on loading."""
     with zipfile.ZipFile(file) as archive:
         if broken := archive.testzip():
             raise _damaged(file, f"the checksum of {broken} does not match")
@@ -170,7 +170,7 @@ def _verify_checksums(file: Path) -> None:
 
 @contextlib.contextmanager
 def weights_only_forced() -> Iterator[None]:
-    """Inside, ``torch.load`` builds tensors and plain values only, also where code of others asks for anything."""
+    """Let ``torch.load`` build tensors and plain values only, also where libraries ask for anything."""
     force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name) for name in (force, allow) if name in os.environ}
     os.environ[force] = "1"
@@ -184,7 +184,7 @@ def weights_only_forced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_numpy_allowed() -> Iterator[None]:
-    """Stock nnU-Net checkpoints hold NumPy scalars in their log; these types carry data and run no code."""
+    """Allow NumPy scalars, which stock nnU-Net checkpoints hold in their log: they carry data and run no code."""
     import numpy as np
 
     core: Any = np._core if hasattr(np, "_core") else np.core

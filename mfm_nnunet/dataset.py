@@ -1,7 +1,7 @@
-"""The rules of nnU-Net's ``dataset.json``, checked before anything is planned: all that is wrong in one message.
+"""nnU-Net's ``dataset.json``: read once, and checked before anything is planned, with all faults in one message.
 
-Stock nnU-Net has the same rules and finds a breach late, as an assertion or an index error in the loss; the order of
-its channels is that of the lines, whatever their numbers say. Fields that it does not know are legal.
+Stock nnU-Net has the same rules and finds a fault late, as an assertion or an index error in the loss; the order of its
+channels is that of the lines, whatever their numbers. Unknown fields are legal.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _as_tuple(value: Any) -> tuple[int, ...]:
 
 
 def _ending_problems(ending: Any) -> list[str]:
-    """The ending becomes part of the names of written files, so it is one of those known, in any case of letters."""
+    """The ending becomes part of the names of written files, so it must be known, in upper or lower case."""
     if not isinstance(ending, str):
         return ["file_ending must be a text such as .nii.gz"]
     if f".{ending.lower().removeprefix('.')}" not in IMAGE_ENDINGS:
@@ -241,7 +241,7 @@ def _label_problems(labels: Any, order: Any) -> list[str]:
 
 
 def _values(value: Any) -> list[int] | None:
-    """The numbers of a label or region, sorted; None for anything else."""
+    """Return the numbers of a label or region, sorted; None for anything else."""
     items = value if isinstance(value, (list, tuple)) else [value]
     if not items or not all(type(item) in (int, str) and _LABEL.fullmatch(str(item)) for item in items):
         return None
@@ -249,7 +249,7 @@ def _values(value: Any) -> list[int] | None:
 
 
 def _case_problems(cases: Any) -> list[str]:
-    """What is wrong with the map of cases that replaces the folders imagesTr and labelsTr."""
+    """Return the faults of the table of cases that replaces the folders imagesTr and labelsTr."""
     if not isinstance(cases, Mapping):
         return ["dataset must be a table of case names"]
     wrong = sorted(
@@ -269,5 +269,5 @@ def _case_problems(cases: Any) -> list[str]:
 
 
 def _is_path(path: Any) -> bool:
-    """Return whether a value can be a path: also one whose name is not UTF-8, which is a text with surrogates."""
+    """Return whether a value can be a path; one that is not UTF-8 is a text with surrogates."""
     return isinstance(path, str) and bool(path) and "\0" not in path

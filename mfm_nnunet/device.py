@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 CONTROL_GROUPS = "/sys/fs/cgroup"
 
 _MORE_SHARED_MEMORY = (
-    "Batches travel from the background processes through /dev/shm: start the container with --shm-size=16g or "
+    "Batches come from the background processes through /dev/shm: start the container with --shm-size=16g or "
     "--ipc=host, or read in the foreground with --set num_workers=0."
 )
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU there is, else the CPU.
+    """Return the device of that name; "auto" is the first GPU, else the CPU.
 
     Raises MFMError (E_CONFIG) for an unknown device and for one that this computer lacks.
     """
@@ -55,7 +55,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Mixed precision with ``dtype``; None computes in float32."""
+    """Return the context of mixed precision with ``dtype``; None computes in float32."""
     import torch
 
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
@@ -63,9 +63,9 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 @contextlib.contextmanager
 def default_autocast_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, CUDA's autocast without a dtype, as nnU-Net uses it, takes this one; None leaves it as it is.
+    """Set the dtype of CUDA's autocast without a dtype, as nnU-Net uses it; None leaves it unchanged.
 
-    What is larger than 65504 is infinite in fp16, so a network that was trained in bf16 is not to be tried in fp16.
+    Numbers above 65504 are infinite in fp16, so a network that was trained in bf16 must not be used in fp16.
     """
     import torch
 
@@ -137,7 +137,7 @@ def _halved(size: int, stride: int) -> int:
 
 @contextlib.contextmanager
 def out_of_memory_is_an_error(advice: str) -> Iterator[None]:
-    """Raise MFMError (E_OOM) with the reason and ``advice`` for what runs out of memory inside."""
+    """Raise MFMError (E_OOM) with the reason and ``advice`` when memory runs out inside."""
     try:
         yield
     except Exception as error:
@@ -150,7 +150,7 @@ def out_of_memory_is_an_error(advice: str) -> Iterator[None]:
 
 
 def default_workers(world_size: int = 1) -> int:
-    """Background readers per process: none on two cores or fewer (they would only compete), else up to eight."""
+    """Return the background readers per process: none on up to two cores (they would compete), else up to eight."""
     cores = num_cores() // world_size
     return 0 if cores <= 2 else min(cores - 1, 8)
 
@@ -158,7 +158,7 @@ def default_workers(world_size: int = 1) -> int:
 def available_memory() -> int:
     """Return the bytes of main memory that this process may use: of the computer, or of its container if that is less.
 
-    Where the system does not say, the result is ``sys.maxsize``. What other programs use now is not subtracted.
+    Without an answer of the system the result is ``sys.maxsize``. Memory that other programs use is not subtracted.
     """
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return sys.maxsize

@@ -1,7 +1,7 @@
-"""What can go wrong by the hand of a user or the state of a disk, each with a stable code.
+"""Errors that a user can repair, each with a stable code.
 
-A message says what is wrong, which file or setting, why, and what to do. Everything here is a :class:`ValueError`, so
-callers of the Python API catch one type; the commands print the message without traceback and exit with 2 (or 3).
+A message states what is wrong, which file or setting, why, and what to do. Each is a :class:`ValueError`, so callers of
+the Python API catch one type; the commands print the message without traceback and exit with 2 (or 3).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MFMError(ValueError):
         super().__init__(f"{code}  {message}")
 
     def __reduce__(self) -> tuple[type[MFMError], tuple[str, str]]:
-        # Exceptions travel between worker processes; the default would call __init__ with one argument.
+        # Exceptions are sent between processes; the default would call __init__ with one argument.
         return (type(self), (self.code, self.message))
 
 
@@ -41,18 +41,18 @@ OUT_OF_SHARED_MEMORY_WORDS = ("out of shared memory", "allocate shared memory", 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: of the computer, of the GPU, or what processes share.
+    """Return whether memory ran out: of the computer, of the GPU, or shared memory.
 
-    torch has a type for one of these; the others are RuntimeErrors that only their text tells.
+    torch has a type for one of these; the others are RuntimeErrors, recognised by their text.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    says = [words in str(error) for words in (*OUT_OF_MEMORY_WORDS, *OUT_OF_SHARED_MEMORY_WORDS)]
-    return isinstance(error, RuntimeError) and any(says)
+    words = (*OUT_OF_MEMORY_WORDS, *OUT_OF_SHARED_MEMORY_WORDS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
 
 
 def unreadable(file: str | os.PathLike[str], error: OSError) -> MFMError:
-    """Return the error (E_NOT_FOUND, E_PERMISSION) of a file that the operating system does not give."""
+    """Return the error (E_NOT_FOUND, E_PERMISSION) of a file that cannot be opened."""
     code = "E_PERMISSION" if error.errno in (errno.EACCES, errno.EPERM) else "E_NOT_FOUND"
     reason = error.strerror or error
     return MFMError(code, f"{os.fspath(file)}: cannot be read ({reason}). Check the path and its permissions.")
@@ -60,22 +60,22 @@ def unreadable(file: str | os.PathLike[str], error: OSError) -> MFMError:
 
 @dataclass(frozen=True)
 class CaseFailure:
-    """One case that was left out: its name, the error code and the reason."""
+    """A case that was left out: its name, the error code and the reason."""
 
     case: str
     code: str
     reason: str
     details: str = ""
-    """The traceback of an error that nobody expected, for the log; never on the console."""
+    """The traceback of an unexpected error, for the log; never on the console."""
 
     def __str__(self) -> str:
         return f"{self.case}: {self.code}  {self.reason}"
 
 
 class CasesFailedError(MFMError):
-    """Some cases failed and the others were done (exit code 3); ``failures`` says which and why.
+    """Some cases failed and the others were done (exit code 3); ``failures`` lists them with their reasons.
 
-    ``noun`` is what they are where they are no cases.
+    ``noun`` names what failed, if not cases.
     """
 
     def __init__(self, failures: list[CaseFailure], num_cases: int, noun: str = "cases") -> None:
@@ -91,7 +91,7 @@ class CasesFailedError(MFMError):
 
 
 def dataset_refused(name: str, failures: list[CaseFailure], num_cases: int, what_for: str) -> MFMError:
-    """The error for a labelled dataset with bad cases; ``what_for`` follows "cannot be used" in the message."""
+    """Return the error of a labelled dataset with bad cases; ``what_for`` follows "cannot be used" in the message."""
     shown = "\n".join(f"  {failure}" for failure in failures[:20])
     more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
     code = failures[0].code if len({failure.code for failure in failures}) == 1 else "E_FORMAT"
@@ -104,7 +104,7 @@ def dataset_refused(name: str, failures: list[CaseFailure], num_cases: int, what
 
 @contextlib.contextmanager
 def about(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Put the name of ``file`` in front of the message of an MFMError that is raised inside and does not name it."""
+    """Put the name of ``file`` before the message of an MFMError raised inside, unless the message has it."""
     try:
         yield
     except MFMError as error:
@@ -116,8 +116,8 @@ def about(file: str | os.PathLike[str]) -> Iterator[None]:
 class StoppedError(BaseException):
     """The work was stopped by a signal; ``exit_code`` is 128 + its number, e.g. 130 (Ctrl-C) or 143 (SIGTERM).
 
-    No Exception, for the reason for which KeyboardInterrupt is none: it may come anywhere, and what catches every error
-    of a reader or of a single case must not take it for a damaged file.
+    Like KeyboardInterrupt it is not an Exception: it may come anywhere, and code that catches every error of a reader
+    or of a single case must not take it for a damaged file.
     """
 
     def __init__(self, exit_code: int, message: str) -> None:
@@ -126,7 +126,7 @@ class StoppedError(BaseException):
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest legal one, else all of them."""
+    """Return the end of a message about an unknown name: the nearest legal one, else all of them."""
     names = sorted(legal)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:

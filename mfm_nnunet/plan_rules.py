@@ -1,8 +1,8 @@
 """The rules of a plan: what must be there, which names it may hold, and between which limits its numbers lie.
 
 A plan names classes and functions of nnU-Net, folders and sizes, and often comes with a download. Stock nnU-Net imports
-whatever bears such a name and builds whatever is asked for. Here the names are those of a list, and numbers that no
-computer can work on are refused before anything is built.
+any class of such a name and builds any size. Here names come from a list, and numbers that no computer can handle are
+refused before anything is built.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OLD_ARCHITECTURE_KEYS = (
     "UNet_base_num_features", "unet_max_num_features", "n_conv_per_stage_encoder", "n_conv_per_stage_decoder",
     "num_pool_per_axis", "pool_op_kernel_sizes", "conv_kernel_sizes",
 )  # fmt: skip
-"""What the first versions of nnU-Net 2 wrote in place of ``architecture``."""
+"""Keys that the first versions of nnU-Net 2 wrote in place of ``architecture``."""
 OLD_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
 READERS = (
     *("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"),
@@ -118,7 +118,7 @@ def _axes_problems(forward: Any, backward: Any) -> Iterator[str]:
 
 
 def _configuration_problems(plans: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Say what is wrong with a configuration, as the rest of a sentence that its name begins."""
+    """Yield the faults of a configuration, each as the end of a sentence that begins with its name."""
     if not is_name(name):
         yield "has a name that can name no folder"
         return
@@ -152,7 +152,7 @@ def resolve(configurations: Mapping[str, Any], name: str) -> tuple[dict[str, Any
 
 
 def _wrong_values(resolved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of single values that cannot be, and why."""
+    """Yield the names of single values that are impossible, and why."""
     patch, spacing, batch = resolved["patch_size"], resolved["spacing"], resolved["batch_size"]
     rules: list[tuple[str, Callable[[], bool], str]] = [
         ("patch_size", lambda: _are_sizes(patch) and len(patch) in (2, 3), "not two or three whole numbers"),
@@ -247,7 +247,7 @@ def _is_argument(name: str, value: Any) -> bool:
 def _architecture_problems(resolved: Mapping[str, Any], num_axes: int) -> Iterator[str]:
     architecture = resolved.get("architecture")
     if architecture is None:
-        if "UNet_class_name" not in resolved:  # which older nnU-Nets wrote
+        if "UNet_class_name" not in resolved:  # written by older nnU-Nets
             yield "has no 'architecture'"
         named: Any = {key: resolved[key] for key in OLD_ARCHITECTURE_KEYS if key in resolved}
     else:
@@ -268,7 +268,7 @@ def _architecture_problems(resolved: Mapping[str, Any], num_axes: int) -> Iterat
 
 
 def _is_small(value: Any) -> bool:
-    """Whether all numbers of an argument, with those in its lists and tables, are of a size that a network can have."""
+    """Return whether all numbers of an argument, also in lists and tables, are of a size that a network can have."""
     if isinstance(value, dict):
         return all(map(_is_small, value.values()))
     if _is_row(value):
@@ -277,7 +277,7 @@ def _is_small(value: Any) -> bool:
 
 
 def _stride_problems(arguments: Mapping[str, Any], num_axes: int) -> Iterator[str]:
-    """What divides the patch must be whole numbers, one for each axis."""
+    """Yield arguments that divide the patch and are not whole numbers, one for each axis."""
     for name in ("strides", "pool_op_kernel_sizes", "patch_embed_size", "input_shape"):
         value = arguments.get(name)
         if value is None:
@@ -295,7 +295,7 @@ def _unknown(key: str, value: Any, known: Mapping[str, Any] | tuple[str, ...]) -
 
 
 def _place_of_nonfinite(value: Any, place: str = "") -> str:
-    """The dotted name of a number that is NaN or infinite; "" if there is none."""
+    """Return the dotted name of a number that is NaN or infinite; "" if there is none."""
     if isinstance(value, dict):
         names = ((item, f"{place}.{key}" if place else str(key)) for key, item in value.items())
     elif _is_row(value):

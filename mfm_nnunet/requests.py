@@ -23,7 +23,6 @@ from mfm_nnunet.fields import (
 )
 from mfm_nnunet.files import is_file_name, whole_number
 
-NETWORKS = ("resenc", "primus", "primus_v2", "primus_v3")
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """All that nnU-Net ever plans; which of them a dataset gets is known only after its images were read."""
 SPACINGS = ("median", "onemm", "original")
@@ -76,7 +75,7 @@ class PlanRequest(Request):
         "--images",
         "register unlabelled scans as dataset ID: a folder tree of NIfTI, NRRD, MHA or PNG files, a BIDS dataset or a "
         "folder of several, a CSV (columns image or image_0, image_1 ...; optional case, subject, modality, dataset, "
-        "anatomy_mask, anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
+        "anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
         metavar="SOURCE",
     )
     name: str | None = option(None, "--name", "name of the corpus that --images registers (default: Corpus)")
@@ -88,12 +87,10 @@ class PlanRequest(Request):
         metavar="CONFIG",
         check=each(one_of(*CONFIGURATIONS)),
     )
-    network: Literal["resenc", "primus", "primus_v2", "primus_v3"] = option(
+    network: str = option(
         "resenc",
         "--network",
-        "residual encoder U-Net (default), or the Primus transformer; V2 and V3 have a convolutional stem",
-        choices=NETWORKS,
-        check=one_of(*NETWORKS),
+        "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), or your own",
     )
     memory_gb: float | None = option(
         None,

@@ -1,12 +1,14 @@
-"""The settings of a run: frozen dataclasses, JSON both ways, and ``--set name=value`` typed by the fields.
+"""Settings of a run: frozen dataclasses, read from and written as JSON, and changed by ``--set name=value``.
 
-``plans["mfm"]`` in a plans file is :class:`MFMBlock`. An unknown key is an error that names the nearest legal one.
+Each field says its type, its legal range and what it does. ``plans["mfm"]`` in a plans file is :class:`MFMBlock`. An
+unknown name is an error that suggests the nearest legal one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -17,23 +19,26 @@ from mfm_nnunet.errors import MFMError, nearest
 
 FORMAT = 1
 """Version of the plan block and of the checkpoint's ``mfm`` key."""
-PUBLISHED_RATES = {
-    ("resenc", "sgd"): (1e-2, 1e-3),
-    ("resenc", "adamw"): (3e-4, 1e-4),
-    ("primus", "adamw"): (3e-4, 1e-4),
-}
-"""Peak learning rates from scratch and from a checkpoint, by network and optimizer (nnU-Net's; arXiv 2503.01835,
-2412.17041)."""
-
 LARGEST = 10**9
-"""No number among the settings is larger; what is, is a slip of the keyboard and would run for ever or fill memory."""
+"""Limit of all numbers: a larger one is a typing error that would run for ever or fill the memory."""
+
+logger = logging.getLogger(__name__)
+_NO_FINETUNING = "Probes are linear. Fine-tune a checkpoint for a few epochs with mfm_train, or compare with mfm_study."
+REMOVED = {
+    **dict.fromkeys(("probe.kind=finetune", "probe.steps", "probe.learning_rate"), _NO_FINETUNING),
+    "pretrain.anatomy_fraction": "It was removed: crops are drawn from anywhere in the image.",
+    "pretrain.balance_temperature": "It was removed: pretrain.balance_by draws all groups equally often.",
+}
+"""Advice for settings, or values of settings, of earlier versions."""
+NEUTRAL = {"pretrain.anatomy_fraction": 0.0, "pretrain.balance_temperature": None}
+"""Removed settings that plans and runs made before may hold, with the value that had no effect."""
 
 Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
 class Range:
-    """The legal values of a number: from ``low`` to ``high``, with ``above`` and ``below`` without these two."""
+    """Legal values of a number: from ``low`` to ``high``; ``above`` and ``below`` exclude the limits themselves."""
 
     low: float
     high: float
@@ -47,21 +52,25 @@ class Range:
     def __str__(self) -> str:
         if self.above and self.below:
             return f"between {self.low:g} and {self.high:g}"
-        return f"{'above' if self.above else 'at least'} {self.low:g} and {'below' if self.below else 'at most'} " + (
-            f"{self.high:.10g}"
-        )
+        low, high = "above" if self.above else "at least", "below" if self.below else "at most"
+        return f"{low} {self.low:g} and {high} {self.high:.10g}"
 
 
-def ranged(default: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> Any:
-    """Return a dataclass field with a legal range; None, where it is the default, is legal too."""
-    return field(default=default, metadata={"range": Range(low, high, above, below)})
+def ranged(
+    default: Any, low: float, high: float, *, above: bool = False, below: bool = False, ascending: bool = False
+) -> Any:
+    """Make a dataclass field with a legal range, for each number of a tuple; None, where it is the default, is legal.
+
+    ``ascending``: of several numbers the smaller ones come first.
+    """
+    return field(default=default, metadata={"range": Range(low, high, above, below), "ascending": ascending})
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """How a network is pretrained. Lengths of warm-up are in epochs; learning rates are peaks.
+    """Settings of pretraining. Lengths of warm-up are in epochs; learning rates are peaks.
 
-    A value of ``None`` is resolved at the start of the run and the resolved value is printed and saved.
+    A value of ``None`` is resolved at the start of the run, printed and saved.
     """
 
     epochs: int = ranged(1000, 1, 10**6)
@@ -83,8 +92,8 @@ class PretrainSettings:
     validation_fraction: float = ranged(0.05, 0, 1, below=True)
     """Share of the subjects held out for the validation loss (at least one subject)."""
     accumulation: int = ranged(1, 1, 2**16)
-    """Parts of a batch that are computed one after the other, their gradients added up. It saves memory; contrastive
-    losses compare within a part."""
+    """Parts of a batch that are computed in turn, with summed gradients. Saves memory; contrastive losses compare
+    within a part."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
     ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
@@ -94,28 +103,22 @@ class PretrainSettings:
     leave_out_anonymised: bool = True
     """Leave voxels that were anonymised out of the loss, where the corpus has such masks and the task restores
     voxels."""
-    anatomy_fraction: float = ranged(0.0, 0, 1)
-    """Share of the crops that are centred on a voxel of the anatomy mask, for cases that have one."""
     balance_by: tuple[str, ...] = ()
-    """subject, dataset, modality or several of them: each combination is drawn equally often. None of them: each case
-    is."""
-    balance_temperature: float | None = None
-    """Shares of the groups of ``balance_by`` in proportion to (number of cases)^(1/T): 1 keeps a corpus as it is. None:
-    all groups equally."""
+    """subject, dataset, modality or several of them: each combination is drawn equally often. Empty: each case is."""
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How MFMTrainer trains, with or without a pretrained checkpoint: the schedule is the same.
+    """Settings of MFMTrainer, with or without a pretrained checkpoint: the schedule is the same.
 
-    What is open (None, auto) is resolved at the start of a run, printed and saved.
+    Open values (None, auto) are resolved at the start of a run, printed and saved.
     """
 
     epochs: int = ranged(1000, 1, 10**6)
     iterations_per_epoch: int = ranged(250, 1, 10**6)
     validation_iterations: int = ranged(50, 1, 10**6)
     learning_rate: float | None = ranged(None, 0, 10, above=True)
-    """None: the published rate of this network, optimizer and start, see ``PUBLISHED_RATES``."""
+    """None: the published rate of this network, optimizer and start, see the family's ``rates``."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = ranged(3e-5, 0, 10)
     warmup_epochs: int | None = ranged(None, 0, 10**6)
@@ -131,47 +134,43 @@ class FinetuneSettings:
     decoder_epochs: int | None = ranged(None, 2, 10**6)
     """sawtooth: epochs of its first phase. None: 5 % of the epochs from 300 epochs on, else 10 %, at least 2."""
     train: Literal["all", "decoder", "head", "lora"] = "all"
-    """What learns in the whole run: decoder leaves the encoder still, head all but the output layers (a linear probe);
-    lora trains the decoder and low-rank adapters in the encoder (arXiv 2106.09685, Primus only). A stem that was
-    adapted to other channels learns in each."""
+    """Trained part of the network. decoder: the encoder is frozen; head: all but the output layers is (a linear probe);
+    lora: the decoder and low-rank adapters in the encoder are trained (arXiv 2106.09685, Primus only). A stem that was
+    adapted to other channels is always trained."""
     lora_rank: int = ranged(8, 1, 2**16)
     """lora: rank of the adapters."""
     lora_alpha: float = ranged(16.0, 0, LARGEST, above=True)
-    """lora: the adapters count ``lora_alpha / lora_rank`` fold."""
+    """lora: the adapters are scaled by ``lora_alpha / lora_rank``."""
     layer_decay: float | None = ranged(None, 0, 1, above=True)
     """Primus: each block of the encoder learns at this fraction of the rate of the block after it (arXiv 2106.08254).
     None: see ``finetune.advice``."""
     parts: Literal["auto", "encoder", "encoder_decoder", "all_but_heads"] = "auto"
-    """What travels from the checkpoint. auto: see ``finetune.advice``."""
+    """Part of the checkpoint that is transferred. auto: see ``finetune.advice``."""
     transfer: Literal["fit", "adapt"] = "fit"
     """fit: the plan was made like the checkpoint. adapt: the dataset keeps a plan of its own, and kernels of another
-    size are made to fit it."""
+    size are resized."""
     ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
     """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
     compile: bool = True
-    """torch.compile of the network on CUDA GPUs, as nnU-Net; it needs a C compiler there."""
+    """torch.compile of the network on CUDA GPUs, as nnU-Net; needs a C compiler."""
     mirroring: bool = True
     """Mirror crops in training and images in prediction, along all axes as nnU-Net does."""
     batch_size: int | None = ranged(None, 1, 2**16)
     """Crops per step over all GPUs together. None: as the plan's configuration says."""
     checkpoint: dict[str, Any] | None = None
-    """What the weights come from: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
+    """Origin of the weights: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The downstream probe while pretraining: what the weights are worth on a few labelled cases."""
+    """Settings of the probe, which measures the weights on a few labelled cases while pretraining."""
 
     every: int = ranged(10, 1, 10**6)
     """Epochs from one probe to the next; the last epoch is always probed."""
-    kind: Literal["linear", "finetune"] = "linear"
-    """linear: voxels are classified from the frozen encoder's features; finetune: a copy of the network is trained."""
+    kind: Literal["linear"] = "linear"
+    """Voxels are classified from the frozen encoder's features."""
     max_cases: int = ranged(20, 2, 10**6)
-    """Labelled cases that are used at most; one subject in three is held out for the Dice."""
-    steps: int = ranged(200, 1, 10**6)
-    """finetune: training steps of the copy."""
-    learning_rate: float = ranged(1e-3, 0, 10, above=True)
-    """finetune: peak of the learning rate, with AdamW."""
+    """Most labelled cases that are used; one subject in three is held out for the Dice."""
 
 
 @dataclass(frozen=True)
@@ -184,37 +183,21 @@ class MFMBlock:
     """The checkpoint a plan was made to fit (``--like``): {"name", "sha256", "pretext", "network"}."""
     seed: int = ranged(0, 0, 2**32 - 1)
     num_workers: int | None = ranged(None, 0, 1024)
-    """Background processes that read and augment. None: chosen from the number of CPU cores."""
-    network: Literal["resenc", "primus"] = "resenc"
+    """Background processes that read and augment. None: by the number of CPU cores."""
+    network: str = "resenc"
+    """The family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT
 
 
 def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
-    """Length of the warm-up in epochs: the setting, or 5 % of 300 and more epochs, or 10 % of fewer."""
+    """Return the length of the warm-up in epochs: the setting, or 5 % of 300 and more epochs, or 10 % of fewer."""
     if warmup_epochs is not None:
         return warmup_epochs
     return round(epochs * (0.05 if epochs >= 300 else 0.1))
 
 
-def resolved_learning_rate(settings: FinetuneSettings, network: str) -> float:
-    """The rate of a run with these settings; ``checkpoint`` tells whether it starts from one.
-
-    Raises MFMError (E_CONFIG) when it is open and none was published.
-    """
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    if (network, settings.optimizer) not in PUBLISHED_RATES:
-        raise MFMError(
-            "E_CONFIG",
-            f"finetune.optimizer={settings.optimizer}: no learning rate was published for {network} with it. Set "
-            "finetune.learning_rate, or use another optimizer.",
-        )
-    scratch, pretrained = PUBLISHED_RATES[network, settings.optimizer]
-    return scratch if settings.checkpoint is None else pretrained
-
-
 def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
-    """Length of the sawtooth's first phase in epochs; the setting as it is for the other schedule."""
+    """Return the length of the sawtooth's first phase in epochs; the setting itself for the other schedule."""
     if settings.schedule != "sawtooth" or settings.decoder_epochs is not None:
         return settings.decoder_epochs
     return max(2, resolved_warmup(None, settings.epochs))
@@ -228,63 +211,53 @@ def require_in_range(settings: Any, prefix: str = "") -> None:
             require_in_range(value, f"{name}.")
             continue
         legal = item.metadata.get("range", Range(-LARGEST, LARGEST))
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)) and number not in legal:
-                raise MFMError("E_CONFIG", f"{name}={number}: must be {legal}.")
+        values = value if isinstance(value, tuple) else (value,)
+        shown = ",".join(map(str, values))
+        if any(isinstance(number, (int, float)) and number not in legal for number in values):
+            raise MFMError("E_CONFIG", f"{name}={shown}: must be {legal}.")
+        if item.metadata.get("ascending") and list(values) != sorted(values):
+            raise MFMError("E_CONFIG", f"{name}={shown}: the smaller number comes first.")
 
 
-def require_legal_schedule(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
-    """Raise MFMError (E_CONFIG) that names the first setting of a schedule which is out of its range."""
+def require_legal(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
+    """Raise MFMError (E_CONFIG) that names the first setting that is out of its range or conflicts with another."""
     require_in_range(settings, prefix)
-    warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
-    if not 0 <= warmup <= settings.epochs:
-        raise MFMError(
-            "E_CONFIG", f"{prefix}warmup_epochs={warmup}: must be from 0 to {prefix}epochs={settings.epochs}."
-        )
-
-
-def require_legal_finetuning(settings: FinetuneSettings) -> None:
-    """Raise MFMError (E_CONFIG) that names the first setting of fine-tuning which is out of its range."""
-    require_legal_schedule(settings, "finetune.")
-    name, problem = "decoder_epochs", _sawtooth_problem(settings)
-    if not problem and settings.schedule == "sawtooth" and settings.train != "all":
-        name, problem = (
-            "train",
-            "the sawtooth trains all in the end; take finetune.schedule=warmup, or finetune.train=all",
-        )
+    epochs, warmup = settings.epochs, resolved_warmup(settings.warmup_epochs, settings.epochs)
+    name, problem = "", ""
+    if warmup > epochs:
+        name, problem = "warmup_epochs", f"must be from 0 to {prefix}epochs={epochs}"
+    elif isinstance(settings, FinetuneSettings) and settings.schedule != "sawtooth":
+        if settings.decoder_epochs is not None:
+            name = "decoder_epochs"
+            problem = "only finetune.schedule=sawtooth has this phase; set that, or leave this out"
+    elif isinstance(settings, FinetuneSettings):
+        first = resolved_decoder_epochs(settings) or 0
+        if first + max(warmup, 1) > epochs:
+            name = "decoder_epochs"
+            problem = f"the first phase ({first} epochs) and the warm-up ({warmup}) leave nothing of finetune.epochs="
+            problem += f"{epochs} to train the whole network; shorten them, or train longer"
+        elif settings.train != "all":
+            name = "train"
+            problem = "the sawtooth trains all in the end; take finetune.schedule=warmup, or finetune.train=all"
     if problem:
-        raise MFMError("E_CONFIG", f"finetune.{name}={getattr(settings, name)}: {problem}.")
-
-
-def _sawtooth_problem(settings: FinetuneSettings) -> str:
-    """What is wrong with the length of the sawtooth's phases; empty where nothing is."""
-    first = resolved_decoder_epochs(settings)
-    if settings.schedule != "sawtooth":
-        return "" if first is None else "only finetune.schedule=sawtooth has this phase; set that, or leave this out"
-    ramp = resolved_warmup(settings.warmup_epochs, settings.epochs)
-    assert first is not None
-    if first + max(ramp, 1) > settings.epochs:
-        return (
-            f"the first phase ({first} epochs) and the warm-up ({ramp}) are longer than finetune.epochs="
-            f"{settings.epochs}, or leave nothing to train the whole network; shorten them, or train longer"
-        )
-    return ""
+        raise MFMError("E_CONFIG", f"{prefix}{name}={getattr(settings, name)}: {problem}.")
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as plain JSON values (tuples become lists)."""
+    """Return a settings dataclass as plain JSON values (tuples become lists)."""
     return _plain(dataclasses.asdict(settings))
 
 
 def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
-    """The dataclass ``cls`` from JSON values.
+    """Make the dataclass ``cls`` from JSON values; ``where`` prefixes names in messages.
 
-    Raises MFMError (E_CONFIG) for an unknown key, a value of the wrong type and a number out of its range; ``where``
-    prefixes names in messages.
+    Raises MFMError (E_CONFIG) for an unknown key, a value of the wrong type and a number out of its range.
     """
     if not isinstance(values, Mapping):
         raise MFMError("E_CONFIG", f"{where.rstrip('.') or 'settings'}={values}: expected a table of names and values.")
     hints = get_type_hints(cls)
+    if cls is PretrainSettings:
+        values = {name: value for name, value in values.items() if not _is_removed(name, value, where)}
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
@@ -293,8 +266,16 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
     return settings
 
 
+def _is_removed(name: str, value: Any, where: str) -> bool:
+    """Return whether a stored setting of pretraining was removed since; warn where it had an effect."""
+    own = f"pretrain.{name}"
+    if own in NEUTRAL and value != NEUTRAL[own]:
+        logger.warning("%s%s=%s is ignored. %s", where, name, value, REMOVED[own])
+    return own in NEUTRAL
+
+
 def block_of(plans: Mapping[str, Any]) -> MFMBlock:
-    """The typed view of ``plans["mfm"]``; the defaults for a stock plan that has no such block."""
+    """Read ``plans["mfm"]``; a stock plan, which has no such block, gives the defaults."""
     block = from_dict(MFMBlock, plans.get("mfm", {}), "mfm.")
     if block.format != FORMAT:
         raise MFMError(
@@ -305,9 +286,9 @@ def block_of(plans: Mapping[str, Any]) -> MFMBlock:
 
 
 def override(settings: Settings, assignments: Iterable[str]) -> Settings:
-    """``settings`` with ``name=value`` strings applied; nested names are dotted (``pretrain.epochs=3``).
+    """Apply ``name=value`` strings, typed by the fields; nested names are dotted (``pretrain.epochs=3``).
 
-    Values are typed by the field's annotation. Raises MFMError (E_CONFIG) that names the nearest legal setting.
+    Raises MFMError (E_CONFIG) that names the nearest legal setting.
     """
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
@@ -319,14 +300,11 @@ def override(settings: Settings, assignments: Iterable[str]) -> Settings:
 
 
 def setting_names(settings: Any, prefix: str = "") -> list[str]:
-    """All names that ``--set`` accepts for ``settings``, dotted."""
+    """List all names that ``--set`` accepts for ``settings``, dotted."""
     names: list[str] = []
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        if dataclasses.is_dataclass(value):
-            names += setting_names(value, f"{prefix}{item.name}.")
-        else:
-            names.append(prefix + item.name)
+    for name, value in vars(settings).items():
+        is_nested = dataclasses.is_dataclass(value)
+        names += setting_names(value, f"{prefix}{name}.") if is_nested else [prefix + name]
     return names
 
 
@@ -334,7 +312,8 @@ def _assign(settings: Any, name: str, value: str, root: Any, path: str = "") -> 
     head, _, rest = name.partition(".")
     hints = get_type_hints(type(settings))
     if head not in hints or bool(rest) != dataclasses.is_dataclass(getattr(settings, head)):
-        raise MFMError("E_CONFIG", f"unknown setting '{path}{name}'. {nearest(path + name, setting_names(root))}")
+        advice = REMOVED.get(path + name) or nearest(path + name, setting_names(root))
+        raise MFMError("E_CONFIG", f"unknown setting '{path}{name}'. {advice}")
     if rest:
         new = _assign(getattr(settings, head), rest, value, root, f"{path}{head}.")
     else:
@@ -343,7 +322,7 @@ def _assign(settings: Any, name: str, value: str, root: Any, path: str = "") -> 
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """``value`` (JSON or a string from the command line) as the annotated type."""
+    """Convert ``value`` (JSON or a string from the command line) to the annotated type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -356,15 +335,15 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         for option in options:
             try:
                 return _convert(value, option, name)
-            except MFMError as error:
-                failure = error
-        if len(options) == 1:
-            raise failure
-        raise MFMError("E_CONFIG", f"{name}={value}: expected {' or '.join(map(_described, options))}.")
+            except MFMError:
+                if len(options) == 1:
+                    raise
+        raise MFMError("E_CONFIG", f"{name}={value}: expected {' or '.join(map(_describe, options))}.")
     if origin is Literal:
         if value in arguments:
             return value
-        raise MFMError("E_CONFIG", f"{name}={value}: legal values are {', '.join(map(str, arguments))}.")
+        advice = REMOVED.get(f"{name}={value}") or f"legal values are {', '.join(map(str, arguments))}."
+        raise MFMError("E_CONFIG", f"{name}={value}: {advice}")
     if origin is tuple:
         return _convert_tuple(value, arguments, name)
     if origin is dict:
@@ -374,8 +353,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return _convert_scalar(value, hint, name)
 
 
-def _described(hint: Any) -> str:
-    """A type as messages call it."""
+def _describe(hint: Any) -> str:
+    """Name a type for messages."""
     if get_origin(hint) is tuple:
         arguments = get_args(hint)
         return "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"

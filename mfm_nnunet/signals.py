@@ -1,4 +1,4 @@
-"""Stop signals (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1): what a process does when it gets one, and what it says.
+"""Stop signals (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1): how a process reacts and what it prints.
 
 A training notes the first one, ends its step, saves and raises StoppedError; everything else raises StoppedError at
 once. The exit code is 128 plus the number of the signal. A thread acknowledges the signal within a second, also while
@@ -33,13 +33,13 @@ SAME_STOP_SECONDS = 2.0
 SAME_STOP_SECONDS_ALONE = 0.5
 """The same for a process that no parent of ours passes signals on to; ``timeout`` sends SIGTERM twice."""
 SECONDS_WITHOUT_A_WORD = 0.5
-"""A process that ends sooner than that says only why it ended."""
+"""A process that ends sooner prints only why it ended."""
 SECONDS_TO_END = 5.0
 """How long after the second signal the main thread may stay inside a call of a library."""
 
 
 def name_of(number: int) -> str:
-    """Return what people call a signal."""
+    """Return the usual name of a signal."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
@@ -49,14 +49,14 @@ class StopFlag:
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self.after = "this step"
-        """What is still finished after the first signal, for the message."""
+        """Work that is still finished after the first signal, for the message."""
         self._since = 0.0
         self._message_at_once: str | None = None
         self._process = os.getpid()
 
     @property
     def is_of_this_process(self) -> bool:
-        """Return whether it was made here, and not before a fork."""
+        """Return whether it was made in this process, not before a fork."""
         return os.getpid() == self._process
 
     @property
@@ -66,7 +66,7 @@ class StopFlag:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal, in the main thread."""
-        if self.is_raising and not self.is_of_this_process:  # a fork, which has nothing to clean up
+        if self.is_raising and not self.is_of_this_process:  # in a fork, which has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -82,16 +82,16 @@ class StopFlag:
             raise StoppedError(128 + number, message)
 
     def note_arrival(self, moment: float) -> None:
-        """Note when the first signal arrived, for the main thread may be late to handle it."""
+        """Note when the first signal arrived: the main thread may be late to handle it."""
         self._since = moment
 
     def is_same_stop(self, seconds: float) -> bool:
-        """Return whether a signal that comes so long after the first one belongs to it."""
+        """Return whether a signal ``seconds`` after the first one belongs to the same stop."""
         return seconds <= (SAME_STOP_SECONDS if _has_parent() else SAME_STOP_SECONDS_ALONE)
 
     @contextlib.contextmanager
     def at_once(self, message: str = "") -> Iterator[None]:
-        """Inside, a signal raises StoppedError with ``message``: for work that does not ask for the flag."""
+        """Let a signal raise StoppedError with ``message`` inside: for work that does not check the flag."""
         before, self._message_at_once = self._message_at_once, message
         try:
             yield
@@ -100,7 +100,7 @@ class StopFlag:
 
     @contextlib.contextmanager
     def noted(self, after: str) -> Iterator[None]:
-        """Inside, a signal sets the flag and raises nothing; ``after`` is what is still finished then."""
+        """Let a signal set the flag and raise nothing inside; ``after`` names what is still finished then."""
         before = self._message_at_once, self.after
         self._message_at_once, self.after = None, after
         try:
@@ -115,7 +115,7 @@ _active: StopFlag | None = None
 
 @contextlib.contextmanager
 def stop_on_signal(after: str = "this step") -> Iterator[StopFlag]:
-    """Note stop signals for the duration of a run (only possible in the main thread); ``after`` is what it finishes."""
+    """Note stop signals for the duration of a run (in the main thread only); ``after`` names what it finishes."""
     with _flag() as flag, flag.noted(after):
         yield flag
 
@@ -124,7 +124,7 @@ def stop_on_signal(after: str = "this step") -> Iterator[StopFlag]:
 def raise_on_signal(is_command: bool = False) -> Iterator[StopFlag]:
     """Raise StoppedError on stop signals, so that half-written files are cleaned up (only in the main thread).
 
-    ``is_command`` says that the process is ours to end when its main thread does not answer a second signal.
+    With ``is_command`` the process is ended when its main thread does not answer a second signal.
     """
     with _flag(is_command) as flag, flag.at_once():
         yield flag
@@ -132,7 +132,7 @@ def raise_on_signal(is_command: bool = False) -> Iterator[StopFlag]:
 
 @contextlib.contextmanager
 def _flag(is_command: bool = False) -> Iterator[StopFlag]:
-    """Yield the flag of this process; all parts of a command share one, so they agree on which signal was the first."""
+    """Yield the flag of this process; all parts of a command share it, so they agree which signal was the first."""
     if threading.current_thread() is not threading.main_thread():
         yield StopFlag()
     elif _active is not None and _active.is_of_this_process:
@@ -145,8 +145,11 @@ def _flag(is_command: bool = False) -> Iterator[StopFlag]:
 
 @contextlib.contextmanager
 def signal_handlers_kept() -> Iterator[None]:
-    """Put this process's signal handlers back afterwards; torchrun's agent replaces some of them and leaves its own,
-    which the next child process would inherit and raise on a plain terminate()."""
+    """Restore this process's signal handlers afterwards.
+
+    torchrun's agent replaces some and leaves its own, which the next child process would inherit and raise on a plain
+    terminate().
+    """
     before = {number: signal.getsignal(number) for number in _KEPT}
     try:
         yield
@@ -165,7 +168,7 @@ def stop_signals_ignored() -> None:
 
 @contextlib.contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Let processes that start inside never see a stop signal but SIGTERM; here it is only late."""
+    """Hide stop signals except SIGTERM from processes that start inside; in this process they are only late."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -177,18 +180,18 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def start_resource_tracker() -> None:
-    """Start Python's resource tracker before ``multiprocessing`` does: it would die of SIGHUP and SIGUSR1."""
+    """Start Python's resource tracker with signals blocked: otherwise it would die of SIGHUP and SIGUSR1."""
     with stop_signals_blocked():
         resource_tracker.ensure_running()
 
 
 def handled_signals() -> list[int]:
-    """Return the stop signals that this process answers; ``nohup`` has it ignore SIGHUP."""
+    """Return the stop signals that this process answers; under ``nohup`` it ignores SIGHUP."""
     return [n for n in STOP_SIGNALS if not (name_of(n) == "SIGHUP" and signal.getsignal(n) is signal.SIG_IGN)]
 
 
 def end_despite_threads(exit_code: int) -> None:
-    """End a command that was stopped although threads of it are still at work, for which the interpreter would wait."""
+    """End a stopped command whose threads are still working: the interpreter would wait for them."""
     main = threading.main_thread()
     left = [thread for thread in threading.enumerate() if thread is not main and not thread.daemon]
 
@@ -229,7 +232,7 @@ def _installed(flag: StopFlag, is_command: bool) -> Iterator[None]:
 
 
 def _answer(flag: StopFlag, reading: int, is_command: bool) -> None:
-    """Say that a signal has arrived; after a second one, end a command whose main thread does not.
+    """Acknowledge a signal; after a second one, end a command whose main thread does not.
 
     Ends when it reads a zero from the pipe ``reading``.
     """
@@ -257,9 +260,9 @@ def _next_signal(reading: int, seconds: float | None) -> int | None:
 
 
 def _acknowledge(flag: StopFlag, number: int) -> None:
-    if name_of(number) == "SIGHUP":  # what reads a pipe from us may have ended a little later than the terminal
+    if name_of(number) == "SIGHUP":  # the reader of a pipe may have ended a little later than the terminal
         _replace_closed_streams()
-    if _has_parent():  # which says it for all
+    if _has_parent():  # which prints it for all
         return
     end = "" if flag.is_raising else f" after {flag.after}"
     again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
@@ -273,7 +276,7 @@ def _has_parent() -> bool:
 
 
 def _replace_closed_streams() -> None:
-    """Send output to nowhere where the terminal or the reader of a pipe is gone: a message must not fail the save."""
+    """Discard output where the terminal or the reader of a pipe is gone: a message must not make the save fail."""
     if not hasattr(select, "poll"):
         return
     for stream in (1, 2):

@@ -1,7 +1,7 @@
-"""Text on its way to people, on a terminal, in a log or a report: what would steer the reader is shown escaped.
+"""Text for people, on a terminal, in a log or a report, with control characters escaped.
 
-Names of files, and words out of them, are from strangers. A name may hold sequences that move the cursor, recolour or
-retitle a terminal, change the direction of the text, or break the line and imitate a message; bytes that are no UTF-8
+Names of files, and words in them, come from strangers. A name may hold sequences that move the cursor, recolour or
+retitle a terminal, change the direction of the text, or break the line and imitate a message; bytes that are not UTF-8
 cannot be printed at all.
 """
 
@@ -19,10 +19,10 @@ from typing import Any, TextIO, cast
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-"""Control characters but tab and line feed, marks of direction, breaks of lines, and bytes that are no UTF-8."""
+"""Control characters except tab and line feed, marks of direction, line breaks, and bytes that are not UTF-8."""
 _STRAY_BREAK = re.compile(r"\n(?!  |\Z)")
 _PROGRESS = re.compile(r"\r(\x1b\[2K)?|\n*(\x1b\[A)+\Z")
-"""How a write begins that renews a line, or moves up to one: progress bars, no names."""
+"""The beginning of a write that renews a line or moves up to one: progress bars, never names."""
 
 
 def escaped(text: str) -> str:
@@ -39,7 +39,7 @@ def one_message(text: str) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """Return words of others for a line or a cell of Markdown: no HTML, no link, no border of a table, no new line."""
+    """Return foreign words for a line or cell of Markdown: without HTML, links, table borders and line breaks."""
     line = re.sub(r"\s*\n\s*", " ", escaped(text))
     return line.replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
 
@@ -58,7 +58,7 @@ def print_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def escaped_streams() -> Iterator[None]:
-    """Escape what this process prints: our lines, and those of all libraries that print by Python."""
+    """Escape everything that this process prints through Python, also by libraries."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast("TextIO", _Escaping(stream)) for stream in before)
     try:
@@ -68,7 +68,7 @@ def escaped_streams() -> Iterator[None]:
 
 
 def configure_logging() -> None:
-    """Log plain messages to stderr: ours from INFO, everybody else's from WARNING."""
+    """Log plain messages to stderr: ours from INFO, those of libraries from WARNING."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -84,7 +84,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Escaping:
-    """A text stream that escapes what is written to it; all else is the stream's own."""
+    """A text stream that escapes everything that is written to it."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream

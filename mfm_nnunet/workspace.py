@@ -23,18 +23,18 @@ PLUGIN_FOLDER = Path(__file__).parent / "finetune" / "nnunet_plugin"
 
 @dataclass(frozen=True)
 class Workspace:
-    """The three folders of nnU-Net."""
+    """nnU-Net's three folders."""
 
     raw: Path
     preprocessed: Path
     results: Path
     root: Path | None = None
-    """The workspace, in which all are that no environment variable names."""
+    """The workspace, with all folders that no environment variable names."""
     variables: tuple[str, ...] = ()
     """The environment variables that name a folder, e.g. ``nnUNet_raw``."""
 
     def where_else(self, part: Literal["raw", "preprocessed", "results"]) -> str:
-        """Return the advice for something that is not in a folder: what says where that folder is."""
+        """Return the advice for something missing in a folder: where that folder's place comes from."""
         variable, folder = f"nnUNet_{part}", getattr(self, part)
         if variable in self.variables:
             state = "" if folder.is_dir() else ", which is no folder"
@@ -44,12 +44,12 @@ class Workspace:
         return "If it is in another workspace, give that with --workspace."
 
     def dataset_names(self) -> list[str]:
-        """The datasets and corpora that have a raw or a preprocessed folder here."""
+        """List the datasets and corpora that have a raw or a preprocessed folder here."""
         folders = [entry for root in (self.raw, self.preprocessed) if root.is_dir() for entry in root.iterdir()]
         return sorted({entry.name for entry in folders if entry.name.startswith("Dataset") and entry.is_dir()})
 
     def dataset_name(self, name_or_id: str | int) -> str:
-        """``DatasetXXX_Name`` for a name or a number.
+        """Return ``DatasetXXX_Name`` for a name or a number.
 
         Raises MFMError (E_NOT_FOUND) for an unknown one, with the nearest that exists.
         """
@@ -67,14 +67,14 @@ class Workspace:
         raise MFMError("E_NOT_FOUND", f"there is no dataset {wanted} in {self.raw}. {advice}")
 
     def raw_folder(self, dataset_name: str) -> Path:
-        """The folder of a dataset's images; MFMError (E_NOT_FOUND) says where raw data are looked for."""
+        """Return the folder of a dataset's images; MFMError (E_NOT_FOUND) names the place that was searched."""
         folder = self.raw / dataset_name
         if not folder.is_dir():
             raise MFMError("E_NOT_FOUND", f"{folder}: no such folder of raw data. {self.where_else('raw')}")
         return folder
 
     def plans_file(self, dataset_name: str, plans_name: str) -> Path:
-        """The plans file; MFMError (E_NOT_FOUND) with the nearest existing plan when it is missing."""
+        """Return the plans file; MFMError (E_NOT_FOUND) with the nearest existing plan when it is missing."""
         folder = self.preprocessed / dataset_name
         file = inside(folder, f"{plans_name}.json")
         if file.is_file():
@@ -90,7 +90,7 @@ class Workspace:
 
 @contextlib.contextmanager
 def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
-    """The workspace for the duration of a call, with nnU-Net's environment variables set and restored after.
+    """Set nnU-Net's environment variables for the duration of a call, and yield the workspace.
 
     Raises MFMError (E_EXISTS) where a file is in the place of the workspace.
     """
@@ -122,7 +122,7 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
 
 @contextlib.contextmanager
 def use_only(root: str | os.PathLike[str]) -> Iterator[Workspace]:
-    """As :func:`use`, with everything in ``root`` also where nnUNet_raw and the like are set."""
+    """Use ``root`` for everything, also where nnUNet_raw and the like are set."""
     names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -133,5 +133,5 @@ def use_only(root: str | os.PathLike[str]) -> Iterator[Workspace]:
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

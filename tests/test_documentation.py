@@ -33,9 +33,10 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.finetune import state
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.jobs.pretrain import PretrainRun
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.planning import derive, like
+from mfm_nnunet.planning import derive
 from mfm_nnunet.prediction.predictor import load_model
 from mfm_nnunet.tasks.base import find_task, list_tasks
 from tests.builders import tiny, tiny_run
@@ -137,9 +138,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
         return job
 
-    monkeypatch.setattr(
-        mfm_nnunet, "plan_and_preprocess", record("plan_and_preprocess", [SimpleNamespace(file="plan")])
-    )
+    planned = [SimpleNamespace(file="plan")]
+    monkeypatch.setattr(mfm_nnunet, "plan_and_preprocess", record("plan_and_preprocess", planned))
     for name in ("pretrain", "train", "predict", "describe_checkpoint", "convert_checkpoint"):
         monkeypatch.setattr(mfm_nnunet, name, record(name, "result"))
     monkeypatch.setattr(demo, "run_demo", record("demo", SimpleNamespace(overlays=[], masks=[])))
@@ -448,7 +448,7 @@ def test_what_loads_where(pretrained: tuple[str, Path]) -> None:
         loads_in_stock = False
     assert row["stock `nnUNetv2_train -pretrained_weights`"].startswith("yes" if loads_in_stock else "no")
     assert row["`--like`"] == "yes"
-    assert like.read_source(file).entry["pretext"] == "mae"
+    assert read_source(file).entry["pretext"] == "mae"
     assert row["`mfm_predict`"].startswith("no")
     model = file.parent / "model"
     (model / "fold_0").mkdir(parents=True)

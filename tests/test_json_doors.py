@@ -56,7 +56,7 @@ def test_json_that_is_nested_without_end(name: str, text: str, tmp_path: Path) -
 
 
 def test_manifests_ignore_what_no_run_wrote(tmp_path: Path) -> None:
-    good = {"case": "a", "hash": "h", "sources": [[1, 2], [3, 4, "anatomy"]], "files": {".b2nd": 5}}
+    good = {"case": "a", "hash": "h", "sources": [[1, 2], [3, 4, "anonymised"]], "files": {".b2nd": 5}}
     bad = [
         {**good, "case": ["b"]}, {**good, "case": "../b"}, {**good, "hash": 3}, {**good, "sources": [3]},
         {**good, "sources": [[1]]}, {**good, "sources": 3}, {**good, "files": [3]}, {**good, "files": {".b2nd": "5"}},
@@ -66,7 +66,7 @@ def test_manifests_ignore_what_no_run_wrote(tmp_path: Path) -> None:
     (tmp_path / "data.manifest.jsonl").write_text("\n".join(lines) + "\n")
     manifest = Manifest.read(tmp_path / "data")
     assert manifest.entries == {"a": good}
-    assert manifest.source_sizes("a", 1) == {"images": [1], "anatomy": [3]}
+    assert manifest.source_sizes("a", 1) == {"images": [1], "anonymised": [3]}
 
 
 def test_checkpoints_that_are_nested_without_end(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ CASE = {"name": "a", "images": ["/a.nii.gz"], "subject": "a"}
     [
         {**CASE, "name": "../a"}, {**CASE, "name": 3}, {**CASE, "images": [3]}, {**CASE, "images": []},
         {**CASE, "images": "/a"}, {**CASE, "images": ["a\0"]}, {**CASE, "subject": None}, {**CASE, "modality": 3},
-        {**CASE, "anatomy_mask": ["x"]}, 3,
+        {**CASE, "anonymisation_mask": ["x"]}, 3,
     ],
 )  # fmt: skip
 def test_corpora_of_other_kinds(entry: object, tmp_path: Path) -> None:

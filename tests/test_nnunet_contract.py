@@ -43,6 +43,7 @@ from mfm_nnunet.settings import MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
 from tests.builders.tiny_data import HIPPOCAMPUS, workspace_with
+from tests.builders.tiny_plans import tiny_network
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mfm_nnunet"
@@ -303,9 +304,8 @@ OF_TRAINERS = attributes("self", within="finetune/trainer.py", inside="MFMTraine
 
 OF_PLANNERS = attributes("self", within="planning/planner.py", inside="MFMPlanner")
 OWN_OF_PLANNER = {
-    "cases", "is_corpus", "is_original_spacing", "memory_gb", "network", "planned", "plans_file", "preset",
-    "slice_axis", "source", "version", "wanted", "_apply", "_block", "_like", "_memory", "_merge", "_primus_memory",
-    "_require_memory", "_size_primus",
+    "cases", "is_corpus", "is_original_spacing", "family", "memory_gb", "planned", "plans_file", "preset",
+    "slice_axis", "source", "variant", "wanted", "_apply", "_block", "_like", "_merge", "_require_memory", "_sizing",
 }  # fmt: skip
 
 
@@ -356,9 +356,11 @@ def test_network_is_built_from_the_plan_by_a_static_method(monkeypatch: pytest.M
     for trainer in (MFMTrainer, nnUNetTrainer):
         assert isinstance(vars(trainer)["build_network_architecture"], staticmethod)
         assert parameters(trainer.build_network_architecture) == names.split()
-    monkeypatch.setattr(nnUNetTrainer, "build_network_architecture", lambda *arguments: arguments)
+    network, given = tiny_network("resenc", (16, 16, 16)), []
+    monkeypatch.setattr(nnUNetTrainer, "build_network_architecture", lambda *given_: given.append(given_) or network)
     manager = ConfigurationManager(tiny.configuration(tiny.resenc()))
-    assert MFMTrainer.build_network_architecture(1, manager, 3, 4, False) == (1, manager, 3, 4, False)  # type: ignore[arg-type]
+    assert MFMTrainer.build_network_architecture(1, manager, 3, 4, False) is network  # type: ignore[arg-type]
+    assert given == [(1, manager, 3, 4, False)]
 
 
 def test_block_survives_the_views_of_a_plan(workspace: Path) -> None:

@@ -64,7 +64,6 @@ def test_a_block_of_another_format_is_refused() -> None:
         ({"sed": 1}, "unknown setting 'mfm.sed'. Did you mean 'seed'"),
         ({"pretrain": {"epoch": 1}}, "unknown setting 'mfm.pretrain.epoch'. Did you mean 'epochs'"),
         ({"pretrain": {"epochs": "many"}}, "mfm.pretrain.epochs=many: expected int"),
-        ({"network": "unet"}, "mfm.network=unet: legal values are resenc, primus"),
     ],
 )
 def test_unknown_keys_and_wrong_values_in_a_plan_are_named(values: dict[str, Any], message: str) -> None:
@@ -132,7 +131,7 @@ def numbers(settings: Any, prefix: str = "") -> dict[str, mfm_settings.Range]:
     return found
 
 
-NOT_RANGED = {"block.format", "block.pretrain.balance_temperature"}
+NOT_RANGED = {"block.format"}
 """The first must be one number, what is legal for the second depends on the corpus; both keep the general limit."""
 
 
@@ -241,3 +240,16 @@ def test_the_names_that_scripts_rely_on_exist() -> None:
 )
 def test_warmup(setting: int | None, epochs: int, expected: int) -> None:
     assert mfm_settings.resolved_warmup(setting, epochs) == expected
+
+
+@pytest.mark.parametrize(("name", "used"), [("anatomy_fraction", 0.3), ("balance_temperature", 2.0)])
+def test_removed_settings_of_old_plans_are_ignored_and_refused_by_name(
+    name: str, used: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    neutral = mfm_settings.NEUTRAL[f"pretrain.{name}"]
+    assert mfm_settings.block_of({"mfm": {"pretrain": {name: neutral}}}) == MFMBlock()
+    assert not caplog.text
+    assert mfm_settings.block_of({"mfm": {"pretrain": {name: used}}}) == MFMBlock()
+    assert f"pretrain.{name}={used} is ignored" in caplog.text
+    with pytest.raises(MFMError, match=f"E_CONFIG .*pretrain.{name}'. It was removed: "):
+        mfm_settings.override(MFMBlock(), [f"pretrain.{name}={used}"])

@@ -41,14 +41,18 @@ class StrictParser(argparse.ArgumentParser):
         """Add one flag; ``names`` are its spellings, separated by spaces."""
         self.add_argument(*names.split(), help=help_text, **kwargs)
 
-    def add_request(self, request: type[Request]) -> None:
-        """Add a flag for each field of a request; a value with a position can be given as either."""
+    def add_request(self, request: type[Request], **choices: Sequence[str]) -> None:
+        """Add a flag for each field of a request; a value with a position can be given as either.
+
+        ``choices`` are the legal words of fields whose request does not know them.
+        """
         for item in fields(request):
             if "spellings" in item.metadata:
-                self._add_field(item)
+                self._add_field(item, choices.get(item.name))
 
-    def _add_field(self, item: Field[Any]) -> None:
+    def _add_field(self, item: Field[Any], choices: Sequence[str] | None) -> None:
         details = {name: item.metadata[name] for name in _OF_ARGPARSE if name in item.metadata}
+        details |= {"choices": choices} if choices else {}
         text, names, default = item.metadata["help"].replace("%", "%%"), item.metadata["spellings"], item.default
         if default not in (MISSING, None, ()) and not isinstance(default, bool) and "(default" not in text:
             text = f"{text} (default: {str(default).replace('%', '%%')})"

@@ -23,7 +23,9 @@ Every decision is shown with its reason. The last lines printed are the paths of
 def build_parser() -> common.StrictParser:
     """Define the flags of the command."""
     parser = common.make_parser("mfm_plan_and_preprocess", DESCRIPTION)
-    parser.add_request(PlanRequest)
+    from mfm_nnunet.models.families import network_names  # without torch
+
+    parser.add_request(PlanRequest, network=tuple(network_names()))
     text = "accepted for nnU-Net's scripts: every file is always verified here"
     parser.flag("--verify_dataset_integrity", text, action="store_true")
     return parser

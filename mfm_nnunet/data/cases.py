@@ -40,21 +40,12 @@ class Case:
     """What kind of image it is, in the words of the source ("T1w", "CT"); "" if the source does not say."""
     dataset: str = ""
     """Which of several collected datasets it is from; "" if the source does not say."""
-    anatomy_mask: Path | None = None
-    """A mask on the grid of the image, above 0 where there is anatomy that crops should contain."""
     anonymisation_mask: Path | None = None
     """A mask on the grid of the image, above 0 where voxels were changed so that nobody is recognised."""
 
     def __post_init__(self) -> None:
         if not self.subject:
             object.__setattr__(self, "subject", self.name)
-
-    @property
-    def masks(self) -> dict[str, Path]:
-        """The masks of this case by name: ``anatomy`` and ``anonymised``; always by name, because order was mixed up
-        in published code and swapped them."""
-        masks = {"anatomy": self.anatomy_mask, "anonymised": self.anonymisation_mask}
-        return {kind: file for kind, file in masks.items() if file is not None}
 
 
 def group_channels(folder: Path, file_ending: str = "") -> dict[str, dict[int, Path]]:

@@ -27,7 +27,7 @@ from mfm_nnunet.files import ending_of, is_file_name, read_json
 
 FORMAT = 1
 """Version of corpus.json."""
-_WORDS, _MASKS = ("modality", "dataset"), ("anatomy_mask", "anonymisation_mask")
+_OPTIONAL = ("modality", "dataset", "anonymisation_mask")
 """Fields of a case that a corpus.json may lack."""
 _log = logging.getLogger(__name__)
 
@@ -122,8 +122,9 @@ def corpus_hash(cases: Sequence[Case], sizes: Mapping[str, Mapping[str, list[int
 
 def _hash_line(case: Case, known: Mapping[str, list[int]]) -> str:
     images = known.get("images") or [_status(file)[0] for file in case.images]
-    masks = {kind: known[kind][0] if kind in known else _status(file)[0] for kind, file in case.masks.items()}
-    return f"{case.name}\0{images}" + _more(case, masks)
+    mask = case.anonymisation_mask
+    size = None if mask is None else known["anonymised"][0] if "anonymised" in known else _status(mask)[0]
+    return f"{case.name}\0{images}" + _more(case, size)
 
 
 def signature(cases: Sequence[Case]) -> str:
@@ -131,15 +132,15 @@ def signature(cases: Sequence[Case]) -> str:
     lines = []
     for case in cases:
         files = [*case.images, *([case.label] if case.label is not None else [])]
-        masks = {kind: (str(file), *_status(file)) for kind, file in case.masks.items()}
+        mask = case.anonymisation_mask
         own = f"{case.name}\0{case.subject}\0{[(str(file), *_status(file)) for file in files]}"
-        lines.append(own + _more(case, masks))
+        lines.append(own + _more(case, None if mask is None else (str(mask), *_status(mask))))
     return _digest(lines)
 
 
-def _more(case: Case, masks: dict[str, Any]) -> str:
-    """What else a line of a digest holds; nothing where the source told nothing, so known digests stay."""
-    known = (case.modality, case.dataset, masks)
+def _more(case: Case, mask: Any) -> str:
+    """Return the end of a line of a digest, empty for a case with nothing but images: stored digests depend on it."""
+    known = (case.modality, case.dataset, {} if mask is None else {"anonymised": mask})
     return f"\0{known}" if any(known) else ""
 
 
@@ -233,8 +234,9 @@ def _corpus_cases(folder: Path) -> list[Case]:
             tuple(Path(file) for file in entry["images"]),
             None,
             entry["subject"],
-            *(entry.get(key, "") for key in _WORDS),
-            *(Path(entry[key]) if entry.get(key) else None for key in _MASKS),
+            entry.get("modality", ""),
+            entry.get("dataset", ""),
+            Path(entry["anonymisation_mask"]) if entry.get("anonymisation_mask") else None,
         )
         for entry in _read_corpus(folder)["cases"]
     ]
@@ -242,7 +244,7 @@ def _corpus_cases(folder: Path) -> list[Case]:
 
 def _entry(case: Case) -> dict[str, Any]:
     """A case in corpus.json; what the source did not tell is left out."""
-    known = {key: str(getattr(case, key)) for key in (*_WORDS, *_MASKS) if getattr(case, key)}
+    known = {key: str(getattr(case, key)) for key in _OPTIONAL if getattr(case, key)}
     return {"name": case.name, "images": [str(file) for file in case.images], "subject": case.subject, **known}
 
 
@@ -260,7 +262,7 @@ def _is_entry(entry: Any) -> bool:
     """Return whether a case of corpus.json is as :func:`_entry` writes it; volumes are named after its name."""
     if not isinstance(entry, dict) or not is_file_name(entry.get("name")) or not isinstance(entry.get("images"), list):
         return False
-    texts = [*entry["images"], entry.get("subject"), *(entry.get(key, "") for key in (*_WORDS, *_MASKS))]
+    texts = [*entry["images"], entry.get("subject"), *(entry.get(key, "") for key in _OPTIONAL)]
     return bool(entry["images"]) and all(isinstance(text, str) and "\0" not in text for text in texts)
 
 

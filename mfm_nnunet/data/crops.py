@@ -9,7 +9,7 @@ Legend: C channels, D H W voxels. Axis order is the plan's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, default_collate
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loading import read_in_order
-from mfm_nnunet.data.volumes import anatomy_of, anonymised_of, open_volume, read_box
+from mfm_nnunet.data.volumes import anonymised_of, open_volume, read_box
 from mfm_nnunet.errors import MFMError, nearest
 
 Augmentation = Literal["none", "mirror", "spatial"]
@@ -73,21 +73,18 @@ class StreamSettings:
     stream: int = 0
     with_valid: bool = False
     """Whether transforms get ``valid``; the same for all items of a run, whichever of its volumes has a mask."""
-    anatomy_fraction: float = 0.0
-    """Share of the volumes with an anatomy mask that are cropped around a voxel of it instead of anywhere."""
 
 
 @dataclass(frozen=True)
 class Source:
     """One volume of an item: its voxels (C, D, H, W), and where its crops come from.
 
-    ``anonymised`` is its mask (1, D, H, W) or None. ``anatomy`` are voxels (n, 3), at least one, to centre crops on;
-    None: crops from anywhere. ``slice`` is the place along the first axis that two-dimensional crops are cut at.
+    ``anonymised`` is its mask (1, D, H, W) or None. ``slice`` is the place along the first axis that two-dimensional
+    crops are cut at.
     """
 
     volume: Any
     anonymised: Any
-    anatomy: np.ndarray | None
     slice: int
 
 
@@ -148,19 +145,11 @@ class CropStream(Dataset):
         return rng.choice(len(self.files), self.settings.num_volumes, replace=False, p=self.weights)
 
     def _sources(self, rng: np.random.Generator) -> list[Source]:
-        """The volumes of an item. Without anatomy the same numbers are drawn as in a corpus without masks."""
         files = [self.files[i] for i in self._choose(rng)]
         volumes = [open_volume(file) for file in files]
         slices = [int(rng.integers(volume.shape[1])) for volume in volumes]
-        points: list[np.ndarray | None] = [None] * len(files)
-        if self.settings.anatomy_fraction > 0:
-            for i, file in enumerate(files):
-                is_guided, place = rng.random() < self.settings.anatomy_fraction, rng.random()
-                found = anatomy_of(file)
-                if is_guided and len(found):
-                    points[i], slices[i] = found, int(found[int(place * len(found)), 0])
         masks = [anonymised_of(file) if self.settings.with_valid else None for file in files]
-        return [Source(*parts) for parts in zip(volumes, masks, points, slices)]
+        return [Source(*parts) for parts in zip(volumes, masks, slices)]
 
     def _crop(self, source: Source, request: CropRequest, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One crop (C, *size), and where it is valid (1, *size); the latter is empty unless it is asked for."""
@@ -168,8 +157,7 @@ class CropStream(Dataset):
         leading = (source.slice,) if is_slice else ()
         shape = source.volume.shape[1 + len(leading) :]
         size = request.size if request.pad else tuple(min(want, limit) for want, limit in zip(request.size, shape))
-        lower = _lower(shape, size, rng) if source.anatomy is None else _around(
-            source.anatomy, leading, shape, size, rng)  # fmt: skip
+        lower = _lower(shape, size, rng)
         parameters = draw_spatial(rng, size, self.settings.augmentation)
         read = parameters.read_size(size)
         lower = [start - (more - want) // 2 for start, more, want in zip(lower, read, size)]
@@ -189,22 +177,6 @@ def _lower(shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) 
     """The lower corner of a crop anywhere in a volume; smaller volumes lie in the middle of it."""
     return [
         int(rng.integers(limit - want + 1)) if limit > want else (limit - want) // 2 for limit, want in zip(shape, size)
-    ]
-
-
-def _around(
-    anatomy: np.ndarray, leading: tuple[int, ...], shape: Sequence[int], size: Sequence[int], rng: np.random.Generator
-) -> list[int]:
-    """The lower corner of a crop around one of the voxels ``anatomy``, those in the slice ``leading`` if it is 2D.
-
-    The crop is moved into the volume at both ends, so the voxel is in its middle only as far as it can be.
-    """
-    if leading:
-        anatomy = anatomy[anatomy[:, 0] == leading[0]]
-    centre = anatomy[int(rng.integers(len(anatomy)))][len(leading) :]
-    return [
-        min(max(int(middle) - want // 2, 0), limit - want) if limit > want else (limit - want) // 2
-        for middle, limit, want in zip(centre, shape, size)
     ]
 
 
@@ -318,12 +290,9 @@ def _plane_rotation(num_axes: int, first: int, second: int, angle: float) -> np.
 
 KINDS = ("subject", "dataset", "modality")
 """What can be balanced: fields of :class:`Case`."""
-LOWEST_TEMPERATURE = 0.1
-"""Below, small groups would vanish in rounding."""
-Group = tuple[str, ...]
 
 
-def require_legal_balance(kinds: Sequence[str], temperature: float | None, cases: Sequence[Case]) -> None:
+def require_legal_balance(kinds: Sequence[str], cases: Sequence[Case]) -> None:
     """Raise MFMError (E_CONFIG) when the cases cannot be balanced so."""
     for kind in kinds:
         if kind not in KINDS:
@@ -335,51 +304,22 @@ def require_legal_balance(kinds: Sequence[str], temperature: float | None, cases
                 f"pretrain.balance_by={kind}: the corpus names no {kind} of any case. Register it again from a source "
                 f"that does, e.g. a CSV with the column '{kind}', or leave {kind} out.",
             )
-    if temperature is not None and not kinds:
-        raise MFMError(
-            "E_CONFIG",
-            f"pretrain.balance_temperature={temperature}: without pretrain.balance_by there is nothing to balance. Set "
-            "that too, e.g. to modality.",
-        )
-    if temperature is not None and temperature < LOWEST_TEMPERATURE:
-        raise MFMError(
-            "E_CONFIG", f"pretrain.balance_temperature={temperature}: must be at least {LOWEST_TEMPERATURE}, or none."
-        )
 
 
-def group_shares(
-    cases: Sequence[Case], kinds: Sequence[str], temperature: float | None
-) -> tuple[list[Group], dict[Group, float]]:
-    """The group of each case, and the share of the draws that each group gets; the shares add up to 1.
-
-    ``temperature`` None: all groups equally; T: in proportion to (number of cases) to the power 1 / T, so 1 keeps a
-    corpus as it is, and large values come near to None.
-    """
+def case_weights(cases: Sequence[Case], kinds: Sequence[str]) -> dict[str, float]:
+    """Return the probability of each case by name: all groups alike, and all cases of a group."""
     groups = [tuple(getattr(case, kind) for kind in kinds) for case in cases]
     counts = Counter(groups)
-    exponent = 0.0 if temperature is None else 1 / temperature
-    largest = max(counts.values())  # powers of ratios neither overflow nor vanish altogether
-    powers = {group: (count / largest) ** exponent for group, count in sorted(counts.items())}
-    total = sum(powers.values())
-    return groups, {group: power / total for group, power in powers.items()}
+    return {case.name: (1 / len(counts)) / counts[group] for case, group in zip(cases, groups)}
 
 
-def case_weights(cases: Sequence[Case], kinds: Sequence[str], temperature: float | None) -> dict[str, float]:
-    """The probability of each case by name; they add up to 1."""
-    groups, shares = group_shares(cases, kinds, temperature)
-    counts = Counter(groups)
-    return {case.name: shares[group] / counts[group] for case, group in zip(cases, groups)}
-
-
-def describe_shares(cases: Sequence[Case], kinds: Sequence[str], temperature: float | None) -> str:
-    """One line with the shares of modalities and datasets, the twenty largest by name; subjects are not named."""
-    _, shares = group_shares(cases, kinds, temperature)
-    merged: defaultdict[str, float] = defaultdict(float)
-    for group, share in shares.items():
-        words = [word or f"unknown {kind}" for kind, word in zip(kinds, group) if kind != "subject"]
-        merged[" ".join(words)] += share
-    largest = sorted(merged.items(), key=lambda item: -item[1])[:20]
-    listed = ", ".join(f"{name} {share:.1%}" for name, share in largest if name)
-    listed = listed or f"{min(shares.values()):.2%} to {max(shares.values()):.2%} each"
+def describe_shares(cases: Sequence[Case], kinds: Sequence[str]) -> str:
+    """Describe the shares of modalities and datasets in a line, the twenty largest by name; subjects are not named."""
+    groups = {tuple(getattr(case, kind) for kind in kinds) for case in cases}
+    merged = Counter(
+        " ".join(word or f"unknown {kind}" for kind, word in zip(kinds, group) if kind != "subject") for group in groups
+    )
+    largest = sorted(sorted(merged.items()), key=lambda item: -item[1])[:20]
+    listed = ", ".join(f"{name} {count / len(groups):.1%}" for name, count in largest if name)
     rest = f", {len(merged) - 20} more" if len(merged) > 20 else ""
-    return f"balanced by {' and '.join(kinds)}, {len(shares)} groups: {listed}{rest}"
+    return f"balanced by {' and '.join(kinds)}, {len(groups)} groups: {listed or f'{1 / len(groups):.2%} each'}{rest}"

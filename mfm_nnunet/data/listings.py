@@ -20,36 +20,35 @@ from typing import Any
 from mfm_nnunet.data.cases import Case, named, safe_name
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import ending_of, read_json
+from mfm_nnunet.settings import REMOVED
 
 NNSSL_FILE = "pretrain_data.json"
 OF_PREPROCESSED = (
     "is nnssl's index of data that it preprocessed. Give the pretrain_data.json of the raw folder "
     "($nnssl_raw/DATASET/pretrain_data.json) instead."
 )
-_MASK_COLUMNS = {
-    "anatomy_mask": "anatomy_mask",
-    "anonymisation_mask": "anonymisation_mask",
-    "anonymization_mask": "anonymisation_mask",
-}
-"""Names of masks in tables and in nnssl's index, and the field of :class:`Case` that each means."""
+_MASK_NAMES = ("anonymisation_mask", "anonymization_mask")
+"""Names of the mask of anonymised voxels in tables and in nnssl's index."""
 _log = logging.getLogger(__name__)
 
 
 def read_table(file: Path) -> list[Case]:
     """The cases of a CSV: column ``image``, or ``image_0``, ``image_1``, ... for channels; paths relative to the file.
 
-    Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anatomy_mask``, ``anonymisation_mask`` (an
-    empty cell: none). Raises MFMError: E_FORMAT (no table, no column of images), E_NOT_FOUND (images or masks that are
+    Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anonymisation_mask`` (an empty cell:
+    none). Raises MFMError: E_FORMAT (no table, no column of images), E_NOT_FOUND (images or masks that are
     missing, all listed), E_CONFIG (a case named twice).
     """
     columns, rows = _rows(file)
     problems = [
         f"  line {line}: {f'no such file {row[column]}' if row[column] else f'{column} is empty'}"
         for line, row in enumerate(rows, start=2)
-        for column in (*columns, *(name for name in _MASK_COLUMNS if row.get(name)))
+        for column in (*columns, *(name for name in _MASK_NAMES if row.get(name)))
         if not row[column] or not os.path.lexists(_absolute(row[column], file.parent))
     ]
     _require_all(file, problems)
+    if any(row.get("anatomy_mask") for row in rows):
+        _log.warning("%s: the column anatomy_mask is not used. %s", file, REMOVED["pretrain.anatomy_fraction"])
     images = [tuple(_absolute(row[column], file.parent) for column in columns) for row in rows]
     if not images:
         return []
@@ -68,11 +67,11 @@ def read_nnssl(file: Path) -> list[Case]:
     if is_of_preprocessed(file) or (entries and not any(ending_of(Path(e["image_path"])) for _, e in entries)):
         raise MFMError("E_FORMAT", f"{file}: {OF_PREPROCESSED}")
     images = [_nnssl_path(file, entry["image_path"]) for _, entry in entries]
-    masks = [_nnssl_masks(file, entry) for _, entry in entries]
-    wanted = [path for image, of_case in zip(images, masks) for path in (image, *of_case.values())]
+    masks = [_nnssl_mask(file, entry) for _, entry in entries]
+    wanted = [path for image, mask in zip(images, masks) for path in (image, mask) if path is not None]
     _require_all(file, [f"  {path}" for path in wanted if not os.path.lexists(path)])
     if any(entry.get("image_info") for _, entry in entries):
-        _log.info("%s: image_info (quality scores, scanners) is not used", file)
+        _log.info("%s: image_info (quality scores, scanners) is not used, nor are anatomy masks", file)
     cases = named([place / _name(entry, path) for (place, entry), path in zip(entries, images)], [(i,) for i in images])
     return [
         dataclasses.replace(
@@ -80,9 +79,9 @@ def read_nnssl(file: Path) -> list[Case]:
             subject="/".join(place.parts[:2]),
             modality=_text(entry.get("modality")),
             dataset=place.parts[0],
-            **of_case,
+            anonymisation_mask=mask,
         )
-        for case, (place, entry), of_case in zip(cases, entries, masks)
+        for case, (place, entry), mask in zip(cases, entries, masks)
     ]
 
 
@@ -135,11 +134,11 @@ def _nnssl_path(file: Path, path: str) -> Path:
     return _absolute(path, file.parent)
 
 
-def _nnssl_masks(file: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _nnssl_mask(file: Path, entry: Mapping[str, Any]) -> Path | None:
     associated = entry.get("associated_masks") or {}
     if not isinstance(associated, dict) or not all(isinstance(path, (str, type(None))) for path in associated.values()):
         raise _not_nnssl(file, f"'associated_masks' of {entry['image_path']} is no table")
-    return {field: _nnssl_path(file, associated[name]) for name, field in _MASK_COLUMNS.items() if associated.get(name)}
+    return next((_nnssl_path(file, associated[name]) for name in _MASK_NAMES if associated.get(name)), None)
 
 
 def _name(entry: Mapping[str, Any], image: Path) -> str:
@@ -196,7 +195,7 @@ def _with_columns(file: Path, cells: list[dict[str, str]], cases: list[Case]) ->
             row.get("subject") or (case.subject if case.subject != case.name else name),
             row.get("modality", ""),
             row.get("dataset", ""),
-            **{field: _absolute(row[key], file.parent) for key, field in _MASK_COLUMNS.items() if row.get(key)},
+            next((_absolute(row[name], file.parent) for name in _MASK_NAMES if row.get(name)), None),
         )
         for name, row, case in zip(given, cells, cases)
     ]

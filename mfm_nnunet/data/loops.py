@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mfm_nnunet import terminal
@@ -55,35 +56,30 @@ def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
         return CaseFailure(case.name, "E_INTERNAL", f"{type(error).__name__}: {first_line}", details)
 
 
-def source_signature(case: Case) -> list[list[int]]:
-    """Size in bytes and time of change in ns of each source file of a case and of what belongs to it, the label last.
+def source_signature(case: Case) -> list[list[Any]]:
+    """Return size in bytes and modification time in ns of each source file of a case: images, label, then the mask.
 
-    Raises MFMError (E_NOT_FOUND) for a file that is not there.
+    The mask is named, so that it is never taken for another file. Raises MFMError (E_NOT_FOUND, E_PERMISSION).
     """
     files = [file for image in case.images for file in files_of(image)]
     files += files_of(case.label, is_label=True) if case.label is not None else []
+    masks = files_of(case.anonymisation_mask, is_label=True) if case.anonymisation_mask is not None else []
     try:
-        return [[status.st_size, status.st_mtime_ns] for status in (file.stat() for file in files)]
+        return [
+            *([status.st_size, status.st_mtime_ns] for status in map(Path.stat, files)),
+            *([status.st_size, status.st_mtime_ns, "anonymised"] for status in map(Path.stat, masks)),
+        ]
     except OSError as error:
         raise unreadable(error.filename, error) from error
-
-
-def mask_signature(case: Case) -> list[list[Any]]:
-    """Size in bytes, time of change in ns and kind of each mask file. Raises MFMError (E_NOT_FOUND, E_PERMISSION)."""
-    try:
-        status = [(kind, file.stat()) for kind, mask in case.masks.items() for file in files_of(mask, is_label=True)]
-    except OSError as error:
-        raise unreadable(error.filename, error) from error
-    return [[found.st_size, found.st_mtime_ns, kind] for kind, found in status]
 
 
 @contextlib.contextmanager
-def unchanged(case: Case, signature: Callable[[Case], list[list[Any]]] = source_signature) -> Iterator[list[list[Any]]]:
+def unchanged(case: Case) -> Iterator[list[list[Any]]]:
     """Raise MFMError (E_CHANGED) when the files of a case change inside, in place of what a half-written one raised.
 
-    Yields their ``signature``. A file that vanishes keeps the error of its reading.
+    Yields their :func:`source_signature`. A file that vanishes keeps the error of its reading.
     """
-    before = signature(case)
+    before = source_signature(case)
     failure: Exception | None = None
     try:
         yield before
@@ -92,7 +88,7 @@ def unchanged(case: Case, signature: Callable[[Case], list[list[Any]]] = source_
             raise
         failure = error
     try:
-        is_changed = signature(case) != before
+        is_changed = source_signature(case) != before
     except MFMError as error:
         raise failure or error from error
     if is_changed:

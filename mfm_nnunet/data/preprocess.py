@@ -20,7 +20,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 
 from mfm_nnunet.data import storage
 from mfm_nnunet.data.cases import check_case_name
-from mfm_nnunet.data.loops import in_processes, in_threads, mask_signature, source_signature, unchanged, with_progress
+from mfm_nnunet.data.loops import in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.resampling import resampling_function
 from mfm_nnunet.data.sizes import Sizes, require_preprocessable
 from mfm_nnunet.dataset import DatasetJson
@@ -122,7 +122,7 @@ class Job:
     def __call__(self, case: Case) -> list[list[Any]]:
         """Read, preprocess and store one case; returns the signature of its source files. Raises MFMError."""
         check_case_name(case.name)
-        with unchanged(case, _signature) as signature:
+        with unchanged(case) as signature:
             content, patch_size = self._prepared(case)
         self.copy_label(case)
         storage.write_case(self.staging, self.folder, case.name, content, patch_size)
@@ -137,16 +137,15 @@ class Job:
         if case.label is not None:
             label, label_properties = reading.read_label(case.label, reader)
             reading.check_label(label, label_properties, image_CDHW, properties, dataset_json, case.name)
-        masks = _read_masks(case, reader, image_CDHW, properties)
+        mask = _read_mask(case, reader, image_CDHW, properties)
         with about(case.images[0]):
             data_CDHW, seg, properties = preprocess_case_npy(
                 image_CDHW, properties, label, plans_manager, configuration_manager, dataset_json
             )
-            masks = {
-                kind: preprocess_mask(mask_1DHW, properties, data_CDHW.shape[1:], plans_manager, configuration_manager)
-                for kind, mask_1DHW in masks.items()
-            }
-        return storage.Content(data_CDHW, seg, properties, masks), tuple(configuration_manager.patch_size)
+            if mask is not None:
+                shape = data_CDHW.shape[1:]
+                mask = preprocess_mask(mask, properties, shape, plans_manager, configuration_manager)
+        return storage.Content(data_CDHW, seg, properties, mask), tuple(configuration_manager.patch_size)
 
     def copy_label(self, case: Case) -> None:
         """Put the label file of a labelled case into ``gt_segmentations``, where validation looks for it."""
@@ -155,27 +154,23 @@ class Job:
             storage.copy_label(case.label, inside(self.folder.parent, "gt_segmentations", name), self.staging)
 
 
-def _read_masks(
+def _read_mask(
     case: Case, reader_name: str, image_CDHW: np.ndarray, properties: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """The masks of a case by kind, boolean (1, D, H, W), True where the file holds more than 0.
-
-    Raises MFMError: as :func:`reading.read_mask`, and E_GEOMETRY for a mask that does not lie on the image's grid.
-    """
-    masks = {}
-    for kind, file in case.masks.items():
-        mask_1DHW, own = reading.read_mask(file, reader_name)
-        differs = difference(geometry_of(own), geometry_of(properties))
-        if mask_1DHW.shape[1:] != image_CDHW.shape[1:]:
-            differs = f"{mask_1DHW.shape[1:]} against {image_CDHW.shape[1:]} voxels"
-        if differs:
-            raise MFMError(
-                "E_GEOMETRY",
-                f"{file}: the mask does not lie on the grid of its image {case.images[0]}: {differs}. Resample it to "
-                "the image, or take it out of the source.",
-            )
-        masks[kind] = mask_1DHW
-    return masks
+) -> np.ndarray | None:
+    """Return the mask of anonymised voxels, boolean (1, D, H, W), True where the file holds more than 0."""
+    if case.anonymisation_mask is None:
+        return None
+    mask_1DHW, own = reading.read_mask(case.anonymisation_mask, reader_name)
+    differs = difference(geometry_of(own), geometry_of(properties))
+    if mask_1DHW.shape[1:] != image_CDHW.shape[1:]:
+        differs = f"{mask_1DHW.shape[1:]} against {image_CDHW.shape[1:]} voxels"
+    if differs:
+        raise MFMError(
+            "E_GEOMETRY",
+            f"{case.anonymisation_mask}: the mask does not lie on the grid of its image {case.images[0]}: {differs}. "
+            "Resample it to the image, or take it out of the source.",
+        )
+    return mask_1DHW
 
 
 @functools.lru_cache(2)
@@ -187,14 +182,9 @@ def _managers(plans_text: str, configuration: str) -> tuple[PlansManager, Config
     return plans_manager, plans_manager.get_configuration(configuration)
 
 
-def _signature(case: Case) -> list[list[Any]]:
-    """What tells whether the files of a case changed; masks by kind, so one is never taken for the other."""
-    return [*source_signature(case), *mask_signature(case)]
-
-
 def _is_finished(case: Case, manifest: storage.Manifest, settings_hash: str) -> bool:
     try:
-        return manifest.holds(case.name, settings_hash, _signature(case))
+        return manifest.holds(case.name, settings_hash, source_signature(case))
     except MFMError:
         # A source that cannot be read is reported when its turn comes.
         return False

@@ -9,9 +9,13 @@ done. Legend: C channels, K classes; voxels as D H W in the plan's axis order.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
 from mfm_nnunet.device import require_memory
 from mfm_nnunet.errors import MFMError
@@ -91,6 +95,14 @@ def count_windows(shape: Sequence[int], patch_size: Sequence[int], step_size: fl
         math.ceil(max(size - patch, 0) / (patch * step_size)) + 1
         for size, patch in zip(shape[-len(patch_size) :], patch_size)
     )
+
+
+def sliding_windows(shape: Sequence[int], patch_size: tuple[int, ...], step_size: float) -> list[tuple[Any, ...]]:
+    """Return the index of each window, in nnU-Net's order; a 2D patch visits each slice of the first axis."""
+    steps = compute_steps_for_sliding_window(tuple(shape[-len(patch_size) :]), patch_size, step_size)
+    slices = [[slice(start, start + size) for start in starts] for starts, size in zip(steps, patch_size)]
+    leading = [range(size) for size in shape[: len(shape) - len(patch_size)]]
+    return list(itertools.product(*leading, *slices))
 
 
 _ADVICE = "Check the voxel size in its header and crop the image, or take a plan or model with larger voxels."

@@ -25,11 +25,8 @@ import numpy as np
 
 from mfm_nnunet.checkpoint import atomic_write, full_disk_named
 from mfm_nnunet.data.volumes import (
-    MASK_ENDINGS,
-    anatomy_points,
     mask_file,
     open_array,
-    read_arrays,
     read_properties,
 )
 from mfm_nnunet.errors import MFMError
@@ -81,12 +78,12 @@ def _is_alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Content:
-    """What is stored of a case: ``masks`` are boolean (1, D, H, W), by kind."""
+    """What is stored of a case; ``anonymised`` is a boolean mask (1, D, H, W)."""
 
     data_CDHW: np.ndarray
     seg_1DHW: np.ndarray | None
     properties: dict[str, Any]
-    masks: dict[str, np.ndarray] = field(default_factory=dict)
+    anonymised: np.ndarray | None = None
 
 
 @dataclass
@@ -157,9 +154,9 @@ def _is_entry(entry: Any) -> bool:
 
 
 def case_files(folder: Path, case: str) -> dict[str, Path]:
-    """All files that a case may have, by kind of mask and by ending, in the order in which they appear."""
+    """Return all files that a case may have, the mask and then by ending, in the order in which they appear."""
     own = {ending: inside(folder, f"{case}{ending}") for ending in ENDINGS}
-    return {**{kind: mask_file(folder, kind, case) for kind in MASK_ENDINGS}, **own}
+    return {"anonymised": mask_file(folder, case), **own}
 
 
 def file_sizes(folder: Path, case: str) -> dict[str, int]:
@@ -191,7 +188,7 @@ def require_whole(folder: Path, cases: Collection[str] | None = None) -> None:
         suspects = [key for key, size in sizes.items() if size != expected.get(key)]
         files = case_files(folder, case)
         damaged += [files[key] for key in suspects if not _is_readable(files[key])]
-        damaged += [files[kind] for kind in MASK_ENDINGS if kind in expected and kind not in sizes]
+        damaged += [files["anonymised"]] if "anonymised" in expected and "anonymised" not in sizes else []
     if damaged:
         raise MFMError(
             "E_SHORT_DATA",
@@ -205,8 +202,6 @@ def _is_readable(file: Path) -> bool:
     try:
         if file.suffix == ".pkl":
             read_properties(file)
-        elif file.suffix == ".npy":
-            read_arrays(file)
         else:
             open_array(str(file))
     except MFMError as error:
@@ -224,17 +219,15 @@ def write_case(
     patch_size: tuple[int, ...],
 ) -> None:
     """Write a case to ``staging`` and move it to ``folder``, where it appears whole. Raises MFMError (E_DISK_FULL)."""
-    kinds = {".pkl", ".b2nd", *content.masks, *(["_seg.b2nd"] if content.seg_1DHW is not None else [])}
+    optional = {"_seg.b2nd": content.seg_1DHW, "anonymised": content.anonymised}
+    kinds = {".pkl", ".b2nd", *(kind for kind, array in optional.items() if array is not None)}
     staged = {key: staging / f"{key.strip('.')}~{case}" for key in case_files(folder, case) if key in kinds}
     with atomic_write(staged[".pkl"]) as file:
         pickle.dump(content.properties, file)
     if content.seg_1DHW is not None:
         _write_array(content.seg_1DHW.astype(np.int16, copy=False), patch_size, staged["_seg.b2nd"])
-    if "anonymised" in content.masks:
-        _write_array(content.masks["anonymised"].astype(np.uint8), patch_size, staged["anonymised"])
-    if "anatomy" in content.masks:
-        with atomic_write(staged["anatomy"]) as file:
-            np.save(file, anatomy_points(content.masks["anatomy"]), allow_pickle=False)
+    if content.anonymised is not None:
+        _write_array(content.anonymised.astype(np.uint8), patch_size, staged["anonymised"])
     _write_array(content.data_CDHW.astype(np.float32, copy=False), patch_size, staged[".b2nd"])
     with full_disk_named(folder):
         targets = case_files(folder, case)

@@ -4,15 +4,10 @@ Nothing that a file says runs code, starts a program or opens a connection. So `
 what the file's metalayers name (expressions, functions, files, servers). Compressors are the built-in ones: for any
 other, blosc2 starts a Python that imports a module of the compressor's name, from the current folder too.
 
-A mask says where there is anatomy, or which voxels were changed to hide who somebody is. It is 0 or 1, always named and
-never known by its place in a list, and 0 outside the image: "not anonymised", "no anatomy". It goes through the crop,
-transposition and resampling of its image and is never used for normalisation. It is stored beside the folder of the
-preprocessed volumes, where nothing that looks for volumes finds it:
-
-* ``<folder>_anonymised/{case}.b2nd``: the mask itself, uint8 (1, D, H, W), because a loss needs all of its voxels;
-* ``<folder>_anatomy/{case}.npy``: up to 10,000 of its voxels, int32 (n, 3), because a crop needs a place only.
-
-A case without a mask has no such file.
+A mask names the voxels that were changed to hide who somebody is: 1 there, 0 elsewhere and outside the image. It is
+cropped, transposed and resampled with its image and never used for normalisation. It is stored beside the folder of the
+preprocessed volumes, where nothing that looks for volumes finds it: ``<folder>_anonymised/{case}.b2nd``, uint8
+(1, D, H, W). A case without a mask has no such file.
 """
 
 from __future__ import annotations
@@ -43,21 +38,14 @@ HEADER_BYTES = 32
 PREPROCESS_AGAIN = "run mfm_plan_and_preprocess again; it makes only what is missing."
 
 
-MAX_POINTS = 10_000
-"""Voxels of an anatomy mask that are kept: enough places for crops, little to read."""
-MASK_ENDINGS = {"anonymised": ".b2nd", "anatomy": ".npy"}
-"""Kinds of masks, and the endings of their files."""
+def mask_file(folder: Path, case: str) -> Path:
+    """Return where the mask of a case lies whose volume is in ``folder``."""
+    return inside(folder.with_name(f"{folder.name}_anonymised"), f"{case}.b2nd")
 
 
-def mask_file(folder: Path, kind: str, case: str) -> Path:
-    """Where the mask of a case lies whose volume is in ``folder``."""
-    return inside(folder.with_name(f"{folder.name}_{kind}"), f"{case}{MASK_ENDINGS[kind]}")
-
-
-def masked_cases(folder: Path, kind: str) -> set[str]:
-    """The names of the cases in the data folder ``folder`` that have a mask of this kind; one look into a folder."""
-    beside = mask_file(folder, kind, "x").parent
-    return {file.name.removesuffix(MASK_ENDINGS[kind]) for file in beside.glob(f"*{MASK_ENDINGS[kind]}")}
+def masked_cases(folder: Path) -> set[str]:
+    """Return the names of the cases in the data folder ``folder`` that have a mask."""
+    return {file.stem for file in mask_file(folder, "x").parent.glob("*.b2nd")}
 
 
 class Volume(blosc2.NDArray):
@@ -107,30 +95,8 @@ def volume_shape(file: Path) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=256)
 def anonymised_of(volume: str) -> Volume | None:
     """Return the mask of anonymised voxels (1, D, H, W) of the volume in a file; None without one."""
-    file = mask_file(Path(volume).parent, "anonymised", Path(volume).stem)
+    file = mask_file(Path(volume).parent, Path(volume).stem)
     return open_volume.__wrapped__(str(file)) if file.exists() else None
-
-
-@functools.lru_cache(maxsize=256)
-def anatomy_of(volume: str) -> np.ndarray:
-    """Return voxels (n, 3) of the anatomy mask of the volume in a file; n is 0 without one."""
-    file = mask_file(Path(volume).parent, "anatomy", Path(volume).stem)
-    if not file.exists():
-        return np.zeros((0, 3), np.int32)
-    points = np.array(read_arrays(file)[""])
-    if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "iu":
-        raise unreadable(str(file), f"it holds no voxels but {points.dtype} {points.shape}")
-    if len(points) and (points.min() < 0 or (points.max(axis=0) >= open_volume(volume).shape[1:]).any()):
-        raise unreadable(str(file), "its voxels lie outside of the image")
-    return points
-
-
-def anatomy_points(mask_1DHW: np.ndarray) -> np.ndarray:
-    """Up to 10,000 voxels of a mask, int32 (n, 3), in the order of the array; the same ones every time."""
-    found = np.flatnonzero(mask_1DHW[0])
-    if len(found) > MAX_POINTS:
-        found = np.sort(np.random.default_rng(0).choice(found, MAX_POINTS, replace=False))
-    return np.stack(np.unravel_index(found, mask_1DHW.shape[1:]), axis=1).astype(np.int32)
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import to_plain
+from mfm_nnunet.settings import NEUTRAL
 
 STATE_FILES = ("resume.pth", "resume_previous.pth")
 """The files that a run can be resumed from, the newest first."""
@@ -100,7 +101,7 @@ def require_same_settings(
 
     ``may_differ`` are dotted names of settings that do not change a result.
     """
-    old, new = flat(before), flat(now)
+    old, new = {**NEUTRAL, **flat(before)}, {**NEUTRAL, **flat(now)}
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and name not in may_differ]
     if names:
         lines = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)

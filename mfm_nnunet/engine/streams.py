@@ -28,10 +28,10 @@ class Corpus:
         """The cases of those names, in the order of the corpus."""
         return [case for case in self.cases if case.name in names]
 
-    def masked(self, kind: str) -> set[str]:
-        """Names of the cases whose mask of this kind was preprocessed."""
+    def masked(self) -> set[str]:
+        """Return the names of the cases whose mask was preprocessed."""
         folders = {file.parent for file in self.files.values()}
-        return set(self.files) & {name for folder in folders for name in masked_cases(folder, kind)}
+        return set(self.files) & {name for folder in folders for name in masked_cases(folder)}
 
 
 @dataclass(frozen=True)
@@ -56,72 +56,43 @@ def make_streams(
     Raises MFMError: E_CONFIG (settings that the corpus cannot follow, volumes too small for the task), E_NOT_FOUND
     (masks that were registered after the volumes were preprocessed).
     """
-    _require_legal(corpus, settings)
+    require_legal_balance(settings.balance_by, corpus.cases)
     _require_large_enough(corpus.files, task_class.smallest_volume(config))
-    with_valid, notes = _mask_use(corpus, task_class, settings)
+    with_valid, notes = _use_masks(corpus, task_class, settings)
     if settings.balance_by:
         in_training = corpus.part(corpus.training)
-        notes.append(describe_shares(in_training, settings.balance_by, settings.balance_temperature))
+        notes.append(describe_shares(in_training, settings.balance_by))
     transform = task_class.transform(config, patch_size)
     kinds: tuple[Augmentation, ...] = (_less(settings.augmentation, task_class.augmentation(config)), "none")
     streams = []
     for number, (names, augmentation) in enumerate(zip((corpus.training, corpus.validation), kinds)):
-        drawn = StreamSettings(
-            task_class.volumes_per_item(config), augmentation, seed, number, with_valid, settings.anatomy_fraction
-        )
+        drawn = StreamSettings(task_class.volumes_per_item(config), augmentation, seed, number, with_valid)
         weights = None
         if settings.balance_by:
-            weights = case_weights(corpus.part(names), settings.balance_by, settings.balance_temperature)
+            weights = case_weights(corpus.part(names), settings.balance_by)
         streams.append(CropStream([corpus.files[name] for name in names], transform, drawn, weights))
     return Streams(streams[0], streams[1], notes)
 
 
-def _require_legal(corpus: Corpus, settings: PretrainSettings) -> None:
-    require_legal_balance(settings.balance_by, settings.balance_temperature, corpus.cases)
-    fraction = settings.anatomy_fraction
-    if fraction > 0:
-        _require_preprocessed(corpus, "anatomy")
-        if not corpus.masked("anatomy"):
-            raise MFMError(
-                "E_CONFIG",
-                f"pretrain.anatomy_fraction={fraction}: no case of the corpus has an anatomy mask. Register the corpus "
-                "again from a source that names them, or leave the setting out.",
-            )
-
-
-def _require_preprocessed(corpus: Corpus, kind: str) -> None:
-    """Every mask that the corpus names must lie beside its volume."""
-    there = corpus.masked(kind)
-    missing = [case.name for case in corpus.cases if kind in case.masks and case.name not in there]
-    if missing:
+def _use_masks(corpus: Corpus, task_class: type[PretextTask], settings: PretrainSettings) -> tuple[bool, list[str]]:
+    """Decide whether transforms get ``valid``, and say in a line what becomes of the masks of the corpus, if any."""
+    named = {case.name for case in corpus.cases if case.anonymisation_mask is not None}
+    there = corpus.masked()
+    num_masks = len(there | named)
+    if not num_masks:
+        return False, []
+    if not task_class.uses_valid or not settings.leave_out_anonymised:
+        reason = f"{task_class.name} has no use for them"
+        if task_class.uses_valid:
+            reason = "pretrain.leave_out_anonymised=false"
+        return False, [f"the anonymisation masks of {num_masks} cases are not used: {reason}"]
+    if missing := sorted(named - there):
         raise MFMError(
             "E_NOT_FOUND",
-            f"{len(missing)} cases, e.g. {missing[0]}, got masks ({kind}) after they were preprocessed. Run "
+            f"{len(missing)} cases, e.g. {missing[0]}, got anonymisation masks after they were preprocessed. Run "
             "mfm_plan_and_preprocess again; it makes only what is missing.",
         )
-
-
-def _mask_use(corpus: Corpus, task_class: type[PretextTask], settings: PretrainSettings) -> tuple[bool, list[str]]:
-    """Whether transforms get ``valid``, and a line for each kind of mask of the corpus, used or not."""
-    notes = []
-    anonymised, anatomy = (
-        {*corpus.masked(kind), *(case.name for case in corpus.cases if kind in case.masks)}
-        for kind in ("anonymised", "anatomy")
-    )
-    with_valid = bool(anonymised) and task_class.uses_valid and settings.leave_out_anonymised
-    if with_valid:
-        _require_preprocessed(corpus, "anonymised")
-        notes.append(f"anonymised voxels of {len(anonymised)} cases are left out of the loss")
-    elif anonymised:
-        reason = (
-            "pretrain.leave_out_anonymised=false" if task_class.uses_valid else f"{task_class.name} has no use for them"
-        )
-        notes.append(f"the anonymisation masks of {len(anonymised)} cases are not used: {reason}")
-    if anatomy and settings.anatomy_fraction > 0:
-        notes.append(f"{settings.anatomy_fraction:.0%} of the crops of {len(anatomy)} cases are centred on anatomy")
-    elif anatomy:
-        notes.append(f"the anatomy masks of {len(anatomy)} cases are not used: pretrain.anatomy_fraction=0")
-    return with_valid, notes
+    return True, [f"anonymised voxels of {num_masks} cases are left out of the loss"]
 
 
 def _require_large_enough(files: Mapping[str, Path], smallest: tuple[int, ...] | None) -> None:

@@ -9,7 +9,6 @@ Rates are pure functions of the epoch. ``warmup`` has one phase: linear warm-up,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from torch import nn
 from mfm_nnunet.engine.optim import learning_rate_factor
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import lora
-from mfm_nnunet.models.networks import encoder_names, head_names
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.settings import FinetuneSettings, resolved_decoder_epochs, resolved_warmup
 
 
@@ -57,8 +56,8 @@ def trained_names(network: nn.Module, train: str) -> set[str]:
     if train == "all":
         return names
     if train == "head":
-        return head_names(network)
-    return (names - encoder_names(network)) | lora.adapter_names(network)
+        return family_of(network).head_names(network)
+    return (names - family_of(network).encoder_names(network)) | lora.adapter_names(network)
 
 
 def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[str]) -> set[str]:
@@ -68,21 +67,12 @@ def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[s
     """
     if settings.schedule != "sawtooth":
         return untrained
-    return untrained | {name for name, _ in network.named_parameters()} - encoder_names(network)
+    return untrained | {name for name, _ in network.named_parameters()} - family_of(network).encoder_names(network)
 
 
 def layer_scale(name: str, network: nn.Module, decay: float) -> float:
-    """Return the share of the learning rate of a parameter of Primus (arXiv 2106.08254); 1 outside its encoder.
-
-    Block i of n (0-based) has decay^(n-i), patch embedding and positions decay^(n+1), the last norm and the decoder 1.
-    """
-    if decay == 1 or not hasattr(network, "eva"):
-        return 1.0
-    depth = len(network.eva.blocks)  # type: ignore[union-attr, arg-type]
-    block = re.match(r"eva\.blocks\.(\d+)\.", name)
-    if block:
-        return decay ** (depth - int(block[1]))
-    return decay ** (depth + 1) if name.startswith(("down_projection.", "eva.pos_embed")) else 1.0
+    """Return the share of the learning rate of a parameter: less for early layers of the encoder (arXiv 2106.08254)."""
+    return 1.0 if decay == 1 else decay ** family_of(network).layers_after(name, network)
 
 
 def freeze(network: nn.Module, trained: Collection[str], keep_gradients: bool) -> list[nn.Parameter]:
@@ -173,16 +163,16 @@ def describe_training(schedule: EpochSchedule, settings: FinetuneSettings, netwo
 
 def require_fitting(settings: FinetuneSettings, network: nn.Module, is_distributed: bool) -> None:
     """Raise MFMError (E_CONFIG) for what this network, or training on several GPUs, does not support."""
-    is_primus = hasattr(network, "eva")
-    if not is_primus and (settings.layer_decay or 1.0) != 1.0:
-        _refuse(
-            f"finetune.layer_decay={settings.layer_decay}: the stages of a U-Net are no chain of layers, because skip "
-            "connections lead from the first stages straight to the last. Leave it out, or use Primus."
-        )
+    family = family_of(network)
+    if (settings.layer_decay or 1.0) != 1.0 and (problem := family.layer_decay_problem()):
+        _refuse(f"finetune.layer_decay={settings.layer_decay}: {problem}. Leave it out, or use a transformer.")
     if settings.train != "lora":
         return
-    if not is_primus:
-        _refuse("finetune.train=lora: adapters are for Primus, this plan has a U-Net. Use finetune.train=all.")
+    if not family.adapted_layers(network):
+        _refuse(
+            f"finetune.train=lora: adapters are for transformers, this plan has a {family.title}. Use "
+            "finetune.train=all."
+        )
     if is_distributed:
         _refuse("finetune.train=lora: adapters train on one GPU only. Use -num_gpus 1, which they fit.")
     width = lora.narrowest(network)

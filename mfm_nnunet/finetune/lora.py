@@ -1,4 +1,6 @@
-"""Low-rank adapters in the encoder of Primus (arXiv 2106.09685): W + (alpha / rank) B A, of which only A and B learn.
+"""Low-rank adapters in the encoder of a transformer (arXiv 2106.09685): W + (alpha / rank) B A.
+
+Only A and B learn.
 
 They are parametrisations of the linear layers' weights, so every forward pass computes the merged weight; that is also
 what is shipped, under the network's own names. B starts at zero: at first the network is the pretrained one.
@@ -11,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from mfm_nnunet.models.families import family_of
 
 _MIDDLE = ".parametrizations.weight."
 """What torch puts between a layer's name and the names of its original weight ("original") and adapter ("0.*")."""
@@ -33,8 +37,8 @@ class Adapter(nn.Module):
 
 
 def add_adapters(network: nn.Module, rank: int, alpha: float) -> None:
-    """Adapters for all linear layers of the encoder's blocks (attention and MLP), drawn from torch's generator."""
-    for layer in _layers(network):
+    """Add adapters to the linear layers that the family names, drawn from torch's generator."""
+    for layer in family_of(network).adapted_layers(network):
         adapter = Adapter(layer.out_features, layer.in_features, rank, alpha / rank).to(layer.weight.device)
         parametrize.register_parametrization(layer, "weight", adapter)
 
@@ -60,9 +64,4 @@ def merged_state(network: nn.Module) -> dict[str, Tensor]:
 
 def narrowest(network: nn.Module) -> int:
     """The largest rank that is one: the smallest width of the layers that get adapters."""
-    return min(min(layer.out_features, layer.in_features) for layer in _layers(network))
-
-
-def _layers(network: nn.Module) -> list[nn.Linear]:
-    blocks = network.get_submodule("eva.blocks")
-    return [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+    return min(min(layer.out_features, layer.in_features) for layer in family_of(network).adapted_layers(network))

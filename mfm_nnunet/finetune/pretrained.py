@@ -19,7 +19,7 @@ from mfm_nnunet.errors import about
 from mfm_nnunet.files import shown
 from mfm_nnunet.interchange.foreign import Reading, require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
-from mfm_nnunet.models.networks import part_of, stem_names
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import (
     HOW_TO_FIT,
     Entry,
@@ -44,8 +44,8 @@ def describe(file: Path, reading: Reading) -> dict[str, Any]:
 
 def has_decoder(reading: Reading, network: nn.Module) -> bool:
     """Whether a checkpoint holds weights of a decoder, as ``network`` names it."""
-    names = without_wrapper_prefixes(reading.content["network_weights"])
-    return any(part_of(name, network) == "decoder" for name in names)
+    names, family = without_wrapper_prefixes(reading.content["network_weights"]), family_of(network)
+    return any(family.part_of(name) == "decoder" for name in names)
 
 
 def transfer_into(
@@ -141,7 +141,7 @@ def untrained_names(report: TransferReport, network: nn.Module) -> set[str]:
     That is what stayed new, and the stem's projection where it was adapted to other channels.
     """
     plain = unwrapped(network)
-    stem = stem_names(plain)
+    stem = family_of(plain).stem_names(plain)
     projections = tuple(f"{e.name.rpartition('.')[0]}." for e in report.adapted if e.name in stem)
     new = {entry.name for entry in report.new}
     return {name for name, _ in plain.named_parameters() if name in new or name.startswith(projections)}

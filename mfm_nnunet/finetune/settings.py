@@ -14,28 +14,26 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.engine.state import flat, require_same_settings
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import read_json
+from mfm_nnunet.models.families import NetworkFamily, family_named
 from mfm_nnunet.settings import (
     FinetuneSettings,
     MFMBlock,
     from_dict,
     override,
-    require_legal_finetuning,
+    require_legal,
     resolved_decoder_epochs,
-    resolved_learning_rate,
     resolved_warmup,
     setting_names,
     to_dict,
 )
 
 logger = logging.getLogger(__name__)
-
-Family = Literal["resenc", "primus"]
 
 FILE = "settings.json"
 MAY_DIFFER = ("num_workers", "finetune.checkpoint.licence", "finetune.checkpoint.citations")
@@ -53,7 +51,7 @@ class Advice:
     reason: str
 
 
-def advise(family: Family, num_cases: int, pretext: str | None, has_decoder: bool) -> list[Advice]:
+def advise(family: NetworkFamily, num_cases: int, pretext: str | None, has_decoder: bool) -> list[Advice]:
     """Return values for open settings.
 
     ``pretext`` is the checkpoint's task (None: unknown or supervised); ``has_decoder`` is true if the checkpoint has
@@ -64,9 +62,9 @@ def advise(family: Family, num_cases: int, pretext: str | None, has_decoder: boo
     if has_decoder:
         reason = f"{task} trained the decoder too, and encoder with decoder transferred best (arXiv 2410.23132)"
         parts = Advice("parts", "encoder_decoder", reason)
-    reason = "the stages of a U-Net are no chain of layers"
-    if family == "primus":
-        reason = "published fine-tuning of Primus has one rate for all blocks (arXiv 2412.17041)"
+    reason = family.layer_decay_problem()
+    if not reason:
+        reason = f"published fine-tuning of {family.title} has one rate for all blocks (arXiv 2412.17041)"
         if num_cases <= FEW_CASES:
             reason += f"; with {num_cases} cases finetune.train=lora or finetune.layer_decay=0.75 are worth a try"
     return [parts, Advice("layer_decay", 1.0, reason)]
@@ -91,7 +89,7 @@ def resolve(
         _require_of_training(assignment.partition("=")[0].strip(), block)
     block = override(block, overrides)
     settings = block.finetune
-    require_legal_finetuning(settings)
+    require_legal(settings, "finetune.")
     taken = [item for item in advice if getattr(settings, item.name) in (None, "auto")]
     settings = dataclasses.replace(settings, **{item.name: item.value for item in taken})
     for item in taken:
@@ -100,7 +98,7 @@ def resolve(
         settings = dataclasses.replace(settings, checkpoint=dict(pretrained))
     settings = dataclasses.replace(
         settings,
-        learning_rate=resolved_learning_rate(settings, block.network),
+        learning_rate=family_named(block.network).learning_rate(settings),
         warmup_epochs=resolved_warmup(settings.warmup_epochs, settings.epochs),
         decoder_epochs=resolved_decoder_epochs(settings),
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,

@@ -43,11 +43,12 @@ from mfm_nnunet.finetune.loading import (
 )
 from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.splits import Split, choose_split
-from mfm_nnunet.models.networks import knows_deep_supervision
+from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
+from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.processes import StopFlag
-from mfm_nnunet.settings import block_of, resolved_learning_rate
+from mfm_nnunet.settings import block_of
 
 CUDA = torch.device("cuda")
 SECONDS_BETWEEN_PLOTS = 300.0
@@ -80,7 +81,7 @@ class MFMTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, DatasetJson.of(dataset_json).shared(), device)
         self.block = block
         self.settings = block.finetune
-        self.initial_lr = resolved_learning_rate(self.settings, block.network)
+        self.initial_lr = family_named(block.network).learning_rate(self.settings)
         self.weight_decay = self.settings.weight_decay
         self.num_epochs = self.settings.epochs
         self.num_iterations_per_epoch = self.settings.iterations_per_epoch
@@ -97,8 +98,8 @@ class MFMTrainer(nnUNetTrainer):
         if self.autocast_dtype is not torch.float16:  # only fp16 needs its losses scaled
             self.grad_scaler = None
         self._last_plot = -SECONDS_BETWEEN_PLOTS
-        # Two stages have a single output, whose weight nnU-Net sets to zero: the loss would be zero by zero.
-        has_pyramid = len(self.configuration_manager.network_arch_init_kwargs.get("strides", ())) > 2
+        manager = self.configuration_manager
+        has_pyramid = _family(manager).has_pyramid(manager.network_arch_init_kwargs)
         self.enable_deep_supervision = self.settings.deep_supervision and has_pyramid
         if self.settings.deep_supervision and not has_pyramid:
             self.print_to_log_file("deep supervision is off: this network has no decoder pyramid")
@@ -141,14 +142,13 @@ class MFMTrainer(nnUNetTrainer):
         DistributedDataParallel would wait for their gradients.
         """
         pyramid: Any = enable_deep_supervision
-        if not knows_deep_supervision(configuration_manager.network_arch_class_name):
+        if not _family(configuration_manager).takes_deep_supervision(configuration_manager.network_arch_class_name):
             pyramid = None  # which nnU-Net's factory does not pass on
         network = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, pyramid
         )
-        decoder = getattr(network, "decoder", None)
-        if decoder is not None and not getattr(decoder, "deep_supervision", True):
-            decoder.seg_layers[:-1].requires_grad_(False)
+        for weight in family_of(network).unused_outputs(network):
+            weight.requires_grad_(False)
         return network
 
     def _do_i_compile(self) -> bool:
@@ -205,8 +205,8 @@ class MFMTrainer(nnUNetTrainer):
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Networks without a decoder pyramid, and runs without deep supervision, stay as they are."""
         if self.enable_deep_supervision:
-            decoder: Any = unwrapped(self.network).decoder
-            decoder.deep_supervision = enabled
+            network = unwrapped(self.network)
+            family_of(network).set_deep_supervision(network, enabled)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return the training and the validation cases: of those that the dataset has now, and the same in one run.
@@ -435,3 +435,8 @@ class MFMTrainer(nnUNetTrainer):
             saved = f"all finished epochs are saved in {self.output_folder}. Continue with --c."
             left = saved if self.current_epoch else "no epoch was finished, so nothing is saved. Start it again."
             raise StoppedError(exit_code, f"stopped in epoch {self.current_epoch}; {left}")
+
+
+def _family(manager: ConfigurationManager) -> NetworkFamily:
+    kwargs, to_import = manager.network_arch_init_kwargs, manager.network_arch_init_kwargs_req_import
+    return check_architecture(manager.network_arch_class_name, kwargs, to_import)

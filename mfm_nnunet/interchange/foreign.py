@@ -1,15 +1,17 @@
-"""A foreign checkpoint in memory -> the same as :mod:`mfm_nnunet.engine` would have written it.
+"""Conversion of a foreign checkpoint in memory to our layout.
 
-Everything downstream (planning like it, transfer, description, export) then knows one layout. What had to be assumed or
-repaired on the way stands in the notes; tensors that belong to no network of ours are kept apart, by their own names.
+Everything downstream (planning like it, transfer, description, export) knows one layout. The notes list assumptions and
+repairs; tensors that belong to no network of ours are kept apart, under their own names.
+
+Pretraining code wraps networks (``module.``, ``_orig_mod.``, ``encoder.``, ``online_encoder.stages.``) and adds
+heads, projectors and second decoders. Parts are found by the structure of the names, not by a list of wrappers.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,11 +19,15 @@ from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl
-from mfm_nnunet.interchange.architecture import PRIMUS, patch_embedding, primus_architecture, unet_architecture
-from mfm_nnunet.interchange.names import Parts, take_apart
-from mfm_nnunet.interchange.repairs import with_axis_0_outermost, without_stale_copies
+from mfm_nnunet.models.families import (
+    Converted,
+    ForeignLayout,
+    NetworkFamily,
+    Stated,
+    all_families,
+    families_by_class,
+)
 from mfm_nnunet.models.networks import check_architecture
-from mfm_nnunet.models.primus import decoder_widths
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem, resolved, shared_plan
 from mfm_nnunet.plan_rules import MAX_ARGUMENT, MAX_EDGE
 from mfm_nnunet.settings import FORMAT, MFMBlock, to_dict
@@ -34,8 +40,19 @@ NORMALIZATIONS = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normaliz
 """Those of nnU-Net that need nothing but the image; CT's needs intensities, which nnssl's files do not hold."""
 PUBLISHED_SPACING = 1.0
 """Millimetres along each axis of OpenMind's corpora, where a file says nothing."""
-PUBLISHED_PATCH = {3: 160, 2: 512}
+_WRAPPERS = ("module", "_orig_mod")
 _SPLINES = {"order_z": 0, "force_separate_z": None}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A state dict taken apart: ``weights`` under our names; ``others``, under the file's, fit no network of ours."""
+
+    family: NetworkFamily
+    layout: ForeignLayout | None
+    """None: the names are those of the family's own class."""
+    weights: dict[str, Tensor]
+    others: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -128,25 +145,28 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
     trainer = raw.get("trainer_name")
     trainer = trainer if isinstance(trainer, str) else None
     parts = take_apart(raw["network_weights"], plan.key_to_encoder, plan.key_to_stem)
-    notes = [] if said is not None else [_without_plan(trained_with)]
-    if parts.family == "primus":
-        order = token_order or nnssl.token_order_of(trainer)
-        converted = _primus(parts, plan, order, notes)
-    else:
-        tell_unused(token_order)
-        converted = _unet(parts, plan, notes)
-    weights, architecture, seen, others = converted
-    plans = _plans(parts, plan, architecture, seen, notes)
-    mfm = _description(parts, plans, weights, seen, nnssl.task_of(trainer) or trainer)
+    notes = [] if said is not None else [_note_of_missing_plan(trained_with)]
+    stated = Stated(
+        plan.class_name,
+        plan.arch_kwargs,
+        plan.patch_size,
+        plan.recommended_patch,
+        token_order or nnssl.token_order_of(trainer),
+    )
+    converted = _convert(parts, stated, token_order)
+    notes += converted.notes
+    plans = _plans(parts, plan, converted, notes)
+    mfm = _description(parts, plans, converted.weights, converted.patch_size, nnssl.task_of(trainer) or trainer)
     mfm["citations"] = _papers(raw.get("citations"), notes)
     layout: Layout = "nnssl" if said is not None or trainer else "weights alone"
     mfm["source"] = {"layout": layout, "trainer": trainer}
     names_subjects = isinstance(init_args, Mapping) and "pretrain_json" in init_args
-    return Reading({"network_weights": weights, "mfm": mfm}, layout, others, tuple(notes), names_subjects)
+    content = {"network_weights": converted.weights, "mfm": mfm}
+    return Reading(content, layout, converted.others, tuple(notes), names_subjects)
 
 
-def _without_plan(trained_with: Mapping[str, Any]) -> str:
-    """The note about a file of a trainer that writes no adaptation plan."""
+def _note_of_missing_plan(trained_with: Mapping[str, Any]) -> str:
+    """Return the note about a file of a trainer that writes no adaptation plan."""
     if not trained_with:
         return "the file has no plan: the network is read off the tensors"
     return (
@@ -169,27 +189,26 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
             f"the plan in it is not whole ({problem or 'no configuration ' + configuration}). Use a checkpoint that "
             "nnU-Net or mfm_nnunet wrote.",
         )
-    parts = take_apart(raw["network_weights"])
-    notes: list[str] = []
     planned = resolved(plans, configuration)
     planned.pop("inherits_from", None)
-    patch = tuple(int(size) for size in planned["patch_size"])
-    weights, architecture, others = _network_of_nnunet(parts, planned, token_order, notes)
+    parts = _parts_of_nnunet(raw["network_weights"], planned)
+    converted = _converted_of_nnunet(parts, planned, token_order)
+    notes, architecture = converted.notes, converted.architecture
     check_architecture(*(architecture[key] for key in ARCHITECTURE_KEYS))
     own = {
         **shared_plan(plans),
         "configurations": {configuration: {**planned, "architecture": architecture}},
-        "mfm": to_dict(MFMBlock(network="primus" if parts.family == "primus" else "resenc")),
+        "mfm": to_dict(MFMBlock(network=parts.family.name)),
     }
-    mfm = _description(parts, own, weights, patch, "supervised", configuration)
+    mfm = _description(parts, own, converted.weights, converted.patch_size, "supervised", configuration)
     info = plans.get("pretrain_info")  # of nnU-Net's development code: what the model was fine-tuned from
     mfm["citations"] = _papers(info.get("citations") if isinstance(info, Mapping) else None, notes)
     mfm |= _started_from(raw.get("mfm"))
     mfm["source"] = {"layout": "nnU-Net", "trainer": str(raw.get("trainer_name"))}
-    return Reading({"network_weights": weights, "mfm": mfm}, "nnU-Net", others, tuple(notes))
+    return Reading({"network_weights": converted.weights, "mfm": mfm}, "nnU-Net", converted.others, tuple(notes))
 
 
-def tell_unused(token_order: TokenOrder | None) -> None:
+def report_unused(token_order: TokenOrder | None) -> None:
     """Log that an order was given for what has no tokens, or this package's own."""
     if token_order is not None:
         logger.info("--token-order %s has no effect: it is for the Primus of other programs", token_order)
@@ -213,109 +232,107 @@ def _started_from(ours: Any) -> dict[str, Any]:
     return {name: before[name] for name in ("licence", "citations") if name in before} if before else {}
 
 
-def _network_of_nnunet(
-    parts: Parts, planned: Mapping[str, Any], token_order: TokenOrder | None, notes: list[str]
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """Weights, architecture and what is not ours; trainers of stock nnU-Net overrule the plan's network (Primus)."""
+def take_apart(state: Mapping[str, Tensor], key_to_encoder: str | None = None, key_to_stem: str | None = None) -> Parts:
+    """Find encoder, stem and decoder in ``state``; the keys are the file's own words for the first two, if it has any.
+
+    Raises MFMError (E_MODEL_MISMATCH), which shows the first names, when there is no encoder that we know, when it is
+    not where the file says, and when there are several and nothing says which is meant.
+    """
+    tensors = _unwrap_all(state)
+    family, layout, prefix = _find_encoder(tensors, unwrapped_name(key_to_encoder) if key_to_encoder else None)
+    renamed = layout.renaming(prefix, unwrapped_name(key_to_stem) if key_to_stem else None)
+    weights: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = next((place for place in renamed if name.startswith(place)), None)
+        if place is not None:
+            weights[renamed[place] + name[len(place) :]] = tensor
+        elif layout.repeated is None or layout.repeated not in name:
+            others[name] = tensor
+    return Parts(family, layout, weights, others)
+
+
+def unwrapped_name(name: str) -> str:
+    """Return ``name`` without the words of DistributedDataParallel and torch.compile, wherever they stand."""
+    *parents, last = str(name).split(".")
+    return ".".join([*(part for part in parents if part not in _WRAPPERS), last])
+
+
+def _unwrap_all(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {unwrapped_name(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _find_encoder(tensors: Mapping[str, Tensor], wanted: str | None) -> tuple[NetworkFamily, ForeignLayout, str]:
+    layouts = [(family, layout) for family in all_families() for layout in family.layouts]
+    networks = " or ".join(layout.class_name.rpartition(".")[2] for _, layout in layouts)
+    shown = ", ".join(list(tensors)[:5]) or "nothing"
+    if wanted is not None:
+        for family, layout in layouts:
+            if next(_matches(rf"{re.escape(wanted)}\.{layout.first_block}", tensors), None):
+                return family, layout, wanted
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"the file says that its encoder is '{wanted}', and no encoder of {networks} is there; the weights begin "
+            f"with {shown}. Only these networks can be used.",
+        )
+    found = {
+        match["prefix"]: (family, layout)
+        for family, layout in layouts
+        for match in _matches(rf"(?P<prefix>(?:.+\.)?{layout.encoder})\.{layout.first_block}", tensors)
+        if "decoder" not in match["prefix"].split(".")
+    }
+    if len(found) == 1:
+        prefix, (family, layout) = next(iter(found.items()))
+        return family, layout, prefix
+    if not found:
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"no encoder of {networks} is among the weights; they begin with {shown}. Only these networks can be used.",
+        )
+    raise MFMError(
+        "E_MODEL_MISMATCH",
+        f"the weights hold several encoders ({', '.join(found)}) and the file does not say which one is meant. Keep "
+        "the one that was trained, and remove the others from the file.",
+    )
+
+
+def _matches(pattern: str, names: Iterable[str]) -> Iterator[re.Match[str]]:
+    return (match for match in (re.match(pattern, name) for name in names) if match)
+
+
+def _parts_of_nnunet(state: Mapping[str, Tensor], planned: Mapping[str, Any]) -> Parts:
+    """Take the weights as they are where the plan's class is of a family that knows no layout of others."""
+    family = families_by_class().get(str((planned.get("architecture") or {}).get("network_class_name")))
+    if family is None or family.layouts:
+        return take_apart(state)
+    return Parts(family, None, _unwrap_all(state), {})
+
+
+def _converted_of_nnunet(parts: Parts, planned: Mapping[str, Any], token_order: TokenOrder | None) -> Converted:
+    """Keep weights and plan, or read the network off the tensors where a trainer overruled the plan's (Primus)."""
     architecture = planned.get("architecture") or {}
-    class_name = str(architecture.get("network_class_name"))
-    is_primus = parts.family == "primus"
-    if is_primus and class_name != PRIMUS:
-        plan = nnssl.AdaptationPlan(patch_size=tuple(planned["patch_size"]))
-        weights, architecture, _, others = _primus(parts, plan, token_order, notes)
-        return weights, architecture, others
-    tell_unused(token_order)
-    if not is_primus and ("Primus" in class_name or "." not in class_name):  # ResEncL: a name without arguments
-        architecture, more = unet_architecture(parts.family, parts.weights, class_name, {})
-        notes += ["the plan does not name this network: it is read off the tensors", *more]
-    return parts.weights, architecture, parts.others
+    class_name, patch = str(architecture.get("network_class_name")), tuple(map(int, planned["patch_size"]))
+    if parts.layout is None or not parts.layout.needs_conversion(class_name):
+        report_unused(token_order)
+        return Converted(parts.weights, architecture, patch, parts.others, [])
+    converted = _convert(parts, Stated(class_name, patch_size=patch, token_order=token_order), token_order)
+    notes = ["the plan does not name this network: it is read off the tensors", *converted.notes]
+    return Converted(converted.weights, converted.architecture, patch, converted.others, notes)
 
 
-_Converted = tuple[dict[str, Tensor], dict[str, Any], tuple[int, ...], dict[str, Tensor]]
-"""Weights, architecture, the patch that the network saw, and what is not ours."""
+def _convert(parts: Parts, stated: Stated, token_order: TokenOrder | None) -> Converted:
+    assert parts.layout is not None, "weights under foreign names have a layout"
+    if not parts.layout.has_token_order:
+        report_unused(token_order)
+    return parts.layout.convert(parts.weights, parts.others, stated)
 
 
-def _unet(parts: Parts, plan: nnssl.AdaptationPlan, notes: list[str]) -> _Converted:
-    weights, changed = without_stale_copies(parts.weights)
-    if changed:
-        notes.append(f"{changed} tensors were untrained copies of sparse pretraining and were replaced by the trained")
-    architecture, more = unet_architecture(parts.family, weights, plan.class_name, plan.arch_kwargs)
-    notes += more
-    num_axes = len(architecture["arch_kwargs"]["kernel_sizes"][0])
-    seen = plan.patch_size or plan.recommended_patch
-    if seen is None:
-        seen = (PUBLISHED_PATCH[num_axes],) * num_axes
-        notes.append(f"patch: {PUBLISHED_PATCH[num_axes]} voxels along each axis, as published; the file does not say")
-    return weights, architecture, seen, parts.others
-
-
-def _primus(parts: Parts, plan: nnssl.AdaptationPlan, order: str | None, notes: list[str]) -> _Converted:
-    weights, others = dict(parts.weights), dict(parts.others)
-    if order is None:
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            "it holds a Primus, and nothing in it says in which order its tokens are flattened; a guess would exchange "
-            "two axes in silence. If you know it: mfm_checkpoint import FILE -o NEW.pth --token-order whd, or hwd "
-            "(nnssl's SimMIM, and dynamic-network-architectures 0.4.3 and newer, which nnU-Net 2.8.1 needs: whd; "
-            "nnssl's other tasks, and that package before 0.4.3: hwd).",
-        )
-    token = tuple(int(size) for size in patch_embedding(weights).shape[2:])
-    grid = _grid(weights, token, plan.patch_size, notes)
-    seen = tuple(cells * size for cells, size in zip(grid, token))
-    architecture, more = primus_architecture(weights, seen, plan.class_name, plan.arch_kwargs)
-    notes += more
-    if order == "hwd":
-        weights = with_axis_0_outermost(weights, grid, architecture["arch_kwargs"]["eva_numheads"])
-        notes.append("token order repaired: axis 1 was outermost")
-    if not _decoder_fits(weights, architecture["arch_kwargs"]):
-        for name in [name for name in weights if name.startswith("up_projection.")]:
-            others[name] = weights.pop(name)
-    return weights, architecture, seen, others
-
-
-def _grid(
-    weights: Mapping[str, Tensor], token: Sequence[int], patch: Sequence[int] | None, notes: list[str]
-) -> tuple[int, ...]:
-    """Tokens per axis: what the plan says if the position table has that many rows, else a cube; the table wins."""
-    table = weights.get("eva.pos_embed")
-    if table is None:
-        raise MFMError("E_MODEL_MISMATCH", "it holds a transformer without 'eva.pos_embed': that is no Primus.")
-    rows = table.shape[1]
-    planned = tuple(size // step for size, step in zip(patch or (), token))
-    if patch is not None and len(patch) == len(token) and math.prod(planned) == rows:
-        return planned
-    side = round(rows ** (1 / len(token)))
-    if side ** len(token) != rows:
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            f"its position table has {rows} rows, which are neither a cube nor the tokens of the patch "
-            f"{'that its plan names' if patch else '(no plan names one)'}: where a token stands is unknown.",
-        )
-    if patch is not None:
-        notes.append(
-            f"positions: {rows} rows are a cube of {side} tokens per axis, not the plan's patch of "
-            f"{' x '.join(map(str, patch))} voxels; the table is right where crops were pretrained on"
-        )
-    return (side,) * len(token)
-
-
-def _decoder_fits(weights: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the patch decoder has our widths; DNA's depend on the number of outputs and are ours for five."""
-    layers = sorted(name for name in weights if name.startswith("up_projection.decode.") and name.endswith(".0.weight"))
-    widths = decoder_widths(kwargs["embed_dim"], int(math.log2(max(kwargs["patch_embed_size"]))))
-    return [tuple(weights[name].shape[:2]) for name in layers] == list(itertools.pairwise(widths))
-
-
-def _plans(
-    parts: Parts, plan: nnssl.AdaptationPlan, architecture: dict[str, Any], seen: Sequence[int], notes: list[str]
-) -> dict[str, Any]:
-    """A whole plan around the network, with nnU-Net's defaults where pretraining decides nothing."""
-    num_axes, is_primus = len(seen), parts.family == "primus"
-    patch = list(plan.recommended_patch or seen)
+def _plans(parts: Parts, plan: nnssl.AdaptationPlan, converted: Converted, notes: list[str]) -> dict[str, Any]:
+    """Make a whole plan around the network, with nnU-Net's defaults where pretraining decides nothing."""
+    num_axes = len(converted.patch_size)
+    patch = list(plan.recommended_patch or converted.patch_size)
     if len(patch) != num_axes:
         raise MFMError("E_MODEL_MISMATCH", f"its network is {num_axes}D and its plan's patch is {patch}.")
-    if is_primus:
-        architecture = {**architecture, "arch_kwargs": {**architecture["arch_kwargs"], "input_shape": patch}}
     normalization = list(plan.normalization) or ["ZScoreNormalization"]
     if unknown := [name for name in normalization if name not in NORMALIZATIONS]:
         raise MFMError("E_MODEL_MISMATCH", f"it was pretrained with {unknown[0]}, which cannot be repeated here.")
@@ -336,20 +353,20 @@ def _plans(
         "spacing": list(plan.spacing or (PUBLISHED_SPACING,) * num_axes),
         "normalization_schemes": normalization,
         "use_mask_for_norm": list(plan.use_mask_for_norm) or [False] * len(normalization),
-        "architecture": architecture,
+        "architecture": parts.family.with_patch(converted.architecture, patch),
     }
     for part, is_labels, order in (("data", False, 3), ("seg", True, 1), ("probabilities", False, 1)):
         kwargs = {"is_seg": is_labels, "order": order, **_SPLINES} if plan.is_resampled else {}
         configuration |= {f"resampling_fn_{part}": resampling, f"resampling_fn_{part}_kwargs": kwargs}
     return {
         "dataset_name": "foreign",
-        "plans_name": "mfmPrimusPlans" if is_primus else "mfmPlans",
+        "plans_name": parts.family.plans_name(parts.family.name),
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": forward,
         "transpose_backward": [forward.index(axis) for axis in range(len(forward))],
         "foreground_intensity_properties_per_channel": {},
         "configurations": {"2d" if num_axes == 2 else "3d_fullres": configuration},
-        "mfm": to_dict(MFMBlock(network="primus" if is_primus else "resenc")),
+        "mfm": to_dict(MFMBlock(network=parts.family.name)),
     }
 
 
@@ -357,15 +374,16 @@ def _description(
     parts: Parts, plans: dict[str, Any], weights: Mapping[str, Tensor], seen: Sequence[int], pretext: str | None,
     configuration: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    prefix = _STEMS[parts.family]
+    family, layout = parts.family, parts.layout
+    prefix = (layout.stem,) if layout else family.encoder
     stem = next((tensor for name, tensor in weights.items() if name.startswith(prefix) and tensor.ndim > 3), None)
     if stem is None:
         raise MFMError(
-            "E_MODEL_MISMATCH", f"no convolution of its stem ({prefix}*) is among the weights: no whole encoder."
+            "E_MODEL_MISMATCH", f"no convolution of its stem ({prefix[0]}*) is among the weights: no whole encoder."
         )
-    heads = [tensor for name, tensor in weights.items() if name.startswith("decoder.seg_layers.")]
-    heads = heads or [t for name, t in weights.items() if name.startswith("up_projection.") and name.endswith(".bias")]
-    is_whole = any(name.startswith(("decoder.", "up_projection.")) for name in weights)
+    head = (layout.head,) if layout else family.head
+    biases = [tensor for name, tensor in weights.items() if name.startswith(head) and name.endswith(".bias")]
+    is_whole = any(family.part_of(name) == "decoder" for name in weights)
     return {
         "format": FORMAT,
         "kind": "pretrained",
@@ -374,7 +392,7 @@ def _description(
         "configuration": configuration or next(iter(plans["configurations"])),
         "patch_size": list(seen),
         "num_inputs": int(stem.shape[1]),
-        "num_outputs": int(heads[-1].shape[0]) if heads else 1,
+        "num_outputs": int(biases[-1].shape[0]) if biases else 1,
         "trained": "network" if is_whole else "encoder",
         "token_order": "whd",
     }
@@ -388,4 +406,3 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 """What the entries of a description are, where they are there."""
 DESCRIBED = ("patch_size", "num_inputs", "num_outputs")
 """What of a description is needed beside its plan to build the network as it was trained."""
-_STEMS = {"primus": "down_projection.", "resenc": "encoder.stem.", "plain": "encoder.stages.0."}

@@ -15,23 +15,13 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import shown
 from mfm_nnunet.interchange import nnssl
-from mfm_nnunet.interchange.architecture import PRIMUS, UNETS, between_convolutions
-from mfm_nnunet.interchange.card import CARD, model_card
+from mfm_nnunet.interchange.folder import CARD, model_card
 from mfm_nnunet.interchange.verify import with_all_names
-from mfm_nnunet.models.primus import PRIMUS_SIZES
+from mfm_nnunet.models.families import families_by_class
 from mfm_nnunet.plan import is_resampled, resolved
 
 TRAINER = "mfm_nnunet"
 """No trainer of nnssl: readers must not guess a token order from it."""
-RESENC_L = {
-    "features_per_stage": [32, 64, 128, 256, 320, 320],
-    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
-    "kernel_sizes": [[3, 3, 3]] * 6,
-    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
-    "n_conv_per_stage_decoder": [1] * 5,
-}
-_PRIMUS = {"version": 1, "init_values": 0.1, "scale_attn_inner": True}
-"""What else the names of Primus stand for."""
 
 
 def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
@@ -76,7 +66,15 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
         raise _cannot("2D networks")
     if configuration.get("previous_stage"):
         raise _cannot("a cascade's second stage, whose stem takes labels beside the image")
-    class_name, kwargs, to_import = _architecture(configuration["architecture"])
+    architecture = configuration["architecture"]
+    family = families_by_class().get(architecture["network_class_name"])
+    layout = family.layout(architecture["network_class_name"]) if family else None
+    if layout is None:
+        raise _cannot(architecture["network_class_name"])
+    named = layout.nnssl_architecture(architecture)
+    if isinstance(named, str):
+        raise _cannot(named)
+    class_name, kwargs, to_import = named
     spacing = [float(value) for value in configuration["spacing"]] if is_resampled(configuration) else None
     pretrain = {
         "data_identifier": "foreign",
@@ -110,66 +108,8 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
         "pretrain_num_input_channels": int(mfm["num_inputs"]),
         "recommended_downstream_patchsize": list(configuration["patch_size"]),
         "pretrain_patch_size": list(mfm["patch_size"]),
-        **_keys(class_name),
+        **layout.keys,
     }
-
-
-def _keys(class_name: str) -> dict[str, Any]:
-    """Where encoder, stem, first convolution and positions are: each reader's network has the same words for them.
-
-    Readers strip these of the file and load what remains, strictly, where their own words point.
-    """
-    if class_name.startswith("Primus"):
-        encoder, stem, first, positions = "eva", "down_projection", ["down_projection.proj"], "eva.pos_embed"
-    else:
-        encoder, positions = "encoder.stages", None
-        is_plain = class_name == _short(UNETS["plain"])
-        stem, block = ("encoder.stages.0", "0.convs.0") if is_plain else ("encoder.stem", "convs.0")
-        first = [f"{stem}.{block}.{layer}" for layer in ("conv", "all_modules.0")]
-    return {"key_to_encoder": encoder, "key_to_stem": stem, "keys_to_in_proj": first, "key_to_lpe": positions}
-
-
-def _architecture(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None, list[str] | None]:
-    """Class, arguments and which of them name classes, as the layout says it; named networks have no arguments."""
-    kwargs = dict(architecture["arch_kwargs"])
-    class_name = architecture["network_class_name"]
-    if class_name == PRIMUS:
-        sizes = {name: size for name, size in PRIMUS_SIZES.items() if name != "CPU"}
-        wanted = {key: kwargs[key] for key in ("embed_dim", "eva_depth", "eva_numheads")}
-        size = next((name for name, values in sizes.items() if values == wanted), None)
-        others = {key: kwargs.get(key, value) for key, value in _PRIMUS.items()}
-        if others["init_values"] is not None:  # what the layer scale started from is in no weights
-            others["init_values"] = _PRIMUS["init_values"]
-        if size is None or list(kwargs["patch_embed_size"]) != [8, 8, 8] or others != _PRIMUS:
-            raise _cannot(f"a Primus with {wanted | others}, tokens {kwargs['patch_embed_size']}")
-        return f"Primus{size}", None, None
-    if class_name.endswith(".residual_unet.ResidualEncoderUNet"):  # the module's old name
-        class_name = UNETS["resenc"]
-    if class_name not in UNETS.values():
-        raise _cannot(class_name)
-    if class_name == UNETS["resenc"] and _is_resenc_l(kwargs):
-        return "ResEncL", None, None
-    return _short(class_name), kwargs, list(architecture["_kw_requires_import"])
-
-
-def _short(class_name: str) -> str:
-    """The name without its module: nnssl knows no other, and nnU-Net's development code takes both."""
-    return class_name.rpartition(".")[2]
-
-
-def _is_resenc_l(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a U-Net is the one that the name stands for: readers build norms and activations from the name too."""
-    between = {**between_convolutions(3), "conv_bias": True}
-    return all(_listed(key, kwargs) == value for key, value in RESENC_L.items()) and all(
-        str(kwargs.get(key)).rpartition(".")[2] == str(value).rpartition(".")[2] for key, value in between.items()
-    )
-
-
-def _listed(key: str, kwargs: Mapping[str, Any]) -> list[Any]:
-    """An argument of a 3D U-Net; strides and kernels of a stage may be single numbers in a plan."""
-    if key not in ("strides", "kernel_sizes"):
-        return list(kwargs[key])
-    return [[item] * 3 if isinstance(item, int) else list(item) for item in kwargs[key]]
 
 
 def _cannot(what: str) -> MFMError:

@@ -14,8 +14,15 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.files import read_json, shown
 from mfm_nnunet.interchange import nnssl
-from mfm_nnunet.interchange.card import UNKNOWN_LICENCE, stated_licence
-from mfm_nnunet.interchange.folder import CONFIG, WEIGHTS, is_folder_checkpoint, read_folder, write_folder
+from mfm_nnunet.interchange.folder import (
+    CONFIG,
+    UNKNOWN_LICENCE,
+    WEIGHTS,
+    is_folder_checkpoint,
+    read_folder,
+    stated_licence,
+    write_folder,
+)
 from mfm_nnunet.interchange.foreign import (
     DESCRIBED,
     Reading,
@@ -23,8 +30,8 @@ from mfm_nnunet.interchange.foreign import (
     from_nnssl,
     from_nnunet,
     ours,
+    report_unused,
     require_plan,
-    tell_unused,
 )
 from mfm_nnunet.interchange.hub import fetch
 from mfm_nnunet.interchange.nnssl_export import write_nnssl
@@ -84,7 +91,7 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
         with about(place):
             reading = _recognised(raw, place, token_order)
     if reading.layout == "mfm_nnunet":
-        tell_unused(token_order)
+        report_unused(token_order)
     if not reading.mfm.get("licence") and (licence := stated_licence(place if place.is_dir() else place.parent)):
         reading.mfm["licence"] = licence
     for note in reading.notes:

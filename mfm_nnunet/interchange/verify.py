@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.networks import build_network, encoder_names
+from mfm_nnunet.models.families import families_by_class, family_of
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import resolved
 
 
@@ -24,7 +25,7 @@ def require_whole(content: Mapping[str, Any]) -> None:
     expected = network.state_dict()
     wanted = {name for name, _ in network.named_parameters()}
     if mfm.get("trained") == "encoder":
-        wanted = encoder_names(network)
+        wanted = family_of(network).encoder_names(network)
     aliases = _names_of_each(network)
     missing = [name for name in sorted(wanted) if not aliases[name] & set(weights)]
     foreign = [name for name in weights if name not in expected]
@@ -46,9 +47,11 @@ def with_all_names(content: Mapping[str, Any]) -> dict[str, Tensor]:
     Not those of the encoder in a U-Net's decoder: nobody looks for them, and encoders alone stay free of ``decoder``.
     """
     weights: Mapping[str, Tensor] = content["network_weights"]
-    names = _names_of_each(_network_of(content["mfm"]))
+    network = _network_of(content["mfm"])
+    names, family = _names_of_each(network), family_of(network)
     added = {alias: tensor for name, tensor in weights.items() for alias in names[name] if alias not in weights}
-    return {**weights, **{name: tensor for name, tensor in added.items() if not name.startswith("decoder.encoder.")}}
+    is_twice = {name: name.startswith(family.encoder) and name.startswith(family.decoder) for name in added}
+    return {**weights, **{name: tensor for name, tensor in added.items() if not is_twice[name]}}
 
 
 def _network_of(mfm: Mapping[str, Any]) -> torch.nn.Module:
@@ -60,8 +63,9 @@ def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
     name, patch = mfm["configuration"], list(mfm["patch_size"])
     configuration = {**resolved(mfm["plans"], name), "patch_size": patch}
     configuration.pop("inherits_from", None)
-    if "input_shape" in configuration["architecture"]["arch_kwargs"]:
-        configuration["architecture"]["arch_kwargs"]["input_shape"] = patch
+    architecture = configuration["architecture"]
+    if family := families_by_class().get(str(architecture["network_class_name"])):
+        configuration["architecture"] = family.with_patch(architecture, patch)
     return {**mfm["plans"], "configurations": {name: configuration}}
 
 

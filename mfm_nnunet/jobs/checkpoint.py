@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mfm_nnunet.errors import about
-from mfm_nnunet.interchange.card import describe_text
+from mfm_nnunet.interchange.folder import describe_text
 from mfm_nnunet.interchange.foreign import DESCRIBED, require_plan
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_whole

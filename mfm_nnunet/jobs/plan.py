@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,17 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import PICTURES, Case
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.sources import index_source
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import ending_of, parse_json, whole_number
+from mfm_nnunet.files import ending_of, parse_json, shown, whole_number, write_json
 from mfm_nnunet.images import decoder
+from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
-    from mfm_nnunet.planning.request import PlanResult
+    from mfm_nnunet.planning.like import Source
+    from mfm_nnunet.planning.table import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +50,11 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     """
     decoder.warm()
     from mfm_nnunet.interchange.read import find_checkpoint
-    from mfm_nnunet.planning.request import check_request, format_table, plan
+    from mfm_nnunet.planning.table import format_table
 
     if request.like is not None:
         request = replace(request, like=find_checkpoint(request.like))
-    check_request(request)  # before hours of reading
+    source = check_request(request)  # before hours of reading
     configurations = None if request.configurations is None else tuple(request.configurations)
     results, failures, num_cases = [], [], 0
     with places.use(request.workspace) as here:
@@ -59,7 +62,7 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
             dataset_name = register(here, dataset, request.images, request.name)
             cases, failed = fingerprint(here, dataset_name, request.num_processes)
             num_cases += len(cases) + len(failed)
-            result = plan(here, dataset_name, request)
+            result = plan(here, dataset_name, request, source)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
             if request.preprocess:
@@ -117,7 +120,6 @@ def _num_channels(cases: list[Case]) -> int:
 
 def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -> tuple[list[Case], list[CaseFailure]]:
     """Bring ``dataset_fingerprint.json`` up to date; returns the good cases and the failed ones of a corpus."""
-    from mfm_nnunet.checkpoint import atomic_write
     from mfm_nnunet.planning.fingerprint import extract_fingerprint
 
     raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
@@ -154,14 +156,12 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
             "failures": [[failure.case, failure.code, failure.reason] for failure in failures],
         }
         preprocessed.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as handle:
-            handle.write(json.dumps(content, indent=1).encode())
+        write_json(file, content)
     # Beside the data, so that pretraining knows subjects and modalities where only the preprocessed data are.
     for name in ("dataset.json", "corpus.json") if is_corpus else ("dataset.json",):
         beside = dataset_json if name == "dataset.json" else _content(raw / name)
         if _content(preprocessed / name) != beside:
-            with atomic_write(preprocessed / name) as handle:
-                handle.write(json.dumps(beside, indent=1).encode())
+            write_json(preprocessed / name, beside)
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
 
@@ -182,6 +182,94 @@ def _content(file: Path) -> Any:
         return parse_json(file.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def read_source(path: Path) -> Source:
+    """Read the checkpoint that a plan must fit, of any layout that :func:`read_checkpoint` knows.
+
+    Raises MFMError as that does, E_MODEL_MISMATCH when the plan in it is not whole or lacks the intensities that CT is
+    normalised with, E_MODEL_UNSAFE when its plan names anything but networks and layers.
+    """
+    from mfm_nnunet.interchange.foreign import require_plan
+    from mfm_nnunet.interchange.read import read_checkpoint, sha256
+    from mfm_nnunet.models.networks import check_architecture
+    from mfm_nnunet.planning.like import Source
+
+    reading = read_checkpoint(path)
+    with about(path):
+        require_plan(reading)
+        own = Plan.of(reading.mfm["plans"])
+        trained = own.configuration(reading.mfm["configuration"])
+        check_architecture(*(trained.architecture[key] for key in ARCHITECTURE_KEYS))
+        if "CTNormalization" in trained.normalization_schemes and not own.content[INTENSITIES]:
+            raise MFMError(
+                "E_MODEL_MISMATCH",
+                "it was trained on images with CTNormalization, and the plan in it has no intensities for that "
+                f"('{INTENSITIES}' is empty). Use a checkpoint whose plan has them.",
+            )
+        family = own.family
+    digest, pretext = sha256(path), reading.mfm.get("pretext")
+    return Source(own, trained, {"name": shown(path.name), "sha256": digest, "pretext": pretext, "network": family})
+
+
+def check_request(request: PlanRequest) -> Source | None:
+    """Refuse a network that there is not; returns the checkpoint that the plan must fit, if there is one.
+
+    Raises MFMError: E_CONFIG, and as :func:`read_source`.
+    """
+    from mfm_nnunet.models.families import family_named
+
+    family_named(request.network)
+    source = read_source(Path(request.like)) if request.like else None
+    if source and request.network not in ("resenc", source.variant):
+        holds = f"a {source.family.title} (--network {source.variant})"
+        raise MFMError(
+            "E_CONFIG", f"--network {request.network} and --like: {request.like} holds {holds}. Leave --network out."
+        )
+    return source
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A plan, the file it was written to, and its decisions with their reasons."""
+
+    plans: dict[str, Any]
+    file: Path
+    decisions: list[Decision]
+
+
+def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: Source | None = None) -> PlanResult:
+    """Plan ``dataset_name`` and write ``<preprocessed>/<dataset_name>/<plans name>.json``.
+
+    Call it inside :func:`mfm_nnunet.workspace.use`; ``source`` is the checkpoint that the plan must fit, if there is
+    one. A different plan of that name is replaced, with a warning that names the differences: finished models keep a
+    copy of their plan and predict as before, but an unfinished training would resume with the new one. Configurations
+    of the old file that this call was not asked for are kept, as in nnU-Net, unless axis order, reader, intensities or
+    network changed, which all configurations share.
+
+    Raises MFMError: E_NOT_FOUND (no dataset, or no fingerprint yet), E_CONFIG (a request that cannot be met),
+    E_MODEL_MISMATCH (a checkpoint that does not fit the data).
+    """
+    from mfm_nnunet.models.families import family_named
+    from mfm_nnunet.planning import like
+    from mfm_nnunet.planning.planner import MFMPlanner
+
+    assert Path(os.environ.get("nnUNet_raw", "")) == workspace.raw, "plan() must run inside workspace.use()"
+    family = source.family if source else family_named(request.network)
+    name = request.plans_name or (source.plans_name if source else family.plans_name(request.network))
+    in_mm = {"median": None, "original": None, "onemm": [1.0, 1.0, 1.0]}
+    target = in_mm[request.spacing] if isinstance(request.spacing, str) else [float(mm) for mm in request.spacing]
+    planner = MFMPlanner(dataset_name, request.memory_gb, plans_name=name, overwrite_target_spacing=target)
+    planner.family, planner.variant = family, source.variant if source else request.network
+    planner.spacing, planner.source = request.spacing, source
+    planner.wanted = tuple(request.configurations) if request.configurations else None
+    own = Plan.of(planner.plan_experiment())
+    if source:
+        spacings, axes = planner.dataset_fingerprint["spacings"], own.content["transpose_forward"]
+        configuration = own.configuration(source.configuration)
+        if doubts := like.find_doubts(configuration, spacings, axes, source.entry["name"]):
+            logger.warning("%s", doubts)
+    return PlanResult(dict(own.content), planner.plans_file, planner.explain(own))
 
 
 def _to_preprocess(plans: dict[str, Any], asked: tuple[str, ...] | None, is_corpus: bool) -> list[str]:

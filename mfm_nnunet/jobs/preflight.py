@@ -101,7 +101,7 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
 def preprocess(here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str) -> None:
     """Preprocess a labelled dataset for one configuration of a plan that exists; finished work is reused."""
     from mfm_nnunet.jobs import plan as preparation
-    from mfm_nnunet.planning.request import PlanResult
+    from mfm_nnunet.jobs.plan import PlanResult
 
     cases, _ = preparation.fingerprint(here, dataset_name, None)
     result = PlanResult(plans, here.plans_file(dataset_name, plans["plans_name"]), [])
@@ -113,7 +113,7 @@ def configuration_of(checkpoint: Path | None, configuration: str) -> str:
 
     Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can be made like this checkpoint).
     """
-    from mfm_nnunet.planning.request import check_request
+    from mfm_nnunet.jobs.plan import check_request
     from mfm_nnunet.requests import PlanRequest
 
     source = check_request(PlanRequest([], like=checkpoint, configurations=(configuration,)))
@@ -136,10 +136,10 @@ def check_start(
     Raises MFMError (E_CONFIG, E_MODEL_MISMATCH and others) as the training itself would.
     """
     from mfm_nnunet.finetune import groups
-    from mfm_nnunet.finetune.advice import Family, advised
     from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
-    from mfm_nnunet.finetune.settings import resolve
+    from mfm_nnunet.finetune.settings import advise, resolve
     from mfm_nnunet.interchange.read import read_checkpoint
+    from mfm_nnunet.models.families import family_of
     from mfm_nnunet.models.networks import build_network
     from mfm_nnunet.settings import block_of
 
@@ -150,8 +150,7 @@ def check_start(
     else:
         reading = read_checkpoint(checkpoint)
         description = describe(checkpoint, reading)
-        family: Family = "primus" if hasattr(network, "eva") else "resenc"
-        advice = advised(family, num_cases, description["pretext"], has_decoder(reading, network))
+        advice = advise(family_of(network), num_cases, description["pretext"], has_decoder(reading, network))
         finetune = resolve(block, settings, description, advice).finetune
     groups.require_fitting(finetune, network, is_distributed=False)
     groups.require_pretrained(finetune, is_pretrained=checkpoint is not None)

@@ -23,10 +23,9 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
-from mfm_nnunet.engine import probe as probing
 from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
 from mfm_nnunet.engine.engine import Pretrainer, Run
-from mfm_nnunet.engine.probe_data import choose_cases
+from mfm_nnunet.engine.probe import Probe, make_probe, prepare
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
@@ -34,7 +33,7 @@ from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.plan import read_plans, shared_plan
+from mfm_nnunet.plan import Plan, read_plans, shared_plan
 from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import raise_on_signal, signal_handlers_kept, start_resource_tracker
 from mfm_nnunet.requests import PretrainRequest
@@ -136,7 +135,7 @@ class Job:
     resolved: PretrainRun
     folder: Path
     device: torch.device
-    probe: probing.Probe | None = None
+    probe: Probe | None = None
 
 
 def check(here: Workspace, request: PretrainRequest) -> Job:
@@ -152,18 +151,14 @@ def check(here: Workspace, request: PretrainRequest) -> Job:
         PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), request.settings
     )
     _require_legal(resolved)
-    probing.require_legal(resolved.probe, request.probe is not None)
     name = "__".join(
         filter(None, ("mfm_pretrain", task_class.name, request.plans_name, configuration, request.run_name))
     )
     folder = inside(here.results, dataset_name, name)
     _require_free(folder, request.continue_training)
-    job = Job(request, dataset_name, plans, selection, files, task_class, resolved, folder, pick_device(request.device))
-    if request.probe is None:
-        return job
-    dataset = choose_cases(here, request.probe, plans, configuration, resolved.probe.max_cases, resolved.seed)
-    parts = (resolved.probe, dataset, plans, configuration, resolved.pretrain.batch_size, resolved.seed)
-    return dataclasses.replace(job, probe=probing.Probe(*parts))
+    probe = make_probe(here, request.probe, Plan.of(plans), configuration, resolved.probe, resolved.seed)
+    device = pick_device(request.device)
+    return Job(request, dataset_name, plans, selection, files, task_class, resolved, folder, device, probe)
 
 
 def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
@@ -189,7 +184,7 @@ def _pretrain(job: Job, device: torch.device, world: World) -> Path:
     run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe, num_workers=workers)
     pretrainer = Pretrainer(task, run)
     if job.probe is not None:
-        probing.prepare(job.probe, world)
+        prepare(job.probe, world)
     if world.is_main:
         _announce(run, task, is_new=not job.request.continue_training)
         for note in job.selection.notes():
@@ -323,7 +318,7 @@ def _prepare(job: Job, configuration: str) -> tuple[Run, PretextTask, list[str]]
 def _require_legal(resolved: PretrainRun) -> None:
     """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
     mfm_settings.require_in_range(mfm_settings.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
-    mfm_settings.require_legal_schedule(resolved.pretrain, "pretrain.")
+    mfm_settings.require_legal(resolved.pretrain, "pretrain.")
     require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
 
 

@@ -32,10 +32,11 @@ from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.loading import check_next_stage, read_fingerprint, select_labelled
 from mfm_nnunet.finetune.pretrained import describe, has_decoder
-from mfm_nnunet.finetune.settings import Family, advise, advise_as_begun
+from mfm_nnunet.finetune.settings import advise, advise_as_begun
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plan import read_plans
@@ -317,8 +318,7 @@ def _resolve_settings(
         source = read_checkpoint(pretrained_weights)
         known = describe(pretrained_weights, source)
         if start_from is None:
-            family: Family = "primus" if hasattr(network, "eva") else "resenc"
-            advice = advise(family, num_cases, known["pretext"], has_decoder(source, network))
+            advice = advise(family_of(network), num_cases, known["pretext"], has_decoder(source, network))
     base = saved or block_of(plans)
     if start_from is None:
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))

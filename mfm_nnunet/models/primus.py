@@ -3,24 +3,27 @@
 Patch embedding, Eva blocks with absolute and rotary positions, patch decoder; in 3D and 2D. The encoder is
 dynamic-network-architectures' own and so are the names in the state dict (``down_projection``, ``eva``,
 ``up_projection``), hence OpenMind's encoder weights fit. Tokens are flattened axis 0 outermost (DNA >= 0.4.3).
-Versions 2 and 3 have residual convolutions in place of the patch embedding (:mod:`mfm_nnunet.models.primus_stem`).
+Versions 2 and 3 have residual convolutions in place of the patch embedding, made of dynamic-network-architectures'
+blocks with the names and widths of its PrimusV2 and PrimusV3, whose own stems are 3D and for tokens of 8 voxels only.
 
 Shapes: B batch, C channels, D H W voxels, d h w tokens per axis, T = d h w tokens, E embedding, K outputs.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from dynamic_network_architectures.building_blocks.eva import Eva
 from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchEmbed
+from dynamic_network_architectures.building_blocks.residual import StackedResidualBlocks
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.primus_stem import STEM_FEATURES, ConvStem, published_features
 
 PRIMUS_SIZES: dict[str, dict[str, int]] = {
     "CPU": {"embed_dim": 192, "eva_depth": 4, "eva_numheads": 4},
@@ -42,6 +45,12 @@ STEM_INPUTS = tuple(
     for name in ("conv1.conv", "conv1.all_modules.0", "skip.0.conv", "skip.0.all_modules.0")
 )
 """The convolutions of versions 2 and 3 that see the image, under both names of each."""
+
+STEM_FEATURES: dict[int, tuple[int, ...]] = {2: (32, 32, 64, 128, 256, 512), 3: (32, 64, 256, 1024, 1024, 1024)}
+"""Published widths by version: at full size, then after each halving; continued for tokens above 8 voxels."""
+
+SKIP_SCALE = 1e-5
+"""What the skip projections of V3 are multiplied with at first: training starts without them."""
 
 NEGATIVE_SLOPE = 1e-2
 """Of the He initialisation, as everywhere in nnU-Net."""
@@ -120,6 +129,74 @@ class PrimusSeg(nn.Module):
         grid_BEdhw = self.down_projection(x_BCDHW)
         tokens_BTE, _ = self.eva(grid_BEdhw.flatten(2).transpose(1, 2))
         return self.up_projection(tokens_BTE.transpose(1, 2).reshape(grid_BEdhw.shape))
+
+
+class ConvStem(nn.Module):
+    """(B, C, D, H, W) -> tokens (B, E, d, h, w): one residual block at full size and one per halving, then 1x1x1.
+
+    ``strides`` per stage give the token size. Version 3 adds, with a learned scale each, linear projections of every
+    finer map to the tokens.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        embed_dim: int,
+        strides: Sequence[Sequence[int]],
+        features: Sequence[int],
+        version: int,
+    ) -> None:
+        assert len(features) == len(strides) + 1, "one width for the full size and one per stage"
+        super().__init__()
+        conv: Any = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
+        self.stem = _residual_block(conv, input_channels, features[0], 1, version)
+        self.stages = nn.ModuleList(
+            _residual_block(conv, before, after, list(stride), version)
+            for (before, after), stride in zip(itertools.pairwise(features), strides)
+        )
+        self.final_proj = conv(features[-1], embed_dim, 1)
+        self.add_skips = version == 3
+        if self.add_skips:
+            remaining = [[math.prod(axis) for axis in zip(*strides[stage:])] for stage in range(len(strides))]
+            self.proj_to_tokens = nn.ModuleList(
+                conv(width, embed_dim, size, size) for width, size in zip(features, remaining)
+            )
+            self.scale_proj_to_tokens = nn.ParameterList(
+                nn.Parameter(torch.tensor(SKIP_SCALE)) for _ in self.proj_to_tokens
+            )
+
+    def forward(self, x_BCDHW: Tensor) -> Tensor:
+        """The tokens as a grid (B, E, d, h, w)."""
+        maps = [self.stem(x_BCDHW)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        tokens = self.final_proj(maps[-1])
+        if self.add_skips:
+            for projection, scale, finer in zip(self.proj_to_tokens, self.scale_proj_to_tokens, maps):
+                tokens = tokens + scale * projection(finer)
+        return tokens
+
+
+def published_features(version: int, num_stages: int) -> tuple[int, ...]:
+    """The widths of a stem with ``num_stages`` halvings."""
+    return STEM_FEATURES[version][: num_stages + 1]
+
+
+def _residual_block(conv: Any, before: int, after: int, stride: Any, version: int) -> nn.Module:
+    return StackedResidualBlocks(
+        1,
+        conv,
+        before,
+        after,
+        kernel_size=3,
+        initial_stride=stride,
+        # As published: the block at full size has biases, the others have none.
+        conv_bias=stride == 1,
+        norm_op=nn.InstanceNorm3d if conv is nn.Conv3d else nn.InstanceNorm2d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.ReLU if version == 2 else nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
 
 
 class PatchDecoder(nn.Module):

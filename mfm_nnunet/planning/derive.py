@@ -1,47 +1,148 @@
-"""What follows from what: pure functions from fingerprint and memory budget to the numbers of a plan.
+"""The chain of a plan: from fingerprint and memory budget to all sizes, each with its reason.
 
-Nothing here reads a file or looks at the machine. Sizes are in voxels, spacings in mm, both in the plan's axis order
-(after ``transpose_forward``) unless a name says otherwise; budgets are in GB of 2**30 bytes.
+1. Budget: the memory that is asked for, the GPU's, or the CPU preset (:func:`choose_budget`).
+2. Axis order and spacing: nnU-Net's rule, a mode, or the checkpoint's (:class:`mfm_nnunet.planning.planner.MFMPlanner`,
+   :func:`explain_spacing`).
+3. Patch, 4. network, 5. batch size: for U-Nets nnU-Net's search within :func:`resenc_preset`, for other networks
+   their family's ``plan_network`` (:func:`explain_patch`, :func:`explain_batch`).
+6. Schedules (:func:`settings_for`).
+
+Pure functions: nothing here reads a file or asks the machine. Sizes are in voxels, spacings in mm, both in the plan's
+axis order (after ``transpose_forward``) unless a name says otherwise; budgets are in GB of 2**30 bytes.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.settings import PUBLISHED_RATES, FinetuneSettings, PretrainSettings
-
-NETWORKS = {"resenc": ("resenc", 1), "primus": ("primus", 1), "primus_v2": ("primus", 2), "primus_v3": ("primus", 3)}
-"""What can be asked for: family of the network, which the plan's block names, and version, in its architecture."""
-
-TOKEN = 8
-"""Edge of a Primus token in voxels (arXiv 2503.01835)."""
+from mfm_nnunet.models.families import family_named
+from mfm_nnunet.models.memory import MemoryEstimate
+from mfm_nnunet.plan import Configuration
+from mfm_nnunet.planning.table import Decision, times
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock, PretrainSettings, resolved_warmup
 
 SMALL_NETWORK_BELOW_GB = 6.0
 """Below, nnU-Net's ResEnc (up to 140 M parameters, 2 GB before the first voxel) leaves too little for a patch."""
-
 RESENC_PRESETS = ((8.0, 680e6, 135e6), (24.0, 2100e6, 380e6), (40.0, 3600e6, 560e6))
 """nnU-Net's ResEnc M, L and XL: GB, and the feature-map numbers per sample that fit in 3D and in 2D."""
+MIN_IMAGE_EDGE = 4
+"""Voxels along an edge of a cube as large as the smallest median image that is planned for."""
+MIN_STAGES = 2
+"""A U-Net of one stage has no decoder, and so no output."""
+MEASURED = "a real step on a CPU took 0.9 to 1.9 times this"
+"""How good the estimate of memory is, see ``tests/benchmarks/memory_estimate.py``."""
+CHECKPOINTS = "the checkpoint's"
+"""The reason of everything that a plan like a checkpoint takes over."""
 
-CPU_VOXELS = {3: 48 * 56 * 48, 2: 192 * 192}
-"""Largest patch of the CPU preset: about 90 GFLOP for a ResEnc step of batch 2 in 3D, a second or so on two cores."""
 
-MAX_PRIMUS_VOXELS = {3: 160**3, 2: 1024**2}
-"""Largest Primus patch: 160^3 is the published one (8,000 tokens)."""
+@dataclass(frozen=True)
+class Budget:
+    """GB of GPU memory that training may take; None is the CPU preset."""
 
-MIN_EDGE = {3: 32, 2: 64}
-"""Below this patch edge (or the image's own) a network sees too little to be worth planning."""
+    memory_gb: float | None
+    reason: str
 
-PRIMUS_BUDGET_SHARE = 0.85
-"""The rest is for the loss, the kernels' workspaces and what the driver takes."""
+    def __str__(self) -> str:
+        return "CPU preset" if self.memory_gb is None else f"{self.memory_gb:g} GB"
+
+
+def choose_budget(asked_for: float | None, gpu: float | None) -> Budget:
+    """Choose the memory that is asked for, else the GPU's, else the CPU preset."""
+    presets = "nnU-Net's ResEnc M, L and XL are 8, 24 and 40 GB"
+    if asked_for is not None:
+        return Budget(asked_for, f"--memory-gb; {presets}")
+    if gpu is not None:
+        return Budget(gpu, f"memory of this machine's GPU; {presets}")
+    return Budget(None, "no GPU and no --memory-gb: a small network that trains in minutes on two cores")
+
+
+def slices_first(slice_axis: int) -> list[int]:
+    """Return the axis order in which the slice axis is first and the others keep theirs."""
+    return [slice_axis, *(axis for axis in range(3) if axis != slice_axis)]
+
+
+def find_slice_axis(shapes: np.ndarray, dataset_name: str) -> int | None:
+    """Return the axis along which most images have one voxel, whatever its spacing; None for volumes.
+
+    ``shapes`` is (cases, 3), before transposing. Raises MFMError (E_CONFIG) when images of one slice lie along
+    different axes: one plan has one axis order, so the others would be cut into lines.
+    """
+    flat = shapes[(shapes == 1).any(1)]
+    if 2 * len(flat) <= len(shapes):
+        return None
+    counts = (flat == 1).sum(0)
+    axis = int(counts.argmax())
+    if counts[axis] < len(flat):
+        where = ", ".join(f"{count} along axis {number}" for number, count in enumerate(counts) if count)
+        raise MFMError(
+            "E_CONFIG",
+            f"{dataset_name}: {len(flat)} of {len(shapes)} images have a single slice, but not along one axis "
+            f"({where}; counted in the order of the image reader). Save them all with the slice along the same axis.",
+        )
+    return axis
+
+
+def explain_spacing(own: Configuration, mode: str | Sequence[float], num_cases: int, is_like: bool) -> str:
+    """Explain the spacing of a configuration; ``mode`` is what was asked for."""
+    if not own.is_resampled:
+        return f"median, for orientation only: images are not resampled{', like the checkpoint' * is_like}"
+    if is_like:
+        return CHECKPOINTS
+    if own.name == "3d_lowres":
+        return "coarser, until the patch sees a quarter of the median image"
+    if mode == "median":
+        return f"median of {num_cases} cases (nnU-Net's rule: a finer one along a very coarse axis)"
+    return "--spacing onemm: one millimetre" if mode == "onemm" else "--spacing, as asked for"
+
+
+def explain_normalisation(own: Configuration, channel: int, name: str, is_like: bool) -> str:
+    """Explain the normalisation of a channel called ``name``."""
+    reasons = {
+        "CTNormalization": f"'{name}' has a fixed scale: clip to the foreground's 0.5 and 99.5 percentiles, then mean "
+        "0, std 1",
+        "ZScoreNormalization": f"'{name}' has no fixed intensity scale: each image to mean 0, std 1",
+    }
+    other = f"nnU-Net's rule for a channel named '{name}'"
+    reason = CHECKPOINTS if is_like else reasons.get(own.normalization_schemes[channel], other)
+    if own.values["use_mask_for_norm"][channel]:
+        reason += "; over the non-zero region, because cropping to it removes more than a quarter"
+    return reason
+
+
+def explain_patch(own: Configuration, unit: str, is_like: bool) -> str:
+    """Explain the patch size; ``unit`` describes the multiples that the network needs."""
+    patch, image = own.patch_size, own.values["median_image_size_in_voxels"]
+    if all(p >= s for p, s in zip(patch, image)):
+        return f"covers the median image ({times(image)}), padded to {unit}"
+    share = math.prod(min(1.0, p / s) for p, s in zip(patch, image))
+    origin = CHECKPOINTS if is_like else "as large as the budget allows"
+    return f"{origin}, in {unit}; sees {share:.0%} of the median image ({times(image)})"
+
+
+def explain_batch(budget: Budget, is_like: bool) -> str:
+    """Explain the batch size."""
+    if is_like:
+        return CHECKPOINTS
+    is_cpu = budget.memory_gb is None
+    return "as many as one step may take, at least 2" if is_cpu else "fills the budget, at least 2, at most the dataset"
+
+
+def explain_memory(memory: MemoryEstimate, is_half: bool) -> Decision:
+    """State what a training step takes, as estimated."""
+    fixed = memory.weights + memory.gradients + memory.optimizer
+    return Decision(
+        "  memory",
+        f"about {memory.total / 2**30:.2f} GB",
+        f"a training step in {'mixed precision' if is_half else 'float32'}: activations "
+        f"{memory.activations / 2**30:.2f}, buffers {memory.working / 2**30:.2f}, weights with gradients and optimizer "
+        f"{fixed / 2**30:.2f} GB; {MEASURED}",
+    )
 
 
 @dataclass(frozen=True)
@@ -59,7 +160,7 @@ class ResEncPreset:
 
 
 def resenc_preset(memory_gb: float | None) -> ResEncPreset:
-    """The ResEnc U-Net for a budget in GB of GPU memory; None is the CPU preset.
+    """Return the ResEnc U-Net for a budget in GB of GPU memory; None is the CPU preset.
 
     8, 24 and 40 GB are nnU-Net's presets M, L and XL exactly; between them the allowed feature maps grow linearly.
     """
@@ -80,121 +181,57 @@ def resenc_preset(memory_gb: float | None) -> ResEncPreset:
     return ResEncPreset("standard", 32, {3: 320, 2: 512}, blocks, reference, {3: 2, 2: 12}, unlimited)
 
 
-def pad_to_multiple(size: float, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is at least ``size`` and not zero."""
-    return max(1, math.ceil(size / multiple)) * multiple
-
-
-def times(values: Sequence[float], unit: str = "") -> str:
-    """Return sizes or spacings as text, e.g. "32 x 40 x 32" or "1 x 0.8 x 0.8 mm"."""
-    return " x ".join(f"{value:.4g}" for value in values) + unit
-
-
-def slices_first(slice_axis: int) -> list[int]:
-    """Return the axis order in which the slice axis is first and the others keep theirs."""
-    return [slice_axis, *(axis for axis in range(3) if axis != slice_axis)]
-
-
-def network_of(family: str, architecture: Mapping[str, Any]) -> str:
-    """The key of NETWORKS for a family and the ``architecture`` entry of a plan's configuration."""
-    of_dna = re.search(r"\.PrimusV([23])$", str(architecture.get("network_class_name")))
-    version = int(of_dna[1]) if of_dna else architecture.get("arch_kwargs", {}).get("version", 1)
-    return next((name for name, value in NETWORKS.items() if value == (family, version)), family)
-
-
-def token_patch(median_shape: Sequence[float], spacing: Sequence[float], max_voxels: int) -> tuple[int, ...]:
-    """The largest patch of whole tokens that covers the median image or holds at most ``max_voxels``.
-
-    It is cut where it is longest in mm, so it becomes as cubic as the image allows; each axis is a multiple of 8.
-    """
-    patch = tuple(pad_to_multiple(size, TOKEN) for size in median_shape)
-    chain = [patch, *_smaller_patches(patch, spacing, TOKEN)]
-    return next((cut for cut in chain if math.prod(cut) <= max_voxels), chain[-1])
-
-
-def size_primus(
-    median_shape: Sequence[float],
-    spacing: Sequence[float],
-    budget_bytes: float,
-    memory_bytes: Callable[[str, tuple[int, ...], int], int],
-) -> tuple[str, tuple[int, ...], int]:
-    """(size, patch, batch size) of the Primus that makes the most of a budget in bytes.
-
-    ``memory_bytes(size, patch, batch)`` says what a training step takes. The patch comes first, as large as the image
-    or the published one allows; then the largest of L, M, B, S that fits with batch 2; if not even S does, the patch
-    shrinks for it down to 64 per axis and then for the CPU size down to 32 (64 in 2D). What is left goes to the batch.
-
-    Raises MFMError (E_CONFIG) with the numbers when the smallest network does not fit.
-    """
-    largest = token_patch(median_shape, spacing, MAX_PRIMUS_VOXELS[len(median_shape)])
-    trials = [(size, largest) for size in ("L", "M", "B", "S")]
-    trials += [("S", patch) for patch in _smaller_patches(largest, spacing, 64)]
-    trials += [("CPU", patch) for patch in [largest, *_smaller_patches(largest, spacing, MIN_EDGE[len(median_shape)])]]
-    for _, group in itertools.groupby(trials, key=lambda trial: trial[0]):
-        candidates = list(group)  # of one size, so what they take falls from first to last
-        first = bisect.bisect_left(
-            candidates, True, key=lambda trial: memory_bytes(trial[0], trial[1], 2) <= budget_bytes
+def require_voxels(spacing: Sequence[float], median_shape: Sequence[float]) -> None:
+    """Raise MFMError (E_CONFIG) for a spacing at which the median image is too small for any network."""
+    if min(median_shape) < 1 or math.prod(median_shape) < MIN_IMAGE_EDGE ** len(median_shape):
+        raise MFMError(
+            "E_CONFIG",
+            f"at a spacing of {times(spacing)} mm the median image has only {times(median_shape)} voxels. Give a finer "
+            "--spacing, and check that the spacing in the images is right.",
         )
-        if first < len(candidates):
-            size, patch = candidates[first]
-            two, three = (memory_bytes(size, patch, batch) for batch in (2, 3))
-            return size, patch, 2 + int((budget_bytes - two) // (three - two))
-    size, patch = trials[-1]
-    raise too_little_memory(budget_bytes / 2**30, memory_bytes(size, patch, 2) / 2**30, "Primus", patch)
 
 
-def cpu_primus(median_shape: Sequence[float], spacing: Sequence[float]) -> tuple[str, tuple[int, ...], int]:
-    """(size, patch, batch size) of the CPU preset's Primus; in 2D small images are taken several at a time."""
-    patch = token_patch(median_shape, spacing, CPU_VOXELS[len(median_shape)])
-    fitting = 4 * CPU_VOXELS[2] // math.prod(patch)
-    return "CPU", patch, 2 if len(patch) == 3 else min(16, max(2, fitting))
-
-
-def too_little_memory(memory_gb: float, needed_gb: float, network: str, patch: Sequence[int]) -> MFMError:
-    """The error of a budget that not even the smallest network fits into."""
-    needed = math.ceil(needed_gb * 1000) / 1000
-    edges = " x ".join(map(str, patch))
-    return MFMError(
-        "E_CONFIG",
-        f"--memory-gb leaves {memory_gb:.3g} GB for the network, and the smallest {network} (patch {edges}, batch "
-        f"size 2) needs {needed:.3g} GB. Give more, or leave --memory-gb out for the CPU preset.",
-    )
+def require_two_stages(configurations: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise MFMError (E_CONFIG) for a U-Net without a decoder, which stock plans for images of less than 8 voxels."""
+    for name, configuration in configurations.items():
+        num_stages = configuration.get("architecture", {}).get("arch_kwargs", {}).get("n_stages", MIN_STAGES)
+        if num_stages < MIN_STAGES:
+            raise MFMError(
+                "E_CONFIG",
+                f"{name}: the median image of {times(configuration['median_image_size_in_voxels'])} voxels (at "
+                f"{times(configuration['spacing'])} mm) leaves the network {num_stages} stage, and a U-Net needs "
+                f"{MIN_STAGES}: at least 8 voxels along two axes, or 12 along one. Give a finer --spacing, check that "
+                "the spacing in the images is right, or plan other configurations only (-c).",
+            )
 
 
 def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainSettings, FinetuneSettings]:
-    """How a network of this family is trained: published optimisers, and a schedule of minutes on the CPU.
+    """Return how a network of this family is trained: the family's optimiser, and a schedule of minutes on the CPU.
 
-    ResEnc: nnU-Net's SGD on GPUs; on the short CPU schedules AdamW, because SGD with momentum 0.99 spends the first
-    half of a thousand steps on predicting background. Primus: AdamW as in arXiv 2503.01835, on the short CPU schedules
-    with a higher rate, for the same reason. On GPUs the rate of fine-tuning is left open: from a checkpoint it is the
-    published tenth (ResEnc) or third (Primus) of that from scratch, and scratch on the same plan is a fair baseline.
-    Short CPU schedules need the full rate to get anywhere.
+    On GPUs the rate of fine-tuning is left open: from a checkpoint it is the published tenth or third of that from
+    scratch, and scratch on the same plan is a fair baseline. Short CPU schedules need the full rate to get anywhere.
     """
-    is_primus = network == "primus"
-    optimizer: Literal["sgd", "adamw"] = "adamw" if is_primus or is_cpu else "sgd"
-    rate, decay, clip = PUBLISHED_RATES[network, optimizer][0], *((5e-2, 1.0) if is_primus else (3e-5, 12.0))
-    if is_cpu:
-        rate, decay = 1e-3, (decay if is_primus else 1e-2)
+    defaults = family_named(network).defaults(is_cpu)
     epochs, iterations, validation = (20, 50, 5) if is_cpu else (1000, 250, 50)
     pretrain = PretrainSettings(
         epochs=epochs,
         iterations_per_epoch=iterations,
         validation_iterations=validation,
         batch_size=batch_size,
-        learning_rate=rate,
-        optimizer=optimizer,
-        weight_decay=decay,
-        gradient_clip=clip,
+        learning_rate=defaults.learning_rate,
+        optimizer=defaults.optimizer,
+        weight_decay=defaults.weight_decay,
+        gradient_clip=defaults.gradient_clip,
     )
     finetune = FinetuneSettings(
         epochs=epochs,
         iterations_per_epoch=iterations,
         validation_iterations=validation,
-        learning_rate=rate if is_cpu else None,
-        optimizer=optimizer,
-        weight_decay=decay,
-        gradient_clip=clip,
-        deep_supervision=not is_primus,
+        learning_rate=defaults.learning_rate if is_cpu else None,
+        optimizer=defaults.optimizer,
+        weight_decay=defaults.weight_decay,
+        gradient_clip=defaults.gradient_clip,
+        deep_supervision=defaults.deep_supervision,
     )
     return pretrain, finetune
 
@@ -202,9 +239,9 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
 def select_configurations(
     configurations: Mapping[str, dict[str, Any]], wanted: Sequence[str] | None
 ) -> dict[str, dict[str, Any]]:
-    """The ``wanted`` configurations and those that they inherit from or continue (None: all of them).
+    """Return the ``wanted`` configurations and those that they inherit from or continue (None: all of them).
 
-    Raises MFMError (E_CONFIG) for a name that this data set has no configuration of.
+    Raises MFMError (E_CONFIG) for a name that this dataset has no configuration of.
     """
     if wanted is None:
         return dict(configurations)
@@ -227,7 +264,7 @@ def select_configurations(
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted names of what differs between two plans, sorted; a missing key counts as different."""
+    """Return the dotted names of what differs between two plans, sorted; a missing key counts as different."""
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return [] if old == new else [prefix]
     missing = object()
@@ -236,11 +273,30 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [key for before, after, name in pairs for key in changed_keys(before, after, name)]
 
 
-def _smaller_patches(patch: tuple[int, ...], spacing: Sequence[float], min_edge: int) -> list[tuple[int, ...]]:
-    """``patch`` cut again and again by one token where it is longest in mm, down to ``min_edge`` along each axis."""
-    result = []
-    while axes := [axis for axis, size in enumerate(patch) if size > min_edge]:
-        longest = max(axes, key=lambda axis: patch[axis] * spacing[axis])
-        patch = tuple(size - TOKEN * (axis == longest) for axis, size in enumerate(patch))
-        result.append(patch)
-    return result
+def explain_schedules(block: MFMBlock, budget: Budget) -> list[Decision]:
+    """List the schedules of pretraining and fine-tuning with their reasons."""
+    is_cpu = budget.memory_gb is None
+    length = "minutes on two cores" if is_cpu else "as nnU-Net and the published pretraining"
+    family = family_named(block.network)
+    decisions = []
+    for name, settings in (("pretraining", block.pretrain), ("fine-tuning", block.finetune)):
+        if settings.learning_rate is None:
+            scratch, pretrained = family.rates[settings.optimizer]
+            rate = f"{pretrained:g} from a checkpoint, {scratch:g} from scratch"
+        else:
+            rate = f"{settings.learning_rate:g}"
+        warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
+        decisions += [
+            Decision(
+                name,
+                f"{settings.epochs} epochs of {settings.iterations_per_epoch}",
+                f"{length}; {warmup} epochs of warm-up; change it with --set",
+            ),
+            Decision(
+                "  optimizer",
+                f"{settings.optimizer} {rate}",
+                f"{family.defaults(is_cpu).reason}: weight decay {settings.weight_decay:g}, clip "
+                f"{settings.gradient_clip:g}",
+            ),
+        ]
+    return decisions

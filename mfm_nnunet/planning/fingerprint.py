@@ -1,6 +1,6 @@
-"""What the images of a dataset are: spacings, cropped shapes, intensities; with or without labels.
+"""The fingerprint of a dataset, with or without labels: spacings, cropped shapes, intensities.
 
-The result has nnU-Net's keys and means the same: intensities of the foreground (labels above 0; without labels every
+The result has nnU-Net's keys and meaning: intensities of the foreground (labels above 0; without labels every
 voxel that is not zero), each case with the same weight whatever the size of its foreground. nnU-Net estimates the
 statistics from 1e8 random draws; here mean, standard deviation, minimum and maximum are exact, and so are the
 percentiles until a dataset has more foreground voxels than :data:`MAX_VALUES`. Memory is bounded by that number and by
@@ -20,6 +20,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 
 from mfm_nnunet.data.cases import require_scan
 from mfm_nnunet.data.loops import in_threads, with_progress
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 from mfm_nnunet.images import reading
 
@@ -34,7 +35,7 @@ PERCENTILES = {"median": 50.0, "percentile_99_5": 99.5, "percentile_00_5": 0.5}
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """One channel of one case over its foreground; ``values`` are sorted (float32), thinned evenly if too many."""
+    """Intensities of a channel of a case over its foreground; ``values`` (float32) are sorted, thinned if too many."""
 
     mean: float
     variance: float
@@ -45,7 +46,7 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class CaseStatistics:
-    """One case: spacing in mm, shape (D, H, W) after and share of voxels kept by cropping to the non-zero box."""
+    """Spacing in mm of a case, and shape (D, H, W) and share of voxels left by cropping to the non-zero box."""
 
     spacing: list[float]
     shape_after_crop: list[int]
@@ -57,10 +58,10 @@ class CaseStatistics:
 def extract_fingerprint(
     cases: Sequence[Case], dataset_json: dict[str, Any], num_processes: int = 1
 ) -> tuple[dict[str, Any], list[CaseFailure]]:
-    """The fingerprint of ``cases`` as JSON values, and the cases that could not be used.
+    """Return the fingerprint of ``cases`` as JSON values, and the cases that could not be used.
 
-    All of nnU-Net's keys, and ``"mfm"``: names of the cases that count (in the order of ``spacings``), whether they are
-    labelled, number of channels, the reader that all were read with, and whether the percentiles are exact. The result
+    It has all of nnU-Net's keys, and ``"mfm"``: names of the cases that count (in the order of ``spacings``), whether
+    they are labelled, number of channels, the reader of all files, and whether the percentiles are exact. The result
     does not depend on ``num_processes`` (threads: reading is done outside Python).
 
     Raises MFMError: E_NOT_FOUND (no cases), E_LABEL_VALUE (no label marks any foreground), and CasesFailedError when
@@ -68,7 +69,7 @@ def extract_fingerprint(
     """
     if not cases:
         raise MFMError("E_NOT_FOUND", "the dataset has no cases. Check its folder, or register images for it.")
-    num_channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
+    num_channels = len(DatasetJson.of(dataset_json).channels)
     has_labels = all(case.label is not None for case in cases)
     used: list[Case] = []
     statistics: list[CaseStatistics] = []
@@ -163,7 +164,7 @@ def _analyse(case: Case, *, reader: str, dataset_json: dict[str, Any], num_chann
 
 
 def _other_colours(case: Case, found: int, wanted: int) -> str:
-    """Why a picture of a corpus is refused; in a corpus one file has several channels only if it is in colour."""
+    """Explain why a picture of a corpus is refused; there one file has several channels only if it is in colour."""
     kinds = {1: "grey", 3: "in colour", 4: "in colour with transparency"}
     is_kind, wanted_kind = kinds.get(found, "of another kind"), kinds.get(wanted, "of another kind")
     return (
@@ -180,14 +181,14 @@ def _summarise(values: np.ndarray) -> ChannelStatistics:
 
 
 def _thin(values: np.ndarray, limit: int) -> np.ndarray:
-    """At most ``limit`` of the sorted ``values`` at evenly spaced ranks."""
+    """Return at most ``limit`` of the sorted ``values`` at evenly spaced ranks."""
     if len(values) <= limit:
         return values
     return values[((np.arange(limit) + 0.5) * (len(values) / limit)).astype(np.int64)]
 
 
 class _Pool:
-    """The foreground of all cases, each with the same weight."""
+    """Foreground intensities of all cases, each case with the same weight."""
 
     def __init__(self, num_channels: int) -> None:
         self._cases: list[list[ChannelStatistics]] = []
@@ -226,7 +227,7 @@ class _Pool:
         self._num_values = sum(len(item) for values in self._values for item in values)
 
     def properties(self, channel: int) -> dict[str, float]:
-        """nnU-Net's ``foreground_intensity_properties_per_channel`` of one channel."""
+        """Return nnU-Net's ``foreground_intensity_properties_per_channel`` of one channel."""
         cases = [case[channel] for case in self._cases]
         means = np.array([case.mean for case in cases])
         mean = float(means.mean())
@@ -241,7 +242,7 @@ class _Pool:
 
 
 def weighted_percentiles(groups: Sequence[np.ndarray]) -> dict[str, float]:
-    """Median and 0.5 and 99.5 % percentiles of the pooled groups, each group with the same total weight.
+    """Return median and 0.5 and 99.5 % percentiles of the pooled groups, each group with the same total weight.
 
     The smallest value up to which at least that share of the weight lies: the limit of nnU-Net's random draws.
     """

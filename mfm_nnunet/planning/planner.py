@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
-from unittest import mock
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,28 +20,26 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.data import corpus
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import parse_json, to_plain
-from mfm_nnunet.models.memory import training_memory_bytes
-from mfm_nnunet.models.primus import PrimusSeg, primus_kwargs
-from mfm_nnunet.plan import Plan, read_plans
+from mfm_nnunet.files import parse_json, to_plain, write_json
+from mfm_nnunet.models.families import NetworkFamily, Sizing, families_by_class, family_named
+from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
+from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.models.sizing import MIN_EDGE, too_little_memory
+from mfm_nnunet.plan import INTENSITIES, Plan
 from mfm_nnunet.planning import derive, like
 from mfm_nnunet.planning.fingerprint import choose_reader
-from mfm_nnunet.planning.table import channel_names
+from mfm_nnunet.planning.table import Decision, times
 from mfm_nnunet.settings import MFMBlock, to_dict
 
 logger = logging.getLogger(__name__)
 
 STOCK_CONFIGURATIONS = {"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"}
-PRIMUS_CLASS = "mfm_nnunet.models.primus.PrimusSeg"
-MIN_IMAGE_EDGE = 4
-"""Voxels along an edge of a cube as large as the smallest median image that is planned for."""
-MIN_STAGES = 2
-"""A U-Net of one stage has no decoder, and so no output."""
 
 
 class MFMPlanner(ResEncUNetPlanner):
@@ -67,10 +63,10 @@ class MFMPlanner(ResEncUNetPlanner):
         name = stock.maybe_convert_to_dataset_name(dataset_name_or_id)
         raw = Path(str(stock.nnUNet_raw)) / name
         fingerprint_file = Path(str(stock.nnUNet_preprocessed)) / name / "dataset_fingerprint.json"
-        _require_file(raw / "dataset.json", "Register the images, or check the data set's folder.")
+        _require_file(raw / "dataset.json", "Register the images, or check the dataset's folder.")
         _require_file(fingerprint_file, f"Run mfm_plan_and_preprocess -d {name}, which makes it first.")
         self.is_corpus = corpus.is_corpus(raw)
-        self.memory_gb = gpu_memory_target_in_gb if gpu_memory_target_in_gb is not None else _gpu_memory_gb()
+        self.budget = derive.choose_budget(gpu_memory_target_in_gb, _gpu_memory_gb())
         self.cases = corpus.load_cases(raw)
         files = {
             case.name: {"images": [str(file) for file in case.images], "label": str(case.label) if case.label else None}
@@ -78,34 +74,39 @@ class MFMPlanner(ResEncUNetPlanner):
         }
         # Stock lists imagesTr, which a corpus does not have, with twelve processes; everything else it does is wanted.
         # It reads JSON as UTF-8 without a byte order mark.
-        with (
-            mock.patch.object(stock, "get_filenames_of_train_images_and_targets", return_value=files),
-            mock.patch.object(stock, "load_json", side_effect=lambda file: parse_json(Path(file).read_bytes())),
+        with _replaced_in_stock(
+            get_filenames_of_train_images_and_targets=lambda *_, **__: files,
+            load_json=lambda file: parse_json(Path(file).read_bytes()),
         ):
             super().__init__(name, 8, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose)
-        self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # as we understand it, not as it is written
+        self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # normalised, not as it is written
         self.dataset_json.setdefault("numTraining", len(files))
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
         self.dataset_fingerprint: dict[str, Any] = self.dataset_fingerprint
-        self.network: Literal["resenc", "primus"] = "resenc"
-        self.version = 1
-        self.is_original_spacing = False
+        self.variant = "resenc"
+        self.family: NetworkFamily = family_named(self.variant)
+        self.spacing: str | Sequence[float] = "median"
         self.wanted: tuple[str, ...] | None = None
         self.planned: tuple[str, ...] = ()
         self.source: like.Source | None = None
         shapes = np.array(self.dataset_fingerprint["shapes_after_crop"])
         if not len(shapes):
             raise MFMError("E_EMPTY", f"{fingerprint_file}: the fingerprint has no cases. Make it again.")
-        self.slice_axis = _slice_axis(shapes, self.dataset_name)
-        self._memory: dict[tuple[str, tuple[int, ...], int], int] = {}
-        self._apply(derive.resenc_preset(self.memory_gb))
+        self.slice_axis = derive.find_slice_axis(shapes, self.dataset_name)
+        self._apply(derive.resenc_preset(self.budget.memory_gb))
+
+    @property
+    def is_original_spacing(self) -> bool:
+        """Whether images are not resampled."""
+        return not self.source.trained.is_resampled if self.source else self.spacing == "original"
 
     def plan_experiment(self) -> dict[str, Any]:
         """Plan all configurations, write the plan file and return the plan. Stock's prints go to the debug log."""
-        if self.is_corpus or self.is_original_spacing or self.network == "primus" or self.source:
+        is_stock = self.family.is_sized_by_nnunet and not self.source
+        if self.is_corpus or self.is_original_spacing or not is_stock:
             self.lowres_creation_threshold = 0  # a low resolution needs labels, resampling and a network of its own
-        if self.network == "primus" or self.source:
+        if not is_stock:
             self._apply(_without_limit(self.preset))  # stock's U-Net is thrown away, so it need not be fitted
         measured = self.dataset_fingerprint
         target = [float(value) for value in self.determine_fullres_target_spacing()]
@@ -140,7 +141,7 @@ class MFMPlanner(ResEncUNetPlanner):
         arch_kwargs: dict[str, Any],
         arch_kwargs_req_import: Any,
     ) -> float:
-        """Stock's number, from a network without weights: it depends on shapes alone."""
+        """Return stock's number from a network without weights: it depends on shapes alone."""
         with torch.device("meta"):
             network = get_network_from_plans(
                 arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, allow_init=False
@@ -148,33 +149,37 @@ class MFMPlanner(ResEncUNetPlanner):
         return float(network.compute_conv_feature_map_size(patch_size))
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
-        """Target spacing in mm before transposing. The slice axis of 2D images has no spacing to speak of and stays."""
+        """Return the target spacing in mm before transposing; the slice axis of 2D images keeps its own."""
         target = super().determine_fullres_target_spacing().astype(float)
         if self.source:
-            axes = like.like_axes(self.source.mfm, self.slice_axis)
-            target = np.array(like.like_spacing(self.source.mfm, target, axes))
+            target = np.array(self.source.spacing(target, self.slice_axis))
         if self.slice_axis is not None:
             target[self.slice_axis] = np.median(np.array(self.dataset_fingerprint["spacings"])[:, self.slice_axis])
         return target
 
     def determine_transpose(self) -> Any:
-        """Return the axis order: the slice axis of 2D images first, else the checkpoint's, else the coarsest first."""
-        if self.slice_axis is not None:
-            forward = derive.slices_first(self.slice_axis)
-        elif self.source:
-            forward = like.like_axes(self.source.mfm, None)
-        else:
+        """Return the axis order and its inverse."""
+        forward, _ = self._choose_axis_order()
+        if forward is None:
             return super().determine_transpose()
         return forward, [forward.index(axis) for axis in range(3)]
 
+    def _choose_axis_order(self) -> tuple[list[int] | None, str]:
+        """Return the axis order, None for nnU-Net's, and the reason."""
+        if self.slice_axis is not None:
+            return derive.slices_first(self.slice_axis), "the axis of one voxel first: images of a single slice"
+        if self.source:
+            return self.source.axes, derive.CHECKPOINTS
+        return None, "axis of the coarsest spacing first"
+
     def determine_resampling(self, *args: Any, **kwargs: Any) -> Any:
-        """nnU-Net's splines, or nothing at all."""
+        """Return nnU-Net's splines, or no resampling."""
         if not self.is_original_spacing:
             return super().determine_resampling(*args, **kwargs)
         return no_resampling_hack, {}, no_resampling_hack, {}
 
     def determine_segmentation_softmax_export_fn(self, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`determine_resampling`, for the way back."""
+        """Return the same for the way back."""
         if not self.is_original_spacing:
             return super().determine_segmentation_softmax_export_fn(*args, **kwargs)
         return no_resampling_hack, {}
@@ -187,19 +192,20 @@ class MFMPlanner(ResEncUNetPlanner):
         approximate_n_voxels_dataset: float,
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
-        """nnU-Net's configuration within the budget, with Primus in place of the U-Net where that is asked for."""
-        _require_voxels(spacing, median_shape)
+        """Return nnU-Net's configuration within the budget, with the family's network in place of the U-Net."""
+        derive.require_voxels(spacing, median_shape)
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
-        if self.network == "resenc" and not self.source:
+        if self.family.is_sized_by_nnunet and not self.source:
             self._require_memory(*arguments)
         configuration = super().get_plans_for_configuration(*arguments, _cache)
         name = "2d" if len(spacing) == 2 else "3d_fullres"
-        if self.network == "primus" and not self.source and (self.wanted is None or name in self.wanted):
-            size, patch, batch = self._size_primus(spacing, median_shape)
-            configuration["architecture"] = primus_architecture(size, patch, self.version)
-            configuration["patch_size"] = patch
-            whole_dataset = round(approximate_n_voxels_dataset / math.prod(patch))
-            configuration["batch_size"] = max(2, min(batch, whole_dataset))
+        is_wanted = self.wanted is None or name in self.wanted
+        if is_wanted and not self.family.is_sized_by_nnunet and not self.source:
+            planned = self.family.plan_network(self._sizing(spacing, median_shape, configuration))
+            configuration["architecture"] = planned.architecture
+            configuration["patch_size"] = planned.patch_size
+            whole_dataset = round(approximate_n_voxels_dataset / math.prod(planned.patch_size))
+            configuration["batch_size"] = max(2, min(planned.batch_size, whole_dataset))
         limit = self.preset.max_batch[len(spacing)]
         configuration["batch_size"] = int(min(configuration["batch_size"], limit))
         return configuration
@@ -211,57 +217,50 @@ class MFMPlanner(ResEncUNetPlanner):
         spacings = np.array(self.dataset_fingerprint["spacings"])[:, axes]
         plans["original_median_spacing_after_transp"] = [float(value) for value in np.median(spacings, 0)]
         if self.source:
-            plans = self._like(plans)
+            plans = self._like(plans, self.source)
         plans["configurations"] = derive.select_configurations(plans["configurations"], self.wanted)
-        _require_two_stages(plans["configurations"])
+        derive.require_two_stages(plans["configurations"])
+        dataset = DatasetJson.of(self.dataset_json)
         for name, configuration in plans["configurations"].items():
             if "data_identifier" in configuration:
-                dataset = DatasetJson.of(self.dataset_json)
                 configuration["data_identifier"] = Plan.of(plans).make_data_identifier(name, dataset)
         plans["mfm"] = to_dict(self._block(plans))
         self.planned = tuple(plans["configurations"])
         if self.plans_file.is_file():
             self._merge(plans)
-        with checkpoint.atomic_write(self.plans_file) as file:
-            file.write(json.dumps(plans, indent=4).encode())
+        write_json(self.plans_file, plans, indent=4)
         self.plans = plans
 
-    def _like(self, plans: dict[str, Any]) -> dict[str, Any]:
-        assert self.source is not None
-        name = self.source.configuration
-        if name not in plans["configurations"]:
+    def _like(self, plans: dict[str, Any], source: like.Source) -> dict[str, Any]:
+        if source.configuration not in plans["configurations"]:
             raise MFMError(
                 "E_MODEL_MISMATCH",
-                f"{self.source.entry['name']} was pretrained in 3D and {self.dataset_name} has only 2D images. "
+                f"{source.entry['name']} was pretrained in 3D and {self.dataset_name} has only 2D images. "
                 "Use a checkpoint pretrained with the configuration 2d.",
             )
-        median_shape = plans["configurations"][name]["median_image_size_in_voxels"]
-        return like.plan_like(plans, median_shape, self.source.mfm, name)
+        return like.plan_like(plans, source)
 
     def _block(self, plans: Mapping[str, Any]) -> MFMBlock:
         configurations = plans["configurations"]
         main = configurations["3d_fullres" if "3d_fullres" in configurations else next(iter(configurations))]
-        is_cpu = self.memory_gb is None
-        pretrain, finetune = derive.settings_for(self.network, is_cpu, main["batch_size"])
-        return MFMBlock(pretrain, finetune, self.source.entry if self.source else None, network=self.network)
+        is_cpu = self.budget.memory_gb is None
+        pretrain, finetune = derive.settings_for(self.family.name, is_cpu, main["batch_size"])
+        return MFMBlock(pretrain, finetune, self.source.entry if self.source else None, network=self.family.name)
 
     def _merge(self, plans: dict[str, Any]) -> None:
-        """Keep configurations of the file on disk that are not planned now, and say what changes."""
+        """Keep configurations of the file on disk that are not planned now, and warn of changes."""
         try:
-            old = read_plans(self.plans_file, "")
-            configurations = dict(old["configurations"])
+            old = Plan.read(self.plans_file, "").content
         except MFMError:
             logger.warning("%s is no plan and is replaced", self.plans_file)
             return
         # Asked for everything, stock decides whether there is a 3d_lowres; one of an older plan must not come back.
         ours = STOCK_CONFIGURATIONS if self.wanted is None else set(plans["configurations"])
-        others = {name: value for name, value in configurations.items() if name not in ours}
-        shared = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
-        same_network = _networks(old) == _networks(plans)
-        if same_network and all(old.get(key) == plans[key] for key in shared):
+        others = {name: value for name, value in old["configurations"].items() if name not in ours}
+        shared = ("transpose_forward", "image_reader_writer", INTENSITIES)
+        if _networks(old) == _networks(plans) and all(old.get(key) == plans[key] for key in shared):
             plans["configurations"].update(others)
-        changed = derive.changed_keys(old, plans)
-        if changed:
+        if changed := derive.changed_keys(old, plans):
             logger.warning(
                 "%s is replaced by a plan that differs in %s. Finished models keep their own copy of the plan; "
                 "unfinished trainings do not fit the new one. To keep both plans, give another name with -pl.",
@@ -286,98 +285,94 @@ class MFMPlanner(ResEncUNetPlanner):
         if self.preset.name == "CPU":
             return
         num_axes = len(spacing)
-        small_shape = np.minimum(median_shape, derive.MIN_EDGE[num_axes])
+        small_shape = np.minimum(median_shape, MIN_EDGE[num_axes])
         estimates: dict[str, float] = {}
         self._apply(_without_limit(self.preset))
         smallest = super().get_plans_for_configuration(spacing, small_shape, identifier, num_voxels, estimates)
-        self._apply(derive.resenc_preset(self.memory_gb))
+        self._apply(derive.resenc_preset(self.budget.memory_gb))
         share = min(estimates.values()) / self.preset.reference[num_axes]
         if share > 1:
-            assert self.memory_gb is not None
-            needed_gb = share * self.memory_gb
-            raise derive.too_little_memory(self.memory_gb, needed_gb, "ResEnc U-Net", smallest["patch_size"])
+            assert self.budget.memory_gb is not None
+            needed_gb = share * self.budget.memory_gb
+            raise too_little_memory(self.budget.memory_gb, needed_gb, "ResEnc U-Net", smallest["patch_size"])
 
-    def _size_primus(self, spacing: Any, median_shape: Any) -> tuple[str, tuple[int, ...], int]:
-        if self.memory_gb is None:
-            return derive.cpu_primus(median_shape, spacing)
-        budget = self.memory_gb * 2**30 * derive.PRIMUS_BUDGET_SHARE
-        return derive.size_primus(median_shape, spacing, budget, self._primus_memory)
+    def _sizing(self, spacing: Any, median_shape: Any, stock: Mapping[str, Any]) -> Sizing:
+        return Sizing(
+            self.variant,
+            tuple(map(float, median_shape)),
+            tuple(map(float, spacing)),
+            self.budget.memory_gb,
+            num_inputs=len(DatasetJson.of(self.dataset_json).channels),
+            num_outputs=len(self.dataset_json["labels"]),
+            stock=stock,
+        )
 
-    def _primus_memory(self, size: str, patch: tuple[int, ...], batch: int) -> int:
-        key = (size, patch, batch)
-        if key not in self._memory:
-            num_inputs, num_outputs = len(channel_names(self.dataset_json)), len(self.dataset_json["labels"])
-            with torch.device("meta"):
-                kwargs = primus_architecture(size, patch, self.version)["arch_kwargs"]
-                network = PrimusSeg(input_channels=num_inputs, num_classes=num_outputs, **kwargs)
-            self._memory[key] = training_memory_bytes(network, (batch, num_inputs, *patch), "adamw", half=True)
-        return self._memory[key]
+    def explain(self, own: Plan) -> list[Decision]:
+        """List the decisions of the plan that was made last, each with its reason, in the order of the chain."""
+        budget: tuple[str, str] = (str(self.budget), self.budget.reason)
+        if self.source:
+            entry = self.source.entry
+            text = f"planned like {entry['name']} ({entry['pretext']}), whose network and patch are taken over"
+            budget = (derive.CHECKPOINTS, text)
+        axes = " ".join(map(str, own.content["transpose_forward"]))
+        decisions = [Decision("budget", *budget), Decision("axis order", axes, self._choose_axis_order()[1])]
+        first = own.configuration(self.planned[0])
+        for channel, name in enumerate(DatasetJson.of(self.dataset_json).channels):
+            reason = derive.explain_normalisation(first, channel, name, bool(self.source))
+            decisions.append(Decision(f"channel {channel}", first.normalization_schemes[channel], reason))
+        for name in self.planned:
+            decisions += self._explain_configuration(own, name)
+        return decisions + derive.explain_schedules(own.mfm, self.budget)
+
+    def _explain_configuration(self, plan: Plan, name: str) -> list[Decision]:
+        own = plan.configuration(name)
+        if parent := own.values.get("inherits_from"):
+            reason = f"as {parent}, with the result of the previous stage as further input"
+            return [Decision(name, parent, reason)]
+        manager = PlansManager(plan.content)
+        num_inputs = determine_num_input_channels(manager, manager.get_configuration(name), self.dataset_json)
+        num_outputs = manager.get_label_manager(self.dataset_json).num_segmentation_heads
+        finetune, is_half, is_like = plan.mfm.finetune, self.budget.memory_gb is not None, bool(self.source)
+        with torch.device("meta"):
+            network = build_network(
+                plan.content, name, num_inputs, num_outputs, deep_supervision=finetune.deep_supervision
+            )
+        shape = (own.batch_size, num_inputs, *own.patch_size)
+        memory = estimate_training_memory(network, shape, finetune.optimizer, is_half)
+        family = families_by_class()[own.architecture["network_class_name"]]
+        why_network = derive.CHECKPOINTS if is_like else family.reason(own.architecture, self.budget.memory_gb)
+        num_cases = len(self.dataset_fingerprint["spacings"])
+        why_spacing = derive.explain_spacing(own, self.spacing, num_cases, is_like)
+        return [
+            Decision(f"{name}: spacing", times(own.values["spacing"], " mm"), why_spacing),
+            Decision("  patch", times(own.patch_size), derive.explain_patch(own, self.family.patch_unit(), is_like)),
+            Decision("  batch size", str(own.batch_size), derive.explain_batch(self.budget, is_like)),
+            Decision("  network", family.describe(own.architecture), why_network),
+            Decision(
+                "  parameters", f"{num_parameters(network) / 1e6:.1f} M", f"{num_inputs} input, {num_outputs} outputs"
+            ),
+            derive.explain_memory(memory, is_half),
+        ]
 
 
-def primus_architecture(size: str, patch: Sequence[int], version: int = 1) -> dict[str, Any]:
-    """The ``architecture`` entry of a plan for a Primus of this size (a key of PRIMUS_SIZES), patch and version."""
-    kwargs = {
-        **primus_kwargs(size, len(patch), version),
-        "patch_embed_size": [derive.TOKEN] * len(patch),
-        "input_shape": [int(edge) for edge in patch],
-        "drop_path_rate": 0.2,
-        "init_values": 0.1,
-        "scale_attn_inner": True,
-    }
-    return {"network_class_name": PRIMUS_CLASS, "arch_kwargs": kwargs, "_kw_requires_import": []}
+@contextlib.contextmanager
+def _replaced_in_stock(**functions: Any) -> Iterator[None]:
+    """Replace functions in the module of nnU-Net's default planner for the duration of a block."""
+    before = {name: getattr(stock, name) for name in functions}
+    vars(stock).update(functions)
+    try:
+        yield
+    finally:
+        vars(stock).update(before)
 
 
 def _networks(plans: Mapping[str, Any]) -> set[str]:
-    """The networks (keys of NETWORKS) of a plan's configurations: of one family and, with Primus, of one version."""
-    family = str(plans.get("mfm", {}).get("network"))
+    """Return the networks of a plan's configurations, as ``--network`` names them."""
     configurations = [value for value in plans["configurations"].values() if isinstance(value, dict)]
     architectures = [value.get("architecture") for value in configurations]
-    return {derive.network_of(family, architecture) for architecture in architectures if architecture}
-
-
-def _slice_axis(shapes: np.ndarray, dataset_name: str) -> int | None:
-    """Return the axis along which most images have one voxel, whatever its spacing; None for volumes.
-
-    ``shapes`` is (cases, 3), before transposing. Raises MFMError (E_CONFIG) when images of one slice lie along
-    different axes: one plan has one axis order, so the others would be cut into lines.
-    """
-    flat = shapes[(shapes == 1).any(1)]
-    if 2 * len(flat) <= len(shapes):
-        return None
-    counts = (flat == 1).sum(0)
-    axis = int(counts.argmax())
-    if counts[axis] < len(flat):
-        where = ", ".join(f"{count} along axis {number}" for number, count in enumerate(counts) if count)
-        raise MFMError(
-            "E_CONFIG",
-            f"{dataset_name}: {len(flat)} of {len(shapes)} images have a single slice, but not along one axis "
-            f"({where}; counted in the order of the image reader). Save them all with the slice along the same axis.",
-        )
-    return axis
-
-
-def _require_voxels(spacing: Sequence[float], median_shape: Sequence[float]) -> None:
-    """Refuse a spacing at which the median image is too small for any network."""
-    if min(median_shape) < 1 or math.prod(median_shape) < MIN_IMAGE_EDGE ** len(median_shape):
-        raise MFMError(
-            "E_CONFIG",
-            f"at a spacing of {derive.times(spacing)} mm the median image has only {derive.times(median_shape)} "
-            "voxels. Give a finer --spacing, and check that the spacing in the images is right.",
-        )
-
-
-def _require_two_stages(configurations: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a U-Net without a decoder, which is what stock plans for images of less than 8 voxels along each axis."""
-    for name, configuration in configurations.items():
-        num_stages = configuration.get("architecture", {}).get("arch_kwargs", {}).get("n_stages", MIN_STAGES)
-        if num_stages < MIN_STAGES:
-            raise MFMError(
-                "E_CONFIG",
-                f"{name}: the median image of {derive.times(configuration['median_image_size_in_voxels'])} voxels (at "
-                f"{derive.times(configuration['spacing'])} mm) leaves the network {num_stages} stage, and a U-Net "
-                f"needs {MIN_STAGES}: at least 8 voxels along two axes, or 12 along one. Give a finer --spacing, check "
-                "that the spacing in the images is right, or plan other configurations only (-c).",
-            )
+    names = [(architecture or {}).get("network_class_name") for architecture in architectures]
+    known = families_by_class()
+    return {known[n].variant(a) if n in known else str(n) for n, a in zip(names, architectures) if a}
 
 
 def _without_limit(preset: derive.ResEncPreset) -> derive.ResEncPreset:

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from mfm_nnunet.data.loops import progress
+from mfm_nnunet.data.sizes import sliding_windows
 from mfm_nnunet.errors import MFMError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Model:
     ) -> torch.Tensor:
         patch_size = tuple(self.configuration_manager.patch_size)
         padded, unpad = pad_nd_image(x_CDHW, patch_size, "constant", {"value": 0}, True, None)
-        windows = list(_windows(tuple(padded.shape[1:]), patch_size, step_size))
+        windows = sliding_windows(padded.shape[1:], patch_size, step_size)
         place = self.device if self.device.type == "cuda" else torch.device("cpu")
         logits = None
         try:
@@ -155,16 +156,6 @@ class Model:
         for flip in flips:
             prediction += torch.flip(self.network(torch.flip(tile, flip)), flip)
         return prediction.div_(len(flips) + 1)
-
-
-def _windows(
-    shape: tuple[int, ...], patch_size: tuple[int, ...], step_size: float
-) -> Iterator[tuple[slice | int, ...]]:
-    """Index of each window, in nnU-Net's order; a 2d patch goes through the slices of the first axis one by one."""
-    steps = compute_steps_for_sliding_window(shape[-len(patch_size) :], patch_size, step_size)
-    slices = [[slice(start, start + size) for start in starts] for starts, size in zip(steps, patch_size)]
-    leading = [range(size) for size in shape[: len(shape) - len(patch_size)]]
-    yield from itertools.product(*leading, *slices)
 
 
 @contextlib.contextmanager

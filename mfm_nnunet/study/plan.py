@@ -15,8 +15,8 @@ from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import read_json
 from mfm_nnunet.finetune.settings import plan_hash
 from mfm_nnunet.interchange.read import sha256
+from mfm_nnunet.jobs.plan import check_request
 from mfm_nnunet.plan import read_plans
-from mfm_nnunet.planning.request import check_request
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.study.arms import Arm
 from mfm_nnunet.study.design import CELLS, RUN_SETTINGS, Design

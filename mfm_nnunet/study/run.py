@@ -23,9 +23,10 @@ from mfm_nnunet.files import inside, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
-from mfm_nnunet.finetune.settings import Family, advise
+from mfm_nnunet.finetune.settings import advise
 from mfm_nnunet.images.reading import check_label, read_image, read_label
 from mfm_nnunet.interchange.read import read_checkpoint
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.settings import MFMBlock, block_of
 from mfm_nnunet.study import cells as running
@@ -77,8 +78,7 @@ def _check_arm(arm: Arm, design: Design, plans: Mapping[str, Any], network: nn.M
         return
     reading = read_checkpoint(arm.checkpoint)
     about = describe(arm.checkpoint, reading)
-    family: Family = "primus" if hasattr(network, "eva") else "resenc"
-    advice = advise(family, min(design.labels), about["pretext"], has_decoder(reading, network))
+    advice = advise(family_of(network), min(design.labels), about["pretext"], has_decoder(reading, network))
     settings = finetune_settings.resolve(block_of(plans), overrides, about, advice).finetune
     groups.require_fitting(settings, network, is_distributed=False)
     groups.require_pretrained(settings, is_pretrained=True)

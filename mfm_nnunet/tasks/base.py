@@ -1,16 +1,16 @@
-"""What a pretext task is: a transform per item (NumPy, in worker processes) and a module from a batch to its loss.
+"""Define what the engine trains (:class:`Task`) and what every pretext task shares (:class:`PretextTask`).
 
-A new method is one file of this folder with one class derived from :class:`PretextTask`. The order of events::
+A new pretext task is one file of this folder with one class derived from :class:`PretextTask`. The order of events::
 
-    config = task.resolve(config, backbone.geometry())                 "auto" values get numbers, illegal ones an error
-    transform = task.transform(config, patch_size)                     light and picklable, goes to the workers
-    requests = transform.requests(rng)                                 which crops the item needs
+    config = task.resolve(config, backbone.geometry())                 fills in "auto" values, refuses illegal ones
+    transform = task.transform(config, patch_size)                     light and picklable, sent to the workers
+    requests = transform.requests(rng)                                 crops that the item needs
     item = transform(crops, rng, valid)                                arrays; stacked they are the batch
     output = task(config, backbone)(batch)                             loss, metrics and, in eval mode, pictures
 
 Every random draw of a task comes from the generator of the item, so the loss is a function of batch and weights (only
 drop path uses torch's generator). Shapes: B batch, V views, C channels, D H W voxels in the plan's axis order; 2D has
-no D. What ``--list`` prints (``name`` to ``paper``) is read from the source text: write literals there.
+no D.
 """
 
 from __future__ import annotations
@@ -19,74 +19,124 @@ import importlib
 import importlib.util
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from mfm_nnunet.data.crops import Augmentation, CropRequest, ItemTransform
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.backbone import AbstractBackbone, Geometry, Restoring
+from mfm_nnunet.settings import require_in_range
 from mfm_nnunet.tasks.registry import TaskInfo, list_tasks
 
 __all__ = [
     "Augmentation",
     "CropRequest",
     "ItemTransform",
+    "PatchTransform",
     "PretextTask",
+    "Task",
     "TaskInfo",
     "TaskOutput",
     "find_task",
+    "illegal_setting",
     "list_tasks",
+    "size_per_axis",
 ]
 
 
 @dataclass(frozen=True)
 class TaskOutput:
-    """The result of a task's forward pass."""
+    """Result of a task's forward pass."""
 
     loss: Tensor
     """Scalar, float32, with gradient: the mean over the batch."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached scalars for the log, the same keys in every step."""
     pictures: dict[str, Tensor] | None = None
-    """In eval mode: named volumes (C, D, H, W) of the first item that show what the task sees, hides and restores."""
+    """In eval mode: named volumes (C, D, H, W) of the first item that show the task's input, target and output."""
 
 
-class PretextTask(nn.Module, ABC):
-    """Abstract base of all pretext tasks; each of them is final.
+class Task(nn.Module, ABC):
+    """Abstract base of everything that the engine trains: a module from a batch to its loss.
 
-    Settings come as a frozen dataclass ``Config`` of which each field is documented. Whatever weights a task needs
-    beside the network's are its own submodules: they are trained and kept for resuming, but never shipped.
+    The task owns the network, which is shipped, and all other weights that it needs, which are trained and kept for
+    resuming but never shipped.
     """
 
     name: ClassVar[str]
-    """As in ``--pretext``; it stands in checkpoints and names run folders."""
+    """Stands in checkpoints and names run folders."""
+    trains_decoder: ClassVar[bool] = True
+    """False: only the encoder is trained, and saved."""
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """Return the network whose weights are shipped."""
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
+        """Compute the loss of a batch of items, which lies on the network's device."""
+
+    def shipped_weights(self) -> Mapping[str, Tensor]:
+        """Return the state dict that a checkpoint for others holds."""
+        return self.network.state_dict()
+
+    def after_step(self, progress: float) -> None:
+        """Run after each optimiser step, for teachers; ``progress`` is the completed share of the training, 0 to 1."""
+
+    def output(
+        self, loss: Tensor, metrics: Mapping[str, Tensor], pictures: Callable[[], Mapping[str, Tensor]]
+    ) -> TaskOutput:
+        """Detach metrics and pictures; ``pictures`` is called in eval mode only."""
+        shown = None
+        if not self.training:
+            shown = {name: volume.detach().float() for name, volume in pictures().items()}
+        return TaskOutput(loss, {name: value.detach() for name, value in metrics.items()}, shown)
+
+
+@dataclass(frozen=True)
+class PatchTransform(ItemTransform):
+    """Base of transforms that need one patch; override ``requests`` for other crops."""
+
+    config: Any
+    """Resolved settings of the task."""
+    patch_size: tuple[int, ...]
+
+    def requests(self, rng: np.random.Generator) -> list[CropRequest]:
+        return [CropRequest(self.patch_size)]
+
+
+class PretextTask(Task):
+    """Abstract base of all pretext tasks.
+
+    Settings are a frozen dataclass ``Config``; each field has a docstring and, through
+    :func:`mfm_nnunet.settings.ranged`, its legal range.
+    """
+
+    name: ClassVar[str]
+    """As in ``--pretext``."""
     Config: ClassVar[type[Any]]
+    Transform: ClassVar[type[PatchTransform]]
     citations: ClassVar[list[dict[str, Any]]] = []
-    """What to cite, as in checkpoints: {"type": "Pretraining Method", "name": ..., "apa_citations": [...]}."""
+    """Citations as in checkpoints: {"type": "Pretraining Method", "name": ..., "apa_citations": [...]}."""
     backbones: ClassVar[tuple[str, ...]] = ("resenc", "primus")
     """Families of networks that the task works on."""
-    hides: ClassVar[str]
-    """What is hidden, mixed or compared, in a few words."""
-    recipe: ClassVar[str]
-    """Batch and patch of the published recipe, e.g. "8 x 160x160x160"."""
-    paper: ClassVar[str]
-    """"arXiv 2111.06377" or a DOI."""
     restoring: ClassVar[Restoring] = "none"
-    """How ``backbone.restore`` is used."""
-    trains_decoder: ClassVar[bool] = True
-    """False: the encoder alone is trained, and saved."""
+    """Use of ``backbone.restore``."""
     uses_valid: ClassVar[bool] = False
-    """Whether anonymised voxels are left out of the loss."""
+    """Leave anonymised voxels out of the loss."""
 
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:
         """Raises MFMError (E_CONFIG) when the task does not work on this family of networks."""
         super().__init__()
-        if backbone.family not in self.backbones:
+        if backbone.family.name not in self.backbones:
             raise MFMError(
                 "E_CONFIG",
-                f"{self.name} works on {' and '.join(self.backbones)}, the plan's network is {backbone.family}. "
+                f"{self.name} works on {' and '.join(self.backbones)}, the plan's network is {backbone.family.name}. "
                 "Choose another pretext task or plan with another --network.",
             )
         self.config = config
@@ -94,66 +144,77 @@ class PretextTask(nn.Module, ABC):
         if not self.trains_decoder:
             backbone.freeze_decoder()
 
+    @property
+    def network(self) -> nn.Module:
+        return self.backbone.network
+
+    def shipped_weights(self) -> Mapping[str, Tensor]:
+        return self.network.state_dict() if self.trains_decoder else self.backbone.encoder_state()
+
     @classmethod
     def resolve(cls, config: Any, geometry: Geometry) -> Any:
-        """``config`` with numbers for everything that was left to us, checked: what is printed, saved and used.
+        """Check ``config`` and fill in its open values; the result is printed, saved and used.
 
         Raises MFMError (E_CONFIG) for illegal values.
         """
+        require_in_range(config, "pretext.")
         return config
 
     @classmethod
     def smallest_volume(cls, config: Any) -> tuple[int, ...] | None:
-        """Voxels per axis that each volume must have, for a resolved ``config``; None: smaller ones are padded."""
+        """Return the voxels per axis that each volume must have; None: smaller volumes are padded."""
         return None
 
     @classmethod
     def smallest_batch(cls, config: Any) -> int:
-        """Items that a step needs over all processes; contrastive losses need others to compare with."""
+        """Return the items that a step needs over all processes; contrastive losses need several to compare."""
         return 1
 
     @classmethod
     def volumes_per_item(cls, config: Any) -> int:
-        """Distinct volumes per item, so also the smallest corpus (and held-out part) that the task can work on."""
+        """Return the distinct volumes per item, which is also the smallest corpus (and held-out part)."""
         return 1
 
     @classmethod
     def augmentation(cls, config: Any) -> Augmentation:
-        """The most that may be done to a crop before it reaches the transform; the plan can only ask for less."""
+        """Return the strongest augmentation of a crop before the transform; the plan can only ask for less."""
         return "none"
 
     @classmethod
-    @abstractmethod
     def num_outputs(cls, config: Any, num_inputs: int) -> int:
-        """Dense outputs that the network must have, for ``num_inputs`` image channels."""
+        """Return the dense outputs that the network must have, for ``num_inputs`` image channels."""
+        return num_inputs
 
     @classmethod
-    @abstractmethod
     def transform(cls, config: Any, patch_size: tuple[int, ...]) -> ItemTransform:
-        """The transform of the items for a resolved ``config``."""
+        """Make the transform of the items for a resolved ``config``."""
+        return cls.Transform(config, patch_size)
 
-    @abstractmethod
-    def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
-        """The loss of a batch of items, which lies on the network's device."""
 
-    def after_step(self, progress: float) -> None:
-        """Called after each optimiser step, for teachers; ``progress`` is the share of the training done, 0 to 1."""
+def illegal_setting(name: str, value: Any, problem: str) -> MFMError:
+    """Make the error for a setting of the task that does not fit plan or network."""
+    return MFMError("E_CONFIG", f"pretext.{name}={value}: {problem}. Leave it out for the default.")
+
+
+def size_per_axis(name: str, size: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, ...]:
+    """Repeat a single number for all axes, and refuse what is larger than the patch."""
+    sides = size * len(patch_size) if len(size) == 1 else size
+    if len(sides) != len(patch_size) or any(not 1 <= side <= most for side, most in zip(sides, patch_size)):
+        raise illegal_setting(name, sides, f"the patch has {len(patch_size)} axes; legal are 1 up to {patch_size}")
+    return sides
 
 
 def find_task(name: str) -> type[PretextTask]:
-    """The class of the task ``name``: a file of this folder (``mae``), or ``package.module[.Class]`` of your own.
+    """Return the class of the task ``name``: a file of this folder (``mae``), or ``package.module[.Class]`` of yours.
 
     Raises MFMError (E_CONFIG) when there is no such task.
     """
-    if "." in name:
-        module_name, class_name = _split_dotted(name)
-    else:
+    module_name, class_name = _split_dotted(name) if "." in name else (f"{__package__}.{name}", None)
+    tasks = _tasks_of(module_name) if _exists(module_name) else []
+    if "." not in name and not tasks:
         known = [task.name for task in list_tasks()]
-        if name not in known:
-            raise MFMError("E_CONFIG", f"--pretext {name}: there is no such pretext task. {nearest(name, known)}")
-        module_name, class_name = f"{__package__}.{name}", None
-    found = [task for task in vars(importlib.import_module(module_name)).values() if _is_task(task, module_name)]
-    found = [task for task in found if class_name in (None, task.__name__)]
+        raise MFMError("E_CONFIG", f"--pretext {name}: there is no such pretext task. {nearest(name, known)}")
+    found = [task for task in tasks if class_name in (None, task.__name__)]
     if len(found) != 1:
         raise MFMError(
             "E_CONFIG",
@@ -181,6 +242,8 @@ def _exists(module_name: str) -> bool:
         return False
 
 
-def _is_task(value: Any, module_name: str) -> bool:
-    is_task = isinstance(value, type) and issubclass(value, PretextTask) and value.__module__ == module_name
-    return is_task and not inspect.isabstract(value)
+def _tasks_of(module_name: str) -> list[type[PretextTask]]:
+    """List the pretext tasks that a module itself defines; bases of several tasks have no name."""
+    values = [value for value in vars(importlib.import_module(module_name)).values() if isinstance(value, type)]
+    tasks = [value for value in values if issubclass(value, PretextTask) and not inspect.isabstract(value)]
+    return [task for task in tasks if task.__module__ == module_name and hasattr(task, "name")]

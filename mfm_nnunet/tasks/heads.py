@@ -1,4 +1,4 @@
-"""What pretext tasks put behind an encoder: pooled features and projectors. Trained with the task, never shipped.
+"""Layers behind an encoder, trained with the task and never shipped: pooling, projectors, a decoder without skips.
 
 Shapes: B batch, V views per item, C channels, D H W voxels of a view, E embedding; in 2D there is no D.
 """
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mfm_nnunet.models.backbone import AbstractBackbone
 
 
 def pool(features: Sequence[Tensor]) -> Tensor:
-    """Global average of each of an encoder's maps (B, features, ...), side by side: (B, sum of features)."""
+    """Average each of an encoder's maps (B, features, ...) over its places and concatenate: (B, sum of features)."""
     return torch.cat([feature.float().flatten(2).mean(2) for feature in features], dim=1)
 
 
@@ -30,14 +31,44 @@ class Projector(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
-def make_projector(backbone: AbstractBackbone, width: int) -> Projector:
-    """A projector of two hidden layers behind the pooled features of ``backbone``; all layers have ``width``."""
-    return Projector((sum(backbone.feature_widths()), width, width, width))
+class CoarseDecoder(nn.Module):
+    """Restores an image from an encoder's coarsest features alone, without skips (as in arXiv 2111.14791).
 
+    Convolutions of 3 voxels, each with instance norm, LeakyReLU and linear upsampling, back to the patch. Widths and
+    sizes are those of the encoder's maps in reverse order; where the finest map is coarser than the patch (tokens)
+    further stages double the size and halve the width. Short axes of a token are doubled last.
+    """
 
-def embed_views(backbone: AbstractBackbone, projector: Projector, views_BVCDHW: Tensor) -> Tensor:
-    """The embeddings (B, V, E) of all views, float32. The encoder sees the B V views as one batch."""
-    features = backbone.features(views_BVCDHW.flatten(0, 1))
-    # Untrained, views differ by less than the precision of bf16, so what follows the encoder is float32.
-    with torch.autocast(views_BVCDHW.device.type, enabled=False):
-        return projector(pool(features)).unflatten(0, views_BVCDHW.shape[:2])
+    def __init__(self, backbone: AbstractBackbone, num_outputs: int) -> None:
+        super().__init__()
+        self.patch_size = backbone.patch_size
+        widths = list(reversed(backbone.feature_widths()))
+        total_stride = max(backbone.crop_cell())
+        self.num_doublings = max(0, total_stride.bit_length() - len(widths))
+        widths += [max(1, widths[-1] // 2 ** (step + 1)) for step in range(self.num_doublings)]
+        is_2d = len(self.patch_size) == 2
+        self.mode = "bilinear" if is_2d else "trilinear"
+        convolution = nn.Conv2d if is_2d else nn.Conv3d
+        norm = nn.InstanceNorm2d if is_2d else nn.InstanceNorm3d
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                convolution(before, after, 3, padding=1, bias=False), norm(after, affine=True), nn.LeakyReLU()
+            )
+            for before, after in itertools.pairwise(widths)
+        )
+        self.output = convolution(widths[-1], num_outputs, 3, padding=1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Compute (B, num_outputs, *patch_size) from the encoder's maps, fine to coarse; only the last one is read."""
+        x = features[-1]
+        for stage, size in zip(self.stages, self._sizes(features), strict=True):
+            x = functional.interpolate(stage(x), size=size, mode=self.mode, align_corners=False)
+        assert tuple(x.shape[2:]) == self.patch_size, f"{tuple(x.shape[2:])} is not {self.patch_size}"
+        return self.output(x)
+
+    def _sizes(self, features: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        finest = features[0].shape[2:]
+        sizes = [tuple(feature.shape[2:]) for feature in reversed(features[:-1])]
+        for step in reversed(range(self.num_doublings)):
+            sizes.append(tuple(max(here, size // 2**step) for here, size in zip(finest, self.patch_size)))
+        return sizes

@@ -1,11 +1,13 @@
-"""Operations on single crops that pretext tasks share: resizing, contrast, blur, noise. NumPy, drawn from a generator.
+"""Operations on crops that pretext tasks share: resizing, contrast, noise, rotation, boxes. NumPy, seeded.
 
-Legend: C channels, D H W voxels; in 2D there is no D. All arrays are float32.
+Legend: C channels, D H W voxels; in 2D there is no D. All images are float32. A plane is a pair of image axes, empty
+for no rotation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import scipy.ndimage
@@ -23,7 +25,7 @@ JITTER = {
 
 
 def resize_linear(x_CDHW: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Linear resizing to ``size`` voxels per axis; first and last voxels stay where they are (as scipy's zoom)."""
+    """Resize linearly to ``size`` voxels per axis; first and last voxels keep their places (as scipy's zoom)."""
     for axis, (before, after) in enumerate(zip(x_CDHW.shape[1:], size), start=1):
         if before != after:
             position = np.linspace(0, before - 1, after)
@@ -35,7 +37,7 @@ def resize_linear(x_CDHW: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def map_percentiles(x_CDHW: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Each channel to [0, 1]: below percentile ``low`` to [0, 0.1), up to ``high`` to [0.1, 0.9], above to (0.9, 1].
+    """Map each channel to [0, 1]: below percentile ``low`` to [0, 0.1), up to ``high`` to [0.1, 0.9], then to (0.9, 1].
 
     A constant channel becomes 0. One that is constant between the percentiles (air with a rim of tissue) has no middle
     to stretch and is mapped from its minimum and maximum.
@@ -57,7 +59,7 @@ def _map_percentiles(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def apply_gamma(x_CDHW: np.ndarray, exponent: float) -> np.ndarray:
-    """Gamma correction of each channel on its own range, which stays as it was."""
+    """Correct the gamma of each channel within its own range, which is kept."""
     axes = tuple(range(1, x_CDHW.ndim))
     minimum = x_CDHW.min(axes, keepdims=True)
     extent = x_CDHW.max(axes, keepdims=True) - minimum
@@ -65,14 +67,14 @@ def apply_gamma(x_CDHW: np.ndarray, exponent: float) -> np.ndarray:
 
 
 def standardise(x_CDHW: np.ndarray) -> np.ndarray:
-    """Each channel to mean 0 and standard deviation 1; a constant one to 0."""
+    """Scale each channel to mean 0 and standard deviation 1; a constant one to 0."""
     axes = tuple(range(1, x_CDHW.ndim))
     centred = x_CDHW - x_CDHW.mean(axes, keepdims=True)
     return centred / np.maximum(centred.std(axes, keepdims=True), 1e-6)
 
 
 def jitter(x_CDHW: np.ndarray, rng: np.random.Generator, chances: Mapping[str, float] = JITTER) -> np.ndarray:
-    """nnU-Net's intensity augmentation, for normalised images; ``chances`` as JITTER, in the same order.
+    """Apply nnU-Net's intensity augmentation to a normalised image; ``chances`` as JITTER, in the same order.
 
     Strengths are drawn for each channel. Changes ``x_CDHW`` in place and returns it.
     """
@@ -97,7 +99,7 @@ def jitter(x_CDHW: np.ndarray, rng: np.random.Generator, chances: Mapping[str, f
 
 
 def _lower_resolution(x: np.ndarray, scale: float) -> np.ndarray:
-    """Nearest neighbour down, cubic up."""
+    """Sample down with nearest neighbours and up with cubic splines."""
     coarse = [max(1, round(size * scale)) for size in x.shape]
     down = [np.minimum((np.arange(n) + 0.5) * size / n, size - 1).astype(int) for n, size in zip(coarse, x.shape)]
     factors = [size / n for n, size in zip(coarse, x.shape)]
@@ -110,15 +112,15 @@ def _gamma_keeping_moments(x: np.ndarray, exponent: float) -> np.ndarray:
 
 
 UNIT_KNOTS = (0.0, 0.005, 0.995, 1.0)
-"""Percentiles 0, 0.5, 99.5 and 100 lie there in [0, 1]: each tail gets as much of it as it has voxels."""
+"""Positions in [0, 1] of the percentiles 0, 0.5, 99.5 and 100: each tail gets as much of it as it has voxels."""
 
 CURVE_POINTS = 1024
 
 
 def intensity_knots(x_DHW: np.ndarray) -> np.ndarray:
-    """Intensities (4,) of one channel at UNIT_KNOTS; linear between them is a map to [0, 1] that can be inverted.
+    """Measure the intensities (4,) of one channel at UNIT_KNOTS; linear in between is an invertible map to [0, 1].
 
-    Robust: outliers do not squeeze all others into a corner, nor are they cut off. Where nearly all voxels are equal
+    Outliers neither squeeze all other values into a corner nor are they cut off. Where nearly all voxels are equal
     (air with a rim of tissue) there is no middle to stretch, and the map is linear from minimum to maximum.
     """
     knots = np.percentile(x_DHW, [100 * knot for knot in UNIT_KNOTS])
@@ -127,7 +129,7 @@ def intensity_knots(x_DHW: np.ndarray) -> np.ndarray:
 
 
 def draw_curve(rng: np.random.Generator) -> np.ndarray:
-    """A random intensity curve of [0, 1], its values at CURVE_POINTS equal steps (Models Genesis, arXiv 2004.07882).
+    """Draw an intensity curve of [0, 1] at CURVE_POINTS equal steps (Models Genesis, arXiv 2004.07882).
 
     A cubic Bezier curve from (0, 0) to (1, 1) with two control points drawn from the unit square, which make it rise
     everywhere; every second one is reversed, so it falls from (0, 1) to (1, 0): inverted contrast.
@@ -140,9 +142,78 @@ def draw_curve(rng: np.random.Generator) -> np.ndarray:
 
 
 def apply_curve(x_DHW: np.ndarray, knots: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """One channel bent by a curve of :func:`draw_curve` between its own ``knots``; stays in its range."""
+    """Bend one channel by a curve of :func:`draw_curve` between its own ``knots``, within its range."""
     position = np.interp(x_DHW, knots, UNIT_KNOTS) * (len(curve) - 1)
     # Equal steps need no search, which makes this several times faster than interpolating in the table.
     lower = np.minimum(position.astype(np.int32), len(curve) - 2)
     bent = curve[lower] + (position - lower) * np.diff(curve)[lower]
     return np.interp(bent, UNIT_KNOTS, knots).astype(np.float32)
+
+
+TURNS = 4
+"""Rotations to choose from: 0, 90, 180 and 270 degrees."""
+
+
+def rotation_plane(patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Choose the last two axes if they are equally long (1 and 2 in 3D, as published), else the last such pair."""
+    last = len(patch_size) - 1
+    pairs = [(first, second) for second in range(last, 0, -1) for first in range(second - 1, -1, -1)]
+    return next((pair for pair in pairs if patch_size[pair[0]] == patch_size[pair[1]]), ())
+
+
+def rotate(x_CDHW: np.ndarray, turns: int, plane: Sequence[int]) -> np.ndarray:
+    """Turn an image by ``turns`` times 90 degrees in a plane; without a plane it is returned unchanged."""
+    if not plane:
+        return x_CDHW
+    return np.rot90(x_CDHW, turns, axes=(plane[0] + 1, plane[1] + 1))
+
+
+def cut_out(
+    view_CDHW: np.ndarray, budget: float, box_range: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """Fill boxes of a view with Gaussian noise stretched to the range of each of its channels; in place."""
+    axes = tuple(range(1, view_CDHW.ndim))
+    lowest, highest = view_CDHW.min(axes, keepdims=True), view_CDHW.max(axes, keepdims=True)
+    for box in draw_share(view_CDHW.shape[1:], budget, box_range, rng):
+        noise = rng.standard_normal(view_CDHW[(slice(None), *box)].shape, np.float32)
+        low, extent = noise.min(axes, keepdims=True), np.ptp(noise, axes, keepdims=True)
+        # A box of one voxel has no range; it gets the middle of the image's.
+        share = np.where(extent > 0, (noise - low) / np.maximum(extent, 1e-6), 0.5)
+        view_CDHW[(slice(None), *box)] = lowest + share * (highest - lowest)
+    return view_CDHW
+
+
+def mix_in(
+    view_CDHW: np.ndarray,
+    other_CDHW: np.ndarray,
+    budget: float,
+    box_range: tuple[float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Replace boxes of a view by the same region of another image; in place."""
+    for box in draw_share(view_CDHW.shape[1:], budget, box_range, rng):
+        view_CDHW[(slice(None), *box)] = other_CDHW[(slice(None), *box)]
+    return view_CDHW
+
+
+def draw_share(
+    patch_size: Sequence[int], budget: float, box_range: tuple[float, float], rng: np.random.Generator
+) -> Iterator[tuple[slice, ...]]:
+    """Draw boxes, cut at the border, until their volumes reach a share of the patch drawn from 0 to ``budget``.
+
+    As in the original the last one may exceed it, and voxels in overlapping boxes count twice.
+    """
+    left = rng.uniform(0, budget) * math.prod(patch_size)
+    limits = [[max(1, int(side * size)) for side in box_range] for size in patch_size]
+    while left > 0:
+        starts = [int(rng.integers(size - low, endpoint=True)) for size, (low, _) in zip(patch_size, limits)]
+        sides = [int(rng.integers(low, high, endpoint=True)) for low, high in limits]
+        box = tuple(slice(start, min(start + side, size)) for start, side, size in zip(starts, sides, patch_size))
+        left -= math.prod(part.stop - part.start for part in box)
+        yield box
+
+
+def is_square(plane: Sequence[int], patch_size: Sequence[int]) -> bool:
+    """Return True for two different axes that are equally long."""
+    is_pair = len(plane) == len(set(plane)) == 2 and all(0 <= axis < len(patch_size) for axis in plane)
+    return is_pair and patch_size[plane[0]] == patch_size[plane[1]]

@@ -1,22 +1,27 @@
-"""The losses of pretext tasks, computed in float32 whatever the precision of the network.
+"""Losses of pretext tasks, computed in float32 whatever the precision of the network.
+
+Losses that compare each item with every other one need the embeddings of all processes (:func:`gather_batch`): each
+process then computes the loss of the whole batch, and the mean of the gradients over the processes, which
+DistributedDataParallel takes, is the whole batch's gradient.
 
 Shapes: B batch, C channels, K classes, D H W voxels; N and M embeddings of width E; in 2D there is no D.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
-
-from mfm_nnunet.tasks.gather import gather_batch
 
 SMOOTH = 1e-5
 """Added to both sides of the Dice fraction, so that a class absent from target and prediction counts as found."""
 
 
 def masked_mse(prediction_BCDHW: Tensor, target_BCDHW: Tensor, hidden_B1DHW: Tensor) -> Tensor:
-    """Mean squared error over the hidden voxels and all channels of each sample, averaged over the samples.
+    """Average the squared error over the hidden voxels and all channels of each sample, then over the samples.
 
     Visible voxels get no gradient; a sample without hidden voxels counts as 0. Samples weigh the same however many
     voxels count in them, so that the mean over processes is the mean over the whole batch.
@@ -25,7 +30,7 @@ def masked_mse(prediction_BCDHW: Tensor, target_BCDHW: Tensor, hidden_B1DHW: Ten
 
 
 def masked_l1(prediction_BCDHW: Tensor, target_BCDHW: Tensor, hidden_B1DHW: Tensor) -> Tensor:
-    """Mean absolute error, otherwise as :func:`masked_mse`."""
+    """Average the absolute error, otherwise as :func:`masked_mse`."""
     return _masked_mean((prediction_BCDHW.float() - target_BCDHW.float()).abs(), hidden_B1DHW)
 
 
@@ -35,13 +40,13 @@ def _masked_mean(error_BCDHW: Tensor, counted_B1DHW: Tensor) -> Tensor:
 
 
 def explained_variance(squared_error: Tensor, target_BCDHW: Tensor, counted_B1DHW: Tensor) -> Tensor:
-    """Detached: 1 for a mean squared error of 0, 0 for that of guessing 0, the mean of z-scored images, everywhere."""
+    """Compare with guessing 0, the mean of z-scored images: 1 for no error, 0 for an error as large. Detached."""
     guess = masked_mse(torch.zeros_like(target_BCDHW), target_BCDHW, counted_B1DHW)
     return 1 - squared_error.detach() / guess.clamp(min=1e-8)
 
 
 def soft_dice(logits_BKDHW: Tensor, labels_BDHW: Tensor, over_batch: bool) -> Tensor:
-    """Soft Dice, averaged over all classes (0 included); 1 is perfect.
+    """Compute soft Dice, averaged over all classes (0 included); 1 is perfect.
 
     ``over_batch``: sums run over the whole batch, that of all processes together, else over each sample.
     """
@@ -56,12 +61,12 @@ def soft_dice(logits_BKDHW: Tensor, labels_BDHW: Tensor, over_batch: bool) -> Te
 
 
 def cross_entropy(logits_BKDHW: Tensor, labels_BDHW: Tensor) -> Tensor:
-    """Mean cross entropy over all voxels."""
+    """Average the cross entropy over all voxels."""
     return functional.cross_entropy(logits_BKDHW.float(), labels_BDHW.long())
 
 
 def nt_xent(first_NE: Tensor, second_NE: Tensor, temperature: float) -> Tensor:
-    """NT-Xent (arXiv 2002.05709): row i of the two is a pair of views, all other 2N - 2 rows are its negatives.
+    """Compute NT-Xent (arXiv 2002.05709): row i of the two is a pair of views, the other 2N - 2 are negatives.
 
     Cosine similarity; the mean over all 2N rows. With equal embeddings everywhere it is log(2N - 1).
     """
@@ -70,7 +75,7 @@ def nt_xent(first_NE: Tensor, second_NE: Tensor, temperature: float) -> Tensor:
 
 
 def pair_similarity(first_NE: Tensor, second_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines (2N, 2N) of all rows of the two, first on top, and which row is the partner of each (2N,).
+    """Return the cosines (2N, 2N) of all rows of the two, first on top, and the index of each row's partner (2N,).
 
     A row's cosine with itself is -inf, so that it never counts.
     """
@@ -80,7 +85,7 @@ def pair_similarity(first_NE: Tensor, second_NE: Tensor) -> tuple[Tensor, Tensor
 
 
 def cosines(first_NE: Tensor, second_ME: Tensor) -> Tensor:
-    """Cosine of each row of the first with each of the second, (..., N, M), in float32 also under autocast."""
+    """Compute the cosine of each row of the first with each of the second, (..., N, M), always in float32."""
     with torch.autocast(first_NE.device.type, enabled=False):
         # An eps far above float32's own keeps the gradient of an embedding of zeros finite.
         first, second = (functional.normalize(x.float(), dim=-1, eps=1e-6) for x in (first_NE, second_ME))
@@ -88,7 +93,7 @@ def cosines(first_NE: Tensor, second_ME: Tensor) -> Tensor:
 
 
 def overlap_loss(cosine_BTN: Tensor, overlap_BTN: Tensor) -> Tensor:
-    """VoCo's prediction loss (arXiv 2402.17300, as its authors' code): positive cosines are to be the overlaps.
+    """Compute VoCo's prediction loss (arXiv 2402.17300, as its authors' code): positive cosines predict overlaps.
 
     Of T target crops with N base crops. Overlapping pairs: -log(1 - |overlap - s| + 1e-6) with s = relu(cosine),
     weighted by their overlap; the others: the mean of s squared. Both for each sample, averaged over the samples.
@@ -102,10 +107,33 @@ def overlap_loss(cosine_BTN: Tensor, overlap_BTN: Tensor) -> Tensor:
 
 
 def spread_loss(cosine_BNN: Tensor) -> Tensor:
-    """VoCo's regulariser: base crops are to differ. The mean of relu(cosine) over the N (N - 1) / 2 pairs.
+    """Compute VoCo's regulariser, which makes base crops differ: the mean of relu(cosine) over the N (N - 1) / 2 pairs.
 
     For each sample, averaged over the samples.
     """
     count = cosine_BNN.shape[1]
     first, second = torch.triu_indices(count, count, offset=1, device=cosine_BNN.device)
     return cosine_BNN.float().relu()[:, first, second].mean()
+
+
+def gather_batch(x_BE: Tensor) -> Tensor:
+    """Gather the rows of all processes (each has equally many) in the order of the ranks."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x_BE
+    return _Gather.apply(x_BE)
+
+
+class _Gather(torch.autograd.Function):
+    """dist.all_gather with a gradient: the sum of the gradients that all processes have for this process's rows."""
+
+    @staticmethod
+    def forward(context: Any, x_BE: Tensor) -> Tensor:
+        parts = [torch.empty_like(x_BE) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x_BE.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,108 +1,167 @@
-"""Random maps of blocks: which voxels are hidden, and which are mixed how strongly; the same for all channels.
+"""Masks of random blocks, and the base of all tasks that restore what a mask hides.
 
-Legend: D H W voxels of the patch; in 2D there is no D. ``cell_size`` and ``patch_size`` are voxels per axis.
+Legend: B batch, C channels, D H W voxels of the patch; in 2D there is no D. ``cell_size`` and ``patch_size`` are voxels
+per axis. A mask is the same for all channels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry
-
-MaskRatio = float | tuple[float, float]
-"""Share of the cells that are hidden, or the limits between which it is drawn for each item."""
+from mfm_nnunet.settings import ranged
+from mfm_nnunet.tasks.base import Augmentation, PatchTransform, PretextTask, TaskOutput, illegal_setting, size_per_axis
+from mfm_nnunet.tasks.losses import explained_variance, masked_mse
 
 MAX_BOX = 0.625
 """Longest side of a box, as a share of the patch's."""
 
 
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Settings that all tasks with hidden voxels share."""
+
+    mask_ratio: float | tuple[float, float] = ranged(0.75, 0, 1, above=True, below=True, ascending=True)
+    """Share of the cells that are hidden; of n cells exactly int(mask_ratio x n). Two numbers: the share is drawn
+    between them for each item; not where tokens are dropped."""
+    cell_size: tuple[int, ...] | None = None
+    """Voxels per axis of a cell; one number for all axes, or one for each. None: the network's tokens; without tokens
+    16 on axes of at least 64 voxels and a quarter of the axis (at least 4) on shorter ones."""
+    fill_value: float = 0.0
+    """Value of hidden voxels, in normalised units, that convolutions see; 0 is the mean of z-scored images."""
+
+
+class MaskingTransform(PatchTransform):
+    """Adds the mask: ``image`` (C, D, H, W) float32 and ``hidden`` (1, D, H, W) bool."""
+
+    def __call__(
+        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        ratio = self.config.mask_ratio
+        ratio = rng.uniform(*ratio) if isinstance(ratio, tuple) else ratio
+        hidden = draw_hidden(self.patch_size, self.config.cell_size, ratio, rng)
+        return {"image": crops[0], "hidden": hidden, **({"valid": valid[0]} if valid else {})}
+
+
+class MaskedRestoration(PretextTask):
+    """Abstract base: the network restores hidden voxels through its own head, one output per image channel.
+
+    The loss counts hidden voxels only, without anonymised ones.
+    """
+
+    Config = MaskingConfig
+    Transform = MaskingTransform
+    uses_valid = True
+
+    @classmethod
+    def resolve(cls, config: Any, geometry: Geometry) -> Any:
+        """Fill in ``cell_size`` and check that masks can be drawn with it."""
+        config = super().resolve(config, geometry)
+        cell = resolve_cell_size(config.cell_size, geometry)
+        require_mask_ratio(config.mask_ratio, cell, geometry.patch_size)
+        return dataclasses.replace(config, cell_size=cell)
+
+    @classmethod
+    def augmentation(cls, config: Any) -> Augmentation:
+        return "spatial"
+
+    def restore(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor) -> Tensor:
+        """Compute dense outputs (B, K, D, H, W) from the visible voxels alone."""
+        return self.backbone.restore(x_BCDHW, hidden_B1DHW, self.config.fill_value)
+
+    def error(self, restored_BCDHW: Tensor, target_BCDHW: Tensor, counted_B1DHW: Tensor) -> Tensor:
+        """Compute the loss over the counted voxels."""
+        return masked_mse(restored_BCDHW, target_BCDHW, counted_B1DHW)
+
+    def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
+        image_BCDHW, hidden_B1DHW = batch["image"], batch["hidden"]
+        restored_BCDHW = self.restore(image_BCDHW, hidden_B1DHW)
+        counted_B1DHW = hidden_B1DHW & batch["valid"] if "valid" in batch else hidden_B1DHW
+        squared_error = masked_mse(restored_BCDHW.detach(), image_BCDHW, counted_B1DHW)
+        return self.output(
+            self.error(restored_BCDHW, image_BCDHW, counted_B1DHW),
+            {"explained_variance": explained_variance(squared_error, image_BCDHW, counted_B1DHW)},
+            lambda: {
+                "image": image_BCDHW[0],
+                "visible": image_BCDHW[0].masked_fill(hidden_B1DHW[0], self.config.fill_value),
+                "restored": torch.where(hidden_B1DHW[0], restored_BCDHW[0].float(), image_BCDHW[0].float()),
+            },
+        )
+
+
 def cell_grid(patch_size: Sequence[int], cell_size: Sequence[int]) -> tuple[int, ...]:
-    """Cells per axis; the last one of an axis is smaller where the patch is not a multiple of the cell."""
+    """Count the cells per axis; the last one of an axis is smaller where the patch is not a multiple of the cell."""
     return tuple(-(-patch // cell) for patch, cell in zip(patch_size, cell_size))
 
 
 def num_hidden_cells(patch_size: Sequence[int], cell_size: Sequence[int], ratio: float) -> int:
-    """How many cells are hidden: int(ratio x cells), in every sample."""
+    """Count the cells that are hidden: int(ratio x cells), in every sample."""
     return int(ratio * math.prod(cell_grid(patch_size, cell_size)))
 
 
 def draw_hidden(
     patch_size: Sequence[int], cell_size: Sequence[int], ratio: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """A boolean mask (1, D, H, W), True where hidden; cells are drawn uniformly without replacement."""
+    """Draw a boolean mask (1, D, H, W), True where hidden; cells are drawn uniformly without replacement."""
     cells = np.zeros(cell_grid(patch_size, cell_size), bool)
     cells.flat[rng.permutation(cells.size)[: num_hidden_cells(patch_size, cell_size, ratio)]] = True
     return paint_cells(cells, cell_size, patch_size)[None]
 
 
 def paint_cells(cells: np.ndarray, cell_size: Sequence[int], patch_size: Sequence[int]) -> np.ndarray:
-    """The map of voxels (D, H, W) in which each cell is painted with its value; what sticks out is cut off."""
+    """Enlarge a map of cells to voxels (D, H, W), cut off at the end of the patch."""
     for axis, size in enumerate(cell_size):
         cells = cells.repeat(size, axis)
     return np.ascontiguousarray(cells[tuple(slice(size) for size in patch_size)])
 
 
 def auto_cell_size(patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Cells for networks without tokens: 16 voxels on axes of 64 and more (arXiv 2410.23132), else a quarter of it.
+    """Choose cells for networks without tokens: 16 voxels on axes of 64 and more (arXiv 2410.23132), else a quarter.
 
-    A quarter, but at least 4 voxels: smaller cells could be filled in from their neighbours alone.
+    But at least 4 voxels: smaller cells could be filled in from their neighbours alone.
     """
     return tuple(16 if size >= 64 else min(size, max(4, size // 4)) for size in patch_size)
 
 
 def resolve_cell_size(cell_size: tuple[int, ...] | None, geometry: Geometry) -> tuple[int, ...]:
-    """The setting ``pretext.cell_size``, checked, with a number for each axis; one number stands for all of them.
+    """Check ``pretext.cell_size`` and give each axis a number.
 
-    None: the tokens of the network, or :func:`auto_cell_size` where it has none. Raises MFMError (E_CONFIG).
+    None: the tokens of the network, or :func:`auto_cell_size` where it has none.
     """
-    patch_size, mask_cell = geometry.patch_size, geometry.mask_cell
-    cell = cell_size
-    if cell is None:
-        cell = mask_cell if max(mask_cell) > 1 else auto_cell_size(patch_size)
-    elif len(cell) == 1:
-        cell = cell * len(patch_size)
-    problem = _problem_of_cell(cell, patch_size, mask_cell)
-    if problem:
-        raise MFMError("E_CONFIG", f"pretext.cell_size={cell}: {problem}. Leave it out for the default.")
+    patch, token = geometry.patch_size, geometry.mask_cell
+    has_tokens = max(token) > 1
+    cell = token if has_tokens else auto_cell_size(patch)
+    if cell_size is not None:
+        cell = size_per_axis("cell_size", cell_size, patch)
+    if any(side % step for side, step in zip(cell, token)):
+        raise illegal_setting("cell_size", cell, f"it must be a multiple of the network's tokens, {token}")
+    if has_tokens and any(size % side for side, size in zip(cell, patch)):
+        # Cut cells would hide a different number of tokens in each sample.
+        raise illegal_setting("cell_size", cell, f"with tokens the patch, {patch}, must be a multiple of it")
     return cell
 
 
-def require_mask_ratio(mask_ratio: MaskRatio, cell_size: tuple[int, ...], patch_size: tuple[int, ...]) -> None:
-    """Raise MFMError (E_CONFIG) unless ``pretext.mask_ratio`` hides at least one cell and leaves at least one.
-
-    Of two limits the smaller one comes first.
-    """
-    low, high = mask_ratio if isinstance(mask_ratio, tuple) else (mask_ratio, mask_ratio)
-    if not 0 < low <= high < 1 or num_hidden_cells(patch_size, cell_size, low) == 0:
-        shown = f"{low},{high}" if isinstance(mask_ratio, tuple) else mask_ratio
-        raise MFMError(
-            "E_CONFIG",
-            f"pretext.mask_ratio={shown}: it must be between 0 and 1 (of two limits the smaller one comes first) and "
-            "hide at least one of the "
-            f"{math.prod(cell_grid(patch_size, cell_size))} cells of {cell_size} voxels in a patch of {patch_size}. "
-            "Change it or use smaller cells.",
-        )
-
-
-def _problem_of_cell(cell: tuple[int, ...], patch_size: tuple[int, ...], mask_cell: tuple[int, ...]) -> str | None:
-    if len(cell) != len(patch_size):
-        return f"the patch has {len(patch_size)} axes, {patch_size}"
-    if any(not 1 <= size <= patch for size, patch in zip(cell, patch_size)):
-        return f"each axis must be 1 up to the patch's, {patch_size}"
-    if any(size % token for size, token in zip(cell, mask_cell)):
-        return f"it must be a multiple of the network's tokens, {mask_cell}"
-    if max(mask_cell) > 1 and any(patch % size for size, patch in zip(cell, patch_size)):
-        # Cut cells would hide a different number of tokens in each sample.
-        return f"with tokens the patch, {patch_size}, must be a multiple of it"
-    return None
+def require_mask_ratio(
+    mask_ratio: float | tuple[float, float], cell_size: tuple[int, ...], patch_size: tuple[int, ...]
+) -> None:
+    """Raise MFMError (E_CONFIG) unless ``pretext.mask_ratio`` hides at least one cell."""
+    limits = mask_ratio if isinstance(mask_ratio, tuple) else (mask_ratio,)
+    if num_hidden_cells(patch_size, cell_size, limits[0]) == 0:
+        count = math.prod(cell_grid(patch_size, cell_size))
+        problem = f"hides none of the {count} cells of {cell_size} voxels in a patch of {patch_size}"
+        raise illegal_setting("mask_ratio", ",".join(map(str, limits)), f"{problem}; raise it, or use smaller cells")
 
 
 def cell_limits(axis_size: int, cell_range: tuple[int, int]) -> tuple[int, int]:
-    """Smallest and largest side of a cell on an axis: ``cell_range`` from 64 voxels on, in proportion below.
+    """Scale ``cell_range``, the smallest and largest side of a cell, to axes of less than 64 voxels.
 
     With the published range, 8 to 32, every axis of two or more voxels holds at least two cells.
     """
@@ -117,7 +176,7 @@ def draw_lattice(
     num_classes: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Classes (D, H, W), uint8, of a regular lattice of equal cells at a random offset.
+    """Draw classes (D, H, W), uint8, of a regular lattice of equal cells at a random offset.
 
     Of n cells exactly int(mixed_fraction x n) get a class from 1 to ``num_classes``; the others, and the margin where
     no whole cell fits, are class 0.
@@ -135,7 +194,7 @@ def draw_lattice(
 
 
 def draw_boxes(patch_size: tuple[int, ...], num_classes: int, rng: np.random.Generator, erases: bool) -> np.ndarray:
-    """Classes (D, H, W), uint8, of boxes with sides of 8 voxels (less on short axes) up to 62.5 % of the patch.
+    """Draw classes (D, H, W), uint8, of boxes with sides of 8 voxels (less on short axes) up to 62.5 % of the patch.
 
     Later boxes lie over earlier ones. With ``erases`` there are 10 to 39, wholly inside, of classes 0 to
     ``num_classes``; else 10 to 40, centred anywhere and cut at the border, of classes from 1.

@@ -1,9 +1,10 @@
 """Models Genesis: the network undoes four kinds of damage at once (arXiv 1908.06912, 2004.07882).
 
 What is corrupted: voxels are shuffled within small windows, intensities are bent along a random curve, and boxes, or
-everything but a few boxes, are painted over with noise. Target: the patch as it was. Loss: mean squared error over the
-whole patch. Curve and noise live in [0, 1]; they work between robust percentiles of each channel, so that normalised
-images keep their range and their values apart (the published code bends z-scored images as if they were in [0, 1]).
+everything but a few boxes, are painted over with noise. Target: the original patch. Loss: mean squared error over the
+whole patch. Curve and noise are defined in [0, 1]; they work between robust percentiles of each channel, so that
+normalised images keep their range and distinct values (the published code bends z-scored images as if they were in
+[0, 1]).
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry
-from mfm_nnunet.tasks.base import Augmentation, CropRequest, ItemTransform, PretextTask, TaskOutput
+from mfm_nnunet.settings import ranged
+from mfm_nnunet.tasks.base import Augmentation, PatchTransform, PretextTask, TaskOutput, illegal_setting
 from mfm_nnunet.tasks.image_operations import UNIT_KNOTS, apply_curve, draw_curve, intensity_knots
 from mfm_nnunet.tasks.losses import explained_variance, masked_mse
+from mfm_nnunet.tasks.registry import TASKS
 
 WINDOW_SHAPES = 128
 """Different shapes of windows in one item."""
@@ -34,29 +36,22 @@ MARGIN = 3
 class ModelsGenesisConfig:
     """Settings of Models Genesis."""
 
-    shuffle_probability: float = 0.5
-    """How often voxels are shuffled within windows."""
-    curve_probability: float = 0.9
-    """How often intensities are bent; half of the curves invert the contrast."""
-    paint_probability: float = 0.9
-    """How often boxes, or what is around them, are painted over."""
-    inpainting_share: float = 0.2
-    """Share of the painted items in which the boxes are painted; in the others it is what is around them."""
-    largest_window: float = 0.1
+    shuffle_probability: float = ranged(0.5, 0, 1)
+    """Probability that voxels are shuffled within windows."""
+    curve_probability: float = ranged(0.9, 0, 1)
+    """Probability that intensities are bent; half of the curves invert the contrast."""
+    paint_probability: float = ranged(0.9, 0, 1)
+    """Probability that boxes, or everything around them, are painted over."""
+    inpainting_share: float = ranged(0.2, 0, 1)
+    """Share of the painted items in which the boxes are painted; in the others it is everything around them."""
+    largest_window: float = ranged(0.1, 0, 1, above=True)
     """Largest side of a window, as a share of the axis, but at least 4 voxels; sides are drawn from 1 up to it."""
-    window_coverage: float = 1.5
+    window_coverage: float = ranged(1.5, 0, 100, above=True)
     """Voxels in all windows together, in patches: 10,000 windows at 160x160x160. Windows overlap."""
 
 
-@dataclass(frozen=True)
-class ModelsGenesisTransform(ItemTransform):
-    """Makes ``image``, corrupted, and ``target``, as it was: both (C, D, H, W) float32 in normalised units."""
-
-    config: ModelsGenesisConfig
-    patch_size: tuple[int, ...]
-
-    def requests(self, rng: np.random.Generator) -> list[CropRequest]:
-        return [CropRequest(self.patch_size)]
+class ModelsGenesisTransform(PatchTransform):
+    """Makes ``image``, corrupted, and ``target``, the original: both (C, D, H, W) float32 in normalised units."""
 
     def __call__(
         self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
@@ -66,54 +61,25 @@ class ModelsGenesisTransform(ItemTransform):
 
 
 class ModelsGenesis(PretextTask):
-    """The network restores the whole patch through its own head: one output per image channel."""
+    """Restores the whole patch through the network's own head: one output per image channel."""
 
     name = "models_genesis"
     Config = ModelsGenesisConfig
-    hides = "voxels shuffled in windows, intensities bent, boxes painted over"
-    recipe = "8 x 160x160x160"
-    paper = "arXiv 2004.07882"
+    Transform = ModelsGenesisTransform
+    citations = TASKS["models_genesis"].citations
     uses_valid = True
-    citations: ClassVar[list[dict[str, Any]]] = [
-        {
-            "type": "Pretraining Method",
-            "name": "Models Genesis",
-            "apa_citations": [
-                "Zhou, Z., Sodha, V., Rahman Siddiquee, M. M., Feng, R., Tajbakhsh, N., Gotway, M. B., & Liang, J. "
-                "(2019). Models Genesis: Generic Autodidactic Models for 3D Medical Image Analysis. MICCAI, 384-393.",
-                "Zhou, Z., Sodha, V., Pang, J., Gotway, M. B., & Liang, J. (2021). Models Genesis. Medical Image "
-                "Analysis, 67, 101840.",
-            ],
-        }
-    ]
 
     @classmethod
     def resolve(cls, config: ModelsGenesisConfig, geometry: Geometry) -> ModelsGenesisConfig:
-        """Checks the settings. Raises MFMError (E_CONFIG)."""
-        shares = ("shuffle_probability", "curve_probability", "paint_probability", "inpainting_share")
-        rules = [(name, 0 <= getattr(config, name) <= 1, "legal are 0 to 1") for name in shares]
-        rules += [
-            ("largest_window", 0 < config.largest_window <= 1, "legal is above 0, up to 1"),
-            ("window_coverage", 0 < config.window_coverage <= 100, "legal is above 0, up to 100"),
-            ("paint_probability", any(getattr(config, name) > 0 for name in shares[:3]), "nothing is corrupted"),
-        ]
-        for name, holds, rule in rules:
-            if not holds:
-                problem = f"pretext.{name}={getattr(config, name)}: {rule}"
-                raise MFMError("E_CONFIG", f"{problem}. Leave it out for the published value.")
+        """Refuse settings that corrupt nothing."""
+        config = super().resolve(config, geometry)
+        if not (config.shuffle_probability or config.curve_probability or config.paint_probability):
+            raise illegal_setting("paint_probability", config.paint_probability, "nothing is corrupted")
         return config
 
     @classmethod
     def augmentation(cls, config: ModelsGenesisConfig) -> Augmentation:
         return "mirror"
-
-    @classmethod
-    def num_outputs(cls, config: ModelsGenesisConfig, num_inputs: int) -> int:
-        return num_inputs
-
-    @classmethod
-    def transform(cls, config: ModelsGenesisConfig, patch_size: tuple[int, ...]) -> ModelsGenesisTransform:
-        return ModelsGenesisTransform(config, patch_size)
 
     def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
         image_BCDHW, target_BCDHW = batch["image"], batch["target"]
@@ -122,22 +88,17 @@ class ModelsGenesis(PretextTask):
         loss = masked_mse(restored_BCDHW, target_BCDHW, counted_B1DHW)
         metrics = {
             "explained_variance": explained_variance(loss, target_BCDHW, counted_B1DHW),
-            # The loss of giving back the input: below it the network undoes damage.
+            # The loss of returning the input: below it the network undoes damage.
             "corruption": masked_mse(image_BCDHW, target_BCDHW, counted_B1DHW),
         }
-        pictures = None
-        if not self.training:
-            names = ("original", "corrupted", "restored")
-            volumes = (target_BCDHW[0], image_BCDHW[0], restored_BCDHW[0].detach())
-            pictures = {name: volume.float() for name, volume in zip(names, volumes)}
-        return TaskOutput(loss, metrics, pictures)
+        pictures = {"original": target_BCDHW[0], "corrupted": image_BCDHW[0], "restored": restored_BCDHW[0]}
+        return self.output(loss, metrics, lambda: pictures)
 
 
-def corrupt(x_CDHW: np.ndarray, config: ModelsGenesisConfig, rng: np.random.Generator) -> np.ndarray:
-    """A corrupted copy. All channels are shuffled and painted at the same places; each has a curve of its own.
+def corrupt(x_CDHW: np.ndarray, config: Any, rng: np.random.Generator) -> np.ndarray:
+    """Make a corrupted copy. All channels are shuffled and painted at the same places; each has a curve of its own.
 
-    Between [0, 1] and normalised units there is a rising map of single values. Moving voxels does not depend on it, so
-    only what needs [0, 1], curve and noise, goes through it, and what is left alone stays exact.
+    Only curve and noise are mapped to [0, 1] and back, so that untouched and shuffled voxels stay exact.
     """
     shuffles, bends, paints, inpaints = rng.random(4) < (
         config.shuffle_probability,
@@ -164,17 +125,17 @@ def corrupt(x_CDHW: np.ndarray, config: ModelsGenesisConfig, rng: np.random.Gene
 def draw_shuffle(
     patch_size: Sequence[int], largest_window: float, coverage: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """From which voxel each one gets its intensity: flat indices (D * H * W,), permuted within random windows.
+    """Draw the source of each voxel's intensity: flat indices (D * H * W,), permuted within random windows.
 
-    Windows always read the uncorrupted patch; where they overlap a later one holds, as published.
+    Windows always read the uncorrupted patch; where they overlap the later one counts, as published.
     """
     index = np.arange(math.prod(patch_size)).reshape(patch_size)
     source = index.flatten()
     limits = [min(size, max(4, int(largest_window * size))) for size in patch_size]
     num_windows = math.ceil(coverage * index.size / math.prod((1 + limit) / 2 for limit in limits))
     # Drawing a shape and a permutation for each of 10,000 windows costs more than moving the voxels. Windows are
-    # therefore drawn in groups of one shape and one permutation. Shape, place and permutation of each single window
-    # are distributed as if it were drawn alone; in another item they are others.
+    # therefore drawn in groups of one shape and one permutation, which leaves the distribution of each single window
+    # unchanged.
     bounds = np.linspace(0, num_windows, min(num_windows, WINDOW_SHAPES) + 1).astype(int)
     for count in np.diff(bounds):
         sides = rng.integers(1, limits, endpoint=True)
@@ -186,7 +147,7 @@ def draw_shuffle(
 
 
 def draw_inpainting(patch_size: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Which voxels (D, H, W) are painted over: up to 5 boxes with sides of a sixth to a third of the patch."""
+    """Draw the voxels (D, H, W) to paint over: up to 5 boxes with sides of a sixth to a third of the patch."""
     painted = np.zeros(patch_size, bool)
     for _ in range(_draw_count(5, rng)):
         painted[_draw_box(patch_size, [(size // 6, size // 3) for size in patch_size], rng)] = True
@@ -194,7 +155,7 @@ def draw_inpainting(patch_size: Sequence[int], rng: np.random.Generator) -> np.n
 
 
 def draw_outpainting(patch_size: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Which voxels (D, H, W) are painted over: all but 1 to 5 boxes with sides of three to four sevenths."""
+    """Draw the voxels (D, H, W) to paint over: all but 1 to 5 boxes with sides of three to four sevenths."""
     painted = np.ones(patch_size, bool)
     for _ in range(1 + _draw_count(4, rng)):
         limits = [(size - 4 * size // 7, size - 3 * size // 7) for size in patch_size]
@@ -203,14 +164,14 @@ def draw_outpainting(patch_size: Sequence[int], rng: np.random.Generator) -> np.
 
 
 def _draw_count(most: int, rng: np.random.Generator) -> int:
-    """Up to ``most``; each one comes, if the one before came, with probability 0.95."""
+    """Draw a number up to ``most``; counting continues with probability 0.95 each time."""
     return int(np.cumprod(rng.random(most) < 0.95).sum())
 
 
 def _draw_box(
     patch_size: Sequence[int], limits: Sequence[tuple[int, int]], rng: np.random.Generator
 ) -> tuple[slice, ...]:
-    """A box with sides within ``limits`` (at least 1), MARGIN voxels from the border if it fits."""
+    """Draw a box with sides within ``limits`` (at least 1), MARGIN voxels from the border if it fits."""
     box = []
     for size, (low, high) in zip(patch_size, limits):
         side = int(rng.integers(max(1, low), max(1, high), endpoint=True))

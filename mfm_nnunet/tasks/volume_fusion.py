@@ -1,7 +1,7 @@
 """Volume Fusion: two crops are mixed in blocks, the network segments how strongly (arXiv 2306.16925; IEEE TIP 2025).
 
 In each voxel the patch is a foreground crop with weight l/K plus a background crop with 1 - l/K; the label l of 0 to K
-is the class to find. It is an ordinary segmentation, so encoder and decoder are both trained. Three published variants:
+is the class to predict. This is an ordinary segmentation, so encoder and decoder are both trained. Published variants:
 
 * ``grid`` (the authors' code of 2025, our default): both crops from one volume, resized and with changed contrast;
   the blocks are a regular lattice. Needs one volume per item.
@@ -13,17 +13,17 @@ is the class to find. It is an ordinary segmentation, so encoder and decoder are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.backbone import Geometry
-from mfm_nnunet.tasks.base import Augmentation, CropRequest, ItemTransform, PretextTask, TaskOutput
+from mfm_nnunet.settings import LARGEST, ranged
+from mfm_nnunet.tasks.base import Augmentation, CropRequest, PatchTransform, PretextTask, TaskOutput
 from mfm_nnunet.tasks.image_operations import apply_gamma, jitter, map_percentiles, resize_linear, standardise
 from mfm_nnunet.tasks.losses import cross_entropy, soft_dice
 from mfm_nnunet.tasks.masks import draw_boxes, draw_lattice
+from mfm_nnunet.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,25 @@ class VolumeFusionConfig:
     """Settings of Volume Fusion. Those after ``num_classes`` are for ``grid`` only."""
 
     variant: Literal["grid", "boxes", "two_image"] = "grid"
-    """Which of the published methods; see above."""
-    num_classes: int = 4
+    """Published method; see above."""
+    num_classes: int = ranged(4, 1, 100)
     """K: foreground weights are 1/K to 1. With pure background (class 0) the network has K + 1 outputs."""
-    foreground_fraction: float = 0.7
+    foreground_fraction: float = ranged(0.7, 0, 1, above=True)
     """Of n cells exactly int(foreground_fraction x n) are mixed."""
-    cell_range: tuple[int, int] = (8, 32)
+    cell_range: tuple[int, int] = ranged((8, 32), 1, LARGEST, ascending=True)
     """Smallest and largest side of a cell in voxels, on axes of at least 64; proportionally less on shorter ones."""
-    scale_range: tuple[float, float] = (0.7, 1.5)
+    scale_range: tuple[float, float] = ranged((0.7, 1.5), 0, 10, above=True, ascending=True)
     """Size of a crop before it is resized, in patch sizes, drawn per axis."""
 
 
-@dataclass(frozen=True)
-class VolumeFusionTransform(ItemTransform):
+class VolumeFusionTransform(PatchTransform):
     """Makes ``image`` (C, D, H, W) float32, the fused patch, and ``label`` (D, H, W) uint8, 0 to K."""
-
-    config: VolumeFusionConfig
-    patch_size: tuple[int, ...]
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
         if self.config.variant != "grid":
             return [CropRequest(self.patch_size, volume) for volume in range(2)]
-        scales = rng.uniform(*self.config.scale_range, (2, len(self.patch_size)))
+        smallest, largest = self.config.scale_range
+        scales = rng.uniform(smallest, largest, (2, len(self.patch_size)))
         sizes = [tuple(max(1, int(size * scale)) for size, scale in zip(self.patch_size, row)) for row in scales]
         return [CropRequest(size, pad=False) for size in sizes]
 
@@ -66,7 +63,7 @@ class VolumeFusionTransform(ItemTransform):
         return {"image": standardise(fused) if self.config.variant == "grid" else fused, "label": label}
 
     def prepare(self, crops: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        """Foreground and background (C, *patch) as they are mixed."""
+        """Prepare foreground and background (C, *patch) for mixing."""
         if self.config.variant == "boxes":
             return crops
         if self.config.variant == "two_image":
@@ -76,42 +73,16 @@ class VolumeFusionTransform(ItemTransform):
 
 
 class VolumeFusion(PretextTask):
-    """The network segments the fused patch: K + 1 outputs, Dice and cross entropy."""
+    """Segments the fused patch: K + 1 outputs, Dice and cross entropy."""
 
     name = "volume_fusion"
     Config = VolumeFusionConfig
-    hides = "two crops are mixed in blocks of five strengths"
-    recipe = "2 x 64x128x128"
-    paper = "doi 10.1109/TIP.2025.3610249"
-    citations: ClassVar[list[dict[str, Any]]] = [
-        {
-            "type": "Pretraining Method",
-            "name": "Volume Fusion",
-            "apa_citations": [
-                "Wang, G., Fu, J., Wu, J., Luo, X., Zhou, Y., Liu, X., Li, K., Lin, J., Shen, B., & Zhang, S. (2025). "
-                "Volume Fusion-Based Self-Supervised Pretraining for 3D Medical Image Segmentation. IEEE Transactions "
-                "on Image Processing, 34, 6041-6052. https://doi.org/10.1109/TIP.2025.3610249",
-            ],
-        }
-    ]
-
-    @classmethod
-    def resolve(cls, config: VolumeFusionConfig, geometry: Geometry) -> VolumeFusionConfig:
-        cells, scales, fraction = config.cell_range, config.scale_range, config.foreground_fraction
-        rules = [
-            (1 <= config.num_classes <= 100, f"num_classes={config.num_classes}: legal are 1 to 100"),
-            (0 < fraction <= 1, f"foreground_fraction={fraction}: legal is above 0, up to 1"),
-            (1 <= cells[0] <= cells[1], f"cell_range={cells}: legal are a smallest side from 1 and a largest one"),
-            (0 < scales[0] <= scales[1] <= 10, f"scale_range={scales}: legal are two scales, above 0 and up to 10"),
-        ]
-        for holds, rule in rules:
-            if not holds:
-                raise MFMError("E_CONFIG", f"pretext.{rule}. Leave it out for the published value.")
-        return config
+    Transform = VolumeFusionTransform
+    citations = TASKS["volume_fusion"].citations
 
     @classmethod
     def volumes_per_item(cls, config: VolumeFusionConfig) -> int:
-        """Two for ``boxes`` and ``two_image``: mixing a volume with itself leaves nothing to find."""
+        """Return two for ``boxes`` and ``two_image``: nothing can be seen of a volume mixed with itself."""
         return 1 if config.variant == "grid" else 2
 
     @classmethod
@@ -123,44 +94,36 @@ class VolumeFusion(PretextTask):
     def num_outputs(cls, config: VolumeFusionConfig, num_inputs: int) -> int:
         return config.num_classes + 1
 
-    @classmethod
-    def transform(cls, config: VolumeFusionConfig, patch_size: tuple[int, ...]) -> VolumeFusionTransform:
-        return VolumeFusionTransform(config, patch_size)
-
     def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
         image_BCDHW, label_BDHW = batch["image"], batch["label"]
         logits_BKDHW = self.backbone(image_BCDHW)
         is_openmind = self.config.variant == "two_image"
         dice = soft_dice(logits_BKDHW, label_BDHW, over_batch=not is_openmind)
         entropy = cross_entropy(logits_BKDHW, label_BDHW)
-        loss = (1 - dice + entropy) * (1.0 if is_openmind else 0.5)
-        pictures = None
-        if not self.training:
-            pictures = {
-                "fused": image_BCDHW[0].float(),
-                "label": label_BDHW[:1].float(),
-                "prediction": logits_BKDHW[:1].detach().argmax(1).float(),
-            }
-        return TaskOutput(loss, {"soft_dice": dice.detach(), "cross_entropy": entropy.detach()}, pictures)
+        return self.output(
+            (1 - dice + entropy) * (1.0 if is_openmind else 0.5),
+            {"soft_dice": dice, "cross_entropy": entropy},
+            lambda: {"fused": image_BCDHW[0], "label": label_BDHW[:1], "prediction": logits_BKDHW[:1].argmax(1)},
+        )
 
 
 def fuse(
     foreground_CDHW: np.ndarray, background_CDHW: np.ndarray, label_DHW: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """(l/K) foreground + (1 - l/K) background, one weight for all channels."""
+    """Compute (l/K) foreground + (1 - l/K) background, with one weight for all channels."""
     weight = label_DHW.astype(np.float32) / np.float32(num_classes)
     return weight * foreground_CDHW + (1 - weight) * background_CDHW
 
 
-def draw_label(config: VolumeFusionConfig, patch_size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """A map of classes 0 to K (D, H, W), uint8, of the config's variant."""
+def draw_label(config: Any, patch_size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Draw a map of classes 0 to K (D, H, W), uint8, of the config's variant."""
     if config.variant == "grid":
         return draw_lattice(patch_size, config.cell_range, config.foreground_fraction, config.num_classes, rng)
     return draw_boxes(patch_size, config.num_classes, rng, erases=config.variant == "two_image")
 
 
 def _random_view(x_CDHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrored per axis with p 0.5, with contrast and gamma of its own; intensities in [0, 1]."""
+    """Mirror each axis with p 0.5 and change contrast and gamma; intensities in [0, 1]."""
     x_CDHW = np.flip(x_CDHW, tuple(np.flatnonzero(rng.random(x_CDHW.ndim - 1) < 0.5) + 1))
     x_CDHW = map_percentiles(x_CDHW, rng.uniform(0.1, 2), rng.uniform(98, 99.9))
     return apply_gamma(x_CDHW, rng.uniform(0.7, 1.5))

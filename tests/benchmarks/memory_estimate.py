@@ -21,7 +21,7 @@ import torch
 from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.memory import num_parameters, training_memory_bytes
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.planning.planner import primus_architecture
+from mfm_nnunet.models.primus_family import primus_architecture
 
 NUM_OUTPUTS = 3
 

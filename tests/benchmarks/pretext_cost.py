@@ -32,7 +32,7 @@ from mfm_nnunet.device import autocast
 from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.planning.planner import primus_architecture
+from mfm_nnunet.models.primus_family import primus_architecture
 from mfm_nnunet.tasks.base import find_task, list_tasks
 from tests.benchmarks.memory_estimate import SMALL, STANDARD, resenc_architecture
 from tests.benchmarks.pretext_pictures import make_batch, make_item

@@ -23,7 +23,7 @@ from mfm_nnunet.demo.data import MIDLINE, find_template
 from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.planning.planner import primus_architecture
+from mfm_nnunet.models.primus_family import primus_architecture
 from mfm_nnunet.reports.progress import plot_examples
 from mfm_nnunet.tasks.base import ItemTransform, PretextTask, find_task, list_tasks
 from tests.builders.architectures import resenc

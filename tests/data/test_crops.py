@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,80 +11,51 @@ import numpy as np
 import pytest
 import torch
 
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.crops import (
+    Augmentation,
+    CropRequest,
     CropStream,
     SpatialParameters,
     StreamSettings,
     apply_spatial,
     batches,
+    case_weights,
+    describe_shares,
     draw_spatial,
-    read_box,
+    require_legal_balance,
 )
-from mfm_nnunet.data.volumes import anatomy_points, mask_file
+from mfm_nnunet.data.volumes import mask_file, read_box
 from mfm_nnunet.errors import MFMError
 from tests.builders.damage import overwrite_middle
+from tests.builders.volumes import Keep, write_volume
 
 
-@dataclass(frozen=True)
-class Request:
-    size: tuple[int, ...]
-    volume: int = 0
-    pad: bool = True
-
-
-@dataclass(frozen=True)
-class Keep:
-    """A transform that hands its crops on."""
-
-    wanted: tuple[Request, ...]
-
-    def requests(self, rng: np.random.Generator) -> tuple[Request, ...]:
-        return self.wanted
-
-    def __call__(
-        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
-        return {**{f"image{i}": crop for i, crop in enumerate(crops)}, "draw": np.float64(rng.random())}
-
-
-def make(
-    files: list[Path], *sizes: tuple[int, ...], transform: type[Keep] | None = None, **settings: Any
-) -> CropStream:
-    requests = tuple(Request(size) for size in sizes)
-    return CropStream(files, (transform or Keep)(requests), StreamSettings(**settings))
+def make(files: list[Path], *sizes: tuple[int, ...], **settings: Any) -> CropStream:
+    return CropStream(files, Keep(tuple(CropRequest(size) for size in sizes)), StreamSettings(**settings))
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("volumes")
-    rng = np.random.default_rng(0)
-    paths = []
-    for i, shape in enumerate([(1, 20, 24, 30), (1, 9, 40, 12), (1, 33, 18, 25)]):
-        path = folder / f"case{i}.b2nd"
-        blosc2.asarray(rng.normal(size=shape).astype(np.float32), urlpath=str(path))
-        paths.append(path)
-    return paths
+    folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
+    shapes = [(1, 20, 24, 30), (1, 9, 40, 12), (1, 33, 18, 25)]
+    return [write_volume(folder, f"case{i}", rng.normal(size=shape)) for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_file_with_a_damaged_middle_is_named(tmp_path: Path, num_workers: int) -> None:
     """Its header and size are right, so nothing is noticed before its voxels are read."""
-    file = tmp_path / "a.b2nd"
-    blosc2.asarray(np.arange(14400, dtype=np.float32).reshape(1, 20, 24, 30) // 7, urlpath=str(file))
+    file = write_volume(tmp_path, "a", np.arange(14400).reshape(1, 20, 24, 30) // 7)
     overwrite_middle(file)
-    with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*a\.b2nd: the preprocessed file cannot be read"):
+    with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*a\.b2nd"):
         next(batches(make([file], (20, 24, 30)), 1, 0, 1, num_workers))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_same_batches_for_any_number_of_workers(files: list[Path], num_workers: int) -> None:
-    stream = make(files, (16, 16, 16), augmentation="spatial", seed=3)
-    reference = [stream[i] for i in range(4, 12)]
-    got = list(batches(stream, 2, 2, 6, num_workers))
-    images = torch.cat([batch["image0"] for batch in got]).numpy()
-    assert np.array_equal(images, np.stack([item["image0"] for item in reference]))
-    assert np.array_equal(torch.cat([b["draw"] for b in got]).numpy(), np.stack([item["draw"] for item in reference]))
+def test_a_file_that_is_no_volume_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "patient.b2nd"
+    broken.write_bytes(b"not a volume")
+    with pytest.raises(MFMError, match=r"patient\.b2nd"):
+        make([broken], (8, 8, 8))[0]
 
 
 def test_ranks_share_the_items_of_a_batch(files: list[Path]) -> None:
@@ -102,8 +72,7 @@ def test_seed_and_stream_change_the_items(files: list[Path]) -> None:
 
 
 def test_small_images_are_centred_and_padded_with_zero(files: list[Path]) -> None:
-    stream = make(files[1:2], (16, 16, 16))
-    crop = stream[0]["image0"]
+    crop = make(files[1:2], (16, 16, 16))[0]["image0"]
     assert crop.shape == (1, 16, 16, 16)
     filled = np.nonzero(crop[0].any(axis=(1, 2)))[0]
     assert (filled.min(), filled.max()) == (4, 12)  # 9 voxels in the middle of 16
@@ -118,15 +87,14 @@ def test_two_dimensional_crops_are_slices(files: list[Path]) -> None:
 def test_read_box_equals_padding_the_whole_volume() -> None:
     volume = np.random.default_rng(1).normal(size=(2, 7, 8, 9)).astype(np.float32)
     padded = np.pad(volume, [(0, 0), (10, 10), (10, 10), (10, 10)])
-    for lower in ([-3, 0, 2], [5, -9, 4], [20, 0, 0], [0, 0, 0]):
+    for lower in ([-3, 0, 2], [5, -9, 4], [0, 0, 0]):
         expected = padded[(slice(None), *(slice(low + 10, low + 16) for low in lower))]
-        if lower[0] == 20:
-            expected = np.zeros((2, 6, 6, 6), np.float32)
         assert np.array_equal(read_box(volume, lower, (6, 6, 6)), expected)
+    assert not read_box(volume, [20, 0, 0], (6, 6, 6)).any()
 
 
 def test_two_volumes_of_an_item_differ(files: list[Path]) -> None:
-    transform = Keep((Request((8, 8, 8), 0), Request((8, 8, 8), 1)))
+    transform = Keep((CropRequest((8, 8, 8), 0), CropRequest((8, 8, 8), 1)))
     stream = CropStream(files, transform, StreamSettings(num_volumes=2))
     assert all(len(set(stream.case_names(i))) == 2 for i in range(20))
     with pytest.raises(MFMError, match="mixes 2 volumes"):
@@ -134,35 +102,25 @@ def test_two_volumes_of_an_item_differ(files: list[Path]) -> None:
 
 
 def test_two_crops_of_one_volume_and_unpadded_requests(files: list[Path]) -> None:
-    transform = Keep((Request((8, 8, 8)), Request((8, 8, 8)), Request((16, 16, 16), pad=False)))
+    transform = Keep((CropRequest((8, 8, 8)), CropRequest((8, 8, 8)), CropRequest((16, 16, 16), pad=False)))
     item = CropStream(files[1:2], transform, StreamSettings())[0]
     assert not np.array_equal(item["image0"], item["image1"])
     assert item["image2"].shape == (1, 9, 16, 12)
 
 
-def test_damaged_volume_is_named(tmp_path: Path) -> None:
-    broken = tmp_path / "patient.b2nd"
-    broken.write_bytes(b"not a volume")
-    with pytest.raises(MFMError, match=r"patient\.b2nd"):
-        make([broken], (8, 8, 8))[0]
-
-
 @pytest.mark.parametrize("patch_size", [(12, 16, 20), (6, 40, 40), (24, 30)])
 def test_spatial_augmentation_reads_enough_and_keeps_the_scale(patch_size: tuple[int, ...]) -> None:
-    """A linear ramp stays linear under the affine map; where the box was too small a corner would fall to 0."""
+    """A constant image stays constant; where too little was read, a corner would fall to 0."""
     for seed in range(40):
         parameters = draw_spatial(np.random.default_rng(seed), patch_size, "spatial")
-        read = parameters.read_size(patch_size)
-        ones = np.ones((1, *read), np.float32)
+        ones = np.ones((1, *parameters.read_size(patch_size)), np.float32)
         assert apply_spatial(ones, parameters, patch_size).min() > 0.99
 
 
 def test_without_rotation_only_the_patch_is_read() -> None:
-    sizes = [
-        draw_spatial(np.random.default_rng(s), (32, 32, 32), "spatial").read_size((32, 32, 32)) for s in range(500)
-    ]
-    share = np.mean([size == (32, 32, 32) for size in sizes])
-    assert 0.58 < share < 0.70  # 0.8 * 0.8 = 64 %
+    size = (32, 32, 32)
+    reads = [draw_spatial(np.random.default_rng(seed), size, "spatial").read_size(size) for seed in range(500)]
+    assert 0.58 < np.mean([read == size for read in reads]) < 0.70  # 0.8 * 0.8 = 64 %
 
 
 def test_identity_and_flips() -> None:
@@ -172,9 +130,6 @@ def test_identity_and_flips() -> None:
     assert np.allclose(flipped, image[:, ::-1, :, ::-1], atol=1e-5)
 
 
-# --- as before ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -182,10 +137,12 @@ def test_identity_and_flips() -> None:
         ("mirror", "2a33fb638485581f2055b6398caca689effc45e40c033f99d6c80778247ccd0d"),
     ],
 )
-def test_items_of_a_corpus_without_masks_stay_as_they_were(files: list[Path], kind: str, expected: str) -> None:
-    """Written down before masks, anatomy and balance were known: runs that were begun then go on bit for bit."""
-    wanted = (Request((16, 16, 16), 0), Request((12, 16, 10), 1), Request((14, 20), 0), Request((16,) * 3, 1, False))
-    stream = CropStream(files, Keep(wanted), StreamSettings(2, kind, 5, 1))
+def test_items_of_a_corpus_without_masks_stay_as_they_were(
+    files: list[Path], kind: Augmentation, expected: str
+) -> None:
+    """Frozen before masks and balance existed, so that runs begun then resume bit for bit."""
+    sizes = (((16, 16, 16), 0), ((12, 16, 10), 1), ((14, 20), 0), ((16,) * 3, 1, False))
+    stream = CropStream(files, Keep(tuple(CropRequest(*size) for size in sizes)), StreamSettings(2, kind, 5, 1))
     digest = hashlib.sha256()
     for item in (stream[index] for index in range(12)):
         for name in sorted(item):
@@ -196,47 +153,15 @@ def test_items_of_a_corpus_without_masks_stay_as_they_were(files: list[Path], ki
 # --- masks --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KeepValid(Keep):
-    """Hands on what is valid as well; the keys tell whether it was given."""
-
-    def __call__(
-        self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
-        given = {} if valid is None else {f"valid{i}": array for i, array in enumerate(valid)}
-        return {**super().__call__(crops, rng), **given}
-
-
-def write_masks(folder: Path, name: str, **masks: np.ndarray) -> None:
-    """Masks (1, D, H, W) beside the folder of the volumes, as preprocessing leaves them."""
-    for kind, array in masks.items():
-        file = mask_file(folder, kind, name)
-        file.parent.mkdir(exist_ok=True)
-        if kind == "anatomy":
-            np.save(file, anatomy_points(array))
-        else:
-            blosc2.asarray(array.astype(np.uint8), urlpath=str(file))
-
-
-def masked_volume(folder: Path, name: str, volume: np.ndarray, **masks: np.ndarray) -> Path:
-    """A preprocessed volume (C, D, H, W) with its masks."""
-    folder.mkdir(exist_ok=True)
-    blosc2.asarray(volume.astype(np.float32), urlpath=str(folder / f"{name}.b2nd"))
-    write_masks(folder, name, **masks)
-    return folder / f"{name}.b2nd"
-
-
 @pytest.mark.parametrize("kind", ["none", "mirror", "spatial"])
 def test_valid_follows_its_image_through_rotation_scaling_mirroring_and_padding(tmp_path: Path, kind: str) -> None:
     """The image is its own mask, 8 inside and 0 outside: wherever the crop is clearly one of the two, valid says so."""
     hidden = np.zeros((1, 24, 28, 20), bool)
     hidden[:, 4:15, 10:, 6:13] = True
-    file = masked_volume(tmp_path / "data", "a", 8.0 * hidden, anonymised=hidden)
-    stream = make([file], (16, 20, 24), augmentation=kind, with_valid=True, transform=KeepValid)
+    stream = make([write_volume(tmp_path, "a", 8.0 * hidden, hidden)], (16, 20, 24), augmentation=kind, with_valid=True)
     num_hidden = 0
     for index in range(60):
-        item = stream[index]
-        image, valid = item["image0"], item["valid0"]
+        image, valid = stream[index]["image0"], stream[index]["valid0"]
         assert valid.dtype == bool
         assert valid.shape == image.shape
         assert not valid[image > 6].any()
@@ -247,15 +172,12 @@ def test_valid_follows_its_image_through_rotation_scaling_mirroring_and_padding(
 
 
 def test_all_items_have_the_same_keys_whichever_volume_has_a_mask(tmp_path: Path) -> None:
-    volume, hidden = np.ones((1, 12, 12, 12)), np.ones((1, 12, 12, 12), bool)
-    with_mask = masked_volume(tmp_path / "data", "a", volume, anonymised=hidden)
-    without = masked_volume(tmp_path / "data", "b", volume)
-    items = [make([with_mask, without], (8,) * 3, with_valid=True, transform=KeepValid)[i] for i in range(12)]
+    ones = np.ones((1, 12, 12, 12))
+    files = [write_volume(tmp_path, "a", ones, ones), write_volume(tmp_path, "b", ones)]
+    masked, plain = make(files, (8,) * 3, with_valid=True), make(files, (8,) * 3)
+    items = [masked[i] for i in range(12)]
     assert {tuple(item) for item in items} == {("image0", "draw", "valid0")}
-    assert {bool(item["valid0"].any()) for item in items} == {bool(item["valid0"].all()) for item in items} == {
-        True, False
-    }  # fmt: skip
-    plain = make([with_mask, without], (8,) * 3, transform=KeepValid)
+    assert {(bool(item["valid0"].any()), bool(item["valid0"].all())) for item in items} == {(0, 0), (1, 1)}
     assert "valid0" not in plain[0]
     # What is drawn does not depend on whether masks are used.
     assert all(np.array_equal(plain[i]["image0"], items[i]["image0"]) for i in range(12))
@@ -264,97 +186,89 @@ def test_all_items_have_the_same_keys_whichever_volume_has_a_mask(tmp_path: Path
 
 def test_valid_in_two_dimensions_is_of_the_same_slice(tmp_path: Path) -> None:
     volume = np.broadcast_to(np.arange(10.0)[None, :, None, None], (1, 10, 14, 14))
-    hidden = np.broadcast_to((np.arange(10) % 3 == 0)[None, :, None, None], (1, 10, 14, 14))
-    file = masked_volume(tmp_path / "data", "a", volume, anonymised=hidden)
-    stream = make([file], (8, 8), with_valid=True, transform=KeepValid)
+    stream = make([write_volume(tmp_path, "a", volume, volume % 3 == 0)], (8, 8), with_valid=True)
     for item in (stream[index] for index in range(20)):
         assert item["valid0"].shape == (1, 8, 8)
         assert item["valid0"].all() == (item["image0"][0, 0, 0] % 3 != 0)
 
 
-def test_crops_around_anatomy_contain_it_and_never_lie_in_padding(tmp_path: Path) -> None:
-    """Published code took 0 for anatomy and bounded the crop below but not above (G4)."""
-    anatomy = np.zeros((1, 40, 40, 40), bool)
-    anatomy[:, 37:, 1:3, 20:22] = True  # in a corner, so that both ends are needed
-    file = masked_volume(tmp_path / "data", "a", 1.0 + anatomy, anatomy=anatomy)
-    guided = make([file], (16, 16, 16), anatomy_fraction=1.0)
-    for index in range(40):
-        crop = guided[index]["image0"]
-        assert (crop > 0).all(), "part of the crop is padding"
-        assert (crop == 2).any(), "no anatomy in the crop"
-    share = np.mean([(make([file], (16,) * 3, anatomy_fraction=0.3)[i]["image0"] == 2).any() for i in range(300)])
-    alone = np.mean([(make([file], (16,) * 3)[i]["image0"] == 2).any() for i in range(300)])
-    assert alone < 0.05
-    assert 0.22 < share < 0.40
-
-
-def test_anatomy_is_in_the_middle_where_there_is_room_and_slices_contain_it(tmp_path: Path) -> None:
-    anatomy = np.zeros((1, 30, 40, 40), bool)
-    anatomy[:, 7, 18:20, 21] = True
-    file = masked_volume(tmp_path / "data", "a", anatomy, anatomy=anatomy)
-    crop = make([file], (9, 10, 10), anatomy_fraction=1.0)[0]["image0"]
-    assert crop[0, 4, 4:7, 5].any()
-    flat = make([file], (10, 10), anatomy_fraction=1.0)
-    assert all((flat[index]["image0"] == 1).any() for index in range(20))
-
-
-def test_cases_without_anatomy_are_cropped_anywhere_and_small_ones_padded(tmp_path: Path) -> None:
-    volume = np.ones((1, 6, 30, 30))
-    empty = masked_volume(tmp_path / "data", "a", volume, anatomy=np.zeros((1, 6, 30, 30), bool))
-    full = masked_volume(tmp_path / "data", "b", volume, anatomy=np.ones((1, 6, 30, 30), bool))
-    for file in (empty, full, masked_volume(tmp_path / "data", "c", volume)):
-        crop = make([file], (12, 12, 12), anatomy_fraction=1.0)[0]["image0"]
-        assert np.flatnonzero(crop[0].any(axis=(1, 2))).tolist() == list(range(3, 9))
-
-
-def test_anatomy_crops_are_the_same_every_time(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    file = masked_volume(
-        tmp_path / "data", "a", rng.normal(size=(1, 30, 30, 30)), anatomy=rng.random((1, 30, 30, 30)) < 0.1
-    )
-    one, other = (make([file], (8,) * 3, anatomy_fraction=0.5, augmentation="spatial") for _ in range(2))
-    assert all(np.array_equal(one[i]["image0"], other[i]["image0"]) for i in range(10))
-
-
 def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
-    file = masked_volume(tmp_path / "data", "a", np.ones((1, 9, 9, 9)), anatomy=np.ones((1, 9, 9, 9), bool),
-                         anonymised=np.ones((1, 9, 9, 9), bool))  # fmt: skip
-    for kind, settings in (("anatomy", {"anatomy_fraction": 1.0}), ("anonymised", {"with_valid": True})):
-        mask_file(file.parent, kind, "a").write_bytes(b"x")
-        with pytest.raises(MFMError, match=f"data_{kind}/a"):
-            make([file], (8,) * 3, transform=KeepValid, **settings)[0]
+    file = write_volume(tmp_path / "data", "a", np.ones((1, 9, 9, 9)), np.ones((1, 9, 9, 9)))
+    mask_file(file.parent, "a").write_bytes(b"x")
+    with pytest.raises(MFMError, match="data_anonymised/a"):
+        make([file], (8,) * 3, with_valid=True)[0]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_masks_anatomy_and_weights_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
-    masks = {"anatomy": rng.random((1, 14, 14, 14)) < 0.1, "anonymised": rng.random((1, 14, 14, 14)) < 0.5}
+def test_batches_masks_and_weights_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    rng, shape = np.random.default_rng(1), (1, 14, 14, 14)
     volumes = [
-        masked_volume(tmp_path / "data", f"case{i}", rng.normal(size=(1, 14, 14, 14)), **(masks if i else {}))
+        write_volume(tmp_path, f"case{i}", rng.normal(size=shape), rng.random(shape) < 0.5 if i else None)
         for i in range(3)
     ]
-    settings = StreamSettings(augmentation="spatial", with_valid=True, anatomy_fraction=0.5)
-    stream = CropStream(volumes, KeepValid((Request((8, 8, 8)),)), settings, {f"case{i}": i + 1.0 for i in range(3)})
-    one, two = (list(batches(stream, 2, 1, 5, workers)) for workers in (0, 2))
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(one, two) for name in ("image0", "valid0", "draw"))
+    settings = StreamSettings(augmentation="spatial", seed=3, with_valid=True)
+    weights = {f"case{i}": i + 1.0 for i in range(3)}
+    stream = CropStream(volumes, Keep((CropRequest((8, 8, 8)),)), settings, weights)
+    items = [stream[i] for i in range(2, 10)]
+    for num_workers in (0, 1, 3):
+        got = list(batches(stream, 2, 1, 5, num_workers))
+        for name in ("image0", "valid0", "draw"):
+            whole = torch.cat([batch[name] for batch in got]).numpy()
+            assert np.array_equal(whole, np.stack([item[name] for item in items]))
 
 
-# --- weights ------------------------------------------------------------------------------------------------------
+# --- weights and balance ------------------------------------------------------------------------------------------
 
 
-def test_weights_decide_how_often_a_volume_is_drawn(files: list[Path]) -> None:
-    weights = {"case0": 0.5, "case1": 0.5, "case2": 0.0, "elsewhere": 7.0}
-    stream = CropStream(files, Keep((Request((4,) * 3),)), StreamSettings(), weights)
+def test_items_draw_different_volumes_by_weight(files: list[Path]) -> None:
+    one = Keep((CropRequest((4,) * 3),))
+    stream = CropStream(files, one, StreamSettings(), {"case0": 0.5, "case1": 0.5, "case2": 0.0, "elsewhere": 7.0})
     drawn = [stream.case_names(index)[0] for index in range(400)]
     assert "case2" not in drawn
     assert 150 < drawn.count("case0") < 250
-
-
-def test_items_of_several_volumes_draw_different_ones_by_weight(files: list[Path]) -> None:
-    transform = Keep((Request((4,) * 3, 0), Request((4,) * 3, 1)))
-    weights = {"case0": 0.98, "case1": 0.01, "case2": 0.01}
-    stream = CropStream(files, transform, StreamSettings(num_volumes=2), weights)
+    two = Keep((CropRequest((4,) * 3, 0), CropRequest((4,) * 3, 1)))
+    stream = CropStream(files, two, StreamSettings(num_volumes=2), {"case0": 0.98, "case1": 0.01, "case2": 0.01})
     pairs = [stream.case_names(index) for index in range(200)]
     assert all(len(set(pair)) == 2 for pair in pairs)
     assert np.mean([pair[0] == "case0" for pair in pairs]) > 0.9
     assert {name for pair in pairs for name in pair} == {"case0", "case1", "case2"}
+
+
+CASES = [
+    *(Case(f"t1_{i}", (), None, f"s{i // 2}", "T1w", "brains") for i in range(6)),
+    *(Case(f"ct_{i}", (), None, f"l{i}", "CT", "lungs") for i in range(2)),
+    Case("t1_lungs", (), None, "l0", "T1w", "lungs"),
+]
+
+
+def test_groups_are_drawn_equally_often_and_cases_within_a_group_too() -> None:
+    weights = case_weights(CASES, ("modality",))
+    assert weights["ct_0"] == weights["ct_1"] == pytest.approx(1 / 4)
+    assert weights["t1_0"] == weights["t1_lungs"] == pytest.approx(1 / 14)
+    assert sum(weights.values()) == pytest.approx(1)
+    of_both = case_weights(CASES, ("modality", "dataset"))
+    assert [of_both[name] for name in ("t1_0", "ct_0", "t1_lungs")] == pytest.approx([1 / 18, 1 / 6, 1 / 3])
+    of_subjects = case_weights(CASES, ("subject",))
+    assert of_subjects["t1_0"] + of_subjects["t1_1"] == pytest.approx(of_subjects["ct_1"])
+    assert of_subjects["ct_0"] + of_subjects["t1_lungs"] == pytest.approx(of_subjects["ct_1"]) == 1 / 5
+
+
+def test_description_names_groups_but_no_subject() -> None:
+    assert describe_shares(CASES, ("modality",)) == "balanced by modality, 2 groups: CT 50.0%, T1w 50.0%"
+    line = describe_shares([*CASES, Case("x", (), None, "l9", "", "lungs")], ("dataset", "modality"))
+    assert "4 groups: brains T1w 25.0%" in line
+    assert "lungs unknown modality 25.0%" in line
+    line = describe_shares(CASES, ("subject", "modality"))
+    assert line == "balanced by subject and modality, 6 groups: T1w 66.7%, CT 33.3%"
+    assert describe_shares(CASES, ("subject",)) == "balanced by subject, 5 groups: 20.00% each"
+
+
+def test_balance_that_is_impossible() -> None:
+    nameless = [Case("a", ()), Case("b", ())]
+    require_legal_balance(("subject",), nameless)
+    for kinds, cases, words in (
+        (("modalty",), CASES, "pretrain.balance_by=modalty: .*Did you mean 'modality'"),
+        (("subject", "modality"), nameless, "pretrain.balance_by=modality: .*names no modality"),
+    ):
+        with pytest.raises(MFMError, match=f"E_CONFIG .*{words}"):
+            require_legal_balance(kinds, cases)

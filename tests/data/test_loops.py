@@ -18,7 +18,7 @@ import pytest
 
 from mfm_nnunet.data import loops
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.loops import attempt, in_processes, in_threads, mask_signature, source_signature, with_progress
+from mfm_nnunet.data.loops import attempt, in_processes, in_threads, source_signature, with_progress
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
 from tests.builders.groups import started, wait_for_end
 
@@ -67,16 +67,13 @@ def test_threads_keep_the_order_and_report_failures(num_threads: int) -> None:
     ],
 )
 def test_what_the_system_does_not_give(number: int, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an image, and of a mask."""
-
     def refuse(path: Path, **_: bool) -> None:
         raise OSError(number, "no", str(path))
 
     monkeypatch.setattr(Path, "stat", refuse)
-    case = Case("a", (Path("a.nii.gz"),), anatomy_mask=Path("m.nii.gz"))
-    for signature, file in ((source_signature, "a.nii.gz"), (mask_signature, "m.nii.gz")):
+    for images, mask, file in (((Path("a.nii.gz"),), None, "a.nii.gz"), ((), Path("m.nii.gz"), "m.nii.gz")):
         with pytest.raises(MFMError, match=file) as caught:
-            signature(case)
+            source_signature(Case("a", images, anonymisation_mask=mask))
         assert caught.value.code == code
 
 
@@ -297,10 +294,12 @@ def test_signature_changes_with_what_belongs_to_a_file(tmp_path: Path) -> None:
     image, spacing = tmp_path / "a_0000.tif", tmp_path / "a.json"
     image.write_bytes(b"12")
     spacing.write_bytes(b"345")
-    case = Case("a", (image,), anatomy_mask=tmp_path / "a.tif")
+    case = Case("a", (image,))
     before = source_signature(case)
     assert [size for size, _ in before] == [2, 3]
     (tmp_path / "a.tif").write_bytes(b"6")
-    assert [[size, kind] for size, _, kind in mask_signature(case)] == [[1, "anatomy"], [3, "anatomy"]]
+    masked = source_signature(Case("a", (image,), anonymisation_mask=tmp_path / "a.tif"))
+    assert masked[:2] == before
+    assert [[size, kind] for size, _, kind in masked[2:]] == [[1, "anonymised"], [3, "anonymised"]]
     spacing.unlink()
     assert source_signature(case) == before[:1]

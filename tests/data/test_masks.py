@@ -23,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_mask
 from mfm_nnunet.data.storage import require_whole
-from mfm_nnunet.data.volumes import MAX_POINTS, anatomy_of, anatomy_points, anonymised_of, mask_file
+from mfm_nnunet.data.volumes import anonymised_of, mask_file
 from mfm_nnunet.errors import MFMError
 from tests.data.test_preprocess import DATASET, KILLED, contents, make_case, make_plans, run
 
@@ -38,52 +38,47 @@ def write(file: Path, array: np.ndarray, spacing: tuple[float, ...] = (0.8, 0.9,
     return file
 
 
-def make_masks(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Anatomy (a large block) and anonymised (a small one), which do not touch."""
-    anatomy, anonymised = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
-    anatomy[2:9, 4:12, 3:10] = 1
-    anonymised[9:12, 2:5, 9:12] = 1
-    return anatomy, anonymised
+def make_mask(shape: tuple[int, ...]) -> np.ndarray:
+    mask = np.zeros(shape, np.uint8)
+    mask[9:12, 2:5, 9:12] = 1
+    return mask
 
 
 def masked_cases(folder: Path, count: int = 2) -> list[Case]:
     cases = []
     for i in range(count):
         image = make_case(10 + i, shape=(14, 16, 15))[0][0]
-        anatomy, anonymised = make_masks(image.shape)
-        files = [
+        file, mask = (
             write(folder / f"{name}{i}.nii.gz", array)
-            for name, array in (("image", image), ("anatomy", anatomy), ("anonymised", anonymised))
-        ]
-        cases.append(Case(f"case{i}", (files[0],), None, anatomy_mask=files[1], anonymisation_mask=files[2]))
+            for name, array in (("image", image), ("anonymised", make_mask(image.shape)))
+        )
+        cases.append(Case(f"case{i}", (file,), anonymisation_mask=mask))
     return cases
 
 
-def without_masks(case: Case) -> Case:
-    return dataclasses.replace(case, anatomy_mask=None, anonymisation_mask=None)
+def mask_of(case: Case) -> Path:
+    assert case.anonymisation_mask is not None
+    return case.anonymisation_mask
+
+
+def without_mask(case: Case) -> Case:
+    return dataclasses.replace(case, anonymisation_mask=None)
 
 
 def stored(out: Path, case: str) -> tuple[np.ndarray, np.ndarray]:
     """Volume and anonymisation mask as written."""
     folder = out / IDENTIFIER
-    files = (folder / f"{case}.b2nd", mask_file(folder, "anonymised", case))
+    files = (folder / f"{case}.b2nd", mask_file(folder, case))
     return tuple(blosc2.open(str(file), mode="r")[:] for file in files)  # type: ignore[return-value]
 
 
-def test_both_masks_are_where_their_names_say(tmp_path: Path) -> None:
-    """G1: 125 anonymised and 10,976 anatomy voxels went in, 10,976 and 125 came out."""
+def test_a_mask_is_cropped_with_its_image(tmp_path: Path) -> None:
     (case,) = masked_cases(tmp_path / "raw", 1)
     run([case], tmp_path / "out", make_plans(spacing=[1.2, 0.9, 0.8]))
     anonymised = stored(tmp_path / "out", "case0")[1]
-    points = anatomy_of(str(tmp_path / "out" / IDENTIFIER / "case0.b2nd"))
-    anatomy, expected = make_masks((14, 16, 15))
     # Two empty slices at the start of the first axis and at the end of the second are cropped away.
     assert anonymised.dtype == np.uint8
-    assert anonymised.sum() == expected[2:, :-2].sum() == 27
-    assert len(points) == anatomy[2:, :-2].sum() == 392
-    assert points.dtype == np.int32
-    assert points.min(axis=0).tolist() == [0, 4, 3]
-    assert points.max(axis=0).tolist() == [6, 11, 9]
+    assert anonymised.sum() == make_mask((14, 16, 15))[2:, :-2].sum() == 27
 
 
 @pytest.mark.parametrize("name", ["isotropic", "transposed", "thick", "cropped"])
@@ -124,7 +119,7 @@ def test_outside_and_holes_of_the_image_are_zero_in_a_mask(tmp_path: Path) -> No
 def test_masks_never_change_the_image(tmp_path: Path, use_mask: bool) -> None:
     """G3: with use_mask_for_norm the published code normalises over the anonymisation mask."""
     (case,) = masked_cases(tmp_path / "raw", 1)
-    for name, item in (("with", case), ("without", without_masks(case))):
+    for name, item in (("with", case), ("without", without_mask(case))):
         run([item], tmp_path / name, make_plans(use_mask_for_norm=[use_mask]))
     with_masks, without = contents(tmp_path / "with"), contents(tmp_path / "without")
     assert with_masks[f"{IDENTIFIER}/case0.b2nd"] == without[f"{IDENTIFIER}/case0.b2nd"]
@@ -133,38 +128,23 @@ def test_masks_never_change_the_image(tmp_path: Path, use_mask: bool) -> None:
 
 def test_masks_lie_beside_the_volumes_where_nothing_looks_for_volumes(tmp_path: Path) -> None:
     cases = masked_cases(tmp_path / "raw")
-    run([cases[0], without_masks(cases[1])], tmp_path)
+    run([cases[0], without_mask(cases[1])], tmp_path)
     folder = tmp_path / IDENTIFIER
     assert sorted(f.name for f in folder.iterdir()) == ["case0.b2nd", "case0.pkl", "case1.b2nd", "case1.pkl"]
     assert infer_dataset_class(str(folder)) is nnUNetDatasetBlosc2
     assert nnUNetDatasetBlosc2.get_identifiers(str(folder)) == ["case0", "case1"]
     assert [f.name for f in (tmp_path / f"{IDENTIFIER}_anonymised").iterdir()] == ["case0.b2nd"]
-    assert [f.name for f in (tmp_path / f"{IDENTIFIER}_anatomy").iterdir()] == ["case0.npy"]
     # G5: a case without a mask costs nothing, neither a file nor a read.
     assert anonymised_of(str(folder / "case1.b2nd")) is None
-    assert len(anatomy_of(str(folder / "case1.b2nd"))) == 0
 
 
-def test_points_of_a_large_mask_are_few_spread_and_the_same_every_time() -> None:
-    """G6: the draw had no seed."""
-    mask = np.zeros((1, 40, 50, 30), bool)
-    mask[:, 5:35] = True
-    points = anatomy_points(mask)
-    assert points.shape == (MAX_POINTS, 3)
-    assert len(np.unique(points, axis=0)) == MAX_POINTS
-    assert mask[0][tuple(points.T)].all()
-    np.testing.assert_allclose(points.mean(axis=0), [19.5, 24.5, 14.5], atol=0.6)
-    assert np.array_equal(points, anatomy_points(mask))
-    assert anatomy_points(mask & False).shape == (0, 3)
-
-
-@pytest.mark.parametrize("side", [*range(11, 33, 3), 32, 64])
+@pytest.mark.parametrize("side", [11, 20, 32, 64])
 def test_cubes_of_every_size_are_stored(tmp_path: Path, side: int) -> None:
     """G12: the block search of published code raised IndexError for sides of 11 to 32 and of 64."""
     image = np.random.default_rng(side).normal(5, 1, (side,) * 3).astype(np.float32)
     mask = np.ones((side,) * 3, np.uint8)
     files = [write(tmp_path / f"{name}.nii.gz", array, (1, 1, 1)) for name, array in (("i", image), ("m", mask))]
-    case = Case("cube", (files[0],), None, anatomy_mask=files[1], anonymisation_mask=files[1])
+    case = Case("cube", (files[0],), anonymisation_mask=files[1])
     assert run([case], tmp_path / "out").done == ["cube"]
     volume, anonymised = stored(tmp_path / "out", "cube")
     assert volume.shape == anonymised.shape == (1, side, side, side)
@@ -177,26 +157,26 @@ def test_cubes_of_every_size_are_stored(tmp_path: Path, side: int) -> None:
 def test_bad_masks_cost_their_case_and_no_other(tmp_path: Path) -> None:
     """G7: a case that failed does not stay behind half-done."""
     cases = masked_cases(tmp_path / "raw", 6)
-    write(cases[0].masks["anatomy"], np.ones((14, 16, 14), np.uint8))
-    write(cases[1].masks["anonymised"], np.ones((14, 16, 15), np.uint8), (0.8, 0.9, 1.3))
-    write(cases[2].masks["anonymised"], -np.ones((14, 16, 15), np.int8))
-    cases[3].masks["anatomy"].write_bytes(b"")
-    cases[4].masks["anatomy"].unlink()
+    write(mask_of(cases[0]), np.ones((14, 16, 14), np.uint8))
+    write(mask_of(cases[1]), np.ones((14, 16, 15), np.uint8), (0.8, 0.9, 1.3))
+    write(mask_of(cases[2]), -np.ones((14, 16, 15), np.int8))
+    mask_of(cases[3]).write_bytes(b"")
+    mask_of(cases[4]).unlink()
     report = run(cases, tmp_path / "out")
     assert report.done == ["case5"]
     assert {failure.case: failure.code for failure in report.failures} == {
         "case0": "E_GEOMETRY", "case1": "E_GEOMETRY", "case2": "E_LABEL_VALUE", "case3": "E_EMPTY",
         "case4": "E_NOT_FOUND",
     }  # fmt: skip
-    assert "anatomy0.nii.gz" in report.failures[0].reason
+    assert "anonymised0.nii.gz" in report.failures[0].reason
     assert {Path(name).name.partition(".")[0] for name in contents(tmp_path / "out")} == {"case5", IDENTIFIER}
 
 
 def test_what_is_above_zero_is_inside(tmp_path: Path) -> None:
     (case,) = masked_cases(tmp_path / "raw", 1)
-    mask = make_masks((14, 16, 15))[1].astype(np.float32)
+    mask = make_mask((14, 16, 15)).astype(np.float32)
     run([case], tmp_path / "one")
-    write(case.masks["anonymised"], mask * 0.25)
+    write(mask_of(case), mask * 0.25)
     run([case], tmp_path / "two")
     name = f"{IDENTIFIER}_anonymised/case0.b2nd"
     assert contents(tmp_path / "one")[name] == contents(tmp_path / "two")[name]
@@ -211,36 +191,30 @@ def test_cases_are_done_again_when_their_masks_change(tmp_path: Path) -> None:
     before = contents(out)
     assert run(cases, out).reused == ["case0", "case1"]
     assert contents(out) == before
-    os.utime(cases[0].masks["anatomy"], ns=(1, 1))
+    os.utime(mask_of(cases[0]), ns=(1, 1))
     assert run(cases, out).done == ["case0"]
-    mask_file(out / IDENTIFIER, "anonymised", "case1").unlink()
+    mask_file(out / IDENTIFIER, "case1").unlink()
     assert run(cases, out).done == ["case1"]
-    # The same files with their names exchanged are other masks.
-    swapped = dataclasses.replace(
-        cases[0], anatomy_mask=cases[0].anonymisation_mask, anonymisation_mask=cases[0].anatomy_mask
-    )
-    assert run([swapped], out).done == ["case0"]
     # No mask any more: no file either.
-    assert run([without_masks(case) for case in cases], out).done == ["case0", "case1"]
-    assert not [f for kind in ("anatomy", "anonymised") for f in (out / f"{IDENTIFIER}_{kind}").iterdir()]
+    assert run([without_mask(case) for case in cases], out).done == ["case0", "case1"]
+    assert not list((out / f"{IDENTIFIER}_anonymised").iterdir())
 
 
 def test_killed_runs_leave_no_volume_without_its_masks(tmp_path: Path) -> None:
     cases = masked_cases(tmp_path / "raw")
     run(cases, tmp_path / "unbroken")
     expected = contents(tmp_path / "unbroken")
-    # 8 renames per case: 4 staged, 4 put in place (two masks, properties, volume).
-    moments = [6, 7, 14]
+    # 6 renames per case: 3 staged, 3 put in place (mask, properties, volume).
+    moments = [4, 5, 10]
     content = pickle.dumps((cases, make_plans(), DATASET, str(tmp_path), moments))
     subprocess.run([sys.executable, "-c", KILLED], input=content, check=True, timeout=120)
     for moment in moments:
         out = tmp_path / str(moment)
         for case in nnUNetDatasetBlosc2.get_identifiers(str(out / IDENTIFIER)):
-            for kind in ("anatomy", "anonymised"):
-                file = mask_file(out / IDENTIFIER, kind, case)
-                assert file.read_bytes() == expected[str(file.relative_to(out))], f"killed at {moment}"
+            file = mask_file(out / IDENTIFIER, case)
+            assert file.read_bytes() == expected[str(file.relative_to(out))], f"killed at {moment}"
         report = run(cases, out)
-        assert report.reused == [f"case{i}" for i in range((moment - 1) // 8)]
+        assert report.reused == [f"case{i}" for i in range((moment - 1) // 6)]
         assert {k: v for k, v in contents(out).items() if not k.endswith("jsonl")} == {
             k: v for k, v in expected.items() if not k.endswith("jsonl")
         }
@@ -257,18 +231,17 @@ def test_masks_of_others_are_left_alone(tmp_path: Path) -> None:
     assert "mfm_other_anonymised/case0.b2nd" in after
 
 
-@pytest.mark.parametrize("kind", ["anatomy", "anonymised"])
 @pytest.mark.parametrize("is_gone", [False, True])
-def test_masks_that_were_damaged_later_are_found(tmp_path: Path, kind: str, is_gone: bool) -> None:
+def test_masks_that_were_damaged_later_are_found(tmp_path: Path, is_gone: bool) -> None:
     run(masked_cases(tmp_path / "raw"), tmp_path / "out")
     folder = tmp_path / "out" / IDENTIFIER
     require_whole(folder)
-    file = mask_file(folder, kind, "case1")
+    file = mask_file(folder, "case1")
     if is_gone:
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(MFMError, match=f"{kind}/case1") as error:
+    with pytest.raises(MFMError, match="anonymised/case1") as error:
         require_whole(folder)
     assert error.value.code == "E_SHORT_DATA"
 
@@ -289,30 +262,7 @@ def test_masks_of_pictures(tmp_path: Path) -> None:
     files = [tmp_path / "image.png", tmp_path / "mask.png"]
     for file, array in zip(files, (rng.integers(1, 255, (40, 30)).astype(np.uint8), mask)):
         sitk.WriteImage(sitk.GetImageFromArray(array), str(file))
-    case = Case("x", (files[0],), None, anatomy_mask=files[1], anonymisation_mask=files[1])
+    case = Case("x", (files[0],), anonymisation_mask=files[1])
     plans = make_plans(patch_size=[16, 16], spacing=[1.0, 1.0])
     assert run([case], tmp_path / "out", {**plans, "image_reader_writer": "NaturalImage2DIO"}).done == ["x"]
-    assert (
-        stored(tmp_path / "out", "x")[1].sum() == len(anatomy_of(str(tmp_path / "out" / IDENTIFIER / "x.b2nd"))) == 200
-    )
-
-
-@pytest.mark.parametrize(
-    ("array", "code"),
-    [
-        (np.array([{"a": 1}], dtype=object), "E_DATA_UNSAFE"),
-        (np.zeros((2, 2), np.int32), "E_SHORT_DATA"),
-        (np.zeros(3, np.int32), "E_SHORT_DATA"),
-        (np.zeros((2, 3), np.float32), "E_SHORT_DATA"),
-    ],
-    ids=["objects", "two columns", "one axis", "floats"],
-)
-def test_points_of_another_kind_are_refused(array: np.ndarray, code: str, tmp_path: Path) -> None:
-    """An array of objects is a pickle, which is never loaded."""
-    file = mask_file(tmp_path / "data", "anatomy", "a")
-    file.parent.mkdir()
-    np.save(file, array, allow_pickle=True)
-    with pytest.raises(MFMError) as caught:
-        anatomy_of(str(tmp_path / "data" / "a.b2nd"))
-    assert caught.value.code == code
-    assert str(file) in caught.value.message
+    assert stored(tmp_path / "out", "x")[1].sum() == 200

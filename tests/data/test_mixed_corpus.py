@@ -16,7 +16,7 @@ import SimpleITK as sitk
 
 from mfm_nnunet import api
 from mfm_nnunet.checkpoint import load
-from mfm_nnunet.data.volumes import anatomy_of, mask_file
+from mfm_nnunet.data.volumes import mask_file
 
 SOURCES = (
     ("Dataset004_Hippocampus", "T1w", 3),
@@ -26,20 +26,15 @@ SOURCES = (
 SPACING = (4.0, 4.0, 4.0)
 
 
-def write_masks(image: Path, folder: Path, name: str) -> tuple[Path, Path]:
-    """Anatomy: the brightest tenth of the voxels; anonymised: the first fifth of the slices."""
+def write_mask(image: Path, file: Path) -> Path:
+    """Write a mask of the first fifth of the slices."""
     item = sitk.ReadImage(str(image))
-    array = sitk.GetArrayFromImage(item)
-    anatomy = array >= np.percentile(array, 90)
-    anonymised = np.zeros(array.shape, bool)
-    anonymised[: max(1, len(array) // 5)] = True
-    files = []
-    for kind, mask in (("brain", anatomy), ("face", anonymised)):
-        out = sitk.GetImageFromArray(mask.astype(np.uint8))
-        out.CopyInformation(item)
-        files.append(folder / f"{name}_{kind}.nii.gz")
-        sitk.WriteImage(out, str(files[-1]))
-    return files[0], files[1]
+    mask = np.zeros(item.GetSize()[::-1], np.uint8)
+    mask[: max(1, len(mask) // 5)] = 1
+    out = sitk.GetImageFromArray(mask)
+    out.CopyInformation(item)
+    sitk.WriteImage(out, str(file))
+    return file
 
 
 def make_table(shared_data: Path, folder: Path) -> Path:
@@ -48,12 +43,12 @@ def make_table(shared_data: Path, folder: Path) -> Path:
     for dataset, modality, count in SOURCES:
         for image in sorted((shared_data / dataset / "imagesTr").glob("*.nii.gz"))[:count]:
             name = f"{modality}_{image.name[:-12]}"
-            masks = ("", "") if "Hippo" in dataset else write_masks(image, folder, name)
-            rows.append((name, image, modality, dataset, image.name[:-12], *masks))
+            mask = "" if "Hippo" in dataset else write_mask(image, folder / f"{name}_face.nii.gz")
+            rows.append((name, image, modality, dataset, image.name[:-12], mask))
     table = folder / "scans.csv"
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("case", "image", "modality", "dataset", "subject", "anatomy_mask", "anonymisation_mask"))
+        writer.writerow(("case", "image", "modality", "dataset", "subject", "anonymisation_mask"))
         writer.writerows(rows)
     return table
 
@@ -65,8 +60,6 @@ def pretrain(workspace: Path, **changes: Any) -> Path:
         "pretrain.validation_iterations=1",
         "pretrain.warmup_epochs=0",
         "pretrain.balance_by=dataset,modality",
-        "pretrain.balance_temperature=2",
-        "pretrain.anatomy_fraction=0.5",
         "pretrain.validation_fraction=0.2",
         "num_workers=0",
     )
@@ -85,21 +78,17 @@ def test_a_mixed_corpus_from_a_table_to_weights(
     folder = tmp_path / "ws" / "nnUNet_preprocessed" / "Dataset701_Mixed" / identifier
     volumes = sorted(folder.glob("*.b2nd"))
     assert len(volumes) == 7
-    masked = [file for file in volumes if mask_file(folder, "anonymised", file.stem).exists()]
+    masked = [file for file in volumes if mask_file(folder, file.stem).exists()]
     assert len(masked) == 4
     for file in masked:
         volume = blosc2.open(str(file), mode="r")[:]
-        hidden = blosc2.open(str(mask_file(folder, "anonymised", file.stem)), mode="r")[:]
+        hidden = blosc2.open(str(mask_file(folder, file.stem)), mode="r")[:]
         assert hidden.shape == volume.shape
         assert 0.05 < hidden.mean() < 0.35
-        points = anatomy_of(str(file))
-        # Anatomy is what is bright, in the preprocessed volume as well.
-        assert volume[0][tuple(points.T)].mean() > np.percentile(volume, 80)
     with caplog.at_level(logging.INFO):
         checkpoint = pretrain(tmp_path / "ws")
     assert "balanced by dataset and modality, 3 groups: " in caplog.text
     assert "anonymised voxels of 4 cases are left out of the loss" in caplog.text
-    assert "50% of the crops of 4 cases are centred on anatomy" in caplog.text
     content = load(checkpoint)
     # Patients that were scanned twice are one subject.
     assert content["mfm"]["corpus"]["num_cases"] == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import zipfile
@@ -13,7 +14,6 @@ import pytest
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import corpus_hash, load_cases, register_corpus, signature
-from mfm_nnunet.data.loops import mask_signature
 from mfm_nnunet.data.sources import index_source
 from tests.data.test_corpus import NAME, refusal, touch
 
@@ -21,24 +21,25 @@ from tests.data.test_corpus import NAME, refusal, touch
 
 
 @pytest.mark.parametrize("spelling", ["anonymisation_mask", "anonymization_mask"])
-def test_csv_with_everything(tmp_path: Path, spelling: str) -> None:
-    touch(tmp_path, "a.nii.gz", "b.nii.gz", "m/anat.nii.gz", "m/anon.nii.gz")
+def test_csv_with_everything(tmp_path: Path, spelling: str, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a.nii.gz", "b.nii.gz", "m/anon.nii.gz")
     table = tmp_path / "list.csv"
     table.write_text(
         f"image,modality,dataset,anatomy_mask,{spelling},subject\n"
-        "a.nii.gz,T1w,brains,m/anat.nii.gz,m/anon.nii.gz,s1\n"
+        "a.nii.gz,T1w,brains,m/lost.nii.gz,m/anon.nii.gz,s1\n"
         "b.nii.gz,CT,,,,\n"
     )
     first, second = index_source(table)
     assert (first.modality, first.dataset, first.subject) == ("T1w", "brains", "s1")
-    assert first.masks == {"anatomy": tmp_path / "m/anat.nii.gz", "anonymised": tmp_path / "m/anon.nii.gz"}
+    assert first.anonymisation_mask == tmp_path / "m/anon.nii.gz"
+    assert "column anatomy_mask is not used" in caplog.text
     assert second == Case("b", (tmp_path / "b.nii.gz",), None, "b", "CT")
 
 
 def test_missing_masks_are_listed_with_missing_images(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "b.nii.gz")
     table = tmp_path / "list.csv"
-    table.write_text("image,anatomy_mask,anonymisation_mask\na.nii.gz,lost1.nii,\nb.nii.gz,,lost2.nii\nc.nii.gz,,\n")
+    table.write_text("image,anonymisation_mask\na.nii.gz,lost1.nii\nb.nii.gz,lost2.nii\nc.nii.gz,\n")
     message = refusal("E_NOT_FOUND", index_source, table)
     assert "3 images or masks" in message
     assert all(name in message for name in ("lost1.nii", "lost2.nii", "c.nii.gz", "line 2", "line 3", "line 4"))
@@ -114,10 +115,9 @@ def test_nnssl_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
     assert [case.subject for case in cases] == ["ds1/sub-01"] * 3 + ["ds2/sub-01"]
     assert [case.dataset for case in cases] == ["ds1"] * 3 + ["ds2"]
     assert [case.modality for case in cases] == ["T1w", "T1w", "T2w", ""]
-    # By name: anatomy stays anatomy (G1).
-    assert cases[0].masks == {"anatomy": tmp_path / "scans/m/anat.nii.gz",
-                              "anonymised": tmp_path / "scans/m/anon.nii.gz"}  # fmt: skip
-    assert not any(case.masks for case in cases[1:])
+    # By name: the mask of anatomy is never taken for that of anonymised voxels.
+    assert cases[0].anonymisation_mask == tmp_path / "scans/m/anon.nii.gz"
+    assert not any(case.anonymisation_mask for case in cases[1:])
 
 
 def test_nothing_about_persons_is_taken_over_from_nnssl(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_nnssl_index_with_missing_files(tmp_path: Path, monkeypatch: pytest.Monk
     masks = {"anatomy_mask": "lost_anat.nii.gz", "anonymization_mask": "lost_anon.nii.gz"}
     file = nnssl(tmp_path, {"ds": {"s": {"x": [image("a.nii.gz", associated_masks=masks), image("lost.nii.gz")]}}})
     message = refusal("E_NOT_FOUND", index_source, file)
-    assert all(name in message for name in ("3 images or masks", "lost_anat", "lost_anon", "lost.nii.gz"))
+    assert all(name in message for name in ("2 images or masks", "lost_anon", "lost.nii.gz"))
     monkeypatch.delenv("not_set_in_test", raising=False)
     file = nnssl(tmp_path, {"ds": {"s": {"x": [image("$not_set_in_test/a.nii.gz")]}}})
     assert "$not_set_in_test" in refusal("E_CONFIG", index_source, file)
@@ -347,8 +347,8 @@ def test_nnssls_index_of_preprocessed_data(tmp_path: Path) -> None:
 
 
 def described(tmp_path: Path) -> Case:
-    a, anatomy, anonymised = touch(tmp_path, "a.nii.gz", "anatomy.nii.gz", "anonymised.nii.gz")
-    return Case("a", (a,), None, "s1", "T1w", "brains", anatomy, anonymised)
+    a, anonymised = touch(tmp_path, "a.nii.gz", "anonymised.nii.gz")
+    return Case("a", (a,), None, "s1", "T1w", "brains", anonymised)
 
 
 def test_corpus_json_keeps_what_is_known(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_corpus_json_keeps_what_is_known(tmp_path: Path) -> None:
     entries = json.loads((folder / "corpus.json").read_text())["cases"]
     assert set(entries[1]) == {"name", "images", "subject"}  # as older versions wrote it and read it
     # What is known changes by registering again; names stay.
-    other = dataclasses.replace(case, name="x", modality="T2w", anatomy_mask=None)
+    other = dataclasses.replace(case, name="x", modality="T2w", anonymisation_mask=None)
     register_corpus(tmp_path, NAME, [other, plain], ["MR"])
     assert load_cases(folder)[0] == dataclasses.replace(other, name="a")
 
@@ -370,21 +370,16 @@ def test_digests_depend_on_modality_dataset_and_masks(tmp_path: Path) -> None:
         case,
         dataclasses.replace(case, modality="CT"),
         dataclasses.replace(case, dataset="lungs"),
-        dataclasses.replace(case, anatomy_mask=None),
-        dataclasses.replace(case, anatomy_mask=None, anonymisation_mask=case.anatomy_mask),
-        dataclasses.replace(case, anatomy_mask=case.anatomy_mask, anonymisation_mask=None),
+        dataclasses.replace(case, anonymisation_mask=None),
     ]
     assert len({signature([variant]) for variant in variants}) == len(variants)
     assert len({corpus_hash([variant]) for variant in variants}) == len(variants)
     before = signature([case]), corpus_hash([case])
-    case.masks["anonymised"].write_text("longer than it was before")
+    # Runs hold this hash: another one would not let them resume.
+    sizes = {"images": [11], "anonymised": [12]}
+    line = "a\0[11]\0('T1w', 'brains', {'anonymised': 12})"
+    assert corpus_hash([case], {"a": sizes}) == hashlib.sha256(line.encode()).hexdigest()
+    assert case.anonymisation_mask is not None
+    case.anonymisation_mask.write_text("longer than it was before")
     assert signature([case]) != before[0]
     assert corpus_hash([case]) != before[1]
-
-
-def test_a_mask_used_as_the_other_kind_is_another_source(tmp_path: Path) -> None:
-    (file,) = touch(tmp_path, "m.nii.gz")
-    anatomy, anonymised = Case("a", (), None, anatomy_mask=file), Case("a", (), None, anonymisation_mask=file)
-    assert mask_signature(anatomy) != mask_signature(anonymised)
-    file.unlink()
-    refusal("E_NOT_FOUND", mask_signature, anatomy)

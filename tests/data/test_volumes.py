@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mfm_nnunet.data import volumes
-from mfm_nnunet.data.volumes import mask_file
 from mfm_nnunet.errors import MFMError
 from tests.builders import crafted
 
@@ -92,24 +91,3 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(file)
     with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*not a regular file"):
         volumes.volume_shape(file)
-
-
-@pytest.mark.parametrize(
-    ("content", "code"),
-    [
-        (np.array([{}], object), "E_DATA_UNSAFE"),
-        (np.zeros((2, 2), np.int32), "E_SHORT_DATA"),
-        (np.zeros((2, 3), np.float32), "E_SHORT_DATA"),
-        (np.full((1, 3), 99, np.int32), "E_SHORT_DATA"),
-        (np.full((1, 3), -1, np.int32), "E_SHORT_DATA"),
-    ],
-)
-def test_anatomy_masks_hold_voxels_of_their_image(
-    good: tuple[Path, np.ndarray], content: np.ndarray, code: str
-) -> None:
-    file = mask_file(good[0].parent, "anatomy", "a")
-    file.parent.mkdir()
-    np.save(file, content, allow_pickle=True)
-    with pytest.raises(MFMError) as caught:
-        volumes.anatomy_of(str(good[0]))
-    assert (caught.value.code, caught.value.message.partition(":")[0]) == (code, str(file))

@@ -22,11 +22,12 @@ from mfm_nnunet.engine.optim import WeightAverage
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
 from mfm_nnunet.jobs import pretrain
+from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models import backbone as backbones
 from mfm_nnunet.models.backbone import AbstractBackbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.precision import require_sound_bf16
-from mfm_nnunet.planning import like
+from mfm_nnunet.planning.like import plan_like
 from mfm_nnunet.tasks.base import PretextTask, find_task, list_tasks
 from mfm_nnunet.tasks.mae import MAE
 from tests.builders.tiny_plans import tiny_backbone, tiny_network
@@ -437,13 +438,9 @@ def test_an_untrained_decoder_is_not_shipped(tmp_path: Path, family: str, monkey
     assert tops == ({"encoder"} if family == "resenc" else {"down_projection", "eva"})
 
     architecture = content["mfm"]["plans"]["configurations"][CONFIGURATION]["architecture"]
-    assert like.read_source(final).mfm["configuration"] == CONFIGURATION
-    assert (
-        like.plan_like(_own_plan(content["mfm"]["plans"]), (20, 20, 20), content["mfm"], CONFIGURATION)[
-            "configurations"
-        ][CONFIGURATION]["architecture"]
-        == architecture
-    )
+    assert read_source(final).trained.name == CONFIGURATION
+    planned = plan_like(_own_plan(content["mfm"]["plans"]), read_source(final))
+    assert planned["configurations"][CONFIGURATION]["architecture"] == architecture
 
     network = build_network(content["mfm"]["plans"], CONFIGURATION, 1, 3, deep_supervision=family == "resenc")
     _, report = transfer(final, network)

@@ -1,10 +1,10 @@
-"""The downstream probe: it tells good features from bad ones, and the run is the same with it as without."""
+"""The probe: it ranks good features above bad ones, and the run is the same with and without it."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,27 @@ from torch.nn import functional
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.engine import probe_data
-from mfm_nnunet.engine.distributed import ALONE
+from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.engine import probe as probing
 from mfm_nnunet.engine.engine import Pretrainer
-from mfm_nnunet.engine.probe import Probe, in_words, predict, prepare
-from mfm_nnunet.engine.probe_data import LabelledVolume, ProbeDataset
-from mfm_nnunet.engine.probe_methods import (
-    Labeller,
+from mfm_nnunet.engine.probe import (
+    RETIRED,
+    LabelledVolume,
+    Probe,
     draw_voxels,
     features_at,
-    finetuned_labeller,
     fit_logistic,
+    in_words,
     linear_labeller,
+    predict,
+    prepare,
 )
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.jobs.pretrain import check, launch
 from mfm_nnunet.metrics import dice
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.processes import ALONE
 from mfm_nnunet.reports.progress import plot_progress
 from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.settings import ProbeSettings
@@ -87,11 +90,11 @@ def prepared(here: Workspace, *settings: str, **changes: Any) -> Probe:
 
 def random_network(probe: Probe, num_outputs: int = 1) -> nn.Module:
     torch.manual_seed(0)
-    return build_network(probe.plans, probe.configuration, 1, num_outputs)
+    return build_network(dict(probe.plan.content), probe.configuration, 1, num_outputs)
 
 
 def patch_size(probe: Probe) -> tuple[int, ...]:
-    return tuple(probe.plans["configurations"][probe.configuration]["patch_size"])
+    return probe.plan.configuration(probe.configuration).patch_size
 
 
 def rows(final: Path) -> list[dict[str, Any]]:
@@ -114,12 +117,9 @@ def same(first: Path, second: Path) -> bool:
 # A run with a probe
 
 
-@pytest.mark.parametrize(("kind", "family"), [("linear", "primus"), ("finetune", "resenc")])
-def test_the_run_is_the_same_with_and_without(
-    here: Workspace, kind: str, family: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_run.prepare(here.raw.parent, family)
-    settings = ("pretrain.epochs=2", "probe.every=2", f"probe.kind={kind}", "probe.steps=2", "probe.max_cases=2")
+def test_the_run_is_the_same_with_and_without(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_run.prepare(here.raw.parent, "primus")
+    settings = ("pretrain.epochs=2", "probe.every=2", "probe.kind=linear", "probe.max_cases=2")
     probed = tiny_run.run(here, settings=settings, probe=4, run_name="probed")
     printed = capsys.readouterr().err
     plain = tiny_run.run(here, settings=settings[:1], run_name="plain")
@@ -192,13 +192,12 @@ def test_trained_features_probe_higher_than_random_ones(here: Workspace, family:
 
 def learn(network: nn.Module, probe: Probe) -> None:
     """Train on whole-patch crops of all labelled cases, also the held-out ones: the features then know the labels."""
-    folder, size = probe.dataset.folder, patch_size(probe)
-    volumes = [LabelledVolume(folder, case.name, None) for case in (*probe.dataset.fit, *probe.dataset.held_out)]
+    volumes = [probe._open(case, patch_size(probe)) for case in (*probe.fit, *probe.held_out)]
     patches = [
-        (volume.patch(tile, size), torch.from_numpy(volume.label_patch(tile, size)).long())
+        (volume.patch(window), torch.from_numpy(volume.labels[window]).long())
         for volume in volumes
-        for tile in volume.tiles(size)
-        if (volume.label_patch(tile, size) > 0).mean() > 0.1
+        for window in volume.windows()
+        if (volume.labels[window] > 0).mean() > 0.1
     ]
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     rng = np.random.default_rng(0)
@@ -213,49 +212,31 @@ def measured(probe: Probe, network: nn.Module) -> dict[str, float | None]:
     return probe.measure(make_backbone(network, patch_size(probe), "none"), CPU)
 
 
-def test_finetuning_starts_from_the_weights_and_learns(here: Workspace) -> None:
-    """The image holds the label, so few steps are enough."""
+def test_runs_begun_when_probes_could_fine_tune_are_continued(here: Workspace) -> None:
+    """They saved two more settings, without effect on a linear probe."""
     probe = check(here, request()).probe
     assert probe is not None
-    volumes = [labelled_boxes((30, 31, 32), seed) for seed in range(3)]
-
-    def finetuned(network: nn.Module, *schedule: float) -> Labeller:
-        torch.manual_seed(1)
-        parts = {"plans": probe.plans, "configuration": probe.configuration, "schedule": schedule, "device": CPU}
-        backbone = make_backbone(network, patch_size(probe), "none")
-        return finetuned_labeller(backbone, volumes[:2], 3, np.random.default_rng(0), dtype=None, **parts)
-
-    network, x = random_network(probe), volumes[2].patch(volumes[2].tiles((16, 16, 16))[0], (16, 16, 16))[None]
-    with torch.no_grad():
-        first, again = (finetuned(network, 1, 1e-9, 2)(x) for _ in range(2))
-        for weight in network.encoder.parameters():  # type: ignore[union-attr]
-            weight.mul_(2)
-        assert torch.equal(first, again)
-        assert not torch.allclose(first, finetuned(network, 1, 1e-9, 2)(x), rtol=0.01)
-        predicted = predict(finetuned(random_network(probe), 40, 3e-3, 2), volumes[2], (16, 16, 16))
-    assert all(dice(volumes[2].labels, predicted, (value,)) > 0.7 for value in (1, 2))
+    saved = {"every": 10, "kind": "linear", "max_cases": 20, "steps": 200, "learning_rate": 1e-3}
+    assert {name: value for name, value in probe.description().items() if name in saved} == saved
+    assert set(RETIRED) == {"steps", "learning_rate"}
 
 
-@pytest.mark.parametrize("kind", ["linear", "finetune"])
-def test_a_probe_is_a_function_of_weights_and_seed_and_leaves_no_trace(here: Workspace, kind: str) -> None:
-    probe = prepared(here, f"probe.kind={kind}", "probe.steps=2", "probe.max_cases=2")
+def test_a_probe_is_a_function_of_weights_and_seed_and_leaves_no_trace(here: Workspace) -> None:
+    probe = prepared(here, "probe.max_cases=2")
     network = random_network(probe)
     backbone = make_backbone(network, patch_size(probe), "none").train()
     backbone.network.encoder.eval()  # type: ignore[union-attr, operator]
     modes = [module.training for module in backbone.modules()]
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     first = probe.measure(backbone, CPU)
-    torch.rand(7), np.random.random(3)
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    torch.rand(7)
+    state = torch.get_rng_state()
     second = probe.measure(backbone, CPU)
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1] == np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    assert torch.equal(state, torch.get_rng_state())
     assert [module.training for module in backbone.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(weight.grad is None for weight in network.parameters())
-    assert {k: v for k, v in first.items() if k != "probe_seconds"} == {
-        k: v for k, v in second.items() if k != "probe_seconds"
-    }
+    assert {**first, "probe_seconds": 0} == {**second, "probe_seconds": 0}
     other = replace(probe, seed=1).measure(backbone, CPU)
     assert other["probe_dice"] != first["probe_dice"]
 
@@ -266,22 +247,15 @@ def test_2d(here: Workspace) -> None:
     assert 0 <= (values["probe_dice"] or -1) <= 1
 
 
-@dataclass
-class InMemory(LabelledVolume):
+def labelled_boxes(shape: tuple[int, ...], seed: int, patch: tuple[int, ...], ignored: bool = False) -> LabelledVolume:
     """A volume whose image is made from its labels."""
-
-    image: Any
-    labels: np.ndarray
-
-
-def labelled_boxes(shape: tuple[int, ...], seed: int, ignored: bool = False) -> InMemory:
     labels = np.kron(np.random.default_rng(seed).integers(0, 3, (4, 4, 4)), np.ones((8, 8, 8)))
     labels = labels[tuple(slice(size) for size in shape)].astype(np.int16)
     image = labels[None].astype(np.float32)
     if ignored:
         labels[:, : shape[1] // 2] = -1
         image[:, :, : shape[1] // 2] = 2 - image[:, :, : shape[1] // 2]
-    return InMemory(image, labels)
+    return LabelledVolume(image, labels, patch)
 
 
 class _Oracle:
@@ -300,28 +274,39 @@ class _Oracle:
 @pytest.mark.parametrize("ignored", [False, True])
 def test_features_that_contain_the_label_give_a_dice_of_one(patch: tuple[int, ...], ignored: bool) -> None:
     """Patches, places, standardisation and the way back all fit together, at every border."""
-    volumes = [labelled_boxes(shape, i, ignored) for i, shape in enumerate([(30, 31, 13), (9, 32, 32), (5, 5, 5)])]
-    oracle = _Oracle(patch)
-    label = linear_labeller(oracle, volumes, 3, np.random.default_rng(0), oracle)  # type: ignore[arg-type]
+    shapes = [(30, 31, 13), (9, 32, 32), (5, 5, 5)]
+    volumes = [labelled_boxes(shape, i, patch, ignored) for i, shape in enumerate(shapes)]
+    label = linear_labeller(_Oracle(patch), volumes, 3, np.random.default_rng(0))
     for volume in volumes:
         with torch.no_grad():
-            predicted = predict(label, volume, patch)
+            predicted = predict(label, volume)
         for value in (1, 2):
             score = dice(volume.labels, predicted, (value,), ignore=-1)
             assert score == 1 or np.isnan(score)
-        assert (predicted == volume.image[0]).all()
+        is_inside = volume.labels >= 0
+        assert (predicted[is_inside] == volume.labels[is_inside]).all()
+
+
+def test_shapes_below_the_patch_are_padded_around_the_image() -> None:
+    volume = labelled_boxes((5, 6, 20), 0, (8, 8, 8))
+    assert volume.labels.shape == (8, 8, 20)
+    assert (volume.labels[2:7, 1:7] >= 0).all()
+    assert (volume.labels >= 0).sum() == 5 * 6 * 20
+    (first, *_) = volume.windows()
+    inside = volume.labels[first] >= 0
+    assert (volume.patch(first)[0].numpy()[inside] == volume.labels[first][inside]).all()
 
 
 def test_voxels_are_drawn_from_every_class_alike() -> None:
-    volume = labelled_boxes((30, 31, 32), 0, ignored=True)
+    volume = labelled_boxes((30, 31, 32), 0, (16, 16, 16), ignored=True)
     volume.labels[volume.labels == 2] = 0
     volume.labels[20:23, 20:23, 20:23] = 2
-    drawn = draw_voxels(volume, (16, 16, 16), 3, 12, np.random.default_rng(0))
+    drawn = draw_voxels(volume, 3, 12, np.random.default_rng(0))
     labels = np.concatenate([labels for _, _, labels in drawn])
     assert set(labels) == {0, 1, 2}
     assert all(12 <= (labels == k).sum() <= 24 for k in range(3))
-    for tile, places, values in drawn:
-        assert (volume.label_patch(tile, (16, 16, 16))[tuple(places.T)] == values).all()
+    for window, places, values in drawn:
+        assert (volume.labels[window][tuple(places.T)] == values).all()
 
 
 @pytest.mark.parametrize("patch", [(16, 8, 24), (24, 16)])
@@ -374,10 +359,10 @@ def test_the_settings_page_lists_them() -> None:
 
 def test_split_by_subject(here: Workspace, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [Case(f"{subject}{scan}", (), Path("label"), subject) for subject in "abcdefg" for scan in range(2)]
-    monkeypatch.setattr(probe_data.corpus, "load_cases", lambda folder: cases)
+    monkeypatch.setattr(probing.corpus, "load_cases", lambda folder: cases)
     probe = check(here, request("probe.max_cases=12")).probe
     assert probe is not None
-    fit, held_out = ({case.subject for case in part} for part in (probe.dataset.fit, probe.dataset.held_out))
+    fit, held_out = ({case.subject for case in part} for part in (probe.fit, probe.held_out))
     assert len(fit) == 4
     assert len(held_out) == 2
     assert fit.isdisjoint(held_out)
@@ -385,13 +370,13 @@ def test_split_by_subject(here: Workspace, shared_data: Path, monkeypatch: pytes
     other = check(here, request("probe.max_cases=12", "seed=1")).probe
     assert again is not None
     assert other is not None
-    assert probe.dataset == again.dataset
-    assert other.dataset.held_out != probe.dataset.held_out
+    assert (probe.fit, probe.held_out) == (again.fit, again.held_out)
+    assert other.held_out != probe.held_out
     cases[2:] = []
     cases[1] = replace(cases[1], subject="b")
     smallest = check(here, request()).probe
     assert smallest is not None
-    assert (len(smallest.dataset.fit), len(smallest.dataset.held_out)) == (1, 1)
+    assert (len(smallest.fit), len(smallest.held_out)) == (1, 1)
 
 
 def test_preprocessed_cases_are_reused(here: Workspace, caplog: pytest.LogCaptureFixture) -> None:
@@ -403,23 +388,22 @@ def test_preprocessed_cases_are_reused(here: Workspace, caplog: pytest.LogCaptur
     assert "0 preprocessed, 4 reused" in caplog.messages[-1].replace("0 preprocessed, 5", "0 preprocessed, 4")
     assert "has no more" not in caplog.text
     assert not any(record.levelname == "WARNING" for record in caplog.records)
-    assert probe.dataset.folder == here.preprocessed / NAME / "mfm_tiny"
+    assert probe.folder == here.preprocessed / NAME / "mfm_tiny"
 
 
 def test_data_of_another_plan_are_not_replaced(here: Workspace) -> None:
     probe = prepared(here, "probe.max_cases=2")
-    before = sorted((file.name, file.stat().st_mtime_ns) for file in probe.dataset.folder.iterdir())
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in probe.folder.iterdir())
     with pytest.raises(MFMError, match=r"E_EXISTS.*preprocessed with other settings"):
         prepared(here, configuration="2d")
-    assert before == sorted((file.name, file.stat().st_mtime_ns) for file in probe.dataset.folder.iterdir())
+    assert before == sorted((file.name, file.stat().st_mtime_ns) for file in probe.folder.iterdir())
 
 
-def test_regions_and_ignored_voxels(tmp_path: Path) -> None:
+def test_the_ignored_value_is_no_class(here: Workspace) -> None:
+    probe = check(here, request()).probe
+    assert probe is not None
     labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
-    dataset = ProbeDataset(NAME, {"labels": labels}, (), (), (), tmp_path)
-    assert dataset.classes == 3
-    assert dataset.ignored == 3
-    assert dataset.foreground == {"whole": (1, 2), "core": (2,)}
+    assert replace(probe, dataset=DatasetJson.of({"labels": labels})).num_classes == 3
 
 
 # Bad input
@@ -433,9 +417,10 @@ def test_regions_and_ignored_voxels(tmp_path: Path) -> None:
         ({"probe": tiny_run.NAME}, "E_NOT_FOUND.*dataset.json"),
         ({"settings": ("probe.every=0",)}, r"E_CONFIG.*probe\.every=0: must be at least 1"),
         ({"settings": ("probe.max_cases=1",)}, r"E_CONFIG.*probe\.max_cases=1: must be at least 2"),
-        ({"settings": ("probe.steps=0",)}, r"E_CONFIG.*probe\.steps=0"),
-        ({"settings": ("probe.learning_rate=0",)}, r"E_CONFIG.*probe\.learning_rate=0"),
-        ({"settings": ("probe.kind=knn",)}, "E_CONFIG.*linear, finetune"),
+        ({"settings": ("probe.steps=9",)}, r"E_CONFIG.*probe\.steps.*mfm_train"),
+        ({"settings": ("probe.learning_rate=1",)}, r"E_CONFIG.*probe\.learning_rate.*mfm_train"),
+        ({"settings": ("probe.kind=knn",)}, "E_CONFIG.*legal values are linear"),
+        ({"settings": ("probe.kind=finetune",)}, "E_CONFIG.*mfm_train.*mfm_study"),
         ({"settings": ("probe.evry=3",)}, r"Did you mean 'probe\.every'"),
         ({"settings": ("probe.every=3",), "probe": None}, r"E_CONFIG.*probe\.every is set.*--probe DATASET"),
     ],

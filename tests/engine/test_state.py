@@ -84,3 +84,9 @@ def test_a_checkpoint_is_no_state(content: dict[str, Any], tmp_path: Path) -> No
     assert "start anew" in caught.value.message
     torch.save({"state": asdict(RunState(step=4)), "settings": SETTINGS}, tmp_path / "resume_previous.pth")
     assert load_state(tmp_path, SETTINGS)[0].step == 4
+
+
+def test_runs_with_settings_that_were_removed(tmp_path: Path) -> None:
+    require_same_settings({"pretrain": {"anatomy_fraction": 0.0, "balance_temperature": None}}, {}, tmp_path)
+    with pytest.raises(MFMError, match=r"pretrain\.anatomy_fraction was 0\.3"):
+        require_same_settings({"pretrain": {"anatomy_fraction": 0.3}}, {"pretrain": {}}, tmp_path)

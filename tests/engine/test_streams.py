@@ -18,13 +18,14 @@ from mfm_nnunet.engine.streams import Corpus, Streams, make_streams
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.settings import PretrainSettings
 from mfm_nnunet.tasks.base import PretextTask
-from mfm_nnunet.tasks.mae import MAE, MAEConfig
+from mfm_nnunet.tasks.mae import MAE
+from mfm_nnunet.tasks.masks import MaskingConfig
 from mfm_nnunet.tasks.volume_fusion import VolumeFusion, VolumeFusionConfig
 from tests.builders import tiny_run
-from tests.data.test_crops import masked_volume, write_masks
+from tests.builders.volumes import write_mask, write_volume
 
 PATCH = (8, 8, 8)
-MAE_CONFIG = MAEConfig(cell_size=(4, 4, 4))
+MAE_CONFIG = MaskingConfig(cell_size=(4, 4, 4))
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,14 @@ class Contrastive(MAE):
 
 
 def volumes(folder: Path, num_masked: int = 2, **changes: Any) -> Corpus:
-    """Six volumes of one value each, two thirds T1w; ``num_masked`` of them with both masks."""
+    """Six volumes of one value each, two thirds T1w; ``num_masked`` of them with a mask."""
     cases, files = [], {}
     for i in range(6):
         volume = np.full((1, 12 + i, 20, 20), 1.0 + i)
         mask = np.zeros(volume.shape, bool)
         mask[:, 2:6, 2:6, 2:6] = True
-        masks = {"anatomy": mask, "anonymised": mask} if i < num_masked else {}
         name = f"case{i}"
-        files[name] = masked_volume(folder / "data", name, volume, **masks)
+        files[name] = write_volume(folder / "data", name, volume, mask if i < num_masked else None)
         cases.append(Case(name, (), None, f"s{i}", "T1w" if i < 4 else "CT", "brains"))
     names = set(files)
     return Corpus(cases, files, names - {"case0"}, {"case0"})
@@ -92,31 +92,18 @@ def test_anonymised_voxels_are_left_out_in_every_item_of_both_streams(tmp_path: 
 def test_masks_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     corpus = volumes(tmp_path)
     fusion = streams(corpus, VolumeFusion, VolumeFusionConfig())
-    assert fusion.notes == [
-        "the anonymisation masks of 2 cases are not used: volume_fusion has no use for them",
-        "the anatomy masks of 2 cases are not used: pretrain.anatomy_fraction=0",
-    ]
+    assert fusion.notes == ["the anonymisation masks of 2 cases are not used: volume_fusion has no use for them"]
     off = streams(corpus, leave_out_anonymised=False)
     assert "pretrain.leave_out_anonymised=false" in off.notes[0]
     assert "valid" not in off.training[0]
-    on = streams(corpus, anatomy_fraction=0.25)
-    assert on.notes[1] == "25% of the crops of 2 cases are centred on anatomy"
 
 
-def test_anatomy_setting_reaches_the_crops(tmp_path: Path) -> None:
-    corpus = dataclasses.replace(volumes(tmp_path), training={"case1"})
-    items = [streams(corpus, anatomy_fraction=1.0, augmentation="none").training[index] for index in range(10)]
-    # Of 13 x 20 x 20 voxels only crops near the corner contain the mask.
-    assert not any(item["valid"].all() for item in items)
-
-
-def test_masks_that_a_run_cannot_have(tmp_path: Path) -> None:
+def test_masks_that_came_after_preprocessing(tmp_path: Path) -> None:
     bare = volumes(tmp_path, num_masked=0)
-    assert "no case of the corpus has an anatomy mask" in refusal("E_CONFIG", bare, anatomy_fraction=0.5)
-    late = [dataclasses.replace(case, anatomy_mask=Path("a"), anonymisation_mask=Path("b")) for case in bare.cases]
-    registered = dataclasses.replace(bare, cases=late)
-    assert "mfm_plan_and_preprocess again" in refusal("E_NOT_FOUND", registered)
-    assert "6 cases" in refusal("E_NOT_FOUND", registered, leave_out_anonymised=False, anatomy_fraction=0.5)
+    late = [dataclasses.replace(case, anonymisation_mask=Path("b")) for case in bare.cases]
+    message = refusal("E_NOT_FOUND", dataclasses.replace(bare, cases=late))
+    assert "6 cases" in message
+    assert "mfm_plan_and_preprocess again" in message
 
 
 # --- balance ------------------------------------------------------------------------------------------------------
@@ -129,8 +116,6 @@ def test_balance_of_the_training_part_is_drawn_and_printed(tmp_path: Path) -> No
     drawn = [made.training.case_names(index)[0] for index in range(600)]
     assert 0.44 < np.mean([name in ("case4", "case5") for name in drawn]) < 0.56
     assert "case0" not in drawn
-    kept = streams(corpus, balance_by=("modality",), balance_temperature=1.0)
-    assert "T1w 60.0%, CT 40.0%" in kept.notes[0]
 
 
 def test_balance_that_is_impossible(tmp_path: Path) -> None:
@@ -160,7 +145,7 @@ def test_volumes_that_are_too_small_are_counted_and_named(tmp_path: Path) -> Non
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [(), ("pretrain.balance_by=modality", "pretrain.anatomy_fraction=0.5")])
+@pytest.mark.parametrize("settings", [(), ("pretrain.balance_by=modality", "pretrain.leave_out_anonymised=false")])
 def test_a_run_says_what_it_does_with_masks_and_tells_nobody_in_its_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: tuple[str, ...]
 ) -> None:
@@ -169,23 +154,19 @@ def test_a_run_says_what_it_does_with_masks_and_tells_nobody_in_its_checkpoint(
     cases, scans = [], tmp_path / "hospital-7"
     scans.mkdir()
     for i in range(6):
-        files = [scans / f"{name}{i}.nii.gz" for name in ("case", "face", "brain")]
+        files = [scans / f"{name}{i}.nii.gz" for name in ("case", "face")]
         for file in files:
             file.write_text("x")
-        cases.append(
-            Case(f"case{i}", (files[0],), None, f"person{i}", ("T1w", "CT-xyz")[i % 2], "", files[2], files[1])
-        )
+        cases.append(Case(f"case{i}", (files[0],), None, f"person{i}", ("T1w", "CT-xyz")[i % 2], "", files[1]))
         mask = np.random.default_rng(i).random((1, 20, 18, 24)) < 0.2
-        write_masks(data, f"case{i}", anatomy=mask, anonymised=mask)
+        write_mask(data, f"case{i}", mask)
     register_corpus(here.raw, tiny_run.NAME, cases, ["MR"])
     with caplog.at_level(logging.INFO):
         final = tiny_run.run(here, settings=("pretrain.epochs=1", "pretrain.iterations_per_epoch=2", *settings))
-    assert caplog.text.count("anonymised voxels of 6 cases are left out of the loss") == 1
+    assert caplog.text.count("anonymised voxels of 6 cases are left out of the loss") == (not settings)
     if settings:
         assert "balanced by modality, 2 groups" in caplog.text
-        assert "50% of the crops of 6 cases are centred on anatomy" in caplog.text
-    else:
-        assert caplog.text.count("anatomy masks of 6 cases are not used") == 1
+        assert caplog.text.count("anonymisation masks of 6 cases are not used") == 1
     saved = json.loads((final.parent / "settings.json").read_text())["pretrain"]
     assert saved["balance_by"] == (["modality"] if settings else [])
     for word in (b"person", b"hospital", b"CT-xyz", b"brain"):

@@ -17,7 +17,7 @@ from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.loading import make_loaders, seeded
 from mfm_nnunet.finetune.settings import advise, advise_as_begun, require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.models.networks import encoder_names, head_names
+from mfm_nnunet.models.families import family_named, family_of
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
@@ -43,7 +43,7 @@ def names_of(network: nn.Module) -> set[str]:
 def test_the_default_is_one_group_in_the_networks_order(make: Any) -> None:
     """So that optimizer states of older runs, and of stock nnU-Net, fit."""
     network = make()
-    for new in (None, head_names(network)):
+    for new in (None, family_of(network).head_names(network)):
         (group,) = groups.group_parameters(network, FinetuneSettings(), new)
         assert list(group.names) == [name for name, _ in network.named_parameters()]
         assert (group.waits, group.scale) == (False, 1.0)
@@ -52,10 +52,10 @@ def test_the_default_is_one_group_in_the_networks_order(make: Any) -> None:
 @pytest.mark.parametrize("make", [resenc, primus])
 def test_who_learns(make: Any) -> None:
     network = make()
-    encoder = encoder_names(network)
+    encoder = family_of(network).encoder_names(network)
     assert groups.trained_names(network, "decoder") == names_of(network) - encoder
-    assert groups.trained_names(network, "head") == head_names(network)
-    new = head_names(network)
+    assert groups.trained_names(network, "head") == family_of(network).head_names(network)
+    new = family_of(network).head_names(network)
     first, second = groups.group_parameters(network, FinetuneSettings(schedule="sawtooth"), new)
     assert (set(first.names), set(second.names)) == (new, names_of(network) - new)
     assert (first.waits, second.waits) == (False, True)
@@ -149,7 +149,7 @@ def test_what_is_frozen_never_moves(here: Workspace, tmp_path: Path, train: str,
     ("configuration", "overrides", "message"),
     [
         ("3d_fullres", ("finetune.layer_decay=0.75",), "skip connections"),
-        ("3d_fullres", ("finetune.train=lora",), "adapters are for Primus"),
+        ("3d_fullres", ("finetune.train=lora",), "adapters are for transformers"),
         ("primus", ("finetune.train=lora", "finetune.lora_rank=1000"), "narrowest layer"),
         ("primus", ("finetune.train=lora",), "-pretrained_weights"),
         ("3d_fullres", ("finetune.train=decoder",), "the encoder would stay random"),
@@ -281,13 +281,13 @@ def test_a_network_is_compiled_on_cuda_only_and_the_run_says_so(caplog: pytest.L
     ],
 )
 def test_advice(family: Any, num_cases: int, pretext: str | None, has_decoder: bool, parts: str, reason: str) -> None:
-    given = advise(family, num_cases, pretext, has_decoder)
+    given = advise(family_named(family), num_cases, pretext, has_decoder)
     assert {item.name: item.value for item in given} == {"parts": parts, "layer_decay": 1.0}
     assert reason in " ".join(item.reason for item in given)
 
 
 def test_advice_is_for_what_is_open_only() -> None:
-    given = advise("resenc", 9, "mae", True)
+    given = advise(family_named("resenc"), 9, "mae", True)
     assert resolve(MFMBlock(), (), None, given).finetune.parts == "encoder_decoder"
     chosen = resolve(MFMBlock(), ("finetune.parts=encoder", "finetune.layer_decay=0.5"), None, given).finetune
     assert (chosen.parts, chosen.layer_decay) == ("encoder", 0.5)
@@ -298,7 +298,7 @@ def test_what_a_continued_run_leaves_open_again_is_as_it_began() -> None:
     about = {"name": "a.pth", "sha256": "00", "pretext": "mae"}
     command = ("finetune.parts=auto", "finetune.layer_decay=none", "finetune.learning_rate=none")
     sawtooth = ("finetune.schedule=sawtooth", "finetune.decoder_epochs=none")
-    given = advise("resenc", 9, "mae", False)
+    given = advise(family_named("resenc"), 9, "mae", False)
     begun = resolve(MFMBlock(), (*command, *sawtooth), about, given)
     assert resolve(begun, (*command, *sawtooth), about, advise_as_begun(begun.finetune)) == begun
     other = resolve(begun, ("finetune.parts=all_but_heads",), about, advise_as_begun(begun.finetune))

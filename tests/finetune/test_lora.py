@@ -16,7 +16,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune import lora, state
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.models.networks import encoder_names
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.prediction.predictor import load_model
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace, use
@@ -104,10 +104,11 @@ def test_only_adapters_and_decoder_learn(here: Workspace, tmp_path: Path) -> Non
         trainer.train_step(batch)
     moved = {name for name, p in trainer.network.named_parameters() if not torch.equal(before[name], p)}
     adapters = lora.adapter_names(trainer.network)
-    assert moved & encoder_names(trainer.network) <= adapters
-    assert moved - encoder_names(trainer.network) == before.keys() - encoder_names(trainer.network)
+    of_encoder = family_of(trainer.network).encoder_names(trainer.network)
+    assert moved & of_encoder <= adapters
+    assert moved - of_encoder == before.keys() - of_encoder
     assert len(adapters - moved) <= len(adapters) / 2  # drop path may leave a block out
-    encoder = sum(before[name].numel() for name in encoder_names(trainer.network) - adapters)
+    encoder = sum(before[name].numel() for name in of_encoder - adapters)
     assert sum(before[name].numel() for name in adapters) < 0.5 * encoder
     shipped = state.content_of(trainer)["network_weights"]
     plain = make_trainer("primus")

@@ -16,7 +16,7 @@ from mfm_nnunet.finetune.groups import EpochSchedule, Group, Phases, rate_factor
 from mfm_nnunet.finetune.state import content_of as state_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.transfer import unwrapped
-from mfm_nnunet.settings import FinetuneSettings, MFMBlock, require_legal_finetuning, resolved_decoder_epochs
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock, require_legal, resolved_decoder_epochs
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
 from tests.builders.architectures import resenc
@@ -116,7 +116,7 @@ def test_the_default_length_of_the_first_phase(epochs: int, expected: int) -> No
 )
 def test_impossible_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MFMError) as caught:
-        require_legal_finetuning(FinetuneSettings(**changes))
+        require_legal(FinetuneSettings(**changes), "finetune.")
     assert caught.value.code == "E_CONFIG"
     assert message in caught.value.message
 

@@ -17,12 +17,12 @@ from torch import nn
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
-from mfm_nnunet.interchange.card import citations
+from mfm_nnunet.interchange.folder import citations
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_whole
+from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.planning.like import read_source
 from tests.builders import foreign
 from tests.builders.architectures import resenc
 
@@ -69,9 +69,9 @@ def test_every_released_layout_gives_the_function_that_was_pretrained(name: str,
 @pytest.mark.parametrize("name", EVERY)
 def test_every_released_layout_can_be_planned_like(name: str, tmp_path: Path) -> None:
     source = read_source(EVERY[name]().write(tmp_path))
-    assert source.network == ("primus" if name.startswith("Primus") else "resenc")
+    assert source.family.name == ("primus" if name.startswith("Primus") else "resenc")
     assert source.configuration == "3d_fullres"
-    assert source.is_original_spacing == (name == "nnFoundationCNN")
+    assert source.trained.is_resampled == (name != "nnFoundationCNN")
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def test_a_spacing_that_is_missing_is_not_one_of_none(tmp_path: Path) -> None:
     del released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"]["spacing"]
     file = released.write(tmp_path)
     assert any(note.startswith("spacing: 1 mm") for note in read_checkpoint(file).notes)
-    assert not read_source(file).is_original_spacing
+    assert read_source(file).trained.is_resampled
 
 
 @pytest.mark.parametrize("spacing", [(None, None, None), [None, None, None]])
@@ -218,7 +218,7 @@ def test_a_spacing_of_none_for_each_axis_is_none(spacing: Any, tmp_path: Path) -
     released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["noresample"]["spacing"] = spacing
     file = released.write(tmp_path)
     assert not any(note.startswith("spacing") for note in read_checkpoint(file).notes)
-    assert read_source(file).is_original_spacing
+    assert not read_source(file).trained.is_resampled
 
 
 @pytest.mark.parametrize("spacing", [(None, 1.0, 1.0), (None,)])
@@ -333,7 +333,7 @@ def test_what_a_training_began_with_is_used_where_there_is_no_plan_for_others(tm
 
 def test_a_training_without_resampling_is_no_training_at_a_millimetre(tmp_path: Path) -> None:
     file = spark_run(tmp_path, **foreign.training_plan("noresample", (32, 48, 16), None))
-    assert read_source(file).is_original_spacing
+    assert not read_source(file).trained.is_resampled
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfm_nnunet.models.backbone import ConvBackbone, TokenBackbone, make_backbone
-from mfm_nnunet.models.networks import encoder_names
+from mfm_nnunet.models.backbone import make_backbone
+from mfm_nnunet.models.families import family_of
+from mfm_nnunet.models.tokens import TokenBackbone
+from mfm_nnunet.models.unet import UNetBackbone
 from mfm_nnunet.tasks.masks import draw_hidden
 from tests.builders.tiny_plans import tiny_backbone, tiny_network, tiny_plans
 
@@ -190,8 +192,8 @@ def test_new_weights_are_made_only_when_needed_and_never_part_of_the_network() -
 def test_features_fine_to_coarse_mask_cell_and_inputs(family: str, patch: tuple[int, ...]) -> None:
     backbone = tiny_backbone(family, patch, num_inputs=3)
     assert backbone.num_inputs == 3
-    assert backbone.family == family
-    assert isinstance(backbone, ConvBackbone if family == "resenc" else TokenBackbone)
+    assert backbone.family.name == family
+    assert isinstance(backbone, UNetBackbone if family == "resenc" else TokenBackbone)
     features = backbone.features(torch.randn(2, 3, *patch))
     strides = [1, 2, 4] if family == "resenc" else [8]
     assert [tuple(f.shape[2:]) for f in features] == [tuple(s // k for s in patch) for k in strides]
@@ -255,7 +257,7 @@ def test_a_frozen_decoder_leaves_the_encoder_to_train() -> None:
         backbone = tiny_backbone(family, PATCH, restoring="none")
         backbone.freeze_decoder()
         trained = {name for name, weight in backbone.named_parameters() if weight.requires_grad}
-        assert trained == {f"network.{name}" for name in encoder_names(backbone.network)}
+        assert trained == {f"network.{name}" for name in family_of(backbone.network).encoder_names(backbone.network)}
         sum(feature.square().mean() for feature in backbone.features(torch.randn(2, 1, *PATCH))).backward()
         assert all(weight.grad is not None for weight in backbone.parameters() if weight.requires_grad)
 

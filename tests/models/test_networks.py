@@ -9,7 +9,8 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.networks import build_network, encoder_names, head_names
+from mfm_nnunet.models.families import family_of
+from mfm_nnunet.models.networks import build_network
 from tests.builders.tiny_plans import CONFIGURATION, tiny_network, tiny_plans
 
 PATCH = (16, 24, 16)
@@ -100,8 +101,10 @@ def test_encoder_and_head_of_a_unet() -> None:
     network = tiny_network("resenc", PATCH)
     names = dict(network.named_parameters())
     assert len(names) < len(network.state_dict())  # aliases
-    assert head_names(network) == {f"decoder.seg_layers.{i}.{k}" for i in (0, 1) for k in ("weight", "bias")}
-    encoder = encoder_names(network)
+    assert family_of(network).head_names(network) == {
+        f"decoder.seg_layers.{i}.{k}" for i in (0, 1) for k in ("weight", "bias")
+    }
+    encoder = family_of(network).encoder_names(network)
     assert sum(names[n].numel() for n in encoder) == sum(p.numel() for p in network.encoder.parameters())
     assert {n.split(".")[0] for n in set(names) - encoder} == {"decoder"}
 
@@ -109,12 +112,12 @@ def test_encoder_and_head_of_a_unet() -> None:
 def test_encoder_and_head_of_primus() -> None:
     network = tiny_network("primus", PATCH)
     names = set(dict(network.named_parameters()))
-    assert head_names(network) == {"up_projection.decode.2.weight", "up_projection.decode.2.bias"}
-    assert encoder_names(network) == {n for n in names if not n.startswith("up_projection.")}
+    assert family_of(network).head_names(network) == {"up_projection.decode.2.weight", "up_projection.decode.2.bias"}
+    assert family_of(network).encoder_names(network) == {n for n in names if not n.startswith("up_projection.")}
 
 
 @pytest.mark.parametrize("family", ["resenc", "primus"])
 def test_nothing_but_the_head_depends_on_the_number_of_outputs(family: str) -> None:
     few, many = (tiny_network(family, PATCH, num_outputs=k) for k in (1, 9))
     changed = {n for (n, a), (_, b) in zip(few.named_parameters(), many.named_parameters()) if a.shape != b.shape}
-    assert changed == head_names(few) == head_names(many)
+    assert changed == family_of(few).head_names(few) == family_of(many).head_names(many)

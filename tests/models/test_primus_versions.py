@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from mfm_nnunet import checkpoint, workspace
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.backbone import TokenBackbone, make_backbone
+from mfm_nnunet.jobs.plan import check_request, plan
+from mfm_nnunet.models import transfer
+from mfm_nnunet.models.backbone import make_backbone
+from mfm_nnunet.models.families import Sizing, family_named, family_of
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
-from mfm_nnunet.models.networks import build_network, encoder_names, head_names, token_size
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus import PRIMUS_SIZES, REFERENCE_OUTPUTS, PrimusSeg, primus_kwargs
+from mfm_nnunet.models.primus_family import _token_size, primus_architecture
+from mfm_nnunet.models.tokens import TokenBackbone
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.planning.planner import MFMPlanner, primus_architecture
-from mfm_nnunet.planning.request import plan
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.masks import draw_hidden
@@ -84,7 +87,7 @@ def test_equals_dna_with_the_same_weights_and_as_many_outputs_as_the_reference(v
     x = torch.randn(1, 2, *PATCH)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
-    assert token_size(ours) == token_size(theirs) == (8, 8, 8)
+    assert _token_size(ours) == _token_size(theirs) == (8, 8, 8)
     convolutions = [name for name, module in ours.named_modules() if isinstance(module, nn.Conv3d)]
     seeing = {name for name in convolutions if ours.get_submodule(name).in_channels == 2}
     assert set(ours.keys_to_in_proj) >= seeing, "a convolution that sees the image would not be adapted to channels"
@@ -127,7 +130,7 @@ def test_other_tokens(token: tuple[int, ...], version: int) -> None:
         x = torch.zeros(1, 1, *patch)
         assert network.down_projection(x).shape == (1, 48, *(2,) * len(token))
         assert network(x).shape == (1, 2, *patch)
-    assert token_size(network) == token
+    assert _token_size(network) == token
 
 
 @pytest.mark.parametrize(
@@ -150,9 +153,9 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any]) -> None:
 def test_encoder_head_and_what_depends_on_the_number_of_outputs(version: int, patch: tuple[int, ...]) -> None:
     few, many = (tiny_network("primus", patch, num_outputs=k, **tiny(version)) for k in (1, 9))
     changed = {n for (n, a), (_, b) in zip(few.named_parameters(), many.named_parameters()) if a.shape != b.shape}
-    assert changed == head_names(few) == {"up_projection.decode.2.weight", "up_projection.decode.2.bias"}
+    assert changed == family_of(few).head_names(few) == {"up_projection.decode.2.weight", "up_projection.decode.2.bias"}
     names = {name for name, _ in few.named_parameters()}
-    assert encoder_names(few) == {name for name in names if not name.startswith("up_projection.")}
+    assert family_of(few).encoder_names(few) == {name for name in names if not name.startswith("up_projection.")}
 
 
 @pytest.mark.parametrize(("version", "patch"), CASES)
@@ -259,7 +262,7 @@ def test_weights_travel_with_decoder_channels_and_positions(version: int, patch:
     target = tiny_network("primus", larger, 3, 5, **tiny(version))
     report = transfer_weights(source.state_dict(), target, source_patch_size=patch)
     assert report.encoder_share == 1
-    assert {entry.name for entry in report.new} == head_names(target)
+    assert {entry.name for entry in report.new} == family_of(target).head_names(target)
     assert not [entry for entry in report.ignored if entry.how == "not in this network"]
     adapted = {entry.name: entry.how for entry in report.adapted}
     stem = "down_projection.stem.blocks.0."
@@ -277,11 +280,13 @@ def test_weights_travel_with_decoder_channels_and_positions(version: int, patch:
         )
 
 
-def test_a_checkpoint_of_another_version_gives_its_transformer_only() -> None:
+def test_a_checkpoint_of_another_version_gives_its_transformer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "MINIMUM_ENCODER_SHARE", 0.0)
     source, target = (tiny_network("primus", PATCH, version=version) for version in (1, 2))
-    report = transfer_weights(source.state_dict(), target, source_patch_size=PATCH, minimum_encoder_share=0.0)
+    report = transfer_weights(source.state_dict(), target, source_patch_size=PATCH)
     new = {entry.name for entry in report.new}
-    assert new == {n for n, _ in target.named_parameters() if n.startswith("down_projection.")} | head_names(target)
+    stem = {name for name, _ in target.named_parameters() if name.startswith("down_projection.")}
+    assert new == stem | family_of(target).head_names(target)
 
 
 def test_dnas_own_class_takes_weights_of_another_patch() -> None:
@@ -328,7 +333,8 @@ def test_from_pretraining_to_a_fine_tuned_model(version: int, tmp_path: Path) ->
 
 def make(root: Path, network: Any, **request: Any) -> Any:
     with workspace_with(root, "Dataset004_X", **HIPPOCAMPUS) as here:
-        return plan(here, "Dataset004_X", PlanRequest(["Dataset004_X"], network=network, **request))
+        wanted = PlanRequest(["Dataset004_X"], network=network, **request)
+        return plan(here, "Dataset004_X", wanted, check_request(wanted))
 
 
 @pytest.mark.parametrize(("network", "version"), [("primus_v2", 2), ("primus_v3", 3)])
@@ -351,14 +357,15 @@ def test_plans_name_their_version_and_build(tmp_path: Path, network: str, versio
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_budget_counts_the_stem(version: int, tmp_path: Path) -> None:
+def test_a_budget_counts_the_stem(version: int) -> None:
     """At full size the stem has 32 channels, so the same memory holds less of the rest."""
-    with workspace_with(tmp_path, "Dataset004_X", **HIPPOCAMPUS):
-        planners = [MFMPlanner("Dataset004_X", 8.0) for _ in range(2)]
-    planners[1].version = version
-    plain, mine = (planner._primus_memory("S", (64, 64, 64), 2) for planner in planners)
-    one_map = 2 * 32 * 64**3 * 2
-    assert mine > plain + 4 * one_map
+    shape, spacing = (64.0,) * 3, (1.0,) * 3
+    batches = []
+    for name in ("primus", f"primus_v{version}"):
+        planned = family_named(name).plan_network(Sizing(name, shape, spacing, 24.0, 1, 3, stock={}))
+        assert planned.patch_size == (64, 64, 64)
+        batches.append(planned.batch_size * planned.architecture["arch_kwargs"]["embed_dim"])
+    assert batches[1] < batches[0]
     assert "stem_features" not in primus_architecture("S", (64, 64, 64), version)["arch_kwargs"]
 
 

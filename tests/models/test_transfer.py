@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.networks import encoder_names, head_names
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.primus import PrimusSeg
 from mfm_nnunet.models.transfer import Topology, transfer_weights
 
@@ -264,16 +264,6 @@ def test_primus_decoder_travels_but_not_its_last_layer() -> None:
     assert names(report.new) == {"up_projection.decode.2.weight", "up_projection.decode.2.bias"}
 
 
-def test_sparse_pretraining_uses_the_trained_copy() -> None:
-    source: Mapping[str, Tensor] = values(resenc(seed=1))
-    for name, tensor in source.items():
-        if ".all_modules." in name:
-            tensor.fill_(7)
-    target = resenc()
-    transfer_weights(source, target)
-    assert torch.all(target.state_dict()["encoder.stem.convs.0.conv.weight"] == 7)
-
-
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -308,14 +298,6 @@ def test_nonfinite_weights_are_refused() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
 
 
-def test_the_threshold_can_be_lowered() -> None:
-    source = {n: t for n, t in values(resenc(seed=1)).items() if "stem" in n}
-    with pytest.raises(MFMError):
-        transfer_weights(source, resenc())
-    report = transfer_weights(source, resenc(), minimum_encoder_share=0.0)
-    assert 0 < report.encoder_share < 0.5
-
-
 @pytest.mark.parametrize(("topology", "is_advised"), [("fit", True), ("adapt", False)])
 def test_an_encoder_that_stays_random_in_part_is_warned_of(topology: Topology, is_advised: bool) -> None:
     """By parameters it may be a hundredth, and stand before all the others."""
@@ -344,9 +326,9 @@ def test_parts_that_are_left_out_are_named(make: Callable[..., nn.Module]) -> No
     target = make()
     before, source = values(target), make(seed=1).state_dict()
     report = transfer_weights(source, target, parts="encoder")
-    encoder = encoder_names(target)
+    encoder = family_of(target).encoder_names(target)
     assert names(report.loaded) == encoder
-    heads = head_names(target)
+    heads = family_of(target).head_names(target)
     left_out = {entry.name for entry in report.new if entry.how == "left out by finetune.parts=encoder"}
     assert left_out == set(dict(target.named_parameters())) - encoder - heads
     assert left_out <= names(report.ignored)
@@ -377,11 +359,20 @@ def test_what_is_neither_encoder_nor_decoder_travels_with_all_but_heads_alone() 
 
 
 def test_running_statistics_belong_to_their_part() -> None:
-    network = nn.Module()
-    network.encoder = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2))
-    network.decoder = nn.Module()
-    network.decoder.norm = nn.BatchNorm3d(2)
-    source = {name: tensor + 1 for name, tensor in network.state_dict().items()}
-    report = transfer_weights(source, network, parts="encoder")
-    assert "encoder.1.running_mean" in names(report.loaded)
-    assert "decoder.norm.running_mean" in names(report.new)
+    def make() -> nn.Module:
+        return ResidualEncoderUNet(
+            1, 2, [4, 8], nn.Conv3d, 3, [1, 2], [1, 1], 2, [1], norm_op=nn.BatchNorm3d, nonlin=nn.ReLU
+        )
+
+    report = transfer_weights(make().state_dict(), make(), parts="encoder")
+    statistics = {name for name in make().state_dict() if name.endswith("running_mean")}
+    assert names(report.loaded) & statistics == {name for name in names(report.loaded) if "running_mean" in name}
+    assert any(name.startswith("encoder.") for name in names(report.loaded) & statistics)
+    assert any(name.startswith("decoder.stages.") for name in names(report.new) & statistics)
+    assert not any(name.startswith("decoder.") for name in names(report.loaded))
+
+
+def test_a_network_of_no_family_is_refused() -> None:
+    with pytest.raises(MFMError) as caught:
+        transfer_weights({}, nn.Linear(2, 2))
+    assert caught.value.code == "E_MODEL_MISMATCH"

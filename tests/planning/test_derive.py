@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -30,12 +29,6 @@ PLANS = {
 }
 
 
-def fake_memory(size: str, patch: tuple[int, ...], batch: int) -> int:
-    """Bytes that grow with the network, the patch and the batch, as the real ones do."""
-    weights = {"CPU": 1, "S": 10, "B": 40, "M": 60, "L": 130}[size]
-    return weights * 10_000 + weights * math.prod(patch) * batch // 100
-
-
 @pytest.mark.parametrize(
     ("memory_gb", "name", "in_3d", "in_2d"),
     [
@@ -53,66 +46,6 @@ def test_resenc_presets(memory_gb: float | None, name: str, in_3d: float, in_2d:
     assert preset.name == name
     assert preset.reference == pytest.approx({3: in_3d, 2: in_2d})
     assert preset.base_features == (32 if name == "standard" else 16)
-
-
-def test_padding_gives_at_least_one_multiple() -> None:
-    assert [derive.pad_to_multiple(size, 8) for size in (0.4, 1, 8, 8.5, 17)] == [8, 8, 8, 16, 24]
-
-
-@pytest.mark.parametrize(
-    ("shape", "spacing", "max_voxels", "expected"),
-    [
-        ((36, 50, 35), (1, 1, 1), 129_024, (40, 56, 40)),  # the whole image
-        ((155, 240, 200), (1, 1, 1), 160**3, (160, 160, 160)),
-        ((60, 400, 400), (5, 1, 1), 64**3, (16, 120, 120)),  # as cubic in mm as tokens allow
-        ((500, 500), (1, 1), 192 * 192, (192, 192)),
-        ((3, 3, 3), (1, 1, 1), 10**6, (8, 8, 8)),
-        ((900, 900, 900), (1, 1, 1), 100, (8, 8, 8)),  # never less than a token
-    ],
-)
-def test_token_patches(
-    shape: tuple[int, ...], spacing: tuple[float, ...], max_voxels: int, expected: tuple[int, ...]
-) -> None:
-    patch = derive.token_patch(shape, spacing, max_voxels)
-    assert all(edge % 8 == 0 for edge in patch)
-    assert patch == expected
-
-
-@pytest.mark.parametrize(
-    ("budget", "size", "is_whole"),
-    [
-        (1e9, "L", True),
-        (2.6e6, "L", True),
-        (2.5e6, "M", True),
-        (1.1e6, "B", True),
-        (2.1e5, "S", True),
-        (1.8e5, "S", False),  # a smaller patch before a smaller network
-        (1.5e5, "CPU", True),
-        (1.5e4, "CPU", False),
-    ],
-)
-def test_the_largest_primus_that_fits(budget: float, size: str, is_whole: bool) -> None:
-    shape = (64, 80, 96)
-    found, patch, batch = derive.size_primus(shape, (1, 1, 1), budget, fake_memory)
-    assert found == size
-    assert (patch == shape) == is_whole
-    assert fake_memory(found, patch, batch) <= budget < fake_memory(found, patch, batch + 1)
-    if not is_whole:  # it is no smaller than it must be
-        assert budget < fake_memory(found, patch, 2) * 1.1
-
-
-def test_a_budget_below_every_primus_is_refused_with_what_is_needed() -> None:
-    needed = fake_memory("CPU", (32, 32, 32), 2)
-    with pytest.raises(MFMError, match=r"patch 32 x 32 x 32") as caught:
-        derive.size_primus((64, 80, 96), (1, 1, 1), needed - 1, fake_memory)
-    assert caught.value.code == "E_CONFIG"
-    assert derive.size_primus((64, 80, 96), (1, 1, 1), needed, fake_memory)[1] == (32, 32, 32)
-
-
-def test_the_cpu_primus_takes_small_pictures_several_at_a_time() -> None:
-    assert derive.cpu_primus((36, 50, 35), (1, 1, 1)) == ("CPU", (40, 56, 40), 2)
-    assert derive.cpu_primus((50, 35), (1, 1)) == ("CPU", (56, 40), 16)
-    assert derive.cpu_primus((512, 512), (1, 1)) == ("CPU", (192, 192), 4)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import torch
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.jobs.plan import PlanResult, check_request, plan, read_source
 from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.models.unet import PLAIN
+from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.planning import like, planner
-from mfm_nnunet.planning.request import PlanResult, plan
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.settings import block_of
 from tests.builders.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, pretrained_checkpoint, workspace_with
@@ -39,7 +41,8 @@ def plan_like(
 ) -> PlanResult:
     """The plan of a labelled data set like the checkpoint ``file``."""
     with workspace_with(root, TARGET, **data, channels=channels) as here:
-        return plan(here, TARGET, PlanRequest([TARGET], like=file, **request))
+        wanted = PlanRequest([TARGET], like=file, **request)
+        return plan(here, TARGET, wanted, check_request(wanted))
 
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])
@@ -174,7 +177,7 @@ def test_files_other_than_our_pretrained_ones_are_refused(tmp_path: Path, conten
     file = tmp_path / "other.pth"
     checkpoint.save({"network_weights": {"a": torch.zeros(1)}, **content}, file)
     with pytest.raises(MFMError, match=r"other\.pth") as caught:
-        like.read_source(file)
+        read_source(file)
     assert caught.value.code == "E_MODEL_MISMATCH"
 
 
@@ -182,7 +185,7 @@ def test_a_checkpoint_that_names_foreign_code_is_refused(tmp_path: Path) -> None
     source = corpus_plan(tmp_path, HIPPOCAMPUS).plans
     source["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
     with pytest.raises(MFMError) as caught:
-        like.read_source(pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres"))
+        read_source(pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres"))
     assert caught.value.code == "E_MODEL_UNSAFE"
 
 
@@ -210,7 +213,7 @@ def test_requests_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> 
     ],
 )
 def test_patches_like_the_checkpoints(patch: list[int], strides: Any, image: list[int], expected: list[int]) -> None:
-    assert like.like_patch(patch, {"strides": strides}, image) == expected
+    assert like.like_patch(patch, {"network_class_name": PLAIN, "arch_kwargs": {"strides": strides}}, image) == expected
 
 
 @pytest.mark.parametrize(
@@ -224,4 +227,5 @@ def test_patches_like_the_checkpoints(patch: list[int], strides: Any, image: lis
     ],
 )
 def test_names_of_plans_like_a_checkpoint(name: str, expected: str) -> None:
-    assert like.like_plans_name(name) == expected
+    source = like.Source(Plan.of({"plans_name": name}), Configuration("", {}), {})
+    assert source.plans_name == expected

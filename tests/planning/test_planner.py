@@ -20,9 +20,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import to_plain
+from mfm_nnunet.jobs.plan import PlanResult, check_request, plan
 from mfm_nnunet.planning import planner
-from mfm_nnunet.planning.request import MFMPlanner, PlanResult, format_table, plan
-from mfm_nnunet.planning.table import Circumstances, decisions_for
+from mfm_nnunet.planning.planner import MFMPlanner
+from mfm_nnunet.planning.table import format_table
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.settings import block_of
 from tests.builders.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, workspace_with, write_json
@@ -40,7 +41,8 @@ def make(root: Path, data: dict[str, Any], **request: Any) -> PlanResult:
     """The plan for a data set of :mod:`tests.builders.tiny_data`."""
     options = {key: request.pop(key) for key in ("channels", "is_corpus", "relative_size") if key in request}
     with workspace_with(root, NAME, **data, **options) as here:
-        return plan(here, NAME, PlanRequest([NAME], **request))
+        wanted = PlanRequest([NAME], **request)
+        return plan(here, NAME, wanted, check_request(wanted))
 
 
 def build(plans: dict[str, Any], configuration: str, num_inputs: int = 1) -> torch.nn.Module:
@@ -106,8 +108,7 @@ def test_the_cpu_preset_sees_the_whole_hippocampus(tmp_path: Path) -> None:
     assert block.finetune.deep_supervision
 
 
-@pytest.mark.parametrize("data", [BRAIN, ABDOMEN, XRAY])
-@pytest.mark.parametrize("network", ["resenc", "primus"])
+@pytest.mark.parametrize(("data", "network"), [(BRAIN, "resenc"), (ABDOMEN, "primus"), (XRAY, "primus")])
 def test_the_cpu_preset_stays_small(tmp_path: Path, data: dict[str, Any], network: str) -> None:
     plans = make(tmp_path, data, network=network, is_corpus=True).plans
     for name in ("2d", "3d_fullres"):
@@ -158,8 +159,7 @@ def test_stock_planning_accepts_the_class_and_replanning_keeps_the_block(tmp_pat
             assert "mfm" in on_disk
 
 
-@pytest.mark.parametrize("network", ["resenc", "primus"])
-@pytest.mark.parametrize("spacing", ["median", "original"])
+@pytest.mark.parametrize(("network", "spacing"), [("resenc", "median"), ("primus", "original")])
 def test_every_name_resolves_in_stock_nnunet(tmp_path: Path, network: str, spacing: str) -> None:
     result = make(tmp_path, HIPPOCAMPUS, network=network, spacing=spacing)
     plans = json.loads(result.file.read_text())
@@ -224,7 +224,7 @@ def test_original_spacing_resamples_nothing(tmp_path: Path) -> None:
     assert "3d_lowres" not in plans["configurations"]
 
 
-@pytest.mark.parametrize("spacing", ["median", "onemm", "original", (0.5, 2.0, 2.0)])
+@pytest.mark.parametrize("spacing", ["original", (0.5, 2.0, 2.0)])
 def test_2d_images_have_only_2d_and_keep_their_slices(tmp_path: Path, spacing: Any) -> None:
     plans = make(tmp_path, XRAY, spacing=spacing).plans
     assert set(plans["configurations"]) == {"2d"}
@@ -233,9 +233,9 @@ def test_2d_images_have_only_2d_and_keep_their_slices(tmp_path: Path, spacing: A
     assert plans["configurations"]["2d"]["median_image_size_in_voxels"] == size
 
 
-@pytest.mark.parametrize("thickness", [0.1, 1.0, 30.0])
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("network", ["resenc", "primus"])
+@pytest.mark.parametrize(
+    ("axis", "thickness", "network"), [(0, 0.1, "resenc"), (1, 30.0, "primus"), (2, 1.0, "resenc"), (2, 30.0, "resenc")]
+)
 def test_the_axis_of_one_voxel_is_the_slice_axis_whatever_its_spacing(
     tmp_path: Path, axis: int, thickness: float, network: str
 ) -> None:
@@ -261,7 +261,7 @@ def test_single_slices_along_different_axes_are_refused_and_a_few_among_volumes_
     assert "3d_fullres" in make(tmp_path, data).plans["configurations"]
 
 
-@pytest.mark.parametrize("processes", ["0", "1", None])
+@pytest.mark.parametrize("processes", ["0", None])
 def test_planning_does_not_depend_on_the_number_of_augmentation_processes(
     tmp_path: Path, processes: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,8 +289,8 @@ def test_a_missing_fingerprint_or_data_set_is_named(tmp_path: Path) -> None:
 def test_wrong_requests_are_explained(tmp_path: Path) -> None:
     for request, message in (
         ({"network": "resnec"}, "Did you mean 'resenc'"),
-        ({"memory_gb": -1.0}, "above 0"),
-        ({"plans_name": "nnUNetPlans"}, "are mfm and then letters"),
+        ({"memory_gb": -1.0}, "positive"),
+        ({"plans_name": "nnUNetPlans"}, "start with 'mfm'"),
         ({"plans_name": "mfm/../x"}, "letters"),
     ):
         with pytest.raises(MFMError, match=message) as caught:
@@ -302,11 +302,9 @@ def test_wrong_requests_are_explained(tmp_path: Path) -> None:
     ("shape", "request_"),
     [
         ([7, 7, 7], {}),
-        ([5, 6, 7], {}),
         ([1, 7, 7], {}),
         ([56, 56, 56], {"spacing": (8.0, 8.0, 8.0)}),
-        ([7, 7, 7], {"memory_gb": 8}),
-        ([5, 6, 7], {"configurations": ("3d_fullres",)}),
+        ([5, 6, 7], {"memory_gb": 8, "configurations": ("3d_fullres",)}),
     ],
 )
 def test_images_too_small_for_two_stages_are_refused_with_the_numbers(
@@ -400,19 +398,6 @@ def test_the_plan_names_the_reader_of_the_fingerprint(tmp_path: Path) -> None:
         file = here.preprocessed / NAME / "dataset_fingerprint.json"
         write_json(file, {**json.loads(file.read_text()), "mfm": {"reader": "NibabelIO"}})
         assert plan(here, NAME, PlanRequest([NAME])).plans["image_reader_writer"] == "NibabelIO"
-
-
-def test_the_table_names_a_plain_u_net_as_what_it_is(tmp_path: Path) -> None:
-    plans = make(tmp_path, HIPPOCAMPUS).plans
-    architecture = plans["configurations"]["3d_fullres"]["architecture"]
-    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
-    kwargs = architecture["arch_kwargs"]
-    kwargs["n_conv_per_stage"] = kwargs.pop("n_blocks_per_stage")
-    why = Circumstances("CPU", None, False, "median", 20, ("3d_fullres",))
-    dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}}
-    text = format_table(decisions_for(plans, dataset_json, why))
-    assert "plain U-Net, " in text
-    assert "ResEnc U-Net" not in text
 
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])

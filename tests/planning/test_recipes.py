@@ -61,7 +61,7 @@ def test_shipped_recipe_has_only_settings_that_exist(recipe: Recipe) -> None:
     run = mfm_settings.override(
         PretrainRun(mfm_settings.PretrainSettings(), task.Config(), 0, None), recipe.assignments
     )
-    mfm_settings.require_legal_schedule(run.pretrain, "pretrain.")
+    mfm_settings.require_legal(run.pretrain, "pretrain.")
     assert run.pretrain.batch_size >= task.smallest_batch(run.pretext)
     if recipe.network:
         assert recipe.network in task.backbones

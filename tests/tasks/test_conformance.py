@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.models.backbone import make_backbone
-from mfm_nnunet.models.networks import encoder_names, head_names
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.tasks.base import CropRequest, ItemTransform, PretextTask, find_task, list_tasks
 from tests.builders.tiny_plans import tiny_network
@@ -113,7 +113,7 @@ def require_frozen(task: PretextTask) -> None:
         assert count < 0.05 * sum(weight.numel() for weight in task.parameters())
     else:
         network = task.backbone.network
-        decoder = {name for name, _ in network.named_parameters()} - encoder_names(network)
+        decoder = {name for name, _ in network.named_parameters()} - family_of(network).encoder_names(network)
         assert frozen == {f"backbone.network.{name}" for name in decoder}
 
 
@@ -197,7 +197,7 @@ def test_what_is_shipped_fits_the_network_that_is_fine_tuned(case: Case) -> None
     report = transfer_weights(shipped, target, source_patch_size=case.patch)
     assert report.encoder_share == 1
     assert not report.adapted
-    encoder, heads = encoder_names(target), head_names(target)
+    encoder, heads = family_of(target).encoder_names(target), family_of(target).head_names(target)
     for name, weight in target.named_parameters():
         travels = name in encoder or (task.trains_decoder and name not in heads)
         assert torch.equal(weight, backbone.network.state_dict()[name]) if travels else (weight == 0.5).all(), name

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.tasks.base import PretextTask, find_task
-from mfm_nnunet.tasks.gather import gather_batch
-from mfm_nnunet.tasks.losses import nt_xent, soft_dice
+from mfm_nnunet.tasks.losses import gather_batch, nt_xent, soft_dice
 from tests.builders.tiny_plans import tiny_backbone
 
 PATCH = (16, 16, 16)

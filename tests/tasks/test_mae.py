@@ -13,8 +13,8 @@ from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.tasks.losses import masked_mse
-from mfm_nnunet.tasks.mae import MAE, MAEConfig
-from mfm_nnunet.tasks.masks import auto_cell_size, cell_grid, draw_hidden, num_hidden_cells
+from mfm_nnunet.tasks.mae import MAE
+from mfm_nnunet.tasks.masks import MaskingConfig, auto_cell_size, cell_grid, draw_hidden, num_hidden_cells
 from tests.builders.tiny_plans import tiny_backbone
 
 PATCH = (24, 32, 40)
@@ -73,14 +73,14 @@ def test_cells_are_drawn_uniformly_and_differ_between_items() -> None:
 )
 def test_automatic_cells_of_unets(patch: tuple[int, ...], cell: tuple[int, ...]) -> None:
     assert auto_cell_size(patch) == cell
-    config = MAE.resolve(MAEConfig(), Geometry(patch, (1,) * len(patch), (1,) * len(patch)))
-    assert config == MAEConfig(cell_size=cell)
+    config = MAE.resolve(MaskingConfig(), Geometry(patch, (1,) * len(patch), (1,) * len(patch)))
+    assert config == MaskingConfig(cell_size=cell)
 
 
 def test_the_cells_of_primus_are_its_tokens() -> None:
-    assert MAE.resolve(MAEConfig(), Geometry(PATCH, TOKENS, TOKENS)).cell_size == (8, 8, 8)
-    assert MAE.resolve(MAEConfig(cell_size=(8, 16, 8)), Geometry(PATCH, TOKENS, TOKENS)).cell_size == (8, 16, 8)
-    assert MAE.resolve(MAEConfig(cell_size=(4,)), Geometry(PATCH, CONV, CONV)).cell_size == (4, 4, 4)
+    assert MAE.resolve(MaskingConfig(), Geometry(PATCH, TOKENS, TOKENS)).cell_size == (8, 8, 8)
+    assert MAE.resolve(MaskingConfig(cell_size=(8, 16, 8)), Geometry(PATCH, TOKENS, TOKENS)).cell_size == (8, 16, 8)
+    assert MAE.resolve(MaskingConfig(cell_size=(4,)), Geometry(PATCH, CONV, CONV)).cell_size == (4, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_cells_of_primus_are_its_tokens() -> None:
 )
 def test_illegal_settings_are_refused(settings: dict[str, Any], cell: tuple[int, ...]) -> None:
     with pytest.raises(MFMError, match=f"E_CONFIG.*{next(iter(settings))}"):
-        MAE.resolve(MAEConfig(**settings), Geometry(PATCH, cell, cell))
+        MAE.resolve(MaskingConfig(**settings), Geometry(PATCH, cell, cell))
 
 
 def test_loss_is_the_mean_over_hidden_voxels_and_channels() -> None:
@@ -123,7 +123,9 @@ def test_visible_outputs_get_no_gradient() -> None:
 
 
 def item_of(seed: int, patch: tuple[int, ...] = PATCH) -> dict[str, np.ndarray]:
-    transform = MAE.transform(MAE.resolve(MAEConfig(), Geometry(patch, (8,) * len(patch), (8,) * len(patch))), patch)
+    transform = MAE.transform(
+        MAE.resolve(MaskingConfig(), Geometry(patch, (8,) * len(patch), (8,) * len(patch))), patch
+    )
     rng = np.random.default_rng(seed)
     (request,) = transform.requests(rng)
     assert (request.size, request.pad, request.volume) == (patch, True, 0)
@@ -143,7 +145,7 @@ def test_item_keeps_the_image_and_is_the_same_in_another_process() -> None:
 @pytest.mark.parametrize("family", ["resenc", "primus"])
 def test_target_is_the_image_as_it_was_and_pictures_show_it(family: str) -> None:
     backbone = tiny_backbone(family, PATCH, num_inputs=2, num_outputs=2)
-    config = MAE.resolve(MAEConfig(fill_value=-1.0), Geometry(PATCH, backbone.mask_cell(), backbone.mask_cell()))
+    config = MAE.resolve(MaskingConfig(fill_value=-1.0), Geometry(PATCH, backbone.mask_cell(), backbone.mask_cell()))
     task = MAE(config, backbone).eval()
     image = 3 + 2 * torch.randn(2, 2, *PATCH)
     hidden = torch.from_numpy(np.stack([item_of(seed)["hidden"] for seed in (0, 1)]))
@@ -163,14 +165,14 @@ def test_target_is_the_image_as_it_was_and_pictures_show_it(family: str) -> None
 
 
 def test_one_output_per_channel_and_spatial_augmentation() -> None:
-    assert [MAE.num_outputs(MAEConfig(), n) for n in (1, 3)] == [1, 3]
-    assert MAE.augmentation(MAEConfig()) == "spatial"
-    assert MAE.volumes_per_item(MAEConfig()) == 1
+    assert [MAE.num_outputs(MaskingConfig(), n) for n in (1, 3)] == [1, 3]
+    assert MAE.augmentation(MaskingConfig()) == "spatial"
+    assert MAE.volumes_per_item(MaskingConfig()) == 1
     assert MAE.restoring == "drop"
 
 
 def test_a_range_draws_the_share_of_each_item_of_unets() -> None:
-    config = MAE.resolve(MAEConfig(mask_ratio=(0.3, 0.9), cell_size=(8,)), Geometry(PATCH, CONV, CONV))
+    config = MAE.resolve(MaskingConfig(mask_ratio=(0.3, 0.9), cell_size=(8,)), Geometry(PATCH, CONV, CONV))
     transform, rng = MAE.transform(config, PATCH), np.random.default_rng(0)
     counts = [transform([np.zeros((1, *PATCH), np.float32)], rng)["hidden"].sum() / 8**3 for _ in range(300)]
     assert min(counts) >= int(0.3 * 60)
@@ -181,20 +183,18 @@ def test_a_range_draws_the_share_of_each_item_of_unets() -> None:
 
 def test_dropped_tokens_need_one_share_for_all_items() -> None:
     with pytest.raises(MFMError, match=r"pretext.mask_ratio=0.6,0.9: .*one number, or use --pretext simmim"):
-        MAE.resolve(MAEConfig(mask_ratio=(0.6, 0.9)), Geometry(PATCH, TOKENS, TOKENS))
+        MAE.resolve(MaskingConfig(mask_ratio=(0.6, 0.9)), Geometry(PATCH, TOKENS, TOKENS))
     for limits in ((0.9, 0.6), (0.0, 0.5), (0.5, 1.0), (0.01, 0.5)):
         with pytest.raises(MFMError, match=f"pretext.mask_ratio={limits[0]},{limits[1]}"):
-            MAE.resolve(MAEConfig(mask_ratio=limits, cell_size=(8,)), Geometry(PATCH, CONV, CONV))
+            MAE.resolve(MaskingConfig(mask_ratio=limits, cell_size=(8,)), Geometry(PATCH, CONV, CONV))
 
 
-@pytest.mark.parametrize(
-    ("value", "ratio"), [("0.75", 0.75), ("0.6,0.9", (0.6, 0.9)), ("[0.6, 0.9]", (0.6, 0.9)), ("1", 1.0)]
-)
+@pytest.mark.parametrize(("value", "ratio"), [("0.75", 0.75), ("0.6,0.9", (0.6, 0.9)), ("[0.6, 0.9]", (0.6, 0.9))])
 def test_the_share_is_one_number_or_two(value: str, ratio: float | tuple[float, float]) -> None:
-    assert mfm_settings.override(MAEConfig(), [f"mask_ratio={value}"]).mask_ratio == ratio
+    assert mfm_settings.override(MaskingConfig(), [f"mask_ratio={value}"]).mask_ratio == ratio
 
 
 @pytest.mark.parametrize("value", ["most", "0.1,0.2,0.3", "0.1,half"])
 def test_other_shares_are_refused(value: str) -> None:
     with pytest.raises(MFMError, match=f"mask_ratio={value}: expected float or 2 values"):
-        mfm_settings.override(MAEConfig(), [f"mask_ratio={value}"])
+        mfm_settings.override(MaskingConfig(), [f"mask_ratio={value}"])

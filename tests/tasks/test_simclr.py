@@ -15,7 +15,7 @@ from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.tasks.image_operations import JITTER, jitter
 from mfm_nnunet.tasks.losses import cosines, nt_xent
 from mfm_nnunet.tasks.simclr import SimCLR, SimCLRConfig, draw_pairs
-from mfm_nnunet.tasks.views import VIEW_JITTER, change_view, resolve_crop_size, side_by_side, tiled
+from mfm_nnunet.tasks.views import VIEW_JITTER, change_view, resolve_crop_size, side_by_side, tile
 from tests.builders.tiny_plans import tiny_backbone
 from tests.builders.tiny_run import prepare, run
 
@@ -170,12 +170,12 @@ def test_mirroring_and_quarter_turns_keep_size_and_voxels(monkeypatch: pytest.Mo
 
 def test_pictures_of_views_keep_their_places() -> None:
     tiles = torch.arange(6.0).reshape(6, 1, 1, 1, 1).expand(6, 1, 2, 2, 2)
-    picture = tiled(tiles, (1, 2, 3))
+    picture = tile(tiles, (1, 2, 3))
     assert picture.shape == (1, 2, 4, 6)
     assert picture[0, 0, ::2, ::2].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert side_by_side(tiles).shape == (1, 2, 2, 12)
     flat = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 1, 2, 2)
-    assert tiled(flat, (2, 3))[0, ::2, ::2].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert tile(flat, (2, 3))[0, ::2, ::2].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 # Settings

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.backbone import Geometry, TokenBackbone
+from mfm_nnunet.models.backbone import Geometry
+from mfm_nnunet.models.tokens import TokenBackbone
 from mfm_nnunet.tasks.losses import masked_l1
 from mfm_nnunet.tasks.simmim import SimMIM, SimMIMConfig
 from tests.builders import tiny_run

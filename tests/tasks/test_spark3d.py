@@ -21,12 +21,11 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry
-from mfm_nnunet.models.networks import encoder_names
+from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.tasks.mae import MAE
-from mfm_nnunet.tasks.masks import draw_hidden
-from mfm_nnunet.tasks.restoration import MaskingTransform
-from mfm_nnunet.tasks.spark3d import SparK, SparKConfig
+from mfm_nnunet.tasks.masks import MaskingConfig, MaskingTransform, draw_hidden
+from mfm_nnunet.tasks.spark3d import SparK
 from mfm_nnunet.tasks.sparse import masked_instance_norm, shrink_hidden
 from tests.builders import tiny_run
 from tests.builders.tiny_plans import tiny_backbone, tiny_network
@@ -48,7 +47,7 @@ def spark(
 ) -> SparK:
     """The task on a tiny network of three stages, in which no weight is 0, 1 or another's."""
     backbone = tiny_backbone("resenc", patch, channels, channels, **changes)
-    config = SparK.resolve(SparKConfig(cell_size=cell), backbone.geometry())
+    config = SparK.resolve(MaskingConfig(cell_size=cell), backbone.geometry())
     task = SparK(config, backbone)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -117,7 +116,7 @@ def test_the_fill_value_is_what_visible_voxels_see_beside_them() -> None:
     task = spark()
     batch = batch_of(task)
     before = task.restore(batch["image"], batch["hidden"])
-    task.config = SparKConfig(cell_size=CELL, fill_value=-2.0)
+    task.config = MaskingConfig(cell_size=CELL, fill_value=-2.0)
     assert not torch.equal(task.restore(batch["image"], batch["hidden"]), before)
 
 
@@ -249,7 +248,7 @@ def test_the_network_is_the_plain_one_after_a_training_step() -> None:
         assert block.conv is block.all_modules[0]
         assert block.norm is block.all_modules[1]
     after = network.state_dict()
-    for name in encoder_names(network):
+    for name in family_of(network).encoder_names(network):
         # The bias of a convolution before a norm has no effect, so it has no gradient either.
         assert "conv.bias" in name or not torch.equal(after[name], before[name]), name
     # The task's own weights are trained and resumed, but are none of the network's.
@@ -408,14 +407,16 @@ def test_a_run_is_saved_as_a_plain_network_that_transfers_whole(tmp_path: Path) 
     assert report.encoder_share == 1.0
     assert not [entry for entry in report.ignored if "seg_layers" not in entry.name]
     weights = dict(target.named_parameters())
-    assert all(torch.equal(weights[name], loaded["network_weights"][name]) for name in encoder_names(target))
+    assert all(
+        torch.equal(weights[name], loaded["network_weights"][name]) for name in family_of(target).encoder_names(target)
+    )
 
 
 # Settings, items and loss
 
 
 def test_the_share_may_be_drawn_for_each_item() -> None:
-    config = mfm_settings.override(SparKConfig(), ["mask_ratio=0.6,0.9", "cell_size=2"])
+    config = mfm_settings.override(MaskingConfig(), ["mask_ratio=0.6,0.9", "cell_size=2"])
     config = SparK.resolve(config, Geometry((16, 16, 16), (1, 1, 1), (4, 4, 4)))
     assert (config.mask_ratio, config.cell_size) == ((0.6, 0.9), (2, 2, 2))
     transform = SparK.transform(config, (16, 16, 16))
@@ -424,13 +425,13 @@ def test_the_share_may_be_drawn_for_each_item() -> None:
     assert 0.595 < shares.min() < 0.62
     assert 0.88 < shares.max() <= 0.9
     assert shares.mean() == pytest.approx(0.75, abs=0.02)
-    fixed = SparK.transform(SparKConfig(cell_size=(2, 2, 2)), (16, 16, 16))
+    fixed = SparK.transform(MaskingConfig(cell_size=(2, 2, 2)), (16, 16, 16))
     assert {fixed([crop], np.random.default_rng(i))["hidden"].mean() for i in range(5)} == {0.75}
 
 
 def test_items_and_defaults_are_those_of_mae() -> None:
     geometry = Geometry((64, 160, 24), (1, 1, 1), (4, 4, 4))
-    mae, config = MAE.resolve(MAE.Config(), geometry), SparK.resolve(SparKConfig(), geometry)
+    mae, config = MAE.resolve(MAE.Config(), geometry), SparK.resolve(MaskingConfig(), geometry)
     assert (config.cell_size, config.mask_ratio) == (mae.cell_size, mae.mask_ratio) == ((16, 16, 6), 0.75)
     assert SparK.transform(config, (64, 160, 24)) == MAE.transform(mae, (64, 160, 24))
     assert SparK.num_outputs(config, 3) == 3
@@ -452,11 +453,11 @@ def test_items_and_defaults_are_those_of_mae() -> None:
 )
 def test_illegal_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(MFMError, match=f"E_CONFIG.*pretext.{next(iter(settings))}="):
-        SparK.resolve(SparKConfig(**settings), Geometry(PATCH, (1, 1, 1), (4, 4, 4)))
+        SparK.resolve(MaskingConfig(**settings), Geometry(PATCH, (1, 1, 1), (4, 4, 4)))
 
 
 def test_networks_that_cannot_work_sparsely_are_refused() -> None:
-    config = SparKConfig(cell_size=CELL)
+    config = MaskingConfig(cell_size=CELL)
     with pytest.raises(MFMError, match=r"E_CONFIG.*BatchNorm3d"):
         SparK(config, tiny_backbone("resenc", PATCH, norm_op="torch.nn.BatchNorm3d", norm_op_kwargs={}))
     running = {"affine": True, "track_running_stats": True}
@@ -481,7 +482,7 @@ def test_the_loss_counts_hidden_and_valid_voxels_only() -> None:
     assert output.loss.item() != pytest.approx(task(batch).loss.item(), rel=1e-5)
     lie = torch.where(hidden & ~valid, 1e3, image)
     assert torch.equal(task({"image": lie, "hidden": hidden, "valid": valid}).loss, output.loss)
-    transform = MaskingTransform(PATCH, CELL, 0.75)
+    transform = MaskingTransform(MaskingConfig(cell_size=CELL), PATCH)
     item = transform([image[0].numpy()], np.random.default_rng(0), [valid[0].numpy()])
     assert np.array_equal(item["valid"], valid[0].numpy())
 

@@ -20,8 +20,8 @@ from torch.nn import functional
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.tasks import swin_unetr
-from mfm_nnunet.tasks.coarse_decoder import CoarseDecoder
-from mfm_nnunet.tasks.cut_outs import cut_out, draw_share, mix_in, rotated, rotation_plane
+from mfm_nnunet.tasks.heads import CoarseDecoder
+from mfm_nnunet.tasks.image_operations import cut_out, draw_share, mix_in, rotate, rotation_plane
 from mfm_nnunet.tasks.losses import nt_xent
 from mfm_nnunet.tasks.swin_unetr import SwinUNETR, SwinUNETRConfig
 from tests.builders.tiny_plans import tiny_backbone
@@ -407,4 +407,4 @@ def test_crops_come_as_they_are() -> None:
     """Mirroring would turn a rotation by 180 degrees into none: its labels would be noise."""
     assert SwinUNETR.augmentation(SwinUNETRConfig()) == "none"
     image = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
-    assert np.array_equal(np.flip(image, (1, 2)), rotated(image, 2, (0, 1)))
+    assert np.array_equal(np.flip(image, (1, 2)), rotate(image, 2, (0, 1)))

@@ -1,0 +1,118 @@
+"""Helpers with which a family sizes its network: patches of whole cells, and the largest network that a budget holds.
+
+Sizes are in voxels, spacings in mm, in the plan's axis order; budgets are in GB of 2**30 bytes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.families import PlannedNetwork, Sizing
+from mfm_nnunet.models.memory import training_memory_bytes
+from mfm_nnunet.models.networks import build_architecture
+
+CPU_VOXELS = {3: 48 * 56 * 48, 2: 192 * 192}
+"""Largest patch of the CPU preset: about 90 GFLOP for a ResEnc step of batch 2 in 3D, a second or so on two cores."""
+
+MIN_EDGE = {3: 32, 2: 64}
+"""Below this patch edge (or the image's own) a network sees too little to be worth planning."""
+
+BUDGET_SHARE = 0.85
+"""The rest is for the loss, the kernels' workspaces and what the driver takes."""
+
+Trial = tuple[str, tuple[int, ...]]
+"""Name of a size, and a patch."""
+
+
+def pad_to_multiple(size: float, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is at least ``size`` and not zero."""
+    return max(1, math.ceil(size / multiple)) * multiple
+
+
+def largest_patch(
+    median_shape: Sequence[float], spacing: Sequence[float], cell: int, max_voxels: int
+) -> tuple[int, ...]:
+    """Return the largest patch of whole cells that covers the median image or holds at most ``max_voxels``.
+
+    It is cut where it is longest in mm, so it becomes as cubic as the image allows.
+    """
+    patch = tuple(pad_to_multiple(size, cell) for size in median_shape)
+    chain = [patch, *smaller_patches(patch, spacing, cell, cell)]
+    return next((cut for cut in chain if math.prod(cut) <= max_voxels), chain[-1])
+
+
+def smaller_patches(
+    patch: tuple[int, ...], spacing: Sequence[float], cell: int, min_edge: int
+) -> list[tuple[int, ...]]:
+    """Return ``patch`` cut again and again by one cell where it is longest in mm, down to ``min_edge`` per axis."""
+    result = []
+    while axes := [axis for axis, size in enumerate(patch) if size > min_edge]:
+        longest = max(axes, key=lambda axis: patch[axis] * spacing[axis])
+        patch = tuple(size - cell * (axis == longest) for axis, size in enumerate(patch))
+        result.append(patch)
+    return result
+
+
+def fit_budget(
+    trials: Sequence[Trial], budget_gb: float, memory_bytes: Callable[[str, tuple[int, ...], int], int], title: str
+) -> tuple[str, tuple[int, ...], int]:
+    """Return the first of the trials that fits with batch 2, and the batch that fills the budget.
+
+    The memory of the trials of one size must fall from first to last. ``memory_bytes(size, patch, batch)`` is what a
+    training step takes.
+
+    Raises MFMError (E_CONFIG) with the numbers when not even the last one fits.
+    """
+    budget = budget_gb * 2**30
+    for _, group in itertools.groupby(trials, key=lambda trial: trial[0]):
+        candidates = list(group)
+        first = bisect.bisect_left(candidates, True, key=lambda trial: memory_bytes(trial[0], trial[1], 2) <= budget)
+        if first < len(candidates):
+            size, patch = candidates[first]
+            two, three = (memory_bytes(size, patch, batch) for batch in (2, 3))
+            return size, patch, 2 + int((budget - two) // (three - two))
+    size, patch = trials[-1]
+    raise too_little_memory(budget_gb, memory_bytes(size, patch, 2) / 2**30, title, patch)
+
+
+def plan_largest(
+    sizing: Sizing, trials: Sequence[Trial], architecture: Callable[[str, tuple[int, ...]], dict[str, Any]], title: str
+) -> PlannedNetwork:
+    """Plan the first network of ``trials`` that fits the budget; ``architecture(size, patch)`` is a plan's entry.
+
+    Raises MFMError as :func:`fit_budget`.
+    """
+    assert sizing.memory_gb is not None, "the CPU preset has no budget"
+
+    @functools.cache
+    def memory_bytes(size: str, patch: tuple[int, ...], batch: int) -> int:
+        with torch.device("meta"):
+            network = build_architecture(architecture(size, patch), sizing.num_inputs, sizing.num_outputs)
+        return training_memory_bytes(network, (batch, sizing.num_inputs, *patch), "adamw", half=True)
+
+    size, patch, batch = fit_budget(trials, sizing.memory_gb * BUDGET_SHARE, memory_bytes, title)
+    return PlannedNetwork(architecture(size, patch), patch, batch)
+
+
+def cpu_batch(patch: Sequence[int]) -> int:
+    """Return the batch size of the CPU preset; in 2D small images are taken several at a time."""
+    return 2 if len(patch) == 3 else min(16, max(2, 4 * CPU_VOXELS[2] // math.prod(patch)))
+
+
+def too_little_memory(memory_gb: float, needed_gb: float, network: str, patch: Sequence[int]) -> MFMError:
+    """Return the error of a budget that not even the smallest network fits into."""
+    needed = math.ceil(needed_gb * 1000) / 1000
+    edges = " x ".join(map(str, patch))
+    return MFMError(
+        "E_CONFIG",
+        f"--memory-gb leaves {memory_gb:.3g} GB for the network, and the smallest {network} (patch {edges}, batch "
+        f"size 2) needs {needed:.3g} GB. Give more, or leave --memory-gb out for the CPU preset.",
+    )
