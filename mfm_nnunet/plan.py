@@ -26,7 +26,7 @@ from mfm_nnunet.plan_rules import (
     PLAN_KEYS,
     network_problem,
     plan_problem,
-    resolve,
+    resolve_inheritance,
 )
 from mfm_nnunet.settings import MFMBlock, block_of
 
@@ -187,7 +187,7 @@ class Plan:
                 f"plan {self.content.get('plans_name', 'without a name')} has no configuration '{name}'. "
                 f"{nearest(name, self.configuration_names)}",
             )
-        values, missing_parent = resolve(self.content["configurations"], name)
+        values, missing_parent = resolve_inheritance(self.content["configurations"], name)
         if missing_parent is not None:
             raise MFMError("E_CONFIG", f"configuration '{name}' inherits from '{missing_parent}'. Plan again.")
         return Configuration(name, copy.deepcopy(values))

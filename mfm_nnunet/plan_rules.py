@@ -71,7 +71,7 @@ def network_problem(plans: Mapping[str, Any]) -> str:
     Plans in checkpoints of others may lack it: their networks are read off the tensors.
     """
     for name in plans["configurations"]:
-        resolved, _ = resolve(plans["configurations"], name)
+        resolved, _ = resolve_inheritance(plans["configurations"], name)
         architecture = resolved.get("architecture")
         if architecture is None and resolved["UNet_class_name"] not in OLD_NETWORKS:
             return f"configuration '{name}' names the unknown network {_shown(resolved['UNet_class_name'])}"
@@ -122,7 +122,7 @@ def _configuration_problems(plans: Mapping[str, Any], name: str) -> Iterator[str
     if not is_name(name):
         yield "has a name that can name no folder"
         return
-    resolved, parent = resolve(plans["configurations"], name)
+    resolved, parent = resolve_inheritance(plans["configurations"], name)
     if parent is not None:
         yield f"inherits from {_shown(parent)}, which is no other configuration of this plan"
         return
@@ -136,7 +136,7 @@ def _configuration_problems(plans: Mapping[str, Any], name: str) -> Iterator[str
     yield from _architecture_problems(resolved, len(resolved["patch_size"]))
 
 
-def resolve(configurations: Mapping[str, Any], name: str) -> tuple[dict[str, Any], Any]:
+def resolve_inheritance(configurations: Mapping[str, Any], name: str) -> tuple[dict[str, Any], Any]:
     """Return a configuration with everything that it inherits, and the parent that the plan lacks, if any."""
     resolved: dict[str, Any] = {}
     visited: list[str] = []

@@ -11,6 +11,9 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,9 +40,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ALONE", "STOP_SIGNALS", "StopFlag", "World", "any_true", "call_recorded", "end_despite_threads", "join_world",
-    "leave_world", "mean", "name_of", "no_child_left", "raise_on_signal", "raise_recorded", "run_processes",
-    "signal_handlers_kept", "start_resource_tracker", "stop_on_signal", "stop_signals_blocked", "stop_signals_ignored",
+    "ALONE", "STOP_SIGNALS", "StopFlag", "World", "any_true", "call_recorded", "end_despite_threads", "gather",
+    "join_world", "largest", "leave_world", "mean", "name_of", "no_child_left", "raise_on_signal", "raise_recorded",
+    "run_processes", "signal_handlers_kept", "start_resource_tracker", "stop_on_signal", "stop_signals_blocked",
+    "stop_signals_ignored",
 ]  # fmt: skip
 
 SECONDS_TO_SAVE = 600
@@ -98,16 +102,33 @@ def mean(value: torch.Tensor, world: World) -> torch.Tensor:
     return total / world.size
 
 
-def any_true(flag: bool, world: World, device: torch.device) -> bool:
-    """Return whether ``flag`` holds in any process, so that all processes decide alike."""
+def gather(values: torch.Tensor, world: World) -> torch.Tensor:
+    """Join the values of all processes along the first axis; each has equally many."""
     import torch
     import torch.distributed as dist
 
     if world.size == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+        return values
+    parts = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)
+
+
+def largest(value: int, world: World, device: torch.device) -> int:
+    """Return the largest ``value`` of all processes."""
+    import torch
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def any_true(flag: bool, world: World, device: torch.device) -> bool:
+    """Return whether ``flag`` holds in any process, so that all processes decide alike."""
+    return bool(largest(int(flag), world, device))
 
 
 # Children
@@ -131,8 +152,8 @@ def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) ->
         raise
 
 
-def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], number: int, folder: str) -> None:
-    """Call ``function(rank, *arguments)`` in ``number`` processes and wait for them; ``folder`` is for their notes.
+def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], number: int) -> None:
+    """Call ``function(*arguments)`` in ``number`` processes that :func:`join_world` joins, and wait for them.
 
     Raises the error that a process noted. Whatever ends the wait, such as a signal, ends the processes too: each gets
     the same signal and may save, for as long as ``SECONDS_TO_SAVE``. A second signal kills them.
@@ -140,8 +161,11 @@ def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], numb
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
     start_resource_tracker()
-    with raise_on_signal(), no_child_left():
-        context = start_processes(function, arguments, number, join=False)
+    with tempfile.TemporaryDirectory() as folder, raise_on_signal(), signal_handlers_kept(), no_child_left():
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        context = start_processes(_run_child, (number, port, folder, function, arguments), number, join=False)
         assert context is not None, "it is not joined yet"
         try:
             while not context.join():
@@ -154,6 +178,16 @@ def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], numb
             _end(context.processes, number_sent)
             raise_recorded(folder, 128 + number_sent)
             raise
+
+
+def _run_child(
+    rank: int, number: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    """Name this process as torchrun would, and run its part; nothing of it is printed to stdout."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with contextlib.redirect_stdout(sys.stderr):
+        call_recorded(folder, function, *arguments)
 
 
 @contextlib.contextmanager

@@ -22,10 +22,9 @@ SPINE = {
     "Preprocess": "data.preprocess data.sizes data.resampling data.storage data.volumes",
     "Draw crops": "jobs.pretrain data.crops data.loading",
     "Pretrain": "tasks.base tasks.masks tasks.mae tasks.restoration tasks.losses models.backbone engine.streams "
-    "engine.engine engine.optim engine.state checkpoint",
-    "Fine-tune": "jobs.train finetune.checks finetune.pretrained models.transfer finetune.splits finetune.preprocessed "
-    "finetune.datasets finetune.loading finetune.settings finetune.groups finetune.schedule finetune.state "
-    "finetune.trainer tasks.segmentation finetune.validation",
+    "engine.engine engine.pretraining engine.optim engine.state checkpoint",
+    "Fine-tune": "jobs.train finetune.pretrained models.transfer finetune.splits finetune.loading finetune.settings "
+    "finetune.groups finetune.state finetune.trainer finetune.fold tasks.segmentation finetune.validation",
     "Predict": "jobs.predict prediction.cases prediction.model prediction.predictor prediction.logits "
     "prediction.export prediction.geometry prediction.journal",
 }

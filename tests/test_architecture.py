@@ -34,14 +34,14 @@ LEAVES = {
         "version",
         "workspace",
         "checkpoint",
-        "children",
         "signals",
         "plan",
         "plan_rules",
         "dataset",
         "settings",
     ),
-    *("processes", "signals", "device", "metrics", "terminal", "files", "fields", "requests"),
+    *("processes", "signals", "device", "metrics", "terminal", "files"),
+    *("fields", "requests"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
     "prediction": {"data", "images", "models"},
-    "finetune": {"engine", "models", "data", "images", "prediction", "interchange"},
+    "finetune": {"engine", "tasks", "models", "data", "images", "prediction", "interchange"},
     "jobs": {
         "data",
         "images",

@@ -14,7 +14,12 @@ from tests.builders.interface import interface
 
 ROOT = Path(__file__).parent.parent
 FROZEN = json.loads((ROOT / "tests" / "frozen_interface.json").read_text(encoding="utf-8"))
-INSTEAD: dict[str, str] = {}
+INSTEAD: dict[str, str] = {
+    "settings: pretrain.anatomy_fraction": "* `pretrain.anatomy_fraction` ->",
+    "settings: pretrain.balance_temperature": "* `pretrain.balance_temperature` ->",
+    "settings: probe.steps": "* `probe.kind=finetune`, `probe.steps`, `probe.learning_rate` ->",
+    "settings: probe.learning_rate": "* `probe.kind=finetune`, `probe.steps`, `probe.learning_rate` ->",
+}
 """What went or changed, as "kind: name", and the words of CHANGELOG.md that say what to do instead."""
 
 

@@ -290,10 +290,8 @@ def trainer(workspace: Path) -> nnUNetTrainer:
 
 
 OWN = {
-    "autocast_dtype", "average", "averaged", "block", "new_weights", "prepare", "pretrained_checkpoint", "settings",
-    "split", "stop_flag", "_drop_frozen_gradients", "_first_weight", "_last_plot", "_num_steps",
-    "_refuse_nonfinite",
-    "_frozen", "_stop_if_asked", "_trained", "_transfer", "_update", "_validate",
+    "autocast_dtype", "block", "make_checkpoint", "make_engine", "new_weights", "optimisation", "prepare",
+    "pretrained_checkpoint", "settings", "split", "_first_weight", "_start", "_transfer",
 }  # fmt: skip
 """What MFMTrainer adds. Everything else that it uses, or sets, must be stock's, or setting it would do nothing."""
 

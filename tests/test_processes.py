@@ -19,14 +19,12 @@ from tests.builders.groups import ROOT, started, wait_for_end
 PARENT = """
 import os, signal, sys, time
 from pathlib import Path
-from mfm_nnunet.processes import call_recorded, run_processes
+from mfm_nnunet.processes import run_processes
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.signals import stop_on_signal
 
-def work(rank, folder, notes):
-    call_recorded(notes, train, rank, folder)
-
-def train(rank, folder):
+def train(folder):
+    rank = os.environ["RANK"]
     with stop_on_signal() as flag:
         note = Path(folder, f"pid_{rank}")
         note.write_text(str(os.getpid()))
@@ -41,7 +39,7 @@ def train(rank, folder):
 
 if __name__ == "__main__":
     try:
-        run_processes(work, (sys.argv[1], sys.argv[1]), 2, sys.argv[1])
+        run_processes(train, (sys.argv[1],), 2)
     except StoppedError as error:
         print(error)
         sys.exit(error.exit_code)
@@ -96,18 +94,13 @@ def run_parent(tmp_path: Path, *words: str) -> tuple[subprocess.Popen[str], Path
     return process, notes, [int(file.read_text()) for file in notes.glob("ready_*")]
 
 
-def _fails(rank: int, notes: str) -> None:
-    from mfm_nnunet.processes import call_recorded
-
-    def refuse() -> None:
-        raise MFMError("E_OOM", "too much")
-
-    call_recorded(notes, refuse)
+def _fail() -> None:
+    raise MFMError("E_OOM", "too much")
 
 
-def test_what_a_process_raised_is_raised(tmp_path: Path) -> None:
+def test_what_a_process_raised_is_raised() -> None:
     with pytest.raises(MFMError, match="too much") as caught:
-        run_processes(_fails, (str(tmp_path),), 2, str(tmp_path))
+        run_processes(_fail, (), 2)
     assert caught.value.code == "E_OOM"
 
 

@@ -50,7 +50,7 @@ def _run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.
     if not arguments.debug:  # deprecations inside other libraries are nothing that a user can act on
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-    from mfm_nnunet.processes import end_despite_threads, raise_on_signal
+    from mfm_nnunet.signals import end_despite_threads, raise_on_signal
 
     with raise_on_signal(is_command=True) as flag:
         try:

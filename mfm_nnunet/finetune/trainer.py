@@ -1,21 +1,18 @@
-"""MFMTrainer, the only fine-tuning trainer: nnU-Net's, with settings from the plan and a pretrained start.
+"""MFMTrainer, nnU-Net's door to the engine: its constructor, its checkpoints, and what its commands call.
 
 All settings come from ``plans["mfm"]``; a stock plan without that block trains with the defaults. A run is a pure
-function of the seed: the network starts under it, and every epoch and every batch has a seed of its own. So a run
-that was killed and continued ends in the same weights as an unbroken one, bit for bit on the CPU.
+function of the seed: the network starts under it, and every epoch and every batch has a seed of its own. So a run that
+was killed and resumed ends in the same weights as an unbroken one, bit for bit on the CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
 from collections.abc import Collection
-from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -23,19 +20,18 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.device import autocast, default_autocast_dtype, default_workers
-from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, WeightAverage, make_optimizer
-from mfm_nnunet.errors import StoppedError
+from mfm_nnunet.device import default_autocast_dtype
+from mfm_nnunet.engine.engine import Engine, Optimisation
+from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
+from mfm_nnunet.engine.state import RunState
+from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.files import to_plain
 from mfm_nnunet.finetune import groups, lora, state, validation
+from mfm_nnunet.finetune.fold import Fold
 from mfm_nnunet.finetune.groups import EpochSchedule, Phases, describe_training
 from mfm_nnunet.finetune.loading import (
-    Batch,
-    SeededBatches,
     check_next_stage,
     find_dataset_class,
-    make_loaders,
-    read_batches,
     read_fingerprint,
     seed_everything,
     seed_of,
@@ -46,29 +42,30 @@ from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
-from mfm_nnunet.models.transfer import unwrapped
-from mfm_nnunet.processes import StopFlag
-from mfm_nnunet.settings import block_of
+from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
+from mfm_nnunet.plan import Plan
+from mfm_nnunet.processes import ALONE, World, largest, stop_on_signal
+from mfm_nnunet.settings import FORMAT, block_of, to_dict
+from mfm_nnunet.tasks.segmentation import SegmentationTask
+from mfm_nnunet.workspace import num_cores
 
 CUDA = torch.device("cuda")
-SECONDS_BETWEEN_PLOTS = 300.0
 
 
 class MFMTrainer(nnUNetTrainer):
-    """Fine-tunes the network of a plan; ``pretrained_checkpoint`` is set before :meth:`initialize`, None is scratch.
+    """Trains the network of a plan; ``pretrained_checkpoint`` is set before :meth:`initialize`, None is scratch.
 
-    ``stop_flag`` is set when a signal comes; training then ends after the current step with StoppedError.
+    nnU-Net's losses, loaders and transforms are parts of what the engine trains (:meth:`make_engine`).
     """
 
     pretrained_checkpoint: Path | None = None
-    stop_flag: StopFlag | None = None
     new_weights: Collection[str] | None = None
     """Names of the parameters that learn first (:func:`groups.first_names`); None from scratch.
 
-    It is saved, so a run goes on with those that it began with.
+    They are saved: a resumed run keeps those that it began with.
     """
-    average: WeightAverage | None = None
-    """The averaged weights, where they are validated and shipped."""
+    optimisation: Optimisation
+    """Made by :meth:`prepare`."""
     split: Split | None = None
     """The cases that train and validate; None until they are chosen."""
     dataset_class: Any
@@ -91,13 +88,9 @@ class MFMTrainer(nnUNetTrainer):
             # In the trainer's own view of the configuration; the plan that is saved stays as it is.
             changed = {**self.configuration_manager.configuration, "batch_size": self.settings.batch_size}
             self.configuration_manager.configuration = changed
-        self._frozen: list[torch.nn.Parameter] = []
-        self._trained: set[str] | None = None
-        self._num_steps = 0
         self.autocast_dtype = finetuning_dtype(self.settings.precision, self.device)
         if self.autocast_dtype is not torch.float16:  # only fp16 needs its losses scaled
             self.grad_scaler = None
-        self._last_plot = -SECONDS_BETWEEN_PLOTS
         manager = self.configuration_manager
         has_pyramid = _family(manager).has_pyramid(manager.network_arch_init_kwargs)
         self.enable_deep_supervision = self.settings.deep_supervision and has_pyramid
@@ -169,11 +162,15 @@ class MFMTrainer(nnUNetTrainer):
         """
         self.new_weights = new_weights
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
-        network = unwrapped(self.network)
+        network, decay = unwrapped(self.network), self.settings.ema_decay
         trained = self.lr_scheduler.all_trained_names()
-        self._frozen = groups.freeze(network, trained, self.is_ddp)
-        decay = self.settings.ema_decay
-        self.average = WeightAverage(network, decay, trained) if decay is not None else None
+        self.optimisation = Optimisation(
+            self.optimizer,
+            self.grad_scaler or torch.amp.GradScaler(self.device.type, enabled=False),
+            self.autocast_dtype,
+            WeightAverage(network, decay, trained) if decay is not None else None,
+            frozen=groups.freeze(network, trained, self.is_ddp),
+        )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule]:
         """One optimizer for all parameters that ever learn, in groups, and the schedule of their learning rates."""
@@ -188,10 +185,6 @@ class MFMTrainer(nnUNetTrainer):
         )
         phases = Phases.of(settings, self.new_weights is not None)
         return optimizer, EpochSchedule(optimizer, described, self.initial_lr, phases)
-
-    def averaged(self) -> contextlib.AbstractContextManager:
-        """Inside, the network holds what is validated and shipped: the averaged weights, where there are any."""
-        return self.average.in_place() if self.average is not None else contextlib.nullcontext()
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         """As nnU-Net; without mirroring where the settings say so, in prediction neither."""
@@ -225,32 +218,23 @@ class MFMTrainer(nnUNetTrainer):
         self.print_to_log_file(f"{len(training)} training and {len(validation_cases)} validation cases")
         return list(training), list(validation_cases)
 
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        """Seeded streams of training and validation batches that start at the current epoch."""
-        world_size = torch.distributed.get_world_size() if self.is_ddp else 1
-        wanted = self.block.num_workers
-        num_workers = default_workers(world_size) if wanted is None else wanted
-        self.print_to_log_file(f"{num_workers} background processes read and augment")
-        parts = (("training", self.num_iterations_per_epoch), ("validation", self.num_val_iterations_per_epoch))
-        streams = []
-        for loader, (name, per_epoch) in zip(make_loaders(self), parts):
-            source = SeededBatches(loader, self.block.seed, f"{name} {self.local_rank}")
-            first, last = self.current_epoch * per_epoch, self.num_epochs * per_epoch
-            workers = num_workers if name == "training" else (num_workers + 1) // 2
-            streams.append(read_batches(source, first, last, workers, self.device.type == "cuda"))
-        return streams[0], streams[1]
+    def run_training(self) -> None:
+        """Train to the last epoch, with the engine."""
+        self._start()
+        self.make_engine().train()
+        self.print_to_log_file("Training done.")
 
-    def print_plans(self) -> None:
-        """Nothing: the plan is in the model folder, and on the console it would bury the rest."""
+    def make_engine(self) -> Engine:
+        """Make the engine that trains from the current epoch on."""
+        world = ALONE
+        if self.is_ddp:
+            world = World(self.local_rank, torch.distributed.get_world_size(), self.local_rank)
+        labels, start = self.label_manager, RunState(self.current_epoch * self.settings.iterations_per_epoch)
+        task = SegmentationTask(self.network, self.loss, labels.has_regions, labels.ignore_label)
+        return Engine(task, Fold(self), self.optimisation, world, start)
 
-    def _save_debug_information(self) -> None:
-        """Nothing: stock's debug.json names the computer, its paths and the cases in the model folder."""
-
-    def plot_network_architecture(self) -> None:
-        """Nothing: the drawing package that nnU-Net tries is not maintained."""
-
-    def on_train_start(self) -> None:
-        """As nnU-Net, and say what learns.
+    def _start(self) -> None:
+        """Check what is left to check, and describe the model in its folder.
 
         Raises MFMError: E_NOT_FOUND without the fingerprint that goes into the model folder, E_CONFIG when random
         weights would never learn, and for fp16 without CUDA.
@@ -260,8 +244,18 @@ class MFMTrainer(nnUNetTrainer):
             self.initialize()
         groups.require_pretrained(self.settings, self.new_weights is not None)
         fingerprint = read_fingerprint(Path(self.preprocessed_dataset_folder_base))
-        state.write_descriptions(self)
-        super().on_train_start()
+        plans, folder = self.plans_manager.plans, Path(self.output_folder_base)
+        contents = {"plans": plans, "dataset": self.dataset_json, "dataset_fingerprint": fingerprint}
+        if self.local_rank == 0:
+            workers = max(1, num_cores() // 2)
+            self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, num_processes=workers, verify=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in contents.items():
+                with checkpoint.atomic_write(folder / f"{name}.json") as file:
+                    file.write(json.dumps(content, indent=4).encode())
+        if self.is_ddp:
+            torch.distributed.barrier()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
         is_new_scratch = self.new_weights is None and self.current_epoch == 0
         if is_new_scratch and not torch.equal(next(self.network.parameters()), self._first_weight):
             self.print_to_log_file(
@@ -271,96 +265,8 @@ class MFMTrainer(nnUNetTrainer):
             )
         for line in describe_training(self.lr_scheduler, self.settings, unwrapped(self.network)):
             self.print_to_log_file(line)
-        if self.is_ddp:
-            torch.distributed.barrier()  # each process copies the file, and none may after this
-        if self.local_rank == 0:
-            with checkpoint.atomic_write(Path(self.output_folder_base) / "dataset_fingerprint.json") as file:
-                file.write(json.dumps(fingerprint, indent=1).encode())
 
-    def on_train_epoch_start(self) -> None:
-        """Seed what draws during training (drop path, dropout) from the epoch, so resuming needs no random state.
-
-        Which parameters learn follows from the epoch too.
-        """
-        seed_everything(seed_of(self.block.seed, f"epoch {self.local_rank}", self.current_epoch))
-        super().on_train_epoch_start()
-        trained = self.lr_scheduler.trained_names(self.current_epoch)
-        if hasattr(self.network, "_orig_mod") and self._trained is not None and trained != self._trained:
-            # Compiled code may not notice that parameters learn from now on, and would give them no gradients
-            # (https://github.com/pytorch/pytorch/issues/139476).
-            torch.compiler.reset()
-        self._trained = trained
-        self._frozen = groups.freeze(unwrapped(self.network), trained, self.is_ddp)
-        self._num_steps = self.current_epoch * self.num_iterations_per_epoch
-
-    def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
-        """One gradient step, clipped as the settings say; StoppedError after it when a signal came.
-
-        Raises FloatingPointError when the loss is not finite, or, where loss scaling skips such steps, when too many
-        were skipped.
-        """
-        x_BCDHW = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        if isinstance(target, list):
-            target = [scale.to(self.device, non_blocking=True) for scale in target]
-        else:
-            target = target.to(self.device, non_blocking=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.autocast_dtype):
-            loss = self.loss(self.network(x_BCDHW), target)
-        if self.grad_scaler is None and not torch.isfinite(loss):
-            self._refuse_nonfinite(f"the loss became {loss.item()}", batch)
-        self._update(loss)
-        if self.grad_scaler is not None and self.grad_scaler.get_scale() < SMALLEST_LOSS_SCALE:
-            reason = f"steps with gradients that are not finite (the last loss was {loss.item()}) were skipped until"
-            self._refuse_nonfinite(f"{reason} their scale fell below {SMALLEST_LOSS_SCALE:g}", batch)
-        if self.average is not None:
-            self.average.update(self._num_steps)
-        self._num_steps += 1
-        self._stop_if_asked()
-        return {"loss": loss.detach().cpu().numpy()}
-
-    def validation_step(self, batch: Batch) -> dict[str, Any]:
-        """As nnU-Net, with the weights that are shipped; StoppedError after it when a signal came.
-
-        In half precision on GPUs, or in bf16 where that is what is trained in.
-        """
-        with self.averaged(), default_autocast_dtype(self.autocast_dtype):
-            result = super().validation_step(batch)
-        self._stop_if_asked()
-        return result
-
-    def on_epoch_end(self) -> None:
-        """Log the epoch, save ``checkpoint_best`` as nnU-Net and ``checkpoint_latest`` always, plot now and then."""
-        self.logger.log("epoch_end_timestamps", time.time(), self.current_epoch)
-        # As a continued run reads it: NumPy's float32 would round nnU-Net's moving average of the Dice otherwise.
-        self.logger.load_checkpoint(to_plain(self.logger.get_checkpoint()))
-        last = {key: values[-1] for key, values in self.logger.get_checkpoint().items()}
-        dice = np.round(last["dice_per_class_or_region"], 4).tolist()
-        seconds = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
-        losses = f"train_loss {last['train_losses']:.4f}  val_loss {last['val_losses']:.4f}"
-        left = timedelta(seconds=round(seconds * (self.num_epochs - 1 - self.current_epoch)))
-        self.print_to_log_file(f"{losses}  pseudo dice {dice}  {seconds:.1f} s  ETA {left}")
-        folder, ema = Path(self.output_folder), float(last["ema_fg_dice"])
-        if self._best_ema is None or ema > self._best_ema:
-            self._best_ema = ema
-            self.print_to_log_file(f"new best EMA pseudo dice: {self._best_ema:.4f}")
-            self.save_checkpoint(str(folder / "checkpoint_best.pth"))
-        is_last = self.current_epoch == self.num_epochs - 1
-        # After 'best', so that a continued run knows the best value.
-        if (self.current_epoch + 1) % self.save_every == 0 and not is_last:
-            self.save_checkpoint(str(folder / "checkpoint_latest.pth"))
-        # A picture takes more than a second, as long as an epoch on small data.
-        if self.local_rank == 0 and (is_last or time.monotonic() - self._last_plot > SECONDS_BETWEEN_PLOTS):
-            self._last_plot = time.monotonic()
-            with checkpoint.full_disk_named(folder / "progress.png"):
-                self.logger.plot_progress_png(self.output_folder)
-        self.current_epoch += 1
-
-    def on_train_end(self) -> None:
-        """As nnU-Net; ends the background readers."""
-        super().on_train_end()
-        self.dataloader_train = self.dataloader_val = None
+    # nnU-Net's checkpoints and validation
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint atomically, of tensors and plain values only, without subjects and paths.
@@ -368,73 +274,93 @@ class MFMTrainer(nnUNetTrainer):
         It keeps the optimizer, also in ``checkpoint_final.pth``: nnU-Net's --c reads it from there.
         """
         if self.local_rank == 0 and not self.disable_checkpointing:
-            checkpoint.save(state.content_of(self), filename)
+            checkpoint.save(self.make_checkpoint(), filename)
+
+    def make_checkpoint(self) -> dict[str, Any]:
+        """Return nnU-Net's keys and ours (``mfm``): the state at the end of the current epoch."""
+        scaler = self.grad_scaler
+        content = {
+            **state.collect_weights(unwrapped(self.network), self.optimisation, self.settings),
+            "optimizer_state": state.to_cpu(self.optimizer.state_dict()),
+            "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": {
+                "plans": Plan.of(self.plans_manager.plans).shared(),
+                "configuration": self.configuration_name,
+                "fold": self.fold,
+                "dataset_json": self.dataset_json,
+            },
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "mfm": {
+                "format": FORMAT,
+                "kind": "finetuned",
+                "finetune": to_dict(self.settings),
+                "source": self.block.source,
+                "new_weights": None if self.new_weights is None else sorted(self.new_weights),
+                "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
+            },
+        }
+        return to_plain(content)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Continue from a checkpoint, which is read without running code that it may carry.
+        """Resume from a checkpoint, which is read without running code that it may carry.
 
-        Raises MFMError: as :func:`mfm_nnunet.checkpoint.load`, and E_MODEL_MISMATCH for another network.
+        Raises MFMError: as :func:`mfm_nnunet.checkpoint.load`, E_MODEL_CORRUPT when it is no whole state of a run,
+        E_MODEL_MISMATCH for another network, and E_CONFIG when other parameters learn now.
         """
         if not self.was_initialized:
             self.initialize()
         content = filename_or_checkpoint
-        state.restore(self, content if isinstance(content, dict) else checkpoint.load_weights(content))
+        if not isinstance(content, dict):
+            content = checkpoint.load_weights(content)
+        state.require_state(content, self.settings, self.output_folder)
+        names = state.names_of_new(content)
+        self.prepare(None if names is None else set(names))
+        how = self.optimisation
+        trained = "trained_weights" if state.ships_other_weights(self.settings) else "network_weights"
+        try:
+            unwrapped(self.network).load_state_dict(without_wrapper_prefixes(content[trained]))
+            state.require_same_groups(content["optimizer_state"], self.optimizer.state_dict(), self.output_folder)
+            self.optimizer.load_state_dict(content["optimizer_state"])
+            if how.average is not None:
+                how.average.load_state_dict(content["averaged_weights"])
+        except MFMError:
+            raise
+        except (RuntimeError, ValueError, LookupError, AssertionError, TypeError, AttributeError) as error:
+            raise MFMError(
+                "E_MODEL_MISMATCH",
+                f"a checkpoint in {self.output_folder} is of another network than the plan: {error}",
+            ) from error
+        self.my_init_kwargs = content["init_args"]
+        self.current_epoch = content["current_epoch"]
+        self.logger.load_checkpoint(content["logging"])
+        self._best_ema = content["_best_ema"]
+        if content.get("inference_allowed_mirroring_axes") is not None:
+            self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+        if self.grad_scaler is not None and content.get("grad_scaler_state"):
+            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict the fold's validation cases with the shipped weights and write ``validation/summary.json``."""
-        with self.averaged():
-            self._validate(save_probabilities)
+        """Predict the fold's validation cases with the shipped weights and write ``validation/summary.json``.
 
-    def _validate(self, save_probabilities: bool) -> None:
-        """In this process; cascades and several GPUs are left to nnU-Net's own way. A signal stops it at once."""
-        self._stop_if_asked()
+        In this process; cascades and several GPUs are left to nnU-Net's own code. A signal stops it at once.
+        """
+        stopped = "stopped in the final validation; the training is saved. Continue with --c."
         has_next_stage = self.configuration_manager.next_stage_names is not None
-        stopped = "stopped in the final validation; the training is saved. Go on with --c."
-        with self.stop_flag.at_once(stopped) if self.stop_flag is not None else contextlib.nullcontext():
-            if self.is_ddp or self.is_cascaded or has_next_stage:
-                with default_autocast_dtype(self.autocast_dtype), check_next_stage():
-                    super().perform_actual_validation(save_probabilities)
-                return
-            for case in validation.validate_fold(self, save_probabilities):
-                self.print_to_log_file(f"validated {case}")
-
-    def _refuse_nonfinite(self, what: str, batch: Batch) -> None:
-        cases = ", ".join(sorted({str(name) for name in batch.get("keys", ())}))
-        raise FloatingPointError(
-            f"{what} in epoch {self.current_epoch} before the update; the weights saved last are good. Cases of the "
-            f"batch: {cases}. Check these images, or lower finetune.learning_rate ({self.initial_lr})."
-        )
-
-    def _update(self, loss: torch.Tensor) -> None:
-        """Backward, clip and step, with loss scaling where there is any."""
-        if self.grad_scaler is None:
-            loss.backward()
-            self._drop_frozen_gradients()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip)
-            self.optimizer.step()
-            return
-        self.grad_scaler.scale(loss).backward()
-        self._drop_frozen_gradients()
-        self.grad_scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-
-    def _drop_frozen_gradients(self) -> None:
-        """On several GPUs they are computed all the same, see :func:`mfm_nnunet.finetune.groups.freeze`."""
-        for parameter in self._frozen:
-            parameter.grad = None
-
-    def _stop_if_asked(self) -> None:
-        exit_code = (self.stop_flag.exit_code if self.stop_flag is not None else None) or 0
-        if self.is_ddp:  # all processes stop after the same step, else one waits for the others
-            asked = torch.tensor(exit_code, device=self.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            exit_code = int(asked)
-        if exit_code:
-            saved = f"all finished epochs are saved in {self.output_folder}. Continue with --c."
-            left = saved if self.current_epoch else "no epoch was finished, so nothing is saved. Start it again."
-            raise StoppedError(exit_code, f"stopped in epoch {self.current_epoch}; {left}")
+        with self.optimisation.averaged(), stop_on_signal() as stop:
+            world = World(size=torch.distributed.get_world_size()) if self.is_ddp else ALONE
+            if exit_code := largest(stop.exit_code or 0, world, self.device):
+                raise StoppedError(exit_code, stopped)
+            with stop.at_once(stopped):
+                if self.is_ddp or self.is_cascaded or has_next_stage:
+                    with default_autocast_dtype(self.autocast_dtype), check_next_stage():
+                        super().perform_actual_validation(save_probabilities)
+                    return
+                for case in validation.validate_fold(self, save_probabilities):
+                    self.print_to_log_file(f"validated {case}")
 
 
 def _family(manager: ConfigurationManager) -> NetworkFamily:

@@ -31,7 +31,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from mfm_nnunet.errors import MFMError, StoppedError
-from mfm_nnunet.processes import stop_signals_blocked
+from mfm_nnunet.signals import stop_signals_blocked
 
 IDLE_SECONDS = 60.0
 """How long a child waits for the next file before it ends."""

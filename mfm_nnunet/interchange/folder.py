@@ -16,12 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mfm_nnunet.checkpoint import atomic_write, sha256
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import parse_json, read_json, shown
+from mfm_nnunet.files import atomic_write, parse_json, read_json, sha256, shown
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.models.families import NetworkFamily, families_by_class
-from mfm_nnunet.plan import is_resampled, resolved
+from mfm_nnunet.plan import Plan
 from mfm_nnunet.terminal import in_markdown
 
 CARD = "README.md"
@@ -127,7 +126,8 @@ def stated_licence(folder: Path) -> str | None:
 def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
     """What there is to say, in order; nothing about subjects, because nothing is in the description."""
     plans, name = mfm["plans"], mfm["configuration"]
-    configuration = resolved(plans, name)
+    own = Plan.of(plans).configuration(name)
+    spacing = f"spacing {_times(f'{mm:g}' for mm in own.values['spacing'])} mm" if own.is_resampled else "not resampled"
     architecture, family = _architecture(mfm)
     corpus, source = mfm.get("corpus") or {}, mfm.get("source") or {}
     found = {
@@ -135,8 +135,8 @@ def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
         "network": family.describe(architecture) if family else "unknown",
         "trained": "the whole network" if mfm.get("trained") == "network" else "the encoder",
         "input": f"{mfm['num_inputs']} channel(s), patch {_times(mfm['patch_size'])} voxels",
-        "configuration": f"{name}, patch {_times(configuration['patch_size'])}, {_spacing(configuration)}",
-        "normalisation": ", ".join(configuration["normalization_schemes"]),
+        "configuration": f"{name}, patch {_times(own.patch_size)}, {spacing}",
+        "normalisation": ", ".join(own.normalization_schemes),
         "axes": f"transpose_forward {list(plans['transpose_forward'])}",
     }
     if "epoch" in mfm:
@@ -258,9 +258,3 @@ def _architecture(mfm: Mapping[str, Any]) -> tuple[Mapping[str, Any], NetworkFam
 
 def _times(sizes: Any) -> str:
     return " x ".join(map(str, sizes))
-
-
-def _spacing(configuration: Mapping[str, Any]) -> str:
-    if not is_resampled(configuration):
-        return "not resampled"
-    return f"spacing {_times(f'{value:g}' for value in configuration['spacing'])} mm"

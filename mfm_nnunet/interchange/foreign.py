@@ -28,7 +28,7 @@ from mfm_nnunet.models.families import (
     families_by_class,
 )
 from mfm_nnunet.models.networks import check_architecture
-from mfm_nnunet.plan import ARCHITECTURE_KEYS, NO_RESAMPLING, plan_problem, resolved, shared_plan
+from mfm_nnunet.plan import ARCHITECTURE_KEYS, NO_RESAMPLING, Plan, plan_problem
 from mfm_nnunet.plan_rules import MAX_ARGUMENT, MAX_EDGE
 from mfm_nnunet.settings import FORMAT, MFMBlock, to_dict
 
@@ -77,7 +77,7 @@ class Reading:
     def configuration(self) -> dict[str, Any]:
         """The plan's configuration that was trained, with what it inherits; empty where the description has none."""
         plans, name = self.mfm.get("plans") or {}, str(self.mfm.get("configuration"))
-        return resolved(plans, name) if name in plans.get("configurations", {}) else {}
+        return dict(Plan.of(plans).configuration(name).values) if name in plans.get("configurations", {}) else {}
 
 
 def require_plan(reading: Reading, *keys: str) -> None:
@@ -189,14 +189,14 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
             f"the plan in it is not whole ({problem or 'no configuration ' + configuration}). Use a checkpoint that "
             "nnU-Net or mfm_nnunet wrote.",
         )
-    planned = resolved(plans, configuration)
+    planned = dict(Plan.of(plans).configuration(configuration).values)
     planned.pop("inherits_from", None)
     parts = _parts_of_nnunet(raw["network_weights"], planned)
     converted = _converted_of_nnunet(parts, planned, token_order)
     notes, architecture = converted.notes, converted.architecture
     check_architecture(*(architecture[key] for key in ARCHITECTURE_KEYS))
     own = {
-        **shared_plan(plans),
+        **Plan.of(plans).shared(),
         "configurations": {configuration: {**planned, "architecture": architecture}},
         "mfm": to_dict(MFMBlock(network=parts.family.name)),
     }

@@ -16,9 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from mfm_nnunet.checkpoint import atomic_write, sha256
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import parse_json
+from mfm_nnunet.files import atomic_write, parse_json, sha256
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import shown
+from mfm_nnunet.files import atomic_write, shown
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.folder import CARD, model_card
 from mfm_nnunet.interchange.verify import with_all_names
 from mfm_nnunet.models.families import families_by_class
-from mfm_nnunet.plan import is_resampled, resolved
+from mfm_nnunet.plan import Plan
 
 TRAINER = "mfm_nnunet"
 """No trainer of nnssl: readers must not guess a token order from it."""
@@ -49,7 +49,7 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
         CARD: model_card(mfm, num_parameters, "nnssl"),
     }
     for name, text in texts.items():
-        with checkpoint.atomic_write(folder / name) as handle:
+        with atomic_write(folder / name) as handle:
             handle.write(shown(text).encode())
     checkpoint.save(file, folder / "checkpoint_final.pth")
 
@@ -61,7 +61,8 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
     with other tokens than 8 voxels or with a convolutional stem, and classes that the layout has no name for.
     """
     plans = mfm["plans"]
-    configuration = resolved(plans, mfm["configuration"])
+    own = Plan.of(plans).configuration(mfm["configuration"])
+    configuration = own.values
     if len(configuration["patch_size"]) != 3:
         raise _cannot("2D networks")
     if configuration.get("previous_stage"):
@@ -75,7 +76,7 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(named, str):
         raise _cannot(named)
     class_name, kwargs, to_import = named
-    spacing = [float(value) for value in configuration["spacing"]] if is_resampled(configuration) else None
+    spacing = [float(value) for value in own.spacing] if own.is_resampled and own.spacing else None
     pretrain = {
         "data_identifier": "foreign",
         "preprocessor_name": configuration.get("preprocessor_name", "DefaultPreprocessor"),

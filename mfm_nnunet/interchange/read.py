@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet import checkpoint
+from mfm_nnunet import checkpoint, files
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.files import read_json, shown
 from mfm_nnunet.interchange import nnssl
@@ -101,7 +101,7 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
 
 def sha256(place: Path) -> str:
     """The SHA-256 of the weights' file, in hex."""
-    return checkpoint.sha256(place / WEIGHTS if place.is_dir() else place)
+    return files.sha256(place / WEIGHTS if place.is_dir() else place)
 
 
 def convert(

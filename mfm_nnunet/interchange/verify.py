@@ -14,7 +14,7 @@ from torch import Tensor
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import families_by_class, family_of
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.plan import resolved
+from mfm_nnunet.plan import Plan
 
 
 def require_whole(content: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ def _network_of(mfm: Mapping[str, Any]) -> torch.nn.Module:
 def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
     """The plan with the patch that the network was trained on, which its position table is for."""
     name, patch = mfm["configuration"], list(mfm["patch_size"])
-    configuration = {**resolved(mfm["plans"], name), "patch_size": patch}
+    configuration = {**Plan.of(mfm["plans"]).configuration(name).values, "patch_size": patch}
     configuration.pop("inherits_from", None)
     architecture = configuration["architecture"]
     if family := families_by_class().get(str(architecture["network_class_name"])):

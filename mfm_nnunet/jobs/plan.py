@@ -26,7 +26,7 @@ from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
-    from mfm_nnunet.planning.like import Source
+    from mfm_nnunet.planning.like import Template
     from mfm_nnunet.planning.table import Decision
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _content(file: Path) -> Any:
         return None
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path) -> Template:
     """Read the checkpoint that a plan must fit, of any layout that :func:`read_checkpoint` knows.
 
     Raises MFMError as that does, E_MODEL_MISMATCH when the plan in it is not whole or lacks the intensities that CT is
@@ -193,7 +193,7 @@ def read_source(path: Path) -> Source:
     from mfm_nnunet.interchange.foreign import require_plan
     from mfm_nnunet.interchange.read import read_checkpoint, sha256
     from mfm_nnunet.models.networks import check_architecture
-    from mfm_nnunet.planning.like import Source
+    from mfm_nnunet.planning.like import Template
 
     reading = read_checkpoint(path)
     with about(path):
@@ -209,11 +209,11 @@ def read_source(path: Path) -> Source:
             )
         family = own.family
     digest, pretext = sha256(path), reading.mfm.get("pretext")
-    return Source(own, trained, {"name": shown(path.name), "sha256": digest, "pretext": pretext, "network": family})
+    return Template(own, trained, {"name": shown(path.name), "sha256": digest, "pretext": pretext, "network": family})
 
 
-def check_request(request: PlanRequest) -> Source | None:
-    """Refuse a network that there is not; returns the checkpoint that the plan must fit, if there is one.
+def check_request(request: PlanRequest) -> Template | None:
+    """Refuse an unknown network, before a dataset is read; returns the checkpoint that the plan must fit.
 
     Raises MFMError: E_CONFIG, and as :func:`read_source`.
     """
@@ -238,7 +238,7 @@ class PlanResult:
     decisions: list[Decision]
 
 
-def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: Source | None = None) -> PlanResult:
+def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: Template | None = None) -> PlanResult:
     """Plan ``dataset_name`` and write ``<preprocessed>/<dataset_name>/<plans name>.json``.
 
     Call it inside :func:`mfm_nnunet.workspace.use`; ``source`` is the checkpoint that the plan must fit, if there is

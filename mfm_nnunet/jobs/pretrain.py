@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import random
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,25 +15,23 @@ import torch
 
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.checkpoint import atomic_write, remove_leftovers
-from mfm_nnunet.children import SECONDS_TO_SAVE, call_recorded, no_child_left, raise_recorded
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
-from mfm_nnunet.engine.distributed import World, join_world, leave_world, require_divisible
-from mfm_nnunet.engine.engine import Pretrainer, Run
+from mfm_nnunet.engine.pretraining import Pretraining
 from mfm_nnunet.engine.probe import Probe, make_probe, prepare
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
-from mfm_nnunet.errors import MFMError, StoppedError, about, nearest
+from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan, read_plans, shared_plan
 from mfm_nnunet.planning.recipes import apply_recipe
-from mfm_nnunet.processes import raise_on_signal, signal_handlers_kept, start_resource_tracker
+from mfm_nnunet.processes import World, join_world, leave_world, run_processes
 from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.tasks.base import PretextTask, find_task
 from mfm_nnunet.workspace import Workspace, num_cores, use
@@ -64,8 +60,8 @@ class PretrainRun:
 def pretrain(request: PretrainRequest) -> Path:
     """Pretrain the network of a plan without labels; returns the checkpoint ``checkpoint_final.pth`` of the run.
 
-    With ``num_gpus`` > 1 the run is started again under torchrun, one process per GPU. Raises MFMError for bad input,
-    StoppedError after a clean save on a stop signal, FloatingPointError when the loss becomes non-finite.
+    With ``num_gpus`` > 1 it runs in one process per GPU. Raises MFMError for bad input, StoppedError after a clean save
+    on a stop signal, FloatingPointError when the loss becomes non-finite.
     """
     with use(request.workspace) as here:
         request = _with_recipe(here, request)
@@ -84,42 +80,27 @@ def _with_recipe(here: Workspace, request: PretrainRequest) -> PretrainRequest:
 
 
 def launch(here: Workspace, request: PretrainRequest) -> Path:
-    """Run :func:`pretrain_here` in ``request.num_gpus`` processes as torchrun does; returns the final checkpoint.
+    """Run :func:`pretrain_here` in ``request.num_gpus`` processes; returns the final checkpoint.
 
     Raises what a process raised; a signal reaches all of them, and each saves before it ends.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     num_gpus = request.num_gpus
     job = check(here, request)  # before processes are started, each of which would say it
-    device, settings = job.device, job.resolved.pretrain
-    require_divisible(settings.batch_size, settings.accumulation, num_gpus)
-    if device.type == "cuda" and torch.cuda.device_count() < num_gpus:
+    require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, num_gpus)
+    if job.device.type == "cuda" and torch.cuda.device_count() < num_gpus:
         raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_gpus,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=f"mfm-{os.getpid()}",
-        max_restarts=0,
-        start_method="spawn",
-    )
-    start_resource_tracker()
-    # Signals are ours: torchrun's agent would take one that is sent twice for two, and does not know SIGUSR1.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    with tempfile.TemporaryDirectory() as notes, raise_on_signal(), signal_handlers_kept(), no_child_left():
-        try:
-            return elastic_launch(config, call_recorded)(notes, pretrain_here, here, request)[0]
-        except (ChildFailedError, SignalException, StoppedError) as error:
-            if isinstance(error, SignalException):
-                error = StoppedError(128 + error.sigval, "stopped by a signal. Continue with --c.")
-            raise_recorded(notes, error.exit_code if isinstance(error, StoppedError) else None)
-            raise error
+    run_processes(pretrain_here, (here, request), num_gpus)
+    return job.folder / "checkpoint_final.pth"
+
+
+def require_divisible(batch_size: int, accumulation: int, num_processes: int) -> None:
+    """Raise MFMError (E_CONFIG) unless each part of a batch has equally many items, at least one, in each process."""
+    if accumulation < 1 or batch_size < 1 or batch_size % (accumulation * num_processes):
+        raise MFMError(
+            "E_CONFIG",
+            f"pretrain.batch_size={batch_size}: must be a multiple of pretrain.accumulation={accumulation} x the "
+            f"{num_processes} process{'es' * (num_processes > 1)}, for parts of equal size. Change one of them.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,19 +160,16 @@ def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
 
 def _pretrain(job: Job, device: torch.device, world: World) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
-    run, task, notes = _prepare(job, job.request.configuration)
-    workers = default_workers(world.size) if job.resolved.num_workers is None else job.resolved.num_workers
-    run = dataclasses.replace(run, folder=job.folder, device=device, world=world, probe=job.probe, num_workers=workers)
-    pretrainer = Pretrainer(task, run)
+    run, notes = _prepare(job, job.request.configuration, device, world)
     if job.probe is not None:
         prepare(job.probe, world)
     if world.is_main:
-        _announce(run, task, is_new=not job.request.continue_training)
+        _announce(run, is_new=not job.request.continue_training)
         for note in job.selection.notes():
             logger.warning("%s: %s", job.dataset_name, note)
         for note in notes:
             logger.info("%s", note)
-    return pretrainer.run(job.request.continue_training)
+    return run.train(job.request.continue_training)
 
 
 def select_cases(
@@ -269,8 +247,8 @@ def _corpus_hash(cases: list[Case], files: dict[str, Path], num_inputs: int) -> 
     return corpus.corpus_hash(cases, sizes)
 
 
-def _prepare(job: Job, configuration: str) -> tuple[Run, PretextTask, list[str]]:
-    """The run, its task, and what the user should know about its data."""
+def _prepare(job: Job, configuration: str, device: torch.device, world: World) -> tuple[Pretraining, list[str]]:
+    """Make the run, and what the user should know about its data."""
     plans, task_class, resolved = job.plans, job.task_class, job.resolved
     cases, files = job.selection.cases, job.files
     patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
@@ -310,9 +288,12 @@ def _prepare(job: Job, configuration: str) -> tuple[Run, PretextTask, list[str]]
         "citations": list(task_class.citations),
         "trained": "network" if task_class.trains_decoder else "encoder",
     }
-    data = (streams.training, streams.validation)
-    run = Run(resolved.pretrain, *data, Path(), torch.device("cpu"), description, resolved.seed)
-    return run, task, streams.notes
+    workers = default_workers(world.size) if resolved.num_workers is None else resolved.num_workers
+    run = Pretraining(
+        task, resolved.pretrain, streams.training, streams.validation, job.folder, device, description,
+        resolved.seed, workers, world, job.probe,
+    )  # fmt: skip
+    return run, streams.notes
 
 
 def _require_legal(resolved: PretrainRun) -> None:
@@ -345,7 +326,7 @@ def _require_free(folder: Path, continue_training: bool) -> None:
         )
 
 
-def _announce(run: Run, task: PretextTask, is_new: bool) -> None:
+def _announce(run: Pretraining, is_new: bool) -> None:
     """Say what is about to happen; a new run's settings are written into its folder, those of an old one are kept."""
     run.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run.folder)
@@ -356,7 +337,7 @@ def _announce(run: Run, task: PretextTask, is_new: bool) -> None:
     if is_new:
         with atomic_write(run.folder / "settings.json") as file:
             file.write(json.dumps(values, indent=2).encode())
-    millions = sum(parameter.numel() for parameter in task.backbone.network.parameters()) / 1e6
+    millions = sum(parameter.numel() for parameter in run.task.backbone.network.parameters()) / 1e6
     logger.info("run folder: %s", run.folder)
     logger.info("settings: %s", json.dumps({name: values[name] for name in (*names[1:4], "num_workers")}))
     logger.info(

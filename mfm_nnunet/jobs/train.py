@@ -8,9 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import socket
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from torch import nn
 
 from mfm_nnunet import dataset as dataset_jsons
 from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
-from mfm_nnunet.children import call_recorded, run_processes
 from mfm_nnunet.data.preprocess import preprocessing_hash
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
@@ -30,7 +26,7 @@ from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside, refuse_links, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
-from mfm_nnunet.finetune.loading import check_next_stage, read_fingerprint, select_labelled
+from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
 from mfm_nnunet.finetune.pretrained import describe, has_decoder
 from mfm_nnunet.finetune.settings import advise, advise_as_begun
 from mfm_nnunet.finetune.splits import Split, choose_split
@@ -41,7 +37,7 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plan import read_plans
 from mfm_nnunet.planning.recipes import apply_recipe
-from mfm_nnunet.processes import stop_on_signal
+from mfm_nnunet.processes import join_world, leave_world, run_processes, stop_on_signal
 from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import MFMBlock, block_of, override, to_dict
 from mfm_nnunet.workspace import Workspace, num_cores, use
@@ -147,7 +143,9 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
         request.save_probabilities, split,
     )  # fmt: skip
     if num_gpus > 1:
-        _spawn(job, num_gpus)
+        if torch.cuda.device_count() < num_gpus:
+            raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
+        run_processes(execute, (job,), num_gpus)
     else:
         execute(job)
     return folder
@@ -156,22 +154,30 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
 def execute(job: Job) -> None:
     """Train and validate in this process (one of several under distributed training)."""
     device = torch.device(job.device)
+    world = join_world(device)
     if device.type == "cuda":
+        torch.cuda.set_device(world.local_rank)
         torch.backends.cudnn.benchmark = True
-    # nnU-Net writes logs, plans and pictures itself, and its errors do not always name the file.
-    with full_disk_named(job.folder), _threads(device), stop_on_signal() as flag:
-        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE if job.only_validate else _LESS_MEMORY):
-            plans = {**job.plans, "continue_training": job.start_from is not None}
-            trainer = MFMTrainer(plans, job.configuration, job.fold, job.dataset_json, device)
-            trainer.stop_flag = flag
-            trainer.split = job.split
-            trainer.pretrained_checkpoint = job.pretrained_weights
-            if job.start_from is not None:
-                trainer.load_checkpoint(str(job.start_from))
-            if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
-                trainer.run_training()
-        with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE), check_next_stage():
-            trainer.perform_actual_validation(job.save_probabilities)
+    try:
+        # nnU-Net writes logs and pictures itself, and its errors do not always name the file.
+        with full_disk_named(job.folder), _threads(device), stop_on_signal():
+            _train_and_validate(job, device)
+    finally:
+        leave_world(world)
+
+
+def _train_and_validate(job: Job, device: torch.device) -> None:
+    with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE if job.only_validate else _LESS_MEMORY):
+        plans = {**job.plans, "continue_training": job.start_from is not None}
+        trainer = MFMTrainer(plans, job.configuration, job.fold, job.dataset_json, device)
+        trainer.split = job.split
+        trainer.pretrained_checkpoint = job.pretrained_weights
+        if job.start_from is not None:
+            trainer.load_checkpoint(str(job.start_from))
+        if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
+            trainer.run_training()
+    with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):
+        trainer.perform_actual_validation(job.save_probabilities)
 
 
 # Checks
@@ -363,24 +369,3 @@ def _threads(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _spawn(job: Job, num_gpus: int) -> None:
-    """Train on several GPUs of this computer, one process each."""
-    if torch.cuda.device_count() < num_gpus:
-        raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as notes:
-        run_processes(_execute_distributed, (notes, job, num_gpus, port), num_gpus, notes)
-
-
-def _execute_distributed(rank: int, notes: str, job: Job, num_gpus: int, port: int) -> None:
-    torch.cuda.set_device(rank)
-    torch.distributed.init_process_group("nccl", init_method=f"tcp://localhost:{port}", rank=rank, world_size=num_gpus)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # as mfm_train does in its own process
-            call_recorded(notes, execute, job)
-    finally:
-        torch.distributed.destroy_process_group()

@@ -27,7 +27,7 @@ MIN_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Source:
+class Template:
     """A pretrained checkpoint that a plan must fit."""
 
     plan: Plan
@@ -75,7 +75,7 @@ class Source:
         return [float(ordered[axes.index(axis)]) for axis in range(3)]
 
 
-def plan_like(target_plans: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def plan_like(target_plans: Mapping[str, Any], source: Template) -> dict[str, Any]:
     """Return ``target_plans`` with one configuration, made so that the checkpoint fits.
 
     Taken over: network, resampling, normalisation (and for CT its intensities), batch size and, where the images are
@@ -150,7 +150,7 @@ def find_doubts(own: Configuration, spacings: Sequence[Sequence[float]], axes: S
     )
 
 
-def _per_channel(values: Sequence[Any], num_channels: int, source: Source) -> list[Any]:
+def _per_channel(values: Sequence[Any], num_channels: int, source: Template) -> list[Any]:
     if len(values) == num_channels:
         return list(values)
     if len({str(value) for value in values}) == 1:

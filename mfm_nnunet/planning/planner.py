@@ -89,7 +89,7 @@ class MFMPlanner(ResEncUNetPlanner):
         self.spacing: str | Sequence[float] = "median"
         self.wanted: tuple[str, ...] | None = None
         self.planned: tuple[str, ...] = ()
-        self.source: like.Source | None = None
+        self.source: like.Template | None = None
         shapes = np.array(self.dataset_fingerprint["shapes_after_crop"])
         if not len(shapes):
             raise MFMError("E_EMPTY", f"{fingerprint_file}: the fingerprint has no cases. Make it again.")
@@ -231,7 +231,7 @@ class MFMPlanner(ResEncUNetPlanner):
         write_json(self.plans_file, plans, indent=4)
         self.plans = plans
 
-    def _like(self, plans: dict[str, Any], source: like.Source) -> dict[str, Any]:
+    def _like(self, plans: dict[str, Any], source: like.Template) -> dict[str, Any]:
         if source.configuration not in plans["configurations"]:
             raise MFMError(
                 "E_MODEL_MISMATCH",

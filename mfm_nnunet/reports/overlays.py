@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.files import atomic_write
 
 COLOURS = ("#ff5a4d", "#2fb6ff", "#ffd23f", "#5ddb6b", "#c77dff", "#ff9f1c", "#2ec4b6", "#f72585")
 _INK, _PAPER = "#e8e8e8", "#14161a"

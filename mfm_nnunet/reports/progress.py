@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.files import atomic_write
 
 SECONDS_BETWEEN_LINES = 20.0
 SECONDS_BETWEEN_PLOTS = 60.0

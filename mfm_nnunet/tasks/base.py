@@ -85,6 +85,13 @@ class Task(nn.Module, ABC):
         """Return the state dict that a checkpoint for others holds."""
         return self.network.state_dict()
 
+    def summarise(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return what a validation logs: by default the mean of the loss and of each metric.
+
+        ``values`` holds the loss and the metrics of all batches of all processes, stacked along the first axis.
+        """
+        return {name: value.mean().item() for name, value in values.items()}
+
     def after_step(self, progress: float) -> None:
         """Run after each optimiser step, for teachers; ``progress`` is the completed share of the training, 0 to 1."""
 

@@ -160,18 +160,18 @@ class PairsStudy(Study):
     def measure_here(self, pair: str) -> float:
         """CPU seconds of a step with all that belongs to it (reading, augmentation, optimiser) in this process."""
         from mfm_nnunet import api
-        from mfm_nnunet.engine.engine import Pretrainer
+        from mfm_nnunet.engine.engine import Engine
 
         task, _, network = pair.partition(" on ")
         times: list[float] = []
-        step = Pretrainer._step
+        step = Engine.step
 
-        def timed_step(pretrainer: Pretrainer, batch: Any) -> float:
-            loss = step(pretrainer, batch)
+        def timed_step(engine: Engine, batch: Any, number: int) -> float:
+            loss = step(engine, batch, number)
             times.append(time.process_time())
             return loss
 
-        Pretrainer._step = timed_step  # type: ignore[method-assign, assignment]
+        Engine.step = timed_step  # type: ignore[method-assign, assignment]
         run_name = f"cost{os.getpid()}"
         length = ["pretrain.epochs=1", f"pretrain.iterations_per_epoch={COST_WARMUP + COST_STEPS + 1}"]
         api.pretrain(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mfm_nnunet
-from mfm_nnunet.settings import MFMBlock, setting_names, to_dict
+from mfm_nnunet.settings import MFMBlock, ProbeSettings, setting_names, to_dict
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.registry import list_tasks
 
@@ -56,7 +56,8 @@ def interface() -> dict[str, dict[str, Any]]:
     parameters = {name: list(inspect.signature(getattr(mfm_nnunet, name)).parameters.values()) for name in names}
     return {
         "flags": {f"mfm_{name} {flag}": value for name in COMMANDS for flag, value in _flags(name).items()},
-        "settings": settings_of(MFMBlock()),
+        "settings": settings_of(MFMBlock())
+        | {f"probe.{name}": value for name, value in settings_of(ProbeSettings()).items()},
         "task settings": {
             f"{task} {name}": value for task, config in tasks.items() for name, value in settings_of(config).items()
         },

@@ -16,6 +16,7 @@ from mfm_nnunet import api
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.workspace import use
 from tests.builders import synthetic
+from tests.builders.training import first_batches
 
 FINETUNE = ("finetune.epochs=1", "finetune.iterations_per_epoch=8", "finetune.validation_iterations=1", "num_workers=0")
 OUTPUTS = {"classes": 3, "regions": 2, "ignore": 3, "regions_ignore": 2}
@@ -73,7 +74,7 @@ def test_what_is_not_annotated_has_no_influence_on_the_loss(trained: Trained) ->
         dataset_json = json.loads((trained.fold.parent / "dataset.json").read_text())
         trainer = MFMTrainer({**plans, "continue_training": True}, "3d_fullres", 0, dataset_json, torch.device("cpu"))
         trainer.initialize()
-        batch = next(trainer.get_dataloaders()[0])
+        batch = next(first_batches(trainer))
     target = batch["target"]
     with torch.no_grad():
         outputs = trainer.network(batch["data"])

@@ -17,8 +17,7 @@ import torch
 from mfm_nnunet import checkpoint
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.engine import engine
-from mfm_nnunet.engine.engine import Pretrainer
+from mfm_nnunet.engine.pretraining import choose_dtype
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.jobs.pretrain import launch, split_subjects
 from mfm_nnunet.processes import STOP_SIGNALS
@@ -160,17 +159,15 @@ def test_nonfinite_loss_stops_before_the_update_and_names_the_cases(
 
 def test_gradients_that_loss_scaling_cannot_help_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in fp16, where a step with such gradients is skipped, for ever if need be, and the scale ends at 0."""
-    scaler, backward = torch.amp.GradScaler, Pretrainer._backward
 
-    def spoilt(self: Pretrainer, batch: dict[str, torch.Tensor]) -> float:
-        loss = backward(self, batch)
-        for parameter in self._task.parameters():
-            if parameter.grad is not None:
-                parameter.grad.fill_(float("inf"))
-        return loss
+    class Spoilt(torch.amp.GradScaler):
+        def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+            for parameter in optimizer.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))
+            super().unscale_(optimizer)
 
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=4.0))
-    monkeypatch.setattr(Pretrainer, "_backward", spoilt)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: Spoilt(device, init_scale=4.0))
     with pytest.raises(FloatingPointError, match=r"gradient became non-finite at step 2 .*Cases of the batch: case\d"):
         run(prepare(tmp_path))
 
@@ -248,8 +245,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_automatic_precision_does_not_take_emulated_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPUs before Ampere emulate it, slower than float32."""
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert engine._autocast_dtype("auto", torch.device("cuda")) is torch.float16
-    assert engine._autocast_dtype("auto", torch.device("cpu")) is None
+    assert choose_dtype("auto", torch.device("cuda")) is torch.float16
+    assert choose_dtype("auto", torch.device("cpu")) is None
 
 
 def test_errors_of_child_processes_are_raised_as_they_were(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.engine.engine import Pretrainer
+from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.engine.optim import WeightAverage
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
@@ -410,7 +410,7 @@ def test_a_missing_compiler_is_one_clear_error(tmp_path: Path, monkeypatch: pyte
     compile_, steps = nn.Module.compile, []
     torch._dynamo.reset()
     monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend=broken, **words))
-    monkeypatch.setattr(Pretrainer, "_step", lambda *_: steps.append(1))
+    monkeypatch.setattr(Engine, "step", lambda *_: steps.append(1))
     with pytest.raises(MFMError, match=r"pretrain\.compile=true.*no working C\+\+ compiler") as caught:
         run(prepare(tmp_path), settings=(*ONE_EPOCH, "pretrain.compile=true"))
     assert caught.value.code == "E_CONFIG"
@@ -474,7 +474,7 @@ def test_memory_that_runs_out_is_an_error_with_the_settings_that_help(
     def too_much(*_: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr(Pretrainer, "run", too_much)
+    monkeypatch.setattr(Engine, "train", too_much)
     with pytest.raises(MFMError, match=r"20 GiB.*pretrain\.accumulation=2") as caught:
         run(prepare(tmp_path), settings=ONE_EPOCH)
     assert caught.value.code == "E_OOM"

@@ -18,7 +18,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.engine import probe as probing
-from mfm_nnunet.engine.engine import Pretrainer
+from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.engine.probe import (
     RETIRED,
     LabelledVolume,
@@ -139,18 +139,18 @@ def test_the_run_is_the_same_with_and_without(here: Workspace, capsys: pytest.Ca
 def test_a_run_that_was_killed_goes_on_with_its_probe(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("pretrain.epochs=2", "probe.every=1", "probe.max_cases=3")
     whole = tiny_run.run(here, settings=settings, probe=4, run_name="whole")
-    step = Pretrainer._step
+    step = Engine.step
     killed = iter(range(9))
 
-    def dying(self: Pretrainer, batch: dict[str, Tensor]) -> float:
+    def dying(self: Engine, batch: dict[str, Tensor], number: int) -> float:
         if next(killed, None) is None:
             raise KeyboardInterrupt
-        return step(self, batch)
+        return step(self, batch, number)
 
-    monkeypatch.setattr(Pretrainer, "_step", dying)
+    monkeypatch.setattr(Engine, "step", dying)
     with pytest.raises(KeyboardInterrupt):
         tiny_run.run(here, settings=settings, probe=4, run_name="broken")
-    monkeypatch.setattr(Pretrainer, "_step", step)
+    monkeypatch.setattr(Engine, "step", step)
     other = ("pretrain.epochs=2", "probe.every=1", "probe.max_cases=4")
     with pytest.raises(MFMError, match=r"probe\.max_cases was 3, is 4"):
         tiny_run.run(here, settings=other, probe=4, run_name="broken", continue_training=True)

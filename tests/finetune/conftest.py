@@ -1,4 +1,4 @@
-"""What tests of whole fine-tuning runs share."""
+"""Fixtures of whole fine-tuning runs."""
 
 from __future__ import annotations
 

@@ -22,9 +22,15 @@ from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
 from tests.builders.tiny import run_training
-from tests.finetune.test_schedule import WITHOUT_LOSS
-from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
-from tests.finetune.test_trainer import train as run
+from tests.builders.training import (
+    WITHOUT_LOSS,
+    first_batches,
+    make_trainer,
+    pretrained_file,
+    refused,
+    take_step,
+    train,
+)
 from tests.models.test_transfer import primus, resenc
 
 
@@ -117,9 +123,9 @@ def test_on_several_gpus_gradients_of_the_still_are_dropped_before_clipping(
         trainer.pretrained_checkpoint = pretrained_file(tmp_path)
         trainer.initialize()
         trained = trainer.lr_scheduler.trained_names(0)
-        trainer._frozen = groups.freeze(trainer.network, trained, keep)
+        trainer.optimisation.frozen = groups.freeze(trainer.network, trained, keep)
         for _ in range(2):
-            trainer.train_step(next(trainer.get_dataloaders()[0]))
+            take_step(trainer)
         weights.append({name: p.detach().clone() for name, p in trainer.network.named_parameters()})
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert set(seen) == {len(trained - WITHOUT_LOSS)}
@@ -135,14 +141,14 @@ def test_what_is_frozen_never_moves(here: Workspace, tmp_path: Path, train: str,
     trainer.pretrained_checkpoint = pretrained_file(tmp_path, architecture)
     trainer.initialize()
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
-    trainer.train_step(next(trainer.get_dataloaders()[0]))
+    take_step(trainer)
     after = dict(trainer.network.named_parameters())
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     learning = groups.trained_names(trainer.network, train)
     assert moved == learning - WITHOUT_LOSS
     assert {name for name, p in after.items() if p.grad is not None} == moved
-    assert trainer.average is not None
-    assert trainer.average.state_dict().keys() == learning
+    assert trainer.optimisation.average is not None
+    assert trainer.optimisation.average.state_dict().keys() == learning
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_what_is_frozen_never_moves(here: Workspace, tmp_path: Path, train: str,
 def test_refused_before_anything_is_written(
     here: Workspace, configuration: str, overrides: tuple[str, ...], message: str
 ) -> None:
-    refused("E_CONFIG", message, lambda: run(here, configuration=configuration, overrides=overrides))
+    refused("E_CONFIG", message, lambda: train(here, *overrides, configuration=configuration))
     assert not list(here.results.rglob("*"))
 
 
@@ -179,15 +185,15 @@ def test_a_trainer_of_stock_commands_refuses_random_frozen_weights(here: Workspa
 
 def test_a_probe_of_a_decoder_that_did_not_travel_is_refused(here: Workspace, tmp_path: Path) -> None:
     file = pretrained_file(tmp_path)
-    probe = lambda **options: run(here, pretrained_weights=file, **options)  # noqa: E731
+    probe = lambda *settings: train(here, *settings, pretrained_weights=file)  # noqa: E731
     settings = ("finetune.train=head", "finetune.parts=encoder")
-    refused("E_CONFIG", "the decoder would stay random", lambda: probe(overrides=settings))
+    refused("E_CONFIG", "the decoder would stay random", lambda: probe(*settings))
     content = checkpoint.load(file)
     del content["network_weights"]["decoder.stages.0.convs.0.conv.weight"]
     del content["network_weights"]["decoder.stages.0.convs.0.all_modules.0.weight"]
     checkpoint.save(content, file)
     message = "1 tensors did not come from the checkpoint and would stay random, e.g. decoder.stages.0"
-    refused("E_CONFIG", message, lambda: probe(overrides=("finetune.train=head",)))
+    refused("E_CONFIG", message, lambda: probe("finetune.train=head"))
     assert not list(here.results.rglob("*.pth"))
 
 
@@ -216,7 +222,7 @@ def test_batch_size_and_mirroring(here: Workspace) -> None:
     settings = dataclasses.replace(tiny.FINETUNE, batch_size=3, mirroring=False)
     trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
     trainer.initialize()
-    loader = trainer.get_dataloaders()[0]
+    loader = first_batches(trainer)
     assert next(loader)["data"].shape[0] == 3
     assert trainer.inference_allowed_mirroring_axes is None
     assert trainer.plans_manager.plans["configurations"]["3d_fullres"]["batch_size"] == 2
@@ -312,10 +318,10 @@ def test_what_was_open_is_printed_with_its_reason_and_saved(
     content = checkpoint.load(file)
     weights = {name: tensor for name, tensor in content["network_weights"].items() if name.startswith("encoder.")}
     checkpoint.save({**content, "network_weights": weights}, file)
-    monkeypatch.setattr(MFMTrainer, "run_training", lambda self: self.on_train_start())
+    monkeypatch.setattr(MFMTrainer, "run_training", lambda self: self._start())
     monkeypatch.setattr(MFMTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
     with caplog.at_level("INFO"):
-        folder = run(here, overrides=("finetune.layer_decay=1.0",), pretrained_weights=file)
+        folder = train(here, "finetune.layer_decay=1.0", pretrained_weights=file)
     assert "finetune.parts=encoder: mae left no weights of a decoder" in caplog.text
     assert "finetune.layer_decay=1.0:" not in caplog.text  # it was given
     assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["parts"] == "encoder"
@@ -359,6 +365,6 @@ def test_from_a_checkpoint_a_plan_that_is_not_like_it_has_the_rate_for_it_too(
         "num_workers=0",
     )
     with caplog.at_level("INFO"):
-        folder = run(here, plans_name="stockPlans", overrides=short, pretrained_weights=pretrained_file(tmp_path))
+        folder = train(here, *short, plans_name="stockPlans", pretrained_weights=pretrained_file(tmp_path))
     assert "finetune.learning_rate=0.001: the published rate of resenc with sgd from a checkpoint" in caplog.text
     assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["learning_rate"] == 1e-3

@@ -14,17 +14,25 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.finetune import lora, state
+from mfm_nnunet.finetune import lora
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.prediction.predictor import load_model
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
-from tests.builders.tiny import run_training
-from tests.finetune.test_resume import require_equal
-from tests.finetune.test_resume import state as state_of
-from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
+from tests.builders.training import (
+    Killed,
+    first_batches,
+    kill_at,
+    make_trainer,
+    pretrained_file,
+    refused,
+    require_equal,
+    state_of,
+    take_step,
+    train,
+)
 from tests.models.test_transfer import primus
 
 SHORT = (
@@ -99,9 +107,9 @@ def trainer_with(tmp_path: Path, **changes: Any) -> MFMTrainer:
 def test_only_adapters_and_decoder_learn(here: Workspace, tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, train="lora", lora_rank=2, weight_decay=0.1)
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
-    batch = next(trainer.get_dataloaders()[0])
+    batch = next(first_batches(trainer))
     for _ in range(2):  # with B at zero, A has no gradient in the first step
-        trainer.train_step(batch)
+        take_step(trainer, batch)
     moved = {name for name, p in trainer.network.named_parameters() if not torch.equal(before[name], p)}
     adapters = lora.adapter_names(trainer.network)
     of_encoder = family_of(trainer.network).encoder_names(trainer.network)
@@ -110,7 +118,7 @@ def test_only_adapters_and_decoder_learn(here: Workspace, tmp_path: Path) -> Non
     assert len(adapters - moved) <= len(adapters) / 2  # drop path may leave a block out
     encoder = sum(before[name].numel() for name in of_encoder - adapters)
     assert sum(before[name].numel() for name in adapters) < 0.5 * encoder
-    shipped = state.content_of(trainer)["network_weights"]
+    shipped = trainer.make_checkpoint()["network_weights"]
     plain = make_trainer("primus")
     plain.initialize()
     assert shipped.keys() == plain.network.state_dict().keys()
@@ -120,7 +128,7 @@ def test_only_adapters_and_decoder_learn(here: Workspace, tmp_path: Path) -> Non
 
 
 def run(here: Workspace, *settings: str, configuration: str = "primus", **options: Any) -> Path:
-    return run_training(here, tiny.NAME, configuration, 0, overrides=settings, device="cpu", **options)
+    return train(here, *settings, configuration=configuration, **options)
 
 
 @pytest.mark.parametrize(
@@ -133,18 +141,8 @@ def test_resuming_is_exact(
     folder = run(here, *SHORT, *settings, configuration=configuration, pretrained_weights=file)
     wanted = state_of(folder)
     folder.parent.rename(here.results / "unbroken")
-    update = MFMTrainer._update
-
-    class Killed(BaseException):
-        pass
-
-    def interrupted(self: MFMTrainer, loss: torch.Tensor) -> None:
-        if self.current_epoch == 2:
-            raise Killed
-        update(self, loss)
-
     with monkeypatch.context() as patch:
-        patch.setattr(MFMTrainer, "_update", interrupted)
+        kill_at(patch, 4)  # the first step of the third epoch
         with pytest.raises(Killed):
             run(here, *SHORT, *settings, configuration=configuration, pretrained_weights=file)
     run(here, configuration=configuration, continue_training=True)
@@ -194,19 +192,20 @@ def test_the_average_is_validated_and_shipped(here: Workspace, tmp_path: Path) -
     trainer.initialize()
     weight = next(trainer.network.parameters())
     expected = weight.detach().clone()
-    training, validation = trainer.get_dataloaders()
+    training, engine = first_batches(trainer), trainer.make_engine()
     for step in range(3):
-        trainer.train_step(next(training))
+        engine.step(next(training), step)
         expected = expected + (1 - min(0.9, (1 + step) / (10 + step))) * (weight.detach() - expected)
     raw = weight.detach().clone()
-    with trainer.averaged():
+    with trainer.optimisation.averaged():
         assert torch.allclose(weight, expected, atol=1e-7)
     seen = []
     trainer.network.register_forward_pre_hook(lambda *_: seen.append(weight.detach().clone()))
-    trainer.validation_step(next(validation))
+    engine._run.training_batches(0)
+    engine.validate(0)
     assert torch.allclose(seen[0], expected, atol=1e-7)
     assert torch.equal(weight, raw)
-    content = state.content_of(trainer)
+    content = trainer.make_checkpoint()
     name = next(iter(dict(trainer.network.named_parameters())))
     assert torch.allclose(content["network_weights"][name], expected, atol=1e-7)
     assert torch.equal(content["trained_weights"][name], raw)
@@ -218,7 +217,7 @@ def test_the_average_keeps_still_what_waits(here: Workspace, tmp_path: Path, mon
     save = MFMTrainer.save_checkpoint
 
     def recording(self: MFMTrainer, filename: str) -> None:
-        shipped[self.current_epoch] = state.content_of(self)["network_weights"][name].clone()
+        shipped[self.current_epoch] = self.make_checkpoint()["network_weights"][name].clone()
         save(self, filename)
 
     monkeypatch.setattr(MFMTrainer, "save_checkpoint", recording)

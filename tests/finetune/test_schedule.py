@@ -10,29 +10,38 @@ import pytest
 import torch
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.engine.optim import learning_rate_factor
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune.fold import Fold
 from mfm_nnunet.finetune.groups import EpochSchedule, Group, Phases, rate_factor
-from mfm_nnunet.finetune.state import content_of as state_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, require_legal, resolved_decoder_epochs
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
 from tests.builders.architectures import resenc
-from tests.builders.tiny import run_training
-from tests.finetune.test_resume import require_equal, state
-from tests.finetune.test_trainer import make_trainer, pretrained_file, refused
+from tests.builders.training import (
+    STEM,
+    WITHOUT_LOSS,
+    Killed,
+    first_batches,
+    kill_at,
+    make_trainer,
+    pretrained_file,
+    refused,
+    require_equal,
+    state_of,
+    take_step,
+    train,
+)
 
 SAWTOOTH = (
     *("finetune.schedule=sawtooth", "finetune.decoder_epochs=2", "finetune.warmup_epochs=2", "finetune.epochs=6"),
     *("finetune.iterations_per_epoch=1", "finetune.validation_iterations=1", "num_workers=0"),
 )
-STEM = "encoder.stem.convs.0.conv.weight"
 VALIDATION = MFMTrainer.perform_actual_validation
 """Other tests here end without it."""
-WITHOUT_LOSS = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
-"""nnU-Net gives the coarsest output of deep supervision a weight of zero, so its layer never learns."""
 
 
 # Rates
@@ -125,26 +134,26 @@ def test_impossible_settings(changes: dict[str, Any], message: str) -> None:
 
 
 def run(here: Workspace, *settings: str, configuration: str = "3d_fullres", **options: Any) -> Path:
-    return run_training(here, tiny.NAME, configuration, 0, overrides=settings, device="cpu", **options)
+    return train(here, *settings, configuration=configuration, **options)
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def record(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """After every step: which parameters have a gradient, the weights, and the optimizer's state."""
     steps: list[dict[str, Any]] = []
-    update = MFMTrainer._update
+    take = Engine.step
 
-    def recording(self: MFMTrainer, loss: torch.Tensor) -> None:
-        update(self, loss)
-        named = dict(self.network.named_parameters())
+    def recording(self: Engine, batch: Any, number: int) -> float:
+        loss, named = take(self, batch, number), dict(self._task.network.named_parameters())
         steps.append(
             {
                 "gradients": {name for name, p in named.items() if p.grad is not None},
                 "weights": {name: p.detach().clone() for name, p in named.items()},
-                "remembered": {name for name, p in named.items() if p in self.optimizer.state},
+                "remembered": {name for name, p in named.items() if p in self._optimisation.optimizer.state},
             }
         )
+        return loss
 
-    monkeypatch.setattr(MFMTrainer, "_update", recording)
+    monkeypatch.setattr(Engine, "step", recording)
     return steps
 
 
@@ -156,7 +165,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 def test_the_encoder_is_still_until_the_first_phase_ends(
     here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    steps = recorded(monkeypatch)
+    steps = record(monkeypatch)
     file = pretrained_file(tmp_path)
     run(here, *SAWTOOTH, f"finetune.optimizer={optimizer}", "finetune.weight_decay=0.1", pretrained_weights=file)
     source = checkpoint.load_weights(file)["network_weights"]
@@ -174,7 +183,7 @@ def test_the_encoder_is_still_until_the_first_phase_ends(
 
 def test_a_fresh_start_at_the_release(here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step after the release is that of an optimizer which never saw these weights: lr (g + nesterov g)."""
-    steps, gradients = recorded(monkeypatch), []
+    steps, gradients = record(monkeypatch), []
     clip = torch.nn.utils.clip_grad_norm_
 
     def clipping(parameters: Any, *arguments: Any) -> torch.Tensor:
@@ -185,8 +194,8 @@ def test_a_fresh_start_at_the_release(here: Workspace, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
     trainers: list[MFMTrainer] = []
-    start = MFMTrainer.on_train_start
-    monkeypatch.setattr(MFMTrainer, "on_train_start", lambda self: (trainers.append(self), start(self))[1])
+    start = MFMTrainer._start
+    monkeypatch.setattr(MFMTrainer, "_start", lambda self: (trainers.append(self), start(self))[1])
     settings = ("finetune.weight_decay=0.0", "finetune.learning_rate=0.01")
     run(here, *SAWTOOTH, *settings, pretrained_weights=pretrained_file(tmp_path))
     stem = dict(trainers[0].network.named_parameters())[STEM]
@@ -217,7 +226,7 @@ def test_an_adapted_stem_is_never_frozen(here: Workspace, tmp_path: Path, train:
         before = stem.detach().clone()
         assert torch.equal(before[:, 0], before[:, 1]) or not before[:, 1:].any()
         x = torch.randn(2, stem.shape[1], 16, 16, 16)
-        trainer.train_step({"data": x, "target": [torch.ones(2, 1, *[16 // step] * 3) for step in (1, 2)]})
+        take_step(trainer, {"data": x, "target": [torch.ones(2, 1, *[16 // step] * 3) for step in (1, 2)]})
         moved = {name for name, p in trainer.network.named_parameters() if p.grad is not None}
         assert {name for name in moved if name.startswith("encoder.")} == {STEM, STEM.replace("weight", "bias")}
         assert all(not torch.equal(before[:, c], stem[:, c]) for c in range(stem.shape[1]))
@@ -230,8 +239,8 @@ def test_a_run_in_which_other_weights_learned_does_not_go_on(here: Workspace, tm
     """As one of a version that kept adapted stems still."""
     settings = FinetuneSettings(2, 1, 1, train="decoder")
     trainer = adapting_trainer(pretrained_file(tmp_path), settings, channels=2)
-    trainer.train_step({"data": torch.randn(2, 2, 16, 16, 16), "target": [torch.ones(2, 1, *[s] * 3) for s in (16, 8)]})
-    content = state_of(trainer)
+    take_step(trainer, {"data": torch.randn(2, 2, 16, 16, 16), "target": [torch.ones(2, 1, *[s] * 3) for s in (16, 8)]})
+    content = trainer.make_checkpoint()
     (group,) = content["optimizer_state"]["param_groups"]
     group["params"] = group["params"][2:]
     refused("E_CONFIG", "other weights learned", lambda: trainer.load_checkpoint(content))
@@ -295,16 +304,15 @@ def test_under_data_parallelism_a_run_is_the_same(
     file, results = pretrained_file(tmp_path, resenc(features=(4, 8))), []
     for is_wrapped in (False, True):
         trainer = sawtooth_trainer(file, epochs=6, features=(4, 8))
-        batch = next(trainer.get_dataloaders()[0])
+        batch = next(first_batches(trainer))
         if is_wrapped:
             request.getfixturevalue("process_group")
             trainer.network, trainer.is_ddp = torch.nn.parallel.DistributedDataParallel(trainer.network), True
             trainer.prepare(trainer.new_weights)
-        network = unwrapped(trainer.network)
+        network, fold = unwrapped(trainer.network), Fold(trainer)
         for epoch in range(4):
-            trainer.current_epoch = epoch
-            trainer.on_train_epoch_start()
-            trainer.train_step(batch)
+            fold.begin_epoch(epoch)
+            take_step(trainer, batch)
             results.append({name: p.detach().clone() for name, p in network.named_parameters()})
     require_equal(results[4:], results[:4])
     assert torch.equal(results[5][STEM], checkpoint.load_weights(file)["network_weights"][STEM])
@@ -318,7 +326,7 @@ def test_outputs_that_nothing_uses_do_not_stop_data_parallelism(
     settings = FinetuneSettings(epochs=2, iterations_per_epoch=2, deep_supervision=False)
     trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
     trainer.initialize()
-    batch = next(trainer.get_dataloaders()[0])
+    batch = next(first_batches(trainer))
     request.getfixturevalue("process_group")
     outputs = trainer.label_manager.num_segmentation_heads
     network = trainer.build_network_architecture(
@@ -326,9 +334,9 @@ def test_outputs_that_nothing_uses_do_not_stop_data_parallelism(
     )
     trainer.network, trainer.is_ddp = torch.nn.parallel.DistributedDataParallel(network), True  # as nnU-Net: at once
     trainer.prepare(None)
-    trainer.on_train_epoch_start()
+    Fold(trainer).begin_epoch(0)
     for _ in range(3):
-        trainer.train_step(batch)
+        take_step(trainer, batch)
     assert len(unwrapped(trainer.network).decoder.seg_layers) == 2  # type: ignore[union-attr, arg-type]
 
 
@@ -337,29 +345,28 @@ def test_compiled_code_notices_that_the_encoder_learns_from_now_on(here: Workspa
     trainer.network = torch.compile(trainer.network, backend="aot_eager")
     trainer.prepare(trainer.new_weights)
     stem = dict(unwrapped(trainer.network).named_parameters())[STEM]
-    batch = next(trainer.get_dataloaders()[0])
-    stems = [stem.detach().clone()]
+    batch = next(first_batches(trainer))
+    stems, fold = [stem.detach().clone()], Fold(trainer)
     for epoch in range(4):
-        trainer.current_epoch = epoch
-        trainer.on_train_epoch_start()
-        trainer.train_step(batch)
+        fold.begin_epoch(epoch)
+        take_step(trainer, batch)
         stems.append(stem.detach().clone())
     assert torch.equal(stems[0], stems[2])
     assert not torch.equal(stems[2], stems[3])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("step", ["validation_step", "perform_actual_validation"])
 def test_validation_by_nnunet_computes_as_training_does(
-    here: Workspace, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, step: str
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     seen = []
-    stock = f"nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer.{step}"
+    stock = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer.perform_actual_validation"
     monkeypatch.setattr(stock, lambda *_: seen.append(torch.get_autocast_dtype("cuda")))
     monkeypatch.setattr(MFMTrainer, "perform_actual_validation", VALIDATION)
     trainer = make_trainer()
+    trainer.initialize()
     trainer.is_cascaded, trainer.autocast_dtype = True, dtype
-    getattr(trainer, step)({})
+    trainer.perform_actual_validation()
     assert (seen, torch.get_autocast_dtype("cuda")) == ([dtype], torch.float16)
 
 
@@ -372,8 +379,8 @@ def test_averages_hold_the_same_on_one_gpu_and_on_several(here: Workspace, tmp_p
         trainer.initialize()
         trainer.is_ddp = is_ddp
         trainer.prepare(trainer.new_weights)
-        assert trainer.average is not None
-        names.append(set(trainer.average.state_dict()))
+        assert trainer.optimisation.average is not None
+        names.append(set(trainer.optimisation.average.state_dict()))
     assert names[0] == names[1]
     assert names[0] <= {name for name in names[0] if "seg_layers" in name}
 
@@ -392,29 +399,16 @@ def test_resuming_at_every_boundary_is_exact(
     if architecture:
         settings += ("finetune.optimizer=adamw", "finetune.layer_decay=0.5", "finetune.ema_decay=0.9")
     folder = run(here, *settings, configuration=configuration, pretrained_weights=file)
-    wanted = state(folder)
+    wanted = state_of(folder)
     folder.parent.rename(here.results / "unbroken")
-    update = MFMTrainer._update
-
-    class Killed(BaseException):
-        pass
-
-    def killed_at(epoch: int) -> Any:
-        def interrupted(self: MFMTrainer, loss: torch.Tensor) -> None:
-            if self.current_epoch == epoch:
-                raise Killed
-            update(self, loss)
-
-        return interrupted
-
-    for number, epoch in enumerate((1, 2, 3, 4)):
+    for number, epoch in enumerate((1, 2, 3, 4)):  # of one step each
         options: dict[str, Any] = {"continue_training": True} if number else {"pretrained_weights": file}
         with monkeypatch.context() as patch:
-            patch.setattr(MFMTrainer, "_update", killed_at(epoch))
+            kill_at(patch, epoch)
             with pytest.raises(Killed):
                 run(here, *(() if number else settings), configuration=configuration, **options)
     run(here, configuration=configuration, continue_training=True)
-    require_equal(state(folder), wanted)
+    require_equal(state_of(folder), wanted)
 
 
 def test_a_run_goes_on_with_the_phases_that_it_began_with(here: Workspace, tmp_path: Path) -> None:
@@ -424,7 +418,7 @@ def test_a_run_goes_on_with_the_phases_that_it_began_with(here: Workspace, tmp_p
     heads = {name for name, _ in trainer.network.named_parameters() if name.startswith("decoder.seg_layers.")}
     trainer.prepare(heads)
     trainer.logger.log("epoch_end_timestamps", 1.0, 0)
-    content = state_of(trainer)
+    content = trainer.make_checkpoint()
     continued = sawtooth_trainer(file)
     continued.load_checkpoint(content)
     assert continued.lr_scheduler.trained_names(0) == heads

@@ -9,10 +9,9 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,23 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.finetune import validation
+from mfm_nnunet.finetune.fold import Fold
 from mfm_nnunet.finetune.loading import SeededBatches, make_loaders, read_batches, seed_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.prediction.model import Model
-from mfm_nnunet.processes import STOP_SIGNALS, StopFlag, stop_on_signal
+from mfm_nnunet.processes import STOP_SIGNALS, stop_on_signal
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.builders import tiny
 from tests.builders.architectures import resenc
 from tests.builders.damage import overwrite_middle
 from tests.builders.tiny import run_training
+from tests.builders.training import CPU, first_batches, make_trainer, pretrained_file, refused, take_step, train
 
-CPU = torch.device("cpu")
 SHORT = ("finetune.epochs=1", "finetune.iterations_per_epoch=1")
 
 
@@ -54,34 +55,6 @@ def here(tmp_path: Path) -> Iterator[Workspace]:
     tiny.make(tmp_path)
     with use(tmp_path) as workspace:
         yield workspace
-
-
-def make_trainer(configuration: str = "3d_fullres", block: MFMBlock | None = None, **changes: Any) -> MFMTrainer:
-    plans = {**tiny.plans(block=block or MFMBlock(finetune=tiny.FINETUNE, num_workers=0)), **changes}
-    dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "inner": 1, "outer": 2}}
-    dataset_json |= {"file_ending": ".nii.gz", "numTraining": 6, "training": ["/home/somebody/subject-42.nii.gz"]}
-    return MFMTrainer({**plans, "continue_training": False}, configuration, 0, dataset_json, CPU)
-
-
-def pretrained_file(folder: Path, architecture: dict[str, Any] | None = None, num_outputs: int = 1) -> Path:
-    """A checkpoint as pretraining writes it."""
-    architecture = architecture or resenc()
-    torch.manual_seed(99)
-    network = get_network_from_plans(
-        architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"],
-        1, num_outputs, deep_supervision=False,
-    )  # fmt: skip
-    patch = (16,) * (2 if str(architecture["arch_kwargs"].get("conv_op")).endswith("2d") else 3)
-    plans = tiny.plans("mfmPretrained", pretrained=tiny.configuration(architecture, patch))
-    about = {"format": 1, "kind": "pretrained", "pretext": "mae", "plans": plans, "configuration": "pretrained"}
-    file = folder / "some_pretrained.pth"
-    weights = checkpoint.cpu_weights(network.state_dict())
-    checkpoint.save({"network_weights": weights, "mfm": about}, file)
-    return file
-
-
-def train(here: Workspace, fold: int | str = 0, configuration: str = "3d_fullres", **options: Any) -> Path:
-    return run_training(here, tiny.NAME, configuration, fold, device="cpu", **options)
 
 
 def strings_in(value: Any) -> list[str]:
@@ -179,7 +152,7 @@ def test_gradients_are_clipped_as_the_settings_say(here: Workspace) -> None:
         settings = dataclasses.replace(tiny.FINETUNE, gradient_clip=clip)
         trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
         trainer.initialize()
-        trainer.train_step(next(trainer.get_dataloaders()[0]))
+        take_step(trainer)
         norms.append(
             float(
                 torch.linalg.vector_norm(
@@ -195,10 +168,10 @@ def test_a_nonfinite_loss_is_refused_before_the_update(here: Workspace) -> None:
     trainer = make_trainer()
     trainer.initialize()
     before = next(trainer.network.parameters()).detach().clone()
-    batch = next(trainer.get_dataloaders()[0])
+    batch = next(first_batches(trainer))
     batch["data"][:] = float("nan")
     with pytest.raises(FloatingPointError, match=r"Cases of the batch: subject-\d"):
-        trainer.train_step(batch)
+        take_step(trainer, batch)
     assert torch.equal(before, next(trainer.network.parameters()))
 
 
@@ -206,18 +179,18 @@ def test_scaled_losses_that_stay_nonfinite_end_the_training(here: Workspace) -> 
     """As on GPUs, where nnU-Net's scaler skips such steps, for ever if need be."""
     trainer = make_trainer()
     trainer.initialize()
-    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    trainer.optimisation.scaler = torch.amp.GradScaler("cpu")
     before = next(trainer.network.parameters()).detach().clone()
-    batch = next(trainer.get_dataloaders()[0])
+    batch = next(first_batches(trainer))
     good = batch["data"].clone()
     batch["data"][:] = float("nan")
     for _ in range(16):
-        trainer.train_step(batch)
-    with pytest.raises(FloatingPointError, match=r"scale fell below 1 .*Cases of the batch: subject-\d"):
-        trainer.train_step(batch)
+        take_step(trainer, batch)
+    with pytest.raises(FloatingPointError, match=r"gradient became non-finite .*Cases of the batch: subject-\d"):
+        take_step(trainer, batch)
     assert torch.equal(before, next(trainer.network.parameters()))
-    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    trainer.train_step({**batch, "data": good})
+    trainer.optimisation.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    take_step(trainer, {**batch, "data": good})
     assert not torch.equal(before, next(trainer.network.parameters()))
 
 
@@ -227,7 +200,7 @@ def test_fp16_is_refused_where_losses_are_not_scaled(here: Workspace, device: st
     refused("E_CONFIG", "precision=bf16", lambda: train(here, overrides=("finetune.precision=fp16",)))
     assert not list(here.results.rglob("*"))
     trainer = make_trainer(block=MFMBlock(finetune=dataclasses.replace(tiny.FINETUNE, precision="fp16")))
-    refused("E_CONFIG", "only for CUDA", trainer.on_train_start)  # by stock's command
+    refused("E_CONFIG", "only for CUDA", trainer._start)  # by stock's command
     require_scaled_fp16("fp16", torch.device("cuda"))
 
 
@@ -242,7 +215,7 @@ def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace,
     state = trainer.network.state_dict()
     assert all(torch.equal(state[name], source[name]) for name in state if "seg_layers" not in name)
     assert {id(p) for p in trainer.optimizer.param_groups[0]["params"]} == {id(p) for p in trainer.network.parameters()}
-    trainer.train_step(next(trainer.get_dataloaders()[0]))
+    take_step(trainer)
     assert not torch.equal(next(trainer.network.parameters()), source["encoder.stem.convs.0.conv.weight"])
     log = Path(trainer.log_file).read_text()
     assert "100.0% of the encoder's parameters" in log
@@ -281,7 +254,7 @@ def test_weights_from_stocks_command_are_warned_of(here: Workspace, tmp_path: Pa
         trainer.initialize()
         if file is not None:
             load_pretrained_weights(trainer.network, str(file))
-        trainer.on_train_start()
+        trainer._start()
         assert ("weights into the network" in Path(trainer.log_file).read_text()) == (file is not None)
 
 
@@ -291,7 +264,7 @@ def test_primus_of_dna_trains(here: Workspace) -> None:
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.primus.Primus"
     trainer = make_trainer(configurations={"3d_fullres": tiny.configuration(architecture)})
     trainer.initialize()
-    loss = trainer.train_step(next(trainer.get_dataloaders()[0]))["loss"]
+    loss = take_step(trainer)
     assert np.isfinite(loss)
 
 
@@ -513,13 +486,6 @@ def test_stock_predictor_gives_the_validations_masks(trained: tuple[Path, Worksp
 # What is refused
 
 
-def refused(code: str, message: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(MFMError) as caught:
-        call()
-    assert caught.value.code == code, caught.value
-    assert message in caught.value.message, caught.value.message
-
-
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -527,11 +493,7 @@ def refused(code: str, message: str, call: Callable[[], Any]) -> None:
         ({"fold": 7}, "E_CONFIG", "folds 0 to 4"),
         ({"fold": "some"}, "E_CONFIG", "'all'"),
         ({"plans_name": "mfmPlan"}, "E_NOT_FOUND", "mfmPlans"),
-        (
-            {"trainer": "nnUNetTrainer"},
-            "E_CONFIG",
-            "nnUNetv2_train Dataset007_Tiny 3d_fullres 0 -p mfmPlans -tr nnUNetT",
-        ),
+        ({"trainer": "Theirs"}, "E_NOT_FOUND", f"nnUNetv2_train {tiny.NAME} 3d_fullres 0 -p mfmPlans -tr Theirs"),
         ({"overrides": ("finetune.epoch=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("pretrain.epochs=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
         ({"overrides": ("finetune.checkpoint=none",)}, "E_CONFIG", "-pretrained_weights"),
@@ -562,10 +524,10 @@ def test_memory_that_runs_out_is_an_error_with_advice_that_can_be_followed(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(MFMTrainer, "perform_actual_validation", exhausted)
-    refused("E_OOM", "Validate it with --val", lambda: train(here, overrides=SHORT))
+    refused("E_OOM", "Validate it with --val", lambda: train(here, *SHORT))
     refused("E_OOM", "Validate it with --val", lambda: train(here, only_validate=True))
-    monkeypatch.setattr(MFMTrainer, "train_step", exhausted)
-    refused("E_OOM", "move the fold's folder away first", lambda: train(here, fold=1, overrides=SHORT))
+    monkeypatch.setattr(Engine, "step", exhausted)
+    refused("E_OOM", "move the fold's folder away first", lambda: train(here, *SHORT, fold=1))
 
 
 def test_an_unknown_device_is_refused(here: Workspace) -> None:
@@ -618,7 +580,7 @@ def test_a_checkpoint_of_another_network_is_refused(
         command = f"mfm_plan_and_preprocess -d 7 -c 3d_fullres --like {file};"
         refused("E_MODEL_MISMATCH", command, lambda: train(here, pretrained_weights=file))
     assert not list(here.results.rglob("*.pth"))
-    train(here, overrides=SHORT)  # what was refused does not stand in the way
+    train(here, *SHORT)  # what was refused does not stand in the way
 
 
 def test_a_damaged_checkpoint_is_refused(here: Workspace, tmp_path: Path) -> None:
@@ -628,9 +590,9 @@ def test_a_damaged_checkpoint_is_refused(here: Workspace, tmp_path: Path) -> Non
 
 
 def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, tmp_path: Path) -> None:
-    folder = train(here, overrides=SHORT)
+    folder = train(here, *SHORT)
     before = checkpoint.sha256(folder / "checkpoint_final.pth")
-    refused("E_EXISTS", "--c", lambda: train(here, overrides=SHORT))
+    refused("E_EXISTS", "--c", lambda: train(here, *SHORT))
     other = lambda **options: train(here, continue_training=True, **options)  # noqa: E731
     refused("E_CONFIG", "finetune.epochs was 1, is 5", lambda: other(overrides=("finetune.epochs=5",)))
     file = pretrained_file(tmp_path)
@@ -653,20 +615,20 @@ def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, t
 def test_a_signal_stops_after_the_step(
     here: Workspace, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    step, calls = MFMTrainer._update, []
+    step, calls = Engine.step, []
 
-    def update(self: MFMTrainer, loss: torch.Tensor) -> None:
-        calls.append(self.current_epoch)
-        if len(calls) == 3:  # the first step of the second epoch
+    def take_step(self: Engine, batch: Any, at: int) -> float:
+        calls.append(at)
+        if at == 2:  # the first step of the second epoch
             os.kill(os.getpid(), number)
-        step(self, loss)
+        return step(self, batch, at)
 
-    monkeypatch.setattr(MFMTrainer, "_update", update)
+    monkeypatch.setattr(Engine, "step", take_step)
     before = signal.getsignal(number)
     with pytest.raises(StoppedError) as caught:
         train(here)
     assert caught.value.exit_code == 128 + number
-    assert calls == [0, 0, 1]
+    assert calls == [0, 1, 2]
     (latest,) = here.results.rglob("checkpoint_latest.pth")
     assert checkpoint.load(latest)["current_epoch"] == 1
     assert signal.getsignal(number) is before
@@ -675,15 +637,13 @@ def test_a_signal_stops_after_the_step(
 @pytest.mark.parametrize(("epoch", "advice"), [(0, "Start it again."), (1, "Continue with --c.")])
 def test_a_stopped_run_says_how_it_goes_on(here: Workspace, epoch: int, advice: str) -> None:
     trainer = make_trainer()
-    trainer.current_epoch, trainer.stop_flag = epoch, StopFlag()
-    trainer.stop_flag.exit_code = 143
-    with pytest.raises(StoppedError, match=re.escape(advice)):
-        trainer._stop_if_asked()
+    trainer.current_epoch = epoch
+    assert advice in Fold(trainer).save_early()
 
 
 def test_a_signal_stops_the_validation_within_a_case(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the tile is finished; the mask under way does not appear, and the training is saved."""
-    train(here, overrides=SHORT)
+    train(here, *SHORT)
     tiles = []
 
     def predicting(self: Model, tile: torch.Tensor, axes: object) -> torch.Tensor:
@@ -697,7 +657,7 @@ def test_a_signal_stops_the_validation_within_a_case(here: Workspace, monkeypatc
     (folder,) = here.results.rglob("validation")
     shutil.rmtree(folder)
     with pytest.raises(StoppedError, match="final validation") as caught:
-        train(here, overrides=SHORT, only_validate=True)
+        train(here, *SHORT, only_validate=True)
     assert caught.value.exit_code == 128 + signal.SIGUSR1
     assert len(tiles) < 101
     assert not list(folder.iterdir())
@@ -714,15 +674,14 @@ def test_a_signal_stops_a_validation_by_nnunet_too(here: Workspace, monkeypatch:
 
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", predicting)
     trainer = make_trainer()
+    trainer.initialize()
     trainer.is_cascaded = True
     with stop_on_signal() as flag:
-        trainer.stop_flag = flag
         with pytest.raises(StoppedError, match="final validation") as caught:
             trainer.perform_actual_validation()
         assert caught.value.exit_code == flag.exit_code == 128 + signal.SIGTERM
         assert len(finished) < 100
         finished.clear()
-        trainer.current_epoch = 3
         with pytest.raises(StoppedError, match="Continue"):
             trainer.perform_actual_validation()
         assert not finished

@@ -16,6 +16,7 @@ from torch import nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import sha256
 from mfm_nnunet.finetune.pretrained import transfer
 from mfm_nnunet.interchange.folder import citations
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
@@ -543,7 +544,7 @@ def test_what_is_imported_names_nobody_and_is_ours(name: str, tmp_path: Path) ->
     assert set(before) == set(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
     source = reading.mfm["source"]
-    assert (source["file"], source["sha256"]) == (file.name, checkpoint.sha256(file))
+    assert (source["file"], source["sha256"]) == (file.name, sha256(file))
     assert reading.notes == tuple(source["notes"]) == read_checkpoint(file).notes != ()
     distinct = {tensor.data_ptr(): tensor.numel() * 4 for tensor in after.values()}
     assert (tmp_path / "ours.pth").stat().st_size < 1.2 * sum(distinct.values()) + 300 * len(after) + 20_000

@@ -227,5 +227,5 @@ def test_patches_like_the_checkpoints(patch: list[int], strides: Any, image: lis
     ],
 )
 def test_names_of_plans_like_a_checkpoint(name: str, expected: str) -> None:
-    source = like.Source(Plan.of({"plans_name": name}), Configuration("", {}), {})
+    source = like.Template(Plan.of({"plans_name": name}), Configuration("", {}), {})
     assert source.plans_name == expected

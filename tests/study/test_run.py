@@ -24,7 +24,7 @@ from mfm_nnunet.study.design import Design
 from mfm_nnunet.study.folder import write_design, write_json
 from tests.builders import small, tiny
 from tests.builders.tiny_data import pretrained_checkpoint
-from tests.finetune.test_trainer import pretrained_file
+from tests.builders.training import pretrained_file
 from tests.study.test_cells import LIBRARY, design_in
 
 

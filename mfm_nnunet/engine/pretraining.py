@@ -1,0 +1,266 @@
+"""A pretraining run: crops of a corpus, one learning rate, ``resume.pth``, ``log.jsonl``, pictures and checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfm_nnunet import checkpoint
+from mfm_nnunet.data.crops import CropStream, batches
+from mfm_nnunet.engine.engine import Batch, Engine, Optimisation, Pictures, split
+from mfm_nnunet.engine.optim import WeightAverage, learning_rate_factor, make_optimizer
+from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
+from mfm_nnunet.engine.state import RunState, load_state, save_state
+from mfm_nnunet.errors import MFMError, is_out_of_memory
+from mfm_nnunet.models.precision import require_sound_bf16, warn_of_slow_bf16
+from mfm_nnunet.processes import ALONE, World
+from mfm_nnunet.reports import progress as reports
+from mfm_nnunet.settings import PretrainSettings, resolved_warmup
+from mfm_nnunet.tasks.base import PretextTask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Pretraining:
+    """A run of one pretext task, as the engine trains it. The state is saved after each epoch and on a stop."""
+
+    task: PretextTask
+    settings: PretrainSettings
+    training: CropStream
+    validation: CropStream
+    folder: Path
+    device: torch.device
+    description: dict[str, Any]
+    """The ``mfm`` entry of the checkpoint (plans, task, corpus without subjects); plain values."""
+    seed: int = 0
+    num_workers: int = 0
+    world: World = ALONE
+    probe: Probe | None = None
+    _last_plot: float = field(default=-math.inf, init=False)
+
+    def __post_init__(self) -> None:
+        """Prepare everything up to the first step.
+
+        Raises MFMError (E_CONFIG) when activations cannot be recomputed, or bf16 cannot be used, as the settings ask.
+        """
+        settings, task = self.settings, self.task.to(self.device)
+        if settings.activation_checkpointing:
+            task.backbone.recompute_activations()
+        optimizer = make_optimizer(
+            [parameter for parameter in task.parameters() if parameter.requires_grad],
+            settings.optimizer, settings.learning_rate, settings.weight_decay,
+        )  # fmt: skip
+        dtype = choose_dtype(settings.precision, self.device)
+        if dtype is torch.bfloat16:
+            size = self.training[0]["image"].shape[-len(task.backbone.patch_size) :]
+            require_sound_bf16(task.backbone.network, size, self.device, "pretrain.precision")
+            warn_of_slow_bf16(self.device, "pretrain.precision")
+        scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
+        average = WeightAverage(task, settings.ema_decay) if settings.ema_decay is not None else None
+        self._optimisation = Optimisation(optimizer, scaler, dtype, average, settings.accumulation)
+        module: nn.Module = task
+        if self.world.size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            module = nn.parallel.DistributedDataParallel(task, device_ids=ids)
+        self._engine = Engine(task, self, self._optimisation, self.world, RunState(), module)
+
+    def train(self, continue_training: bool = False) -> Path:
+        """Train to the end; returns the final checkpoint.
+
+        Raises StoppedError after a clean save on a signal, MFMError (E_CONFIG, E_NOT_FOUND, E_MODEL_CORRUPT) when the
+        run cannot be resumed, and FloatingPointError on a non-finite loss, before the update.
+        """
+        if continue_training:
+            self._load()
+        if self.settings.compile:
+            batch = next(self.training_batches(self._engine.state.step, num_workers=0))
+            part = split(batch, self.settings.accumulation)[0]
+            _compile_network(self.task, lambda: self._engine.forward(part, self.task).loss)
+        self._engine.train()
+        final = self.folder / "checkpoint_final.pth"
+        if self.world.is_main:
+            self._save_weights(final.name)
+            (self.folder / "checkpoint_latest.pth").unlink(missing_ok=True)
+            (self.folder / "resume_previous.pth").unlink(missing_ok=True)
+        return final
+
+    @property
+    def _total_steps(self) -> int:
+        return self.settings.epochs * self.settings.iterations_per_epoch
+
+    # As the engine asks
+
+    def training_batches(self, first_step: int, num_workers: int | None = None) -> Iterator[Batch]:
+        """Return the batches of all steps from ``first_step`` on."""
+        return self._batches(self.training, first_step, self._total_steps, num_workers)
+
+    def validation_batches(self, epoch: int) -> Iterator[Batch]:
+        """Return the same batches of held-out subjects for every epoch, so that epochs can be compared."""
+        self._seed(-1)
+        return self._batches(self.validation, 0, max(1, self.settings.validation_iterations))
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Do nothing: rates and seeds are those of a step."""
+
+    def begin_step(self, step: int) -> None:
+        """Set the learning rate, and seed dropout and drop path from (seed, step, rank)."""
+        settings = self.settings
+        warmup = resolved_warmup(settings.warmup_epochs, settings.epochs)
+        factor = learning_rate_factor(step / settings.iterations_per_epoch, settings.epochs, warmup)
+        for group in self._optimisation.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
+        self._seed(step)
+
+    def end_epoch(self, epoch: int, results: dict[str, Any], pictures: Pictures) -> list[str]:
+        """Append the epoch to the history, save the state, then write everything that is derived from it."""
+        history, rate = self._engine.state.history, self._optimisation.optimizer.param_groups[0]["lr"]
+        losses = {name: results.pop(name) for name in ("train_loss", "validation_loss")}
+        row = {"epoch": epoch, **losses, "learning_rate": rate, **results, **self._measure_probe(epoch)}
+        history.append(row)
+        if not self.world.is_main:
+            return []
+        self._save()
+        reports.write_log(history, self.folder / "log.jsonl")
+        if pictures:
+            volumes = {name: volume.detach().float().cpu().numpy() for name, volume in pictures.items()}
+            reports.plot_examples(volumes, self.folder / "examples.png", f"{self.folder.name}, epoch {epoch + 1}")
+        is_last = epoch + 1 == self.settings.epochs
+        if is_last or time.monotonic() - self._last_plot > reports.SECONDS_BETWEEN_PLOTS:
+            self._last_plot = time.monotonic()
+            reports.plot_progress(history, self.folder / "progress.png", self.folder.name)
+        line = (
+            f"epoch {epoch + 1}/{self.settings.epochs} done  training loss {row['train_loss']:.4f}  "
+            f"validation loss {row['validation_loss']:.4f}  {row['seconds']:.1f} s"
+        )
+        return [line, in_words(row)] if "probe_dice" in row else [line]
+
+    def save_early(self) -> str:
+        """Save the state within an epoch."""
+        if self.world.is_main:
+            self._save()
+        return f"saved at step {self._engine.state.step} of {self._total_steps}. Continue with --c."
+
+    def name_cases(self, step: int, batch: Batch) -> Iterator[str]:
+        """Yield the names of the cases in the batch of a step."""
+        size = self.settings.batch_size
+        for item in range(step * size, (step + 1) * size):
+            yield from self.training.case_names(item)
+
+    # Its own
+
+    def _batches(self, stream: CropStream, first: int, last: int, num_workers: int | None = None) -> Iterator[Batch]:
+        workers = self.num_workers if num_workers is None else num_workers
+        return batches(
+            stream, self.settings.batch_size, first, last, workers, self.world.rank, self.world.size,
+            pin=self.device.type == "cuda",
+        )  # fmt: skip
+
+    def _seed(self, step: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + (step + 1) * 65_537 + self.world.rank) % (1 << 63))
+
+    def _measure_probe(self, epoch: int) -> dict[str, float | None]:
+        """Return the columns that a probe of the shipped weights adds to the log; none where no probe is due."""
+        probe = self.probe
+        if probe is None or not probe.is_due(epoch, self.settings.epochs):
+            return {}
+        with others_waiting(self.world), self._optimisation.averaged():
+            backbone, dtype = self.task.backbone, self._optimisation.dtype
+            return probe.measure(backbone, self.device, dtype) if self.world.is_main else {}
+
+    def _save(self) -> None:
+        how = self._optimisation
+        modules = {
+            "task": checkpoint.cpu_weights(self.task.state_dict()),
+            "optimizer": how.optimizer.state_dict(),
+            "scaler": how.scaler.state_dict(),
+        }
+        if how.average is not None:
+            modules["average"] = checkpoint.cpu_weights(how.average.state_dict())
+        save_state(self.folder, self._engine.state, modules, self._resume_settings())
+        self._save_weights("checkpoint_latest.pth")
+
+    def _save_weights(self, name: str) -> None:
+        backbone = self.task.backbone
+        epoch = self._engine.state.step // self.settings.iterations_per_epoch
+        with self._optimisation.averaged():
+            state = backbone.network.state_dict() if self.task.trains_decoder else backbone.encoder_state()
+            content = {
+                "network_weights": checkpoint.cpu_weights(state),
+                "mfm": {**self.description, "epoch": epoch},
+            }
+            checkpoint.save(content, self.folder / name)
+
+    def _load(self) -> None:
+        state, modules = load_state(self.folder, self._resume_settings())
+        how = self._optimisation
+        try:
+            self.task.load_state_dict(modules["task"])
+            how.optimizer.load_state_dict(modules["optimizer"])
+            if modules["scaler"]:  # empty where the run had no loss scaling so far, on another device
+                how.scaler.load_state_dict(modules["scaler"])
+            if how.average is not None:
+                how.average.load_state_dict(modules["average"])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise MFMError(
+                "E_MODEL_CORRUPT",
+                f"{self.folder}: the saved state is not of this network and task ({reason}). Put the resume.pth of "
+                "this run back, or move the folder away and start anew.",
+            ) from error
+        self._engine.state = state
+        logger.info("continuing at step %d of %d", state.step, self._total_steps)
+
+    def _resume_settings(self) -> dict[str, Any]:
+        """Collect what a resumed run must agree with; the number of workers and the device are free."""
+        about = self.description
+        described = {name: about[name] for name in ("pretext", "pretext_config", "corpus", "pretrain")}
+        plan = hashlib.sha256(json.dumps(about["plans"]["configurations"], sort_keys=True).encode()).hexdigest()
+        others = {"seed": self.seed, "world_size": self.world.size, "plan_sha256": plan}
+        if self.probe is not None:
+            others["probe"] = self.probe.description()
+        return json.loads(json.dumps({**described, **others}))
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the precision of ``pretrain.precision``, None for float32."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        # Older GPUs emulate bf16, which is slower than float32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _compile_network(task: PretextTask, loss: Callable[[], torch.Tensor]) -> None:
+    """Compile the network's blocks and try a training pass before the first step.
+
+    Raises MFMError (E_CONFIG) when the compiler is missing or cannot compile this network or task.
+    """
+    logger.info("compiling the network; this takes minutes")
+    task.backbone.compile_blocks()
+    task.train()
+    try:
+        loss().backward()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MFMError(
+            "E_CONFIG",
+            f"pretrain.compile=true: torch.compile cannot compile this network here ({reason}). Install a C++ "
+            "compiler (on GPUs also Triton), or leave the setting out.",
+        ) from error
+    task.zero_grad(set_to_none=True)
