@@ -68,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "interchange",
         "reports",
     },
-    "study": {"jobs", "data", "images", "planning", "models", "finetune", "interchange"},
+    "study": {"jobs"},
     "api": {
         "jobs",
         "data",
@@ -79,11 +79,23 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "finetune",
         "prediction",
-        "study",
         "interchange",
     },
     "demo": {"jobs", "reports"},
-    "cli": {"api", "jobs", "data", "images", "planning", "models", "tasks", "engine", "finetune", "prediction", "demo"},
+    "cli": {
+        "api",
+        "jobs",
+        "data",
+        "images",
+        "planning",
+        "models",
+        "tasks",
+        "engine",
+        "finetune",
+        "prediction",
+        "demo",
+        "study",
+    },
 }
 """Leaves and the own package come on top."""
 

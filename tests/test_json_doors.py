@@ -20,7 +20,7 @@ from mfm_nnunet.finetune.splits import ensure_splits
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.plan import read_plans
 from mfm_nnunet.planning.recipes import read_recipe
-from mfm_nnunet.study.folder import read_record
+from mfm_nnunet.study.folder import read_study
 from mfm_nnunet.study.summary import read_result
 
 DEEP = [
@@ -37,7 +37,7 @@ DOORS: dict[str, Callable[[Path], object]] = {
     "pretrain_data.json": lambda file: index_source(file),
     "splits_final.json": lambda file: ensure_splits(file.parent, ["a", "b"]),
     "recipe.json": lambda file: read_recipe(file),
-    "study.json": lambda file: read_record(file.parent),
+    "study.json": lambda file: read_study(file.parent),
     "result.json": lambda file: read_result(file.parent),
     "config.json": lambda file: read_checkpoint(find_checkpoint(file.parent)),
 }

@@ -18,8 +18,9 @@ Train from scratch and from checkpoints with few and with many labels, several t
   mfm_study 4 3d_fullres --labels 5 10 20 100% --arms scratch mae=CHECKPOINT --seeds 3
   mfm_study -o STUDY --table                renew table and picture from the cells that are finished
 
-All trainings share one plan; smaller subsets are inside larger ones; subjects never are on both sides. What was killed
-goes on with the same command. It ends with the table; the study folder holds table.md, study.png and study.json."""
+All trainings share one plan, smaller subsets are inside larger ones, and no subject both trains and tests. A study that
+was killed continues with the same command. It ends with the table; the study folder holds table.md, study.png and
+study.json."""
 
 
 def build_parser() -> common.StrictParser:
@@ -31,7 +32,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return its exit code."""
     parser = build_parser()
     arguments = parser.parse_strictly(argv)
     if not arguments.table:
@@ -43,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from mfm_nnunet import api
+    from mfm_nnunet.study import run
 
     if arguments.table:
-        folder = api.renew_study(arguments.output, arguments.workspace)
+        folder = run.renew_study(arguments.output, arguments.workspace)
     else:
-        with contextlib.redirect_stdout(sys.stderr):  # what nnU-Net prints is progress; stdout gets the result
-            folder = api.run_study(**common.options_of(StudyRequest, arguments))
+        request = StudyRequest(**common.options_of(StudyRequest, arguments))
+        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints progress; stdout gets the result
+            folder = run.run_study(request)
     print((folder / "table.md").read_text(encoding="utf-8"))
     for name in ("table.md", "study.png", "study.json", "commands.sh"):
         terminal.print_path(folder / name)

@@ -1,8 +1,11 @@
 """From files to what training reads: cropped, normalised, resampled volumes in nnU-Net's own file formats.
 
-The arrays equal those of nnU-Net; the loop around them differs. Labels are
-optional. One bad case costs no other. Each case appears whole and is then noted in a manifest, so a killed run goes on
-where it was and a changed source is done again. Nothing that another plan uses is deleted.
+The arrays equal those of nnU-Net's ``DefaultPreprocessor`` (label maps and properties exactly, images up to rounding);
+the loop around them differs. Labels are optional. A bad case costs no other case. Each image is decoded once for all
+configurations. A case appears whole and is then noted in a manifest, so a run that was killed resumes and a changed
+source is done again. Nothing that another plan uses is deleted.
+
+Shapes: C channels, D H W voxels; in the order of the file at first, then in the plan's axis order.
 """
 
 from __future__ import annotations
@@ -10,35 +13,32 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
 from mfm_nnunet.data import storage
-from mfm_nnunet.data.cases import check_case_name
-from mfm_nnunet.data.loops import in_processes, in_threads, source_signature, unchanged, with_progress
+from mfm_nnunet.data.cases import Case, check_case_name
+from mfm_nnunet.data.loops import attempt, in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.resampling import resampling_function
 from mfm_nnunet.data.sizes import Sizes, require_preprocessable
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.errors import CaseFailure, MFMError, about, nearest
+from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.files import inside, to_plain
 from mfm_nnunet.images import reading
-from mfm_nnunet.images.geometry import difference, geometry_of
-from mfm_nnunet.plan import Plan, is_resampled, preprocessor_problem
+from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.plan_rules import CT
 
 if TYPE_CHECKING:
     from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-    from mfm_nnunet.data.cases import Case
-
 POOL_MIN_BYTES = 20_000_000
-"""Source files below this size in all are done in this process: a started worker costs seconds of imports."""
+"""Smaller sources, all files together, are done in this process: starting a worker costs seconds of imports."""
 
 log = logging.getLogger(__name__)
 
@@ -47,165 +47,185 @@ log = logging.getLogger(__name__)
 class PreprocessReport:
     """Names of the cases done now and of those reused from an earlier run, and the cases that failed."""
 
-    done: list[str]
-    reused: list[str]
-    failures: list[CaseFailure]
+    done: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    failures: list[CaseFailure] = field(default_factory=list)
 
 
 def preprocess_dataset(
     cases: Sequence[Case],
     plans: dict[str, Any],
-    configuration: str,
+    configurations: Sequence[str],
     dataset_json: dict[str, Any],
     preprocessed_folder: Path,
     num_processes: int = 1,
-) -> PreprocessReport:
-    """Preprocess ``cases`` into ``preprocessed_folder/<data_identifier>/`` and say what was done, reused and refused.
+) -> dict[str, PreprocessReport]:
+    """Preprocess ``cases`` into ``preprocessed_folder/<data_identifier>/`` and report each configuration.
 
     A case is reused when the manifest beside that folder shows it finished from the same sources with the same
-    settings. Labels are copied to ``gt_segmentations/``; masks go beside the folder .
-    Raises MFMError: E_CONFIG (unknown configuration, a foreign preprocessor), E_DISK_FULL (finished cases are kept; run
-    again to go on).
+    settings. Labels are copied to ``gt_segmentations/``. Raises MFMError: E_CONFIG (unknown configuration, a foreign
+    preprocessor), E_DISK_FULL (finished cases are kept; run again to resume).
     """
-    if configuration not in plans["configurations"]:
-        raise MFMError(
-            "E_CONFIG",
-            f"the plan has no configuration '{configuration}'. {nearest(configuration, plans['configurations'])}",
-        )
-    if problem := preprocessor_problem(plans, configuration):
-        raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that the plan is from, or plan here.")
-    settings_hash = preprocessing_hash(plans, configuration, dataset_json)
-    folder = inside(Path(preprocessed_folder), Plan.of(plans).configuration(configuration).data_identifier)
-    with storage.full_disk_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    manifest = storage.Manifest.read(folder)
-    reused = [case for case in cases if _is_finished(case, manifest, settings_hash)]
-    names = {case.name for case in reused}
-    todo = [case for case in cases if case.name not in names]
-    _warn_of_others(folder, cases, manifest, settings_hash)
-    failures: dict[str, CaseFailure] = {}
-    with storage.staging_folder(folder.parent) as staging:
-        job = Job(json.dumps(to_plain(plans)), configuration, json.dumps(to_plain(dataset_json)), folder, staging)
-        for case in reused:
+    plan, dataset = Plan.of(plans), DatasetJson.of(dataset_json)
+    targets = {name: _Target.find(plan, name, dataset, preprocessed_folder) for name in configurations}
+    groups: dict[tuple[str, ...], list[Case]] = {}
+    for target in targets.values():
+        target.warn_of_others(cases)
+    for case in cases:
+        missing = tuple(name for name, target in targets.items() if not target.holds(case))
+        groups.setdefault(missing, []).append(case)
+    with storage.staging_folder(preprocessed_folder) as staging:
+        job = Job(
+            json.dumps(to_plain(plans)), json.dumps(to_plain(dataset_json)),
+            {name: target.folder for name, target in targets.items()}, staging,
+        )  # fmt: skip
+        for case in groups.pop((), []):
             job.copy_label(case)
-        in_pool = _pool_pays(todo, num_processes)
-        outcomes = in_processes(job, todo, num_processes) if in_pool else in_threads(job, todo, 1)
-        # Closed before the staging folder goes: on an error workers are still writing there.
-        with with_progress(outcomes, len(todo), f"preprocessing {configuration}") as counted:
-            for case, outcome in counted:
-                if isinstance(outcome, CaseFailure):
-                    failures[case.name] = outcome
-                else:
-                    manifest.add(case.name, settings_hash, outcome)
-    return PreprocessReport(
-        done=[case.name for case in todo if case.name not in failures],
-        reused=[case.name for case in reused],
-        failures=[failures[case.name] for case in todo if case.name in failures],
-    )
-
-
-def preprocessing_hash(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> str:
-    """sha256 over everything that the preprocessed arrays and properties depend on, apart from the files."""
-    return Plan.of(plans).preprocessing_digest(configuration, DatasetJson.of(dataset_json))
+        for missing, todo in groups.items():
+            folders = {name: job.folders[name] for name in missing}
+            _preprocess(replace(job, folders=folders), todo, [targets[name] for name in missing], num_processes)
+    for target in targets.values():
+        target.report.done.sort()
+        target.report.failures.sort(key=lambda failure: failure.case)
+    return {name: target.report for name, target in targets.items()}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker needs to do a case; plan and dataset.json travel as text, so each worker parses them once."""
+class _Target:
+    """One configuration: the folder of its files, the digest of what they depend on, and what is finished."""
 
-    plans: str
     configuration: str
-    dataset_json: str
     folder: Path
-    staging: Path
+    digest: str
+    manifest: storage.Manifest
+    report: PreprocessReport = field(default_factory=PreprocessReport)
 
-    def __call__(self, case: Case) -> list[list[Any]]:
-        """Read, preprocess and store one case; returns the signature of its source files. Raises MFMError."""
-        check_case_name(case.name)
-        with unchanged(case) as signature:
-            content, patch_size = self._prepared(case)
-        self.copy_label(case)
-        storage.write_case(self.staging, self.folder, case.name, content, patch_size)
-        return signature
+    @classmethod
+    def find(cls, plan: Plan, name: str, dataset: DatasetJson, preprocessed_folder: Path) -> _Target:
+        configuration = plan.configuration(name)
+        if problem := configuration.preprocessor_problem:
+            raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that made the plan, or plan here.")
+        folder = inside(preprocessed_folder, configuration.data_identifier)
+        with storage.full_disk_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return cls(name, folder, plan.preprocessing_digest(name, dataset), storage.Manifest.read(folder))
 
-    def _prepared(self, case: Case) -> tuple[storage.Content, tuple[int, ...]]:
-        """Read and preprocess one case; returns it with the patch that it is stored for."""
-        plans_manager, configuration_manager = _managers(self.plans, self.configuration)
-        dataset_json, reader = json.loads(self.dataset_json), plans_manager.plans["image_reader_writer"]
-        image_CDHW, properties = reading.read_image(case.images, reader)
-        label = None
-        if case.label is not None:
-            label, label_properties = reading.read_label(case.label, reader)
-            reading.check_label(label, label_properties, image_CDHW, properties, dataset_json, case.name)
-        mask = _read_mask(case, reader, image_CDHW, properties)
-        with about(case.images[0]):
-            data_CDHW, seg, properties = preprocess_case_npy(
-                image_CDHW, properties, label, plans_manager, configuration_manager, dataset_json
-            )
-            if mask is not None:
-                shape = data_CDHW.shape[1:]
-                mask = preprocess_mask(mask, properties, shape, plans_manager, configuration_manager)
-        return storage.Content(data_CDHW, seg, properties, mask), tuple(configuration_manager.patch_size)
+    def holds(self, case: Case) -> bool:
+        """Note a case that is finished; one whose source cannot be read is not, and is reported in its turn."""
+        try:
+            is_finished = self.manifest.holds(case.name, self.digest, source_signature(case))
+        except MFMError:
+            return False
+        if is_finished:
+            self.report.reused.append(case.name)
+        return is_finished
 
-    def copy_label(self, case: Case) -> None:
-        """Put the label file of a labelled case into ``gt_segmentations``, where validation looks for it."""
-        if case.label is not None:
-            name = case.name + json.loads(self.dataset_json)["file_ending"]
-            storage.copy_label(case.label, inside(self.folder.parent, "gt_segmentations", name), self.staging)
+    def warn_of_others(self, cases: Sequence[Case]) -> None:
+        """Log which finished files do not belong to this run; they are never deleted."""
+        names, stored = {case.name for case in cases}, storage.stored_cases(self.folder)
+        if strangers := sorted(stored - names):
+            text = "%s holds %d cases that are no longer in the dataset, e.g. %s"
+            log.warning(text, self.folder, len(strangers), strangers[0])
+        entries = self.manifest.entries
+        if other := [name for name in stored & names if entries.get(name, {}).get("hash") != self.digest]:
+            log.warning("%s: %d cases were made with other settings and are made again", self.folder, len(other))
 
 
-def _read_mask(
-    case: Case, reader_name: str, image_CDHW: np.ndarray, properties: Mapping[str, Any]
-) -> np.ndarray | None:
-    """Return the mask of anonymised voxels, boolean (1, D, H, W), True where the file holds more than 0."""
-    if case.anonymisation_mask is None:
-        return None
-    mask_1DHW, own = reading.read_mask(case.anonymisation_mask, reader_name)
-    differs = difference(geometry_of(own), geometry_of(properties))
-    if mask_1DHW.shape[1:] != image_CDHW.shape[1:]:
-        differs = f"{mask_1DHW.shape[1:]} against {image_CDHW.shape[1:]} voxels"
-    if differs:
-        raise MFMError(
-            "E_GEOMETRY",
-            f"{case.anonymisation_mask}: the mask does not lie on the grid of its image {case.images[0]}: {differs}. "
-            "Resample it to the image, or take it out of the source.",
-        )
-    return mask_1DHW
-
-
-@functools.lru_cache(2)
-def _managers(plans_text: str, configuration: str) -> tuple[PlansManager, ConfigurationManager]:
-    """nnU-Net's views of a plan, on a copy of it."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    plans_manager = PlansManager(json.loads(plans_text))
-    return plans_manager, plans_manager.get_configuration(configuration)
-
-
-def _is_finished(case: Case, manifest: storage.Manifest, settings_hash: str) -> bool:
-    try:
-        return manifest.holds(case.name, settings_hash, source_signature(case))
-    except MFMError:
-        # A source that cannot be read is reported when its turn comes.
-        return False
+def _preprocess(job: Job, cases: Sequence[Case], targets: Sequence[_Target], num_processes: int) -> None:
+    """Preprocess cases for the same configurations, and add them to the manifests and reports."""
+    in_pool = _pool_pays(cases, num_processes)
+    outcomes = in_processes(job, cases, num_processes) if in_pool else in_threads(job, cases, 1)
+    # Closed before the staging folder goes: on an error workers are still writing there.
+    with with_progress(outcomes, len(cases), f"preprocessing {', '.join(job.folders)}") as counted:
+        for case, outcome in counted:
+            for target in targets:
+                result = outcome if isinstance(outcome, CaseFailure) else outcome[target.configuration]
+                if isinstance(result, CaseFailure):
+                    target.report.failures.append(result)
+                else:
+                    target.manifest.add(case.name, target.digest, result)
+                    target.report.done.append(case.name)
 
 
 def _pool_pays(cases: Sequence[Case], num_processes: int) -> bool:
     if num_processes <= 1 or len(cases) < 2:
         return False
-    sizes = (file.stat().st_size for case in cases for file in case.images if file.is_file())
-    return sum(sizes) >= POOL_MIN_BYTES
+    return sum(file.stat().st_size for case in cases for file in case.images if file.is_file()) >= POOL_MIN_BYTES
 
 
-def _warn_of_others(folder: Path, cases: Sequence[Case], manifest: storage.Manifest, settings_hash: str) -> None:
-    """Say which finished files do not belong to this run; they are never deleted."""
-    names, stored = {case.name for case in cases}, storage.stored_cases(folder)
-    strangers = sorted(stored - names)
-    if strangers:
-        log.warning("%s holds %d cases that the dataset has no more, e.g. %s", folder, len(strangers), strangers[0])
-    other = [n for n in stored & names if manifest.entries.get(n, {}).get("hash") != settings_hash]
-    if other:
-        log.warning("%s: %d cases were made with other settings and are made again", folder, len(other))
+class _Scan(NamedTuple):
+    """A case as read from its files."""
+
+    image_CDHW: np.ndarray
+    properties: dict[str, Any]
+    label: np.ndarray | None
+    mask_1DHW: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Inputs of a worker; plan and dataset.json are text, so that each worker parses them once."""
+
+    plans: str
+    dataset_json: str
+    folders: dict[str, Path]
+    """The folder of each configuration."""
+    staging: Path
+
+    def __call__(self, case: Case) -> dict[str, list[list[Any]] | CaseFailure]:
+        """Read a case once, preprocess and store it for each configuration; returns the signature of its sources."""
+        check_case_name(case.name)
+        with unchanged(case) as signature:
+            scan = self._read(case)
+        self.copy_label(case)
+        return {
+            name: failure or signature
+            for name in self.folders
+            for failure in [attempt(functools.partial(self._write, scan, name), case)]
+        }
+
+    def copy_label(self, case: Case) -> None:
+        """Put the label file of a labelled case into ``gt_segmentations``, where validation looks for it."""
+        if case.label is not None:
+            name = case.name + json.loads(self.dataset_json)["file_ending"]
+            folder = next(iter(self.folders.values())).parent
+            storage.copy_label(case.label, inside(folder, "gt_segmentations", name), self.staging)
+
+    def _read(self, case: Case) -> _Scan:
+        reader = json.loads(self.plans)["image_reader_writer"]
+        image_CDHW, properties = reading.read_image(case.images, reader)
+        label = None
+        if case.label is not None:
+            label, label_properties = reading.read_label(case.label, reader)
+            dataset_json = json.loads(self.dataset_json)
+            reading.check_label(label, label_properties, image_CDHW, properties, dataset_json, case.name)
+        mask_1DHW = None
+        if case.anonymisation_mask is not None:
+            mask_1DHW, own = reading.read_mask(case.anonymisation_mask, reader)
+            reading.check_mask(mask_1DHW, own, image_CDHW, properties, case.anonymisation_mask)
+        return _Scan(image_CDHW, properties, label, mask_1DHW)
+
+    def _write(self, scan: _Scan, configuration: str, case: Case) -> None:
+        plans_manager, configuration_manager = _managers(self.plans, configuration)
+        with about(case.images[0]):
+            data_CDHW, seg, properties = preprocess_case_npy(
+                *scan[:3], plans_manager, configuration_manager, json.loads(self.dataset_json)
+            )
+            mask = scan.mask_1DHW
+            if mask is not None:
+                mask = preprocess_mask(mask, properties, data_CDHW.shape[1:], plans_manager, configuration_manager)
+        content = storage.Content(data_CDHW, seg, properties, mask)
+        patch_size = tuple(configuration_manager.patch_size)
+        storage.write_case(self.staging, self.folders[configuration], case.name, content, patch_size)
+
+
+@functools.lru_cache(8)
+def _managers(plans_text: str, configuration: str) -> tuple[PlansManager, ConfigurationManager]:
+    """Return nnU-Net's views of a copy of the plan."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans_manager = PlansManager(json.loads(plans_text))
+    return plans_manager, plans_manager.get_configuration(configuration)
 
 
 def preprocess_case_npy(
@@ -223,13 +243,9 @@ def preprocess_case_npy(
     reader's ``spacing`` in mm. Returns data float32, label int8 or int16 with -1 outside the non-zero region (None
     without a label), and the properties with shapes, box and, for a label, ``class_locations``. ``require_size`` is
     called with the shapes before anything is resampled, and raises for a case that is too large.
-    Raises MFMError: E_CHANNELS, E_DIM (a 2D image for a 3D configuration, slices across the plan's), E_LABEL_GEOMETRY,
-    E_SPACING (an axis would vanish), E_TOO_LARGE.
     """
-    _check_case(image_CDHW, label, configuration_manager)
-    _refuse_flat(properties["spacing"], configuration_manager.spacing)
     order = plans_manager.transpose_forward
-    _refuse_lines([image_CDHW.shape[1 + i] for i in order], configuration_manager.spacing)
+    _check_case(image_CDHW, label, properties["spacing"], order, configuration_manager)
     axes = [0, *(i + 1 for i in order)]
     spacing = [properties["spacing"][i] for i in order]
     transposed_CDHW = image_CDHW.transpose(axes)
@@ -242,7 +258,7 @@ def preprocess_case_npy(
     target = _target_spacing(configuration_manager, spacing)
     new_shape = _new_shape(data_CDHW.shape[1:], spacing, target)
     own_shape = data_CDHW.shape[1:]
-    is_same = not is_resampled(configuration_manager.configuration)
+    is_same = not Configuration("", configuration_manager.configuration).is_resampled
     shapes = transposed_CDHW.shape[1:], own_shape, own_shape if is_same else new_shape
     require_size(Sizes(len(data_CDHW), *shapes, tuple(spacing), tuple(target)))
     properties = {
@@ -268,10 +284,10 @@ def preprocess_mask(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
 ) -> np.ndarray:
-    """A mask on the grid of its preprocessed image: boolean (1, D, H, W), nothing but inside and outside.
+    """Return a mask on the grid of its preprocessed image, boolean (1, D, H, W), resampled like a label map.
 
     ``mask_1DHW`` is on the grid of the file; ``properties`` are those that :func:`preprocess_case_npy` returned for its
-    image and ``shape`` (D, H, W) is the shape of the data. Resampled as nnU-Net resamples label maps.
+    image, and ``shape`` (D, H, W) is that of the data.
     """
     order = plans_manager.transpose_forward
     spacing = [properties["spacing"][i] for i in order]
@@ -284,33 +300,31 @@ def preprocess_mask(
 
 
 def _target_spacing(configuration_manager: ConfigurationManager, spacing: Sequence[float]) -> list[float]:
-    """Spacing in mm of the preprocessed image; 2D configurations leave the distance between slices as it is."""
+    """Return the spacing in mm of the preprocessed image; 2D configurations keep the distance between slices."""
     target = list(configuration_manager.spacing)
     return [*spacing[: 3 - len(target)], *target]
 
 
-def _check_case(image_CDHW: np.ndarray, label: np.ndarray | None, configuration_manager: ConfigurationManager) -> None:
-    expected = len(configuration_manager.normalization_schemes)
+def _check_case(
+    image_CDHW: np.ndarray,
+    label: np.ndarray | None,
+    spacing: Sequence[float],
+    order: Sequence[int],
+    configuration_manager: ConfigurationManager,
+) -> None:
+    """Refuse a case that does not fit the plan; ``spacing`` is the file's and ``order`` the plan's order of axes."""
+    expected, num_axes = len(configuration_manager.normalization_schemes), len(configuration_manager.spacing)
     if len(image_CDHW) != expected:
-        raise MFMError(
-            "E_CHANNELS", f"the image has {len(image_CDHW)} channels, the plan expects {expected}. Check the files."
-        )
+        text = f"the image has {len(image_CDHW)} channels, the plan expects {expected}. Check the files."
+        raise MFMError("E_CHANNELS", text)
     if label is not None and label.shape[1:] != image_CDHW.shape[1:]:
-        raise MFMError(
-            "E_LABEL_GEOMETRY",
-            f"the label has {label.shape[1:]} voxels, the image {image_CDHW.shape[1:]}. They must be of one grid.",
-        )
-
-
-def _refuse_flat(spacing: Sequence[float], target: Sequence[float]) -> None:
-    """nnU-Net's readers give the missing axis of a 2D image 999 times its spacing: in 3D it would become 999 slices."""
-    if len(target) == 3 and spacing[0] >= 998 * max(spacing[1:]):
+        text = f"the label has {label.shape[1:]} voxels, the image {image_CDHW.shape[1:]}. They must be on one grid."
+        raise MFMError("E_LABEL_GEOMETRY", text)
+    # nnU-Net's readers give the missing axis of a 2D image 999 times its spacing: in 3D it would become 999 slices.
+    if num_axes == 3 and spacing[0] >= 998 * max(spacing[1:]):
         raise MFMError("E_DIM", "the image is 2D, the plan's configuration is 3D. Use a 2D plan, or leave it out.")
-
-
-def _refuse_lines(shape: Sequence[int], target: Sequence[float]) -> None:
-    """Refuse a single slice that a 2D configuration would cut into lines; ``shape`` is in the plan's axis order."""
-    if len(target) == 2 and shape[0] > 1 and min(shape[1:]) == 1:
+    shape = [image_CDHW.shape[1 + i] for i in order]
+    if num_axes == 2 and shape[0] > 1 and min(shape[1:]) == 1:
         raise MFMError(
             "E_DIM",
             f"in the plan's axis order it has {' x '.join(map(str, shape))} voxels, so its single slice lies "
@@ -319,7 +333,7 @@ def _refuse_lines(shape: Sequence[int], target: Sequence[float]) -> None:
 
 
 def _nonzero(x_CDHW: np.ndarray) -> np.ndarray:
-    """Where any channel is not zero."""
+    """Return where any channel is not zero."""
     mask_DHW = x_CDHW[0] != 0
     for channel in x_CDHW[1:]:
         mask_DHW |= channel != 0
@@ -327,12 +341,12 @@ def _nonzero(x_CDHW: np.ndarray) -> np.ndarray:
 
 
 def _signed(label: np.ndarray) -> np.ndarray:
-    """A copy of a label map whose dtype can hold its values and -1."""
+    """Copy a label map to a dtype that can hold its values and -1."""
     return np.array(label, dtype=np.int16 if label.max() <= np.iinfo(np.int16).max else np.int32)
 
 
 def _mark_outside(data_CDHW: np.ndarray, seg: np.ndarray | None) -> np.ndarray:
-    """The label map (zeros without one) with -1 where it is 0 outside the filled non-zero region, as in nnU-Net."""
+    """Return the label map (zeros without one) with -1 where it is 0 outside the filled non-zero region, as nnU-Net."""
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
     if _nonzero(data_CDHW).all():
@@ -374,7 +388,7 @@ def _normalise(
 
 @functools.lru_cache(16)
 def _normaliser_class(scheme: str) -> type[ImageNormalization]:
-    """nnU-Net's class of that name; found once, because nnU-Net imports a whole package for every look."""
+    """Find nnU-Net's class of that name, once: nnU-Net imports a whole package for every search."""
     from nnunetv2.preprocessing import normalization
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
@@ -390,7 +404,7 @@ def _resampler(configuration_manager: ConfigurationManager, name: str) -> Callab
 
 
 def _class_locations(seg: np.ndarray, plans_manager: PlansManager, dataset_json: dict[str, Any]) -> dict[Any, Any]:
-    """Voxels of each label or region, from which nnU-Net's loader draws foreground patches."""
+    """Sample voxels of each label or region, from which nnU-Net's loader draws foreground patches."""
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
     manager = plans_manager.get_label_manager(dataset_json)

@@ -21,9 +21,10 @@ from mfm_nnunet.device import autocast
 from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, WeightAverage
 from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import StoppedError
-from mfm_nnunet.processes import StopFlag, World, any_true, gather, largest, mean, name_of, stop_on_signal
+from mfm_nnunet.processes import World, any_true, gather, largest, mean
 from mfm_nnunet.reports.progress import Progress
 from mfm_nnunet.settings import FinetuneSettings, PretrainSettings
+from mfm_nnunet.signals import StopFlag, name_of, stop_on_signal
 from mfm_nnunet.tasks.base import Task, TaskOutput
 
 Batch = dict[str, Any]

@@ -17,12 +17,12 @@ from torch import nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data.crops import CropStream, batches
+from mfm_nnunet.device import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.engine.engine import Batch, Engine, Optimisation, Pictures, split
 from mfm_nnunet.engine.optim import WeightAverage, learning_rate_factor, make_optimizer
 from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import MFMError, is_out_of_memory
-from mfm_nnunet.models.precision import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.processes import ALONE, World
 from mfm_nnunet.reports import progress as reports
 from mfm_nnunet.settings import PretrainSettings, resolved_warmup

@@ -234,8 +234,8 @@ def _preprocess(probe: Probe) -> None:
         )
     # Cases that another run used are named too, else preprocessing would report them as lost.
     cases = [*used, *(case for case in probe.unused if case.name in stored)]
-    content = (dict(probe.plan.content), probe.configuration, dict(probe.dataset.content))
-    report = preprocess_dataset(cases, *content, probe.folder.parent, num_cores())
+    content = (dict(probe.plan.content), [probe.configuration], dict(probe.dataset.content))
+    report = preprocess_dataset(cases, *content, probe.folder.parent, num_cores())[probe.configuration]
     names = {case.name for case in used}
     failures = [failure for failure in report.failures if failure.case in names]
     if failures:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.device import default_workers
 from mfm_nnunet.engine.engine import Pictures
-from mfm_nnunet.files import to_plain
+from mfm_nnunet.files import report_full_disk, to_plain
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, make_loaders, read_batches, seed_everything, seed_of
 from mfm_nnunet.models.transfer import unwrapped
@@ -110,7 +109,7 @@ class Fold:
             # A picture takes more than a second, as long as an epoch on small data.
             if is_last or time.monotonic() - self._last_plot > SECONDS_BETWEEN_PLOTS:
                 self._last_plot = time.monotonic()
-                with checkpoint.full_disk_named(folder / "progress.png"):
+                with report_full_disk(folder / "progress.png"):
                     logger.plot_progress_png(trainer.output_folder)
         for line in lines:
             trainer.print_to_log_file(line, also_print_to_console=False)

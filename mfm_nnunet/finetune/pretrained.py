@@ -14,9 +14,8 @@ import numpy as np
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import about
-from mfm_nnunet.files import shown
+from mfm_nnunet.files import atomic_write, shown
 from mfm_nnunet.interchange.foreign import Reading, require_plan
 from mfm_nnunet.interchange.read import read_checkpoint, sha256
 from mfm_nnunet.models.families import family_of
@@ -30,7 +29,7 @@ from mfm_nnunet.models.transfer import (
     unwrapped,
     without_wrapper_prefixes,
 )
-from mfm_nnunet.plan import is_resampled
+from mfm_nnunet.plan import Configuration
 
 
 def describe(file: Path, reading: Reading) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def _differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
     """
     theirs, own = reading.configuration, trainer.configuration_manager
     pairs = []
-    if is_resampled(theirs) and len(theirs["spacing"]) == len(own.spacing):
+    if Configuration("", theirs).is_resampled and len(theirs["spacing"]) == len(own.spacing):
         pairs.append(("spacing in mm", np.round(own.spacing, 3).tolist(), np.round(theirs["spacing"], 3).tolist()))
     if schemes := theirs.get("normalization_schemes"):
         pairs.append(("normalisation", sorted(set(own.normalization_schemes)), sorted(set(map(str, schemes)))))

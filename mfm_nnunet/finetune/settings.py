@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.engine.state import flat, require_same_settings
 from mfm_nnunet.errors import MFMError, about, nearest
-from mfm_nnunet.files import read_json
+from mfm_nnunet.files import atomic_write, read_json
 from mfm_nnunet.models.families import NetworkFamily, family_named
 from mfm_nnunet.settings import (
     FinetuneSettings,

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import parse_json
+from mfm_nnunet.files import atomic_write, parse_json
 
 logger = logging.getLogger(__name__)
 

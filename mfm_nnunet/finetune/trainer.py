@@ -20,12 +20,18 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.device import default_autocast_dtype
+from mfm_nnunet.device import (
+    default_autocast_dtype,
+    finetuning_dtype,
+    require_scaled_fp16,
+    require_sound_bf16,
+    warn_of_slow_bf16,
+)
 from mfm_nnunet.engine.engine import Engine, Optimisation
 from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
 from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import MFMError, StoppedError
-from mfm_nnunet.files import to_plain
+from mfm_nnunet.files import atomic_write, to_plain
 from mfm_nnunet.finetune import groups, lora, state, validation
 from mfm_nnunet.finetune.fold import Fold
 from mfm_nnunet.finetune.groups import EpochSchedule, Phases, describe_training
@@ -41,11 +47,11 @@ from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
 from mfm_nnunet.models.networks import check_architecture
-from mfm_nnunet.models.precision import finetuning_dtype, require_scaled_fp16, require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
 from mfm_nnunet.plan import Plan
-from mfm_nnunet.processes import ALONE, World, largest, stop_on_signal
+from mfm_nnunet.processes import ALONE, World, largest
 from mfm_nnunet.settings import FORMAT, block_of, to_dict
+from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.workspace import num_cores
 
@@ -251,7 +257,7 @@ class MFMTrainer(nnUNetTrainer):
             self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, num_processes=workers, verify=True)
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in contents.items():
-                with checkpoint.atomic_write(folder / f"{name}.json") as file:
+                with atomic_write(folder / f"{name}.json") as file:
                     file.write(json.dumps(content, indent=4).encode())
         if self.is_ddp:
             torch.distributed.barrier()

@@ -17,13 +17,12 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summa
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from mfm_nnunet.checkpoint import full_disk_named
 from mfm_nnunet.data.loops import progress
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside
+from mfm_nnunet.files import inside, report_full_disk
 from mfm_nnunet.finetune.loading import require_geometry
 from mfm_nnunet.images.reading import read_label
-from mfm_nnunet.metrics import foreground_labels
 from mfm_nnunet.prediction.export import export_validation_case, publish, remove_dead_stages, require_space, staging
 from mfm_nnunet.prediction.predictor import Model
 
@@ -102,7 +101,7 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
         labels.foreground_regions if labels.has_regions else labels.foreground_labels,
         labels.ignore_label,
     )
-    with full_disk_named(prediction_folder / "summary.json"), staging(prediction_folder) as stage:
+    with report_full_disk(prediction_folder / "summary.json"), staging(prediction_folder) as stage:
         save_summary_json(summary, str(stage / "summary.json"))
         publish(stage, prediction_folder)
     return summary
@@ -148,7 +147,7 @@ def format_dice(summary: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> 
     """Return the line about the foreground's mean Dice, which names the labels that have none."""
     absent = [
         name
-        for name, values in foreground_labels(dataset_json).items()
+        for name, values in DatasetJson.of(dataset_json).foreground.items()
         for label in (values, values[0] if len(values) == 1 else values)
         if label in summary["mean"] and math.isnan(summary["mean"][label]["Dice"])
     ]

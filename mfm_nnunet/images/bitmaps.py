@@ -1,4 +1,4 @@
-"""Is a PNG, JPEG or BMP file whole, of a kind that nnU-Net's readers return as it is, and how large is it?
+"""Check that PNG, JPEG and BMP files are whole and of a kind that nnU-Net's readers return unchanged.
 
 The rows of a PNG file are counted. The others are decoded, because their headers promise too little.
 """
@@ -38,6 +38,12 @@ def num_bytes(path: Path) -> int:
         return header.width * header.height * channels * max(header.depth // 8, 1)
     with _open_picture(path) as picture:
         return picture.width * picture.height * len(picture.getbands()) * (4 if picture.mode in "IF" else 1)
+
+
+def count_channels(path: Path) -> int:
+    """Return the number of channels of a picture by its header; colours of a palette are looked up by nnU-Net."""
+    with _open_picture(path) as picture:
+        return len(picture.palette.mode if picture.palette and picture.mode == "P" else picture.getbands())
 
 
 class _PngHeader(NamedTuple):

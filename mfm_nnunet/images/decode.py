@@ -28,7 +28,7 @@ import numpy as np
 
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import ending_of, is_unicode
-from mfm_nnunet.images import integrity, nifti, tiff
+from mfm_nnunet.images import bitmaps, integrity, nifti, tiff
 from mfm_nnunet.images.decoder import IDLE_SECONDS, receive, send
 from mfm_nnunet.images.geometry import geometry_of, properties_for, require_sane
 from mfm_nnunet.images.integrity import Voxels, files_of, non_finite
@@ -64,7 +64,7 @@ class Decoded:
     properties: dict[str, Any]
     ranges: list[tuple[float, float]]
     contradiction: str
-    """How the header puts the image in two places; empty where it does not."""
+    """Description of a header that puts the image in two places; empty for any other."""
 
 
 def decode_file(
@@ -76,9 +76,8 @@ def decode_file(
 ) -> Decoded:
     """Check an image file, read it with nnU-Net's reader and compare what both found; C > 1 only for colour pictures.
 
-    Label maps and masks have a method of their own in the readers: the spacing of a TIFF stack is in a file beside it,
-    which is named after the case. ``work_folder`` is for links, ``memory`` for the voxels. Raises MFMError as
-    :func:`integrity.check_image_file` and :mod:`data.reading` say.
+    Label maps and masks (``is_map``) have a method of their own in the readers, which takes the spacing of a TIFF stack
+    from a file named after the case. ``work_folder`` is for links, ``memory`` for the voxels.
     """
     declared = integrity.declared_by(file)
     _limit(declared.reading_bytes)
@@ -125,7 +124,6 @@ def decode_file(
 def _read(
     file: Path, reader_name: str, is_map: bool, work_folder: Path | None, memory: Memory | None
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return what nnU-Net's reader returns for one file. Raises MFMError, and MemoryError."""
     reader = find_reader_class(reader_name)()
     try:
         # Float64 beyond the range of float32 becomes infinite, which is reported with the file's name.
@@ -142,10 +140,17 @@ def _read(
 
 
 def name_reader(file: Path) -> str:
-    """Return the name of nnU-Net's reader class for a TIFF file. Raises MFMError for one that cannot be opened."""
+    """Return the name of nnU-Net's reader class for a TIFF file."""
     integrity.require_regular(file)
     _limit(0)
     return "NaturalImage2DIO" if tiff.is_2d(file) else "Tiff3DIO"
+
+
+def count_channels(file: Path) -> int:
+    """Return the number of channels that nnU-Net's reader makes of a picture, by its header."""
+    _limit(0)
+    declared = integrity.declared_by(file)
+    return (tiff if declared.ending in (".tif", ".tiff") else bitmaps).count_channels(file)
 
 
 @functools.cache
@@ -269,6 +274,10 @@ def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
     return MFMError("E_FORMAT", f"{file}: nnU-Net's {reader_name} cannot read it ({reason[-200:]}). Export it again.")
 
 
+_OF_HEADERS = {"name_reader": name_reader, "count_channels": count_channels}
+"""Requests that decode nothing."""
+
+
 def serve(descriptor: str, work_folder: str) -> None:
     """Answer requests until the parent is gone or asks nothing for a while."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"):  # the parent decides when a child ends
@@ -292,8 +301,8 @@ def _answer(channel: socket.socket, request: dict[str, Any], work_folder: Path, 
     file = Path(request["file"])
     memory.release()
     try:
-        if request["task"] == "name_reader":
-            send(channel, {"reader": name_reader(file)})
+        if request["task"] in _OF_HEADERS:
+            send(channel, {"answer": _OF_HEADERS[request["task"]](file)})
             return
         decoded = decode_file(file, request["reader"], request["is_map"], work_folder, memory)
         content = {
@@ -309,10 +318,8 @@ def _answer(channel: socket.socket, request: dict[str, Any], work_folder: Path, 
     except MemoryError:
         reason = "reading it needs more memory than its header promises, or than there is. Export it again, or crop it."
         send(channel, {"error": ["E_READER_MEMORY", f"{file}: {reason}"]})
-    except OSError as error:
-        if isinstance(error, (BrokenPipeError, ConnectionError)):
-            raise
-        send(channel, {"internal": traceback.format_exc()})
+    except ConnectionError:
+        raise
     except Exception:
         send(channel, {"internal": traceback.format_exc()})
 
@@ -326,7 +333,7 @@ class Memory:
     def __init__(self) -> None:
         self.descriptor: int | None = None
         self.is_new = False
-        """Whether the other process does not have it yet."""
+        """True until the other process has it."""
         self._content: mmap.mmap | None = None
         self._array: np.ndarray | None = None
 
@@ -376,8 +383,7 @@ def _order_of(array: np.ndarray) -> list[int]:
     return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, -abs(array.strides[axis])))
 
 
-def _unnamed_file() -> int:
-    """Return the descriptor of a file without a name on the disk, for systems without such memory."""
+def _unnamed_file() -> int:  # for systems without memfd_create
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 

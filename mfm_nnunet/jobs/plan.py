@@ -37,7 +37,7 @@ FINGERPRINT = {
 }
 """What planning takes from a fingerprint."""
 _MOST_PICTURES = 9
-"""So many pictures are read to find out whether a corpus is grey or in colour."""
+"""Number of pictures whose headers decide whether a corpus is grey or in colour."""
 
 
 @takes(PlanRequest)
@@ -100,21 +100,15 @@ def _channel_names(cases: list[Case]) -> list[str]:
 
 
 def _num_channels(cases: list[Case]) -> int:
-    """Channels of the first image that can be read: one file may hold several (colour pictures).
+    """Return the number of channels of most cases, by their headers; a colour picture holds several in one file."""
+    from mfm_nnunet.images.reading import count_channels
 
-    Pictures may be grey or coloured; of several the commoner kind decides, so that one of the other kind costs itself.
-    """
-    from mfm_nnunet.images.reading import read_image, reader_for
-
-    is_picture = ending_of(cases[0].images[0]) in PICTURES
-    asked = cases[:: max(1, len(cases) // _MOST_PICTURES)][:_MOST_PICTURES] if is_picture else cases
+    if ending_of(cases[0].images[0]) not in PICTURES:
+        return len(cases[0].images)
     found: Counter[int] = Counter()
-    for case in asked:
-        with contextlib.suppress(MFMError):
-            found[len(read_image(case.images, reader_for(case.images[0]))[0])] += 1
-        if found and not is_picture:
-            break
-    # planning will refuse each of them with its reason, where none can be read
+    for case in cases[:: max(1, len(cases) // _MOST_PICTURES)][:_MOST_PICTURES]:
+        with contextlib.suppress(MFMError):  # planning refuses it and gives the reason
+            found[sum(map(count_channels, case.images))] += 1
     return found.most_common(1)[0][0] if found else len(cases[0].images)
 
 
@@ -297,26 +291,22 @@ def preprocess(
     from mfm_nnunet.data.preprocess import preprocess_dataset
 
     raw = here.raw / dataset_name
-    dataset_json = corpus.read_dataset_json(raw)
-    failures: list[CaseFailure] = []
-    for configuration in _to_preprocess(result.plans, asked, corpus.is_corpus(raw)):
-        report = preprocess_dataset(
-            cases,
-            result.plans,
-            configuration,
-            dataset_json,
-            here.preprocessed / dataset_name,
-            num_processes or places.num_cores(),
-        )
-        logger.info(
-            "%s %s: %d cases preprocessed, %d reused, %d failed",
-            dataset_name,
-            configuration,
-            len(report.done),
-            len(report.reused),
-            len(report.failures),
-        )
-        failures += [failure for failure in report.failures if failure.case not in {f.case for f in failures}]
-    if failures and not corpus.is_corpus(raw):
-        raise dataset_refused(dataset_name, failures, len(cases), "; without them nothing can be trained")
-    return failures
+    is_corpus = corpus.is_corpus(raw)
+    reports = preprocess_dataset(
+        cases,
+        result.plans,
+        _to_preprocess(result.plans, asked, is_corpus),
+        corpus.read_dataset_json(raw),
+        here.preprocessed / dataset_name,
+        num_processes or places.num_cores(),
+    )
+    failures: dict[str, CaseFailure] = {}
+    for configuration, report in reports.items():
+        counts = len(report.done), len(report.reused), len(report.failures)
+        text = "%s %s: %d cases preprocessed, %d reused, %d failed"
+        logger.info(text, dataset_name, configuration, *counts)
+        for failure in report.failures:
+            failures.setdefault(failure.case, failure)
+    if failures and not is_corpus:
+        raise dataset_refused(dataset_name, [*failures.values()], len(cases), "; without them nothing can be trained")
+    return [*failures.values()]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.errors import CaseFailure, dataset_refused
-from mfm_nnunet.interchange.read import find_checkpoint
-from mfm_nnunet.plan import resolved
+from mfm_nnunet.errors import CaseFailure, dataset_refused, unreadable
+from mfm_nnunet.interchange.read import find_checkpoint, sha256
+from mfm_nnunet.plan import Plan
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "check_start",
     "configuration_of",
     "find_checkpoint",
+    "hash_checkpoint",
     "list_companions",
     "preprocess",
     "read_label_map",
@@ -60,6 +61,14 @@ def read_raw_dataset(folder: Path) -> RawDataset:
     """
     cases = tuple(corpus.load_cases(folder))
     return RawDataset(folder.name, cases, corpus.read_dataset_json(folder), corpus.is_corpus(folder))
+
+
+def hash_checkpoint(place: Path) -> str:
+    """Return the SHA-256 of the weights of a checkpoint, a file or folder."""
+    try:
+        return sha256(place)
+    except OSError as error:
+        raise unreadable(place, error) from error
 
 
 def read_label_map(file: Path, reader: str) -> tuple[np.ndarray, list[float]]:
@@ -98,14 +107,13 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
         raise dataset_refused(name, failures, len(cases), "; nothing was trained")
 
 
-def preprocess(here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str) -> None:
-    """Preprocess a labelled dataset for one configuration of a plan that exists; finished work is reused."""
+def preprocess(here: Workspace, plan: Plan, configuration: str) -> None:
+    """Preprocess the labelled dataset of a plan for one of its configurations; finished work is reused."""
     from mfm_nnunet.jobs import plan as preparation
-    from mfm_nnunet.jobs.plan import PlanResult
 
-    cases, _ = preparation.fingerprint(here, dataset_name, None)
-    result = PlanResult(plans, here.plans_file(dataset_name, plans["plans_name"]), [])
-    preparation.preprocess(here, dataset_name, cases, result, (configuration,), None)
+    cases, _ = preparation.fingerprint(here, plan.dataset_name, None)
+    result = preparation.PlanResult(dict(plan.content), here.plans_file(plan.dataset_name, plan.name), [])
+    preparation.preprocess(here, plan.dataset_name, cases, result, (configuration,), None)
 
 
 def configuration_of(checkpoint: Path | None, configuration: str) -> str:
@@ -129,7 +137,7 @@ def check_settings(settings: Sequence[str]) -> None:
 
 
 def check_start(
-    plans: Mapping[str, Any], configuration: str, num_cases: int, settings: Sequence[str], checkpoint: Path | None
+    plan: Plan, configuration: str, num_cases: int, settings: Sequence[str], checkpoint: Path | None
 ) -> None:
     """Check that a training on ``num_cases`` cases could start: settings and ``checkpoint`` must fit the network.
 
@@ -141,17 +149,16 @@ def check_start(
     from mfm_nnunet.interchange.read import read_checkpoint
     from mfm_nnunet.models.families import family_of
     from mfm_nnunet.models.networks import build_network
-    from mfm_nnunet.settings import block_of
 
-    num_channels = len(resolved(plans, configuration)["normalization_schemes"])
-    network, block = build_network(plans, configuration, num_channels, 2), block_of(plans)
+    num_channels = len(plan.configuration(configuration).normalization_schemes)
+    network = build_network(plan.content, configuration, num_channels, 2)
     if checkpoint is None:
-        finetune = resolve(block, settings, None).finetune
+        finetune = resolve(plan.mfm, settings, None).finetune
     else:
         reading = read_checkpoint(checkpoint)
         description = describe(checkpoint, reading)
         advice = advise(family_of(network), num_cases, description["pretext"], has_decoder(reading, network))
-        finetune = resolve(block, settings, description, advice).finetune
+        finetune = resolve(plan.mfm, settings, description, advice).finetune
     groups.require_fitting(finetune, network, is_distributed=False)
     groups.require_pretrained(finetune, is_pretrained=checkpoint is not None)
     if checkpoint is not None:

@@ -18,7 +18,6 @@ from torch import nn
 
 from mfm_nnunet import dataset as dataset_jsons
 from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
-from mfm_nnunet.data.preprocess import preprocessing_hash
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about, nearest
@@ -35,7 +34,7 @@ from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.precision import require_scaled_fp16
-from mfm_nnunet.plan import read_plans
+from mfm_nnunet.plan import Plan, read_plans
 from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import join_world, leave_world, run_processes, stop_on_signal
 from mfm_nnunet.requests import TrainRequest
@@ -248,7 +247,11 @@ def _check_data(
             "E_NOT_FOUND",
             f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. {again}{like}",
         )
-    if stale := stale_cases(data, selection.names, preprocessing_hash(plans, configuration, dataset_json)):
+    if stale := stale_cases(
+        data,
+        selection.names,
+        Plan.of(plans).preprocessing_digest(configuration, dataset_jsons.DatasetJson.of(dataset_json)),
+    ):
         raise MFMError(
             "E_CONFIG",
             f"{data}: {len(stale)} cases were preprocessed for another plan or dataset.json than those that are there "

@@ -67,20 +67,15 @@ class MFMPlanner(ResEncUNetPlanner):
         _require_file(fingerprint_file, f"Run mfm_plan_and_preprocess -d {name}, which makes it first.")
         self.is_corpus = corpus.is_corpus(raw)
         self.budget = derive.choose_budget(gpu_memory_target_in_gb, _gpu_memory_gb())
-        self.cases = corpus.load_cases(raw)
-        files = {
-            case.name: {"images": [str(file) for file in case.images], "label": str(case.label) if case.label else None}
-            for case in self.cases
-        }
-        # Stock lists imagesTr, which a corpus does not have, with twelve processes; everything else it does is wanted.
+        # Stock lists imagesTr, which a corpus does not have, only to choose a reader, which is done below.
         # It reads JSON as UTF-8 without a byte order mark.
         with _replaced_in_stock(
-            get_filenames_of_train_images_and_targets=lambda *_, **__: files,
+            get_filenames_of_train_images_and_targets=lambda *_, **__: {},
             load_json=lambda file: parse_json(Path(file).read_bytes()),
         ):
             super().__init__(name, 8, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose)
         self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # normalised, not as it is written
-        self.dataset_json.setdefault("numTraining", len(files))
+        self.dataset_json.setdefault("numTraining", len(self.dataset_fingerprint["spacings"]))
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
         self.dataset_fingerprint: dict[str, Any] = self.dataset_fingerprint
@@ -130,7 +125,10 @@ class MFMPlanner(ResEncUNetPlanner):
     def determine_reader_writer(self) -> Any:
         """Return the reader class that the fingerprint's images were read with; stock tries each on the first image."""
         known = self.dataset_fingerprint.get("mfm", {}).get("reader")
-        return recursive_find_reader_writer_by_name(known or choose_reader(self.cases, self.dataset_json))
+        if not known:  # stock nnU-Net made the fingerprint
+            raw = Path(str(stock.nnUNet_raw)) / self.dataset_name
+            known = choose_reader(corpus.load_cases(raw), self.dataset_json)
+        return recursive_find_reader_writer_by_name(known)
 
     @staticmethod
     def static_estimate_VRAM_usage(

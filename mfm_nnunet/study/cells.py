@@ -1,6 +1,6 @@
-"""Run the cells of a study, several at a time, each as commands in processes of their own.
+"""The cells of a study: each is three commands (train, predict, score), and several run at a time.
 
-A cell that fails costs only itself. On a signal the children end cleanly, and what is finished is kept.
+A cell that fails costs only itself. On a signal the commands end cleanly, and what is finished is kept.
 """
 
 from __future__ import annotations
@@ -8,36 +8,118 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import re
 import shlex
 import signal
 import subprocess
+import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
 
-from mfm_nnunet.checkpoint import full_disk_named
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
-from mfm_nnunet.processes import stop_on_signal
-from mfm_nnunet.study.commands import TRAINING, Step, Steps
+from mfm_nnunet.files import inside, report_full_disk, take_lock
+from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.study.design import Cell
-from mfm_nnunet.workspace import num_cores
-
-try:
-    import fcntl
-except ImportError:  # only POSIX has it; without it two studies in one folder are the user's responsibility
-    fcntl = None  # type: ignore[assignment]
+from mfm_nnunet.study.evaluation import RESULT
+from mfm_nnunet.study.folder import Study
 
 logger = logging.getLogger(__name__)
 
+TRAINING = "training"
+"""Title of the step that trains from the beginning; one that is continued has another."""
 POLL_SECONDS = 0.2
 SECONDS_TO_STOP = 120.0
 """A training stops after its current step; what takes longer than this is killed."""
+_COMMAND = "import sys; from mfm_nnunet.cli.{} import main; sys.exit(main())"
+_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 _CODE = re.compile(r"\b(E_[A-Z_]+)  (.+)")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command: ``words`` as a person would type them, and environment variables to add."""
+
+    title: str
+    words: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return the line that a shell understands."""
+        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.environment.items()), self.line])
+
+    @property
+    def line(self) -> str:
+        """Return the words, quoted for a shell."""
+        return shlex.join(self.words)
+
+    @property
+    def program(self) -> list[str]:
+        """Return the words as a process of this Python, whatever PATH says."""
+        if self.words[0].startswith("mfm_"):
+            return [sys.executable, "-c", _COMMAND.format(self.words[0].removeprefix("mfm_")), *self.words[1:]]
+        return [sys.executable, *self.words[1:]] if self.words[0] == "python" else list(self.words)
+
+
+Steps = Callable[[Cell], Iterator[Step]]
+"""The steps of a cell that are still to be done; each is asked for when the one before has ended."""
+
+
+def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
+    """Return the steps of a cell from its beginning: training, prediction, scores."""
+    question, arm, folder = study.question, study.arms[cell.arm], study.cell_folder(cell)
+    fold, model = str(study.fold(cell)), _model_folder(study, folder)
+    environment = {
+        "nnUNet_raw": str(study.workspace / "nnUNet_raw"),
+        "nnUNet_preprocessed": str(study.workspace / "nnUNet_preprocessed"),
+        "nnUNet_results": str(folder / "results"),
+    }
+    common = ("--workspace", str(folder), *(() if device == "auto" else ("-device", device)))
+    weights = () if arm.file is None else ("-pretrained_weights", arm.file)
+    settings = ("--set", *question.settings, *arm.settings, f"seed={cell.seed}")
+    train = ("mfm_train", question.dataset, question.configuration, fold, "-p", study.plans_name)
+    predict = ("mfm_predict", "-i", str(study.test_folder), "-o", str(folder / "masks"), "-m", str(model), "-f", fold)
+    tta = () if question.mirroring else ("--disable_tta",)
+    return (
+        Step(TRAINING, (*train, *weights, *common, *settings), environment),
+        Step("prediction", (*predict, "--resume", *tta, *common), environment),
+        Step("scores", ("python", "-m", "mfm_nnunet.study.evaluation", str(study.folder), str(folder))),
+    )
+
+
+def steps_left(study: Study, cell: Cell, device: str) -> Iterator[Step]:
+    """Yield what is left to do: train (or continue), predict, score; a cell with a result is only scored again."""
+    folder = study.cell_folder(cell)
+    train, predict, score = all_steps(study, cell, device)
+    if (folder / RESULT).is_file():  # of another version of the library: masks and model stay
+        yield score
+        return
+    fold = _model_folder(study, folder) / f"fold_{study.fold(cell)}"
+    existing = [name for name in _CHECKPOINTS if (fold / name).is_file()]
+    folder.mkdir(parents=True, exist_ok=True)
+    if "checkpoint_final.pth" not in existing:
+        continued = Step(f"{train.title}, continued", (*train.words, "--c"), train.environment)
+        yield continued if existing else train
+    yield predict
+    yield score
+
+
+def list_commands(study: Study, device: str) -> str:
+    """List the commands of every cell of the study, as a text that a shell can read."""
+    lines = ["# The commands of every cell, as the study runs them."]
+    for cell in study.asked:
+        lines += ["", f"# {cell}", *map(str, all_steps(study, cell, device))]
+    return "\n".join(lines) + "\n"
+
+
+def _model_folder(study: Study, cell_folder: Path) -> Path:
+    model = f"MFMTrainer__{study.plans_name}__{study.question.configuration}"
+    return inside(cell_folder, "results", study.question.dataset, model)
 
 
 @dataclass(frozen=True)
@@ -48,221 +130,167 @@ class Slot:
     gpu: str | None = None
 
 
-def slots(num_jobs: int, gpus: Sequence[str]) -> list[Slot]:
-    """``num_jobs`` equal shares of the cores of this process; GPUs go round."""
+def share_computer(num_jobs: int, gpus: Sequence[str]) -> list[Slot]:
+    """Return ``num_jobs`` equal shares of the cores of this process; GPUs go round."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    shares = [tuple(cores[number::num_jobs]) for number in range(num_jobs)] if num_jobs <= len(cores) else []
-    return [
-        Slot(shares[number] if shares else tuple(cores), gpus[number % len(gpus)] if gpus else None)
-        for number in range(num_jobs)
-    ]
-
-
-def default_jobs(gpus: Sequence[str]) -> int:
-    """One cell per GPU, without any one per core."""
-    return len(gpus) or num_cores()
+    shares = [tuple(cores[number::num_jobs]) if num_jobs <= len(cores) else tuple(cores) for number in range(num_jobs)]
+    return [Slot(share, gpus[number % len(gpus)] if gpus else None) for number, share in enumerate(shares)]
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[IO[bytes]]:
-    """Hold the study folder; yields the lock, which children inherit, so a child that outlives its parent holds it too.
+def lock_folder(folder: Path) -> Iterator[int]:
+    """Lock the study folder; yield the lock's file. Commands inherit it, so orphans of a killed study keep the lock.
 
     Raises MFMError (E_EXISTS) while another study works there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as handle:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise MFMError(
-                    "E_EXISTS",
-                    f"{folder}: another mfm_study, or a training that it began, is at work there. Wait until it has "
-                    "ended, or end it.",
-                ) from error
-            except OSError as error:
-                logger.warning(
-                    "%s: this file system has no locks (%s): run one mfm_study in it at a time", folder, error
-                )
-        yield handle
+        is_locked = take_lock(handle.fileno())
+        if is_locked is False:
+            raise MFMError(
+                "E_EXISTS",
+                f"{folder}: another mfm_study, or a training that it began, is at work there. Wait until it has "
+                "ended, or end it.",
+            )
+        if is_locked is None:
+            logger.warning("%s: this file system has no locks: run one mfm_study in it at a time", folder)
+        yield handle.fileno()
 
 
-class _Run:
-    """A cell under way."""
+class _Runner:
+    """Runs the steps of cells, each cell in a slot of its own; called from several threads."""
 
-    def __init__(self, cell: Cell, steps: Iterator[Step], slot: Slot, log: Path, lock: IO[bytes] | None) -> None:
-        self.cell, self.steps, self.slot, self.log, self.lock = cell, steps, slot, log, lock
-        self.start = time.monotonic()
-        self.process: subprocess.Popen[bytes] | None = None
-        self.step: Step | None = None
-        self.offset = 0
-        self.seconds: dict[str, float] = {}
-        self.failure: CaseFailure | None = None
-        self._next()
+    def __init__(self, slots: Sequence[Slot], lock: int | None) -> None:
+        self.lock = () if lock is None else (lock,)
+        self.slots: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for slot in slots:
+            self.slots.put(slot)
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.guard = threading.Lock()
+        self.is_stopping = False
 
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.start
+    def run(self, cell: Cell, steps: Iterator[Step], log: Path) -> dict[str, float] | CaseFailure:
+        """Run the steps of a cell; return the seconds of each, or why one failed."""
+        slot = self.slots.get()
+        try:
+            if slot.cores and hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, slot.cores)  # of this thread; the commands inherit it
+            logger.info("%s  begun: %s", time.strftime("%H:%M:%S"), cell)
+            seconds = {}
+            for step in steps:
+                start, offset = time.monotonic(), log.stat().st_size if log.exists() else 0
+                code = self._run_step(step, slot, log)
+                seconds[step.title] = time.monotonic() - start
+                if code:
+                    return _explain(cell, step, code, log, offset)
+            return seconds
+        finally:
+            self.slots.put(slot)
 
-    def is_busy(self) -> bool:
-        """Whether there is still something to wait for; begins the next step when one has ended well."""
-        if self.process is None:
-            return False
-        code = self.process.poll()
-        if code is None:
-            return True
-        assert self.step is not None
-        self.seconds[self.step.title] = time.monotonic() - self.step_start
-        if code != 0:
-            self.failure = self._failure(code)
-            return False
-        self._next()
-        return self.process is not None
+    def _run_step(self, step: Step, slot: Slot, log: Path) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **step.environment}
+        if slot.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
+        with report_full_disk(log), open(log, "ab") as handle:
+            handle.write(f"$ {step.line}\n".encode("utf-8", "surrogateescape"))
+            handle.flush()
+            with self.guard:
+                if self.is_stopping:
+                    return 128 + signal.SIGTERM
+                # A session of its own: Ctrl-C reaches only us, and we end the commands in order.
+                process = subprocess.Popen(
+                    step.program, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT,
+                    env=environment, start_new_session=True, pass_fds=self.lock,
+                )  # fmt: skip
+                self.processes.add(process)
+        code = process.wait()
+        self.processes.discard(process)
+        return code
 
     def stop(self) -> None:
-        """Ask the running command to end."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-
-    def wait(self, deadline: float) -> None:
-        """Wait for its end until ``deadline`` (monotonic seconds), then kill it with all that it started."""
-        if self.process is None:
+        """Let no command begin any more, and end those that run: each after its current step, or killed in the end."""
+        with self.guard:
+            self.is_stopping = True
+            running = [process for process in self.processes if process.poll() is None]
+        if not running:
             return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(0.0, deadline - time.monotonic()))
-        self.kill()
-
-    def kill(self) -> None:
-        """Kill the running command with all that it started."""
-        if self.process is not None and self.process.poll() is None:
-            if hasattr(os, "killpg"):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.wait()
-
-    def _next(self) -> None:
-        self.step, self.process = next(self.steps, None), None
-        if self.step is None:
-            return
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, **self.step.environment}
-        if self.slot.gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.slot.gpu
-        self.step_start = time.monotonic()
-        with full_disk_named(self.log), open(self.log, "ab") as handle:
-            self.offset = handle.tell()
-            handle.write(f"$ {shlex.join(self.step.words)}\n".encode("utf-8", "surrogateescape"))
-            handle.flush()
-            # A session of its own: Ctrl-C reaches only us, and we end the children in order.
-            self.process = subprocess.Popen(
-                self.step.line,
-                stdin=subprocess.DEVNULL,
-                stdout=handle,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                pass_fds=() if self.lock is None else (self.lock.fileno(),),
-            )
-        if self.slot.cores and hasattr(os, "sched_setaffinity"):
-            with contextlib.suppress(ProcessLookupError):  # it has ended already
-                os.sched_setaffinity(self.process.pid, self.slot.cores)
-
-    def _failure(self, code: int) -> CaseFailure:
-        """What the log says about it: the last error code, else the last line."""
-        assert self.step is not None
-        with open(self.log, "rb") as handle:
-            handle.seek(self.offset)
-            lines = [line for line in handle.read().decode(errors="replace").splitlines() if line.strip()]
-        where = f"{self.step.title}, see {self.log}"
-        if code > 128 or code < 0:
-            return CaseFailure(str(self.cell), "E_INTERNAL", f"{where}: it was ended from outside (exit code {code}).")
-        found = [match for line in lines if (match := _CODE.search(line))]
-        if found:
-            return CaseFailure(str(self.cell), found[-1][1], f"{where}: {found[-1][2]}")
-        return CaseFailure(str(self.cell), "E_INTERNAL", f"{where}: {lines[-1] if len(lines) > 1 else 'no output'}")
+        logger.info("ending the trainings that run, each after its current step")
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        try:
+            for process in running:
+                process.terminate()
+            while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # with all that it started
 
 
 def run_cells(
     cells: Sequence[Cell],
     steps: Steps,
-    places: Sequence[Slot],
-    log_of: Callable[[Cell], Path],
-    finished: Callable[[Cell, dict[str, float]], str],
+    slots: Sequence[Slot],
+    logs: Path,
+    on_success: Callable[[Cell, dict[str, float]], str],
     known_seconds: Sequence[float] = (),
-    lock: IO[bytes] | None = None,
+    lock: int | None = None,
 ) -> list[CaseFailure]:
-    """Run cells in their order, one per slot at a time; returns the failures, of which each costs only its own cell.
+    """Run cells in their order, one per slot at a time; return the failures, each of which costs only its own cell.
 
-    ``finished`` is called with the seconds of each step when a cell is done, and returns what to say about it;
-    ``known_seconds`` are how long cells took before, for the time left. Raises StoppedError on a stop signal, after
-    the children have ended cleanly, as they also do when anything else ends this early; a second signal kills them.
+    ``on_success`` gets the seconds of each step of a cell that is done, and returns what to say about it.
+    ``known_seconds`` are durations of earlier cells, for the time left. Raises StoppedError on a stop signal, after the
+    commands have ended cleanly; a second signal kills them.
     """
-    waiting, free = deque(cells), list(reversed(places))
-    runs: list[_Run] = []
-    failures: list[CaseFailure] = []
-    durations = list(known_seconds)
-    num_done = 0
-    with stop_on_signal("the current step of each training") as flag:
+    runner, failures, durations = _Runner(slots, lock), [], list(known_seconds)
+    with stop_on_signal("the current step of each training") as flag, ThreadPoolExecutor(len(slots)) as pool:
         try:
-            while waiting or runs:
+            left = {
+                pool.submit(runner.run, cell, steps(cell), inside(logs, f"{cell.folder_name}.txt")): cell
+                for cell in cells
+            }
+            while left:
+                for future in wait(left, POLL_SECONDS, FIRST_COMPLETED).done:
+                    cell, outcome = left.pop(future), future.result()
+                    if isinstance(outcome, CaseFailure):
+                        failures.append(outcome)
+                        about = f"FAILED: {outcome.code}  {outcome.reason}"
+                    else:
+                        if TRAINING in outcome:  # the last part of a continued training would mislead
+                            durations.append(sum(outcome.values()))
+                        about = on_success(cell, outcome)
+                    text = f"{len(cells) - len(left)} of {len(cells)}: {cell}: {about}"
+                    remaining = format_time_left(durations, len(left), len(slots))
+                    logger.info("%s  %s; %s", time.strftime("%H:%M:%S"), text, remaining)
                 if flag.exit_code is not None:
-                    message = "stopped; what is finished is kept, and the same command goes on."
+                    message = "stopped; what is finished is kept, and the same command continues."
                     raise StoppedError(flag.exit_code, message)
-                while waiting and free:
-                    cell = waiting.popleft()
-                    runs.append(_Run(cell, steps(cell), free.pop(), log_of(cell), lock))
-                    logger.info("%s  begun: %s", time.strftime("%H:%M:%S"), cell)
-                for run in [run for run in runs if not run.is_busy()]:
-                    about = _outcome(run, finished, durations, failures)
-                    runs.remove(run)
-                    free.append(run.slot)
-                    num_done += 1
-                    left = time_left(durations, len(waiting), [other.elapsed for other in runs], len(places))
-                    text = f"{num_done} of {len(cells)}: {run.cell}: {about}"
-                    logger.info("%s  %s; %s", time.strftime("%H:%M:%S"), text, left)
-                time.sleep(POLL_SECONDS)
         finally:
-            _stop(runs)
+            pool.shutdown(wait=False, cancel_futures=True)
+            runner.stop()
     return failures
 
 
-def _outcome(
-    run: _Run,
-    finished: Callable[[Cell, dict[str, float]], str],
-    durations: list[float],
-    failures: list[CaseFailure],
-) -> str:
-    """What to say about a cell that has ended; adds its duration or its failure."""
-    if run.failure is not None:
-        failures.append(run.failure)
-        return f"FAILED: {run.failure.code}  {run.failure.reason}"
-    if TRAINING in run.seconds:  # the last part of a training that was continued tells nothing
-        durations.append(run.elapsed)
-    return finished(run.cell, run.seconds)
-
-
-def time_left(durations: Sequence[float], num_waiting: int, elapsed: Sequence[float], num_slots: int) -> str:
-    """The time until all is done, from the mean duration of the cells so far (seconds)."""
-    if num_waiting == 0 and not elapsed:
+def format_time_left(durations: Sequence[float], num_left: int, num_slots: int) -> str:
+    """Format the time until all is done, from the mean duration of the cells so far (seconds)."""
+    if num_left == 0:
         return "nothing left"
     if not durations:
         return "time left unknown"
-    mean = sum(durations) / len(durations)
-    seconds = (num_waiting * mean + sum(max(mean - seconds, 0.0) for seconds in elapsed)) / num_slots
+    seconds = num_left * sum(durations) / len(durations) / num_slots
     return f"about {timedelta(seconds=round(seconds))} left"
 
 
-def _stop(runs: Sequence[_Run]) -> None:
-    active = [run for run in runs if run.process is not None and run.process.poll() is None]
-    if not active:
-        return
-    logger.info("ending the trainings that run, each after its current step")
-    for run in active:
-        run.stop()
-    deadline = time.monotonic() + SECONDS_TO_STOP
-    try:
-        for run in active:
-            run.wait(deadline)
-    finally:
-        for run in active:
-            run.kill()
+def _explain(cell: Cell, step: Step, exit_code: int, log: Path, offset: int) -> CaseFailure:
+    """Return why a step failed: the last error code in its part of the log, else the last line."""
+    with open(log, "rb") as handle:
+        handle.seek(offset)
+        lines = [line for line in handle.read().decode(errors="replace").splitlines() if line.strip()]
+    where = f"{step.title}, see {log}"
+    if exit_code > 128 or exit_code < 0:
+        return CaseFailure(str(cell), "E_INTERNAL", f"{where}: it was ended from outside (exit code {exit_code}).")
+    found = [match for line in lines if (match := _CODE.search(line))]
+    if found:
+        return CaseFailure(str(cell), found[-1][1], f"{where}: {found[-1][2]}")
+    return CaseFailure(str(cell), "E_INTERNAL", f"{where}: {lines[-1] if len(lines) > 1 else 'no output'}")

@@ -1,31 +1,42 @@
-"""What a study asks: cells, the question that they share, and the cases and subjects of a labelled dataset."""
+"""The design of a study: what is asked, its arms and cells, and who trains and who tests.
+
+Everything is drawn by subject, so that no person is on both sides. The order of subjects is that of hashes of seed and
+name: it is the same on every computer, and a case that is added to the dataset moves no other.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.data import corpus
-from mfm_nnunet.data.cases import Case
-from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside
-from mfm_nnunet.finetune import settings as finetune_settings
-from mfm_nnunet.metrics import foreground_labels
-from mfm_nnunet.study.arms import SCRATCH, Arm
-from mfm_nnunet.study.splits import Cases, nested_subset
-from mfm_nnunet.workspace import Workspace
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.jobs.preflight import Case, find_checkpoint, hash_checkpoint
 
 logger = logging.getLogger(__name__)
 
-CELLS = "cells"
-"""Folder of the trainings inside the study folder; with it a study's question is settled."""
+SCRATCH = "scratch"
+LARGEST_COUNT = 1 << 31
+TEST_DRAW = "test"
+"""Takes the place of a seed in the draw of the test split, which is the same for all seeds."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_SETTING = re.compile(r",(?=finetune\.)")
+_RUN_FOLDER = "mfm_pretrain__"
 
-RUN_SETTINGS = f"results/*/*/fold_*/{finetune_settings.FILE}"
-"""What a training wrote about its settings and its plan, inside its cell's folder."""
+
+@dataclass(frozen=True)
+class Arm:
+    """A start of the training; ``file`` and ``sha256`` are None from scratch."""
+
+    file: str | None = None
+    sha256: str | None = None
+    settings: tuple[str, ...] = ()
+    """``finetune.name=value`` of this arm alone; they win over the study's."""
 
 
 @dataclass(frozen=True, order=True)
@@ -41,169 +52,194 @@ class Cell:
 
     @property
     def folder_name(self) -> str:
-        """Its folder below ``cells``."""
+        """Name of its folder below ``cells``."""
         return f"{self.arm}__{self.num_labels}_labels__seed{self.seed}"
 
 
-def cells_of(record: Mapping[str, Any]) -> list[Cell]:
-    """All cells that any call asked for, as ``study.json`` tells."""
-    if "asked" in record:
-        return [Cell(**cell) for cell in record["asked"]]
-    return [  # a study that was begun by an earlier version tells what its last call asked for
-        Cell(num_labels, seed, arm)
-        for seed in range(record["seeds"])
-        for num_labels in record["labels"]
-        for arm in record["compared"]
-    ]
+def is_arm_name(name: Any) -> bool:
+    """Return whether folders can be named after an arm of this name."""
+    return isinstance(name, str) and bool(_NAME.fullmatch(name))
 
 
-def curve_labels(record: Mapping[str, Any]) -> list[int]:
-    """The numbers of labels of scratch's learning curve, ascending."""
-    return sorted({cell.num_labels for cell in cells_of(record) if cell.arm == SCRATCH})
+def parse_arms(words: Sequence[str]) -> dict[str, Arm]:
+    """Parse the arms of a request; the result keeps their order.
 
-
-@dataclass(frozen=True)
-class Question:
-    """What decides about the result of every cell; it cannot change within one study folder. JSON values."""
-
-    dataset: str
-    configuration: str
-    plans: str
-    """``NAME HASH`` of a plan that was given, ``like HASH`` of a checkpoint, or ``own``: planned from the pool."""
-    settings: list[str]
-    tolerance_mm: float
-    mirroring: bool
-    test: list[str]
-    subjects: dict[str, str]
-    """The subject of every case."""
-    data: str
-    """A hash of names, sizes and times of change of all images and labels."""
-
-
-@dataclass(frozen=True)
-class Design:
-    """A study that can be run. ``folds`` are (number of labels, seed), by their place in ``splits_final.json``."""
-
-    folder: Path
-    question: Question
-    arms: tuple[Arm, ...]
-    labels: list[int]
-    seeds: int
-    folds: list[tuple[int, int]]
-    known_arms: dict[str, Any]
-    """What ``study.json`` says of the arms of earlier calls and of this one."""
-    asked_before: list[Cell]
-    """The cells that earlier calls asked for."""
-    plan_sha256: str | None
-    """The digest of the plan of earlier calls; None before the first training."""
-    cases: dict[str, Case]
-    dataset_json: dict[str, Any]
-
-    @property
-    def workspace(self) -> Path:
-        """The root of the study's own workspace."""
-        return self.folder / "workspace"
-
-    @property
-    def pool(self) -> list[Case]:
-        """The labelled cases that do not test."""
-        test = set(self.question.test)
-        return [case for name, case in self.cases.items() if name not in test]
-
-    @property
-    def test(self) -> list[Case]:
-        """The cases that test."""
-        return [self.cases[name] for name in self.question.test]
-
-    @property
-    def test_folder(self) -> Path:
-        """Links to the images of the test cases, which is what prediction reads."""
-        return self.folder / "test"
-
-    def test_images(self, case: Case) -> list[Path]:
-        """The links to the channels of a test case."""
-        ending = self.dataset_json["file_ending"]
-        return [inside(self.test_folder, f"{case.name}_{channel:04d}{ending}") for channel in range(len(case.images))]
-
-    def cells(self) -> Iterator[Cell]:
-        """The cells of this call, seed by seed, so that a study that is stopped early leaves a fair table."""
-        for seed in range(self.seeds):
-            for num_labels in self.labels:
-                for arm in self.arms:
-                    yield Cell(num_labels, seed, arm.name)
-
-    def asked(self) -> list[Cell]:
-        """The cells of earlier calls and of this one: what the report is about."""
-        return list(dict.fromkeys([*self.asked_before, *self.cells()]))
-
-    def arm(self, name: str) -> Arm:
-        """An arm of this call or of an earlier one."""
-        known = self.known_arms[name]
-        return Arm(name, Path(known["file"]) if known["file"] else None, tuple(known["settings"]))
-
-    def cell_folder(self, cell: Cell) -> Path:
-        """Where everything of a cell is."""
-        return inside(self.folder, CELLS, cell.folder_name)
-
-    def fold(self, cell: Cell) -> int:
-        """The fold that trains on the cell's subset."""
-        return self.folds.index((cell.num_labels, cell.seed))
-
-    def subset(self, num_labels: int, seed: int) -> list[str]:
-        """The cases that a subset holds."""
-        test = set(self.question.test)
-        known = Cases.of(self.question.subjects)
-        subjects = sorted({subject for case, subject in self.question.subjects.items() if case not in test})
-        return nested_subset(known, subjects, num_labels, seed)
-
-
-def labelled_cases(here: Workspace, dataset_name: str) -> tuple[list[Case], dict[str, Any]]:
-    """The cases of a labelled raw dataset, and its dataset.json.
-
-    Raises MFMError: E_CONFIG for a corpus, or a dataset that names no structure; E_NOT_FOUND for missing files.
+    Raises MFMError: E_CONFIG (no arm, a name that no folder can have, a name twice), E_NOT_FOUND (no such checkpoint).
     """
-    raw = here.raw_folder(dataset_name)
-    cases, content = corpus.load_cases(raw), corpus.read_dataset_json(raw)
-    unlabelled = [case.name for case in cases if case.label is None]
-    if corpus.is_corpus(raw) or len(unlabelled) == len(cases) or not foreground_labels(content):
-        raise MFMError(
-            "E_CONFIG", f"{dataset_name} has no labels, so there is nothing to learn from. Give a labelled one."
-        )
-    if unlabelled:
+    if not words:
+        raise MFMError("E_CONFIG", "--arms: there is nothing to compare. Give at least one: scratch, or a checkpoint.")
+    arms: dict[str, Arm] = {}
+    for word in words:
+        name, arm = _parse_arm(word)
+        # Folders are named after arms, and some file systems ignore case.
+        if name.casefold() in {other.casefold() for other in arms}:
+            raise MFMError(
+                "E_CONFIG", f"--arms: two arms are named '{name}'. Give each a name of its own: NAME=CHECKPOINT."
+            )
+        arms[name] = arm
+    return arms
+
+
+def _parse_arm(word: str) -> tuple[str, Arm]:
+    base, *settings = [word] if Path(word).exists() else _SETTING.split(word)
+    if base == SCRATCH:
+        return SCRATCH, Arm(settings=tuple(settings))
+    name, separator, path = base.partition("=")
+    is_named = bool(separator) and not Path(base).exists()
+    place = find_checkpoint(path if is_named else base).absolute()
+    if not place.exists():
         raise MFMError(
             "E_NOT_FOUND",
-            f"{raw / 'dataset.json'}: {len(unlabelled)} of {len(cases)} cases have no label, e.g. {unlabelled[0]}. Add "
-            "the labels, or take these cases out.",
+            f"--arms {word}: there is no file {place}. An arm is the word {SCRATCH}, a checkpoint, or NAME=CHECKPOINT.",
         )
-    return cases, content
+    if not is_named:
+        name = _name_after(place)
+    if name == SCRATCH or not is_arm_name(name):
+        raise MFMError(
+            "E_CONFIG",
+            f"--arms {word}: '{name}' cannot be the name of an arm with a checkpoint. Take letters, digits and "
+            f"_ . + -, and not {SCRATCH}.",
+        )
+    return name, Arm(str(place), hash_checkpoint(place), tuple(settings))
 
 
-def read_subjects(file: Path | None, cases: Sequence[Case]) -> dict[str, str]:
-    """The subject of every case: from a CSV with the columns ``case`` and ``subject``, else as the names tell.
+def _name_after(file: Path) -> str:
+    """Name an arm after task and run name if a checkpoint lies in a run of mfm_pretrain, else after its file."""
+    folder = file.parent.name
+    if folder.startswith(_RUN_FOLDER):
+        task, *rest = folder.removeprefix(_RUN_FOLDER).split("__")
+        return "_".join([task, *rest[2:]])
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", file.stem)
+
+
+def read_subjects(file: str | Path | None, cases: Sequence[Case]) -> dict[str, str]:
+    """Return the subject of every case: from a CSV with the columns ``case`` and ``subject``, else from its name.
 
     Raises MFMError: E_NOT_FOUND (no such file), E_FORMAT (no such columns), E_CONFIG (a case with no subject or two).
     """
     if file is None:
         return {case.name: case.subject for case in cases}
-    if not file.is_file():
+    if not Path(file).is_file():
         raise MFMError("E_NOT_FOUND", f"--subjects {file}: no such file. Give a CSV with the columns case and subject.")
     try:
         with open(file, newline="", encoding="utf-8-sig") as handle:
-            rows = list(csv.DictReader(handle, skipinitialspace=True))
-        pairs = {(row["case"].strip(), row["subject"].strip()) for row in rows}
+            pairs = {
+                (row["case"].strip(), row["subject"].strip()) for row in csv.DictReader(handle, skipinitialspace=True)
+            }
     except (KeyError, AttributeError, ValueError, csv.Error) as error:
         raise MFMError("E_FORMAT", f"--subjects {file}: expected a CSV with the columns case and subject.") from error
-    named = dict(sorted(pairs))
-    if contradicting := sorted(case for case, subject in pairs if named[case] != subject):
-        case = contradicting[0]
+    subject_of = dict(sorted(pairs))
+    if len(subject_of) < len(pairs):
+        case = min(case for case, subject in pairs if subject_of[case] != subject)
         subjects = " and ".join(sorted(subject for other, subject in pairs if other == case))
         raise MFMError("E_CONFIG", f"--subjects {file}: case {case} is of {subjects}. Leave one line for each case.")
-    missing = [case.name for case in cases if not named.get(case.name)]
-    if missing:
+    if missing := [case.name for case in cases if not subject_of.get(case.name)]:
         raise MFMError(
             "E_CONFIG",
             f"--subjects {file}: {len(missing)} cases have no subject, e.g. {missing[0]}. Add a line for each.",
         )
-    if others := sorted(set(named) - {case.name for case in cases}):
+    if others := sorted(set(subject_of) - {case.name for case in cases}):
         logger.warning("--subjects %s: %d cases are not in the dataset, e.g. %s", file, len(others), others[0])
-    return {case.name: named[case.name] for case in cases}
+    return {case.name: subject_of[case.name] for case in cases}
+
+
+def shuffle(subjects: Iterable[str], seed: int | str) -> list[str]:
+    """Return the subjects in the one random order that belongs to a seed."""
+    return sorted(subjects, key=lambda subject: hashlib.sha256(f"{seed}:{subject}".encode()).hexdigest())
+
+
+def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
+    """Return the cases that test, sorted; ``subjects`` holds the subject of every case.
+
+    ``wanted`` is a share of the subjects (``20%``), a number of them, or a file of case names. Raises MFMError:
+    E_CONFIG for an impossible share or number, a split that is empty or leaves nothing to train on, unknown cases, and
+    a subject of which only some cases are named; E_NOT_FOUND for a missing file.
+    """
+    everybody = set(subjects.values())
+    if wanted.endswith("%") or wanted.lstrip("-").isdigit():
+        chosen = set(shuffle(everybody, TEST_DRAW)[: _count(wanted, len(everybody), "--test")])
+    else:
+        chosen = _subjects_in_file(subjects, Path(wanted))
+    if not chosen:
+        raise MFMError("E_CONFIG", f"--test {wanted}: the test split would be empty. Give at least one subject.")
+    if chosen == everybody:
+        raise MFMError(
+            "E_CONFIG",
+            f"--test {wanted}: all {len(everybody)} subjects would test and none would be left to train on. "
+            "Give a smaller share or number.",
+        )
+    return _cases_of(subjects, chosen)
+
+
+def draw_subset(subjects: Mapping[str, str], test: Collection[str], num_labels: int, seed: int) -> list[str]:
+    """Return the cases of the first ``num_labels`` subjects in the seed's order: 5 are among 10 among 20."""
+    pool = {subject for case, subject in subjects.items() if case not in test}
+    return _cases_of(subjects, shuffle(pool, seed)[:num_labels])
+
+
+def count_labels(wanted: Sequence[str], num_subjects: int) -> list[int]:
+    """Return the numbers of labelled subjects that ``--labels`` asks for, ascending, of ``num_subjects`` in the pool.
+
+    Raises MFMError (E_CONFIG): none, not a number or share, less than one, more than there are, or one twice.
+    """
+    if not wanted:
+        raise MFMError("E_CONFIG", "--labels: give at least one number of labels, e.g. --labels 5 10 20 100%.")
+    counts: dict[int, str] = {}
+    for text in wanted:
+        count = _count(text, num_subjects, "--labels")
+        if count < 1:
+            raise MFMError("E_CONFIG", f"--labels {text}: at least one label is needed to train.")
+        if count > num_subjects:
+            raise MFMError(
+                "E_CONFIG",
+                f"--labels {text}: without the test split there are {num_subjects} subjects with labels. Give at most "
+                f"{num_subjects}, or 100% for all of them.",
+            )
+        if count in counts:
+            raise MFMError("E_CONFIG", f"--labels {counts[count]} and {text} are both {count}. Give one of them.")
+        counts[count] = text
+    return sorted(counts)
+
+
+def _cases_of(subjects: Mapping[str, str], chosen: Collection[str]) -> list[str]:
+    return sorted(case for case, subject in subjects.items() if subject in chosen)
+
+
+def _count(text: str, total: int, flag: str) -> int:
+    """Return a number, or a share of ``total`` (at least one where the share is above zero)."""
+    number = text.removesuffix("%")
+    try:
+        value = float(number) if text.endswith("%") else int(number)
+    except ValueError as error:
+        raise MFMError("E_CONFIG", f"{flag} {text}: expected a number such as 10, or a share such as 20%.") from error
+    if not text.endswith("%"):
+        return max(0, int(value))
+    if not 0 <= value <= 100:
+        raise MFMError("E_CONFIG", f"{flag} {text}: a share is from 0% to 100%.")
+    return max(1, round(total * value / 100)) if value else 0
+
+
+def _subjects_in_file(subjects: Mapping[str, str], file: Path) -> set[str]:
+    """Return the subjects of the case names in a file, one per line."""
+    if not file.is_file():
+        raise MFMError(
+            "E_NOT_FOUND", f"--test {file}: no such file. Give a share (20%), a number, or a file of case names."
+        )
+    try:
+        named = {line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
+    except ValueError as error:
+        raise MFMError("E_FORMAT", f"--test {file}: not a text of one case name per line ({error}).") from error
+    if unknown := sorted(named - set(subjects)):
+        raise MFMError(
+            "E_CONFIG",
+            f"--test {file}: {len(unknown)} names are no labelled cases, e.g. {unknown[0]}. "
+            f"{nearest(unknown[0], subjects)}",
+        )
+    chosen = {subjects[case] for case in named}
+    if left := [case for case in _cases_of(subjects, chosen) if case not in named]:
+        raise MFMError(
+            "E_CONFIG",
+            f"--test {file}: case {left[0]} is of subject {subjects[left[0]]}, and other cases of this subject test. "
+            "Name all cases of a subject or none.",
+        )
+    return chosen

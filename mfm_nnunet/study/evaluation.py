@@ -1,10 +1,10 @@
-"""Dice and normalised surface distance (NSD) of predicted masks, with what happens to absent labels stated.
+"""Dice and normalised surface distance (NSD) of predicted masks.
 
 Tools for surface metrics differ by tens of points on equal masks, so one library is used, ``surface-distance`` by
 DeepMind, and its name and version stand in every result. NSD is its surface Dice: the share of both surfaces, by area,
-that lies within the tolerance of the other one. For both metrics: a label that is neither in the reference nor in the
-prediction has no score (NaN); one that is in only one of them has 0. Which labels a reference holds is told beside the
-scores: means are of these alone, and predictions of the others are false positives.
+that lies within the tolerance of the other one. A label that is neither in the reference nor in the prediction has no
+score (NaN); one that is in only one of them has 0. Each result also names the labels that a reference holds: means are
+over these alone, and predictions of the others are false positives.
 
 ``python -m mfm_nnunet.study.evaluation STUDY CELL`` scores one cell of a study; each runs in a process of its own.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside, read_json
-from mfm_nnunet.images.integrity import files_of
-from mfm_nnunet.images.reading import read_label
-from mfm_nnunet.metrics import dice, foreground_labels, ignore_label
+from mfm_nnunet.files import inside, read_json, write_json
+from mfm_nnunet.jobs.preflight import list_companions, read_label_map
+from mfm_nnunet.metrics import dice
+from mfm_nnunet.study.folder import Study, read_study
 
 LIBRARY = "surface-distance"
 METRICS = ("dice", "nsd")
@@ -36,7 +34,7 @@ RESULT = "result.json"
 
 
 def require_library() -> dict[str, str]:
-    """Name and version of the library of surface metrics. Raises MFMError (E_NOT_FOUND) where it is not installed."""
+    """Return name and version of the library that measures surfaces. Raises MFMError (E_NOT_FOUND) without it."""
     if importlib.util.find_spec("surface_distance") is None:
         raise MFMError(
             "E_NOT_FOUND",
@@ -49,7 +47,7 @@ def require_library() -> dict[str, str]:
 def surface_dice(
     reference: np.ndarray, predicted: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float
 ) -> float:
-    """NSD of two boolean masks of 2 or 3 axes: between 0 and 1, NaN when both are empty, 0 when one is."""
+    """Compute the NSD of two boolean masks of 2 or 3 axes: from 0 to 1, NaN when both are empty, 0 when one is."""
     if not reference.any() and not predicted.any():
         return float("nan")
     if not reference.any() or not predicted.any():  # the library would divide by zero, or give infinite distances
@@ -70,10 +68,10 @@ def score_case(
     ignore: int | None,
     tolerance_mm: float,
 ) -> dict[str, dict[str, float]]:
-    """The metrics of every label of one case; ``labels`` are names and voxel values.
+    """Compute the metrics of every label of one case; ``labels`` are names and voxel values.
 
-    Axes of length 1 are dropped: a picture has contours, not surfaces. Voxels of the reference that have the value
-    ``ignore`` belong to no label on either side.
+    Axes of length 1 are dropped: a picture has contours, not surfaces. Voxels whose reference value is ``ignore``
+    belong to no label on either side.
     """
     kept = [axis for axis, size in enumerate(reference.shape) if size > 1]
     shape, spacing = [reference.shape[axis] for axis in kept], [spacing_mm[axis] for axis in kept]
@@ -91,29 +89,26 @@ def score_case(
 
 
 def length_unit(reader: str, references: Sequence[Path]) -> str:
-    """Return the unit of the tolerance: mm, or pixels and voxels where files tell no spacing and it counts as 1."""
+    """Return the unit of the tolerance: mm, or pixels and voxels where files have no spacing and it counts as 1."""
     if reader == "NaturalImage2DIO":
         return "pixels"
-    if reader == "Tiff3DIO" and all(len(files_of(file, is_label=True)) == 1 for file in references):
+    if reader == "Tiff3DIO" and not any(list_companions(file, is_label=True) for file in references):
         return "voxels"
     return "mm"
 
 
-def evaluate_cell(study_folder: Path, cell_folder: Path) -> None:
-    """Score the masks of a cell against the references of the test cases and write its ``result.json``.
+def evaluate_cell(study: Study, folder: Path) -> None:
+    """Score the masks in the folder of a cell against the references of the test cases, and write ``result.json``.
 
     Raises MFMError for a mask or reference that cannot be read.
     """
-    study = read_json(study_folder / "study.json", "Run mfm_study again.")
-    plans = read_json(cell_folder / "masks" / "plans.json", "Run mfm_study again.")
-    content, reader = study["dataset_json"], str(plans.get("image_reader_writer"))
-    labels, ignore = foreground_labels(content), ignore_label(content)
+    reader = str(read_json(folder / "masks" / "plans.json", "Run mfm_study again.").get("image_reader_writer"))
+    labels, references = study.dataset.foreground, {name: Path(case.label) for name, case in study.test_cases.items()}
     scores, in_reference = {}, {}
-    for name, files in study["test_cases"].items():
-        reference, properties = read_label(Path(files["label"]), reader)
-        predicted, _ = read_label(inside(cell_folder, "masks", f"{name}{content['file_ending']}"), reader)
-        spacing, tolerance = properties["spacing"], study["question"]["tolerance_mm"]
-        case = score_case(reference[0], predicted[0], spacing, labels, ignore, tolerance)
+    for name, file in references.items():
+        reference, spacing = read_label_map(file, reader)
+        predicted, _ = read_label_map(inside(folder, "masks", f"{name}{study.dataset.file_ending}"), reader)
+        case = score_case(reference, predicted, spacing, labels, study.dataset.ignore, study.question.tolerance_mm)
         scores[name] = {
             label: {metric: None if value != value else value for metric, value in metrics.items()}
             for label, metrics in case.items()
@@ -123,14 +118,12 @@ def evaluate_cell(study_folder: Path, cell_folder: Path) -> None:
         "scores": scores,
         "in_reference": in_reference,
         "library": require_library(),
-        "length_unit": length_unit(reader, [Path(files["label"]) for files in study["test_cases"].values()]),
+        "length_unit": length_unit(reader, list(references.values())),
     }
-    if (cell_folder / RESULT).is_file():  # scored again: the seconds of its steps still hold
-        before = read_json(cell_folder / RESULT, "Remove it and run mfm_study again.")
-        result["seconds"] = before.get("seconds", {})
-    with atomic_write(cell_folder / RESULT) as handle:
-        handle.write(json.dumps(result, indent=1).encode())
+    if (folder / RESULT).is_file():  # scored again: the seconds of its steps still hold
+        result["seconds"] = read_json(folder / RESULT, "Remove it and run mfm_study again.").get("seconds", {})
+    write_json(folder / RESULT, result)
 
 
 if __name__ == "__main__":
-    evaluate_cell(Path(sys.argv[1]), Path(sys.argv[2]))
+    evaluate_cell(read_study(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -1,330 +1,367 @@
-"""The folder of a study: begun, continued or refused; ``study.json`` and a workspace of its own.
+"""The folder of a study: ``study.json``, begun, continued or refused, and a workspace of its own.
 
-The study's workspace knows only the pool (everything but the test split): fingerprint, plan and preprocessing see no
-test image. It is preprocessed once; a subset is a fold of ``splits_final.json``.
+The workspace knows only the pool (everything but the test split): fingerprint, plan and preprocessing see no test
+image. It is preprocessed once; a subset is a fold of ``splits_final.json``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data import corpus
-from mfm_nnunet.data.cases import Case
-from mfm_nnunet.dataset import check_dataset_json
+from mfm_nnunet.dataset import DatasetJson, check_dataset_json
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import is_file_name, read_json
-from mfm_nnunet.images.integrity import files_of
-from mfm_nnunet.interchange.read import sha256
-from mfm_nnunet.study.arms import Arm, is_arm_name
-from mfm_nnunet.study.design import CELLS, Cell, Design, Question, cells_of, read_subjects
-from mfm_nnunet.study.plan import digest, require_known
-from mfm_nnunet.study.splits import Cases, draw_test, label_counts
+from mfm_nnunet.files import inside, is_file_name, read_json, write_json
+from mfm_nnunet.jobs.preflight import Case, RawDataset, list_companions
+from mfm_nnunet.requests import StudyRequest
+from mfm_nnunet.settings import from_dict
+from mfm_nnunet.study.design import (
+    LARGEST_COUNT,
+    SCRATCH,
+    Arm,
+    Cell,
+    count_labels,
+    draw_subset,
+    draw_test,
+    is_arm_name,
+    read_subjects,
+)
 from mfm_nnunet.version import __version__
 
 RECORD = "study.json"
+CELLS = "cells"
+"""Folder of the trainings; once it is there, the question of the study cannot change."""
+STUDY_PLANS = "mfmStudyPlans"
+"""Name of a plan that a study makes in its own workspace."""
+OWN, LIKE = "own", "like"
+"""First words of ``Question.plans`` for such a plan."""
 STUDY_SETTINGS = ("finetune.validation_iterations=1",)
 """Set before ``--set``: the final checkpoint is tested, so validation while training decides nothing and costs time."""
-_PARTS = {"question", "labels", "seeds", "compared", "arms", "folds", "test_cases", "library", "dataset_json"}
 _ADVICE = "Give -o another folder, or remove this one to begin anew."
 
 
-def make_design(
-    folder: Path,
-    cases: Sequence[Case],
-    dataset_json: Mapping[str, Any],
-    *,
-    dataset: str,
-    configuration: str,
-    plans: str,
-    arms: tuple[Arm, ...],
-    labels: Sequence[str],
-    seeds: int,
-    test: str,
-    subjects: Path | None,
-    settings: Sequence[str],
-    tolerance_mm: float,
-    mirroring: bool,
-) -> Design:
-    """The design of a study; nothing is written yet.
+@dataclass(frozen=True)
+class Question:
+    """Everything that decides the result of a cell; it cannot change within one study folder."""
 
-    Raises MFMError: as the splits do, and E_CONFIG when the folder holds a study that asked something else.
-    """
-    if seeds < 1:
-        raise MFMError("E_CONFIG", f"--seeds {seeds}: at least one training per arm is needed.")
-    if not 0 <= tolerance_mm < float("inf"):
-        raise MFMError("E_CONFIG", f"--tolerance-mm {tolerance_mm}: expected a length in mm, 0 or more.")
-    if any(setting.partition("=")[0].strip() == "seed" for setting in settings):
-        raise MFMError(
-            "E_CONFIG", "--set seed: the study sets the seed of every cell itself. Say how many with --seeds."
+    dataset: str
+    configuration: str
+    plans: str
+    """``NAME HASH`` of a plan that was given, ``like HASH`` of a checkpoint, or ``own``: planned from the pool."""
+    settings: tuple[str, ...]
+    tolerance_mm: float
+    mirroring: bool
+    test: tuple[str, ...]
+    subjects: dict[str, Any]
+    """The subject of every case."""
+    data: str
+    """Hash of names, sizes and modification times of all images and labels."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A subset of the pool; its place in ``Study.folds`` is its number in ``splits_final.json``."""
+
+    labels: int
+    seed: int
+    train: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TestCase:
+    """The files of a case that tests."""
+
+    images: tuple[str, ...]
+    label: str
+
+    __test__ = False  # no test of pytest
+
+
+@dataclass(frozen=True)
+class Study:
+    """``study.json``: the question and everything that calls in this folder asked for and found."""
+
+    folder: Path
+    question: Question
+    dataset_json: dict[str, Any]
+    arms: dict[str, Arm]
+    asked: tuple[Cell, ...]
+    folds: tuple[Fold, ...]
+    test_cases: dict[str, TestCase]
+    library: dict[str, Any]
+    """Name and version of the library that measures surfaces."""
+    plan_sha256: str | None = None
+    """Hash of the plan that all cells share; None before the first training."""
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> list[int]:
+        """Numbers of labelled subjects, ascending."""
+        return sorted({cell.num_labels for cell in self.asked})
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds."""
+        return 1 + max((cell.seed for cell in self.asked), default=-1)
+
+    @property
+    def compared(self) -> list[str]:
+        """Names of the arms in the order in which they were asked for."""
+        return list(dict.fromkeys(cell.arm for cell in self.asked))
+
+    @property
+    def curve_labels(self) -> list[int]:
+        """Numbers of labels on scratch's learning curve, ascending."""
+        return sorted({cell.num_labels for cell in self.asked if cell.arm == SCRATCH})
+
+    @property
+    def dataset(self) -> DatasetJson:
+        """The labels and channels of the dataset."""
+        return DatasetJson.of(self.dataset_json)
+
+    @property
+    def workspace(self) -> Path:
+        """Root of the study's own workspace."""
+        return self.folder / "workspace"
+
+    @property
+    def test_folder(self) -> Path:
+        """Folder of links to the test images, which prediction reads."""
+        return self.folder / "test"
+
+    @property
+    def plans_name(self) -> str:
+        """Name of the plan that all cells share."""
+        word = self.question.plans.partition(" ")[0]
+        return STUDY_PLANS if word in (OWN, LIKE) else word
+
+    def cell_folder(self, cell: Cell) -> Path:
+        """Return the folder of everything that belongs to a cell."""
+        return inside(self.folder, CELLS, cell.folder_name)
+
+    def fold(self, cell: Cell) -> int:
+        """Return the number of the fold that trains on the cell's subset."""
+        return [(fold.labels, fold.seed) for fold in self.folds].index((cell.num_labels, cell.seed))
+
+    def linked_cases(self) -> list[Case]:
+        """Return the test cases with the links to their images, as prediction reads them."""
+        ending = self.dataset.file_ending
+        return [
+            Case(
+                name,
+                tuple(inside(self.test_folder, f"{name}_{n:04d}{ending}") for n in range(len(case.images))),
+                Path(case.label),
+            )
+            for name, case in self.test_cases.items()
+        ]
+
+    def write(self) -> None:
+        """Write ``study.json``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+        derived = {"labels": self.labels, "seeds": self.seeds, "compared": self.compared}
+        write_json(self.folder / RECORD, _plain({"made_by": f"mfm_study {__version__}", **content, **derived}))
+
+
+def _plain(value: Any) -> Any:
+    """Return dataclasses as JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_study(folder: Path) -> Study:
+    """Read ``study.json``. Raises MFMError: E_NOT_FOUND, or E_FORMAT when it is damaged."""
+    file = folder / RECORD
+    content = read_json(file, f"Is this the folder of a study? {_ADVICE}")
+    try:
+        study = Study(
+            folder=folder,
+            question=from_dict(Question, content["question"]),
+            dataset_json={**content["dataset_json"]},
+            arms={name: from_dict(Arm, arm) for name, arm in content["arms"].items()},
+            asked=tuple(from_dict(Cell, cell) for cell in content["asked"]),
+            folds=tuple(from_dict(Fold, fold) for fold in content["folds"]),
+            test_cases={name: from_dict(TestCase, case) for name, case in content["test_cases"].items()},
+            library={**content["library"]},
+            plan_sha256=content.get("plan_sha256"),
+            results={**content.get("results", {})},
         )
-    of_case = read_subjects(subjects, cases)
-    known = Cases.of(of_case)
-    tested = draw_test(known, test)
-    counts = label_counts(labels, len(known.by_subject) - len(tested))
+    except (MFMError, KeyError, TypeError, AttributeError) as error:
+        raise MFMError("E_FORMAT", f"{file}: not as mfm_study writes it ({error}). {_ADVICE}") from error
+    # Folders are named after arms and cells, and files after cases.
+    names = [name for name in (*study.arms, *study.compared) if not is_arm_name(name)]
+    names += [name for name in study.test_cases if not is_file_name(name)]
+    counts = [count for cell in study.asked for count in (cell.num_labels, cell.seed)]
+    subjects = study.question.subjects.values()
+    if (
+        names
+        or not all(0 <= count < LARGEST_COUNT for count in counts)
+        or not all(isinstance(s, str) for s in subjects)
+    ):
+        raise MFMError("E_FORMAT", f"{file}: not as mfm_study writes it ({names or 'subjects, cells'}). {_ADVICE}")
+    check_dataset_json(study.dataset_json, file)
+    return study
+
+
+def begin_study(
+    folder: Path, request: StudyRequest, dataset: RawDataset, arms: Mapping[str, Arm], plans: str, before: Study | None
+) -> tuple[Study, list[Cell]]:
+    """Design a study, or continue the study ``before``; return it with the cells of this call. Nothing is written.
+
+    ``plans`` names the plan as :class:`Question` does. Raises MFMError: as the splits do, and E_CONFIG where the study
+    before asked something else.
+    """
+    if request.seeds < 1:
+        raise MFMError("E_CONFIG", f"--seeds {request.seeds}: at least one training per arm is needed.")
+    if not 0 <= request.tolerance_mm < float("inf"):
+        raise MFMError("E_CONFIG", f"--tolerance-mm {request.tolerance_mm}: expected a length in mm, 0 or more.")
+    if any(setting.partition("=")[0].strip() == "seed" for setting in request.settings):
+        raise MFMError("E_CONFIG", "--set seed: the study sets the seed of every cell. Say how many with --seeds.")
+    subjects = read_subjects(request.subjects, dataset.cases)
+    test = draw_test(subjects, str(request.test))
+    num_subjects = len(set(subjects.values())) - len({subjects[case] for case in test})
+    counts = count_labels([str(number) for number in request.labels], num_subjects)
     question = Question(
-        dataset=dataset,
-        configuration=configuration,
+        dataset=dataset.name,
+        configuration=request.configuration,
         plans=plans,
-        settings=[*STUDY_SETTINGS, *settings],
-        tolerance_mm=tolerance_mm,
-        mirroring=mirroring,
-        test=known.names(tested),
-        subjects=of_case,
-        data=corpus.signature(cases),
+        settings=(*STUDY_SETTINGS, *request.settings),
+        tolerance_mm=float(request.tolerance_mm),
+        mirroring=request.mirroring,
+        test=tuple(test),
+        subjects=subjects,
+        data=dataset.digest,
     )
-    mine = {arm.name: _about(arm) for arm in arms}
-    before = _continued(folder, question, dataset_json, mine)
-    folds = [(fold["labels"], fold["seed"]) for fold in before.get("folds", [])]  # their numbers must not change
-    wanted = [(count, seed) for seed in range(seeds) for count in counts]
-    folds += [fold for fold in wanted if fold not in folds]
-    known_arms = {**before.get("arms", {}), **mine}
-    by_name = {case.name: case for case in cases}
-    return Design(
+    # Seed by seed, so that a study that is stopped early leaves a fair table.
+    cells = [Cell(count, seed, arm) for seed in range(request.seeds) for count in counts for arm in arms]
+    files = {case.name: TestCase(tuple(map(str, case.images)), str(case.label)) for case in dataset.cases}
+    study = Study(
         folder=folder,
         question=question,
-        arms=arms,
-        labels=counts,
-        seeds=seeds,
-        folds=folds,
-        known_arms=known_arms,
-        asked_before=cells_of(before) if before else [],
-        plan_sha256=before.get("plan_sha256"),
-        cases=by_name,
-        dataset_json=dict(dataset_json),
+        dataset_json={key: value for key, value in dataset.content.items() if key not in ("dataset", "training")},
+        arms=dict(arms),
+        asked=tuple(cells),
+        folds=(),
+        test_cases={name: files[name] for name in test},
+        library={},
     )
+    if before:
+        _require_same(before, study)
+        study = dataclasses.replace(
+            study,
+            arms={**before.arms, **arms},
+            asked=tuple(dict.fromkeys([*before.asked, *cells])),
+            folds=before.folds,  # their numbers must not change
+            plan_sha256=before.plan_sha256,
+            results=before.results,
+        )
+    known = {(fold.labels, fold.seed) for fold in study.folds}
+    new = dict.fromkeys((cell.num_labels, cell.seed) for cell in cells if (cell.num_labels, cell.seed) not in known)
+    folds = [Fold(*fold, tuple(draw_subset(subjects, test, *fold))) for fold in new]
+    return dataclasses.replace(study, folds=(*study.folds, *folds)), cells
 
 
-def plans_of(folder: Path) -> str | None:
-    """The plan that the study in a folder trains on, as :class:`Question` names it; None before the first training.
+def find_begun(folder: Path) -> Study | None:
+    """Return the study in a folder, None if nothing was trained yet. Raises MFMError (E_EXISTS) for other content."""
+    if folder.exists() and not folder.is_dir():
+        raise MFMError("E_EXISTS", f"{folder}: this is a file. Give -o another folder.")
+    if (folder / RECORD).is_file():
+        study = read_study(folder)
+        return study if (folder / CELLS).is_dir() else None  # e.g. because a bad case had to be repaired first
+    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise MFMError("E_EXISTS", f"{folder}: is not empty and holds no study. Give -o another folder.")
+    return None
 
-    Raises MFMError as :func:`read_record`.
-    """
-    if not (folder / RECORD).is_file() or not (folder / CELLS).is_dir():
-        return None
-    return str(read_record(folder)["question"].get("plans"))
+
+def _require_same(before: Study, now: Study) -> None:
+    """Raise MFMError (E_CONFIG) unless cells of this call may stand beside those that are there."""
+    if differences := _differences(before, now):
+        raise MFMError(
+            "E_CONFIG", f"{now.folder}: holds a study that asks something else: {'; '.join(differences)}. {_ADVICE}"
+        )
+    known = {name.casefold(): name for name in before.arms}
+    for name, arm in now.arms.items():
+        # Folders are named after arms, and some file systems ignore case.
+        if (other := known.get(name.casefold(), name)) != name:
+            raise MFMError(
+                "E_CONFIG",
+                f"{now.folder}: holds an arm '{other}'. Name '{name}' the same, or differently: NAME=CHECKPOINT.",
+            )
+        old = before.arms.get(name, arm)
+        if (old.sha256, old.settings) != (arm.sha256, arm.settings):
+            kind = "was another checkpoint" if old.sha256 != arm.sha256 else "was trained with other settings"
+            raise MFMError(
+                "E_CONFIG", f"{now.folder}: arm '{name}' {kind}. Name this one differently: NAME=CHECKPOINT."
+            )
 
 
-def write_design(design: Design, library: Mapping[str, str]) -> None:
-    """Write the dataset of the pool, its folds, links to the test images, and for a new study ``study.json``."""
-    before = read_record(design.folder) if (design.folder / RECORD).is_file() else {}
-    if before and _differences(before, design.question, design.dataset_json):
-        for stale in (design.workspace, design.test_folder):  # of another question, for which nothing was trained
+def _differences(before: Study, now: Study) -> list[str]:
+    """Name what decides scores and differs, with both values where these are short."""
+    question, asked = dataclasses.asdict(before.question), dataclasses.asdict(now.question)
+    found = [(name, question[name], asked[name]) for name in asked if question[name] != asked[name]]
+    old, new = before.dataset_json, now.dataset_json
+    names = before.dataset.differences(now.dataset)
+    names += [n for n in ("file_ending", "overwrite_image_reader_writer") if old.get(n, "None") != new.get(n, "None")]
+    found += [(f"{name} in dataset.json", old.get(name), new.get(name)) for name in names]
+    values = {name: f"{name} was {value}, is {other}" for name, value, other in found}
+    return [text if len(text) < 150 else name for name, text in values.items()]
+
+
+# The files that trainings and predictions read
+
+
+def write_folder(study: Study, dataset: RawDataset) -> None:
+    """Write the dataset of the pool, its folds, links to the test images, and ``study.json`` of a new study."""
+    is_begun = (study.folder / CELLS).is_dir()
+    if not is_begun and (study.folder / RECORD).is_file() and _differences(read_study(study.folder), study):
+        for stale in (study.workspace, study.test_folder):  # of another question, for which nothing was trained
             shutil.rmtree(stale, ignore_errors=True)
-    links = _test_links(design)
-    if not design.asked_before:
-        write_json(design.folder / RECORD, record_of(design, library))  # first: it tells whose folder this is
+    links = _test_links(study)
+    if not is_begun:
+        study.write()  # first: it marks the folder as a study's
     for link, file in links.items():
         if not link.is_symlink():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.resolve())
-    dataset = design.question.dataset
-    entries = {case.name: _files(case) for case in design.pool}
-    pool_json = {**design.dataset_json, "numTraining": len(entries), "dataset": entries}
-    write_json(design.workspace / "nnUNet_raw" / dataset / "dataset.json", pool_json)
-    splits = [_fold(design.subset(*fold)) for fold in design.folds]
-    write_json(design.workspace / "nnUNet_preprocessed" / dataset / "splits_final.json", splits)
-
-
-def note_asked(design: Design, library: Mapping[str, str]) -> None:
-    """Add what this call asks for to ``study.json``, once all checks let it pass: a refused call leaves no trace."""
-    write_json(design.folder / RECORD, {**read_record(design.folder), **record_of(design, library)})
-
-
-def pin_plan(design: Design, plans: Mapping[str, Any], file: Path, is_new: bool) -> None:
-    """Write the digest of the study's plan into ``study.json``, or refuse one that is not that of earlier calls.
-
-    Raises MFMError (E_CONFIG); a file that ``is_new`` is removed then, so that it can be made again elsewhere.
-    """
-    try:
-        require_known(design, plans, file)
-    except MFMError:
-        if is_new:
-            file.unlink()
-        raise
-    write_json(design.folder / RECORD, {**read_record(design.folder), "plan_sha256": digest(plans)})
-
-
-def record_of(design: Design, library: Mapping[str, str]) -> dict[str, Any]:
-    """The part of ``study.json`` that is known before any cell has run: of this call and of those before it."""
-    asked = design.asked()
-    return {
-        "made_by": f"mfm_study {__version__}",
-        "question": as_json(design.question),
-        "library": dict(library),
-        "labels": sorted({cell.num_labels for cell in asked}),
-        "seeds": 1 + max(cell.seed for cell in asked),
-        "compared": list(dict.fromkeys(cell.arm for cell in asked)),
-        "asked": [dataclasses.asdict(cell) for cell in asked],
-        "arms": design.known_arms,
-        "folds": [{"labels": count, "seed": seed, "train": design.subset(count, seed)} for count, seed in design.folds],
-        "test_cases": {case.name: _files(case) for case in design.test},
-        "dataset_json": {
-            key: value for key, value in design.dataset_json.items() if key not in ("dataset", "training")
-        },
+    pool = {
+        case.name: {"images": [str(image) for image in case.images], "label": str(case.label)}
+        for case in dataset.cases
+        if case.name not in study.test_cases
     }
+    name = study.question.dataset
+    content = {**dataset.content, "numTraining": len(pool), "dataset": pool}
+    # A fold validates on one of its own training cases: nnU-Net wants one, and other labels must stay unseen.
+    splits = [{"train": list(fold.train), "val": list(fold.train[:1])} for fold in study.folds]
+    for folder, file_name, value in (
+        ("nnUNet_raw", "dataset.json", content),
+        ("nnUNet_preprocessed", "splits_final.json", splits),
+    ):
+        place = study.workspace / folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / file_name, value)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """``study.json`` of a study folder. Raises MFMError: E_NOT_FOUND, or E_FORMAT when it is damaged."""
-    record = read_json(folder / RECORD, f"Is this the folder of a study? {_ADVICE}")
-    lacking = _PARTS - set(record)
-    if lacking:
-        raise MFMError("E_FORMAT", f"{folder / RECORD}: '{min(lacking)}' is missing. {_ADVICE}")
-    if wrong := _wrong_part(record):
-        raise MFMError("E_FORMAT", f"{folder / RECORD}: '{wrong}' is not as mfm_study writes it. {_ADVICE}")
-    check_dataset_json(record["dataset_json"], folder / RECORD)
-    return record
-
-
-def _wrong_part(record: Mapping[str, Any]) -> str:
-    """Name a part of ``study.json`` that is of another kind than it can be; "" if none is.
-
-    Folders are named after arms and cells, and files after cases, so their names count too.
-    """
-    question, arms = record["question"], record["arms"]
-    asked = record.get("asked", [])
-    subjects = question.get("subjects") if isinstance(question, dict) else None
-    is_right = {
-        "question": isinstance(question, dict) and isinstance(question.get("tolerance_mm"), (int, float)),
-        "question.subjects": isinstance(subjects, dict) and all(isinstance(name, str) for name in subjects.values()),
-        "labels": _are_counts(record["labels"]),
-        "seeds": _are_counts([record["seeds"]]),
-        "compared": isinstance(record["compared"], list) and all(is_arm_name(name) for name in record["compared"]),
-        "arms": isinstance(arms, dict) and all(is_arm_name(name) and _is_arm(arm) for name, arm in arms.items()),
-        "asked": isinstance(asked, list) and all(isinstance(cell, dict) and _is_cell(cell) for cell in asked),
-        "folds": isinstance(record["folds"], list)
-        and all(isinstance(f, dict) and _are_counts([f.get("labels"), f.get("seed")]) for f in record["folds"]),
-        "test_cases": isinstance(record["test_cases"], dict)
-        and all(is_file_name(name) and _is_test_case(files) for name, files in record["test_cases"].items()),
-        "library": isinstance(record["library"], dict),
-        "dataset_json": isinstance(record["dataset_json"], dict),
-    }
-    return next((name for name, holds in is_right.items() if not holds), "")
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 31 for value in values)
-
-
-def _is_cell(cell: Mapping[str, Any]) -> bool:
-    has_parts = set(cell) == {part.name for part in dataclasses.fields(Cell)}
-    return has_parts and is_arm_name(cell["arm"]) and _are_counts([cell["num_labels"], cell["seed"]])
-
-
-def _is_arm(arm: Any) -> bool:
-    if not isinstance(arm, dict) or not {"file", "sha256", "settings"} <= set(arm):
-        return False
-    is_text = all(arm[key] is None or isinstance(arm[key], str) for key in ("file", "sha256"))
-    return is_text and isinstance(arm["settings"], list) and all(isinstance(name, str) for name in arm["settings"])
-
-
-def _is_test_case(files: Any) -> bool:
-    return isinstance(files, dict) and isinstance(files.get("label"), str)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON atomically, with the folders that it needs."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as handle:
-        handle.write((json.dumps(content, indent=1) + "\n").encode())
-
-
-def _continued(
-    folder: Path, question: Question, dataset_json: Mapping[str, Any], arms: Mapping[str, Any]
-) -> dict[str, Any]:
-    """``study.json`` of the study that goes on in the folder; empty where nothing was trained yet.
-
-    Raises MFMError (E_EXISTS, E_CONFIG) unless cells of this call may stand beside those that are there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise MFMError("E_EXISTS", f"{folder}: this is a file. Give -o another folder.")
-    if not (folder / RECORD).is_file():
-        if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise MFMError("E_EXISTS", f"{folder}: is not empty and holds no study. Give -o another folder.")
-        return {}
-    record = read_record(folder)
-    if not (folder / CELLS).is_dir():  # e.g. because a bad case had to be repaired first
-        return {}
-    if differences := _differences(record, question, dataset_json):
-        raise MFMError(
-            "E_CONFIG", f"{folder}: holds a study that asks something else: {'; '.join(differences)}. {_ADVICE}"
-        )
-    known = {name.casefold(): name for name in record["arms"]}
-    for name in arms:
-        # Folders are named after arms, and some file systems do not tell upper from lower case.
-        if (other := known.get(name.casefold(), name)) != name:
-            raise MFMError(
-                "E_CONFIG",
-                f"{folder}: holds an arm '{other}'. Name '{name}' the same, or differently: NAME=CHECKPOINT.",
-            )
-    for name in arms.keys() & record["arms"].keys():
-        for part, what in (("sha256", "another checkpoint"), ("settings", "trained with other settings")):
-            if record["arms"][name].get(part) != arms[name][part]:
-                raise MFMError(
-                    "E_CONFIG", f"{folder}: arm '{name}' was {what}. Name this one differently: NAME=CHECKPOINT."
-                )
-    return record
-
-
-def _differences(record: Mapping[str, Any], question: Question, dataset_json: Mapping[str, Any]) -> list[str]:
-    """What decides about scores and is not as ``study.json`` says."""
-    before, now = record["question"], as_json(question)
-    found = [_difference(name, before.get(name), now[name]) for name in now if before.get(name) != now[name]]
-    before, now = _meaning(record["dataset_json"]), _meaning(dataset_json)
-    decide = [name for name in now if before[name] != now[name]]
-    return found + [_difference(f"{name} in dataset.json", before[name], now[name]) for name in decide]
-
-
-def _meaning(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
-    """What dataset.json says about the meaning of images and labels; the rest of it is for people."""
-    labels = dataset_json.get("labels", {})
-    has_regions = any(isinstance(values, list) for values in labels.values())
-    return {
-        "labels": list(labels.items()) if has_regions else labels,  # regions are painted in their order
-        "regions_class_order": dataset_json.get("regions_class_order"),
-        "channel_names": dataset_json.get("channel_names") or dataset_json.get("modality"),
-        "file_ending": dataset_json.get("file_ending"),
-        "overwrite_image_reader_writer": dataset_json.get("overwrite_image_reader_writer", "None"),
-    }
-
-
-def as_json(question: Question) -> dict[str, Any]:
-    """The question as ``study.json`` holds it."""
-    return {field.name: getattr(question, field.name) for field in dataclasses.fields(question)}
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    values = f"{name} was {before}, is {now}"
-    return values if len(values) < 150 else name
-
-
-def _about(arm: Arm) -> dict[str, Any]:
-    settings = list(arm.settings)
-    if arm.checkpoint is None:
-        return {"file": None, "sha256": None, "settings": settings}
-    return {"file": str(arm.checkpoint), "sha256": sha256(arm.checkpoint), "settings": settings}
-
-
-def _files(case: Case) -> dict[str, Any]:
-    return {"images": [str(image) for image in case.images], "label": str(case.label)}
-
-
-def _test_links(design: Design) -> dict[Path, Path]:
-    """The links in the folder of test images, to the images and to what these need beside them.
+def _test_links(study: Study) -> dict[Path, Path]:
+    """Map links in the folder of test images to the images, and to what these need beside them.
 
     Raises MFMError (E_CONFIG) where two images need other files of one name, or one from outside its folder.
     """
     links: dict[Path, Path] = {}
-    for case in design.test:
-        pairs = dict(zip(design.test_images(case), case.images))
+    for case in study.linked_cases():
+        pairs = dict(zip(case.images, map(Path, study.test_cases[case.name].images)))
         for link, image in [*pairs.items()]:
-            pairs.update({link.parent / name: file for name, file in _companions(link, image).items()})
+            for file in list_companions(image):
+                if file.suffix == ".json":  # the spacing of a TIFF stack, which is named after the case
+                    pairs[link.parent / f"{case.name}.json"] = file
+                elif file.is_relative_to(image.parent):  # a header with an absolute path finds its voxels anyway
+                    pairs[link.parent / file.relative_to(image.parent)] = file
         for link, file in pairs.items():
             if ".." in link.parts or links.setdefault(link, file) != file:
                 raise MFMError(
@@ -333,19 +370,3 @@ def _test_links(design: Design) -> dict[Path, Path]:
                     "its name. Save the test images as single files, e.g. .nrrd, .mha or .nii.gz.",
                 )
     return links
-
-
-def _companions(link: Path, image: Path) -> dict[str, Path]:
-    """Files without which an image cannot be read, or loses its spacing, by their names beside its link."""
-    found = {}
-    for file in files_of(image)[1:]:
-        if file.suffix == ".json":  # the spacing of a TIFF stack, which is named after the case
-            found[f"{link.name[: -len('_0000') - len(link.suffix)]}.json"] = file
-        elif file.is_relative_to(image.parent):  # a header with a whole path finds its voxels through the link too
-            found[str(file.relative_to(image.parent))] = file
-    return found
-
-
-def _fold(train: list[str]) -> dict[str, list[str]]:
-    """A fold that validates on one of its own training cases: nnU-Net wants one, and other labels must stay unseen."""
-    return {"train": train, "val": train[:1]}

@@ -1,163 +1,260 @@
-"""A study from its design to its report: what can be refused before hours of training, then the cells, then the table.
-
-Planning and preprocessing are not here: :func:`mfm_nnunet.api.run_study` does them in between.
-"""
+"""Run a study from its request to its report: refuse what can be refused, plan, train the cells, write the table."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
-from torch import nn
-
-from mfm_nnunet.checkpoint import atomic_write
-from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.loops import in_threads, with_progress
+import mfm_nnunet
+from mfm_nnunet import workspace
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import pick_device
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, dataset_refused
-from mfm_nnunet.files import inside, shown
-from mfm_nnunet.finetune import groups
-from mfm_nnunet.finetune import settings as finetune_settings
-from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
-from mfm_nnunet.finetune.settings import advise
-from mfm_nnunet.images.reading import check_label, read_image, read_label
-from mfm_nnunet.interchange.read import read_checkpoint
-from mfm_nnunet.models.families import family_of
-from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.settings import MFMBlock, block_of
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
+from mfm_nnunet.files import atomic_write, digest_of, shown, write_json
+from mfm_nnunet.jobs.preflight import (
+    RawDataset,
+    check_labelled_cases,
+    check_settings,
+    check_start,
+    configuration_of,
+    hash_checkpoint,
+    preprocess,
+    read_raw_dataset,
+)
+from mfm_nnunet.plan import Plan
+from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.study import cells as running
-from mfm_nnunet.study.arms import Arm
-from mfm_nnunet.study.commands import TRAINING, commands_script, steps_of
-from mfm_nnunet.study.design import Cell, Design, cells_of
-from mfm_nnunet.study.evaluation import RESULT
-from mfm_nnunet.study.folder import RECORD, read_record, write_json
-from mfm_nnunet.study.report import cautions, plot, table
+from mfm_nnunet.study.cells import TRAINING, list_commands, steps_left
+from mfm_nnunet.study.design import Arm, Cell, parse_arms
+from mfm_nnunet.study.evaluation import RESULT, require_library
+from mfm_nnunet.study.folder import LIKE, OWN, Study, begin_study, find_begun, read_study, write_folder
+from mfm_nnunet.study.report import list_cautions, make_table, plot
 from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise
+from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 TABLE, PICTURE, COMMANDS = "table.md", "study.png", "commands.sh"
 
 
-def check_settings(settings: Sequence[str]) -> None:
-    """Raise MFMError (E_CONFIG) for a setting that fine-tuning does not have, or an impossible value."""
-    finetune_settings.resolve(MFMBlock(), settings, None)
+def run_study(request: StudyRequest) -> Path:
+    """Train every arm with every number of labels and seed, and test all on one fixed split.
 
-
-def check_checkpoints(design: Design, plans: Mapping[str, Any]) -> None:
-    """Raise MFMError (E_MODEL_MISMATCH, E_CONFIG and others) where the training of an arm would be refused.
-
-    Its weights must fit the network of the plan, and its settings the network and what it starts from.
+    Cells that are finished in the study folder are kept. Returns that folder, with ``table.md``, ``study.png`` and
+    ``study.json``. Raises MFMError for bad input before anything is trained, CasesFailedError when cells failed and all
+    others are done, StoppedError on a stop signal after the trainings have ended; the same call continues.
     """
-    configuration = design.question.configuration
-    num_inputs = len(design.dataset_json.get("channel_names") or design.dataset_json.get("modality") or [0])
-    network = build_network(plans, configuration, num_inputs, 2)
-    for arm in design.arms:
-        try:
-            _check_arm(arm, design, plans, network)
-        except MFMError as error:
-            raise MFMError(error.code, f"arm {arm.name}: {error.message}") from error
-
-
-def _check_arm(arm: Arm, design: Design, plans: Mapping[str, Any], network: nn.Module) -> None:
-    """As training checks it; ``network`` gets the arm's weights."""
-    overrides = (*design.question.settings, *arm.settings)
-    if arm.checkpoint is None:
-        settings = finetune_settings.resolve(block_of(plans), overrides, None).finetune
-        if settings.train != "all":
-            raise MFMError(
-                "E_CONFIG",
-                f"finetune.train={settings.train}: from scratch the encoder would stay random. Give this to the arms "
-                f"with a checkpoint alone: NAME=CHECKPOINT,finetune.train={settings.train}.",
-            )
-        groups.require_fitting(settings, network, is_distributed=False)
-        return
-    reading = read_checkpoint(arm.checkpoint)
-    about = describe(arm.checkpoint, reading)
-    advice = advise(family_of(network), min(design.labels), about["pretext"], has_decoder(reading, network))
-    settings = finetune_settings.resolve(block_of(plans), overrides, about, advice).finetune
-    groups.require_fitting(settings, network, is_distributed=False)
-    groups.require_pretrained(settings, is_pretrained=True)
-    parts = "all_but_heads" if settings.parts == "auto" else settings.parts
-    try:
-        _, report = transfer(arm.checkpoint, network, parts, settings.transfer)
-    except MFMError as error:
-        raise MFMError(
-            error.code,
-            f"{error.message} All arms share one plan, and this is {plans.get('plans_name')}: name one that all fit "
-            "with -p, or give the checkpoint that decides first; both in a new folder (-o) once something was trained.",
-        ) from error
-    groups.require_no_random_rest(settings, network, [entry.name for entry in report.new])
-    logger.info("arm %s: %.0f %% of the encoder's parameters come from it", arm.name, 100 * report.encoder_share)
-
-
-def check_test_cases(design: Design, reader: str) -> None:
-    """Read every test image, through its link as prediction does, and its label: they are used only after the training.
-
-    Raises MFMError with the list of all that cannot be used.
-    """
-
-    def check(case: Case) -> bool:
-        assert case.label is not None
-        image, properties = read_image(design.test_images(case), reader)
-        label, label_properties = read_label(case.label, reader)
-        check_label(label, label_properties, image, properties, design.dataset_json, case.name)
-        return True
-
-    with with_progress(in_threads(check, design.test, 1), len(design.test), "reading the test cases") as outcomes:
-        failures = [found for _, found in outcomes if isinstance(found, CaseFailure)]
-    if failures:
-        raise dataset_refused(
-            f"{design.question.dataset}, test split", failures, len(design.test), "; nothing was trained"
+    arms = parse_arms(request.arms)
+    for arm in arms.values():
+        check_settings([*request.settings, *arm.settings])
+    gpus = list_gpus(request.device)
+    folder = study_folder(request.output, request.workspace).absolute()
+    configuration, given, plans = request.configuration, None, None
+    with workspace.use(request.workspace) as here:
+        dataset = read_labelled(here, request.dataset)
+        if request.plans_name is not None:
+            given = read_given_plan(here, dataset.name, request.plans_name, configuration)
+            plans = f"{given.name} {digest_of(given.content)}"
+        begun = find_begun(folder)
+        plans = plans or (begun.question.plans if begun else name_own_plan(configuration, arms))
+        study, cells = begin_study(folder, request, dataset, arms, plans, begun)
+    # Last of what is checked before any work, so that it hides no other mistake.
+    study = dataclasses.replace(study, library=require_library())
+    with running.lock_folder(folder) as lock, workspace.use_only(study.workspace) as own:
+        write_folder(study, dataset)
+        plan = prepare_data(own, study, given)
+        check_arms(study, arms, plan, min(cell.num_labels for cell in cells))
+        check_labelled_cases(
+            study.linked_cases(), plan.content["image_reader_writer"], study.dataset_json, f"{dataset.name}, test split"
         )
+        # Only now: a call that is refused leaves no trace.
+        dataclasses.replace(study, plan_sha256=digest_of(plan.content)).write()
+        train_cells(study, cells, request, gpus, lock)
+    return folder
 
 
-def run_design(
-    design: Design, plans_name: str, device: str = "auto", jobs: int | None = None, lock: IO[bytes] | None = None
-) -> None:
+def renew_study(output: str | Path | None = None, workspace: str | Path | None = None) -> Path:
+    """Write table and picture of a study anew from the cells that are finished; return the study folder.
+
+    Raises MFMError (E_NOT_FOUND) when there is no study.
+    """
+    folder = study_folder(output, workspace)
+    renew(folder)
+    return folder
+
+
+def study_folder(output: str | Path | None, root: str | Path | None) -> Path:
+    """Return the folder of a study: ``output``, else ``mfm_study`` in the workspace ``root``."""
+    return Path(output) if output else Path(root or workspace.DEFAULT) / "mfm_study"
+
+
+# The plan that all arms share
+
+
+def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
+    """Read a labelled dataset. Raises MFMError: E_CONFIG (nothing is labelled), E_NOT_FOUND (a missing file)."""
+    raw = here.raw_folder(here.dataset_name(dataset))
+    found = read_raw_dataset(raw)
+    unlabelled = [case.name for case in found.cases if case.label is None]
+    if found.is_corpus or len(unlabelled) == len(found.cases) or not DatasetJson.of(found.content).foreground:
+        raise MFMError("E_CONFIG", f"{found.name} has no labels, so there is nothing to learn. Give a labelled one.")
+    if unlabelled:
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{raw / 'dataset.json'}: {len(unlabelled)} of {len(found.cases)} cases have no label, e.g. "
+            f"{unlabelled[0]}. Add the labels, or take these cases out.",
+        )
+    return found
+
+
+def read_given_plan(here: Workspace, dataset_name: str, plans_name: str, configuration: str) -> Plan:
+    """Read the plan named with ``-p``; refuse one that a study cannot train."""
+    plan = Plan.read(here.plans_file(dataset_name, plans_name), f"Plan {dataset_name} again.")
+    plan.configuration(configuration)
+    _refuse_cascade(configuration)
+    return Plan.of({**plan.content, "plans_name": plans_name})
+
+
+def name_own_plan(configuration: str, arms: Mapping[str, Arm]) -> str:
+    """Name the plan that is to be made as a question does; refuse what cannot be planned before images are read."""
+    _refuse_cascade(configuration)
+    like = next((arm for arm in arms.values() if arm.file), Arm())
+    try:
+        planned = configuration_of(Path(like.file) if like.file else None, configuration)
+    except MFMError as error:
+        if error.code != "E_MODEL_MISMATCH":
+            raise
+        raise MFMError(error.code, f"{error.message} Or name a plan that all arms fit with -p.") from error
+    if planned != configuration:
+        raise MFMError(
+            "E_CONFIG",
+            f"-c {configuration}: {like.file} was pretrained for {planned}, so the plan would be of that "
+            f"configuration. Give -c {planned}, or a plan with -p.",
+        )
+    return f"{LIKE} {like.sha256}" if like.file else OWN
+
+
+def _refuse_cascade(configuration: str) -> None:
+    if configuration == "3d_cascade_fullres":
+        raise MFMError("E_CONFIG", "-c 3d_cascade_fullres: a study trains one stage. Take 3d_fullres or 3d_lowres.")
+
+
+def prepare_data(own: Workspace, study: Study, given: Plan | None) -> Plan:
+    """Make or copy the plan of a study in its workspace ``own``, and preprocess the pool; return the plan.
+
+    Raises MFMError (E_CONFIG) for another plan than that of earlier calls; one that was just made is removed.
+    """
+    name, configuration = study.question.dataset, study.question.configuration
+    file = own.preprocessed / name / f"{study.plans_name}.json"
+    is_new = not file.is_file()
+    if is_new and given is not None:
+        write_json(file, given.content)
+    elif is_new:
+        mfm_nnunet.plan_and_preprocess(
+            [name],
+            configurations=[configuration],
+            like=_find_like(study),
+            plans_name=study.plans_name,
+            workspace=own.root,
+            preprocess=False,
+        )
+    plan = Plan.read(file, "Remove the study folder and begin anew.")
+    if study.plan_sha256 not in (None, digest_of(plan.content)):
+        if is_new:
+            file.unlink()
+        raise MFMError(
+            "E_CONFIG",
+            f"{file}: is another plan than the one on which this study's cells were trained. A plan that is made again "
+            "follows the GPU and the version of mfm_nnunet: run the study where it was begun, or put the old plan "
+            "back. Otherwise begin anew with -o another folder.",
+        )
+    preprocess(own, plan, configuration)
+    return plan
+
+
+def _find_like(study: Study) -> Path | None:
+    """Return the checkpoint that the study's own plan is made like, whatever this call compares; None for none."""
+    kind, _, wanted = study.question.plans.partition(" ")
+    if kind != LIKE:
+        return None
+    files = [Path(arm.file) for arm in study.arms.values() if arm.file and arm.sha256 == wanted]
+    for file in files:
+        if file.exists() and hash_checkpoint(file) == wanted:
+            return file
+    raise MFMError(
+        "E_NOT_FOUND",
+        f"{study.folder}: the plan of this study is made like a checkpoint that is no longer at "
+        f"{' or '.join(map(str, files))}. Put it back, or give it again as an arm.",
+    )
+
+
+def check_arms(study: Study, arms: Mapping[str, Arm], plan: Plan, fewest_labels: int) -> None:
+    """Raise MFMError (E_MODEL_MISMATCH, E_CONFIG and others) where the training of an arm would be refused."""
+    for name, arm in arms.items():
+        settings = (*study.question.settings, *arm.settings)
+        checkpoint = Path(arm.file) if arm.file else None
+        try:
+            check_start(plan, study.question.configuration, fewest_labels, settings, checkpoint)
+        except MFMError as error:
+            advice = ""
+            if error.code == "E_MODEL_MISMATCH":
+                advice = (
+                    f" All arms share one plan, and this is {plan.name}: name one that all fit with -p, or give the "
+                    "checkpoint that decides first; both in a new folder (-o) once something was trained."
+                )
+            elif checkpoint is None:
+                advice = " A setting for the arms with a checkpoint alone follows these: NAME=CHECKPOINT,finetune.X=Y."
+            raise MFMError(error.code, f"arm {name}: {error.message}{advice}") from error
+
+
+# The cells, and the report
+
+
+def train_cells(study: Study, cells: Sequence[Cell], request: StudyRequest, gpus: Sequence[str], lock: int) -> None:
     """Run all cells that are not finished; table and picture are renewed with every cell.
 
-    Finished ones, of earlier calls too, are scored again where another version of the library scored them, so that all
-    in the table have the same.
-
-    Raises CasesFailedError after all others are done when cells failed.
+    Finished cells, of earlier calls too, are scored again where another version of the library scored them, so that
+    all scores in the table are of the same one. Raises CasesFailedError after all others are done when cells failed.
     """
-    gpus = visible_gpus(device)
-    cells = list(design.cells())
-    todo = [cell for cell in cells if not (design.cell_folder(cell) / RESULT).is_file()]
-    again = _scored_otherwise(design)
-    at_once = jobs or (1 if pick_device(device).type == "mps" else running.default_jobs(gpus))
-    num_jobs = min(at_once, max(1, len(todo) + len(again)))
-    with atomic_write(design.folder / COMMANDS) as handle:
-        handle.write(commands_script(design, plans_name, device).encode("utf-8", "surrogateescape"))
+    todo = [cell for cell in cells if not (study.cell_folder(cell) / RESULT).is_file()]
+    finished = read_results(study.folder, study.asked)
+    again = [cell for cell, result in finished.items() if result.get("library") != study.library]
+    default = 1 if pick_device(request.device).type == "mps" else len(gpus) or workspace.num_cores()
+    num_jobs = min(request.jobs or default, max(1, len(todo) + len(again)))
+    with atomic_write(study.folder / COMMANDS) as handle:
+        handle.write(list_commands(study, request.device).encode("utf-8", "surrogateescape"))
     logger.info("%d cells, %d of them finished; %d at a time", len(cells), len(cells) - len(todo), num_jobs)
-    for caution in cautions(read_record(design.folder)):
+    for caution in list_cautions(study):
         logger.warning("%s", caution)
     if again:
         logger.info("%d finished cells are scored again, with the version of the library that is here", len(again))
 
-    def finished(cell: Cell, seconds: dict[str, float]) -> str:
-        _note_seconds(design.cell_folder(cell), seconds)
-        _drop_unused(design.cell_folder(cell))
-        renew(design.folder)
-        result = read_result(design.cell_folder(cell))
-        mean = Tested.of([result], design.question.subjects).mean(result, "dice")
+    def finish(cell: Cell, seconds: dict[str, float]) -> str:
+        folder = study.cell_folder(cell)
+        result = read_result(folder)
+        write_json(folder / RESULT, {**result, "seconds": {**result.get("seconds", {}), **seconds}})
+        for file in folder.glob("results/*/*/fold_*/checkpoint_best.pth"):  # never tested, and as large as the final
+            with contextlib.suppress(OSError):
+                file.unlink()
+        renew(study.folder)
+        mean = Tested.of([result], study.question.subjects).mean(result, "dice")
         return f"Dice {mean:.3f} in {sum(seconds.values()):.0f} s"
 
+    times = [finished[cell].get("seconds", {}) for cell in cells if cell in finished]
     failures = running.run_cells(
         again + todo,
-        steps_of(design, plans_name, device),
-        running.slots(num_jobs, gpus),
-        lambda cell: inside(design.folder, "logs", f"{cell.folder_name}.txt"),
-        finished,
-        _known_seconds(design.folder, cells),
+        lambda cell: steps_left(study, cell, request.device),
+        running.share_computer(num_jobs, gpus),
+        study.folder / "logs",
+        finish,
+        [sum(seconds.values()) for seconds in times if TRAINING in seconds],
         lock,
     )
-    renew(design.folder, failures)
+    renew(study.folder, failures)
     if failures:
         raise CasesFailedError(failures, len(cells) + len(again), "cells")
 
@@ -165,48 +262,22 @@ def run_design(
 def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
     """Write ``table.md``, ``study.png`` and the results in ``study.json`` anew from the cells that are finished.
 
-    What the record says of other failures stays, but for cells that are finished by now.
-
-    Raises MFMError (E_NOT_FOUND) when the folder holds no study.
+    Earlier failures stay in the report until their cells are finished. Raises MFMError (E_NOT_FOUND) when the folder
+    holds no study.
     """
-    record = read_record(folder)
-    summary = summarise(record, read_results(folder, cells_of(record)), failures)
-    write_json(folder / RECORD, {**record, "results": summary})
+    study = read_study(folder)
+    study = dataclasses.replace(study, results=summarise(study, read_results(folder, study.asked), failures))
+    study.write()
     with atomic_write(folder / TABLE) as handle:
-        handle.write(shown(table(record, summary)).encode())
-    plot(folder / PICTURE, record, summary)
+        handle.write(shown(make_table(study)).encode())
+    plot(folder / PICTURE, study)
 
 
-def visible_gpus(device: str) -> list[str]:
-    """The GPUs that cells are shared among, as CUDA_VISIBLE_DEVICES names them; none where the CPU computes."""
+def list_gpus(device: str) -> list[str]:
+    """List the GPUs that cells are shared among, as CUDA_VISIBLE_DEVICES names them; none where the CPU computes."""
     if pick_device(device).type != "cuda":
         return []
     import torch
 
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return named[: torch.cuda.device_count()] or [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _scored_otherwise(design: Design) -> list[Cell]:
-    """The finished cells that another library, or another version of it, scored."""
-    library, found = read_record(design.folder)["library"], read_results(design.folder, design.asked())
-    return [cell for cell, result in found.items() if result.get("library") != library]
-
-
-def _note_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
-    """Add the seconds of each step to a result."""
-    result = read_result(folder)
-    write_json(folder / RESULT, {**result, "seconds": {**result.get("seconds", {}), **seconds}})
-
-
-def _drop_unused(folder: Path) -> None:
-    """The best checkpoint is never tested, and is as large as the final one."""
-    for file in folder.glob("results/*/*/fold_*/checkpoint_best.pth"):
-        with contextlib.suppress(OSError):
-            file.unlink()
-
-
-def _known_seconds(folder: Path, cells: Sequence[Cell]) -> list[float]:
-    """How long finished cells took."""
-    found = [result.get("seconds", {}) for result in read_results(folder, cells).values()]
-    return [sum(seconds.values()) for seconds in found if TRAINING in seconds]

@@ -1,8 +1,8 @@
-"""From the scores of finished cells to what a study found: means, comparisons with scratch, labels saved.
+"""The findings of a study, from the scores of its finished cells: means, comparisons with scratch, labels saved.
 
 The references alone decide what is averaged: a case's score is the mean over the labels that its reference holds, a
-subject's the mean over its cases, and the subjects are compared. So the scores of all cells are of the same things;
-what was predicted where the reference holds no such label is counted beside them.
+subject's the mean over its cases, and subjects are compared, after averaging over seeds. So the scores of all cells are
+of the same things; predictions of labels that a reference does not hold are counted beside them.
 """
 
 from __future__ import annotations
@@ -18,26 +18,103 @@ import numpy as np
 
 from mfm_nnunet.errors import CaseFailure, MFMError
 from mfm_nnunet.files import inside, read_json
-from mfm_nnunet.study.arms import SCRATCH
-from mfm_nnunet.study.design import CELLS, RUN_SETTINGS, Cell, cells_of, curve_labels
+from mfm_nnunet.study.design import SCRATCH, Cell
 from mfm_nnunet.study.evaluation import METRICS, RESULT
-from mfm_nnunet.study.statistics import (
-    compare_paired,
-    correct_by_holm,
-    labels_needed,
-    labels_needed_interval,
-    mean_and_spread,
-)
+from mfm_nnunet.study.folder import CELLS, Study
 
-TOLD_SETTINGS = ("learning_rate", "epochs", "warmup_epochs", "parts")
-"""Settings of fine-tuning that the report tells even where all cells have the same."""
+MIN_CASES = 6
+"""Fewer than these give no bootstrap interval: resamples of so few cases are too alike, and the interval too narrow."""
+NUM_BOOTSTRAPS = 10_000
+NUM_BOOTSTRAPS_OF_LABELS = 2_000
+RUN_SETTINGS = "results/*/*/fold_*/settings.json"
+"""The settings of a training, inside its cell's folder."""
+SHOWN_SETTINGS = ("learning_rate", "epochs", "warmup_epochs", "parts")
+"""Settings of fine-tuning that the report names even where all cells have the same."""
 Results = Mapping[Cell, Mapping[str, Any]]
-"""What ``result.json`` of each finished cell holds."""
+"""``result.json`` of each finished cell."""
+
+
+# Statistics. The unit of comparison is called a case here, and cases must be independent of each other.
+
+
+def compare_paired(mine: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Compare the scores of the same cases, (N,) each, with N at least 1.
+
+    ``difference`` is the mean of ``mine - theirs``, ``interval`` the bootstrap 95 % interval over the cases (None for
+    fewer than ``MIN_CASES``), ``better`` the number of cases above zero of ``cases``, and ``p`` that of Wilcoxon's
+    signed-rank test, two-sided (1 when nothing differs).
+    """
+    from scipy import stats
+
+    difference, interval = mine - theirs, None
+    if len(difference) >= MIN_CASES:
+        draws = _bootstrap(len(difference), NUM_BOOTSTRAPS)
+        interval = np.percentile(difference[draws].mean(1), [2.5, 97.5]).tolist()
+    return {
+        "difference": float(difference.mean()),
+        "interval": interval,
+        "better": int((difference > 0).sum()),
+        "cases": len(difference),
+        "p": float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0,
+    }
+
+
+def correct_by_holm(rows: Sequence[dict[str, Any]]) -> None:
+    """Add ``p_holm`` to rows that have ``p``: corrected for the number of rows by Holm's step-down method."""
+    largest = 0.0
+    for rank, row in enumerate(sorted(rows, key=lambda row: row["p"])):
+        largest = max(largest, min(1.0, row["p"] * (len(rows) - rank)))
+        row["p_holm"] = largest
+
+
+def labels_needed(curve: Mapping[int, float], score: float) -> float:
+    """Return how many labels the learning curve ``curve`` (number of labels to score) needs to reach ``score``.
+
+    The curve is made monotone by its running maximum, so that a setback at more labels costs it nothing, and is
+    interpolated linearly over the logarithm of the number of labels. ``inf`` where it never gets there. The smallest
+    number of the curve means "at most that many": nothing is extrapolated.
+    """
+    numbers = sorted(curve)
+    best = np.maximum.accumulate([curve[number] for number in numbers])
+    reached = np.flatnonzero(best >= score)
+    if not len(reached):
+        return math.inf
+    after = int(reached[0])
+    if after == 0:
+        return float(numbers[0])
+    low, high = math.log(numbers[after - 1]), math.log(numbers[after])
+    share = (score - best[after - 1]) / (best[after] - best[after - 1])
+    return math.exp(low + float(share) * (high - low))
+
+
+def labels_needed_interval(curve: Mapping[int, np.ndarray], scores: np.ndarray) -> tuple[float, float] | None:
+    """Return the bootstrap 95 % interval of :func:`labels_needed` over cases; None for fewer than ``MIN_CASES``.
+
+    ``curve`` and ``scores`` hold a score per case, (N,), of the same cases in the same order. All are drawn together,
+    so that what makes a case hard is in both.
+    """
+    if len(scores) < MIN_CASES:
+        return None
+    draws = _bootstrap(len(scores), NUM_BOOTSTRAPS_OF_LABELS)
+    means = {number: values[draws].mean(1) for number, values in curve.items()}
+    needed = sorted(
+        labels_needed({number: float(values[draw]) for number, values in means.items()}, float(score))
+        for draw, score in enumerate(scores[draws].mean(1))
+    )
+    last = len(needed) - 1  # np.percentile would interpolate between a number and infinity
+    return needed[round(0.025 * last)], needed[round(0.975 * last)]
+
+
+def _bootstrap(num_cases: int, num_draws: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, num_cases, (num_draws, num_cases))
+
+
+# The results of cells
 
 
 @dataclass(frozen=True)
 class Tested:
-    """What every cell is scored on."""
+    """The test cases that every cell is scored on."""
 
     in_reference: Mapping[str, Collection[str]]
     """The labels that the reference of each test case holds."""
@@ -47,7 +124,7 @@ class Tested:
 
     @classmethod
     def of(cls, results: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) -> Tested:
-        """From the results of finished cells. Raises MFMError (E_FORMAT) where they score different things."""
+        """Build from the results of finished cells. Raises MFMError (E_FORMAT) where they score different things."""
         first: Mapping[str, Mapping[str, Any]] = results[0]["scores"] if results else {}
         names = {case: set(labels) for case, labels in first.items()}
         if any({case: set(labels) for case, labels in result["scores"].items()} != names for result in results):
@@ -56,24 +133,15 @@ class Tested:
                 "the results of this study's cells are of different cases or labels, so dataset.json was changed in "
                 "between. Remove the folders of the cells that are of the wrong one, and run mfm_study again.",
             )
-        told = next((result["in_reference"] for result in results if "in_reference" in result), None)
-        if told is None:  # results that do not tell yet: neither here nor there is a label without a score
-            told = {
-                case: [n for n in labels if all(result["scores"][case][n]["dice"] is not None for result in results)]
-                for case, labels in first.items()
-            }
-        return cls(told, subjects, tuple(next(iter(first.values()), {})))
+        in_reference = results[0]["in_reference"] if results else {}
+        return cls(in_reference, subjects, tuple(next(iter(first.values()), {})))
 
     def cases(self, label: str | None = None) -> list[str]:
-        """The cases whose reference holds a label, or any."""
+        """List the cases whose reference holds a label, or any."""
         return [case for case, held in self.in_reference.items() if (held if label is None else label in held)]
 
-    def num_subjects(self) -> int:
-        """The number of subjects of these cases."""
-        return len({self.subjects[case] for case in self.cases()})
-
     def scores(self, result: Mapping[str, Any], metric: str, label: str | None = None) -> np.ndarray:
-        """The score of every subject, (S,), of one label or of all; in the same order for all results."""
+        """Return the score of every subject, (S,), of one label or of all; in the same order for all results."""
         of_subject: dict[str, list[float]] = {}
         for case in self.cases(label):
             names = self.in_reference[case] if label is None else [label]
@@ -82,11 +150,11 @@ class Tested:
         return np.array([sum(values) / len(values) for values in of_subject.values()])
 
     def mean(self, result: Mapping[str, Any], metric: str, label: str | None = None) -> float:
-        """The mean over the subjects; NaN when there is none."""
+        """Return the mean over the subjects; NaN when there is none."""
         return _mean(self.scores(result, metric, label))
 
     def false_positives(self, results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-        """Per label that some reference lacks: in how many of these cases it was predicted, over all results."""
+        """Count, per label that some reference lacks, in how many of these cases it was predicted, over all results."""
         found = {}
         for label in self.labels:
             lacking = [case for case, held in self.in_reference.items() if label not in held]
@@ -97,10 +165,10 @@ class Tested:
 
 
 def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
-    """The results of the cells that are finished, with ``trained_with``: the settings of fine-tuning that they had."""
+    """Read the results of the cells that are finished, with ``trained_with``: their settings of fine-tuning."""
     folders = {cell: inside(folder, CELLS, cell.folder_name) for cell in cells}
     return {
-        cell: {**read_result(place), "trained_with": _trained_with(place)}
+        cell: {**read_result(place), "trained_with": _read_settings(place)}
         for cell, place in folders.items()
         if (place / RESULT).is_file()
     }
@@ -108,98 +176,93 @@ def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, An
 
 def read_result(cell_folder: Path) -> dict[str, Any]:
     """Read ``result.json`` of a finished cell. Raises MFMError (E_FORMAT) when it is damaged."""
-    advice = "Remove it and run mfm_study again: the cell is then scored anew."
-    result = read_json(cell_folder / RESULT, advice)
-    scores, seconds = result.get("scores"), result.get("seconds", {})
-    is_whole = isinstance(scores, dict) and all(isinstance(labels, dict) for labels in scores.values())
-    metrics = [values for labels in scores.values() for values in labels.values()] if scores and is_whole else []
-    has_numbers = all(
-        isinstance(values, dict) and all(_is_score(values.get(metric, "")) for metric in METRICS) for values in metrics
-    )
-    has_times = isinstance(seconds, dict) and all(isinstance(value, (int, float)) for value in seconds.values())
-    known = result.get("in_reference", {})
-    tells = isinstance(known, dict) and all(isinstance(names, list) for names in known.values())
-    if not (is_whole and has_numbers and has_times and tells):
-        raise MFMError("E_FORMAT", f"{cell_folder / RESULT}: its scores are damaged. {advice}")
+    file, advice = cell_folder / RESULT, "Remove it and run mfm_study again: the cell is then scored anew."
+    result = read_json(file, advice)
+    try:
+        scores, held = result["scores"], result["in_reference"]
+        metrics = [values[metric] for labels in scores.values() for values in labels.values() for metric in METRICS]
+        is_whole = all(value is None or math.isfinite(value) for value in metrics)
+        is_whole &= all(math.isfinite(seconds) for seconds in result.get("seconds", {}).values())
+        # A label that the reference holds has a score in every cell.
+        is_whole &= held.keys() == scores.keys()
+        is_whole &= all(scores[case][name][m] is not None for case in held for name in held[case] for m in METRICS)
+    except (KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise MFMError("E_FORMAT", f"{file}: its scores are damaged. {advice}")
     return result
 
 
-def _is_score(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
-
-
-def _trained_with(cell_folder: Path) -> dict[str, Any]:
-    """The settings of fine-tuning that a training wrote; none where its folder is gone."""
+def _read_settings(cell_folder: Path) -> dict[str, Any]:
+    """Read the settings of fine-tuning that a training wrote; none where its folder is gone."""
     file = next(cell_folder.glob(RUN_SETTINGS), None)
-    settings = read_json(file, "Remove the cell's folder and run mfm_study again.").get("settings") if file else {}
-    of_finetuning = settings.get("finetune") if isinstance(settings, dict) else None
-    found: dict[str, Any] = of_finetuning if isinstance(of_finetuning, dict) else {}
+    settings = read_json(file, "Remove the cell's folder and run mfm_study again.").get("settings") if file else None
+    finetune = settings.get("finetune") if isinstance(settings, dict) else None
+    found: dict[str, Any] = finetune if isinstance(finetune, dict) else {}
     is_pretrained = found.pop("checkpoint", None) is not None
     return {name: value for name, value in found.items() if is_pretrained or name != "parts"}
 
 
-def summarise(record: Mapping[str, Any], results: Results, failures: Sequence[CaseFailure] = ()) -> dict[str, Any]:
-    """``rows`` (one per number of labels and arm with a finished cell), counts, and what failed; JSON values.
+# From results to the rows of the table
 
-    ``failures`` are those of this call; what the record says of other cells that are not finished stays.
+
+def summarise(study: Study, results: Results, failures: Sequence[CaseFailure] = ()) -> dict[str, Any]:
+    """Return ``rows`` (one per number of labels and arm with a finished cell), counts, and what failed; JSON values.
+
+    ``failures`` are those of this call; earlier ones stay for cells that are not finished.
     """
-    cells = cells_of(record)
-    tested = Tested.of([*results.values()], record["question"]["subjects"])
+    tested = Tested.of([*results.values()], study.question.subjects)
     rows = [
-        _row(record, results, tested, num_labels, arm)
-        for num_labels in record["labels"]
-        for arm in record["compared"]
+        _make_row(study, results, tested, num_labels, arm)
+        for num_labels in study.labels
+        for arm in study.compared
         if _seeds(results, num_labels, arm)
     ]
     for metric in METRICS:
         correct_by_holm([row[metric]["against_scratch"] for row in rows if "against_scratch" in row[metric]])
+    finished = {str(cell) for cell in results}
+    earlier: dict[str, str] = study.results.get("failed", {})
     return {
         "rows": rows,
-        "num_cells": len(cells),
-        "num_finished": sum(cell in results for cell in cells),
+        "num_cells": len(study.asked),
+        "num_finished": sum(cell in results for cell in study.asked),
         "num_cases_with_labels": len(tested.cases()),
-        "training": _training(results),
-        "length_unit": next((result["length_unit"] for result in results.values() if "length_unit" in result), "mm"),
+        "training": _describe_training(results),
+        "length_unit": next((result["length_unit"] for result in results.values()), "mm"),
         "libraries": sorted({"{name} {version}".format(**result["library"]) for result in results.values()}),
         "failed": {
-            **_still_failed(record, results),
+            **{name: reason for name, reason in earlier.items() if name not in finished},
             **{failure.case: f"{failure.code}  {failure.reason}" for failure in failures},
         },
     }
 
 
-def _training(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """How each arm was trained: the settings that matter most, and all in which any cells differ.
+def _describe_training(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return the settings of each arm that matter most, and all in which any cells differ.
 
     Per arm and setting the values that occur, each with the numbers of labels at which it does.
     """
     known = {cell: result["trained_with"] for cell, result in results.items() if result.get("trained_with")}
-    names = dict.fromkeys([*TOLD_SETTINGS, *(name for settings in known.values() for name in settings)])
-    told = [n for n in names if n in TOLD_SETTINGS or len({json.dumps(s.get(n)) for s in known.values()}) > 1]
+    names = dict.fromkeys([*SHOWN_SETTINGS, *(name for settings in known.values() for name in settings)])
+    shown = [n for n in names if n in SHOWN_SETTINGS or len({json.dumps(s.get(n)) for s in known.values()}) > 1]
     arms: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for cell in sorted(known):
-        for name in (name for name in told if name in known[cell]):
+        for name in (name for name in shown if name in known[cell]):
             values = arms.setdefault(cell.arm, {}).setdefault(name, [])
-            value = known[cell][name]
-            entry = next((entry for entry in values if entry["value"] == value), None)
+            entry = next((entry for entry in values if entry["value"] == known[cell][name]), None)
             if entry is None:
-                values.append({"value": value, "labels": [cell.num_labels]})
+                values.append({"value": known[cell][name], "labels": [cell.num_labels]})
             elif cell.num_labels not in entry["labels"]:
                 entry["labels"].append(cell.num_labels)
     return arms
-
-
-def _still_failed(record: Mapping[str, Any], results: Results) -> dict[str, str]:
-    finished = {str(cell) for cell in results}
-    known: dict[str, str] = record.get("results", {}).get("failed", {})
-    return {name: reason for name, reason in known.items() if name not in finished}
 
 
 def _seeds(results: Results, num_labels: int, arm: str) -> list[int]:
     return sorted(cell.seed for cell in results if (cell.num_labels, cell.arm) == (num_labels, arm))
 
 
-def _row(record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str) -> dict[str, Any]:
+def _make_row(study: Study, results: Results, tested: Tested, num_labels: int, arm: str) -> dict[str, Any]:
+    """Return means and spreads over the seeds, and comparisons with scratch where it has the same labels and seeds."""
     seeds = _seeds(results, num_labels, arm)
     found = [results[Cell(num_labels, seed, arm)] for seed in seeds]
     minutes = [result["seconds"]["training"] / 60 for result in found if "training" in result.get("seconds", {})]
@@ -211,42 +274,34 @@ def _row(record: Mapping[str, Any], results: Results, tested: Tested, num_labels
         "false_positives": tested.false_positives(found),
     }
     for metric in METRICS:
-        row[metric] = _of_metric(record, results, tested, num_labels, arm, metric)
+        scores = {cell: tested.scores(result, metric) for cell, result in results.items()}
+        per_seed = [_mean(scores[Cell(num_labels, seed, arm)]) for seed in seeds]
+        row[metric] = {
+            "mean": _or_none(float(np.mean(per_seed))),
+            "spread": _or_none(float(np.std(per_seed, ddof=1))) if len(seeds) > 1 else None,
+            "per_seed": [_or_none(value) for value in per_seed],
+            "per_label": {
+                label: _or_none(float(np.mean([tested.mean(result, metric, label) for result in found])))
+                for label in tested.labels
+            },
+        }
+        if arm != SCRATCH and tested.cases():
+            if compared := _against_scratch(scores, tested, num_labels, arm):
+                row[metric]["against_scratch"] = compared
+            if saved := _labels_saved(study.curve_labels, scores, num_labels, arm):
+                row[metric]["labels_saved"] = saved
     return row
 
 
-def _of_metric(
-    record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str, metric: str
-) -> dict[str, Any]:
-    """Mean and spread over the seeds, per label too; where there is a fair partner, the comparison with scratch."""
-    seeds = _seeds(results, num_labels, arm)
-    found = [results[Cell(num_labels, seed, arm)] for seed in seeds]
-    per_seed = [tested.mean(result, metric) for result in found]
-    mean, spread = mean_and_spread(per_seed)
-    part: dict[str, Any] = {
-        "mean": _or_none(mean),
-        "spread": spread if spread is None else _or_none(spread),
-        "per_seed": [_or_none(value) for value in per_seed],
-        "per_label": {
-            label: _or_none(float(np.mean([tested.mean(result, metric, label) for result in found])))
-            for label in tested.labels
-        },
-    }
-    if arm != SCRATCH and tested.cases():
-        if compared := _against_scratch(results, tested, num_labels, arm, metric):
-            part["against_scratch"] = compared
-        if saved := _labels_saved(record, results, tested, num_labels, arm, metric):
-            part["labels_saved"] = saved
-    return part
-
-
-def _against_scratch(results: Results, tested: Tested, num_labels: int, arm: str, metric: str) -> dict[str, Any] | None:
-    """Subject by subject with scratch at the same number of labels, over the seeds that both have."""
-    partners = _seeds(results, num_labels, SCRATCH)
-    seeds = [seed for seed in _seeds(results, num_labels, arm) if seed in partners]
+def _against_scratch(
+    scores: Mapping[Cell, np.ndarray], tested: Tested, num_labels: int, arm: str
+) -> dict[str, Any] | None:
+    """Compare subject by subject with scratch at the same number of labels, over the seeds that both have."""
+    seeds = [cell.seed for cell in scores if cell.arm == arm and cell.num_labels == num_labels]
+    seeds = sorted(seed for seed in seeds if Cell(num_labels, seed, SCRATCH) in scores)
     if not seeds:
         return None
-    mine, theirs = (_each_seed(results, tested, num_labels, name, seeds, metric) for name in (arm, SCRATCH))
+    mine, theirs = (np.array([scores[Cell(num_labels, seed, name)] for seed in seeds]) for name in (arm, SCRATCH))
     compared = compare_paired(mine.mean(0), theirs.mean(0))
     return {
         **compared,
@@ -258,19 +313,19 @@ def _against_scratch(results: Results, tested: Tested, num_labels: int, arm: str
 
 
 def _labels_saved(
-    record: Mapping[str, Any], results: Results, tested: Tested, num_labels: int, arm: str, metric: str
+    numbers: Sequence[int], scores: Mapping[Cell, np.ndarray], num_labels: int, arm: str
 ) -> dict[str, Any] | None:
-    """How many labels scratch needs for the arm's mean score; ``needed`` None: more than its largest number.
+    """Return how many labels scratch needs for the arm's mean score; ``needed`` None: more than its largest number.
 
     Only seeds that the arm and scratch at every number of labels have count: means over other seeds would not compare.
     """
-    numbers = curve_labels(record)
-    curve_seeds = [set(_seeds(results, number, SCRATCH)) for number in numbers]
-    seeds = sorted(set(_seeds(results, num_labels, arm)).intersection(*curve_seeds))
+    wanted = [(num_labels, arm), *((number, SCRATCH) for number in numbers)]
+    everywhere = sorted({cell.seed for cell in scores})
+    seeds = [seed for seed in everywhere if all(Cell(number, seed, name) in scores for number, name in wanted)]
     if not seeds or not numbers:
         return None
-    curve = {number: _each_seed(results, tested, number, SCRATCH, seeds, metric).mean(0) for number in numbers}
-    mine = _each_seed(results, tested, num_labels, arm, seeds, metric).mean(0)
+    mine, *theirs = (np.mean([scores[Cell(number, seed, name)] for seed in seeds], 0) for number, name in wanted)
+    curve = dict(zip(numbers, theirs))
     needed = labels_needed({number: _mean(values) for number, values in curve.items()}, _mean(mine))
     interval = labels_needed_interval(curve, mine)
     return {
@@ -279,13 +334,6 @@ def _labels_saved(
         "interval": None if interval is None else [_or_none(value) for value in interval],
         "seeds": seeds,
     }
-
-
-def _each_seed(
-    results: Results, tested: Tested, num_labels: int, arm: str, seeds: Sequence[int], metric: str
-) -> np.ndarray:
-    """The score of every subject with every seed, (seeds, subjects)."""
-    return np.array([tested.scores(results[Cell(num_labels, seed, arm)], metric) for seed in seeds])
 
 
 def _mean(values: np.ndarray) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mfm_nnunet.study.folder import read_record
+from mfm_nnunet.study.folder import read_study
 from tests.builders.site import (
     CORPUS,
     LABELLED,
@@ -205,11 +204,14 @@ def test_images_whose_names_are_not_utf_8_cost_no_other(site: Site) -> None:
 
 
 STUDY = {
-    "question": {"tolerance_mm": 1.0, "subjects": {"case0": "case0"}},
-    "labels": [1], "seeds": 1, "compared": ["scratch"], "folds": [{"labels": 1, "seed": 0}], "library": {},
+    "question": {
+        "dataset": "Dataset004_A", "configuration": "3d_fullres", "plans": "own", "settings": [], "tolerance_mm": 1.0,
+        "mirroring": True, "test": ["case0"], "subjects": {"case0": "case0"}, "data": "hash",
+    },
+    "folds": [{"labels": 1, "seed": 0, "train": ["case1"]}], "library": {},
     "arms": {"scratch": {"file": None, "sha256": None, "settings": []}},
     "asked": [{"num_labels": 1, "seed": 0, "arm": "scratch"}],
-    "test_cases": {"case0": {"label": "x.nii.gz"}},
+    "test_cases": {"case0": {"images": ["x_0000.nii.gz"], "label": "x.nii.gz"}},
     "dataset_json": {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"},
 }  # fmt: skip
 ESCAPE = "../../../victim"
@@ -220,20 +222,21 @@ ESCAPE = "../../../victim"
     [
         {"asked": [{"num_labels": 1, "seed": 0, "arm": ESCAPE}]},
         {"asked": [{"num_labels": ESCAPE, "seed": 0, "arm": "scratch"}]},
+        {"asked": [{"num_labels": -1, "seed": 0, "arm": "scratch"}]},
         {"asked": [{"num_labels": 1, "seed": 0, "arm": ["scratch"]}]},
         {"asked": [3]},
         {"asked": 3},
-        {"compared": [ESCAPE]},
         {"arms": {ESCAPE: {"file": None, "sha256": None, "settings": []}}},
         {"arms": []},
         {"arms": {"scratch": 3}},
-        {"labels": ["x"]},
-        {"seeds": 1.5},
         {"folds": [[1, 0]]},
-        {"test_cases": {ESCAPE: {"label": "x"}}},
+        {"test_cases": {ESCAPE: {"images": [], "label": "x"}}},
         {"test_cases": {"case0": 3}},
         {"question": {}},
         {"question": 3},
+        {"question": {**STUDY["question"], "subjects": {"case0": 3}}},  # type: ignore[dict-item]
+        {"library": 3},
+        {"results": 3},
         {"dataset_json": {**STUDY["dataset_json"], "file_ending": f"/{ESCAPE}"}},  # type: ignore[dict-item]
         {"dataset_json": 3},
     ],
@@ -243,9 +246,9 @@ def test_study_json(changes: dict[str, Any], empty: Site) -> None:
 
     empty.folder.mkdir(parents=True)
     write_json(empty.folder / "study.json", STUDY)
-    assert read_record(empty.folder) == json.loads(json.dumps(STUDY))
+    assert read_study(empty.folder).compared == ["scratch"]
     write_json(empty.folder / "study.json", {**STUDY, **changes})
     with pytest.raises(MFMError) as caught:
-        read_record(empty.folder)
+        read_study(empty.folder)
     assert caught.value.code == "E_FORMAT"
     assert "study.json" in caught.value.message

@@ -17,21 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.study.arms import SCRATCH
-from mfm_nnunet.study.design import Cell, cells_of
+from mfm_nnunet.study.design import SCRATCH, Cell
 from mfm_nnunet.study.evaluation import METRICS
-from mfm_nnunet.study.folder import read_record
-from mfm_nnunet.study.statistics import compare_paired, correct_by_holm
-from mfm_nnunet.study.summary import Tested, read_results
+from mfm_nnunet.study.folder import read_study
+from mfm_nnunet.study.summary import Tested, compare_paired, correct_by_holm, read_results
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 
 
 def rows(folder: Path, metric: str, scratch_labels: int | None = None) -> list[dict[str, Any]]:
     """A comparison per start, as :func:`compare_paired` makes it, with ``start``, ``cells`` and ``better_cells``."""
-    record = read_record(folder)
-    results = read_results(folder, cells_of(record))
-    tested = Tested.of([*results.values()], record["question"]["subjects"])
+    study = read_study(folder)
+    results = read_results(folder, study.asked)
+    tested = Tested.of([*results.values()], study.question.subjects)
     scores = {cell: tested.scores(result, metric) for cell, result in results.items()}
     found = []
     for start, pairs in over_all(scores) if scratch_labels is None else with_fewer(scores, scratch_labels):

@@ -243,8 +243,8 @@ def dataset(arguments: argparse.Namespace, folder: Path) -> Iterator[Comparison]
     def ours() -> Path:
         shutil.rmtree(preprocessed / "ours", ignore_errors=True)
         report = preprocess_dataset(
-            cases, ours_plans, "3d_fullres", dataset_json, preprocessed, num_processes=arguments.processes
-        )
+            cases, ours_plans, ["3d_fullres"], dataset_json, preprocessed, num_processes=arguments.processes
+        )["3d_fullres"]
         assert len(report.done) == len(cases), report
         return preprocessed / "ours"
 

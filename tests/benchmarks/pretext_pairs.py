@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.study.statistics import compare_paired, correct_by_holm
+from mfm_nnunet.study.summary import compare_paired, correct_by_holm
 from mfm_nnunet.tasks.registry import list_tasks
 from tests.benchmarks.study import LABELLED, LABELS, Study, base_parser
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 import mfm_nnunet
-from mfm_nnunet import api
 from mfm_nnunet.cli import run as running
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, StoppedError
+from mfm_nnunet.requests import StudyRequest
+from mfm_nnunet.study import run as study_run
 from mfm_nnunet.tasks.registry import list_tasks
 
 COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo", "study")
@@ -61,14 +62,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 seen["arguments"] = arguments
             return result
 
-        monkeypatch.setattr(api if "study" in name else mfm_nnunet, name, job)
+        monkeypatch.setattr(mfm_nnunet, name, job)
 
     record("plan_and_preprocess", [SimpleNamespace(file=Path("plans.json"))])
     record("pretrain", Path("run/checkpoint_final.pth"))
     record("train", Path("model/fold_0"))
     record("predict", None)
-    record("run_study", Path("study"))
-    record("renew_study", Path("study"))
     return seen
 
 
@@ -271,24 +270,25 @@ def test_predict_hands_everything_over(calls: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
-def test_study_hands_everything_over(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_study_hands_everything_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Path("study").mkdir()
     Path("study/table.md").write_text("the table\n")
+    calls: list[tuple[Any, ...]] = []
+    for name in ("run_study", "renew_study"):
+        monkeypatch.setattr(study_run, name, lambda *given: calls.append(given) or Path("study"))
     line = (
         "4 3d_fullres --labels 5 100% --arms scratch a=b.pth --seeds 2 --test 30% --subjects s.csv -p mfmA "
         "--disable_tta --set finetune.epochs=3 seed=1 --tolerance-mm 2.5 --jobs 4 -o out -device cpu"
     )
     assert command("study").main(line.split()) == 0
-    assert calls == {
-        "job": "run_study", "dataset": "4", "configuration": "3d_fullres",
-        "labels": ["5", "100%"], "arms": ["scratch", "a=b.pth"], "seeds": 2, "test": "30%",
-        "subjects": "s.csv", "plans_name": "mfmA", "settings": ("finetune.epochs=3", "seed=1"), "tolerance_mm": 2.5,
-        "mirroring": False, "jobs": 4, "device": "cpu", "output": "out", "workspace": None,
-    }  # fmt: skip
     assert capsys.readouterr().out.splitlines()[0] == "the table"
-    calls.clear()
     assert command("study").main(["--table", "-o", "out"]) == 0
-    assert (calls["job"], calls["arguments"]) == ("renew_study", ("out", None))
+    request = StudyRequest(
+        "4", "3d_fullres", labels=["5", "100%"], arms=["scratch", "a=b.pth"], seeds=2, test="30%", subjects="s.csv",
+        plans_name="mfmA", settings=["finetune.epochs=3", "seed=1"], tolerance_mm=2.5, mirroring=False, jobs=4,
+        device="cpu", output="out",
+    )  # fmt: skip
+    assert calls == [(request,), ("out", None)]
 
 
 def outcome(error: BaseException | None, debug: bool = False) -> int:

@@ -221,7 +221,7 @@ def make_dataset(folder: Path, count: int = 4, labelled: bool = True) -> list[Ca
 
 
 def run(cases: list[Case], folder: Path, plans: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    return preprocess_dataset(cases, plans or make_plans(), "3d_fullres", DATASET, folder, **kwargs)
+    return preprocess_dataset(cases, plans or make_plans(), ["3d_fullres"], DATASET, folder, **kwargs)["3d_fullres"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -340,7 +340,7 @@ def test_a_case_that_resampling_would_blow_up_is_refused_and_costs_no_other(tmp_
 
 def test_an_unknown_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MFMError, match="Did you mean '3d_fullres'"):
-        preprocess_dataset([], make_plans(), "3d_fulres", DATASET, tmp_path)
+        preprocess_dataset([], make_plans(), ["3d_fulres"], DATASET, tmp_path)
 
 
 def test_full_disk_stops_and_keeps_what_is_done(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_cases_of_others_are_left_alone_and_reported(tmp_path: Path, caplog: pyt
     run(cases, tmp_path / "out")
     before = contents(tmp_path / "out")
     run(cases[:1], tmp_path / "out")
-    assert "1 cases that the dataset has no more, e.g. case1" in caplog.text
+    assert "1 cases that are no longer in the dataset, e.g. case1" in caplog.text
     assert contents(tmp_path / "out") == before
 
 
@@ -430,7 +430,7 @@ for moment in moments:
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, target)
         os.replace = killed
-        preprocess_dataset(cases, plans, "3d_fullres", dataset, Path(base) / str(moment))
+        preprocess_dataset(cases, plans, ["3d_fullres"], dataset, Path(base) / str(moment))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it should have been killed"
 """

@@ -28,12 +28,12 @@ from mfm_nnunet.models.backbone import AbstractBackbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.precision import require_sound_bf16
 from mfm_nnunet.planning.like import plan_like
-from mfm_nnunet.tasks.base import PretextTask, find_task, list_tasks
+from mfm_nnunet.tasks.base import PretextTask, list_tasks
 from mfm_nnunet.tasks.mae import MAE
+from tests.builders.tasks import make_batch, make_task
 from tests.builders.tiny_plans import tiny_backbone, tiny_network
 from tests.builders.tiny_run import CONFIGURATION, prepare, request, run
 from tests.engine.test_engine import run_folder, same, start, weights
-from tests.tasks.test_conformance import Case, make_batch, make_task
 
 PATCH = (16, 16, 16)
 ONE_EPOCH = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=3", "num_workers=0")
@@ -51,7 +51,7 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
 
 
 def task_of(name: str, family: str) -> PretextTask:
-    return make_task(Case(find_task(name), "", family, 1, PATCH))
+    return make_task(name, family, PATCH)
 
 
 # Accumulation
@@ -171,7 +171,7 @@ def gradients(task: PretextTask, batch: dict[str, Tensor]) -> tuple[float, dict[
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_computing_activations_again_changes_no_gradient(name: str, family: str) -> None:
     task = task_of(name, family).train()
-    batch = make_batch(task, PATCH)
+    batch = make_batch(task)
     names = list(task.state_dict())
     loss, expected = gradients(task, batch)
     task.backbone.recompute_activations()
@@ -318,7 +318,7 @@ def _kill_after_the_first_epoch(process: subprocess.Popen, resume: Path) -> None
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_bf16_gives_a_finite_loss_in_float32(name: str, family: str) -> None:
     task = task_of(name, family).train()
-    batch = make_batch(task, PATCH)
+    batch = make_batch(task)
     torch.manual_seed(0)
     exact = task(batch).loss.item()
     torch.manual_seed(0)
@@ -354,7 +354,7 @@ def test_compiled_blocks_give_the_same_gradients(name: str, family: str) -> None
     if problem := compiler_problem():
         pytest.skip(f"torch.compile does not work on this computer: {problem}")
     task = task_of(name, family).train()
-    batches = [make_batch(task, PATCH, seed) for seed in (0, 1)]
+    batches = [make_batch(task, seed=seed) for seed in (0, 1)]
     names = list(task.state_dict())
     for module in task.modules():  # what is compiled draws from another generator
         if type(module).__name__ == "DropPath":

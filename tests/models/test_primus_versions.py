@@ -31,11 +31,11 @@ from mfm_nnunet.tasks.masks import draw_hidden
 from tests.builders import tiny as finetune_tiny
 from tests.builders import tiny_run
 from tests.builders.architectures import primus
+from tests.builders.tasks import make_batch
 from tests.builders.tiny import run_training
 from tests.builders.tiny_data import HIPPOCAMPUS, pretrained_checkpoint, workspace_with
 from tests.builders.tiny_plans import CONFIGURATION, tiny_backbone, tiny_network, tiny_plans
 from tests.models.test_memory import really_kept
-from tests.tasks.test_conformance import make_batch
 
 PATCH = (16, 24, 16)
 ARGUMENTS: dict[str, Any] = {
@@ -235,7 +235,7 @@ def test_pretext_tasks_train_every_weight_and_lower_their_loss(name: str, versio
     network = tiny_network("primus", patch, 1, outputs, drop_path_rate=0.0, **tiny(version))
     backbone = make_backbone(network, patch, task_class.restoring)
     task = task_class(task_class.resolve(task_class.Config(), backbone.geometry()), backbone).train()
-    batch = make_batch(task, patch)
+    batch = make_batch(task)
     optimizer = torch.optim.AdamW(task.parameters(), lr=2e-3)
     losses = []
     for _ in range(8):

@@ -7,26 +7,11 @@ from typing import Any
 import pytest
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.families import families_by_class
+from mfm_nnunet.plan import Configuration
 from mfm_nnunet.planning import derive
-
-CONFIGURATION = {
-    "preprocessor_name": "DefaultPreprocessor",
-    "batch_size": 2,
-    "patch_size": [8, 8, 8],
-    "spacing": [1.0, 1.0, 1.0],
-    "normalization_schemes": ["ZScoreNormalization"],
-    "use_mask_for_norm": [False],
-    "resampling_fn_data": "resample_data_or_seg_to_shape",
-    "resampling_fn_data_kwargs": {"order": 3},
-    "resampling_fn_seg": "resample_data_or_seg_to_shape",
-    "resampling_fn_seg_kwargs": {"order": 1},
-}
-PLANS = {
-    "transpose_forward": [0, 1, 2],
-    "image_reader_writer": "SimpleITKIO",
-    "foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}},
-    "plans_name": "mfmPlans",
-}
+from tests.builders import tiny
+from tests.builders.architectures import resenc
 
 
 @pytest.mark.parametrize(
@@ -91,3 +76,34 @@ def test_changed_keys_are_dotted_names() -> None:
     assert derive.changed_keys(old, old) == []
     assert derive.changed_keys(old, {"a": {"b": 1, "c": [1, 3]}, "d": 1, "new": 0}) == ["a.c", "gone", "new"]
     assert derive.changed_keys({"a": 1}, {"a": {"b": 1}}) == ["a"]
+
+
+def test_networks_are_named_by_their_class() -> None:
+    plain = {**resenc(), "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet"}
+    texts = [families_by_class()[own["network_class_name"]].describe(own) for own in (plain, resenc())]
+    assert texts[0].startswith("plain U-Net, ")
+    assert texts[1].startswith("ResEnc U-Net, ")
+
+
+def test_budgets_and_where_they_come_from() -> None:
+    assert [str(derive.choose_budget(*memory)) for memory in ((8, 24), (None, 24), (None, None))] == [
+        *("8 GB", "24 GB", "CPU preset")
+    ]
+    assert "--memory-gb" in derive.choose_budget(8, 24).reason
+    assert "GPU" in derive.choose_budget(None, 24).reason
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "is_like", "changes", "words"),
+    [
+        ("3d_fullres", "median", False, {}, "median of 7 cases"),
+        ("3d_fullres", "onemm", False, {}, "one millimetre"),
+        ("3d_fullres", (1.0, 1.0, 1.0), False, {}, "as asked for"),
+        ("3d_lowres", "median", False, {}, "coarser"),
+        ("3d_fullres", "median", True, {}, "checkpoint"),
+        ("3d_fullres", "original", False, {"resampling_fn_data": "no_resampling_hack"}, "not resampled"),
+    ],
+)
+def test_reasons_of_spacings(name: str, mode: Any, is_like: bool, changes: dict[str, Any], words: str) -> None:
+    own = Configuration(name, {**tiny.configuration(resenc()), **changes})
+    assert words in derive.explain_spacing(own, mode, 7, is_like)

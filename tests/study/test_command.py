@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from mfm_nnunet.cli import study as command
-from mfm_nnunet.study.arms import Arm, parse_arms
 from tests.builders import small
 from tests.builders.tiny_data import pretrained_checkpoint
 
@@ -36,12 +35,14 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
-def test_a_missing_package_is_said(
+def test_a_missing_package_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_library(monkeypatch)
     assert command.main(line({})) == 2
-    assert "E_NOT_FOUND  the study measures surfaces with the package surface-distance" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.startswith("E_NOT_FOUND")
+    assert "pip install 'mfm_nnunet[study]'" in message
     assert not (folder / "mfm_study").exists()
 
 
@@ -49,27 +50,23 @@ def test_a_missing_package_is_said(
 @pytest.mark.parametrize(
     ("changes", "code", "hint"),
     [
-        ({"--labels": "8"}, "E_CONFIG", "there are 7 subjects"),
-        ({"--labels": "120%"}, "E_CONFIG", "from 0% to 100%"),
-        ({"--labels": "0"}, "E_CONFIG", "at least one label"),
-        ({"--labels": "7 100%"}, "E_CONFIG", "7 and 100% are both 7"),
-        ({"--arms": "scratch nowhere.pth"}, "E_NOT_FOUND", "there is no file nowhere.pth"),
-        ({"--arms": "scratch scratch"}, "E_CONFIG", "two arms are named 'scratch'"),
-        ({"--arms": "a=weights.pth A=weights.pth"}, "E_CONFIG", "a name of its own"),
+        ({"--labels": "8"}, "E_CONFIG", "7 subjects"),
+        ({"--arms": "scratch nowhere.pth"}, "E_NOT_FOUND", "nowhere.pth"),
+        ({"--arms": "scratch scratch"}, "E_CONFIG", "'scratch'"),
+        ({"--arms": "a=weights.pth A=weights.pth"}, "E_CONFIG", "'A'"),
         ({"--arms": "scratch=weights.pth"}, "E_CONFIG", "cannot be the name"),
         ({"--arms": "../x=weights.pth"}, "E_CONFIG", "cannot be the name"),
         ({"--arms": "weights.pth"}, "E_MODEL_CORRUPT", "weights.pth"),
+        ({"--arms": "scratch,finetune.part=encoder"}, "E_CONFIG", "'finetune.parts'"),
         ({"--seeds": "0"}, "E_CONFIG", "--seeds 0"),
-        ({"--test": "0%"}, "E_CONFIG", "empty"),
-        ({"--test": "100%"}, "E_CONFIG", "none would be left"),
-        ({"--test": "10"}, "E_CONFIG", "none would be left"),
+        ({"--test": "100%"}, "E_CONFIG", "--test 100%"),
         ({"--test": "who.txt"}, "E_NOT_FOUND", "who.txt"),
         ({"--subjects": "who.csv"}, "E_NOT_FOUND", "who.csv"),
         ({"--tolerance-mm": "-1"}, "E_CONFIG", "--tolerance-mm"),
         ({"--tolerance-mm": "nan"}, "E_CONFIG", "--tolerance-mm"),
-        ({"--set": "finetune.epoch=3"}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
+        ({"--set": "finetune.epoch=3"}, "E_CONFIG", "'finetune.epochs'"),
         ({"--set": "seed=3"}, "E_CONFIG", "--seeds"),
-        ({"--set": "finetune.epochs=0"}, "E_CONFIG", "at least 1"),
+        ({"--set": "finetune.epochs=0"}, "E_CONFIG", "finetune.epochs"),
         ({"-p": "mfmNone"}, "E_NOT_FOUND", "mfmNone"),
     ],
 )
@@ -125,10 +122,10 @@ def test_a_dataset_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("text", "code", "hint"),
     [
-        ("name,person\ncase0,a\n", "E_FORMAT", "columns case and subject"),
-        ("case,subject\ncase0,a\n", "E_CONFIG", "9 cases have no subject, e.g. case1"),
-        ("case,subject\ncase0,b\ncase0,a\ncase0,b\n", "E_CONFIG", "case case0 is of a and b. Leave one line"),
-        ("case,subject\n" + "".join(f"case{n},a\n" for n in range(10)), "E_CONFIG", "all 1 subjects would test"),
+        ("name,person\ncase0,a\n", "E_FORMAT", "who.csv"),
+        ("case,subject\ncase0,a\n", "E_CONFIG", "case1"),
+        ("case,subject\ncase0,b\ncase0,a\ncase0,b\n", "E_CONFIG", "case0 is of a and b"),
+        ("case,subject\n" + "".join(f"case{n},a\n" for n in range(10)), "E_CONFIG", "--test 1"),
     ],
 )
 def test_bad_table_of_subjects(
@@ -170,41 +167,6 @@ def test_images_that_cannot_be_read_are_found_before_any_training(
     assert not (folder / "mfm_study" / "cells").exists()
 
 
-def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert command.main(line({})) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("E_NOT_FOUND  the study measures surfaces with the package surface-distance")
-    assert "pip install 'mfm_nnunet[study]'" in message
-
-
-def test_names_of_arms(tmp_path: Path) -> None:
-    run = tmp_path / "mfm_pretrain__mae__mfmPlans__3d_fullres__seed 1"
-    run.mkdir()
-    files = [run / "checkpoint_final.pth", tmp_path / "open mind.pth", tmp_path / "a=b.pth"]
-    for file in files:
-        file.touch()
-    words = ["scratch", f"x={files[0]}", *map(str, files[1:])]
-    assert parse_arms(words) == (Arm("scratch"), Arm("x", files[0]), Arm("open_mind", files[1]), Arm("a_b", files[2]))
-    run = run.rename(tmp_path / "mfm_pretrain__mae__mfmPlans__3d_fullres__seed1")
-    assert [arm.name for arm in parse_arms([str(run / files[0].name)])] == ["mae_seed1"]
-
-
-def test_arms_with_settings_of_their_own(tmp_path: Path) -> None:
-    file = tmp_path / "vf.pth"
-    file.touch()
-    words = ["scratch,finetune.learning_rate=1e-2", f"enc={file},finetune.parts=encoder,finetune.ema_decay=0.9"]
-    assert parse_arms(words) == (
-        Arm("scratch", None, ("finetune.learning_rate=1e-2",)),
-        Arm("enc", file, ("finetune.parts=encoder", "finetune.ema_decay=0.9")),
-    )
-
-
-def test_an_arm_with_an_impossible_setting(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(line({"--arms": "scratch,finetune.part=encoder"})) == 2
-    assert "Did you mean 'finetune.parts'?" in capsys.readouterr().err
-
-
 SHORT = ("finetune.epochs=2", "finetune.iterations_per_epoch=2", "num_workers=0")
 
 
@@ -212,16 +174,16 @@ SHORT = ("finetune.epochs=2", "finetune.iterations_per_epoch=2", "num_workers=0"
 @pytest.mark.timeout(1200)
 def test_the_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pretrain a step, compare with scratch at two numbers of labels; the second call only renews the table."""
-    from mfm_nnunet import api
+    import mfm_nnunet
     from mfm_nnunet.workspace import Workspace
     from tests.builders.synthetic import write_dataset
 
     here = Workspace(*(tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")))
     name = write_dataset(here, "classes", 8)
     images = here.raw / name / "imagesTr"
-    api.plan_and_preprocess([701], images=images, configurations=["3d_fullres"], workspace=tmp_path)
+    mfm_nnunet.plan_and_preprocess([701], images=images, configurations=["3d_fullres"], workspace=tmp_path)
     one = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=1", "pretrain.validation_iterations=1", "num_workers=0")
-    checkpoint = api.pretrain(701, "3d_fullres", settings=one, device="cpu", workspace=tmp_path)
+    checkpoint = mfm_nnunet.pretrain(701, "3d_fullres", settings=one, device="cpu", workspace=tmp_path)
     flags: dict[str, Any] = {
         "--labels": "1 50%",
         "--arms": f"scratch {checkpoint}",

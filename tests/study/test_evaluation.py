@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mfm_nnunet.errors import MFMError
 from mfm_nnunet.study import evaluation
 from mfm_nnunet.study.evaluation import score_case, surface_dice
+from mfm_nnunet.study.folder import TestCase
+from tests.builders import small
 
 pytest.importorskip("surface_distance", reason="the extra 'study' is not installed")
 LABELS = {"whole": (1, 2), "core": (2,)}
@@ -90,29 +92,21 @@ def test_a_cell_is_scored(tmp_path: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(reference), str(tmp_path / "reference.nii.gz"))
     sitk.WriteImage(sitk.GetImageFromArray(predicted), str(folder / "a.nii.gz"))
     labels = {"background": 0, "held": 1, "absent": 2, "wrong": 3}
-    study = {
-        "dataset_json": {"labels": labels, "file_ending": ".nii.gz"},
-        "test_cases": {"a": {"label": str(tmp_path / "reference.nii.gz")}},
-        "question": {"tolerance_mm": 1.0},
-    }
-    (tmp_path / "study.json").write_text(json.dumps(study))
+    study = dataclasses.replace(
+        small.record([1], 1, ["scratch"]),
+        dataset_json={"labels": labels, "file_ending": ".nii.gz"},
+        test_cases={"a": TestCase((), str(tmp_path / "reference.nii.gz"))},
+    )
     (folder / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
-    evaluation.evaluate_cell(tmp_path, tmp_path)
+    evaluation.evaluate_cell(study, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["in_reference"] == {"a": ["held"]}
     values = {"held": {"dice": 1, "nsd": 1}, "absent": {"dice": None, "nsd": None}, "wrong": {"dice": 0, "nsd": 0}}
     assert result["scores"] == {"a": values}
     before = {"scores": {}, "seconds": {"training": 90}}
     (tmp_path / "result.json").write_text(json.dumps(before))
-    evaluation.evaluate_cell(tmp_path, tmp_path)
+    evaluation.evaluate_cell(study, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == {**result, "seconds": {"training": 90}}
-
-
-def test_the_library_is_named_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert evaluation.require_library() == {"name": "surface-distance", "version": "0.1"}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MFMError, match=r"E_NOT_FOUND.*pip install 'mfm_nnunet\[study\]'"):
-        evaluation.require_library()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
-"""One suite over every registered pretext task, both families of networks, channels, shapes and axes.
+"""One suite over every built-in pretext task, both families of networks, channels, a cubic and a flat patch.
 
-A new task is tested here before its author writes a test: it only needs its file in ``mfm_nnunet/pretext``. Settings
-that change what a task does are listed in VARIANTS.
+A new task is tested here before its author writes a test: it needs its file and its entry in ``mfm_nnunet/tasks``.
+Settings that change what a task does are listed in VARIANTS.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import math
 import pickle
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +20,10 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet import settings as mfm_settings
-from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.tasks.base import CropRequest, ItemTransform, PretextTask, find_task, list_tasks
+from mfm_nnunet.tasks.base import ItemTransform, PretextTask, find_task, list_tasks
+from tests.builders.tasks import make_batch, make_item, make_task, tissue
 from tests.builders.tiny_plans import tiny_network
 
 VARIANTS: dict[str, list[str]] = {
@@ -36,7 +39,10 @@ VARIANTS: dict[str, list[str]] = {
 MOST_STEPS = {"voco": 150}
 """Optimiser steps after which the loss must have fallen, 8 if not named. Untrained U-Nets embed all crops nearly alike,
 where VoCo's loss is flat."""
-PATCHES = [(16, 16, 16), (8, 24, 16), (24, 24), (16, 32)]
+CUBIC, FLAT = (16, 16, 16), (16, 32)
+"""Frozen losses have a third patch of unequal axes in 3D."""
+GRID = [(1, CUBIC), (2, FLAT), (2, CUBIC), (1, FLAT)]
+"""Channels and patches; the first setting of a task is tested on all of them, the others on the first two."""
 BATCH = 2
 
 
@@ -49,47 +55,19 @@ class Case(NamedTuple):
     channels: int
     patch: tuple[int, ...]
 
+    def make(self) -> PretextTask:
+        return make_task(self.task, self.family, self.patch, self.channels, [self.setting] if self.setting else [])
+
 
 def cases() -> list[Any]:
     found = []
     for info in list_tasks():
-        task = find_task(info.name)
-        for setting in VARIANTS.get(info.name, [""]):
-            for family in task.backbones:
-                for channels in (1, 2):
-                    for patch in PATCHES:
-                        name = f"{info.name}-{setting}-{family}-{channels}c-{'x'.join(map(str, patch))}"
-                        found.append(pytest.param(Case(task, setting, family, channels, patch), id=name))
+        for number, setting in enumerate(VARIANTS.get(info.name, [""])):
+            for family in info.backbones:
+                for channels, patch in GRID[: 2 if number else 4]:
+                    name = f"{info.name}-{setting}-{family}-{channels}c-{'x'.join(map(str, patch))}"
+                    found.append(pytest.param(Case(find_task(info.name), setting, family, channels, patch), id=name))
     return found
-
-
-def make_task(case: Case) -> PretextTask:
-    config = mfm_settings.override(case.task.Config(), [case.setting] if case.setting else [])
-    num_outputs = case.task.num_outputs(config, case.channels)
-    network = tiny_network(case.family, case.patch, case.channels, num_outputs)
-    backbone = make_backbone(network, case.patch, case.task.restoring)
-    return case.task(case.task.resolve(config, backbone.geometry()), backbone)
-
-
-def read(request: CropRequest, channels: int, rng: np.random.Generator, smallest: int = 1) -> np.ndarray:
-    """A crop as the stream would give it: of smooth "tissue", small images padded or cut."""
-    size = request.size if request.pad else tuple(min(side, max(20, smallest)) for side in request.size)
-    axes = np.meshgrid(*(np.linspace(0, 3, n) for n in size), indexing="ij")
-    waves = [np.sin(sum(rng.uniform(1, 3) * axis for axis in axes) + rng.uniform(0, 6)) for _ in range(channels)]
-    return np.stack(waves).astype(np.float32)
-
-
-def make_batch(task: PretextTask, patch: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
-    transform = task.transform(task.config, patch)
-    items = []
-    for index in range(BATCH):
-        rng = np.random.default_rng([seed, index])
-        requests = transform.requests(rng)
-        assert {request.volume for request in requests} == set(range(task.volumes_per_item(task.config)))
-        assert all(len(request.size) == len(patch) for request in requests)
-        smallest = max(task.smallest_volume(task.config) or (1,))
-        items.append(transform([read(request, task.backbone.num_inputs, rng, smallest) for request in requests], rng))
-    return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
 
 
 def require_image(image: Tensor, task: PretextTask, case: Case) -> None:
@@ -127,8 +105,11 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_conforms(case: Case) -> None:
-    task = make_task(case).train()
-    batch = make_batch(task, case.patch)
+    task = case.make().train()
+    batch = make_batch(task, BATCH)
+    requests = task.transform(task.config, case.patch).requests(np.random.default_rng(0))
+    assert {request.volume for request in requests} == set(range(task.volumes_per_item(task.config)))
+    assert all(len(request.size) == len(case.patch) for request in requests)
     assert task.smallest_batch(task.config) <= BATCH
     require_image(batch["image"], task, case)
     kept = {key: value.clone() for key, value in batch.items()}
@@ -179,17 +160,17 @@ def test_conforms(case: Case) -> None:
     frozen = [name for name, weight in task.backbone.network.named_parameters() if not weight.requires_grad]
     assert all(torch.equal(trained[name], weights[name]) for name in frozen), "frozen weights have moved"
 
-    again = make_task(case).eval()
+    again = case.make().eval()
     again.load_state_dict(task.state_dict())
     with torch.no_grad():
-        assert torch.equal(again(batch).loss, shown.loss), "the task's state is not all that it needs to go on"
+        assert torch.equal(again(batch).loss, shown.loss), "the task's state is not all that it needs to continue"
 
 
 def test_what_is_shipped_fits_the_network_that_is_fine_tuned(case: Case) -> None:
-    """Another number of outputs there: all weights but the output layers travel, or those of the encoder alone."""
-    task = make_task(case)
+    """Another number of outputs there: all weights but the output layers are transferred, or only the encoder's."""
+    task = case.make()
     backbone = task.backbone
-    shipped = backbone.network.state_dict() if task.trains_decoder else backbone.encoder_state()
+    shipped = dict(task.shipped_weights())
     target = tiny_network(case.family, case.patch, case.channels, num_outputs=4)
     with torch.no_grad():
         for weight in target.parameters():
@@ -199,18 +180,20 @@ def test_what_is_shipped_fits_the_network_that_is_fine_tuned(case: Case) -> None
     assert not report.adapted
     encoder, heads = family_of(target).encoder_names(target), family_of(target).head_names(target)
     for name, weight in target.named_parameters():
-        travels = name in encoder or (task.trains_decoder and name not in heads)
-        assert torch.equal(weight, backbone.network.state_dict()[name]) if travels else (weight == 0.5).all(), name
+        is_transferred = name in encoder or (task.trains_decoder and name not in heads)
+        assert torch.equal(weight, backbone.network.state_dict()[name]) if is_transferred else (weight == 0.5).all(), (
+            name
+        )
 
 
 def test_anonymised_voxels_are_passed_on_and_left_out(case: Case) -> None:
     """Only by tasks that say so; with nothing anonymised the loss is the same to the bit."""
-    task = make_task(case).eval()
+    task = case.make().eval()
     transform = task.transform(task.config, case.patch)
     batches = []
     for given in (None, True):
         rng = np.random.default_rng(3)
-        crops = [read(request, case.channels, rng) for request in transform.requests(rng)]
+        crops = [tissue(request, case.channels, rng) for request in transform.requests(rng)]
         valid = None if given is None else [np.ones((1, *crop.shape[1:]), bool) for crop in crops]
         item = transform(crops, rng, valid)
         batches.append({key: torch.from_numpy(np.ascontiguousarray(value))[None] for key, value in item.items()})
@@ -231,35 +214,25 @@ def test_anonymised_voxels_are_passed_on_and_left_out(case: Case) -> None:
 
 
 def test_config_survives_json_and_items_their_transport(case: Case) -> None:
-    task = make_task(case)
+    task = case.make()
     through_json = mfm_settings.from_dict(case.task.Config, json.loads(json.dumps(mfm_settings.to_dict(task.config))))
     assert through_json == task.config
     assert task.resolve(task.config, task.backbone.geometry()) == task.config, "resolving twice changes the settings"
 
     transform = task.transform(task.config, case.patch)
     assert isinstance(transform, ItemTransform)
-    travelled = pickle.loads(pickle.dumps(transform))
-    items = []
-    for one in (transform, travelled):
-        rng = np.random.default_rng(7)
-        crops = [read(request, case.channels, rng) for request in one.requests(rng)]
-        items.append(one(crops, rng))
+    unpickled = pickle.loads(pickle.dumps(transform))
+    items = [make_item(one, case.channels, np.random.default_rng(7), tissue) for one in (transform, unpickled)]
     assert items[0].keys() == items[1].keys()
     assert all(np.array_equal(items[0][key], items[1][key]) for key in items[0])
-    other = make_batch(task, case.patch, seed=1)
-    same = make_batch(task, case.patch, seed=1)
+    other, same, first = (make_batch(task, seed=seed) for seed in (1, 1, 0))
     assert all(torch.equal(other[key], same[key]) for key in other)
-    first = make_batch(task, case.patch, seed=0)
     assert any(not torch.equal(first[key], other[key]) for key in other)
 
 
 def test_every_setting_is_documented() -> None:
-    import ast
-    import inspect
-    import sys
-
-    for info in list_tasks():
-        config = find_task(info.name).Config
+    configs = {cls for info in list_tasks() for cls in find_task(info.name).Config.__mro__ if cls is not object}
+    for config in configs:
         source = ast.parse(inspect.getsource(sys.modules[config.__module__]))
         (definition,) = [n for n in source.body if isinstance(n, ast.ClassDef) and n.name == config.__name__]
         body = definition.body

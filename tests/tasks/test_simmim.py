@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.models.tokens import TokenBackbone
-from mfm_nnunet.tasks.losses import masked_l1
 from mfm_nnunet.tasks.simmim import SimMIM, SimMIMConfig
 from tests.builders import tiny_run
 from tests.builders.tiny_plans import tiny_backbone
@@ -133,25 +130,6 @@ def test_drop_path_only_in_train_mode() -> None:
 # Masks
 
 
-def test_a_range_draws_the_share_of_each_item() -> None:
-    task = task_on(mask_ratio=(0.3, 0.9))
-    batch = batch_for(task, 8)
-    hidden = batch["hidden"][:, 0, ::8, ::8, ::8].flatten(1).sum(1)
-    assert len(set(hidden.tolist())) > 4
-    assert all(int(0.3 * 60) <= count < 0.9 * 60 for count in hidden.tolist())
-    assert torch.isfinite(task(batch).loss)
-
-
-def test_masks_are_those_of_another_process_and_differ_between_items() -> None:
-    transform = SimMIM.transform(SimMIM.resolve(SimMIMConfig(), Geometry(PATCH, TOKENS, TOKENS)), PATCH)
-    crop = np.zeros((1, *PATCH), np.float32)
-    here = transform([crop], np.random.default_rng(5))["hidden"]
-    with ProcessPoolExecutor(1) as pool:
-        there = pool.submit(transform, [crop], np.random.default_rng(5)).result()["hidden"]
-    assert np.array_equal(here, there)
-    assert not np.array_equal(here, transform([crop], np.random.default_rng(6))["hidden"])
-
-
 @pytest.mark.parametrize(("cell", "expected"), [(None, (8, 8, 8)), ((8,), (8, 8, 8)), ((24, 16, 8), (24, 16, 8))])
 def test_cells_are_whole_tokens(cell: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
     task = task_on(cell_size=cell, mask_ratio=0.5)
@@ -162,82 +140,9 @@ def test_cells_are_whole_tokens(cell: tuple[int, ...] | None, expected: tuple[in
     assert torch.isfinite(task({"image": torch.randn(3, 1, *PATCH), "hidden": hidden}).loss)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"mask_ratio": 0.0},
-        {"mask_ratio": 1.0},
-        {"mask_ratio": 0.01},
-        {"mask_ratio": (0.9, 0.6)},
-        {"mask_ratio": (0.0, 0.5)},
-        {"mask_ratio": (0.5, 1.0)},
-        {"mask_ratio": (0.01, 0.5)},
-        {"cell_size": (8, 8)},
-        {"cell_size": (4, 8, 8)},
-        {"cell_size": (12, 12, 12)},
-        {"cell_size": (16, 16, 16)},
-        {"cell_size": (8, 8, 80)},
-    ],
-)
-def test_illegal_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(MFMError, match=f"E_CONFIG.*pretext.{next(iter(settings))}"):
-        SimMIM.resolve(SimMIMConfig(**settings), Geometry(PATCH, TOKENS, TOKENS))
-
-
 def test_unets_are_refused() -> None:
     with pytest.raises(MFMError, match="simmim works on primus"):
         SimMIM(SimMIMConfig(cell_size=TOKENS), tiny_backbone("resenc", PATCH))
-
-
-# The loss
-
-
-@pytest.mark.parametrize("loss", ["mse", "l1"])
-def test_the_loss_is_that_of_the_hidden_valid_voxels_of_each_sample(loss: str) -> None:
-    task = task_on(channels=2, loss=loss)
-    batch = batch_for(task)
-    batch["valid"] = torch.ones_like(batch["hidden"])
-    batch["valid"][0, :, :16] = False
-    output = task(batch)
-    with torch.no_grad():
-        restored = task.backbone.restore(batch["image"], batch["hidden"])
-    means, squares, guesses = [], [], []
-    for index in range(3):
-        counted = (batch["hidden"] & batch["valid"])[index].expand(2, *PATCH)
-        error = (restored - batch["image"])[index][counted]
-        means.append((error.abs() if loss == "l1" else error.square()).mean())
-        squares.append(error.square().mean())
-        guesses.append(batch["image"][index][counted].square().mean())
-    assert output.loss.item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
-    explained = 1 - sum(squares) / sum(guesses)
-    assert output.metrics["explained_variance"].item() == pytest.approx(float(explained), abs=1e-5)
-
-
-def test_l1_by_hand_and_no_gradient_on_visible_outputs() -> None:
-    hidden = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
-    hidden[0, 0, 0, 0] = hidden[1, 0, 1, 1] = True
-    prediction = torch.full((2, 3, 2, 2), 100.0)
-    prediction[0, :, 0, 0] = torch.tensor([1.0, -2.0, 3.0])
-    prediction[1, :, 1, 1] = 0
-    prediction.requires_grad_()
-    loss = masked_l1(prediction, torch.zeros(2, 3, 2, 2), hidden)
-    assert loss.item() == pytest.approx((1 + 2 + 3) / (2 * 3))
-    loss.backward()
-    assert prediction.grad is not None
-    assert torch.equal(prediction.grad[0] != 0, hidden[0].expand(3, 2, 2))
-
-
-def test_pictures_show_what_is_hidden_and_restored() -> None:
-    task = task_on(fill_value=-1.0)
-    batch = batch_for(task)
-    with torch.no_grad():
-        pictures = task(batch).pictures
-        restored = task.backbone.restore(batch["image"], batch["hidden"], -1.0)
-    assert list(pictures) == ["image", "visible", "restored"]
-    hidden = batch["hidden"][0]
-    assert torch.equal(pictures["image"], batch["image"][0])
-    assert (pictures["visible"][hidden] == -1).all()
-    assert torch.equal(pictures["restored"], torch.where(hidden, restored[0], batch["image"][0]))
 
 
 def test_it_starts_and_ships_the_plain_network(tmp_path: Path) -> None:

@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as compute_again
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.tasks.mae import MAE
-from mfm_nnunet.tasks.masks import MaskingConfig, MaskingTransform, draw_hidden
+from mfm_nnunet.tasks.masks import MaskingConfig, draw_hidden
 from mfm_nnunet.tasks.spark3d import SparK
 from mfm_nnunet.tasks.sparse import masked_instance_norm, shrink_hidden
 from tests.builders import tiny_run
@@ -415,47 +412,6 @@ def test_a_run_is_saved_as_a_plain_network_that_transfers_whole(tmp_path: Path) 
 # Settings, items and loss
 
 
-def test_the_share_may_be_drawn_for_each_item() -> None:
-    config = mfm_settings.override(MaskingConfig(), ["mask_ratio=0.6,0.9", "cell_size=2"])
-    config = SparK.resolve(config, Geometry((16, 16, 16), (1, 1, 1), (4, 4, 4)))
-    assert (config.mask_ratio, config.cell_size) == ((0.6, 0.9), (2, 2, 2))
-    transform = SparK.transform(config, (16, 16, 16))
-    crop = np.zeros((1, 16, 16, 16), np.float32)
-    shares = np.array([transform([crop], np.random.default_rng(i))["hidden"].mean() for i in range(200)])
-    assert 0.595 < shares.min() < 0.62
-    assert 0.88 < shares.max() <= 0.9
-    assert shares.mean() == pytest.approx(0.75, abs=0.02)
-    fixed = SparK.transform(MaskingConfig(cell_size=(2, 2, 2)), (16, 16, 16))
-    assert {fixed([crop], np.random.default_rng(i))["hidden"].mean() for i in range(5)} == {0.75}
-
-
-def test_items_and_defaults_are_those_of_mae() -> None:
-    geometry = Geometry((64, 160, 24), (1, 1, 1), (4, 4, 4))
-    mae, config = MAE.resolve(MAE.Config(), geometry), SparK.resolve(MaskingConfig(), geometry)
-    assert (config.cell_size, config.mask_ratio) == (mae.cell_size, mae.mask_ratio) == ((16, 16, 6), 0.75)
-    assert SparK.transform(config, (64, 160, 24)) == MAE.transform(mae, (64, 160, 24))
-    assert SparK.num_outputs(config, 3) == 3
-    assert SparK.augmentation(config) == "spatial"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"mask_ratio": 0.0},
-        {"mask_ratio": 1.0},
-        {"mask_ratio": (0.6, 1.0)},
-        {"mask_ratio": (0.0, 0.6)},
-        {"mask_ratio": (0.9, 0.6)},
-        {"mask_ratio": 0.001},
-        {"cell_size": (8, 8)},
-        {"cell_size": (8, 8, 48)},
-    ],
-)
-def test_illegal_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(MFMError, match=f"E_CONFIG.*pretext.{next(iter(settings))}="):
-        SparK.resolve(MaskingConfig(**settings), Geometry(PATCH, (1, 1, 1), (4, 4, 4)))
-
-
 def test_networks_that_cannot_work_sparsely_are_refused() -> None:
     config = MaskingConfig(cell_size=CELL)
     with pytest.raises(MFMError, match=r"E_CONFIG.*BatchNorm3d"):
@@ -465,36 +421,3 @@ def test_networks_that_cannot_work_sparsely_are_refused() -> None:
         SparK(config, tiny_backbone("resenc", PATCH, norm_op_kwargs=running))
     with pytest.raises(MFMError, match=r"E_CONFIG.*primus"):
         SparK(config, tiny_backbone("primus", (16, 24, 16)))
-
-
-def test_the_loss_counts_hidden_and_valid_voxels_only() -> None:
-    assert SparK.uses_valid
-    task = spark().eval()
-    batch = batch_of(task)
-    image, hidden = batch["image"], batch["hidden"]
-    valid = torch.rand(2, 1, *PATCH) < 0.5
-    with torch.no_grad():
-        output = task({**batch, "valid": valid})
-        errors = (task.restore(image, hidden) - image).square()
-    counted = hidden & valid
-    wanted = torch.stack([errors[i][counted[i]].mean() for i in range(2)]).mean()
-    assert output.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert output.loss.item() != pytest.approx(task(batch).loss.item(), rel=1e-5)
-    lie = torch.where(hidden & ~valid, 1e3, image)
-    assert torch.equal(task({"image": lie, "hidden": hidden, "valid": valid}).loss, output.loss)
-    transform = MaskingTransform(MaskingConfig(cell_size=CELL), PATCH)
-    item = transform([image[0].numpy()], np.random.default_rng(0), [valid[0].numpy()])
-    assert np.array_equal(item["valid"], valid[0].numpy())
-
-
-def test_pictures_show_what_is_visible_and_what_is_restored() -> None:
-    task = spark(channels=2).eval()
-    batch = batch_of(task, channels=2)
-    image, hidden = batch["image"], batch["hidden"][0].expand(2, *PATCH)
-    pictures = task(batch).pictures
-    assert pictures is not None
-    assert list(pictures) == ["image", "visible", "restored"]
-    assert torch.equal(pictures["image"], image[0])
-    assert (pictures["visible"][hidden] == 0).all()
-    assert torch.equal(pictures["restored"][~hidden], image[0][~hidden])
-    assert torch.equal(pictures["restored"][hidden], task.restore(image, batch["hidden"])[0][hidden])
