@@ -1,4 +1,4 @@
-"""What a case is, and how cases get unique, readable names, their channels and their subjects."""
+"""Cases: their unique, readable names, their channels and subjects; and masks that were taken for scans."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Case:
     subject: str = ""
     """Cases of one subject are never split between training and validation."""
     modality: str = ""
-    """What kind of image it is, in the words of the source ("T1w", "CT"); "" if the source does not say."""
+    """Kind of image in the words of the source ("T1w", "CT"); "" if unknown."""
     dataset: str = ""
-    """Which of several collected datasets it is from; "" if the source does not say."""
+    """Name of the collected dataset that it is from; "" if unknown."""
     anonymisation_mask: Path | None = None
     """A mask on the grid of the image, above 0 where voxels were changed so that nobody is recognised."""
 
@@ -49,7 +49,7 @@ class Case:
 
 
 def group_channels(folder: Path, file_ending: str = "") -> dict[str, dict[int, Path]]:
-    """The files ``NAME_0000.nii.gz`` of a folder as {name: {channel: file}}, sorted; ``file_ending`` "" for any image.
+    """Group the files ``NAME_0000.nii.gz`` of a folder: {name: {channel: file}}; ``file_ending`` "" for any image.
 
     Raises MFMError: E_FORMAT when image files do not have such names, E_CHANNELS when two files are one channel.
     """
@@ -80,7 +80,7 @@ def group_channels(folder: Path, file_ending: str = "") -> dict[str, dict[int, P
 
 
 def require_channels(folder: Path, groups: dict[str, dict[int, Path]], num_channels: int) -> None:
-    """Every case must have the channels 0 to ``num_channels`` - 1; MFMError (E_CHANNELS) lists all that lack."""
+    """Raise MFMError (E_CHANNELS) that lists all cases without exactly the channels 0 to ``num_channels`` - 1."""
     wanted = set(range(num_channels))
     lines = []
     for name, files in groups.items():
@@ -97,7 +97,7 @@ def require_channels(folder: Path, groups: dict[str, dict[int, Path]], num_chann
 
 
 def named(relative: Sequence[PurePath], images: Sequence[tuple[Path, ...]]) -> list[Case]:
-    """Cases named after the file stem, or after the whole relative path where the stem is not unique."""
+    """Make cases named after the file stem, or after the whole relative path where the stem is not unique."""
     stems = [safe_name(stem_of(path)) for path in relative]
     longer = ["__".join(safe_name(part) for part in (*path.parts[:-1], stem_of(path))) for path in relative]
     uses = Counter(stem.casefold() for stem in stems)
@@ -117,13 +117,13 @@ def named(relative: Sequence[PurePath], images: Sequence[tuple[Path, ...]]) -> l
 
 
 def with_digest(name: str, path: str) -> str:
-    """``name``, shortened if need be, with 8 hexadecimal digits that tell it from others."""
+    """Append 8 hexadecimal digits of a path to ``name``, which is shortened if need be, so that it is unique."""
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{name[: MAX_NAME - 9]}_{digest}"
 
 
 def subject_of(path: PurePath) -> str:
-    """The BIDS subject ``sub-XX`` in a path; "" without one.
+    """Return the BIDS subject ``sub-XX`` in a path; "" without one.
 
     Equal names in different folders count as one person: they often are (derivatives, one folder per modality), and
     if not, nothing is lost but some freedom in splitting.
@@ -154,12 +154,12 @@ def spelling_of(name: str) -> str:
 
 
 def stem_of(path: PurePath) -> str:
-    """The name of a file without its image ending, ``.nii.gz`` as a whole."""
+    """Return the name of a file without its image ending; ``.nii.gz`` is one ending."""
     return path.name[: len(path.name) - len(ending_of(Path(path.name)))]
 
 
 def safe_name(text: str) -> str:
-    """ASCII letters, digits, ``.``, ``-``, ``+`` and ``_``: a name that every file system takes and tells apart."""
+    """Reduce a text to ASCII letters, digits, ``.``, ``-``, ``+`` and ``_``, which every file system can store."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "_", plain).lstrip(".-") or "case"
     # nnU-Net takes NAME_seg.b2nd for the label map of NAME.
@@ -167,7 +167,7 @@ def safe_name(text: str) -> str:
 
 
 def image_files(source: Path) -> Iterator[Path]:
-    """All image files below ``source``, links followed; whatever has an image's name, so the gate can report it."""
+    """Yield all files below ``source`` that are named as images, following links; the gate reports the others."""
     seen: set[str] = set()
     for folder, folders, files in os.walk(source, followlinks=True):
         real = os.path.realpath(folder)
@@ -195,7 +195,7 @@ SMOOTH = 0.85
 In label maps it is 0.9 and more, in ultrasound of 8 bits, the smoothest of the scans that were measured, 0.6.
 """
 _SAMPLE = 1 << 18
-"""Voxels that decide about nearly every scan; only what looks like a mask in these is looked at as a whole."""
+"""Voxels that decide about nearly every scan; an image that looks like a mask in these is checked as a whole."""
 
 
 def is_named_mask(relative: PurePath) -> bool:
@@ -221,7 +221,7 @@ def require_scan(file: Path, image_CDHW: np.ndarray) -> None:
 
 
 def _count_labels(lines: np.ndarray) -> int:
-    """The number of different values of a label map; 0 for a scan."""
+    """Count the different values of a label map; 0 for a scan."""
     if lines.min() != 0 or not (lines == np.rint(lines)).all():
         return 0
     number = len(np.unique(lines))

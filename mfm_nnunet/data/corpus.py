@@ -71,7 +71,7 @@ def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channe
 
 
 def load_cases(dataset_folder: Path, need_mapped_files: bool = True) -> list[Case]:
-    """The cases of a registered corpus or of an nnU-Net raw dataset, in the order of their names.
+    """List the cases of a registered corpus or of an nnU-Net raw dataset, in the order of their names.
 
     In a corpus a scan that vanished is a bad case, which reading reports; in a labelled dataset every file must be
     there, without ``need_mapped_files`` those alone that no "dataset" map names. Raises MFMError: E_FORMAT (a damaged
@@ -83,7 +83,7 @@ def load_cases(dataset_folder: Path, need_mapped_files: bool = True) -> list[Cas
 
 
 def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
-    """``dataset.json`` of a raw folder. Raises MFMError (E_NOT_FOUND, E_FORMAT) with everything that is wrong in it."""
+    """Read ``dataset.json`` of a raw folder. Raises MFMError (E_NOT_FOUND, E_FORMAT) with all that is wrong in it."""
     file = dataset_folder / "dataset.json"
     content = dataset_jsons.read_dataset_json(file, "Every dataset needs one; repair it or register the images again.")
     if twice := _names_given_twice(file):
@@ -95,7 +95,7 @@ def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
 
 
 def _names_given_twice(file: Path) -> list[str]:
-    """Names that a JSON file gives twice in one table: cases or labels of which one would vanish."""
+    """Find names that a JSON file gives twice in one table: of two such cases or labels one would vanish."""
     found: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -107,15 +107,15 @@ def _names_given_twice(file: Path) -> list[str]:
 
 
 def is_corpus(dataset_folder: Path) -> bool:
-    """Whether a dataset folder is a registered corpus of unlabelled images."""
+    """Return whether a dataset folder is a registered corpus of unlabelled images."""
     return (dataset_folder / "corpus.json").is_file()
 
 
 def corpus_hash(cases: Sequence[Case], sizes: Mapping[str, Mapping[str, list[int]]] | None = None) -> str:
-    """SHA-256 over names, modalities and datasets of the cases and sizes of their files; it tells none of them.
+    """Hash names, modalities and datasets of the cases and sizes of their files; the hash reveals none of them.
 
     ``sizes`` holds what is known of the files of a case, ``images`` and each kind of mask, so that scans which were
-    preprocessed and are not there any more have the same hash; others are looked at.
+    preprocessed and are not there any more have the same hash; the sizes of all others are read.
     """
     return _digest([_hash_line(case, (sizes or {}).get(case.name, {})) for case in cases])
 
@@ -128,7 +128,7 @@ def _hash_line(case: Case, known: Mapping[str, list[int]]) -> str:
 
 
 def signature(cases: Sequence[Case]) -> str:
-    """SHA-256 over names, paths, sizes and times of change: another value when anything was added or changed."""
+    """Hash names, paths, sizes and modification times of all files, to find out whether anything changed."""
     lines = []
     for case in cases:
         files = [*case.images, *([case.label] if case.label is not None else [])]
@@ -149,7 +149,7 @@ def _digest(lines: list[str]) -> str:
 
 
 def _status(file: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in ns; -1 for a file that is not there."""
+    """Return size in bytes and modification time in ns; -1 for a file that is missing."""
     try:
         status = file.stat()
     except OSError:
@@ -158,7 +158,7 @@ def _status(file: Path) -> tuple[int, int]:
 
 
 def _require_equal_channels(cases: Sequence[Case], num_channels: int) -> None:
-    """One file per channel, or colour pictures that hold all channels in one file."""
+    """Refuse cases without one file per channel, except colour pictures, which hold all channels in one file."""
     colour = num_channels > 1 and all(len(case.images) == 1 and ending_of(case.images[0]) in PICTURES for case in cases)
     wrong = [f"  {case.name}: {len(case.images)}" for case in cases if len(case.images) != num_channels]
     if wrong and not colour:
@@ -168,7 +168,7 @@ def _require_equal_channels(cases: Sequence[Case], num_channels: int) -> None:
 
 
 def _update(folder: Path, cases: list[Case]) -> list[Case]:
-    """The new cases of a registered corpus; scans that are known keep their names, which preprocessed files bear."""
+    """Return the new cases of a registered corpus; known scans keep their names, which preprocessed files bear."""
     known = {case.images: case for case in _corpus_cases(folder)}
     new = {case.images for case in cases}
     gone = [case for images, case in known.items() if images not in new]
@@ -202,7 +202,7 @@ def _update(folder: Path, cases: list[Case]) -> list[Case]:
 
 
 def _file_format(cases: Sequence[Case]) -> dict[str, str]:
-    """``file_ending`` (the commonest), and the reader where stock nnU-Net would not find one for all files."""
+    """Choose ``file_ending`` (the commonest), and the reader where stock nnU-Net would not find one for all files."""
     endings = Counter(ending_of(file) for case in cases for file in case.images)
     unknown = [str(file) for case in cases for file in case.images if not ending_of(file)]
     if unknown:
@@ -243,7 +243,7 @@ def _corpus_cases(folder: Path) -> list[Case]:
 
 
 def _entry(case: Case) -> dict[str, Any]:
-    """A case in corpus.json; what the source did not tell is left out."""
+    """Return a case as in corpus.json, without fields that the source does not give."""
     known = {key: str(getattr(case, key)) for key in _OPTIONAL if getattr(case, key)}
     return {"name": case.name, "images": [str(file) for file in case.images], "subject": case.subject, **known}
 
@@ -285,7 +285,7 @@ class Selection:
     missing: list[str]
     """In the dataset and not preprocessed, and no planning said why."""
     source: Path | None
-    """What says which cases there are; None where nothing does, and all that is preprocessed is used."""
+    """File or folder that lists the cases; None where there is none, and all that is preprocessed is used."""
 
     @property
     def names(self) -> list[str]:
@@ -342,7 +342,7 @@ def _named(name: str) -> Case:
 
 
 def _has_list(raw: Path) -> bool:
-    """Whether a raw folder tells its cases; images may have been moved away since the dataset was preprocessed."""
+    """Return whether a raw folder lists its cases; images may have been moved away after preprocessing."""
     if is_corpus(raw) or not (raw / "dataset.json").is_file():
         return is_corpus(raw)
     images = raw / IMAGES
@@ -362,7 +362,7 @@ def _of_raw(raw: Path) -> Sequence[Case]:
 
 
 def _planned(beside: Path) -> tuple[list[str] | None, set[str]]:
-    """The cases of the last planning, None where it was stock nnU-Net's, and those that it refused."""
+    """Return the cases of the last planning, None where stock nnU-Net planned, and those that it refused."""
     file = beside / FINGERPRINT
     if not file.is_file():
         return None, set()

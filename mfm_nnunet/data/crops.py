@@ -36,9 +36,9 @@ class CropRequest:
     size: tuple[int, ...]
     """Voxels per axis."""
     volume: int = 0
-    """Which of the item's volumes it is cut from, from 0; other numbers are other volumes."""
+    """Number of the volume, from 0, among those of the item; different numbers are different volumes."""
     pad: bool = True
-    """Where the volume is smaller than ``size``: True, zeros are added around it; False, the crop is as small as it."""
+    """True: a volume smaller than ``size`` is padded with zeros. False: the crop is as small as the volume."""
 
 
 class ItemTransform(ABC):
@@ -64,7 +64,7 @@ class ItemTransform(ABC):
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How items are drawn: from ``num_volumes`` different volumes each, with ``augmentation`` as in
+    """Settings of a stream: items from ``num_volumes`` different volumes each, with ``augmentation`` as in
     :func:`draw_spatial`. Streams of one seed are independent: 0 training, 1 validation."""
 
     num_volumes: int = 1
@@ -72,7 +72,7 @@ class StreamSettings:
     seed: int = 0
     stream: int = 0
     with_valid: bool = False
-    """Whether transforms get ``valid``; the same for all items of a run, whichever of its volumes has a mask."""
+    """Pass a validity mask to the transform. Constant within a run, even for volumes without a mask."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class CropStream(Dataset):
         return self.transform(crops, rng, valid) if self.settings.with_valid else self.transform(crops, rng)
 
     def case_names(self, index: int) -> list[str]:
-        """The names of the cases behind item ``index``, for messages."""
+        """Return the names of the cases behind item ``index``, for messages."""
         return [Path(self.files[i]).stem for i in self._choose(self._rng(index))]
 
     def _rng(self, index: int) -> np.random.Generator:
@@ -152,7 +152,7 @@ class CropStream(Dataset):
         return [Source(*parts) for parts in zip(volumes, masks, slices)]
 
     def _crop(self, source: Source, request: CropRequest, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """One crop (C, *size), and where it is valid (1, *size); the latter is empty unless it is asked for."""
+        """Read a crop (C, *size), and where it is valid (1, *size); the latter is empty unless it is asked for."""
         is_slice = len(request.size) == source.volume.ndim - 2
         leading = (source.slice,) if is_slice else ()
         shape = source.volume.shape[1 + len(leading) :]
@@ -174,7 +174,7 @@ _NOTHING = np.zeros(0, bool)
 
 
 def _lower(shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """The lower corner of a crop anywhere in a volume; smaller volumes lie in the middle of it."""
+    """Draw the lower corner of a crop anywhere in a volume; smaller volumes are centred in it."""
     return [
         int(rng.integers(limit - want + 1)) if limit > want else (limit - want) // 2 for limit, want in zip(shape, size)
     ]
@@ -190,7 +190,7 @@ def batches(
     world_size: int = 1,
     pin: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches ``first`` to ``last - 1`` of a stream, in order; rank ``rank`` gets every ``world_size``-th item.
+    """Yield batches ``first`` to ``last - 1`` of a stream, in order; rank ``rank`` gets every ``world_size``-th item.
 
     Batch ``b`` holds the items ``b * batch_size`` to ``(b + 1) * batch_size - 1``, whatever the number of workers.
     ``pin`` puts them where a GPU copies from.
@@ -216,7 +216,7 @@ class SpatialParameters:
     flips: tuple[bool, ...]
 
     def read_size(self, patch_size: Sequence[int]) -> tuple[int, ...]:
-        """Voxels per axis that must be read so that the transformed patch is covered."""
+        """Return the number of voxels per axis that must be read to cover the transformed patch."""
         if self.matrix is None:
             return tuple(patch_size)
         # Three voxels around the box feed the cubic spline at its border.
@@ -249,7 +249,7 @@ def draw_spatial(rng: np.random.Generator, patch_size: Sequence[int], kind: Augm
 def apply_spatial(
     crop_CDHW: np.ndarray, parameters: SpatialParameters, patch_size: Sequence[int], order: int = 3
 ) -> np.ndarray:
-    """The patch (C, *patch_size) from a crop of ``parameters.read_size(patch_size)``; 0 outside.
+    """Transform a crop of ``parameters.read_size(patch_size)`` into the patch (C, *patch_size); 0 outside.
 
     ``order`` of the spline: 3 for images, 0 (nearest neighbour) for masks.
     """
@@ -289,7 +289,7 @@ def _plane_rotation(num_axes: int, first: int, second: int, angle: float) -> np.
 
 
 KINDS = ("subject", "dataset", "modality")
-"""What can be balanced: fields of :class:`Case`."""
+"""Fields of :class:`Case` that can be balanced."""
 
 
 def require_legal_balance(kinds: Sequence[str], cases: Sequence[Case]) -> None:

@@ -49,11 +49,11 @@ def raw_cases(folder: Path, dataset_json: Mapping[str, Any], need_mapped_files: 
 
 def warn_of_differences(folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[Case]) -> None:
     """Log where dataset.json and the files disagree about the cases, and images that are used twice."""
-    told = dataset_json.get("numTraining")
-    if isinstance(told, int) and told != len(cases):
+    stated = dataset_json.get("numTraining")
+    if isinstance(stated, int) and stated != len(cases):
         _log.warning(
             "%s: numTraining is %d, and there are %d cases. Correct it, or look for what is missing.",
-            folder / "dataset.json", told, len(cases),
+            folder / "dataset.json", stated, len(cases),
         )  # fmt: skip
     used = {os.path.realpath(file) for case in cases for file in (*case.images, case.label) if file is not None}
     left = [file for file in _image_files(folder) if os.path.realpath(file) not in used]
@@ -73,7 +73,7 @@ def warn_of_differences(folder: Path, dataset_json: Mapping[str, Any], cases: Se
 
 
 def _mapped(folder: Path, dataset_json: Mapping[str, Any]) -> list[Case]:
-    """nnU-Net's ``"dataset"`` map: paths relative to the folder, environment variables expanded."""
+    """Read nnU-Net's ``"dataset"`` map: paths relative to the folder, environment variables expanded."""
 
     def resolve(path: str) -> Path:
         return Path(os.path.abspath(folder / os.path.expandvars(path)))
@@ -90,7 +90,7 @@ def _mapped(folder: Path, dataset_json: Mapping[str, Any]) -> list[Case]:
 
 
 def _listed(folder: Path, dataset_json: Mapping[str, Any]) -> list[Case]:
-    """``imagesTr/NAME_0000.nii.gz`` and ``labelsTr/NAME.nii.gz``."""
+    """List ``imagesTr/NAME_0000.nii.gz`` and ``labelsTr/NAME.nii.gz``."""
     ending = dataset_json["file_ending"]
     if not (folder / IMAGES).is_dir():
         raise MFMError("E_NOT_FOUND", f"{folder}: has no folder imagesTr. Put the images there as NAME_0000{ending}.")
@@ -115,7 +115,7 @@ def _listed(folder: Path, dataset_json: Mapping[str, Any]) -> list[Case]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """All image files in imagesTr, labelsTr and their folders; hidden ones are left out.
+    """List all image files in imagesTr, labelsTr and their folders, except hidden ones.
 
     What lies in a folder that bears an image's name is left out too: that folder is refused where the image is read.
     """

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def read_table(file: Path) -> list[Case]:
-    """The cases of a CSV: column ``image``, or ``image_0``, ``image_1``, ... for channels; paths relative to the file.
+    """Read the cases of a CSV: column ``image``, or ``image_0``, ``image_1``, ... for channels, relative to the file.
 
     Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anonymisation_mask`` (an empty cell:
     none). Raises MFMError: E_FORMAT (no table, no column of images), E_NOT_FOUND (images or masks that are
@@ -57,7 +57,7 @@ def read_table(file: Path) -> list[Case]:
 
 
 def read_nnssl(file: Path) -> list[Case]:
-    """The cases of nnssl's index: collection, datasets, subjects, sessions, images with their associated masks.
+    """Read the cases of nnssl's index: collection, datasets, subjects, sessions, images with associated masks.
 
     Paths may begin with a variable (``$nnssl_raw/...``); relative ones start at the file's folder. Raises MFMError:
     E_FORMAT (another structure, or the index of preprocessed data), E_CONFIG (a variable that is not set), E_NOT_FOUND
@@ -91,7 +91,7 @@ def is_of_preprocessed(file: Path) -> bool:
 
 
 def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[PurePath, dict[str, Any]]]:
-    """(dataset/subject/session, image) of all images."""
+    """Yield (dataset/subject/session, image) of all images."""
     for dataset, subjects in _nnssl_level(file, content, "datasets"):
         for subject, sessions in _nnssl_level(file, subjects, "subjects"):
             for session, images in _nnssl_level(file, sessions, "sessions"):
@@ -107,7 +107,7 @@ def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[Pur
 
 
 def _part(name: str) -> str:
-    """An identifier as one part of a path."""
+    """Return an identifier as one part of a path."""
     return "_" if name in ("", ".", "..") else name.replace("/", "_")
 
 
@@ -142,7 +142,7 @@ def _nnssl_mask(file: Path, entry: Mapping[str, Any]) -> Path | None:
 
 
 def _name(entry: Mapping[str, Any], image: Path) -> str:
-    """The name of the file; nnssl's own ``name`` may hold anything."""
+    """Return the name of the file; nnssl's own ``name`` may hold anything."""
     return image.name or _text(entry.get("name"))
 
 
@@ -156,7 +156,7 @@ def _require_all(file: Path, problems: Sequence[str]) -> None:
 
 
 def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns that hold images, and the rows, with trimmed names in lower case."""
+    """Read the columns that hold images, and the rows, with trimmed names in lower case."""
     try:
         text = file.read_text(encoding="utf-8-sig")
         first = text.partition("\n")[0]
@@ -181,7 +181,7 @@ def _absolute(path: str, folder: Path) -> Path:
 
 
 def _with_columns(file: Path, cells: list[dict[str, str]], cases: list[Case]) -> list[Case]:
-    """The cases with the names, subjects, modalities, datasets and masks that the table gives."""
+    """Return the cases with the names, subjects, modalities, datasets and masks of the table."""
     given = [safe_name(row["case"]) if row.get("case") else case.name for row, case in zip(cells, cases)]
     uses = Counter(name.casefold() for name in given)
     twice = sorted({name for name in given if uses[name.casefold()] > 1})

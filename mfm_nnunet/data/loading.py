@@ -1,5 +1,4 @@
-"""What all loaders of training batches share: background processes that leave signals to their parent, and whose errors
-arrive as they were raised."""
+"""DataLoader workers that ignore signals (the parent handles them) and re-raise our exceptions unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from mfm_nnunet.processes import stop_signals_ignored
 def read_in_order(
     source: Dataset, num_workers: int, pin_memory: bool, collate: Callable[[Any], Any], **how: Any
 ) -> Iterator[Any]:
-    """The batches of ``source`` in the order of its sampler, which is among ``how`` (as ``DataLoader`` takes them).
+    """Load the batches of ``source`` in the order of its sampler, which is in ``how`` (as for ``DataLoader``).
 
     ``pin_memory`` puts them where a GPU copies from.
 
@@ -50,10 +49,10 @@ def leave_signals_to_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_on_request, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_when_told(parent: int) -> None:
+def _end_on_request(parent: int) -> None:
     while True:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
         if sender == parent or os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""What every loop over cases shares: one bad case is a report line, a dead worker costs one case, changes are seen.
+"""Loops over cases: a bad case is a line of the report, a dead worker costs one case, changed files are noticed.
 
 Used by the fingerprint (``plans``) and by preprocessing.
 """
@@ -37,11 +37,11 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 15.0
-"""How often a loop over cases says how far it is."""
+"""Seconds from one line about the progress of a loop to the next."""
 
 
 def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
-    """The result of ``work(case)``, or what went wrong. A full disk concerns all cases and is raised (E_DISK_FULL)."""
+    """Return ``work(case)``, or what went wrong. A full disk concerns all cases and is raised (E_DISK_FULL)."""
     try:
         return work(case)
     except MFMError as error:
@@ -101,7 +101,7 @@ def unchanged(case: Case) -> Iterator[list[list[Any]]]:
 def in_threads(
     work: Callable[[Case], Result], cases: Iterable[Case], num_threads: int
 ) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
-    """Each case with its outcome, in the order given; few are begun ahead, so that few results wait in memory."""
+    """Yield each case with its outcome, in the order given; few run ahead, so that few results wait in memory."""
     with reader_threads(num_threads) as executor:
         begun: deque[tuple[Case, Future[Result | CaseFailure]]] = deque()
         for case in cases:
@@ -132,7 +132,7 @@ def reader_threads(number: int) -> Iterator[ThreadPoolExecutor]:
 def in_processes(
     work: Callable[[Case], Result], cases: Iterable[Case], num_processes: int
 ) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
-    """Each case with its outcome as it is finished; ``work`` must be picklable.
+    """Yield each case with its outcome as it is finished; ``work`` must be picklable.
 
     When a worker dies, the cases that were under way are repeated one by one, so only the one that kills is lost.
     """
@@ -192,7 +192,7 @@ def _clock(seconds: float) -> timedelta:
 def _until_a_death(
     work: Callable[[Case], Result], waiting: deque[Case], num_processes: int
 ) -> Generator[tuple[Case, Result | CaseFailure], None, tuple[list[Case], list[int]]]:
-    """Work through ``waiting``; when a worker dies, stop and return the cases under way and the workers' exit codes."""
+    """Process ``waiting``; when a worker dies, stop and return the unfinished cases and the workers' exit codes."""
     start_resource_tracker()
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     reading, writing = context.Pipe(duplex=False)
@@ -222,7 +222,7 @@ def _until_a_death(
 
 
 def _death(case: Case, exit_codes: Sequence[int]) -> CaseFailure:
-    """The failure of a case on which a worker died; memory is blamed only for SIGKILL, which is how systems take it."""
+    """Return the failure of a case whose worker died. Only SIGKILL is blamed on memory: systems kill with it."""
     if -signal.SIGKILL in exit_codes:
         reason = "the worker process was killed, as systems do when memory runs out. Use fewer processes."
         return CaseFailure(case.name, "E_OOM", reason)
@@ -234,7 +234,7 @@ def _death(case: Case, exit_codes: Sequence[int]) -> CaseFailure:
 
 
 def _end_with_pipe(reading: Connection) -> None:
-    """In a worker: end when the other end of a pipe is closed, by the parent or by its death. Log as that one does."""
+    """Initialise a worker: log as the parent does, and exit when the parent closes a pipe or dies."""
     terminal.configure_logging()
 
     def follow() -> None:

@@ -169,7 +169,7 @@ class Job:
     plans: str
     dataset_json: str
     folders: dict[str, Path]
-    """Where the files of each configuration go."""
+    """The folder of each configuration."""
     staging: Path
 
     def __call__(self, case: Case) -> dict[str, list[list[Any]] | CaseFailure]:

@@ -32,7 +32,7 @@ def resample_image(
     order_z: int = 0,
     force_separate_z: bool | None = None,
 ) -> np.ndarray:
-    """``x_CDHW`` on a grid of ``new_shape`` (D, H, W); spacings in mm decide whether slices are resampled one by one.
+    """Resample ``x_CDHW`` to ``new_shape`` (D, H, W); spacings in mm decide whether slices are resampled one by one.
 
     A drop-in for nnU-Net's ``resample_data_or_seg_to_shape``: the dtype of the input is kept, values stay within the
     input's range, and an input that already has ``new_shape`` is returned as it is. ``is_seg`` treats each channel as a
@@ -64,7 +64,7 @@ def resample_image(
 
 
 def resampling_function(name: str, kwargs: dict[str, Any]) -> Callable[..., np.ndarray]:
-    """The function ``f(x_CDHW, new_shape, current_spacing, new_spacing)`` for a name and its arguments in a plan.
+    """Return ``f(x_CDHW, new_shape, current_spacing, new_spacing)`` for a name and its arguments in a plan.
 
     Our own for nnU-Net's default, nnU-Net's for any other name it knows. Raises RuntimeError for an unknown name.
     """
@@ -79,7 +79,7 @@ def resampling_function(name: str, kwargs: dict[str, Any]) -> Callable[..., np.n
 
 @functools.lru_cache(64)
 def axis_operator(n: int, m: int, order: int) -> np.ndarray:
-    """The (m, n) matrix that resizes an axis of ``n`` voxels to ``m`` by splines of ``order`` (0 to 5)."""
+    """Return the (m, n) matrix that resizes an axis of ``n`` voxels to ``m`` by splines of ``order`` (0 to 5)."""
     operator = scipy.ndimage.zoom(np.eye(n), (m / n, 1), order=order, mode="nearest", grid_mode=True)
     assert operator.shape == (m, n), f"resizing {n} to {m} voxels gave {operator.shape}"
     operator.setflags(write=False)
@@ -89,7 +89,7 @@ def axis_operator(n: int, m: int, order: int) -> np.ndarray:
 def _resample_intensities(
     x_DHW: np.ndarray, shape: tuple[int, ...], axis: int | None, order: int, order_z: int
 ) -> np.ndarray:
-    """One channel; with ``axis`` its slices are resampled in plane and then picked (order 0) or interpolated."""
+    """Resample a channel; with ``axis`` its slices in plane first, then between slices by ``order_z``."""
     # float32 would be twice as fast, but its rounding moves single voxels of masks away from stock's.
     x_DHW = np.ascontiguousarray(x_DHW, dtype=np.float64)
     if axis is None:
@@ -118,7 +118,7 @@ def _resize(x_DHW: np.ndarray, shape: tuple[int, ...], order: int, clip_axes: tu
 
 
 def _apply(x_DHW: np.ndarray, axis: int, m: int, order: int) -> np.ndarray:
-    """The operator of one axis, in blocks of rows because its entries vanish a few dozen voxels off the diagonal."""
+    """Apply the operator of one axis, in blocks of rows: its entries vanish a few dozen voxels off the diagonal."""
     before, n, after = int(np.prod(x_DHW.shape[:axis])), x_DHW.shape[axis], int(np.prod(x_DHW.shape[axis + 1 :]))
     flat = x_DHW.reshape(before, n, after)
     result = np.empty((before, m, after), dtype=x_DHW.dtype)
@@ -132,7 +132,7 @@ def _apply(x_DHW: np.ndarray, axis: int, m: int, order: int) -> np.ndarray:
 
 @functools.lru_cache(64)
 def _blocks(n: int, m: int, order: int, dtype: str) -> list[tuple[slice, slice, np.ndarray]]:
-    """The operator as (output rows, input columns, matrix); entries far below the rounding of ``dtype`` are dropped."""
+    """Cut the operator into (output rows, input columns, matrix), without entries below the rounding of ``dtype``."""
     operator, rows_at_once = axis_operator(n, m, order), 64
     blocks = []
     for start in range(0, m, rows_at_once):
@@ -144,19 +144,19 @@ def _blocks(n: int, m: int, order: int, dtype: str) -> list[tuple[slice, slice, 
 
 
 def _nearest(n: int, m: int) -> np.ndarray:
-    """Index (m,) of the nearest voxel of an axis of ``n``."""
+    """Return the index (m,) of the nearest voxel of an axis of ``n``."""
     return axis_operator(n, m, 0).argmax(1)
 
 
 def _slice_index(n: int, m: int) -> np.ndarray:
-    """Index (m,) of the slice that nnU-Net picks out of ``n``: half rounds up."""
+    """Return the index (m,) of the slice that nnU-Net picks out of ``n``: half rounds up."""
     # Rounded step by step like there, so that ties fall the same way.
     position = (n / m) * (np.arange(m) + 0.5) - 0.5
     return np.clip(np.floor(position + 0.5).astype(int), 0, n - 1)
 
 
 def _resample_labels(x_DHW: np.ndarray, shape: tuple[int, ...], axis: int | None, order: int) -> np.ndarray:
-    """One label map; order 0 takes the nearest voxel, order 1 the label with the largest interpolated share."""
+    """Resample a label map: order 0 takes the nearest voxel, order 1 the label with the largest interpolated share."""
     sizes = list(zip(x_DHW.shape, shape))
     nearest = [_nearest(n, m) for n, m in sizes]
     corners = [_linear(n, m) for n, m in sizes]
@@ -175,7 +175,7 @@ def _resample_labels(x_DHW: np.ndarray, shape: tuple[int, ...], axis: int | None
 
 @functools.lru_cache(64)
 def _linear(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Lower and upper neighbour and their weights, each (m,), read off the operator to share its rounding."""
+    """Return both neighbours and their weights, each (m,), read off the operator to share its rounding."""
     operator, rows = axis_operator(n, m, 1), np.arange(m)
     low = (operator != 0).argmax(1)
     high = np.minimum(low + 1, n - 1)
@@ -183,7 +183,7 @@ def _linear(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 
 def _is_mixed(x_DHW: np.ndarray, corners: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
-    """Where the surrounding voxels of an output voxel hold more than one label."""
+    """Return where the surrounding voxels of an output voxel hold more than one label."""
     least = most = x_DHW
     for axis, (low, high, _, _) in enumerate(corners):
         least = np.minimum(np.take(least, low, axis), np.take(least, high, axis))
@@ -194,7 +194,7 @@ def _is_mixed(x_DHW: np.ndarray, corners: Sequence[tuple[np.ndarray, ...]]) -> n
 def _vote(
     x_DHW: np.ndarray, corners: Sequence[tuple[np.ndarray, ...]], at: tuple[np.ndarray, ...], nearest: np.ndarray
 ) -> np.ndarray:
-    """The winning labels (V,) at the output voxels ``at``; a tie goes to the nearest voxel's label, else the lowest."""
+    """Return the winning labels (V,) at the output voxels ``at``; ties go to the nearest label, else the lowest."""
     labels, weights = map(list, zip(*_corner_labels(x_DHW, corners, at)))
     score = _score(nearest, labels, weights)
     winner = nearest.copy()
@@ -215,7 +215,7 @@ def _vote(
 def _corner_labels(
     x_DHW: np.ndarray, corners: Sequence[tuple[np.ndarray, ...]], at: tuple[np.ndarray, ...]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Label and weight (V,) of each surrounding voxel, the last axis fastest: scipy's order of summation."""
+    """Yield label and weight (V,) of each surrounding voxel, last axis fastest: scipy's order of summation."""
     for bits in itertools.product((0, 1), repeat=3):
         index = tuple(corner[bit][place] for corner, bit, place in zip(corners, bits, at))
         weight = [corner[2 + bit][place] for corner, bit, place in zip(corners, bits, at)]
@@ -223,7 +223,7 @@ def _corner_labels(
 
 
 def _score(candidate: np.ndarray, labels: list[np.ndarray], weights: list[np.ndarray]) -> np.ndarray:
-    """The interpolated share of ``candidate``, at most 1, summed in scipy's order so that ties are exact ties."""
+    """Sum the interpolated share of ``candidate``, at most 1, in scipy's order, so that ties are exact ties."""
     score = np.zeros(len(candidate))
     for label, weight in zip(labels, weights):
         score += np.where(label == candidate, weight, 0.0)

@@ -1,4 +1,4 @@
-"""What a case will take on the plan's grid, computed from shapes before anything is resampled.
+"""Memory that a case needs on the plan's grid, computed from shapes before anything is resampled.
 
 A file of 65 kB whose header says 20 mm becomes half a billion voxels for a model of 1 mm. The sums below follow the
 arrays that :mod:`mfm_nnunet.data.preprocess`, :mod:`mfm_nnunet.predict.model` and :mod:`mfm_nnunet.predict.logits`

@@ -1,4 +1,4 @@
-"""Where a corpus comes from: a folder tree, a BIDS tree, a table, nnssl's index, an nnU-Net raw folder, one image."""
+"""Sources of a corpus: a folder tree, a BIDS tree, a table, nnssl's index, an nnU-Net raw folder, one image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def index_source(source: Path) -> list[Case]:
-    """The cases of a source of images; absolute paths, sorted, none of the files opened.
+    """List the cases of a source of images: absolute paths, sorted; no image is opened.
 
     * A folder tree: each image file is a case; hidden files are left out, and so are, with a message, those that are
       named as masks (:func:`is_named_mask`), DICOM files, and a few pictures among volumes. ``sub-XX``
@@ -69,7 +69,7 @@ def index_source(source: Path) -> list[Case]:
 
 
 def _unknown_source(source: Path) -> MFMError:
-    """The error (E_FORMAT) for a file that is no listing and no image."""
+    """Return the error (E_FORMAT) for a file that is no listing and no image."""
     if not os.path.isfile(source):
         return MFMError("E_FORMAT", f"{source}: is a pipe or device. Give a folder, a listing or an image.")
     if found := dicom.find_dicom(source):
@@ -83,7 +83,7 @@ def _unknown_source(source: Path) -> MFMError:
 
 
 def _what_else(source: Path) -> str:
-    """Sentences about what a folder without images holds instead; "" for nothing that is known."""
+    """Describe what a folder without images holds instead, in sentences; "" for nothing known."""
     if advice := dicom.advice(source):
         return advice
     if not source.is_dir():
@@ -95,7 +95,7 @@ def _what_else(source: Path) -> str:
 
 
 def _each_once(source: Path, cases: list[Case]) -> list[Case]:
-    """The cases without those that a listing names again: one of them might train while the other validates."""
+    """Drop cases that a listing names again: one of them might train while the other validates."""
     first: dict[tuple[Path, ...], Case] = {}
     for case in cases:
         first.setdefault(case.images, case)
@@ -143,7 +143,7 @@ def _without_masks(source: Path, files: list[Path]) -> list[Path]:
 
 
 def _without_stray_pictures(source: Path, files: list[Path]) -> list[Path]:
-    """Volumes without the few pictures among them, such as screenshots; other mixtures are refused when registered."""
+    """Drop a few pictures among volumes, such as screenshots; other mixtures are refused when registered."""
     pictures = [file for file in files if ending_of(file) in PICTURES]
     volumes = [file for file in files if ending_of(file) not in PICTURES]
     if not pictures or len(volumes) < 3 or len(pictures) > max(1, len(files) // 10):
@@ -154,7 +154,7 @@ def _without_stray_pictures(source: Path, files: list[Path]) -> list[Path]:
 
 
 def _warn_of_channels(files: Sequence[Path]) -> None:
-    """Say it when files look like the channels of one case, which only nnU-Net's folders and tables make of them."""
+    """Warn where files look like channels of one case, which only nnU-Net's folders and tables can state."""
     stems = [re.fullmatch(r"(.+)_\d{4}", str(file.parent / stem_of(file))) for file in files]
     several = [name for name, count in Counter(match[1] for match in stems if match).items() if count > 1]
     if several:
@@ -168,7 +168,7 @@ def _warn_of_channels(files: Sequence[Path]) -> None:
 
 
 def _has_channels(folder: Path) -> bool:
-    """Whether any file is named ``NAME_0000``; the Medical Segmentation Decathlon has such folders without channels."""
+    """Return whether any file is named ``NAME_0000``; folders of the Medical Segmentation Decathlon have none."""
     return any(re.search(r"_0000$", stem_of(file)) for file in folder.iterdir() if ending_of(file))
 
 
@@ -191,7 +191,7 @@ _PLACE = re.compile(
 
 
 def _bids_folders(source: Path, files: Sequence[Path]) -> list[Path]:
-    """The BIDS datasets in ``source``: itself, or folders directly in it; empty where there are none.
+    """Find the BIDS datasets in ``source``: itself, or folders directly in it; empty where there are none.
 
     A dataset has a ``dataset_description.json``, or every one of its images has a place as in BIDS. ``files`` are the
     images below ``source``.
@@ -203,7 +203,7 @@ def _bids_folders(source: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _bids_cases(source: Path, files: Sequence[Path], roots: Sequence[Path]) -> list[Case]:
-    """The scans among the images ``files`` of ``source``, in which the folders ``roots`` are BIDS datasets.
+    """Select the scans among the images ``files`` of ``source``, in which the folders ``roots`` are BIDS datasets.
 
     Images outside of these are taken as in any folder tree. What is left out is logged with its number and an example.
     """
@@ -230,7 +230,7 @@ def _is_bids(folder: Path, files: Sequence[Path]) -> bool:
 
 
 def _left_out(file: PurePath) -> str:
-    """Why a file of a dataset is no scan, in words; "" for a scan."""
+    """Return why a file of a dataset is no scan, in words; "" for a scan."""
     if file.parts[0] in _NO_SCANS:
         return f"images in {file.parts[0]}/"
     if not file.parts[0].startswith("sub-"):
@@ -241,7 +241,7 @@ def _left_out(file: PurePath) -> str:
 
 
 def _described(case: Case, root: Path, several: bool) -> Case:
-    """The case with its dataset, its modality, and a subject that is unique over several datasets."""
+    """Add the dataset, the modality, and a subject that is unique over several datasets."""
     file = case.images[0]
     subject = subject_of(file.relative_to(root))
     return dataclasses.replace(

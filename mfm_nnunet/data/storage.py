@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
-    """A folder for unfinished files, removed at the end; those that dead processes of this place left are removed too.
+    """Make a folder for unfinished files and remove it at the end, and those that dead processes left here.
 
     What other hosts and containers left stays: nobody here can tell whether they are still at work.
     """
@@ -58,7 +58,7 @@ def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
 
 
 def _place() -> str:
-    """Where a process number means one process: the host, and the namespace of a container that bears its name."""
+    """Return where a process number is unique: the host, and the namespace of a container of that name."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -78,7 +78,7 @@ def _is_alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Content:
-    """What is stored of a case; ``anonymised`` is a boolean mask (1, D, H, W)."""
+    """Stored parts of a case; ``anonymised`` is a boolean mask (1, D, H, W)."""
 
     data_CDHW: np.ndarray
     seg_1DHW: np.ndarray | None
@@ -88,7 +88,7 @@ class Content:
 
 @dataclass
 class Manifest:
-    """Which cases of a data folder are finished: one JSON line each, flushed to the disk; the last line counts.
+    """Record of the finished cases of a data folder: one JSON line each, flushed to the disk; the last line counts.
 
     ``entries`` maps a case to ``{"case", "hash", "sources", "files"}``: hash of the settings, size and time of the
     source files, and sizes of the files written.
@@ -100,7 +100,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of the data folder ``folder``; a line that was cut off is ignored."""
+        """Read the manifest of the data folder ``folder``, ignoring a line that was cut off."""
         manifest = cls(folder.with_name(f"{folder.name}.manifest.jsonl"), folder)
         lines = manifest.file.read_bytes().splitlines() if manifest.file.is_file() else []
         for line in lines:
@@ -111,14 +111,14 @@ class Manifest:
         return manifest
 
     def holds(self, case: str, settings_hash: str, sources: list[list[Any]]) -> bool:
-        """Whether the case was finished from these sources with these settings and its files are still there."""
+        """Return whether the case was finished from these sources with these settings and its files still exist."""
         entry = self.entries.get(case)
         if entry is None or entry.get("hash") != settings_hash or entry.get("sources") != sources:
             return False
         return bool(entry.get("files")) and entry["files"] == file_sizes(self.folder, case)
 
     def source_sizes(self, case: str, num_images: int) -> dict[str, list[int]]:
-        """Size in bytes of the files that a finished case was made from: its ``images``, and each kind of mask.
+        """Return the size in bytes of the files that a finished case was made from: its ``images``, and its mask.
 
         Where files belong to an image (voxels of a detached header), they count among the ``num_images`` first.
         """
@@ -160,12 +160,12 @@ def case_files(folder: Path, case: str) -> dict[str, Path]:
 
 
 def file_sizes(folder: Path, case: str) -> dict[str, int]:
-    """Size in bytes of each file of a case that exists, by kind of mask and by ending."""
+    """Return the size in bytes of each existing file of a case, by its key in :func:`case_files`."""
     return {key: file.stat().st_size for key, file in case_files(folder, case).items() if file.is_file()}
 
 
 def stored_cases(folder: Path) -> set[str]:
-    """The cases that nnU-Net sees in a data folder."""
+    """Return the cases that nnU-Net sees in a data folder."""
     return {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
 
 
@@ -240,7 +240,7 @@ def write_case(
 
 
 def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:
-    """A blosc2 file with the chunks, filter and codec of ``nnUNetDatasetBlosc2.save_case``."""
+    """Write a blosc2 file with the chunks, filter and codec of ``nnUNetDatasetBlosc2.save_case``."""
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
     blocks, chunks = comp_blosc2_params(array.shape, patch_size, array.itemsize)

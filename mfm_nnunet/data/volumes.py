@@ -52,7 +52,7 @@ class Volume(blosc2.NDArray):
     """An array in a file that :func:`open_array` checked; slices are decompressed when they are asked for."""
 
     repair: str
-    """How to make the file again."""
+    """Advice that ends messages: how to make the file again."""
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Return the voxels at ``key``.
@@ -100,7 +100,7 @@ def anonymised_of(volume: str) -> Volume | None:
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
-    """The box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image.
+    """Read the box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image.
 
     Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) as :meth:`Volume.__getitem__`.
     """
@@ -266,7 +266,7 @@ _NAMES: dict[str, Any] = {
     "numpy.core.numeric._frombuffer": _StoredBuffer,
     "collections.OrderedDict": dict,
 }
-"""What a pickle may name (``numpy._core`` counts as ``numpy.core``), and what stands for it."""
+"""Names that a pickle may hold (``numpy._core`` counts as ``numpy.core``), and their stand-ins."""
 
 
 class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C reserves as much memory as the file says

@@ -1,4 +1,4 @@
-"""Is a PNG, JPEG or BMP file whole, of a kind that nnU-Net's readers return as it is, and how large is it?
+"""Check that PNG, JPEG and BMP files are whole and of a kind that nnU-Net's readers return unchanged.
 
 The rows of a PNG file are counted. The others are decoded, because their headers promise too little.
 """

@@ -64,7 +64,7 @@ class Decoded:
     properties: dict[str, Any]
     ranges: list[tuple[float, float]]
     contradiction: str
-    """How the header puts the image in two places; empty where it does not."""
+    """Description of a header that puts the image in two places; empty for any other."""
 
 
 def decode_file(
@@ -333,7 +333,7 @@ class Memory:
     def __init__(self) -> None:
         self.descriptor: int | None = None
         self.is_new = False
-        """Whether the other process does not have it yet."""
+        """True until the other process has it."""
         self._content: mmap.mmap | None = None
         self._array: np.ndarray | None = None
 

@@ -34,9 +34,9 @@ from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.signals import stop_signals_blocked
 
 IDLE_SECONDS = 60.0
-"""How long a child waits for the next file before it ends."""
+"""Time that a child waits for the next file before it ends."""
 WALL_SECONDS = 300.0
-"""How long a child may take for a file, with what follows; its processor time is limited much sooner (decode)."""
+"""Time that a child may take for a file, plus the next constant; its processor time has a lower limit (decode)."""
 BYTES_PER_SECOND = 500_000
 """The slowest network share that is waited for."""
 _LENGTH = struct.Struct(">Q")
@@ -154,7 +154,7 @@ class _Child:
         stream = self.printed[level]
         if os.fstat(stream.fileno()).st_size == 0:
             return ""
-        # The position is shared with the child, which therefore goes on writing at the beginning.
+        # The position is shared with the child, which therefore continues at the beginning.
         stream.seek(0)
         text = stream.read().decode(errors="replace")
         stream.seek(0)
@@ -227,7 +227,7 @@ def _size(file: Path) -> int:
 
 
 def _forget_all() -> None:
-    """In a forked process: the children belong to the parent."""
+    """Forget all children in a forked process: they belong to the parent."""
     global _lock
     _lock = threading.RLock()
     for child in _living:

@@ -1,4 +1,4 @@
-"""Where the voxels of an image lie in space, and whether two images lie in the same place.
+"""Geometry: the place of an image's voxels in space, and the comparison of two images.
 
 Taken from the properties of nnU-Net's readers; lengths in mm. Pictures (PNG, TIFF) have no geometry but a spacing.
 """
@@ -29,7 +29,7 @@ ANGLE_TOLERANCE = 2e-3
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels lie: per spatial axis of the file, in the reader's world coordinates."""
+    """Spacing, origin and direction per spatial axis of the file, in the reader's world coordinates."""
 
     spacing: np.ndarray
     origin: np.ndarray | None
@@ -37,7 +37,7 @@ class Geometry:
 
 
 def geometry_of(properties: Mapping[str, Any]) -> Geometry:
-    """The geometry in nnU-Net's properties; pictures have none but a spacing.
+    """Return the geometry in nnU-Net's properties; pictures have nothing but a spacing.
 
     Readers check nothing of the spacing that a file beside a TIFF stack holds; what is no number there is NaN here.
     """
@@ -88,7 +88,7 @@ def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
     if len(is_legal) != 3 or not np.all(is_legal):
         raise MFMError(
             "E_SPACING",
-            f"{file}: the voxel size is {_numbers(geometry.spacing)} mm; legal is {low:g} to {high:g} mm. "
+            f"{file}: the voxel size is {show_numbers(geometry.spacing)} mm; legal is {low:g} to {high:g} mm. "
             "Correct the spacing or the unit in the header; for a TIFF stack, in the .json file beside it.",
         )
     if geometry.direction is None or geometry.origin is None:
@@ -99,10 +99,10 @@ def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
 
 
 def difference(one: Geometry, other: Geometry) -> str:
-    """How two geometries differ beyond rounding, in words; empty when they are the same."""
+    """Describe how two geometries differ beyond rounding; empty when they are the same."""
     if not np.allclose(one.spacing, other.spacing, rtol=SPACING_TOLERANCE, atol=0):
         return (
-            f"spacing {_numbers(one.spacing)} against {_numbers(other.spacing)} mm "
+            f"spacing {show_numbers(one.spacing)} against {show_numbers(other.spacing)} mm "
             f"(tolerance {SPACING_TOLERANCE:g} relative)"
         )
     if one.origin is None or other.origin is None or one.direction is None or other.direction is None:
@@ -114,7 +114,7 @@ def difference(one: Geometry, other: Geometry) -> str:
         return f"direction cosines differ by up to {largest:.4g} (tolerance {DIRECTION_TOLERANCE:g})"
     allowed = ORIGIN_TOLERANCE * float(np.min(other.spacing))
     if np.max(np.abs(one.origin - other.origin)) > allowed:
-        return f"origin {_numbers(one.origin)} against {_numbers(other.origin)} mm (tolerance {allowed:.4g} mm)"
+        return f"origin {show_numbers(one.origin)} against {show_numbers(other.origin)} mm (tolerance {allowed:.4g} mm)"
     return ""
 
 
@@ -127,5 +127,5 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _numbers(values: np.ndarray) -> str:
+def show_numbers(values: np.ndarray) -> str:
     return " x ".join(f"{value:.6g}" for value in values)

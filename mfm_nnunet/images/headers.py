@@ -1,4 +1,4 @@
-"""What the header of a volume promises: its shape, the type of its voxels and where their bytes are.
+"""Read headers of volumes: shape, type of the voxels and the place of their bytes.
 
 NRRD (attached and detached), MetaImage (MHA, MHD) and GIPL are read here, NIfTI in :mod:`mfm_nnunet.images.nifti`. Only
 facts that decide whether a file is complete are taken; the voxels are decoded by nnU-Net's readers.
@@ -234,7 +234,7 @@ def _require_spacing(path: Path, spacing: tuple[float, ...], num_axes: int, name
 
 
 def _require_mm(path: Path, unit: str, unknown: str) -> None:
-    """ITK reads every length in a text header as mm."""
+    """Refuse other units: ITK reads every length in a text header as mm."""
     if unit.strip().lower() not in ("", "mm", "millimeter", "millimeters", unknown):
         raise refuse("E_SPACING", path, f"the header gives lengths in {unit}, which would be read as mm", _SET_SPACING)
 
@@ -331,7 +331,7 @@ def _dtype(path: Path, table: dict[str, str], name: str, big_endian: bool) -> np
 
 
 def _sibling(path: Path, name: str) -> Path:
-    """The data file that a header names, relative to the header."""
+    """Return the data file that a header names, relative to the header."""
     pattern = name.split()[0].upper() == "LIST" or "%" in name
     if pattern or (len(name.split()) > 1 and not (path.parent / name).exists()):
         raise refuse("E_FORMAT", path, f"the voxels are in several files ({name})", "Save the volume as one file.")
@@ -342,5 +342,5 @@ def _sibling(path: Path, name: str) -> Path:
 
 
 def refuse(code: str, path: Path, reason: str, advice: str = "Export the image again.") -> MFMError:
-    """The error of a refused file: which one, why, and what to do."""
+    """Return the error of a refused file: which one, why, and what to do."""
     return MFMError(code, f"{path}: {reason}. {advice}")

@@ -1,4 +1,4 @@
-"""Is an image file whole? One pass over its bytes answers, before any reader may fill what is missing with zeros.
+"""Check in one pass over its bytes that an image file is whole, before a reader fills what is missing with zeros.
 
 nnU-Net's default reader accepts a .nii.gz that was cut anywhere and returns zeros for the rest. Here the whole
 compressed stream is read with its checksum and its length is compared with what the header promises.
@@ -63,7 +63,7 @@ _OTHER_CONTENT = {
 
 
 _CHECKS = {".png": bitmaps.check_png, ".bmp": bitmaps.check_bmp, ".tif": tiff.check_tiff, ".tiff": tiff.check_tiff}
-"""How the content of a picture is checked; :func:`bitmaps.check_picture` for the others."""
+"""Checks of the content of pictures, by ending; :func:`bitmaps.check_picture` for the others."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _first_bytes(path: Path, ending: str) -> bytes:
 
 
 def files_of(path: Path, is_label: bool = False) -> list[Path]:
-    """The file of an image and those that belong to it: the voxels of a detached header, the spacing of a TIFF stack.
+    """List the file of an image and those that belong to it: voxels of a detached header, spacing of a TIFF stack.
 
     nnU-Net's Tiff3DIO takes the latter from CASE.json, for images named CASE_0000.tif and for labels named CASE.tif.
     What is missing or cannot be read is left out: :func:`check_image_file` says why.
@@ -188,7 +188,7 @@ def files_of(path: Path, is_label: bool = False) -> list[Path]:
 
 
 def require_regular(path: Path) -> str:
-    """The ending of a file that exists, is a plain file and is not empty."""
+    """Return the ending of a file; refuse one that is missing, empty, no plain file or no image."""
     try:
         info = os.stat(path)
     except PermissionError as error:
@@ -208,11 +208,11 @@ def require_regular(path: Path) -> str:
 
 
 def _require_content(path: Path, ending: str) -> None:
-    """The file starts as files of its ending do; otherwise say what it seems to be."""
+    """Refuse a file that does not start as files of its ending do, and say what it seems to be."""
     with open(path, "rb") as file:
         start = file.read(512)
     known = next((what for magic, what in _OTHER_CONTENT.items() if start.startswith(magic)), "")
-    if b"" in _MAGIC[ending]:  # MetaImage and GIPL have no magic at the start; a foreign one still tells.
+    if b"" in _MAGIC[ending]:  # MetaImage and GIPL have no magic at the start; a foreign one is recognised.
         if not known:
             return
     elif start.startswith(_MAGIC[ending]):
@@ -228,7 +228,7 @@ def _require_content(path: Path, ending: str) -> None:
 def _count(path: Path, header: headers.VolumeHeader, blocks: Iterable[bytes]) -> Voxels:
     """Compare the bytes that are there with the promised number, count voxels that are not finite, and take samples.
 
-    Floats are looked at here and not only in the array, because SimpleITK turns NaN in a NIfTI file into 0.
+    Floats are checked here and not only in the array, because SimpleITK turns NaN in a NIfTI file into 0.
     """
     promised = header.stream_offset + header.num_bytes
     size = header.dtype.itemsize
@@ -278,7 +278,7 @@ def _summary(
 
 
 def non_finite(path: Path, num_voxels: int) -> MFMError:
-    """The error of an image with NaN or infinite voxels."""
+    """Return the error of an image with NaN or infinite voxels."""
     return MFMError(
         "E_NONFINITE",
         f"{path}: {num_voxels} voxels are NaN or infinite. One of them would spread over the whole volume when it is "
@@ -305,7 +305,7 @@ def _blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
 
 
 def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False, most: int | None = None) -> Iterator[bytes]:
-    """The decompressed bytes in blocks of at most ``most`` (default: BLOCK) bytes, with checksums verified.
+    """Yield decompressed blocks of at most ``most`` (default: BLOCK) bytes; checksums are verified.
 
     Several gzip members in a row are one stream, and zeros after the last are padding, as for gzip itself.
     """

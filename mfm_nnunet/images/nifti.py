@@ -17,7 +17,7 @@ import numpy as np
 from nibabel import nifti1, nifti2
 from nibabel.quaternions import quat2mat
 
-from mfm_nnunet.images.geometry import ANGLE_TOLERANCE, Geometry, difference
+from mfm_nnunet.images.geometry import ANGLE_TOLERANCE, Geometry, difference, show_numbers
 from mfm_nnunet.images.headers import VolumeHeader, refuse, require_volume
 
 SCALE_TOLERANCE = 1e-3
@@ -82,7 +82,7 @@ def read_start(path: Path) -> bytes:
 def choose_reader(path: Path, reader_name: str, start: bytes | None = None) -> str:
     """Return ``reader_name``, or the other of nnU-Net's two readers for NIfTI where only that reads the file as meant.
 
-    SimpleITKIO cannot read NIfTI-2 and axes that were rounded to a few digits (see :func:`is_rounded`). NibabelIO reads
+    SimpleITKIO cannot read NIfTI-2 and axes that were rounded to a few digits. NibabelIO reads
     nothing but three axes, takes every length for mm, and refuses a quaternion that is a little too long. Raises
     MFMError (E_SPACING) where ``reader_name`` would read a voxel size wrongly and the other cannot read the file. For
     what is no NIfTI file ``reader_name`` is returned; the gate says what is wrong with it. ``start`` are the first
@@ -102,19 +102,25 @@ def choose_reader(path: Path, reader_name: str, start: bytes | None = None) -> s
     return reader_name
 
 
-def is_rounded(path: Path) -> bool:
-    """Return whether ITK refuses the axes of a NIfTI file that are perpendicular but for rounding.
-
-    Programs that write direction cosines with three digits make such files; with a qform beside it ITK takes that.
-    """
-    found = _parse_file(path)
-    return found is not None and _is_rounded(found)
-
-
 def contradiction(start: bytes) -> str:
-    """Return how qform and sform in a header put a file in different places; empty where they do not."""
+    """Describe how qform and sform in a header put a file in different places; empty where they agree or lack."""
     found = _parse(start)
-    return "" if found is None else _contradiction(found.fields)
+    if found is None:
+        return ""
+    fields = found.fields
+    if fields["qform_code"] <= 0 or fields["sform_code"] <= 0:
+        return ""
+    num_axes = min(int(fields["dim"][0]), 3)
+    spacing = fields["pixdim"][1 : num_axes + 1].astype(float)
+    rows, vector = _rows(fields), _quaternion(fields)
+    real = math.sqrt(max(1 - float(np.sum(vector**2)), 0))
+    rotation = quat2mat([real, *vector])
+    rotation[:, 2] *= -1 if fields["pixdim"][0] < 0 else 1
+    offset = np.array([fields[f"qoffset_{letter}"] for letter in "xyz"], dtype=float)
+    if np.all(np.abs(np.c_[rotation * fields["pixdim"][1:4], offset] - rows) <= SAME_PLACE_MM):
+        return ""  # as nearly always, and found faster than below
+    axes = rows[:, :num_axes] / np.linalg.norm(rows[:, :num_axes], axis=0)
+    return difference(Geometry(spacing, offset, rotation[:, :num_axes]), Geometry(spacing, rows[:, 3], axes))
 
 
 def warn_of_contradiction(path: Path, words: str) -> None:
@@ -157,6 +163,10 @@ def _is_able(found: _Start, reader_name: str) -> bool:
 
 
 def _is_rounded(found: _Start) -> bool:
+    """Return whether ITK refuses axes that are perpendicular but for rounding; with a qform beside it takes that.
+
+    Programs that write direction cosines with three digits make such files.
+    """
     fields = found.fields
     if fields["sform_code"] <= 0 or fields["qform_code"] > 0 or fields["dim"][0] < 3:
         return False
@@ -178,23 +188,6 @@ def _rows(fields: Any) -> np.ndarray:
 
 def _quaternion(fields: Any) -> np.ndarray:
     return np.array([fields[f"quatern_{letter}"] for letter in "bcd"], dtype=float)
-
-
-def _contradiction(fields: Any) -> str:
-    """Return how the places by qform and by sform differ beyond rounding; empty when one of them is not set."""
-    if fields["qform_code"] <= 0 or fields["sform_code"] <= 0:
-        return ""
-    num_axes = min(int(fields["dim"][0]), 3)
-    spacing = fields["pixdim"][1 : num_axes + 1].astype(float)
-    rows, vector = _rows(fields), _quaternion(fields)
-    real = math.sqrt(max(1 - float(np.sum(vector**2)), 0))
-    rotation = quat2mat([real, *vector])
-    rotation[:, 2] *= -1 if fields["pixdim"][0] < 0 else 1
-    offset = np.array([fields[f"qoffset_{letter}"] for letter in "xyz"], dtype=float)
-    if np.all(np.abs(np.c_[rotation * fields["pixdim"][1:4], offset] - rows) <= SAME_PLACE_MM):
-        return ""  # as nearly always, and found faster than below
-    axes = rows[:, :num_axes] / np.linalg.norm(rows[:, :num_axes], axis=0)
-    return difference(Geometry(spacing, offset, rotation[:, :num_axes]), Geometry(spacing, rows[:, 3], axes))
 
 
 def _volume(path: Path, fields: Any, order: str, first_voxel: int) -> VolumeHeader:
@@ -231,10 +224,10 @@ def _scaling(path: Path, slope: float, inter: float) -> tuple[float, float]:
 
 
 def _require_geometry(path: Path, fields: Any, num_axes: int) -> None:
-    """A NIfTI header states the voxel size up to three times; a contradiction is never resolved silently."""
+    """Refuse a header whose statements of the voxel size (up to three) contradict each other."""
     spacing = fields["pixdim"][1 : num_axes + 1].astype(float)
     if not np.all(np.isfinite(spacing)) or np.any(spacing <= 0):
-        raise refuse("E_SPACING", path, f"the voxel size (pixdim) is {_numbers(spacing)}; it must be positive")
+        raise refuse("E_SPACING", path, f"the voxel size (pixdim) is {show_numbers(spacing)}; it must be positive")
     for name in ("qform_code", "sform_code"):
         if not 0 <= fields[name] <= LARGEST_CODE:
             # ITK uses what has any code; nibabel takes an unknown code for 0.
@@ -251,7 +244,7 @@ def _require_geometry(path: Path, fields: Any, num_axes: int) -> None:
 
 
 def _require_sform(path: Path, axes: np.ndarray, origin: np.ndarray, spacing: np.ndarray) -> None:
-    """``axes`` (3, n): the vector of one voxel along each axis; ``spacing``: the voxel size by pixdim."""
+    """Check ``axes`` (3, n), the vector of one voxel along each axis, against ``spacing``, the voxel size by pixdim."""
     scales = np.linalg.norm(axes, axis=0)
     if not np.all(np.isfinite(axes)) or not np.all(np.isfinite(origin)) or np.any(scales == 0):
         raise refuse("E_GEOMETRY", path, "the sform holds NaN or an axis without direction", "Set the sform again.")
@@ -259,7 +252,7 @@ def _require_sform(path: Path, axes: np.ndarray, origin: np.ndarray, spacing: np
         raise refuse(
             "E_GEOMETRY",
             path,
-            f"the voxel size is {_numbers(spacing)} mm by pixdim but {_numbers(scales)} mm by sform",
+            f"the voxel size is {show_numbers(spacing)} mm by pixdim but {show_numbers(scales)} mm by sform",
             "nnU-Net would use the first and put everything in the wrong place. Decide which is right and save "
             "the file again, e.g. with nibabel: image.header.set_zooms(...) or image.set_sform(...).",
         )
@@ -272,7 +265,3 @@ def _require_sform(path: Path, axes: np.ndarray, origin: np.ndarray, spacing: np
             f"the axes by sform are not perpendicular (cosine {np.max(cosines):.3g}), as after a gantry tilt",
             "Resample the image onto a grid with perpendicular axes.",
         )
-
-
-def _numbers(values: np.ndarray) -> str:
-    return " x ".join(f"{value:.6g}" for value in values)

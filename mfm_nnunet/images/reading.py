@@ -36,7 +36,7 @@ class _Item(NamedTuple):
 
 
 def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str:
-    """The name of nnU-Net's reader class for a file: what dataset.json demands, else what stock nnU-Net would take.
+    """Return the name of nnU-Net's reader class: what dataset.json demands, else what stock nnU-Net would take.
 
     JPEG, MHD and NHDR, which stock nnU-Net does not list, get the reader that can read them. Raises MFMError (E_FORMAT)
     for an unknown ending, and for a TIFF file that is missing or cannot be opened.
@@ -69,12 +69,12 @@ def count_channels(file: Path) -> int:
 
 @functools.cache
 def _warn_of_reader(name: str) -> None:
-    """Once, not for every case."""
+    """Warn once, not for every case."""
     _log.warning("dataset.json demands the unknown reader '%s'; choosing by the file ending instead", name)
 
 
 def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """The channels of one case as (C, D, H, W) float32, with nnU-Net's properties (``spacing`` in mm and more).
+    """Read the channels of one case as (C, D, H, W) float32, with nnU-Net's properties (``spacing`` in mm and more).
 
     Raises MFMError as :func:`check_image_file`, and E_NONFINITE, E_CONSTANT (nothing but one value), E_CHANNELS
     (shapes differ), E_GEOMETRY (the channels lie differently in space), E_SPACING, E_CONFIG (unknown reader).
@@ -107,7 +107,7 @@ def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dic
 
 
 def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """A label map as (1, D, H, W) float32 of whole numbers, with nnU-Net's properties.
+    """Read a label map as (1, D, H, W) float32 of whole numbers, with nnU-Net's properties.
 
     Raises MFMError as :func:`check_image_file`, and E_LABEL_VALUE for values such as 0.9999, E_CHANNELS for a colour
     picture.
@@ -124,7 +124,7 @@ def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]
 
 
 def read_mask(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """A mask as boolean (1, D, H, W), True where the file holds more than 0, with nnU-Net's properties.
+    """Read a mask as boolean (1, D, H, W), True where the file holds more than 0, with nnU-Net's properties.
 
     Raises MFMError as :func:`check_image_file`, and E_LABEL_VALUE for values below 0, E_CHANNELS for a colour picture.
     """
@@ -190,7 +190,7 @@ def check_mask(
 
 
 def known_labels(dataset_json: Mapping[str, Any]) -> set[int]:
-    """All values that ``labels`` in dataset.json names: classes, the members of regions, the ignore label."""
+    """Return all values that ``labels`` in dataset.json names: classes, members of regions, the ignore label."""
     values = dataset_json["labels"].values()
     return {int(item) for value in values for item in (value if isinstance(value, (list, tuple)) else [value])}
 
@@ -208,7 +208,7 @@ def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
 
 
 def _read_map(file: Path, reader_name: str, what: str) -> _Item:
-    """A file with one value per voxel. Raises MFMError (E_CHANNELS) for a colour picture."""
+    """Read a file with one value per voxel. Raises MFMError (E_CHANNELS) for a colour picture."""
     item = _read_file(file, reader_name, is_map=True)
     if len(item.array) != 1:
         raise MFMError(
@@ -220,7 +220,7 @@ def _read_map(file: Path, reader_name: str, what: str) -> _Item:
 
 
 def _values(label: np.ndarray) -> list[int]:
-    """The values in a label map of whole numbers, sorted; by counting, because sorting a large volume is slow."""
+    """Return the values in a label map of whole numbers, sorted; counting is faster than sorting a large volume."""
     low, high = int(label.min()), int(label.max())
     if high - low >= 1 << 20:
         return [int(value) for value in np.unique(label)]

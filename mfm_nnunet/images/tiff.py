@@ -1,4 +1,4 @@
-"""Is a TIFF file whole, and one volume? Its pages are read without decoding and with a bound, then decoded.
+"""Check that a TIFF file is whole and one volume: its pages are read without decoding, with a bound, then decoded.
 
 tifffile follows a chain of pages as long as it leads somewhere, also in a circle, fills what is missing with zeros and
 only logs it. Here the chain is walked first. Format: TIFF 6.0, and BigTIFF (https://www.awaresystems.be/imaging/tiff).
@@ -48,7 +48,7 @@ class Page:
     """Compression, predictor, planar configuration, and the shape of a tile or strip."""
     is_planar: bool
     places: np.ndarray
-    """Where the parts are (n, 2): first byte and number of bytes."""
+    """First byte and number of bytes of each part (n, 2)."""
     num_parts: int
 
     @property
