@@ -23,7 +23,7 @@ from mfm_nnunet.data.cases import PICTURES, Case
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused, nearest
-from mfm_nnunet.files import ending_of, parse_json, shown, whole_number, write_json
+from mfm_nnunet.files import ending_of, parse_json, whole_number, write_json
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
 from mfm_nnunet.workspace import Workspace
 
@@ -160,7 +160,7 @@ def read_source(path: Path) -> Template:
     normalised with, E_MODEL_UNSAFE when its plan names anything but networks and layers.
     """
     from mfm_nnunet.interchange.foreign import require_plan
-    from mfm_nnunet.interchange.read import read_checkpoint, sha256
+    from mfm_nnunet.interchange.read import read_checkpoint
     from mfm_nnunet.models.networks import check_architecture
     from mfm_nnunet.planning.like import Template
 
@@ -177,8 +177,8 @@ def read_source(path: Path) -> Template:
                 f"('{INTENSITIES}' is empty). Use a checkpoint whose plan has them.",
             )
         family = own.family
-    digest, pretext = sha256(path), reading.mfm.get("pretext")
-    return Template(own, trained, {"name": shown(path.name), "sha256": digest, "pretext": pretext, "network": family})
+    entry = {key: reading.origin[key] for key in ("name", "sha256", "pretext")}
+    return Template(own, trained, {**entry, "network": family})
 
 
 def check_request(request: PlanRequest) -> Template | None:

@@ -25,10 +25,11 @@ from mfm_nnunet.files import inside, refuse_links, shown, whole_number
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
-from mfm_nnunet.finetune.pretrained import describe, has_decoder
+from mfm_nnunet.finetune.pretrained import has_decoder
 from mfm_nnunet.finetune.settings import advise, advise_as_begun
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network
@@ -64,7 +65,8 @@ class Job:
     dataset_json: dict[str, Any]
     folder: Path
     device: str
-    pretrained_weights: Path | None
+    pretrained: Path | Reading | None
+    """The checkpoint to begin with: as it was read, or its file, where several processes read it."""
     start_from: Path | None
     """The checkpoint of this run to resume from."""
     only_validate: bool
@@ -124,7 +126,8 @@ def run_training(
     remove_leftovers(folder)
     with about(plans_file):
         network = _build_checked_network(plans, configuration)
-    block = _resolve_settings(plans, folder, overrides, pretrained_weights, start_from, network, len(split["train"]))
+    pretrained = read_checkpoint(pretrained_weights) if pretrained_weights is not None else None
+    block = _resolve_settings(plans, folder, overrides, pretrained, start_from, network, len(split["train"]))
     run_settings.require_effect(overrides, block.finetune, used.type)
     groups.require_fitting(block.finetune, network, num_gpus > 1)
     groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
@@ -137,7 +140,8 @@ def run_training(
     logger.info("settings:\n%s", run_settings.format_settings(block))
     job = Job(
         {**plans, "mfm": to_dict(block)}, configuration, fold, dataset_json, folder, str(used),
-        None if start_from else pretrained_weights, start_from, only_validate, save_probabilities, split,
+        None if start_from else pretrained if num_gpus == 1 else pretrained_weights,
+        start_from, only_validate, save_probabilities, split,
     )  # fmt: skip
     if num_gpus > 1:
         if torch.cuda.device_count() < num_gpus:
@@ -168,7 +172,7 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
         plans = {**job.plans, "continue_training": job.start_from is not None}
         trainer = MFMTrainer(plans, job.configuration, job.fold, job.dataset_json, device)
         trainer.split = job.split
-        trainer.pretrained_checkpoint = job.pretrained_weights
+        trainer.pretrained_checkpoint = job.pretrained
         if job.start_from is not None:
             trainer.load_checkpoint(str(job.start_from))
         if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
@@ -320,7 +324,7 @@ def _resolve_settings(
     plans: dict[str, Any],
     folder: Path,
     overrides: Sequence[str],
-    pretrained_weights: Path | None,
+    pretrained: Reading | None,
     start_from: Path | None,
     network: nn.Module,
     num_cases: int,
@@ -331,11 +335,10 @@ def _resolve_settings(
     """
     saved = run_settings.load_settings(folder, plans) if start_from is not None else None
     known, advice = None, advise_as_begun(saved.finetune) if saved is not None else []
-    if pretrained_weights is not None:
-        source = read_checkpoint(pretrained_weights)
-        known = describe(pretrained_weights, source)
+    if pretrained is not None:
+        known = pretrained.origin
         if start_from is None:
-            advice = advise(family_of(network), num_cases, known["pretext"], has_decoder(source, network))
+            advice = advise(family_of(network), num_cases, known["pretext"], has_decoder(pretrained, network))
     base = saved or block_of(plans)
     if start_from is None:
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))

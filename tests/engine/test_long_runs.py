@@ -21,6 +21,7 @@ from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.engine.optim import WeightAverage
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
+from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.jobs import pretrain
 from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models import backbone as backbones
@@ -445,7 +446,7 @@ def test_an_untrained_decoder_is_not_shipped(tmp_path: Path, family: str, monkey
     assert planned["configurations"][CONFIGURATION]["architecture"] == architecture
 
     network = build_network(content["mfm"]["plans"], CONFIGURATION, 1, 3, deep_supervision=family == "resenc")
-    _, report = transfer(final, network)
+    report = transfer(read_checkpoint(final), network)
     assert report.encoder_share == 1
     assert not report.ignored
     assert report.new

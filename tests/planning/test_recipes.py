@@ -18,6 +18,7 @@ from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.jobs import pretrain as launch
 from mfm_nnunet.jobs import train as finetune_run
 from mfm_nnunet.jobs.pretrain import PretrainRun
+from mfm_nnunet.models.families import family_named
 from mfm_nnunet.planning.recipes import FOLDER, Recipe, read_recipe, shipped_recipes
 from mfm_nnunet.tasks.base import find_task
 from tests.builders.tiny_run import CONFIGURATION, NAME, prepare
@@ -62,7 +63,7 @@ def test_shipped_recipe_has_only_settings_that_exist(recipe: Recipe) -> None:
     mfm_settings.require_legal(run.pretrain, "pretrain.")
     assert run.pretrain.batch_size >= task.smallest_batch(run.pretext)
     if recipe.network:
-        assert recipe.network in task.backbones
+        assert family_named(recipe.network).meets(task.needs)
 
 
 def test_shipped_recipe_is_honest_and_its_command_is_understood(
