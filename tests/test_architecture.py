@@ -16,16 +16,16 @@ from setup_scripts.figures import Sources, figures, find_cycles
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 27_500,
-    "spine lines": 15_000,
-    "files": 175,
-    "files with one importer": 45,
+    "package lines": 26_900,
+    "spine lines": 15_700,
+    "files": 155,
+    "files with one importer": 36,
     "modules over 420 lines": 2,
-    "functions with over 8 parameters": 12,
-    "functions over 60 lines": 4,
-    "names defined twice": 80,
+    "functions with over 8 parameters": 8,
+    "functions over 60 lines": 2,
+    "names defined twice": 52,
     "import cycles": 0,
-    "optimisation steps": 3,
+    "optimisation steps": 1,
 }
 """The names are those of ``setup_scripts/figures.py``, which prints what is behind a number."""
 LEAVES = {

@@ -31,7 +31,7 @@ __all__ = [
     "find_checkpoint",
     "hash_checkpoint",
     "list_companions",
-    "preprocess",
+    "preprocess_plan",
     "read_label_map",
     "read_raw_dataset",
 ]
@@ -107,7 +107,7 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
         raise dataset_refused(name, failures, len(cases), "; nothing was trained")
 
 
-def preprocess(here: Workspace, plan: Plan, configuration: str) -> None:
+def preprocess_plan(here: Workspace, plan: Plan, configuration: str) -> None:
     """Preprocess the labelled dataset of a plan for one of its configurations; finished work is reused."""
     from mfm_nnunet.jobs import plan as preparation
 

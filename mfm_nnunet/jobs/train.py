@@ -135,7 +135,7 @@ def run_training(
         require_scaled_fp16(block.finetune.precision, used)
     _require_a_crop_each(block, plans, configuration, num_gpus)
     if start_from is None:
-        run_settings.save(folder, block, plans)
+        run_settings.save_settings(folder, block, plans)
     logger.info("run folder: %s", folder)
     logger.info("settings:\n%s", run_settings.format_settings(block))
     job = Job(
@@ -333,7 +333,7 @@ def _resolve_settings(
 
     Raises MFMError (E_CONFIG) when a setting is impossible, or a resumed run would get another one.
     """
-    saved = run_settings.load(folder, plans) if start_from is not None else None
+    saved = run_settings.load_settings(folder, plans) if start_from is not None else None
     known, advice = None, advise_as_begun(saved.finetune) if saved is not None else []
     if pretrained is not None:
         known = pretrained.origin

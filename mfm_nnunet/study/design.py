@@ -185,7 +185,7 @@ def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
     """
     everybody = set(subjects.values())
     if wanted.endswith("%") or wanted.lstrip("-").isdigit():
-        chosen = set(shuffle(everybody, TEST_DRAW)[: _count(wanted, len(everybody), "--test")])
+        chosen = set(shuffle(everybody, TEST_DRAW)[: _parse_count(wanted, len(everybody), "--test")])
     else:
         chosen = _subjects_in_file(subjects, Path(wanted))
     if not chosen:
@@ -214,7 +214,7 @@ def count_labels(wanted: Sequence[str], num_subjects: int) -> list[int]:
         raise MFMError("E_CONFIG", "--labels: give at least one number of labels, e.g. --labels 5 10 20 100%.")
     counts: dict[int, str] = {}
     for text in wanted:
-        count = _count(text, num_subjects, "--labels")
+        count = _parse_count(text, num_subjects, "--labels")
         if count < 1:
             raise MFMError("E_CONFIG", f"--labels {text}: at least one label is needed to train.")
         if count > num_subjects:
@@ -233,7 +233,7 @@ def _cases_of(subjects: Mapping[str, str], chosen: Collection[str]) -> list[str]
     return sorted(case for case, subject in subjects.items() if subject in chosen)
 
 
-def _count(text: str, total: int, flag: str) -> int:
+def _parse_count(text: str, total: int, flag: str) -> int:
     """Return a number, or a share of ``total`` (at least one where the share is above zero)."""
     number = text.removesuffix("%")
     try:
