@@ -25,8 +25,8 @@ SPINE = {
     "engine.engine engine.optim engine.state checkpoint",
     "Fine-tune": "jobs.train finetune.pretrained models.transfer finetune.splits finetune.fold finetune.loading "
     "finetune.settings finetune.groups finetune.state finetune.trainer tasks.segmentation finetune.validation",
-    "Predict": "jobs.predict predict.options predict.cases predict.predictor predict.model predict.logits "
-    "predict.export predict.geometry predict.journal",
+    "Predict": "jobs.predict prediction.cases prediction.predictor prediction.model prediction.logits "
+    "prediction.export prediction.geometry prediction.journal",
 }
 """The modules that one volume passes with MAE, from scan to mask, in this order, by stage.
 

@@ -41,6 +41,7 @@ LEAVES = {
         "settings",
     ),
     *("processes", "signals", "device", "metrics", "terminal", "files"),
+    *("fields", "requests"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
@@ -53,8 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"models", "data.crops"},
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
-    "predict": {"data", "images", "models"},
-    "finetune": {"engine", "tasks", "models", "data", "images", "predict", "interchange"},
+    "prediction": {"data", "images", "models"},
+    "finetune": {"engine", "tasks", "models", "data", "images", "prediction", "interchange"},
     "jobs": {
         "data",
         "images",
@@ -63,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "engine",
         "finetune",
-        "predict",
+        "prediction",
         "interchange",
         "reports",
     },
@@ -77,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "engine",
         "finetune",
-        "predict",
+        "prediction",
         "interchange",
     },
     "demo": {"jobs", "reports"},
@@ -91,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "engine",
         "finetune",
-        "predict",
+        "prediction",
         "demo",
         "study",
     },
@@ -101,7 +102,7 @@ ALLOWED: dict[str, set[str]] = {
 ONLY = {"checkpoint": {"errors", "files"}, "settings": {"errors"}}
 """Modules that may import no more than this."""
 FORBIDDEN = {"tasks": {"nnunetv2"}, "settings": {"torch", "numpy", "nnunetv2"}}
-LIGHT = {"cli", "errors", "files", "version", "workspace", "settings", "terminal"}
+LIGHT = {"cli", "errors", "files", "version", "workspace", "settings", "terminal", "fields", "requests"}
 """What a command may import before it runs its job, besides the standard library."""
 MAY_PRINT = {"cli", "reports.progress"}
 UNPICKLES = "data.volumes"

@@ -30,34 +30,6 @@ _RUN_FOLDER = "mfm_pretrain__"
 
 
 @dataclass(frozen=True)
-class StudyRequest:
-    """A study as a user asks for it.
-
-    ``arms`` are ``scratch``, ``CHECKPOINT`` or ``NAME=CHECKPOINT``, with settings of their own behind commas
-    (``NAME=CHECKPOINT,finetune.parts=encoder``). ``labels`` and ``test`` are numbers of subjects or shares such as
-    ``20%`` (``test`` also a file of case names). ``subjects`` is a CSV with the columns case and subject.
-    """
-
-    dataset: str | int
-    configuration: str
-    labels: Sequence[str | int]
-    arms: Sequence[str]
-    seeds: int = 3
-    test: str | int = "20%"
-    subjects: str | Path | None = None
-    plans_name: str | None = None
-    """A plan of the dataset; None: one is made from the pool, like the first checkpoint."""
-    settings: Sequence[str] = ()
-    tolerance_mm: float = 1.0
-    mirroring: bool = True
-    jobs: int | None = None
-    """Trainings at a time; None: one per GPU, without a GPU one per core."""
-    device: str = "auto"
-    output: str | Path | None = None
-    workspace: str | Path | None = None
-
-
-@dataclass(frozen=True)
 class Arm:
     """A start of the training; ``file`` and ``sha256`` are None from scratch."""
 

@@ -17,13 +17,13 @@ from mfm_nnunet.dataset import DatasetJson, check_dataset_json
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, is_file_name, read_json, write_json
 from mfm_nnunet.jobs.preflight import Case, RawDataset, list_companions
+from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.settings import from_dict
 from mfm_nnunet.study.design import (
     LARGEST_COUNT,
     SCRATCH,
     Arm,
     Cell,
-    StudyRequest,
     count_labels,
     draw_subset,
     draw_test,

@@ -15,11 +15,11 @@ from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
 from tests.builders.architectures import resenc
+from tests.builders.tiny import run_training
 
 CPU = torch.device("cpu")
 STEM = "encoder.stem.convs.0.conv.weight"

@@ -36,15 +36,15 @@ from mfm_nnunet.finetune import validation
 from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.loading import SeededBatches, make_loaders, read_batches, seed_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.precision import require_scaled_fp16
-from mfm_nnunet.predict.model import Model
+from mfm_nnunet.prediction.model import Model
 from mfm_nnunet.processes import STOP_SIGNALS, stop_on_signal
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.builders import tiny
 from tests.builders.architectures import resenc
 from tests.builders.damage import overwrite_middle
+from tests.builders.tiny import run_training
 from tests.builders.training import CPU, first_batches, make_trainer, pretrained_file, refused, take_step, train
 
 SHORT = ("finetune.epochs=1", "finetune.iterations_per_epoch=1")
