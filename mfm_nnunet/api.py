@@ -238,14 +238,14 @@ def describe_checkpoint(
     from mfm_nnunet.interchange.folder import describe_text
     from mfm_nnunet.interchange.foreign import DESCRIBED, require_plan
     from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
-    from mfm_nnunet.interchange.verify import require_whole
+    from mfm_nnunet.interchange.verify import require_complete
 
     place = find_checkpoint(address)
     reading = read_checkpoint(place, token_order)
     with about(place):
         require_plan(reading, *DESCRIBED)
         if verify:
-            require_whole(reading.content)
+            require_complete(reading.content)
     return describe_text(reading)
 
 
