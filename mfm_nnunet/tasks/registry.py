@@ -23,7 +23,7 @@ class TaskInfo:
     name: str
     """As in ``--pretext``."""
     hides: str
-    """What is hidden, mixed or compared, in a few words."""
+    """Hidden, mixed or compared parts of the image, in a few words."""
     recipe: str
     """Batch and patch of the published recipe, e.g. "8 x 160x160x160"."""
     paper: str

@@ -27,8 +27,8 @@ from mfm_nnunet.engine.probe import (
     features_at,
     fit_logistic,
     in_words,
+    label_volume,
     linear_labeller,
-    predict,
     prepare,
 )
 from mfm_nnunet.errors import MFMError
@@ -289,7 +289,7 @@ def test_features_that_contain_the_label_give_a_dice_of_one(patch: tuple[int, ..
     label = linear_labeller(_Oracle(patch), volumes, 3, np.random.default_rng(0))
     for volume in volumes:
         with torch.no_grad():
-            predicted = predict(label, volume)
+            predicted = label_volume(label, volume)
         for value in (1, 2):
             score = dice(volume.labels, predicted, (value,), ignore=-1)
             assert score == 1 or np.isnan(score)
