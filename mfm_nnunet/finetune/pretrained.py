@@ -48,7 +48,7 @@ def transfer_into(
     configuration = "2d" if len(trainer.configuration_manager.patch_size) == 2 else "3d_fullres"
     how_to_fit = f"mfm_plan_and_preprocess -d {dataset} -c {configuration} --like {shlex.quote(str(reading.place))}"
     report = transfer(reading, trainer.network, parts, topology, _image_channels(trainer), how_to_fit)
-    notes = [*reading.notes, *_differences(reading, trainer)]
+    notes = [*reading.notes, *_note_differences(reading, trainer)]
     known = reading.origin
     about_file = {"checkpoint": known["name"], **known, "layout": reading.layout, "notes": notes}
     del about_file["name"]
@@ -92,7 +92,7 @@ def transfer(
     return dataclasses.replace(report, ignored=(*report.ignored, *others))
 
 
-def _differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
+def _note_differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
     """What of spacing, normalisation and order of the axes the plan has otherwise than the checkpoint, a line each.
 
     The weights load all the same, and see images that they were not trained on.

@@ -33,7 +33,7 @@ from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.files import atomic_write, to_plain
 from mfm_nnunet.finetune import groups, lora, state, validation
-from mfm_nnunet.finetune.fold import Fold
+from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.groups import EpochSchedule, Phases, describe_training
 from mfm_nnunet.finetune.loading import (
     check_next_stage,
@@ -242,7 +242,7 @@ class MFMTrainer(nnUNetTrainer):
             world = World(self.local_rank, torch.distributed.get_world_size(), self.local_rank)
         labels, start = self.label_manager, RunState(self.current_epoch * self.settings.iterations_per_epoch)
         task = SegmentationTask(self.network, self.loss, labels.has_regions, labels.ignore_label)
-        return Engine(task, Fold(self), self.optimisation, world, start)
+        return Engine(task, FoldRun(self), self.optimisation, world, start)
 
     def _start(self) -> None:
         """Check what is left to check, and describe the model in its folder.

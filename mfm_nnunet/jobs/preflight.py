@@ -31,7 +31,7 @@ __all__ = [
     "find_checkpoint",
     "hash_checkpoint",
     "list_companions",
-    "preprocess",
+    "preprocess_plan",
     "read_label_map",
     "read_raw_dataset",
 ]
@@ -107,11 +107,11 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
         raise dataset_refused(name, failures, len(cases), "; nothing was trained")
 
 
-def preprocess(here: Workspace, plan: Plan, configuration: str) -> None:
+def preprocess_plan(here: Workspace, plan: Plan, configuration: str) -> None:
     """Preprocess the labelled dataset of a plan for one of its configurations; finished work is reused."""
     from mfm_nnunet.jobs import plan as preparation
 
-    cases, _ = preparation.fingerprinted(here, plan.dataset_name, None)
+    cases, _ = preparation.fingerprint(here, plan.dataset_name, None)
     result = preparation.PlanResult(dict(plan.content), here.plans_file(plan.dataset_name, plan.name), [])
     preparation.preprocess(here, plan.dataset_name, cases, result, (configuration,), None)
 
@@ -122,9 +122,9 @@ def configuration_of(checkpoint: Path | None, configuration: str) -> str:
     Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can be made like this checkpoint).
     """
     from mfm_nnunet.jobs.plan import check_request
-    from mfm_nnunet.planning.request import PlanRequest
+    from mfm_nnunet.requests import PlanRequest
 
-    source = check_request(PlanRequest(like=checkpoint, configurations=(configuration,)))
+    source = check_request(PlanRequest([], like=checkpoint, configurations=(configuration,)))
     return configuration if source is None else source.configuration
 
 

@@ -17,11 +17,11 @@ from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.loading import make_loaders, seeded
 from mfm_nnunet.finetune.settings import advise, advise_as_begun, require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.families import family_named, family_of
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
+from tests.builders.tiny import run_training
 from tests.builders.tiny_plans import tiny_network
 from tests.builders.training import (
     WITHOUT_LOSS,
