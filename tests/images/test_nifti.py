@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from mfm_nnunet.images import nifti
 from mfm_nnunet.images.geometry import Geometry, difference, geometry_of, properties_for, require_sane
 from mfm_nnunet.images.integrity import check_image_file
 from mfm_nnunet.images.reading import read_image
+from tests.builders.nifti import save_nifti
 
 VOXELS = np.random.default_rng(0).integers(-300, 300, (9, 8, 7)).astype(np.int16)
 SIZES = (1.0, 1.5, 2.0)
@@ -30,15 +30,7 @@ def quiet_itk() -> None:
 
 
 def save(path: Path, voxels: np.ndarray = VOXELS, affine: np.ndarray | None = None, **fields: Any) -> Path:
-    """A NIfTI-1 file with header fields replaced after everything else was written."""
-    image = nibabel.Nifti1Image(voxels, np.diag([*SIZES, 1]) if affine is None else affine)
-    raw = bytearray(image.to_bytes())
-    header = np.frombuffer(bytes(raw[:348]), nibabel.nifti1.header_dtype)[0].copy()
-    for name, value in fields.items():
-        header[name] = value
-    raw[:348] = header.tobytes()
-    path.write_bytes(gzip.compress(bytes(raw), 1, mtime=0) if path.suffix == ".gz" else bytes(raw))
-    return path
+    return save_nifti(path, voxels, affine, **fields)
 
 
 def stock(file: Path, reader: str) -> tuple[np.ndarray, dict]:
