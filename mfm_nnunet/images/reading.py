@@ -73,7 +73,7 @@ def _warn_of_reader(name: str) -> None:
 def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Read the channels of one case as (C, D, H, W) float32, with nnU-Net's properties (``spacing`` in mm and more).
 
-    Raises MFMError as :func:`mfm_nnunet.images.integrity.check_image_file`, and E_NONFINITE, E_CONSTANT (nothing but one value), E_CHANNELS
+    Raises MFMError as :func:`integrity.check_image_file`, and E_NONFINITE, E_CONSTANT (nothing but one value), E_CHANNELS
     (shapes differ), E_GEOMETRY (the channels lie differently in space), E_SPACING, E_CONFIG (unknown reader).
     """
     assert files, "a case without files"
@@ -106,7 +106,7 @@ def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dic
 def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Read a label map as (1, D, H, W) float32 of whole numbers, with nnU-Net's properties.
 
-    Raises MFMError as :func:`mfm_nnunet.images.integrity.check_image_file`, and E_LABEL_VALUE for values such as 0.9999, E_CHANNELS for a colour
+    Raises MFMError as :func:`integrity.check_image_file`, and E_LABEL_VALUE for values such as 0.9999, E_CHANNELS for a colour
     picture.
     """
     item = _read_map(Path(file), reader_name, "label map")
@@ -123,7 +123,7 @@ def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]
 def read_mask(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Read a mask as boolean (1, D, H, W), True where the file holds more than 0, with nnU-Net's properties.
 
-    Raises MFMError as :func:`mfm_nnunet.images.integrity.check_image_file`, and E_LABEL_VALUE for values below 0, E_CHANNELS for a colour picture.
+    Raises MFMError as :func:`integrity.check_image_file`, and E_LABEL_VALUE for values below 0, E_CHANNELS for a colour picture.
     """
     item = _read_map(Path(file), reader_name, "mask")
     lowest = item.ranges[0][0]
