@@ -39,7 +39,7 @@ def read_table(file: Path) -> list[Case]:
     none). Raises MFMError: E_FORMAT (no table, no column of images), E_NOT_FOUND (images or masks that are
     missing, all listed), E_CONFIG (a case named twice).
     """
-    columns, rows = _rows(file)
+    columns, rows = _read_rows(file)
     problems = [
         f"  line {line}: {f'no such file {row[column]}' if row[column] else f'{column} is empty'}"
         for line, row in enumerate(rows, start=2)
@@ -77,7 +77,7 @@ def read_nnssl(file: Path) -> list[Case]:
         dataclasses.replace(
             case,
             subject="/".join(place.parts[:2]),
-            modality=_text(entry.get("modality")),
+            modality=_trimmed(entry.get("modality")),
             dataset=place.parts[0],
             anonymisation_mask=mask,
         )
@@ -143,10 +143,10 @@ def _nnssl_mask(file: Path, entry: Mapping[str, Any]) -> Path | None:
 
 def _name(entry: Mapping[str, Any], image: Path) -> str:
     """Return the name of the file; nnssl's own ``name`` may hold anything."""
-    return image.name or _text(entry.get("name"))
+    return image.name or _trimmed(entry.get("name"))
 
 
-def _text(value: Any) -> str:
+def _trimmed(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
@@ -155,7 +155,7 @@ def _require_all(file: Path, problems: Sequence[str]) -> None:
         raise MFMError("E_NOT_FOUND", f"{file}: {len(problems)} images or masks are missing:\n" + "\n".join(problems))
 
 
-def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Read the columns that hold images, and the rows, with trimmed names in lower case."""
     try:
         text = file.read_text(encoding="utf-8-sig")

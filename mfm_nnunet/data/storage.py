@@ -44,7 +44,7 @@ def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
 
     What other hosts and containers left stays: nobody here can tell whether they are still at work.
     """
-    prefix = f".partial-{_place()}-"
+    prefix = f".partial-{_process_space()}-"
     for left in preprocessed_folder.glob(f"{prefix}*"):
         number = whole_number(left.name.removeprefix(prefix))
         if number is not None and (number == os.getpid() or not _is_alive(number)):
@@ -57,7 +57,7 @@ def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _place() -> str:
+def _process_space() -> str:
     """Return where a process number is unique: the host, and the namespace of a container of that name."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -106,7 +106,7 @@ class Manifest:
         for line in lines:
             with contextlib.suppress(ValueError):
                 entry = parse_json(line)
-                if _is_entry(entry):
+                if _is_manifest_entry(entry):
                     manifest.entries[entry["case"]] = entry
         return manifest
 
@@ -139,7 +139,7 @@ class Manifest:
         self.entries[case] = entry
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_manifest_entry(entry: Any) -> bool:
     """Return whether a line of a manifest says what :meth:`Manifest.add` writes; any other is ignored."""
     if not isinstance(entry, dict) or not {"case", "hash", "sources", "files"} <= set(entry):
         return False
@@ -211,7 +211,7 @@ def _is_readable(file: Path) -> bool:
     return True
 
 
-def write_case(
+def store_case(
     staging: Path,
     folder: Path,
     case: str,

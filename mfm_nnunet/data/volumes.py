@@ -139,7 +139,7 @@ def open_array(file: str, repair: str = PREPROCESS_AGAIN) -> Volume:
     return volume
 
 
-def require_regular(file: str | Path) -> None:
+def require_plain_file(file: str | Path) -> None:
     """Raise OSError for anything but a file: reading a pipe would wait for ever."""
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError("it is not a regular file")
@@ -147,7 +147,7 @@ def require_regular(file: str | Path) -> None:
 
 def _index_header(file: str) -> bytes:
     """Return the header of the compressed list of chunks, which blosc2 decompresses when it opens the file."""
-    require_regular(file)
+    require_plain_file(file)
     with open(file, "rb") as stream:
         start = stream.read(47)
         if not start.startswith(b"\x9e\xa8b2frame\0"):
@@ -171,7 +171,7 @@ def read_arrays(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[str, np.ndar
     Raises MFMError: E_SHORT_DATA for a damaged file, E_DATA_UNSAFE for arrays of objects, which are pickles.
     """
     try:
-        require_regular(file)
+        require_plain_file(file)
         content = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray) != (file.suffix == ".npy"):
             raise ValueError(f"it is not what its ending {file.suffix} says")
@@ -297,8 +297,8 @@ def read_properties(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[Any, Any
     values and arrays of numbers.
     """
     try:
-        require_regular(file)
-        properties = _plain(_PlainUnpickler(io.BytesIO(file.read_bytes())).load(), {})
+        require_plain_file(file)
+        properties = _unpack(_PlainUnpickler(io.BytesIO(file.read_bytes())).load(), {})
     except _UnsafeError as error:
         raise unsafe(str(file), str(error), repair) from error
     except MemoryError:
@@ -310,7 +310,7 @@ def read_properties(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[Any, Any
     return properties
 
 
-def _plain(value: Any, done: dict[int, Any]) -> Any:
+def _unpack(value: Any, done: dict[int, Any]) -> Any:
     """Return a value with NumPy's own in place of those stored; ``done`` holds those made so far by identity."""
     if type(value) in PLAIN:
         return value
@@ -320,12 +320,12 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         made: Any = value.value()
     elif type(value) is list:
         made = done[id(value)] = []
-        made.extend(_plain(item, done) for item in value)
+        made.extend(_unpack(item, done) for item in value)
     elif type(value) is dict:
         made = done[id(value)] = {}
-        made.update((_plain(key, done), _plain(item, done)) for key, item in value.items())
+        made.update((_unpack(key, done), _unpack(item, done)) for key, item in value.items())
     elif type(value) in (tuple, set, frozenset):
-        made = type(value)(_plain(item, done) for item in value)
+        made = type(value)(_unpack(item, done) for item in value)
     else:
         raise _UnsafeError(f"holds a {ascii(type(value).__name__)[:80]}")
     done[id(value)] = made

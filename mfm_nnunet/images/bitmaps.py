@@ -40,7 +40,7 @@ def num_bytes(path: Path) -> int:
         return picture.width * picture.height * len(picture.getbands()) * (4 if picture.mode in "IF" else 1)
 
 
-def count_channels(path: Path) -> int:
+def count_bands(path: Path) -> int:
     """Return the number of channels of a picture by its header; colours of a palette are looked up by nnU-Net."""
     with _open_picture(path) as picture:
         return len(picture.palette.mode if picture.palette and picture.mode == "P" else picture.getbands())

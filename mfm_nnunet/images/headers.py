@@ -103,7 +103,7 @@ def nrrd_header(path: Path) -> VolumeHeader:
     kinds = fields.text("kinds").lower()
     if any(kind not in ("domain", "space", "time", "none", "???") for kind in kinds.split()):
         raise refuse("E_DATATYPE", path, f"an axis holds components (kinds: {kinds}), not space")
-    dtype = _dtype(path, _NRRD_TYPES, fields.text("type").lower(), fields.text("endian").lower() == "big")
+    dtype = _voxel_dtype(path, _NRRD_TYPES, fields.text("type").lower(), fields.text("endian").lower() == "big")
     encoding = fields.text("encoding").lower()
     if encoding not in ("raw", "gzip", "gz") or fields.integers("lineskip", default="0")[0] != 0:
         raise refuse("E_FORMAT", path, f"encoding '{encoding}' cannot be checked", "Save it with raw or gzip encoding.")
@@ -143,7 +143,7 @@ def _vectors(path: Path, name: str, text: str, at_least: int) -> list[tuple[floa
     found = re.findall(r"none|\([^()]*\)", text)
     vectors: list[tuple[float, ...]] = []
     for vector in found:
-        numbers = [] if vector == "none" else [_number(part.strip()) for part in vector[1:-1].split(",")]
+        numbers = [] if vector == "none" else [_decimal(part.strip()) for part in vector[1:-1].split(",")]
         if any(number is None for number in numbers):
             raise refuse("E_GEOMETRY", path, f"the header says '{name}: {text}', where not all are numbers")
         vectors.append(tuple(number or 0.0 for number in numbers))
@@ -180,7 +180,7 @@ def meta_header(path: Path) -> VolumeHeader:
             )  # fmt: skip
     _require_meta_geometry(path, fields, len(shape))
     big = fields.flag("binarydatabyteordermsb", "elementbyteordermsb", default="false")
-    dtype = _dtype(path, _META_TYPES, fields.text("elementtype").removeprefix("MET_"), big)
+    dtype = _voxel_dtype(path, _META_TYPES, fields.text("elementtype").removeprefix("MET_"), big)
     return _meta_volume(path, fields, VolumeHeader(shape, dtype, path, file_offset=last.end()))
 
 
@@ -305,7 +305,7 @@ class _Fields:
     ) -> tuple[float, ...]:
         """Return finite numbers, the first ``most``; none for a key that is not there. Raises MFMError (``code``)."""
         text = self.text(*names, default=default)
-        numbers = [_number(part) for part in text.split()[:most]]
+        numbers = [_decimal(part) for part in text.split()[:most]]
         if any(number is None for number in numbers) or (not numbers and any(name in self.lines for name in names)):
             raise refuse(code, self.path, f"the header says '{names[0]}: {text}', where not all are numbers")
         return tuple(number for number in numbers if number is not None)
@@ -318,13 +318,13 @@ class _Fields:
         return text[:1].lower() in ("t", "1")
 
 
-def _number(text: str) -> float | None:
+def _decimal(text: str) -> float | None:
     """Return a finite number, or None. Python would also take 1_000 and the digits of other scripts."""
     value = float(text) if _DECIMAL.fullmatch(text) else math.nan
     return value if math.isfinite(value) else None
 
 
-def _dtype(path: Path, table: dict[str, str], name: str, big_endian: bool) -> np.dtype[Any]:
+def _voxel_dtype(path: Path, table: dict[str, str], name: str, big_endian: bool) -> np.dtype[Any]:
     if name not in table:
         raise refuse("E_DATATYPE", path, f"voxels have type '{name}'; integers, float32 and float64 can be read")
     return np.dtype((">" if big_endian else "<") + table[name])

@@ -84,7 +84,7 @@ def read_pages(path: Path) -> list[Page]:
     return pages
 
 
-def num_bytes(path: Path) -> int:
+def num_decoded_bytes(path: Path) -> int:
     """Return the number of bytes that the pixels of all pages take. Raises MFMError as :func:`read_pages`."""
     # Slices may also follow the only page without pages of their own; they are not compressed then.
     return max(sum(page.num_bytes for page in read_pages(path)), path.stat().st_size)
@@ -265,7 +265,7 @@ def is_2d(path: Path) -> bool:
     return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
 
 
-def count_channels(path: Path) -> int:
+def count_samples(path: Path) -> int:
     """Return the number of channels of a picture; 1 for a stack of slices. Raises MFMError as :func:`check_tiff`."""
     shape = _shape(path)
     return shape[-1] if len(shape) == 3 and shape[-1] in (3, 4) else 1
