@@ -83,7 +83,7 @@ def load_cases(dataset_folder: Path, need_mapped_files: bool = True) -> list[Cas
 
 
 def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
-    """Read ``dataset.json`` of a raw folder. Raises MFMError (E_NOT_FOUND, E_FORMAT) with all that is wrong in it."""
+    """Read ``dataset.json`` of a raw folder."""
     file = dataset_folder / "dataset.json"
     content = dataset_jsons.read_dataset_json(file, "Every dataset needs one; repair it or register the images again.")
     if twice := _names_given_twice(file):

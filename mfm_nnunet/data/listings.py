@@ -35,9 +35,7 @@ _log = logging.getLogger(__name__)
 def read_table(file: Path) -> list[Case]:
     """Read the cases of a CSV: column ``image``, or ``image_0``, ``image_1``, ... for channels, relative to the file.
 
-    Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anonymisation_mask`` (an empty cell:
-    none). Raises MFMError: E_FORMAT (no table, no column of images), E_NOT_FOUND (images or masks that are
-    missing, all listed), E_CONFIG (a case named twice).
+    Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anonymisation_mask``; cells may be empty.
     """
     columns, rows = _read_rows(file)
     problems = [
@@ -59,9 +57,7 @@ def read_table(file: Path) -> list[Case]:
 def read_nnssl(file: Path) -> list[Case]:
     """Read the cases of nnssl's index: collection, datasets, subjects, sessions, images with associated masks.
 
-    Paths may begin with a variable (``$nnssl_raw/...``); relative ones start at the file's folder. Raises MFMError:
-    E_FORMAT (another structure, or the index of preprocessed data), E_CONFIG (a variable that is not set), E_NOT_FOUND
-    (missing files, all listed).
+    Paths may begin with a variable (``$nnssl_raw/...``); relative ones start at the file's folder.
     """
     entries = list(_nnssl_entries(file, read_json(file, "Write it again with nnssl, or list the images in a CSV.")))
     if is_of_preprocessed(file) or (entries and not any(ending_of(Path(e["image_path"])) for _, e in entries)):

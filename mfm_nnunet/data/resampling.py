@@ -66,7 +66,7 @@ def resample_image(
 def resampling_function(name: str, kwargs: dict[str, Any]) -> Callable[..., np.ndarray]:
     """Return ``f(x_CDHW, new_shape, current_spacing, new_spacing)`` for a name and its arguments in a plan.
 
-    Our own for nnU-Net's default, nnU-Net's for any other name it knows. Raises RuntimeError for an unknown name.
+    Our own for nnU-Net's default, nnU-Net's for any other name it knows.
     """
     ours = {"is_seg", "order", "order_z", "force_separate_z"}
     if name == "resample_data_or_seg_to_shape" and set(kwargs) <= ours:

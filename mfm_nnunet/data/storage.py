@@ -127,7 +127,7 @@ class Manifest:
         return {"images": images, **{source[2]: [source[0]] for source in sources if len(source) == 3}}
 
     def add(self, case: str, settings_hash: str, sources: list[list[Any]]) -> None:
-        """Note that the case is finished. Raises MFMError (E_DISK_FULL)."""
+        """Note that the case is finished."""
         entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}
         with full_disk_named(self.file), open_to_append(self.file) as file:
             file.seek(max(0, file.tell() - 1))
@@ -218,7 +218,7 @@ def store_case(
     content: Content,
     patch_size: tuple[int, ...],
 ) -> None:
-    """Write a case to ``staging`` and move it to ``folder``, where it appears whole. Raises MFMError (E_DISK_FULL)."""
+    """Write a case to ``staging`` and move it to ``folder``, where it appears whole."""
     optional = {"_seg.b2nd": content.seg_1DHW, "anonymised": content.anonymised}
     kinds = {".pkl", ".b2nd", *(kind for kind, array in optional.items() if array is not None)}
     staged = {key: staging / f"{key.strip('.')}~{case}" for key in case_files(folder, case) if key in kinds}
@@ -255,7 +255,7 @@ def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> 
 
 
 def copy_label(label: Path, target: Path, staging: Path) -> None:
-    """Copy a label file to nnU-Net's ``gt_segmentations`` unless the same is there. Raises MFMError (E_DISK_FULL)."""
+    """Copy a label file to nnU-Net's ``gt_segmentations`` unless the same is there."""
     status = label.stat()
     if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns):
         return

@@ -55,10 +55,7 @@ class Volume(blosc2.NDArray):
     """Advice that ends messages: how to make the file again."""
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Return the voxels at ``key``.
-
-        Raises MFMError: E_SHORT_DATA for a file that is damaged there, E_DATA_UNSAFE for an unknown compressor.
-        """
+        """Return the voxels at ``key``."""
         try:
             for number in self._chunks_of(key):
                 _require_built_in(self.schunk.get_lazychunk(int(number)), str(self.schunk.urlpath), self.repair)
@@ -77,10 +74,7 @@ class Volume(blosc2.NDArray):
 
 @functools.lru_cache(maxsize=256)
 def open_volume(file: str) -> Volume:
-    """Open a ``.b2nd`` file (C, D, H, W), of which slices are read when they are asked for.
-
-    Raises MFMError: E_SHORT_DATA, E_DATA_UNSAFE.
-    """
+    """Open a ``.b2nd`` file (C, D, H, W), of which slices are read when they are asked for."""
     volume = open_array(file)
     if volume.ndim != 4:
         raise unreadable(file, f"it has {volume.ndim} axes instead of 4")
@@ -88,7 +82,7 @@ def open_volume(file: str) -> Volume:
 
 
 def volume_shape(file: Path) -> tuple[int, ...]:
-    """Return the shape (C, D, H, W) of a volume; only its header is read. Raises MFMError as :func:`open_volume`."""
+    """Return the shape (C, D, H, W) of a volume; only its header is read."""
     return tuple(open_volume.__wrapped__(str(file)).shape)
 
 
@@ -100,10 +94,7 @@ def anonymised_of(volume: str) -> Volume | None:
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
-    """Read the box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image.
-
-    Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) as :meth:`Volume.__getitem__`.
-    """
+    """Read the box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image."""
     shape = volume.shape[1 + len(leading) :]
     inside = [(max(start, 0), min(start + extent, limit)) for start, extent, limit in zip(lower, size, shape)]
     box = np.zeros((volume.shape[0], *size), np.float32)
@@ -115,10 +106,7 @@ def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tu
 
 
 def open_array(file: str, repair: str = PREPROCESS_AGAIN) -> Volume:
-    """Open a ``.b2nd`` file that holds a plain array of numbers, and nothing that blosc2 would follow or call.
-
-    Raises MFMError: E_SHORT_DATA for a damaged file, E_DATA_UNSAFE for any other content.
-    """
+    """Open a ``.b2nd`` file that holds a plain array of numbers, and nothing that blosc2 would follow or call."""
     options: dict[str, Any] = {} if os.name == "nt" else {"mmap_mode": "r"}
     try:
         _require_built_in(_index_header(file), file, repair)
@@ -166,10 +154,7 @@ def _require_built_in(header: bytes, file: str, repair: str) -> None:
 
 
 def read_arrays(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[str, np.ndarray]:
-    """Return the arrays in a ``.npz`` file by name; of a ``.npy`` file the one in it, mapped, as "".
-
-    Raises MFMError: E_SHORT_DATA for a damaged file, E_DATA_UNSAFE for arrays of objects, which are pickles.
-    """
+    """Return the arrays in a ``.npz`` file by name; of a ``.npy`` file the one in it, mapped, as ""."""
     try:
         require_plain_file(file)
         content = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -291,11 +276,7 @@ class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C reserves as
 
 
 def read_properties(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[Any, Any]:
-    """Return the properties of a case from its ``.pkl`` file.
-
-    Raises MFMError: E_SHORT_DATA for a damaged file, E_DATA_UNSAFE for one that names or holds anything but plain
-    values and arrays of numbers.
-    """
+    """Return the properties of a case from its ``.pkl`` file."""
     try:
         require_plain_file(file)
         properties = _unpack(_PlainUnpickler(io.BytesIO(file.read_bytes())).load(), {})

@@ -155,7 +155,7 @@ def find_channels(file: Path) -> int:
 
 @functools.cache
 def find_reader_class(name: str) -> Any:
-    """Return nnU-Net's reader class of that name. Raises MFMError (E_CONFIG) if there is none."""
+    """Return nnU-Net's reader class of that name."""
     import SimpleITK as sitk
     from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 

@@ -103,10 +103,7 @@ def check_image_file(path: Path) -> Voxels | None:
 
 
 def declared_by(path: Path) -> Declared:
-    """Read what a file declares, and refuse what cannot be held in memory before any of it is decompressed.
-
-    Raises MFMError as :func:`check_image_file`.
-    """
+    """Read what a file declares, and refuse what cannot be held in memory before any of it is decompressed."""
     ending = require_regular(path)
     with _access(path):
         _require_content(path, ending)
@@ -132,7 +129,7 @@ def declared_by(path: Path) -> Declared:
 
 
 def check_content(path: Path, declared: Declared) -> Voxels | None:
-    """Check that a file holds what it declares. Raises MFMError as :func:`check_image_file`."""
+    """Check that a file holds what it declares."""
     with _access(path):
         header = declared.header
         if header is None:

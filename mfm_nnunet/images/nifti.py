@@ -55,8 +55,8 @@ class _Start(NamedTuple):
 def nifti_header(path: Path, start: bytes) -> VolumeHeader:
     """Return the header of a NIfTI file from the first (decompressed) bytes of it.
 
-    Raises MFMError: E_HEADER, E_DIM, E_DATATYPE, E_SPACING, E_GEOMETRY. Big-endian files, NIfTI-2, trailing axes of
-    length 1, a scale factor of 0 or NaN and missing orientations (codes 0) are legal.
+    Big-endian files, NIfTI-2, trailing axes of length 1, a scale factor of 0 or NaN and missing orientations (codes 0)
+    are legal.
     """
     found = _parse(start)
     if found is None:

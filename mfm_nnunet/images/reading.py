@@ -206,7 +206,7 @@ def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
 
 
 def _read_map(file: Path, reader_name: str, what: str) -> _Item:
-    """Read a file with one value per voxel. Raises MFMError (E_CHANNELS) for a colour picture."""
+    """Read a file with one value per voxel."""
     item = _read_file(file, reader_name, is_map=True)
     if len(item.array) != 1:
         raise MFMError(
