@@ -7,8 +7,6 @@ channels is that of the lines, whatever their numbers. Unknown fields are legal.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import IMAGE_ENDINGS, is_same, read_json, to_plain
+from mfm_nnunet.files import IMAGE_ENDINGS, is_same, read_json
 
 ADVICE = "See nnU-Net's documentation/dataset_format.md."
 MAX_LABEL = (1 << 15) - 1
@@ -86,11 +84,6 @@ class DatasetJson:
         return any(isinstance(value, (list, tuple)) and len(value) > 1 for value in self.labels.values())
 
     @property
-    def regions(self) -> tuple[Any, ...] | None:
-        """``regions_class_order``: the value that is painted for each region; None without regions."""
-        return tuple(self.content["regions_class_order"]) if self.has_regions else None
-
-    @property
     def ignore(self) -> int | None:
         """Value of the label ``ignore``, if there is one."""
         value = self.labels.get("ignore")
@@ -100,13 +93,6 @@ class DatasetJson:
     def file_ending(self) -> str:
         """Ending of the image files, with its dot."""
         return self.content["file_ending"]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what images and labels mean and how they are read: a change makes results incomparable."""
-        reader = self.content.get("overwrite_image_reader_writer", "None")
-        content = {**self._meaning, "file_ending": self.content.get("file_ending"), "reader": reader}
-        return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: DatasetJson) -> list[str]:
         """Return the names of what decides about the meaning of images and labels and differs."""

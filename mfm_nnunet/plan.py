@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import is_same, read_json, to_plain
+from mfm_nnunet.files import digest_of, is_same, read_json
 from mfm_nnunet.plan_rules import (
     ARCHITECTURE_KEYS,
     CT,
@@ -101,12 +99,6 @@ class Configuration:
     def previous_stage(self) -> str | None:
         """The configuration of a cascade whose predictions this one continues."""
         return self.values.get("previous_stage")
-
-    @property
-    def next_stages(self) -> tuple[str, ...]:
-        """The configurations of a cascade that continue this one."""
-        stages = self.values.get("next_stage") or ()
-        return (stages,) if isinstance(stages, str) else tuple(stages)
 
     @property
     def architecture(self) -> Mapping[str, Any]:
@@ -198,8 +190,7 @@ class Plan:
 
     def preprocessing_digest(self, configuration: str, dataset: DatasetJson) -> str:
         """Return the SHA-256 of everything but the images that preprocessed files depend on."""
-        content = {"format": 1, **self._preprocessing(configuration, dataset)}
-        return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
+        return digest_of({"format": 1, **self._preprocessing(configuration, dataset)})
 
     def make_data_identifier(self, configuration: str, dataset: DatasetJson) -> str:
         """Return ``mfm_<configuration>_<8 hex>``: equal exactly when preprocessing gives the same files."""
@@ -207,8 +198,7 @@ class Plan:
         content["labels"] = [content["labels"], content.pop("regions_class_order")]
         if content["intensities"] is None:
             del content["intensities"]
-        digest = hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
-        return f"mfm_{configuration}_{digest[:8]}"
+        return f"mfm_{configuration}_{digest_of(content)[:8]}"
 
     def differences(self, other: Plan, configuration: str) -> list[str]:
         """Return the names of what decides a prediction and differs: weights of one plan would be wrong for the other.
@@ -245,16 +235,6 @@ class Plan:
 def read_plans(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any]:
     """Read a plan as :meth:`Plan.read`, as nnU-Net's dict."""
     return dict(Plan.read(file, advice, code).content)
-
-
-def resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """A configuration of a plan with what it inherits, as a new dict."""
-    return dict(Plan.of(plans).configuration(configuration).values)
-
-
-def is_resampled(configuration: Mapping[str, Any]) -> bool:
-    """Whether images are brought to one spacing; plans of others may name none, or none for each axis."""
-    return Configuration("", configuration).is_resampled
 
 
 def preprocessor_problem(plans: Mapping[str, Any], configuration: str) -> str:

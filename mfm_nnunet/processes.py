@@ -214,12 +214,12 @@ def _end(processes: Iterable[BaseProcess], number: int) -> None:
 
 
 def raise_recorded(folder: str, exit_code: int | None = None) -> None:
-    """Raise in the parent what a child noted in ``folder``, if any did.
+    """Raise in the parent what a child noted in ``folder``, if any did: an error rather than a stop that followed it.
 
     ``exit_code`` is that of the signal which ended the parent, where one did: a child may have got another one first.
     """
-    for file in sorted(Path(folder).glob("*.json")):
-        note = json.loads(file.read_text())
+    notes = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+    for note in sorted(notes, key=lambda note: "exit_code" in note):
         if "code" in note:
             raise MFMError(note["code"], note["message"])
         if "exit_code" in note:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import types
@@ -180,12 +181,12 @@ class MFMBlock:
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     source: dict[str, Any] | None = None
-    """The checkpoint a plan was made to fit (``--like``): {"name", "sha256", "pretext", "network"}."""
+    """Checkpoint that the plan was made to fit (``--like``): {"name", "sha256", "pretext", "network"}."""
     seed: int = ranged(0, 0, 2**32 - 1)
     num_workers: int | None = ranged(None, 0, 1024)
     """Background processes that read and augment. None: by the number of CPU cores."""
     network: str = "resenc"
-    """The family of the network, see :mod:`mfm_nnunet.models.families`."""
+    """Family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT
 
 
@@ -245,7 +246,7 @@ def require_legal(settings: PretrainSettings | FinetuneSettings, prefix: str) ->
 
 def to_dict(settings: Any) -> dict[str, Any]:
     """Return a settings dataclass as plain JSON values (tuples become lists)."""
-    return _plain(dataclasses.asdict(settings))
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
@@ -261,7 +262,7 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
-    settings = cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
+    settings = cls(**{key: _parse(value, hints[key], where + key) for key, value in values.items()})
     require_in_range(settings, where)
     return settings
 
@@ -317,11 +318,11 @@ def _assign(settings: Any, name: str, value: str, root: Any, path: str = "") -> 
     if rest:
         new = _assign(getattr(settings, head), rest, value, root, f"{path}{head}.")
     else:
-        new = _convert(value, hints[head], path + name)
+        new = _parse(value, hints[head], path + name)
     return dataclasses.replace(settings, **{head: new})
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:
+def _parse(value: Any, hint: Any, name: str) -> Any:
     """Convert ``value`` (JSON or a string from the command line) to the annotated type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -334,7 +335,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         options = [option for option in arguments if option is not type(None)]
         for option in options:
             try:
-                return _convert(value, option, name)
+                return _parse(value, option, name)
             except MFMError:
                 if len(options) == 1:
                     raise
@@ -345,12 +346,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         advice = REMOVED.get(f"{name}={value}") or f"legal values are {', '.join(map(str, arguments))}."
         raise MFMError("E_CONFIG", f"{name}={value}: {advice}")
     if origin is tuple:
-        return _convert_tuple(value, arguments, name)
+        return _parse_tuple(value, arguments, name)
     if origin is dict:
         if isinstance(value, dict):
             return value
         raise MFMError("E_CONFIG", f"{name}={value}: expected a table of names and values.")
-    return _convert_scalar(value, hint, name)
+    return _parse_scalar(value, hint, name)
 
 
 def _describe(hint: Any) -> str:
@@ -361,7 +362,7 @@ def _describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _convert_tuple(value: Any, arguments: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+def _parse_tuple(value: Any, arguments: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     items = value.strip("[]()").replace(",", " ").split() if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         items = (items,)
@@ -371,10 +372,10 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...], name: str) -> tuple[A
     if not variadic and len(items) != len(arguments):
         raise MFMError("E_CONFIG", f"{name}={value}: expected {len(arguments)} values.")
     types_ = [arguments[0]] * len(items) if variadic else list(arguments)
-    return tuple(_convert(item, hint, name) for item, hint in zip(items, types_))
+    return tuple(_parse(item, hint, name) for item, hint in zip(items, types_))
 
 
-def _convert_scalar(value: Any, hint: Any, name: str) -> Any:
+def _parse_scalar(value: Any, hint: Any, name: str) -> Any:
     if hint is bool:
         if isinstance(value, bool):
             return value
@@ -388,9 +389,3 @@ def _convert_scalar(value: Any, hint: Any, name: str) -> Any:
             if (hint is float or float(value) == number) and math.isfinite(number):
                 return number
     raise MFMError("E_CONFIG", f"{name}={value}: expected {hint.__name__}.")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

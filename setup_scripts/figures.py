@@ -17,16 +17,16 @@ SPINE = {
     "List the scans": "jobs.plan data.sources data.cases data.corpus data.labelled data.loops",
     "Let them in": "images.reading images.decoder images.decode images.integrity images.headers images.nifti "
     "images.geometry",
-    "Plan": "planning.fingerprint planning.table planning.planner planning.derive planning.like dataset plan "
-    "plan_rules settings models.networks models.memory models.families",
+    "Plan": "planning.request planning.fingerprint planning.planner planning.derive planning.like dataset plan "
+    "plan_rules settings models.networks models.families models.unet models.sizing models.memory",
     "Preprocess": "data.preprocess data.sizes data.resampling data.storage data.volumes",
     "Draw crops": "jobs.pretrain data.crops data.loading",
-    "Pretrain": "tasks.base tasks.masks tasks.mae tasks.restoration tasks.losses models.backbone engine.streams "
-    "engine.engine engine.pretraining engine.optim engine.state checkpoint",
-    "Fine-tune": "jobs.train finetune.pretrained models.transfer finetune.splits finetune.loading finetune.settings "
-    "finetune.groups finetune.state finetune.trainer finetune.fold tasks.segmentation finetune.validation",
-    "Predict": "jobs.predict predict.options predict.cases predict.model predict.predictor predict.logits "
-    "predict.export predict.geometry predict.journal",
+    "Pretrain": "tasks.base tasks.masks tasks.mae tasks.losses models.backbone engine.pretraining engine.streams "
+    "engine.engine engine.optim engine.state checkpoint",
+    "Fine-tune": "jobs.train finetune.pretrained models.transfer finetune.splits finetune.fold finetune.loading "
+    "finetune.settings finetune.groups finetune.state finetune.trainer tasks.segmentation finetune.validation",
+    "Predict": "jobs.predict prediction.cases prediction.predictor prediction.model prediction.logits "
+    "prediction.export prediction.geometry prediction.journal",
 }
 """The modules that one volume passes with MAE, from scan to mask, in this order, by stage.
 

@@ -21,12 +21,14 @@ import types
 from argparse import Action
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mfm_nnunet.models.families import GROUP  # noqa: E402
 from mfm_nnunet.planning.derive import settings_for  # noqa: E402
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, setting_names, to_dict  # noqa: E402
 from mfm_nnunet.tasks.base import find_task  # noqa: E402
@@ -106,7 +108,8 @@ def flags_in(row: Row) -> set[str]:
 def _flag(action: Action) -> Row:
     value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper())
     if action.choices:
-        value = "|".join(action.choices)
+        installed = {entry.name for entry in entry_points(group=GROUP)}  # networks of other packages
+        value = "|".join(name for name in action.choices if name not in installed)
     if action.nargs == "+":
         value = f"{value} [{value} ...]"
     elif type(action).__name__ == "_AppendAction":

@@ -16,16 +16,16 @@ from setup_scripts.figures import Sources, figures, find_cycles
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 27_500,
-    "spine lines": 15_000,
-    "files": 175,
-    "files with one importer": 45,
+    "package lines": 26_900,
+    "spine lines": 15_700,
+    "files": 155,
+    "files with one importer": 36,
     "modules over 420 lines": 2,
-    "functions with over 8 parameters": 12,
-    "functions over 60 lines": 4,
-    "names defined twice": 80,
+    "functions with over 8 parameters": 8,
+    "functions over 60 lines": 2,
+    "names defined twice": 52,
     "import cycles": 0,
-    "optimisation steps": 3,
+    "optimisation steps": 1,
 }
 """The names are those of ``setup_scripts/figures.py``, which prints what is behind a number."""
 LEAVES = {
@@ -41,6 +41,7 @@ LEAVES = {
         "settings",
     ),
     *("processes", "signals", "device", "metrics", "terminal", "files"),
+    *("fields", "requests"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
@@ -53,8 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"models", "data.crops"},
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
-    "predict": {"data", "images", "models"},
-    "finetune": {"engine", "tasks", "models", "data", "images", "predict", "interchange"},
+    "prediction": {"data", "images", "models"},
+    "finetune": {"engine", "tasks", "models", "data", "images", "prediction", "interchange"},
     "jobs": {
         "data",
         "images",
@@ -63,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "engine",
         "finetune",
-        "predict",
+        "prediction",
         "interchange",
         "reports",
     },
@@ -77,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "engine",
         "finetune",
-        "predict",
+        "prediction",
         "interchange",
     },
     "demo": {"jobs", "reports"},
@@ -91,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "engine",
         "finetune",
-        "predict",
+        "prediction",
         "demo",
         "study",
     },
@@ -101,7 +102,7 @@ ALLOWED: dict[str, set[str]] = {
 ONLY = {"checkpoint": {"errors", "files"}, "settings": {"errors"}}
 """Modules that may import no more than this."""
 FORBIDDEN = {"tasks": {"nnunetv2"}, "settings": {"torch", "numpy", "nnunetv2"}}
-LIGHT = {"cli", "errors", "files", "version", "workspace", "settings", "terminal"}
+LIGHT = {"cli", "errors", "files", "version", "workspace", "settings", "terminal", "fields", "requests"}
 """What a command may import before it runs its job, besides the standard library."""
 MAY_PRINT = {"cli", "reports.progress"}
 UNPICKLES = "data.volumes"

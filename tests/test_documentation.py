@@ -24,7 +24,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.predict.predictor import load_model
+from mfm_nnunet.prediction.predictor import load_model
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, override, setting_names
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.registry import list_tasks

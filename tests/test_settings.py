@@ -132,7 +132,7 @@ def numbers(settings: Any, prefix: str = "") -> dict[str, mfm_settings.Range]:
 
 
 NOT_RANGED = {"block.format"}
-"""It must be one number, which is checked where it is read."""
+"""It has one legal value."""
 
 
 def test_every_number_has_a_range_that_holds_its_default() -> None:

@@ -24,7 +24,7 @@ ACTIONS = ("describe", "verify", "export", "import")
 
 
 def build_parser() -> common.StrictParser:
-    """The flags of the command."""
+    """Define the flags of the command."""
     parser = common.make_parser("mfm_checkpoint", DESCRIPTION)
     parser.flag("action", f"one of {', '.join(ACTIONS)}", choices=ACTIONS, metavar="ACTION")
     parser.flag("checkpoint", "file, folder or address", metavar="CHECKPOINT")
@@ -40,7 +40,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; returns the exit code."""
     parser = build_parser()
     arguments = parser.parse_strictly(argv)
     writes = arguments.action in ("export", "import")
@@ -54,17 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from mfm_nnunet import api
+    from mfm_nnunet import convert_checkpoint, describe_checkpoint
 
     address, token_order = arguments.checkpoint, arguments.token_order
     if arguments.action in ("describe", "verify"):
-        print(api.describe_checkpoint(address, verify=arguments.action == "verify", token_order=token_order))
+        print(describe_checkpoint(address, verify=arguments.action == "verify", token_order=token_order))
         if arguments.action == "verify":
             print("OK (names, shapes, values, and the checksums that the file has)")
         return
     layout: Any = (arguments.layout or "folder") if arguments.action == "export" else "pth"
-    terminal.print_path(
-        api.convert_checkpoint(
-            address, arguments.output, layout=layout, licence=arguments.licence, token_order=token_order
-        )
-    )
+    options = {"layout": layout, "licence": arguments.licence, "token_order": token_order}
+    terminal.print_path(convert_checkpoint(address, arguments.output, **options))

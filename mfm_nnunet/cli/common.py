@@ -1,4 +1,4 @@
-"""What the commands share: a strict parser, the flags that they have in common, and nnU-Net's way of naming a dataset.
+"""Parts of all commands: a strict parser, flags from the fields of a request, and nnU-Net's way of naming a dataset.
 
 Nothing heavy is imported here, so ``--help`` answers at once.
 """
@@ -10,20 +10,20 @@ import difflib
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
 from mfm_nnunet import terminal, workspace
-from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import whole_number
+from mfm_nnunet.fields import ASSIGNMENT, Request
 from mfm_nnunet.version import __version__
 
-_ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _NOT_SET = ("source", "network", "format")
-"""Parts of a plan's block that no run sets."""
+"""Fields of a plan's block that no run sets."""
 _ALIKE = 0.65
-"""How alike a flag must be to be proposed, from 0 to 1: ``--dry-run`` is not meant to be ``--run-name``."""
-_POSITIONS = {"dataset": "DATASET (-d)", "configuration": "CONFIG (-c)", "fold": "FOLD (-f)"}
+"""Least similarity of a proposed flag, from 0 to 1: ``--dry-run`` is not meant to be ``--run-name``."""
+_OF_ARGPARSE = ("nargs", "metavar", "choices", "action")
+"""Details of a field that argparse takes as they are."""
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -41,12 +41,54 @@ class StrictParser(argparse.ArgumentParser):
         """Add one flag; ``names`` are its spellings, separated by spaces."""
         self.add_argument(*names.split(), help=help_text, **kwargs)
 
+    def add_request(self, request: type[Request], **choices: Sequence[str]) -> None:
+        """Add a flag for each field of a request; a value with a position can be given as either.
+
+        ``choices`` are the legal words of fields whose request does not know them.
+        """
+        for item in fields(request):
+            if "spellings" in item.metadata:
+                self._add_field(item, choices.get(item.name))
+
+    def _add_field(self, item: Field[Any], choices: Sequence[str] | None) -> None:
+        details = {name: item.metadata[name] for name in _OF_ARGPARSE if name in item.metadata}
+        details |= {"choices": choices} if choices else {}
+        text, names, default = item.metadata["help"].replace("%", "%%"), item.metadata["spellings"], item.default
+        if default not in (MISSING, None, ()) and not isinstance(default, bool) and "(default" not in text:
+            text = f"{text} (default: {str(default).replace('%', '%%')})"
+        if item.metadata.get("position"):
+            self.add_argument(item.name, help=text, nargs="?", **details)
+            self.add_argument(*names, help="the same as a flag", dest=f"{item.name}_flag", **details)
+        elif isinstance(default, bool):  # a flag turns on what is off, and off what is on
+            self.add_argument(*names, help=text, action="store_true", dest=f"no_{item.name}" if default else item.name)
+        elif default is MISSING:
+            self.add_argument(
+                *names, help=text, dest=item.name, required=item.metadata.get("required", True), **details
+            )
+        else:
+            if "action" in details:
+                default, self.settings = [], item.metadata["parts"]
+            default = [default] if "nargs" in details and default is not None else default
+            self.add_argument(*names, help=text, dest=item.name, default=default, **details)
+
+    def merge_positions(self, request: type[Request], arguments: argparse.Namespace) -> None:
+        """Merge positions and flags of the same meaning; an error when one is missing or the two differ."""
+        for item in (item for item in fields(request) if item.metadata.get("position")):
+            position, flag = getattr(arguments, item.name), getattr(arguments, f"{item.name}_flag")
+            name = f"{item.metadata['metavar']} ({item.metadata['spellings'][0]})"
+            if position is not None and flag is not None and position != flag:
+                self.error(f"{name} is given twice and differs: {position} and {flag}. Give it once.")
+            value = flag if position is None else position
+            if value is None:
+                self.error(f"{name} is missing.")
+            setattr(arguments, item.name, value)
+
     def flags(self) -> list[str]:
-        """All legal flags, sorted."""
+        """Return all legal flags, sorted."""
         return sorted({flag for action in self._actions for flag in action.option_strings})
 
     def parse_strictly(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-        """The parsed command line; an error ends the process with exit code 2 and a message of two lines."""
+        """Parse a command line; an error ends the process with exit code 2 and a message of two lines."""
         tokens = list(_split_assignments(sys.argv[1:] if arguments is None else arguments))
         legal = self.flags()
         for token in tokens:
@@ -58,12 +100,12 @@ class StrictParser(argparse.ArgumentParser):
         return self.parse_intermixed_args(tokens)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and exit with 2."""
+        """Print what is wrong and exit with 2."""
         self.exit(2, f"{self.prog}: {terminal.one_message(message)}\nSee {self.prog} --help.\n")
 
 
 def make_parser(name: str, description: str, default_workspace: str | None = None) -> StrictParser:
-    """A parser with the flags that every command has; with a ``default_workspace`` the environment does not count."""
+    """Make a parser with the flags of every command; with a ``default_workspace`` the environment does not count."""
     parser = StrictParser(prog=name, description=description)
     text = f"where everything lives (default: {default_workspace or workspace.DEFAULT})"
     if default_workspace is None:
@@ -74,75 +116,24 @@ def make_parser(name: str, description: str, default_workspace: str | None = Non
     return parser
 
 
-def add_dataset_arguments(parser: StrictParser, has_fold: bool = False) -> None:
-    """DATASET CONFIG [FOLD] as positions and ``-d -c -f`` alike."""
-    parser.flag("dataset", "name or number of the dataset", nargs="?", metavar="DATASET")
-    parser.flag("configuration", "configuration, e.g. 3d_fullres or 2d", nargs="?", metavar="CONFIG")
-    parser.flag("-d --dataset", "the same as a flag", dest="dataset_flag", metavar="DATASET")
-    parser.flag("-c --configuration", "the same as a flag", dest="configuration_flag", metavar="CONFIG")
-    if has_fold:
-        parser.flag("fold", "number of the fold, or all", nargs="?", metavar="FOLD")
-        parser.flag("-f --fold", "the same as a flag", dest="fold_flag", metavar="FOLD")
+def options_of(request: type[Request], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of a request's fields by name, as the parameters of its job.
 
-
-def add_run_arguments(parser: StrictParser, examples: str, parts: Sequence[str]) -> None:
-    """Plan, settings, device and number of GPUs of a training run."""
-    parser.flag("-p --plans", "name of the plan (default: mfmPlans)", default="mfmPlans", metavar="PLANS")
-    text = "settings of a whole run: the name of a shipped recipe, or a .json file; --set wins over it"
-    parser.flag("--recipe", text, metavar="NAME|FILE")
-    add_settings(parser, examples, parts)
-    parser.flag("--c", "continue a stopped or killed run where it was", dest="continue_training", action="store_true")
-    add_device(parser)
-    parser.flag("-num_gpus --num-gpus", "number of GPUs (default: 1)", type=positive_int, default=1, metavar="N")
-
-
-def add_settings(parser: StrictParser, examples: str, parts: Sequence[str]) -> None:
-    """``--set name=value ...``, of these parts of the settings and of those that belong to none."""
-    parser.settings = tuple(parts)
-    text = f"change a setting; several may follow, e.g. {examples}"
-    parser.flag("--set", text, dest="settings", action="append", default=[], metavar="NAME=VALUE", type=_assignment)
-
-
-def add_device(parser: StrictParser) -> None:
-    """``-device``."""
-    text = "auto (default) takes a GPU where there is one; CUDA_VISIBLE_DEVICES chooses which"
-    parser.flag("-device --device", text, choices=("auto", "cpu", "cuda", "mps"), default="auto")
-
-
-def take_positions(parser: StrictParser, arguments: argparse.Namespace) -> None:
-    """Merge positions and flags of the same meaning; an error when one is missing or the two differ."""
-    for name in (n for n in _POSITIONS if hasattr(arguments, n)):
-        position, flag = getattr(arguments, name), getattr(arguments, f"{name}_flag")
-        if position is not None and flag is not None and position != flag:
-            parser.error(f"{_POSITIONS[name]} is given twice and differs: {position} and {flag}. Give it once.")
-        value = flag if position is None else position
-        if value is None:
-            parser.error(f"{_POSITIONS[name]} is missing.")
-        setattr(arguments, name, value)
-
-
-def fold_value(text: str) -> int | str:
-    """A fold: a number or ``all``. Raises MFMError (E_CONFIG) for anything else."""
-    if text == "all":
-        return text
-    number = whole_number(text)
-    if number is not None:
-        return number
-    raise MFMError("E_CONFIG", f"fold {text}: expected a number from 0, or all.")
-
-
-def positive_int(text: str) -> int:
-    """An argparse type."""
-    if number := whole_number(text):
-        return number
-    raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    Raises MFMError (E_CONFIG) as the request does, before heavy libraries are imported.
+    """
+    values = vars(arguments)
+    options: dict[str, Any] = {
+        item.name: not values[f"no_{item.name}"] if item.default is True else values[item.name]
+        for item in fields(request)
+    }
+    return vars(request(**options))
 
 
 def _split_assignments(arguments: Sequence[str]) -> Iterator[str]:
-    """``--set a=1 b=2 701`` as ``--set=a=1 --set=b=2 701``: several assignments, and nothing else, belong to --set."""
+    """Rewrite ``--set a=1 b=2 701`` as ``--set=a=1 --set=b=2 701``: only assignments belong to --set."""
     is_open = is_first = False
     for token in arguments:
-        is_value = is_open and not token.startswith("-") and (is_first or bool(_ASSIGNMENT.match(token)))
+        is_value = is_open and not token.startswith("-") and (is_first or bool(ASSIGNMENT.match(token)))
         if is_value:
             yield f"--set={token}"
             is_first = False
@@ -156,17 +147,8 @@ def _split_assignments(arguments: Sequence[str]) -> Iterator[str]:
         yield "--set"
 
 
-def _assignment(text: str) -> str:
-    if _ASSIGNMENT.match(text):
-        return text
-    raise argparse.ArgumentTypeError(f"expected name=value, got {text}")
-
-
 def _nearest_flag(flag: str, legal: Sequence[str], parts: Sequence[str]) -> str:
-    """The advice for an unknown flag: the settings of that name where there are any, else a flag that is spelt alike.
-
-    ``parts`` are the parts of the settings that the command takes.
-    """
+    """Return the advice for an unknown flag: the settings of that name if there are any, else a similar flag."""
     from mfm_nnunet.settings import MFMBlock, setting_names
 
     word = flag.lstrip("-").replace("-", "_")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
+from mfm_nnunet.requests import DemoRequest
 
 DESCRIPTION = """\
 Plan, preprocess, pretrain (MAE and Volume Fusion), fine-tune (from scratch and from each) and predict, on real images.
@@ -30,10 +31,7 @@ NOTES = {
 def build_parser() -> common.StrictParser:
     """Define the flags of the command."""
     parser = common.make_parser("mfm_demo", DESCRIPTION, default_workspace="mfm_demo")
-    parser.flag("--data", "a labelled dataset in nnU-Net's raw format (2D or 3D); read in place", metavar="DIR")
-    parser.flag("--overwrite", "remove what an earlier demo made in the workspace and start anew", action="store_true")
-    common.add_settings(parser, "pretrain.epochs=10 finetune.epochs=10 seed=1", ["pretrain", "finetune"])
-    common.add_device(parser)
+    parser.add_request(DemoRequest)
     return parser
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mfm_nnunet import terminal
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
+from mfm_nnunet.requests import PretrainRequest
 
 DESCRIPTION = """\
 Pretrain the network of a plan on scans without labels.
@@ -21,52 +22,32 @@ LIST_WIDTH = 120
 
 
 def build_parser() -> common.StrictParser:
-    """The flags of the command."""
+    """Define the flags of the command."""
     parser = common.make_parser("mfm_pretrain", DESCRIPTION)
-    common.add_dataset_arguments(parser)
-    text = "pretext task (default: mae); see --list, or the dotted name of a module of your own"
-    parser.flag("--pretext", text, default="mae", metavar="TASK")
-    text = "sets a run apart from others of the same task and plan: the end of its folder's name"
-    parser.flag("--run-name", text, metavar="NAME")
-    text = "labelled dataset; every few epochs a linear probe on it logs a Dice (off by default)"
-    parser.flag("--probe", text, metavar="DATASET")
+    parser.add_request(PretrainRequest)
     parser.flag("--list", "print a table of the pretext tasks and exit", dest="list_tasks", action="store_true")
-    common.add_run_arguments(parser, "pretrain.epochs=300 pretrain.batch_size=4 seed=1", ["pretrain"])
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; returns the exit code."""
     parser = build_parser()
     arguments = parser.parse_strictly(argv)
     if arguments.list_tasks:
         return run_command(_list_tasks, arguments)
-    common.take_positions(parser, arguments)
+    parser.merge_positions(PretrainRequest, arguments)
     return run_command(_run, arguments)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from mfm_nnunet import api
+    options = common.options_of(PretrainRequest, arguments)
+    from mfm_nnunet import pretrain
 
-    checkpoint = api.pretrain(
-        arguments.dataset,
-        arguments.configuration,
-        plans_name=arguments.plans,
-        pretext=arguments.pretext,
-        settings=arguments.settings,
-        continue_training=arguments.continue_training,
-        device=arguments.device,
-        num_gpus=arguments.num_gpus,
-        workspace=arguments.workspace,
-        run_name=arguments.run_name,
-        probe=arguments.probe,
-        recipe=arguments.recipe,
-    )
-    terminal.print_path(checkpoint)
+    terminal.print_path(pretrain(**options))
 
 
 def _list_tasks(arguments: argparse.Namespace) -> None:
-    """A table as wide as ``LIST_WIDTH`` at most; what is hidden or mixed goes on in the next line where it must."""
+    """Print a table that is at most ``LIST_WIDTH`` wide; the third column wraps where it must."""
     import textwrap
 
     from mfm_nnunet.tasks.registry import list_tasks

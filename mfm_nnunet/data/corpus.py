@@ -19,11 +19,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mfm_nnunet import dataset as dataset_jsons
-from mfm_nnunet.checkpoint import atomic_write
 from mfm_nnunet.data.cases import PICTURES, Case, is_named_mask, subject_of, with_digest
 from mfm_nnunet.data.labelled import IMAGES, raw_cases
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import ending_of, is_file_name, read_json
+from mfm_nnunet.files import atomic_write, ending_of, is_file_name, read_json
 
 FORMAT = 1
 """Version of corpus.json."""

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.processes import stop_signals_ignored
+from mfm_nnunet.signals import stop_signals_ignored
 
 
 def read_in_order(

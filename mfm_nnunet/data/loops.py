@@ -27,7 +27,7 @@ from mfm_nnunet import terminal
 from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory, unreadable
 from mfm_nnunet.images import decoder
 from mfm_nnunet.images.integrity import files_of
-from mfm_nnunet.processes import start_resource_tracker, stop_signals_blocked
+from mfm_nnunet.signals import start_resource_tracker, stop_signals_blocked
 
 if TYPE_CHECKING:
     from mfm_nnunet.data.cases import Case

@@ -28,7 +28,7 @@ from mfm_nnunet.data.resampling import resampling_function
 from mfm_nnunet.data.sizes import Sizes, require_preprocessable
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError, about
-from mfm_nnunet.files import inside, to_plain
+from mfm_nnunet.files import inside, report_full_disk, to_plain
 from mfm_nnunet.images import reading
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.plan_rules import CT
@@ -106,7 +106,7 @@ class _Target:
         if problem := configuration.preprocessor_problem:
             raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that made the plan, or plan here.")
         folder = inside(preprocessed_folder, configuration.data_identifier)
-        with storage.full_disk_named(folder):
+        with report_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
         return cls(name, folder, plan.preprocessing_digest(name, dataset), storage.Manifest.read(folder))
 

@@ -1,8 +1,8 @@
 """Memory that a case needs on the plan's grid, computed from shapes before anything is resampled.
 
 A file of 65 kB whose header says 20 mm becomes half a billion voxels for a model of 1 mm. The sums below follow the
-arrays that :mod:`mfm_nnunet.data.preprocess`, :mod:`mfm_nnunet.predict.model` and :mod:`mfm_nnunet.predict.logits`
-hold at the same time; ``tests/predict/test_sizes.py`` compares them with the peak of a real process. What libraries and
+arrays that the modules ``data.preprocess``, ``prediction.model`` and ``prediction.logits`` hold at the same time;
+``tests/prediction/test_sizes.py`` compares them with the peak of a real process. What libraries and
 weights take, and a second case that is prepared in the background, comes on top, so what is refused really cannot be
 done. Legend: C channels, K classes; voxels as D H W in the plan's axis order.
 """

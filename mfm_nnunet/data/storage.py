@@ -8,7 +8,6 @@ nnU-Net accepts no other file endings inside it.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle
@@ -23,14 +22,22 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from mfm_nnunet.checkpoint import atomic_write, full_disk_named
 from mfm_nnunet.data.volumes import (
     mask_file,
     open_array,
     read_properties,
 )
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside, is_file_name, open_to_append, parse_json, whole_number
+from mfm_nnunet.files import (
+    append_line,
+    atomic_write,
+    inside,
+    is_file_name,
+    open_to_append,
+    read_lines,
+    report_full_disk,
+    whole_number,
+)
 
 ENDINGS = (".pkl", "_seg.b2nd", ".b2nd")
 """Files of a case in the order in which they appear; nnU-Net takes the last as the sign that the case is there."""
@@ -102,12 +109,8 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read the manifest of the data folder ``folder``, ignoring a line that was cut off."""
         manifest = cls(folder.with_name(f"{folder.name}.manifest.jsonl"), folder)
-        lines = manifest.file.read_bytes().splitlines() if manifest.file.is_file() else []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                entry = parse_json(line)
-                if _is_manifest_entry(entry):
-                    manifest.entries[entry["case"]] = entry
+        entries = (entry for entry in read_lines(manifest.file) if _is_manifest_entry(entry))
+        manifest.entries.update({entry["case"]: entry for entry in entries})
         return manifest
 
     def holds(self, case: str, settings_hash: str, sources: list[list[Any]]) -> bool:
@@ -129,13 +132,8 @@ class Manifest:
     def add(self, case: str, settings_hash: str, sources: list[list[Any]]) -> None:
         """Note that the case is finished."""
         entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}
-        with full_disk_named(self.file), open_to_append(self.file) as file:
-            file.seek(max(0, file.tell() - 1))
-            # A line that a killed run left unfinished must not swallow this one.
-            cut_off = file.read(1) not in (b"", b"\n")
-            file.write(b"\n" * cut_off + json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with open_to_append(self.file) as file:
+            append_line(file, entry)
         self.entries[case] = entry
 
 
@@ -229,7 +227,7 @@ def store_case(
     if content.anonymised is not None:
         _write_array(content.anonymised.astype(np.uint8), patch_size, staged["anonymised"])
     _write_array(content.data_CDHW.astype(np.float32, copy=False), patch_size, staged[".b2nd"])
-    with full_disk_named(folder):
+    with report_full_disk(folder):
         targets = case_files(folder, case)
         # An outdated case disappears first: new properties and masks must never stand beside old voxels.
         for target in reversed(targets.values()):
@@ -260,7 +258,7 @@ def copy_label(label: Path, target: Path, staging: Path) -> None:
     if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns):
         return
     temporary = staging / f"label_{target.name}"
-    with full_disk_named(target):
+    with report_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(label, temporary)
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -50,7 +50,7 @@ NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Start:
     """One start of the fine-tuning. nnU-Net names result folders by the plan, so each arm has a plan of its own."""
 
     key: str
@@ -60,9 +60,9 @@ class Arm:
 
 
 ARMS = (
-    Arm("scratch", "from scratch", None, "mfmDemoScratchPlans"),
-    Arm("mae", "MAE", "mae", "mfmDemoMaePlans"),
-    Arm("volume_fusion", "Volume Fusion", "volume_fusion", "mfmDemoVolumeFusionPlans"),
+    Start("scratch", "from scratch", None, "mfmDemoScratchPlans"),
+    Start("mae", "MAE", "mae", "mfmDemoMaePlans"),
+    Start("volume_fusion", "Volume Fusion", "volume_fusion", "mfmDemoVolumeFusionPlans"),
 )
 
 
@@ -116,7 +116,7 @@ def run_demo(
         counts = (len(split.corpus), len(split.labelled), len(split.test))
         logger.info("%d images without labels, %d labelled ones, %d to test", *counts)
         configuration = "2d" if split.is_2d else "3d_fullres"
-        checkpoints = _pretrain(result, folder, configuration, schedule, device)
+        checkpoints = _pretrain_starts(result, folder, configuration, schedule, device)
         _plan_labelled(result, folder, split, configuration, checkpoints)
         for arm in ARMS:
             logger.info("\n== Fine-tune: %s", arm.title)
@@ -165,7 +165,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     _write_record(folder, {})
 
 
-def _pretrain(
+def _pretrain_starts(
     result: DemoResult, folder: Path, configuration: str, schedule: Sequence[str], device: str
 ) -> dict[str, Path]:
     """Plan the corpus and pretrain; return the checkpoint of each arm that has one."""
@@ -223,7 +223,7 @@ def _plan_labelled(
         handle.write(json.dumps([{"train": names[:-1], "val": names[-1:]}]).encode())
 
 
-def _predict(result: DemoResult, arm: Arm, folder: Path, fold_folder: Path, device: str) -> None:
+def _predict(result: DemoResult, arm: Start, folder: Path, fold_folder: Path, device: str) -> None:
     logger.info("\n== Predict: %s", arm.title)
     result.folders[arm.key] = folder / "predictions" / arm.key
     with result.timed(f"predict {arm.key}"):
@@ -245,10 +245,10 @@ def compare(result: DemoResult, split: Split, folder: Path) -> None:
     result.dice = {arm.key: {label: {} for label in labels} for arm in ARMS}
     for case in split.test:
         assert case.label is not None
-        reference, predictions = _read_mask(case.label), {}
+        reference, predictions = _read_voxels(case.label), {}
         for arm in ARMS:
             file = inside(result.folders[arm.key], f"{case.name}{split.dataset_json['file_ending']}")
-            mask = _read_mask(file)
+            mask = _read_voxels(file)
             scores = {label: dice(reference, mask, values, ignore) for label, values in labels.items()}
             for label, score in scores.items():
                 result.dice[arm.key][label][case.name] = score
@@ -276,7 +276,7 @@ def format_result(result: DemoResult) -> str:
     return "\n".join([f"Mean Dice over {num_cases} test cases", lines[0], "-" * len(lines[0]), *lines[1:], total])
 
 
-def _read_mask(file: Path) -> Any:
+def _read_voxels(file: Path) -> Any:
     import SimpleITK as sitk
 
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))

@@ -61,7 +61,7 @@ RETIRED = {"steps": 200, "learning_rate": 1e-3}
 
 
 class LabelledVolume:
-    """A preprocessed case, as large as a patch at least; the image is read patch by patch.
+    """Preprocessed case, padded to at least the patch; the image is read patch by patch.
 
     ``labels`` (D, H, W) int16: -1 for ignored and padded voxels, 0 for background and outside the non-zero region.
     """
@@ -87,7 +87,7 @@ class LabelledVolume:
 
 @dataclass(frozen=True)
 class Probe:
-    """The probe of a run: names and settings only, so every process holds one."""
+    """Probe of a run; holds names and settings only, so every process has one."""
 
     settings: ProbeSettings
     name: str
@@ -139,7 +139,7 @@ class Probe:
             scores: dict[str, list[float]] = {name: [] for name in self.dataset.foreground}
             for case in self.held_out:
                 volume = self._open(case, backbone.patch_size)
-                predicted = predict(label, volume)
+                predicted = label_volume(label, volume)
                 for name, values in self.dataset.foreground.items():
                     scores[name].append(dice(volume.labels, predicted, values, ignore=-1))
         by_label = {f"probe_dice_{name}": mean_dice(values) for name, values in scores.items()}
@@ -341,7 +341,7 @@ def fit_logistic(x_NF: Tensor, y_N: Tensor, shares_K: Tensor) -> tuple[Tensor, T
     return weight.detach(), bias.detach()
 
 
-def predict(label: Labeller, volume: LabelledVolume) -> np.ndarray:
+def label_volume(label: Labeller, volume: LabelledVolume) -> np.ndarray:
     """Label a volume patch by patch; returns a label map of the shape of ``volume.labels``."""
     predicted, windows = np.zeros(volume.labels.shape, np.int16), volume.windows()
     at_once = 1 if len(volume.patch_size) == 3 else MAX_SLICES

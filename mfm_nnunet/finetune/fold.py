@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_PLOTS = 300.0
 
 
-class Fold:
+class FoldRun:
     """The :class:`mfm_nnunet.engine.engine.Run` of a trainer. Its state is saved when an epoch ends."""
 
     def __init__(self, trainer: MFMTrainer) -> None:

@@ -15,9 +15,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from mfm_nnunet.errors import about
-from mfm_nnunet.files import atomic_write, shown
+from mfm_nnunet.files import atomic_write
 from mfm_nnunet.interchange.foreign import Reading, require_plan
-from mfm_nnunet.interchange.read import read_checkpoint, sha256
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import (
     HOW_TO_FIT,
@@ -32,23 +31,14 @@ from mfm_nnunet.models.transfer import (
 from mfm_nnunet.plan import Configuration
 
 
-def describe(file: Path, reading: Reading) -> dict[str, Any]:
-    """What a plan says about its checkpoint: file name, SHA-256, pretext task; licence and papers where it names any.
-
-    Never a path. Licence and papers go on with the model, because what is derived from the weights is bound by them.
-    """
-    known = {name: reading.mfm[name] for name in ("licence", "citations") if reading.mfm.get(name)}
-    return {"name": shown(file.name), "sha256": sha256(file), "pretext": reading.mfm.get("pretext"), **known}
-
-
 def has_decoder(reading: Reading, network: nn.Module) -> bool:
-    """Whether a checkpoint holds weights of a decoder, as ``network`` names it."""
+    """Tell whether a checkpoint holds weights of a decoder, as ``network`` names it."""
     names, family = without_wrapper_prefixes(reading.content["network_weights"]), family_of(network)
     return any(family.part_of(name) == "decoder" for name in names)
 
 
 def transfer_into(
-    trainer: nnUNetTrainer, file: Path, parts: Parts = "all_but_heads", topology: Topology = "fit"
+    trainer: nnUNetTrainer, reading: Reading, parts: Parts = "all_but_heads", topology: Topology = "fit"
 ) -> TransferReport:
     """As :func:`transfer`, into the network of a trainer that is initialized; logs what happened.
 
@@ -56,36 +46,35 @@ def transfer_into(
     """
     dataset = re.sub(r"Dataset0*(\d+)_.*", r"\1", trainer.plans_manager.dataset_name)
     configuration = "2d" if len(trainer.configuration_manager.patch_size) == 2 else "3d_fullres"
-    how_to_fit = f"mfm_plan_and_preprocess -d {dataset} -c {configuration} --like {shlex.quote(str(file))}"
-    reading, report = transfer(file, trainer.network, parts, topology, _image_channels(trainer), how_to_fit)
-    notes = [*reading.notes, *_differences(reading, trainer)]
-    known = describe(file, reading)
-    about_file = {"checkpoint": known.pop("name"), **known, "layout": reading.layout, "notes": notes}
+    how_to_fit = f"mfm_plan_and_preprocess -d {dataset} -c {configuration} --like {shlex.quote(str(reading.place))}"
+    report = transfer(reading, trainer.network, parts, topology, _image_channels(trainer), how_to_fit)
+    notes = [*reading.notes, *_note_differences(reading, trainer)]
+    known = reading.origin
+    about_file = {"checkpoint": known["name"], **known, "layout": reading.layout, "notes": notes}
+    del about_file["name"]
     with atomic_write(Path(trainer.output_folder) / "transfer.json") as handle:
         handle.write(json.dumps({**about_file, **report.to_dict()}, indent=1).encode())
-    trainer.print_to_log_file("\n".join([f"weights from {shown(file.name)}:", report.summary(), *notes]))
+    trainer.print_to_log_file("\n".join([f"weights from {known['name']}:", report.summary(), *notes]))
     trainer.print_to_log_file(report.details(), also_print_to_console=False)
     return report
 
 
 def transfer(
-    file: Path,
+    reading: Reading,
     network: nn.Module,
     parts: Parts = "all_but_heads",
     topology: Topology = "fit",
     images: int | None = None,
     how_to_fit: str = HOW_TO_FIT,
-) -> tuple[Reading, TransferReport]:
-    """Move ``parts`` of the weights of ``file`` into ``network`` in place; returns what was read, and the report.
+) -> TransferReport:
+    """Move ``parts`` of a checkpoint's weights into ``network`` in place; returns the report.
 
-    ``file`` is of any layout that :func:`mfm_nnunet.interchange.read.read_checkpoint` knows; ``topology`` says whether
-    kernels of another size are adapted; ``images`` is the number of image channels, where labels follow them;
-    ``how_to_fit`` is the command that plans so that it fits, for messages.
+    ``topology`` says whether kernels of another size are adapted; ``images`` is the number of image channels, where
+    labels follow them; ``how_to_fit`` is the command that plans so that it fits, for messages.
 
-    Raises MFMError as reading does, and (E_MODEL_MISMATCH) when the network is another one.
+    Raises MFMError (E_MODEL_MISMATCH) when the network is another one.
     """
-    reading = read_checkpoint(file)
-    with about(file):
+    with about(reading.place):
         if reading.mfm.get("plans"):
             require_plan(reading)
         configuration = reading.configuration
@@ -100,10 +89,10 @@ def transfer(
             how_to_fit=how_to_fit,
         )
     others = tuple(Entry(name, tensor.numel(), "not in this network") for name, tensor in reading.others.items())
-    return reading, dataclasses.replace(report, ignored=(*report.ignored, *others))
+    return dataclasses.replace(report, ignored=(*report.ignored, *others))
 
 
-def _differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
+def _note_differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
     """What of spacing, normalisation and order of the axes the plan has otherwise than the checkpoint, a line each.
 
     The weights load all the same, and see images that they were not trained on.

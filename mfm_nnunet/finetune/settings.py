@@ -128,14 +128,14 @@ def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device:
         )
 
 
-def save(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:
+def save_settings(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:
     """Write ``settings.json`` into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / FILE) as handle:
         handle.write(json.dumps({"settings": to_dict(block), "plan_sha256": plan_hash(plans)}, indent=2).encode())
 
 
-def load(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
+def load_settings(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
     """Read the settings that a run began with; None for a run of stock nnU-Net, which saved none.
 
     Raises MFMError (E_CONFIG) when the plan has changed since.

@@ -33,7 +33,7 @@ from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.files import atomic_write, to_plain
 from mfm_nnunet.finetune import groups, lora, state, validation
-from mfm_nnunet.finetune.fold import Fold
+from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.groups import EpochSchedule, Phases, describe_training
 from mfm_nnunet.finetune.loading import (
     check_next_stage,
@@ -45,6 +45,8 @@ from mfm_nnunet.finetune.loading import (
 )
 from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.splits import Split, choose_split
+from mfm_nnunet.interchange.foreign import Reading
+from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
@@ -64,7 +66,7 @@ class MFMTrainer(nnUNetTrainer):
     nnU-Net's losses, loaders and transforms are parts of what the engine trains (:meth:`make_engine`).
     """
 
-    pretrained_checkpoint: Path | None = None
+    pretrained_checkpoint: Path | Reading | None = None
     new_weights: Collection[str] | None = None
     """Names of the parameters that learn first (:func:`groups.first_names`); None from scratch.
 
@@ -157,7 +159,10 @@ class MFMTrainer(nnUNetTrainer):
         """Move the pretrained weights into the network and report it; names of what learns first."""
         assert self.pretrained_checkpoint is not None, "there is a checkpoint"
         parts = "all_but_heads" if self.settings.parts == "auto" else self.settings.parts
-        report = transfer_into(self, self.pretrained_checkpoint, parts, self.settings.transfer)
+        given = self.pretrained_checkpoint
+        reading = given if isinstance(given, Reading) else read_checkpoint(given)
+        report = transfer_into(self, reading, parts, self.settings.transfer)
+        reading.release()
         groups.require_no_random_rest(self.settings, unwrapped(self.network), [entry.name for entry in report.new])
         return groups.first_names(unwrapped(self.network), self.settings, untrained_names(report, self.network))
 
@@ -237,7 +242,7 @@ class MFMTrainer(nnUNetTrainer):
             world = World(self.local_rank, torch.distributed.get_world_size(), self.local_rank)
         labels, start = self.label_manager, RunState(self.current_epoch * self.settings.iterations_per_epoch)
         task = SegmentationTask(self.network, self.loss, labels.has_regions, labels.ignore_label)
-        return Engine(task, Fold(self), self.optimisation, world, start)
+        return Engine(task, FoldRun(self), self.optimisation, world, start)
 
     def _start(self) -> None:
         """Check what is left to check, and describe the model in its folder.

@@ -23,8 +23,8 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, report_full_disk
 from mfm_nnunet.finetune.loading import require_geometry
 from mfm_nnunet.images.reading import read_label
-from mfm_nnunet.predict.export import export_validation_case, publish, remove_dead_stages, require_space, staging
-from mfm_nnunet.predict.predictor import Model
+from mfm_nnunet.prediction.export import export_validation_case, publish, remove_dead_stages, require_space, staging
+from mfm_nnunet.prediction.predictor import Model
 
 Label = int | tuple[int, ...]
 

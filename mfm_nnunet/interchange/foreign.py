@@ -9,15 +9,18 @@ heads, projectors and second decoders. Parts are found by the structure of the n
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import sha256, shown
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.models.families import (
     Converted,
@@ -57,7 +60,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Reading:
-    """A checkpoint as read: ``content`` in our layout, whatever ``layout`` the file has."""
+    """A checkpoint as read, once per job: ``content`` in our layout, whatever ``layout`` the file has."""
 
     content: dict[str, Any]
     layout: Layout
@@ -67,6 +70,27 @@ class Reading:
     """What was assumed or repaired."""
     names_subjects: bool = False
     """Whether the file holds its corpus' index, with subjects and paths; it is never copied."""
+
+    file: Path = Path()
+    """The file with the weights."""
+    place: Path = Path()
+    """The file or folder that was given."""
+
+    @functools.cached_property
+    def origin(self) -> dict[str, Any]:
+        """Return what a plan or a run says about the checkpoint; never a path.
+
+        That is file name, SHA-256 and pretext task; licence and papers where it names any, because what is derived from
+        the weights is bound by them.
+        """
+        known = {name: self.mfm[name] for name in ("licence", "citations") if self.mfm.get(name)}
+        own = {"name": shown(self.place.name), "sha256": sha256(self.file), "pretext": self.mfm.get("pretext")}
+        return own | known
+
+    def release(self) -> None:
+        """Forget the weights, which are large, when they have been transferred."""
+        self.content["network_weights"].clear()
+        self.others.clear()
 
     @property
     def mfm(self) -> dict[str, Any]:

@@ -1,30 +1,27 @@
-"""Where a checkpoint lies: a path, ``file://...``, or ``hf://owner/name@commit`` on a model hub; one way for all.
+"""Addresses of checkpoints: a path, ``file://...``, or ``hf://owner/name@commit`` on a model hub.
 
 A hub's revision can be moved by its owner, so only a commit (40 hex digits) is accepted. Of a repository only weights,
-plans and the card are fetched, and each file is compared with the hash that the hub lists for it: SHA-256, or git's for
-small files. The hashes are noted in the hub client's cache, so what was fetched once is used, and compared again,
-without a network.
+plans and the card are downloaded, and each file is compared with the hash that the hub lists for it: SHA-256, or git's
+for small files. Without a connection the hub client's cache is used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import atomic_write, parse_json, sha256
+from mfm_nnunet.files import sha256
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("checkpoint_final.pth", "model.safetensors")
-"""The first that a repository has is fetched; a repository with both is not one of ours, which have safetensors."""
+"""The first that a repository has is downloaded; a repository with both is not one of ours, which have safetensors."""
 BESIDE = ("config.json", "adaptation_plan.json", "README.md")
-"""What is fetched beside the weights, where it is there."""
+"""Files to download beside the weights, where they exist."""
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<commit>[^/]+))?/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)(?:/.*)?")
@@ -34,7 +31,7 @@ _CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 
 
 def fetch(address: str | Path) -> Path:
-    """The local file or folder of an address.
+    """Return the local file or folder of an address.
 
     Raises MFMError: E_CONFIG for an address that is none or names no commit, E_NOT_FOUND for what the hub does not
     have, E_NETWORK when it cannot be reached and the cache has nothing, E_MODEL_CORRUPT when a hash differs;
@@ -70,17 +67,14 @@ def fetch(address: str | Path) -> Path:
 
 
 def _snapshot(repository: str, commit: str) -> Path:
-    """The folder of a repository in the cache, fetched if needed."""
+    """Return the folder of a repository in the hub client's cache, downloaded if needed."""
     try:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise MFMError("E_CONFIG", "hf:// needs the package huggingface_hub: pip install huggingface_hub.") from error
     where = f"hf://{repository}@{commit}"
     try:
-        hashes = _noted(repository, commit)
-        if hashes is not None and (files := _cached(repository, commit, hashes)):
-            return _verified(where, files, hashes)
-        return _fetched(where, repository, commit)
+        return _download(where, repository, commit)
     except HFValidationError as error:
         raise MFMError("E_CONFIG", f"{where}: this cannot be a repository ({error}). Check owner and name.") from error
     except HfHubHTTPError as error:
@@ -88,14 +82,14 @@ def _snapshot(repository: str, commit: str) -> Path:
     except Exception as error:
         is_of_client = type(error).__module__.startswith(_CLIENTS)  # those of requests are OSErrors too
         if is_of_client or isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)):
-            return _without_network(where, repository, commit, error)
+            return _cached(where, repository, commit, error)
         if isinstance(error, OSError) and error.errno is None:  # not of the disk
             raise MFMError("E_NETWORK", f"{where}: the download was cut short ({error}). Try again.") from error
         raise
 
 
-def _fetched(where: str, repository: str, commit: str) -> Path:
-    """Ask the hub what there is, fetch what is needed and not in the cache yet, compare all of it, note the hashes."""
+def _download(where: str, repository: str, commit: str) -> Path:
+    """Download what is needed and not in the cache, and compare all of it with the hashes that the hub lists."""
     from huggingface_hub import HfApi, hf_hub_download
 
     listed = {}
@@ -104,74 +98,39 @@ def _fetched(where: str, repository: str, commit: str) -> Path:
     weights = next((name for name in WEIGHTS if name in listed), None)
     if weights is None:
         raise MFMError("E_NOT_FOUND", f"{where}: the repository has neither {' nor '.join(WEIGHTS)}.")
-    hashes = {}
-    for name in (*BESIDE, weights):
-        if name in listed:
-            if not _HASH.fullmatch(listed[name] or ""):
-                raise MFMError("E_NETWORK", f"{where}: the hub lists no hash of {name}, so it cannot be trusted.")
-            hashes[name] = str(listed[name])
-    files = [Path(hf_hub_download(repository, name, revision=commit)) for name in hashes]
-    folder = _verified(where, files, hashes)
-    with atomic_write(_note(folder, commit)) as note:
-        note.write(json.dumps(hashes, indent=1).encode())
-    return folder
+    files, wrong = [], []
+    for name in (*(name for name in BESIDE if name in listed), weights):
+        if not _HASH.fullmatch(listed[name] or ""):
+            raise MFMError("E_NETWORK", f"{where}: the hub lists no hash of {name}, so it cannot be trusted.")
+        files.append(Path(hf_hub_download(repository, name, revision=commit)))
+        if not _has_hash(files[-1], str(listed[name])):
+            wrong.append(name)
+            if files[-1].resolve().is_relative_to(files[-1].parents[2].resolve()):  # a link may lead out of the cache
+                files[-1].resolve().unlink(missing_ok=True)
+            files[-1].unlink(missing_ok=True)
+    if wrong:
+        raise MFMError(
+            "E_MODEL_CORRUPT",
+            f"{where}: {', '.join(wrong)}: not what the hub lists (the hash differs). Removed; fetch it again.",
+        )
+    return files[0].parent
 
 
-def _cached(repository: str, commit: str, names: Iterable[str]) -> list[Path]:
-    """Those of the files that are in the cache; nothing if the weights are not."""
+def _cached(where: str, repository: str, commit: str, error: Exception) -> Path:
+    """Return the folder of what was downloaded before, for a computer without a connection."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(repository, name, revision=commit) for name in names]
-    files = [Path(file) for file in found if isinstance(file, str)]
-    return files if any(file.name in WEIGHTS for file in files) else []
-
-
-def _note(snapshot: Path, commit: str) -> Path:
-    """Where the hashes of a commit are noted: in the repository's folder of the cache, beside its snapshots."""
-    return snapshot.parent.parent / f"mfm_nnunet_{commit}.json"
-
-
-def _noted(repository: str, commit: str) -> dict[str, str] | None:
-    """The hashes of what was fetched before, by name; None where nothing was, or not all of it is there any more."""
-    files = _cached(repository, commit, (*BESIDE, *WEIGHTS))
-    if not files:
-        return None
-    try:
-        noted = parse_json(_note(files[0].parent, commit).read_bytes())
-    except (OSError, ValueError):
-        return None
-    is_whole = isinstance(noted, dict) and set(noted) <= {file.name for file in files}
-    return noted if is_whole and all(isinstance(value, str) for value in noted.values()) else None
-
-
-def _without_network(where: str, repository: str, commit: str, error: Exception) -> Path:
-    """What another program fetched into the cache, which names each file by its hash where it can link to it."""
-    files = _cached(repository, commit, (*BESIDE, *WEIGHTS))
-    hashes = {file.name: file.resolve().name for file in files if _HASH.fullmatch(file.resolve().name)}
-    if not files or len(hashes) < len(files):
+    found = [try_to_load_from_cache(repository, name, revision=commit) for name in (*BESIDE, *WEIGHTS)]
+    files = {Path(file).name: Path(file) for file in found if isinstance(file, str)}
+    if not files.keys() & set(WEIGHTS):
         raise MFMError(
             "E_NETWORK",
             f"{where}: the hub cannot be reached and this checkpoint was not fetched before. Connect, or copy the "
             "repository's files into a folder and give its path.",
         ) from error
-    if missing := [name for name in BESIDE if name not in hashes]:
+    if missing := [name for name in BESIDE if name not in files]:
         logger.info("%s: the hub cannot be reached; not in the cache, if it has them: %s", where, ", ".join(missing))
-    return _verified(where, files, hashes)
-
-
-def _verified(where: str, files: Sequence[Path], hashes: Mapping[str, str]) -> Path:
-    """The folder of the files, each of which is what the hub lists; else MFMError, and those that differ are gone."""
-    differ = [file for file in files if not _has_hash(file, hashes[file.name])]
-    for file in differ:
-        if file.resolve().is_relative_to(file.parent.parent.parent.resolve()):  # a link may lead out of the cache
-            file.resolve().unlink(missing_ok=True)
-        file.unlink(missing_ok=True)
-    if differ:
-        names = ", ".join(file.name for file in differ)
-        raise MFMError(
-            "E_MODEL_CORRUPT", f"{where}: {names}: not what the hub lists (the hash differs). Removed; fetch it again."
-        )
-    return files[0].parent
+    return next(iter(files.values())).parent
 
 
 def _has_hash(file: Path, wanted: str) -> bool:

@@ -5,6 +5,7 @@ Nothing that a file holds is run. What comes out is in our layout (:class:`mfm_n
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from mfm_nnunet import checkpoint, files
 from mfm_nnunet.errors import MFMError, about
-from mfm_nnunet.files import read_json, shown
+from mfm_nnunet.files import read_json
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.folder import (
     CONFIG,
@@ -90,6 +91,8 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
         raw = checkpoint.load(place)
         with about(place):
             reading = _recognised(raw, place, token_order)
+    file = place / WEIGHTS if place.is_dir() else place
+    reading = dataclasses.replace(reading, file=file, place=place)
     if reading.layout == "mfm_nnunet":
         report_unused(token_order)
     if not reading.mfm.get("licence") and (licence := stated_licence(place if place.is_dir() else place.parent)):
@@ -126,7 +129,7 @@ def convert(
     content = {"network_weights": reading.content["network_weights"], "mfm": {**reading.mfm}}
     if reading.layout != "mfm_nnunet":
         origin: dict[str, Any] = {"address": hub_address} if hub_address else {}
-        origin |= {"file": shown(place.name), "sha256": sha256(place), "notes": list(reading.notes)}
+        origin |= {"file": reading.origin["name"], "sha256": reading.origin["sha256"], "notes": list(reading.notes)}
         content["mfm"]["source"] = {**reading.mfm["source"], **origin}
     if licence is not None:
         _require_same_licence(reading.mfm.get("licence"), licence)

@@ -1,7 +1,4 @@
-"""From scans to what training reads: register a corpus, take fingerprints, preprocess what a plan asks for.
-
-Here data and plans meet; :mod:`mfm_nnunet.api` plans in between.
-"""
+"""From scans to what training reads: register a corpus, take fingerprints, plan, preprocess what the plan asks for."""
 
 from __future__ import annotations
 
@@ -9,11 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
-import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +17,20 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import PICTURES, Case
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.sources import index_source
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused, nearest
-from mfm_nnunet.files import ending_of, parse_json, shown, whole_number, write_json
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused
+from mfm_nnunet.fields import takes
+from mfm_nnunet.files import ending_of, parse_json, whole_number, write_json
+from mfm_nnunet.images import decoder
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
     from mfm_nnunet.planning.like import Template
-    from mfm_nnunet.planning.request import PlanRequest
     from mfm_nnunet.planning.table import Decision
 
 logger = logging.getLogger(__name__)
 
-CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
-"""All that nnU-Net ever plans; which of them a data set gets is known only after its images were read."""
 FINGERPRINT = {
     *("spacings", "shapes_after_crop", "median_relative_size_after_cropping"),
     "foreground_intensity_properties_per_channel",
@@ -45,11 +40,43 @@ _MOST_PICTURES = 9
 """Number of pictures whose headers decide whether a corpus is grey or in colour."""
 
 
-def registered(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
-    """The dataset's name; with ``images`` the corpus is registered first."""
+@takes(PlanRequest)
+def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
+    """Plan and preprocess labelled datasets or unlabelled corpora; finished work is reused.
+
+    ``images`` registers a corpus of scans that stay where they are. Raises MFMError for bad input (a labelled dataset
+    with any bad case is refused, with the list of all of them), and CasesFailedError after finishing when single cases
+    failed and were left out.
+    """
+    decoder.warm()
+    from mfm_nnunet.interchange.read import find_checkpoint
+    from mfm_nnunet.planning.table import format_table
+
+    if request.like is not None:
+        request = replace(request, like=find_checkpoint(request.like))
+    source = check_request(request)  # before hours of reading
+    configurations = None if request.configurations is None else tuple(request.configurations)
+    results, failures, num_cases = [], [], 0
+    with places.use(request.workspace) as here:
+        for dataset in request.datasets:
+            dataset_name = register(here, dataset, request.images, request.name)
+            cases, failed = fingerprint(here, dataset_name, request.num_processes)
+            num_cases += len(cases) + len(failed)
+            result = plan(here, dataset_name, request, source)
+            logger.info("%s\n%s", dataset_name, format_table(result.decisions))
+            logger.info("plan written to %s", result.file)
+            if request.preprocess:
+                failed += preprocess(here, dataset_name, cases, result, configurations, request.num_processes)
+            results.append(result)
+            failures += failed
+    if failures:
+        raise CasesFailedError(failures, num_cases)
+    return results
+
+
+def register(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
+    """Return the dataset's name; with ``images`` the corpus is registered first."""
     if images is None:
-        if name is not None:
-            raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
         return here.dataset_name(dataset)
     number = whole_number(str(dataset))
     if number is None or not 1 <= number <= 999:
@@ -85,10 +112,8 @@ def _num_channels(cases: list[Case]) -> int:
     return found.most_common(1)[0][0] if found else len(cases[0].images)
 
 
-def fingerprinted(
-    here: Workspace, dataset_name: str, num_processes: int | None
-) -> tuple[list[Case], list[CaseFailure]]:
-    """The good cases of a dataset, and an up-to-date ``dataset_fingerprint.json``; labelled cases must all be good."""
+def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -> tuple[list[Case], list[CaseFailure]]:
+    """Bring ``dataset_fingerprint.json`` up to date; returns the good cases and the failed ones of a corpus."""
     from mfm_nnunet.planning.fingerprint import extract_fingerprint
 
     raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
@@ -112,25 +137,25 @@ def fingerprinted(
         failures = [CaseFailure(*failure) for failure in known["failures"]]
     else:
         try:
-            fingerprint, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
+            content, failures = extract_fingerprint(cases, dataset_json, num_processes or places.num_cores())
             if failures and not is_corpus:
                 raise CasesFailedError(failures, len(cases))
         except CasesFailedError as error:
             if is_corpus:
                 raise
             raise dataset_refused(dataset_name, error.failures, len(cases), "; nothing was planned") from error
-        fingerprint["mfm"] = {
-            **fingerprint.get("mfm", {}),
+        content["mfm"] = {
+            **content.get("mfm", {}),
             "signature": signature,
             "failures": [[failure.case, failure.code, failure.reason] for failure in failures],
         }
         preprocessed.mkdir(parents=True, exist_ok=True)
-        write_json(file, fingerprint)
+        write_json(file, content)
     # Beside the data, so that pretraining knows subjects and modalities where only the preprocessed data are.
     for name in ("dataset.json", "corpus.json") if is_corpus else ("dataset.json",):
-        content = dataset_json if name == "dataset.json" else _content(raw / name)
-        if _content(preprocessed / name) != content:
-            write_json(preprocessed / name, content)
+        beside = dataset_json if name == "dataset.json" else _content(raw / name)
+        if _content(preprocessed / name) != beside:
+            write_json(preprocessed / name, beside)
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
 
@@ -160,7 +185,7 @@ def read_source(path: Path) -> Template:
     normalised with, E_MODEL_UNSAFE when its plan names anything but networks and layers.
     """
     from mfm_nnunet.interchange.foreign import require_plan
-    from mfm_nnunet.interchange.read import read_checkpoint, sha256
+    from mfm_nnunet.interchange.read import read_checkpoint
     from mfm_nnunet.models.networks import check_architecture
     from mfm_nnunet.planning.like import Template
 
@@ -177,36 +202,19 @@ def read_source(path: Path) -> Template:
                 f"('{INTENSITIES}' is empty). Use a checkpoint whose plan has them.",
             )
         family = own.family
-    digest, pretext = sha256(path), reading.mfm.get("pretext")
-    return Template(own, trained, {"name": shown(path.name), "sha256": digest, "pretext": pretext, "network": family})
+    entry = {key: reading.origin[key] for key in ("name", "sha256", "pretext")}
+    return Template(own, trained, {**entry, "network": family})
 
 
 def check_request(request: PlanRequest) -> Template | None:
-    """Refuse a request that no data can meet, before a dataset is read; returns the checkpoint that the plan must fit.
+    """Refuse an unknown network, before a dataset is read; returns the checkpoint that the plan must fit.
 
     Raises MFMError: E_CONFIG, and as :func:`read_source`.
     """
     from mfm_nnunet.models.families import family_named
 
-    name = request.plans_name
-    problem = None
     family_named(request.network)
-    if request.memory_gb is not None and not 0 < request.memory_gb < math.inf:
-        problem = f"--memory-gb {request.memory_gb}: expected a positive number of GB."
-    elif name is not None and not re.fullmatch(r"mfm[A-Za-z0-9_-]*", name):
-        problem = f"-pl {name}: our plan names start with 'mfm' and have letters, digits, _ and - only, e.g. mfm{name}."
-    elif request.like is not None and request.spacing != "median":
-        problem = "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out."
-    unknown = [configuration for configuration in request.configurations or () if configuration not in CONFIGURATIONS]
-    if unknown:
-        problem = f"-c {unknown[0]}: there is no such configuration. {nearest(unknown[0], CONFIGURATIONS)}"
-    if problem:
-        raise MFMError("E_CONFIG", problem)
-    spacing = request.spacing
-    is_length = not isinstance(spacing, str) and len(spacing) == 3 and all(1e-3 <= length <= 1e3 for length in spacing)
-    if spacing not in ("median", "onemm", "original") and not is_length:
-        raise MFMError("E_CONFIG", f"--spacing {spacing}: expected median, onemm, original or three lengths in mm.")
-    source = read_source(request.like) if request.like else None
+    source = read_source(Path(request.like)) if request.like else None
     if source and request.network not in ("resenc", source.variant):
         holds = f"a {source.family.title} (--network {source.variant})"
         raise MFMError(

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +28,12 @@ import torch
 from mfm_nnunet.checkpoint import atomic_write, disk_full, is_disk_full, sha256
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import progress, reader_threads
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory
-from mfm_nnunet.files import inside, shown
-from mfm_nnunet.predict.cases import PreparedCase, find_cases, hash_inputs, prepare_case
-from mfm_nnunet.predict.export import (
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory, nearest
+from mfm_nnunet.fields import takes
+from mfm_nnunet.files import inside, require_unicode, shown
+from mfm_nnunet.images import decoder
+from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
+from mfm_nnunet.prediction.export import (
     STAGING_PREFIX,
     disk_full_is_an_error,
     publish,
@@ -39,84 +41,136 @@ from mfm_nnunet.predict.export import (
     staging,
     write_case,
 )
-from mfm_nnunet.predict.journal import Journal
-from mfm_nnunet.predict.options import (
-    ERROR_FOLDER,
-    SETTINGS_FILE,
-    PredictOptions,
-    PredictReport,
-    check_folders,
-    check_options,
-    check_output,
-    check_previous_stage,
-    warn_of_others,
-)
-from mfm_nnunet.predict.predictor import Model, load_model
+from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, warn_of_others
+from mfm_nnunet.prediction.predictor import Model, load_model
+from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.version import __version__
+from mfm_nnunet.workspace import Workspace, use
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["PredictOptions", "PredictReport", "predict_folder"]
 
 STARTS_UNTIL_GIVEN_UP = 2
 """The first may have been the fault of the case that was read beside it; the second was alone."""
 
 
-def predict_folder(
-    model_folder: Path, input_folder: Path, output_folder: Path, options: PredictOptions | None = None
-) -> PredictReport:
-    """Predict every case of ``input_folder``; the masks have the exact geometry of their images.
+@dataclass(frozen=True)
+class PredictReport:
+    """Names of the cases that were predicted and of those that were there already, and what failed."""
 
-    Raises MFMError before anything is written when the model, the folders or the options are not usable (E_NOT_FOUND,
-    E_EXISTS, E_CONFIG, E_CHANNELS, E_MODEL_*), E_DISK_FULL at once, and CasesFailedError after all good cases are done.
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failures: list[CaseFailure] = field(default_factory=list)
+    output_folder: Path = Path()
+    warnings: list[str] = field(default_factory=list)
+    """What is odd about images whose masks were written all the same."""
+
+
+@takes(PredictRequest)
+def predict(request: PredictRequest) -> PredictReport:
+    """Segment every case of a folder; the masks have the exact geometry of their images.
+
+    The model is a folder, or the dataset, configuration, plan and trainer that it was made with. An output folder that
+    is not empty is refused unless ``overwrite`` or ``resume``. Raises MFMError before anything is written when model,
+    folders or options are not usable, E_DISK_FULL at once, and CasesFailedError after all good cases are done.
     """
-    options = options or PredictOptions()
-    model_folder, input_folder, output_folder = Path(model_folder), Path(input_folder), Path(output_folder)
-    check_options(options)
-    check_folders(model_folder, input_folder, output_folder, options.previous_stage)
-    if options.num_parts == 1:
-        check_output(output_folder, [], options)
-    model = load_model(model_folder, options.folds, options.checkpoint_name, options.device)
-    check_previous_stage(model, options)
-    found = find_cases(input_folder, model, options.previous_stage)
-    names = [item.name if isinstance(item, Case) else item.case for item in found]
-    if options.num_parts > 1:
-        others = [name for k, name in enumerate(names) if k % options.num_parts != options.part_id]
-        check_output(output_folder, others, options)
-    if options.overwrite:
-        warn_of_others(output_folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
-    report = _Run(model, input_folder, output_folder, options).work(found[options.part_id :: options.num_parts])
+    decoder.warm()
+    with use(request.workspace) as here:
+        model_folder = Path(request.model_folder) if request.model_folder else _find_model(here, request)
+        report = _predict_folder(model_folder, request)
     if report.failures:
         num_cases = len(report.done) + len(report.skipped) + len(report.failures)
         raise CasesFailedError(report.failures, num_cases)
     return report
 
 
-class _Run:
-    """One pass over the cases of a folder."""
+def _find_model(here: Workspace, request: PredictRequest) -> Path:
+    assert request.dataset is not None
+    name = f"{request.trainer}__{request.plans_name}__{request.configuration}"
+    folder = inside(here.results, here.dataset_name(request.dataset), name)
+    if not folder.is_dir():
+        existing = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
+        advice = nearest(folder.name, existing) if existing else here.where_else("results")
+        raise MFMError("E_NOT_FOUND", f"{folder}: no such model. {advice}")
+    return folder
 
-    def __init__(self, model: Model, source: Path, folder: Path, options: PredictOptions) -> None:
-        self.model, self.source, self.folder, self.options = model, source, folder, options
+
+def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictReport:
+    source, folder = Path(request.input_folder), Path(request.output_folder)
+    previous_stage = Path(request.previous_stage) if request.previous_stage else None
+    _check_folders(source, folder, model_folder, previous_stage)
+    if request.num_parts == 1:
+        check_output(folder, [], request)
+    model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
+    _check_previous_stage(model, previous_stage)
+    found = find_cases(source, model, previous_stage)
+    names = [item.name if isinstance(item, Case) else item.case for item in found]
+    if request.num_parts > 1:
+        others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
+        check_output(folder, others, request)
+    if request.overwrite:
+        warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
+    return _Run(model, source, folder, request).work(found[request.part_id :: request.num_parts])
+
+
+def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stage: Path | None) -> None:
+    """Refuse an input that is no folder, and an output that is one of the other folders."""
+    if source.exists() and not source.is_dir():
+        raise MFMError(
+            "E_NOT_FOUND", f"{source}: this is a file. Put the image into a folder of its own and give that one."
+        )
+    if not source.is_dir():
+        raise MFMError("E_NOT_FOUND", f"{source}: no such input folder. Check the path.")
+    target = folder.resolve()
+    taken = {"model folder": model_folder, "folder of the previous stage's masks": previous_stage}
+    clash = next((name for name, other in taken.items() if other is not None and target == other.resolve()), None)
+    if source.resolve() in (target, *target.parents):
+        clash = "input folder or inside it"
+    if clash:
+        raise MFMError("E_CONFIG", f"{folder}: the output folder is the {clash}. Choose another.")
+    require_unicode(folder, "the output folder")
+    if folder.exists() and not folder.is_dir():
+        raise MFMError("E_EXISTS", f"{folder}: is a file; the masks need a folder.")
+
+
+def _check_previous_stage(model: Model, folder: Path | None) -> None:
+    needed = model.configuration_manager.previous_stage_name
+    if needed is not None and folder is None:
+        raise MFMError(
+            "E_CONFIG",
+            f"the model is the second stage of a cascade: predict the same images with configuration '{needed}' first "
+            "and give that folder (-prev_stage_predictions).",
+        )
+    if needed is None and folder is not None:
+        raise MFMError("E_CONFIG", "-prev_stage_predictions: the model is no cascade and takes no previous stage.")
+    if folder is not None and not folder.is_dir():
+        raise MFMError("E_NOT_FOUND", f"{folder}: no such folder of masks of the previous stage.")
+
+
+class _Run:
+    """One pass over the cases of a folder; the methods are in the order of a case's life."""
+
+    def __init__(self, model: Model, source: Path, folder: Path, request: PredictRequest) -> None:
+        self.model, self.source, self.folder, self.request = model, source, folder, request
         self.ending: str = model.dataset_json["file_ending"]
-        self.prefix = f"{STAGING_PREFIX}{options.part_id}of{options.num_parts}_"
-        self.identity: dict[str, Any] = {"model": model.sha256, "settings": _settings(model, options)}
+        self.prefix = f"{STAGING_PREFIX}{request.part_id}of{request.num_parts}_"
+        self.identity: dict[str, Any] = {"model": model.sha256, "settings": _settings(model, request)}
         self.report = PredictReport(output_folder=folder)
         self.begun: list[str] = []
 
     def work(self, found: Sequence[Case | CaseFailure]) -> PredictReport:
-        """Do all cases, or fail each with its reason."""
+        """Predict all cases, or fail each with its reason."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with Journal(self.folder, self.options.num_parts, self.options.part_id) as self.journal:
-            for leftover in self.folder.glob(f"{self.prefix}*"):  # of a killed run; ours is the lock
+        with Journal(self.folder, self.request.num_parts, self.request.part_id) as self.journal:
+            for leftover in self.folder.glob(f"{self.prefix}*"):  # of a killed run; the lock is ours
                 shutil.rmtree(leftover, ignore_errors=True)
-            if not self.options.overwrite:
-                self._require_same_maker()
+            if not self.request.overwrite:
+                self.journal.require_same_maker(self.identity)
             self._write_copies()
             todo = [item for item in found if isinstance(item, Case) and not self._is_settled(item)]
             for failure in (item for item in found if isinstance(item, CaseFailure)):
-                self._note_failure(failure)
+                self._fail(failure)
             # A case that was under way when an earlier run was killed may be what kills: last, and with no other.
-            suspects = [case for case in todo if self.options.resume and self.journal.starts.get(case.name)]
+            suspects = [case for case in todo if self.request.resume and self.journal.starts.get(case.name)]
             groups = [[case for case in todo if case not in suspects], *([case] for case in suspects)]
             try:
                 with reader_threads(1) as reader:
@@ -124,7 +178,7 @@ class _Run:
                         _one_ahead(partial(self._begin, reader), group) for group in groups
                     )
                     for number, (case, prepared) in enumerate(ahead, start=1):
-                        self._say(f"{number} of {len(todo)}  {self._attempt(case, prepared)}")
+                        logger.info("%d of %d  %s", number, len(todo), self._attempt(case, prepared))
             except BaseException:
                 self._note_stop()
                 raise
@@ -132,66 +186,55 @@ class _Run:
             logger.warning("look at the masks of these cases:\n  %s", "\n  ".join(self.report.warnings))
         return self.report
 
-    def _begin(self, reader: ThreadPoolExecutor, case: Case) -> Future[PreparedCase]:
-        """Prepare a case in the background; the journal knows of it before it can end the process."""
-        self.journal.write(case.name, "started", **self.identity)
-        self.begun.append(case.name)
-        return reader.submit(prepare_case, self.model, case, self.options)
-
-    def _note_stop(self) -> None:
-        """Whoever can still say that it was stopped was not killed by the cases that were under way."""
-        with contextlib.suppress(OSError, MFMError):
-            for name in self.begun:
-                if self.journal.last[name]["status"] == "started":
-                    self.journal.write(name, "stopped", **self.identity)
-
-    def _require_same_maker(self) -> None:
-        """Masks of two models, or of other settings, are not mixed; nor is dataset.json exchanged, which names labels.
-
-        Raises MFMError (E_EXISTS).
-        """
-        before = self.journal.newest
-        if not self.journal.written or all(before.get(key) == value for key, value in self.identity.items()):
-            return
-        maker = "another model"
-        if before.get("model") == self.identity["model"]:
-            old, new = before.get("settings", {}), self.identity["settings"]
-            changes = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
-            maker = f"other settings ({', '.join(changes)})"
-        raise MFMError(
-            "E_EXISTS",
-            f"{self.folder}: the masks in it were made with {maker}. Choose another folder, or replace them with "
-            "--overwrite.",
-        )
+    def _write_copies(self) -> None:
+        """Write what nnU-Net's post-processing, evaluation and ensembling look for beside the masks."""
+        device = self.model.device
+        copies = {
+            "dataset.json": self.model.dataset_json,
+            "plans.json": self.model.plans_manager.plans,
+            SETTINGS_FILE: {**self.identity, "device": str(device), "versions": _versions(device)},
+        }
+        for name, content in copies.items():
+            with atomic_write(self.folder / name) as file:
+                file.write(json.dumps(content, indent=4).encode())
 
     def _is_settled(self, case: Case) -> bool:
-        """Whether a case needs no work: it was done before, or its file may not be replaced."""
-        if not self.options.resume:
+        """Return whether a case needs no work: it was done before, or its file may not be replaced."""
+        if not self.request.resume:
             return False
-        if self.journal.starts.get(case.name, 0) >= STARTS_UNTIL_GIVEN_UP:
+        starts = self.journal.starts.get(case.name, 0)
+        if starts >= STARTS_UNTIL_GIVEN_UP:
             reason = (
-                f"the process died {self.journal.starts[case.name]} times while it worked on this case, the last time "
-                "on nothing else: it was killed, e.g. because memory ran out, or a library crashed on the file. Add "
-                "memory, crop the image or export it again; --resume then tries it again."
+                f"the process died {starts} times while it worked on this case, the last time on nothing else: it was "
+                "killed, e.g. because memory ran out, or a library crashed on the file. Add memory, crop the image or "
+                "export it again; --resume then tries it again."
             )
-            self._note_failure(CaseFailure(case.name, "E_PROCESS_DIED", reason))
+            self._fail(CaseFailure(case.name, "E_PROCESS_DIED", reason))
             return True
         known = case.name in self.journal.last
+        names = _output_names(case.name, self.ending, self.request.save_probabilities)
         try:
             expected = {**self.identity, "input": hash_inputs(case) if known else {}}
-            is_done = self.journal.is_done(case.name, self.folder, self._output_names(case.name), expected)
+            is_done = self.journal.is_done(case.name, names, expected)
         except MFMError as error:
-            self._note_failure(CaseFailure(case.name, error.code, error.message))
+            self._fail(CaseFailure(case.name, error.code, error.message))
             return True
         if is_done:
-            if self.journal.last[case.name]["status"] != "done":  # killed between renaming and the last line
-                self.journal.write(**{**self.journal.last[case.name], "status": "done"})
+            last = self.journal.last[case.name]
+            if last["status"] != "done":  # killed between renaming and the last line
+                self.journal.write(**{**last, "status": "done"})
             self.report.skipped.append(case.name)
-            self._warn(case.name, self.journal.last[case.name].get("warnings", ()))
+            self._warn(case.name, last.get("warnings", ()))
         return is_done
 
+    def _begin(self, reader: ThreadPoolExecutor, case: Case) -> Future[PreparedCase]:
+        """Prepare a case in the background; the journal knows of it before it can end the process."""
+        self.begun.append(case.name)
+        self.journal.write(case.name, "started", **self.identity)
+        return reader.submit(prepare_case, self.model, case, self.request)
+
     def _attempt(self, case: Case, prepared: Future[PreparedCase]) -> str:
-        """Predict one case; returns a line about how it went. Only what concerns all cases is raised."""
+        """Predict one case; returns a line about the outcome. Only what concerns all cases is raised."""
         start = time.perf_counter()
         try:
             self._predict(case, prepared, start)
@@ -199,7 +242,7 @@ class _Run:
             failure = self._explain(case.name, error)
             if failure.code == "E_DISK_FULL":
                 raise MFMError(failure.code, failure.reason) from error
-            self._note_failure(failure, time.perf_counter() - start)
+            self._fail(failure, time.perf_counter() - start)
             return str(failure)
         with contextlib.suppress(OSError):  # an old report that cannot be removed makes no mask worse
             inside(self.folder, ERROR_FOLDER, f"{case.name}.txt").unlink(missing_ok=True)
@@ -207,31 +250,32 @@ class _Run:
         return f"{case.name}: done in {time.perf_counter() - start:.1f} s"
 
     def _predict(self, case: Case, prepared: Future[PreparedCase], start: float) -> None:
-        self.model.oom_steps.clear()
+        model, request = self.model, self.request
+        model.oom_steps.clear()
         with progress(0, f"{case.name}: reading"):
             ready = prepared.result()
         require_space(self.folder / f"{case.name}{self.ending}", ready.properties)
-        logits = self.model.predict_logits(
-            ready.x_CDHW, step_size=self.options.step_size, mirroring=self.options.mirroring, what=case.name
+        logits = model.predict_logits(
+            ready.x_CDHW, step_size=request.step_size, mirroring=request.mirroring, what=case.name
         )
         with progress(0, f"{case.name}: writing the mask"), staging(self.folder, self.prefix) as stage:
             write_case(
                 logits,
                 ready.properties,
-                self.model.managers,
+                model.managers,
                 inside(stage, case.name),
                 self.ending,
                 header=ready.header,
-                save_probabilities=self.options.save_probabilities,
+                save_probabilities=request.save_probabilities,
             )
             entry = {
                 **self.identity,
                 "input": ready.input_hashes,
                 "output": {file.name: sha256(file) for file in sorted(stage.iterdir())},
                 "seconds": round(time.perf_counter() - start, 3),
-                "memory_steps": list(self.model.oom_steps),
+                "memory_steps": list(model.oom_steps),
                 "warnings": list(ready.warnings),
-                "versions": _versions(self.model.device),
+                "versions": _versions(model.device),
             }
             # Before the files get their names: a run that is killed now must still know them as its own.
             self.journal.write(case.name, "publishing", code="", reason="", **entry)
@@ -240,19 +284,19 @@ class _Run:
         self.journal.write(case.name, "done", code="", reason="", **entry)
         self._warn(case.name, ready.warnings)
 
-    def _warn(self, name: str, warnings: Sequence[str]) -> None:
-        self.report.warnings.extend(f"{name}: {warning}" for warning in warnings)
-
     def _remove_outdated(self, name: str, stage: Path) -> None:
-        """Old probabilities of a case do not stay beside a new mask."""
+        """Remove old probabilities of a case, which do not belong to its new mask."""
         for old in (inside(self.folder, output) for output in _output_names(name, self.ending, True)):
             if not os.path.isfile(old) or os.path.exists(stage / old.name):
                 continue
-            if self.options.overwrite or sha256(old) in self.journal.written.get(old.name, ()):
+            if self.request.overwrite or sha256(old) in self.journal.written.get(old.name, ()):
                 old.unlink()
 
+    def _warn(self, name: str, warnings: Sequence[str]) -> None:
+        self.report.warnings.extend(f"{name}: {warning}" for warning in warnings)
+
     def _explain(self, name: str, error: Exception) -> CaseFailure:
-        """The failure of a case; an unexpected one leaves its traceback in a file."""
+        """Return the failure of a case; an unexpected one leaves its traceback in a file."""
         if isinstance(error, MFMError):
             return CaseFailure(name, error.code, error.message)
         if is_out_of_memory(error):
@@ -261,8 +305,7 @@ class _Run:
             return CaseFailure(name, "E_OOM", "not enough memory for this case. Try -device cpu, or more memory.")
         if is_disk_full(error):
             return CaseFailure(name, "E_DISK_FULL", disk_full(self.folder).message)
-        first_line = (str(error).splitlines() or [""])[0]
-        reason = f"{type(error).__name__}: {first_line}"
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         file = inside(self.folder, ERROR_FOLDER, f"{name}.txt")
         try:
@@ -274,47 +317,31 @@ class _Run:
             return CaseFailure(name, "E_INTERNAL", reason, details)
         return CaseFailure(name, "E_INTERNAL", f"{reason} (traceback: {ERROR_FOLDER}/{file.name})")
 
-    def _note_failure(self, failure: CaseFailure, seconds: float = 0.0) -> None:
-        stale = [name for name in self._output_names(failure.case) if os.path.exists(self.folder / name)]
+    def _fail(self, failure: CaseFailure, seconds: float = 0.0) -> None:
+        names = _output_names(failure.case, self.ending, self.request.save_probabilities)
+        stale = [name for name in names if os.path.exists(self.folder / name)]
         if stale and failure.code != "E_CHANGED":
             reason = f"{failure.reason} Attention: {stale[0]} in the output folder is from an earlier run."
             failure = replace(failure, reason=reason)
         logger.debug("%s", failure)
         self.report.failures.append(failure)
-        # The journal is passed on together with the masks: it names files and not where they lie.
+        # The journal is passed on together with the masks: it names files and not where they are.
         reason = failure.reason.replace(f"{self.source}{os.sep}", "").replace(f"{self.folder}{os.sep}", "")
         fields = {"code": failure.code, "reason": reason, "seconds": round(seconds, 3)}
         self.journal.write(failure.case, "failed", **self.identity, **fields)
 
-    def _output_names(self, name: str) -> list[str]:
-        return _output_names(name, self.ending, self.options.save_probabilities)
-
-    def _write_copies(self) -> None:
-        """What nnU-Net's post-processing, evaluation and ensembling look for beside the masks."""
-        copies = {
-            "dataset.json": self.model.dataset_json,
-            "plans.json": self.model.plans_manager.plans,
-            SETTINGS_FILE: {
-                **self.identity,
-                "device": str(self.model.device),
-                "versions": _versions(self.model.device),
-            },
-        }
-        for name, content in copies.items():
-            with atomic_write(self.folder / name) as file:
-                file.write(json.dumps(content, indent=4).encode())
-
-    def _say(self, line: str) -> None:
-        if self.options.progress is not None:
-            self.options.progress(line)
-        else:
-            logger.info("%s", line)
+    def _note_stop(self) -> None:
+        """Note that the cases under way were stopped: they did not kill the process."""
+        with contextlib.suppress(OSError, MFMError):
+            for name in self.begun:
+                if self.journal.last.get(name, {}).get("status") == "started":
+                    self.journal.write(name, "stopped", **self.identity)
 
 
 def _one_ahead(
     begin: Callable[[Case], Future[PreparedCase]], cases: Sequence[Case]
 ) -> Iterator[tuple[Case, Future[PreparedCase]]]:
-    """Each case with its preparation; that of the next case is already under way."""
+    """Yield each case with its preparation; that of the next case is already under way."""
     waiting: tuple[Case, Future[PreparedCase]] | None = None
     for case in cases:
         submitted = (case, begin(case))
@@ -325,15 +352,15 @@ def _one_ahead(
         yield waiting
 
 
-def _settings(model: Model, options: PredictOptions) -> dict[str, Any]:
-    """What decides about the masks, apart from model and images; JSON values, no paths."""
+def _settings(model: Model, request: PredictRequest) -> dict[str, Any]:
+    """Return what decides about the masks, apart from model and images; JSON values, no paths."""
     return {
         "folds": list(model.folds),
-        "checkpoint_name": options.checkpoint_name,
-        "step_size": options.step_size,
-        "mirroring": options.mirroring,
-        "save_probabilities": options.save_probabilities,
-        "cascade": options.previous_stage is not None,
+        "checkpoint_name": request.checkpoint_name,
+        "step_size": request.step_size,
+        "mirroring": request.mirroring,
+        "save_probabilities": request.save_probabilities,
+        "cascade": request.previous_stage is not None,
     }
 
 

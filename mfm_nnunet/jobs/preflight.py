@@ -31,7 +31,7 @@ __all__ = [
     "find_checkpoint",
     "hash_checkpoint",
     "list_companions",
-    "preprocess",
+    "preprocess_plan",
     "read_label_map",
     "read_raw_dataset",
 ]
@@ -107,11 +107,11 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
         raise dataset_refused(name, failures, len(cases), "; nothing was trained")
 
 
-def preprocess(here: Workspace, plan: Plan, configuration: str) -> None:
+def preprocess_plan(here: Workspace, plan: Plan, configuration: str) -> None:
     """Preprocess the labelled dataset of a plan for one of its configurations; finished work is reused."""
     from mfm_nnunet.jobs import plan as preparation
 
-    cases, _ = preparation.fingerprinted(here, plan.dataset_name, None)
+    cases, _ = preparation.fingerprint(here, plan.dataset_name, None)
     result = preparation.PlanResult(dict(plan.content), here.plans_file(plan.dataset_name, plan.name), [])
     preparation.preprocess(here, plan.dataset_name, cases, result, (configuration,), None)
 
@@ -122,9 +122,9 @@ def configuration_of(checkpoint: Path | None, configuration: str) -> str:
     Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can be made like this checkpoint).
     """
     from mfm_nnunet.jobs.plan import check_request
-    from mfm_nnunet.planning.request import PlanRequest
+    from mfm_nnunet.requests import PlanRequest
 
-    source = check_request(PlanRequest(like=checkpoint, configurations=(configuration,)))
+    source = check_request(PlanRequest([], like=checkpoint, configurations=(configuration,)))
     return configuration if source is None else source.configuration
 
 
@@ -144,7 +144,7 @@ def check_start(
     Raises MFMError (E_CONFIG, E_MODEL_MISMATCH and others) as the training itself would.
     """
     from mfm_nnunet.finetune import groups
-    from mfm_nnunet.finetune.pretrained import describe, has_decoder, transfer
+    from mfm_nnunet.finetune.pretrained import has_decoder, transfer
     from mfm_nnunet.finetune.settings import advise, resolve
     from mfm_nnunet.interchange.read import read_checkpoint
     from mfm_nnunet.models.families import family_of
@@ -152,17 +152,17 @@ def check_start(
 
     num_channels = len(plan.configuration(configuration).normalization_schemes)
     network = build_network(plan.content, configuration, num_channels, 2)
-    if checkpoint is None:
+    reading = None if checkpoint is None else read_checkpoint(checkpoint)
+    if reading is None:
         finetune = resolve(plan.mfm, settings, None).finetune
     else:
-        reading = read_checkpoint(checkpoint)
-        description = describe(checkpoint, reading)
-        advice = advise(family_of(network), num_cases, description["pretext"], has_decoder(reading, network))
-        finetune = resolve(plan.mfm, settings, description, advice).finetune
+        pretext = reading.origin["pretext"]
+        advice = advise(family_of(network), num_cases, pretext, has_decoder(reading, network))
+        finetune = resolve(plan.mfm, settings, reading.origin, advice).finetune
     groups.require_fitting(finetune, network, is_distributed=False)
     groups.require_pretrained(finetune, is_pretrained=checkpoint is not None)
-    if checkpoint is not None:
+    if reading is not None:
         parts = "all_but_heads" if finetune.parts == "auto" else finetune.parts
-        _, report = transfer(checkpoint, network, parts, finetune.transfer)
+        report = transfer(reading, network, parts, finetune.transfer)
         groups.require_no_random_rest(finetune, network, [entry.name for entry in report.new])
         logger.info("%.0f %% of the encoder's parameters come from %s", 100 * report.encoder_share, checkpoint)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import random
-import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,13 +25,16 @@ from mfm_nnunet.engine.probe import Probe, make_probe, prepare
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, about, nearest
+from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan, read_plans, shared_plan
+from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import World, join_world, leave_world, run_processes
+from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.tasks.base import PretextTask, find_task
-from mfm_nnunet.workspace import Workspace, num_cores
+from mfm_nnunet.workspace import Workspace, num_cores, use
 
 logger = logging.getLogger(__name__)
 
@@ -54,21 +56,41 @@ class PretrainRun:
     probe: mfm_settings.ProbeSettings = dataclasses.field(default_factory=mfm_settings.ProbeSettings)
 
 
-def launch(num_gpus: int, here: Workspace, arguments: dict[str, Any]) -> Path:
-    """Run :func:`pretrain_here` in ``num_gpus`` processes; returns the final checkpoint.
+@takes(PretrainRequest)
+def pretrain(request: PretrainRequest) -> Path:
+    """Pretrain the network of a plan without labels; returns the checkpoint ``checkpoint_final.pth`` of the run.
+
+    With ``num_gpus`` > 1 it runs in one process per GPU. Raises MFMError for bad input, StoppedError after a clean save
+    on a stop signal, FloatingPointError when the loss becomes non-finite.
+    """
+    with use(request.workspace) as here:
+        request = _with_recipe(here, request)
+        return launch(here, request) if request.num_gpus > 1 else pretrain_here(here, request)
+
+
+def _with_recipe(here: Workspace, request: PretrainRequest) -> PretrainRequest:
+    """Put the settings of the recipe in front of the request's own."""
+    if request.recipe is None:
+        return request
+    plans_file = here.plans_file(here.dataset_name(request.dataset), request.plans_name)
+    block = mfm_settings.block_of(read_plans(plans_file, f"Plan {request.dataset} again."))
+    run = PretrainRun(block.pretrain, find_task(request.pretext).Config(), block.seed, block.num_workers)
+    found = apply_recipe(request.recipe, run, block.network, request.pretext)
+    return dataclasses.replace(request, recipe=None, settings=(*found, *request.settings))
+
+
+def launch(here: Workspace, request: PretrainRequest) -> Path:
+    """Run :func:`pretrain_here` in ``request.num_gpus`` processes; returns the final checkpoint.
 
     Raises what a process raised; a signal reaches all of them, and each saves before it ends.
     """
-    job = check(here, **arguments)  # before processes are started, each of which would say it
+    num_gpus = request.num_gpus
+    job = check(here, request)  # before processes are started, each of which would say it
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, num_gpus)
     if job.device.type == "cuda" and torch.cuda.device_count() < num_gpus:
         raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
-    run_processes(_pretrain_worker, (here, arguments), num_gpus)
+    run_processes(pretrain_here, (here, request), num_gpus)
     return job.folder / "checkpoint_final.pth"
-
-
-def _pretrain_worker(here: Workspace, arguments: dict[str, Any]) -> None:
-    pretrain_here(here, **arguments)
 
 
 def require_divisible(batch_size: int, accumulation: int, num_processes: int) -> None:
@@ -85,6 +107,8 @@ def require_divisible(batch_size: int, accumulation: int, num_processes: int) ->
 class Job:
     """A run that was asked for, checked as far as it can be before the data are read."""
 
+    request: PretrainRequest
+    dataset_name: str
     plans: dict[str, Any]
     selection: Selection
     files: dict[str, Path]
@@ -95,48 +119,32 @@ class Job:
     probe: Probe | None = None
 
 
-def check(
-    here: Workspace,
-    *,
-    dataset_name: str,
-    configuration: str,
-    plans_name: str,
-    pretext: str,
-    settings: Sequence[str],
-    continue_training: bool,
-    device: str,
-    run_name: str | None,
-    probe: str | int | None = None,
-) -> Job:
-    """The run that these arguments ask for; nothing is written. Raises MFMError for whatever the user can repair.
-
-    ``probe`` names a labelled dataset that the weights are tried on while pretraining.
-    """
-    plans_file = here.plans_file(dataset_name, plans_name)
+def check(here: Workspace, request: PretrainRequest) -> Job:
+    """Check the run that is asked for; nothing is written. Raises MFMError for whatever the user can repair."""
+    dataset_name, configuration = here.dataset_name(request.dataset), request.configuration
+    plans_file = here.plans_file(dataset_name, request.plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
     selection, files = select_cases(here, dataset_name, plans, configuration)
-    task_class = find_task(pretext)
+    task_class = find_task(request.pretext)
     with about(plans_file):
         block = mfm_settings.block_of(plans)
     resolved = mfm_settings.override(
-        PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), settings
+        PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), request.settings
     )
     _require_legal(resolved)
-    if run_name and not re.fullmatch(r"[A-Za-z0-9._+-]+", run_name):
-        raise MFMError("E_CONFIG", f"--run-name {run_name}: a name of letters, digits, _ . + and - is needed.")
-    name = "__".join(filter(None, ("mfm_pretrain", task_class.name, plans_name, configuration, run_name)))
+    name = "__".join(
+        filter(None, ("mfm_pretrain", task_class.name, request.plans_name, configuration, request.run_name))
+    )
     folder = inside(here.results, dataset_name, name)
-    _require_free(folder, continue_training)
-    probed = make_probe(here, probe, Plan.of(plans), configuration, resolved.probe, resolved.seed)
-    return Job(plans, selection, files, task_class, resolved, folder, pick_device(device), probed)
+    _require_free(folder, request.continue_training)
+    probe = make_probe(here, request.probe, Plan.of(plans), configuration, resolved.probe, resolved.seed)
+    device = pick_device(request.device)
+    return Job(request, dataset_name, plans, selection, files, task_class, resolved, folder, device, probe)
 
 
-def pretrain_here(here: Workspace, **arguments: Any) -> Path:
-    """Pretrain in this process (one of several under torchrun); returns the final checkpoint.
-
-    ``arguments`` are those of :func:`check`.
-    """
-    job = check(here, **arguments)
+def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
+    """Pretrain in this process (one of several under torchrun); returns the final checkpoint."""
+    job = check(here, request)
     world, used = join_world(job.device), job.device
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
     try:
@@ -145,23 +153,23 @@ def pretrain_here(here: Workspace, **arguments: Any) -> Path:
                 used = torch.device("cuda", world.local_rank) if world.size > 1 or used.index is None else used
                 torch.cuda.set_device(used)  # takes the first memory
                 torch.backends.cudnn.benchmark = True  # all patches have one size
-            return _pretrain(job, used, world, arguments)
+            return _pretrain(job, used, world)
     finally:
         leave_world(world)
 
 
-def _pretrain(job: Job, device: torch.device, world: World, arguments: dict[str, Any]) -> Path:
+def _pretrain(job: Job, device: torch.device, world: World) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
-    run, notes = _prepare(job, arguments["configuration"], device, world)
+    run, notes = _prepare(job, job.request.configuration, device, world)
     if job.probe is not None:
         prepare(job.probe, world)
     if world.is_main:
-        _announce(run, is_new=not arguments["continue_training"])
+        _announce(run, is_new=not job.request.continue_training)
         for note in job.selection.notes():
-            logger.warning("%s: %s", arguments["dataset_name"], note)
+            logger.warning("%s: %s", job.dataset_name, note)
         for note in notes:
             logger.info("%s", note)
-    return run.train(arguments["continue_training"])
+    return run.train(job.request.continue_training)
 
 
 def select_cases(

@@ -21,22 +21,26 @@ from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
 from mfm_nnunet.errors import MFMError, about, nearest
-from mfm_nnunet.files import inside, refuse_links, shown, whole_number
+from mfm_nnunet.fields import takes
+from mfm_nnunet.files import inside, refuse_links, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
-from mfm_nnunet.finetune.pretrained import describe, has_decoder
+from mfm_nnunet.finetune.pretrained import has_decoder
 from mfm_nnunet.finetune.settings import advise, advise_as_begun
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.interchange.read import read_checkpoint
+from mfm_nnunet.interchange.foreign import Reading
+from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plan import Plan, read_plans
+from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import join_world, leave_world, run_processes, stop_on_signal
+from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import MFMBlock, block_of, override, to_dict
-from mfm_nnunet.workspace import Workspace, num_cores
+from mfm_nnunet.workspace import Workspace, num_cores, use
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +68,8 @@ class Job:
     dataset_json: dict[str, Any]
     folder: Path
     device: str
-    pretrained_weights: Path | None
+    pretrained: Path | Reading | None
+    """The checkpoint to begin with: as it was read, or its file, where several processes read it."""
     start_from: Path | None
     """The checkpoint of this run to resume from."""
     only_validate: bool
@@ -72,38 +77,33 @@ class Job:
     split: Split
 
 
-def run_training(
-    workspace: Workspace,
-    dataset_name: str,
-    configuration: str,
-    fold: int | str,
-    *,
-    plans_name: str = "mfmPlans",
-    trainer: str = "MFMTrainer",
-    pretrained_weights: Path | None = None,
-    overrides: Sequence[str] = (),
-    continue_training: bool = False,
-    only_validate: bool = False,
-    save_probabilities: bool = False,
-    device: str = "auto",
-    num_gpus: int = 1,
-) -> Path:
+@takes(TrainRequest)
+def train(request: TrainRequest) -> Path:
+    """Train a segmentation network, from a pretrained checkpoint or from scratch on the same schedule.
+
+    Returns the fold's folder inside nnU-Net's model folder. Raises MFMError for bad input (also when less than half of
+    the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and FloatingPointError when the
+    loss becomes non-finite.
+    """
+    with use(request.workspace) as here:
+        return run_training(here, request)
+
+
+def run_training(workspace: Workspace, request: TrainRequest) -> Path:
     """Train and validate one fold (or ``"all"``); returns the fold's folder inside nnU-Net's model folder.
 
     Raises MFMError for everything that the user can repair, StoppedError after a stop signal.
     """
-    if continue_training and only_validate:
-        raise MFMError(
-            "E_CONFIG", "--c continues a training and --val only validates a finished one: give one of them."
-        )
-    dataset_name = workspace.dataset_name(dataset_name)
+    dataset_name, configuration, fold = workspace.dataset_name(request.dataset), request.configuration, request.fold
+    num_gpus, trainer = request.num_gpus, request.trainer
+    pretrained_weights = find_checkpoint(request.pretrained_weights) if request.pretrained_weights else None
     if trainer != MFMTrainer.__name__:
         raise MFMError(
             "E_NOT_FOUND",
             f"--trainer {shown(trainer)}: mfm_train has only 'MFMTrainer'. Another one trains through nnU-Net: "
-            f"nnUNetv2_train {dataset_name} {configuration} {fold} -p {plans_name} -tr {shown(trainer)}",
+            f"nnUNetv2_train {dataset_name} {configuration} {fold} -p {request.plans_name} -tr {shown(trainer)}",
         )
-    plans_file = workspace.plans_file(dataset_name, plans_name)
+    plans_file = workspace.plans_file(dataset_name, request.plans_name)
     plans = read_plans(plans_file, f"Plan {dataset_name} again.")
     if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
         raise MFMError(
@@ -111,7 +111,10 @@ def run_training(
             f"{plans_file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
             f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
         )
-    fold = _check_fold(fold)
+    overrides = tuple(request.settings)
+    if request.recipe is not None:
+        block = block_of(plans)
+        overrides = (*apply_recipe(request.recipe, block, block.network), *overrides)
     dataset_json = _read_dataset_json(workspace, dataset_name)
     split = _check_data(workspace, plans, configuration, fold, dataset_json)
     results = workspace.results / dataset_name
@@ -119,25 +122,27 @@ def run_training(
     folder = inside(results, f"{trainer}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
     for written in (folder, folder.parent, folder / "validation"):
         refuse_links(written)
-    start_from = _find_start(folder, continue_training, only_validate)
-    used = _pick_device(device, num_gpus)
+    start_from = _find_start(folder, request.continue_training, request.only_validate)
+    used = _pick_device(request)
     remove_leftovers(folder)
     with about(plans_file):
         network = _build_checked_network(plans, configuration)
-    block = _resolve_settings(plans, folder, overrides, pretrained_weights, start_from, network, len(split["train"]))
+    pretrained = read_checkpoint(pretrained_weights) if pretrained_weights is not None else None
+    block = _resolve_settings(plans, folder, overrides, pretrained, start_from, network, len(split["train"]))
     run_settings.require_effect(overrides, block.finetune, used.type)
     groups.require_fitting(block.finetune, network, num_gpus > 1)
     groups.require_pretrained(block.finetune, block.finetune.checkpoint is not None)
-    if not only_validate:
+    if not request.only_validate:
         require_scaled_fp16(block.finetune.precision, used)
     _require_a_crop_each(block, plans, configuration, num_gpus)
     if start_from is None:
-        run_settings.save(folder, block, plans)
+        run_settings.save_settings(folder, block, plans)
     logger.info("run folder: %s", folder)
     logger.info("settings:\n%s", run_settings.format_settings(block))
     job = Job(
         {**plans, "mfm": to_dict(block)}, configuration, fold, dataset_json, folder, str(used),
-        None if start_from else pretrained_weights, start_from, only_validate, save_probabilities, split,
+        None if start_from else pretrained if num_gpus == 1 else pretrained_weights,
+        start_from, request.only_validate, request.save_probabilities, split,
     )  # fmt: skip
     if num_gpus > 1:
         if torch.cuda.device_count() < num_gpus:
@@ -168,7 +173,7 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
         plans = {**job.plans, "continue_training": job.start_from is not None}
         trainer = MFMTrainer(plans, job.configuration, job.fold, job.dataset_json, device)
         trainer.split = job.split
-        trainer.pretrained_checkpoint = job.pretrained_weights
+        trainer.pretrained_checkpoint = job.pretrained
         if job.start_from is not None:
             trainer.load_checkpoint(str(job.start_from))
         if not job.only_validate and trainer.current_epoch < trainer.num_epochs:
@@ -180,19 +185,9 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
 # Checks
 
 
-def _check_fold(fold: int | str) -> int | str:
-    """Return a fold's number, or ``all``; MFMError (E_CONFIG) for anything else."""
-    number = fold if fold == "all" or isinstance(fold, int) else whole_number(str(fold))
-    if number is None:
-        raise MFMError("E_CONFIG", f"fold {fold}: a fold is a number from 0 on, or 'all'.")
-    return number
-
-
-def _pick_device(name: str, num_gpus: int) -> torch.device:
+def _pick_device(request: TrainRequest) -> torch.device:
     """Return the device that training uses. Raises MFMError (E_CONFIG) for one that it cannot use."""
-    if num_gpus > 1 and name not in ("auto", "cuda"):
-        raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: these are the first GPUs that are seen, not -device {name}.")
-    used = pick_device("cuda" if num_gpus > 1 else name)
+    used = pick_device("cuda" if request.num_gpus > 1 else request.device)
     if used.index:
         raise MFMError(
             "E_CONFIG",
@@ -320,7 +315,7 @@ def _resolve_settings(
     plans: dict[str, Any],
     folder: Path,
     overrides: Sequence[str],
-    pretrained_weights: Path | None,
+    pretrained: Reading | None,
     start_from: Path | None,
     network: nn.Module,
     num_cases: int,
@@ -329,13 +324,12 @@ def _resolve_settings(
 
     Raises MFMError (E_CONFIG) when a setting is impossible, or a resumed run would get another one.
     """
-    saved = run_settings.load(folder, plans) if start_from is not None else None
+    saved = run_settings.load_settings(folder, plans) if start_from is not None else None
     known, advice = None, advise_as_begun(saved.finetune) if saved is not None else []
-    if pretrained_weights is not None:
-        source = read_checkpoint(pretrained_weights)
-        known = describe(pretrained_weights, source)
+    if pretrained is not None:
+        known = pretrained.origin
         if start_from is None:
-            advice = advise(family_of(network), num_cases, known["pretext"], has_decoder(source, network))
+            advice = advise(family_of(network), num_cases, known["pretext"], has_decoder(pretrained, network))
     base = saved or block_of(plans)
     if start_from is None:
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))

@@ -105,9 +105,9 @@ class AbstractBackbone(nn.Module, ABC):
         """Return dense outputs (B, K, D, H, W)."""
         return self.network(x_BCDHW)
 
-    @abstractmethod
     def mask_cell(self) -> tuple[int, ...]:
-        """Return the voxels per axis of the smallest block that can be hidden."""
+        """Return the voxels per axis of the smallest block that can be hidden: one voxel where they are filled."""
+        return (1,) * len(self.patch_size)
 
     @abstractmethod
     def crop_cell(self) -> tuple[int, ...]:
@@ -121,13 +121,13 @@ class AbstractBackbone(nn.Module, ABC):
     def features(self, x_BCDHW: Tensor) -> list[Tensor]:
         """Return the encoder's maps (B, features, ...), fine to coarse, of a patch or of a smaller image."""
 
-    @abstractmethod
     def restore(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor, fill_value: float = 0.0) -> Tensor:
         """Return dense outputs (B, K, D, H, W) made from the voxels that are not hidden, and from nothing else.
 
         ``hidden_B1DHW`` is boolean. Convolutions see ``fill_value``, in normalised units, at hidden places: 0 is the
-        mean of z-scored data.
+        mean of z-scored data. The default fills them.
         """
+        return self.network(x_BCDHW.masked_fill(hidden_B1DHW, fill_value))
 
 
 def make_backbone(network: nn.Module, patch_size: tuple[int, ...], restoring: Restoring) -> AbstractBackbone:

@@ -39,6 +39,8 @@ GROUP = "mfm_nnunet.networks"
 
 NnsslName = tuple[str, "dict[str, Any] | None", "list[str] | None"]
 Part = Literal["encoder", "decoder", "other"]
+Need = Literal["any", "tokens", "sparse encoder"]
+"""What a pretext task needs of a network: nothing special, tokens, or an encoder that can work sparsely."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ class NetworkFamily(ABC):
 
     def takes_deep_supervision(self, class_name: str) -> bool:
         """Tell whether the constructor of ``class_name`` has the argument ``deep_supervision``."""
-        return True
+        return False
 
     def has_pyramid(self, kwargs: Mapping[str, Any]) -> bool:
         """Tell whether the decoder has outputs at several resolutions, as deep supervision needs them."""
@@ -274,6 +276,10 @@ class NetworkFamily(ABC):
     def adapted_layers(self, network: nn.Module) -> list[nn.Linear]:
         """Return the layers that get low-rank adapters; empty where adapters are of no use."""
         return []
+
+    def meets(self, need: Need) -> bool:
+        """Tell whether pretext tasks with this need work on the network."""
+        return {"any": True, "tokens": self.hides == "tokens", "sparse encoder": self.has_sparse_encoder}[need]
 
     # Parts of a network
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +78,14 @@ class PrimusLayout(ForeignLayout):
     stem = "down_projection."
     head = "up_projection."
     has_token_order = True
-    keys = {  # noqa: RUF012
-        "key_to_encoder": "eva",
-        "key_to_stem": "down_projection",
-        "keys_to_in_proj": ["down_projection.proj"],
-        "key_to_lpe": "eva.pos_embed",
-    }
+
+    def __init__(self) -> None:
+        self.keys = {
+            "key_to_encoder": "eva",
+            "key_to_stem": "down_projection",
+            "keys_to_in_proj": ["down_projection.proj"],
+            "key_to_lpe": "eva.pos_embed",
+        }
 
     def renaming(self, encoder: str, stem: str | None) -> dict[str, str]:
         root = encoder.rpartition(".")[0]
@@ -157,7 +159,7 @@ class PrimusFamily(NetworkFamily):
     classes = (PRIMUS, f"{_DNA}Primus", f"{_DNA}PrimusV2", f"{_DNA}PrimusV3")
     encoder = ("down_projection.", "eva.")
     decoder = ("up_projection.",)
-    rates = {"adamw": (3e-4, 1e-4)}  # noqa: RUF012
+    rates: ClassVar = {"adamw": (3e-4, 1e-4)}
     hides = "tokens"
     layouts = (PrimusLayout(),)
 

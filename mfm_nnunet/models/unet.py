@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,6 @@ class UNetBackbone(AbstractBackbone):
         stems = [stem for stem in [getattr(encoder, "stem", None)] if stem is not None]
         return [*stems, *encoder.stages, *self.network.decoder.stages]
 
-    def mask_cell(self) -> tuple[int, ...]:
-        return (1,) * len(self.patch_size)
-
     def crop_cell(self) -> tuple[int, ...]:
         return tuple(math.prod(stride) for stride in zip(*self.network.encoder.strides))
 
@@ -93,9 +90,6 @@ class UNetBackbone(AbstractBackbone):
 
     def features(self, x_BCDHW: Tensor) -> list[Tensor]:
         return self.network.encoder(x_BCDHW)
-
-    def restore(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor, fill_value: float = 0.0) -> Tensor:
-        return self.network(x_BCDHW.masked_fill(hidden_B1DHW, fill_value))
 
 
 class UNetLayout(ForeignLayout):
@@ -196,7 +190,7 @@ class UNetFamily(NetworkFamily):
     encoder = ("encoder.", "decoder.encoder.")
     decoder = ("decoder.",)
     head = ("decoder.seg_layers.",)
-    rates = {"sgd": (1e-2, 1e-3), "adamw": (3e-4, 1e-4)}  # noqa: RUF012
+    rates: ClassVar = {"sgd": (1e-2, 1e-3), "adamw": (3e-4, 1e-4)}
     has_sparse_encoder = True
     is_sized_by_nnunet = True
     fewest_cells = 2
@@ -255,6 +249,9 @@ class UNetFamily(NetworkFamily):
         if memory_gb is not None and architecture["arch_kwargs"]["features_per_stage"][0] < STANDARD_WIDTH:
             widths = "small widths for a small budget"
         return f"nnU-Net's topology for this patch, {widths}"
+
+    def takes_deep_supervision(self, class_name: str) -> bool:
+        return True
 
     def has_pyramid(self, kwargs: Mapping[str, Any]) -> bool:
         # Two stages have a single output, whose weight nnU-Net sets to zero: the loss would be zero by zero.

@@ -6,13 +6,17 @@ for: ``"pretext"`` (a task) and ``"network"`` (a family). Its settings win over 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import read_json
+from mfm_nnunet.settings import override
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 KEYS = ("about", "command", "settings", "pretext", "network")
@@ -80,6 +84,20 @@ def read_recipe(name: str | Path) -> Recipe:
     return Recipe(
         file, content["about"], content["command"], assignments, content.get("pretext"), content.get("network")
     )
+
+
+def apply_recipe(name: str | Path, run: Any, network: str, pretext: str | None = None) -> tuple[str, ...]:
+    """Return the settings of a recipe as ``name=value``, which ``run`` must have; ``pretext`` is None for fine-tuning.
+
+    Raises MFMError (E_CONFIG) with the recipe's file for one that is made for something else, or has a setting that
+    does not exist.
+    """
+    recipe = read_recipe(name)
+    recipe.require_for("mfm_pretrain" if pretext else "mfm_train", pretext=pretext, network=network)
+    with about(recipe.file):
+        override(run, recipe.assignments)
+    logger.info("recipe %s: %s", recipe.file.stem, recipe.about)
+    return recipe.assignments
 
 
 def _problem(content: Mapping[str, Any]) -> str:

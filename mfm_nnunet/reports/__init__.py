@@ -1,1 +1,1 @@
-"""What people look at: progress, overlays, the table of a plan."""
+"""Pictures and texts for people: progress, overlays, the table of a plan."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.files import atomic_write
+from mfm_nnunet.reports.progress import save_figure
 
 COLOURS = ("#ff5a4d", "#2fb6ff", "#ffd23f", "#5ddb6b", "#c77dff", "#ff9f1c", "#2ec4b6", "#f72585")
 _INK, _PAPER = "#e8e8e8", "#14161a"
@@ -26,7 +26,7 @@ _EDGES = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0
 
 @dataclass(frozen=True)
 class _View:
-    """One plane: the image (rows from the top), the reference, a mask per prediction, and height / width of a pixel."""
+    """One plane: image (rows from the top), reference, a mask per prediction, and height / width of a pixel."""
 
     title: str
     letters: tuple[str, ...]
@@ -49,8 +49,8 @@ def draw_overlay(
     ``labels`` are names and values; a label's colour is its place in this mapping. Raises RuntimeError (SimpleITK)
     for a file that is no image.
     """
-    pixels, spacing = _read(image, is_label=False)
-    volumes = [_read(path, is_label=True)[0] for path in (reference, *predictions.values())]
+    pixels, spacing = _read_image(image, is_label=False)
+    volumes = [_read_image(path, is_label=True)[0] for path in (reference, *predictions.values())]
     if pixels.ndim == 2:
         views = [_View("", (), pixels, volumes[0], volumes[1:], spacing[0] / spacing[1])]
         panels = [[(name, views[0], number) for number, name in enumerate(predictions)]]
@@ -61,13 +61,13 @@ def draw_overlay(
 
 
 def largest_cross_section(mask: np.ndarray, axis: int) -> int:
-    """The slice along ``axis`` with most voxels of ``mask``; the middle one when there are none."""
+    """Find the slice along ``axis`` with most voxels of ``mask``; the middle one when there are none."""
     counts = mask.sum(axis=tuple(other for other in range(mask.ndim) if other != axis))
     return int(counts.argmax()) if counts.any() else mask.shape[axis] // 2
 
 
-def _read(path: Path, is_label: bool) -> tuple[np.ndarray, tuple[float, ...]]:
-    """(D, H, W) towards superior, posterior, left, or (H, W); and the spacing in mm in the same order."""
+def _read_image(path: Path, is_label: bool) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Read (D, H, W) towards superior, posterior, left, or (H, W), and the spacing in mm in the same order."""
     import SimpleITK as sitk
 
     image = sitk.ReadImage(str(path))
@@ -82,7 +82,7 @@ def _read(path: Path, is_label: bool) -> tuple[np.ndarray, tuple[float, ...]]:
 
 
 def _cut(axis: int, image: np.ndarray, volumes: Sequence[np.ndarray], spacing: Sequence[float]) -> _View:
-    """The view across ``axis``; ``volumes`` are the reference and the masks."""
+    """Cut the view across ``axis``; ``volumes`` are the reference and the masks."""
     where = largest_cross_section(volumes[0] > 0, axis)
     name, letters = _PLANES[axis]
     planes = [np.take(volume, where, axis) for volume in (image, *volumes)]
@@ -96,7 +96,6 @@ def _cut(axis: int, image: np.ndarray, volumes: Sequence[np.ndarray], spacing: S
 def _draw(
     file: Path, title: str, panels: list[list[tuple[str, _View, int]]], labels: Mapping[str, tuple[int, ...]]
 ) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     num_rows, num_columns = len(panels), len(panels[0])
@@ -114,13 +113,11 @@ def _draw(
             axis.set_ylabel(name, color=_INK, fontsize=10)
     _draw_legend(figure, labels, max_columns=num_columns)
     figure.suptitle(title, color=_INK, fontsize=12)
-    FigureCanvasAgg(figure)
-    with atomic_write(file) as handle:
-        figure.savefig(handle, format="png", dpi=110)
+    save_figure(figure, file, dpi=110)
 
 
 def _draw_panel(axis: Any, view: _View, mask: np.ndarray, labels: Mapping[str, tuple[int, ...]]) -> None:
-    """The image in grey, ``mask`` as fill, the reference as contour, letters at the edges."""
+    """Draw the image in grey, ``mask`` as fill, the reference as contour, letters at the edges."""
     low, high = np.percentile(view.image, [1, 99])
     image_options = {"aspect": view.aspect, "interpolation": "nearest"}
     brightest = low + max(1.35 * (high - low), 1e-6)  # dimmed, so that the colours stand out on bright tissue too
@@ -142,7 +139,7 @@ def _draw_panel(axis: Any, view: _View, mask: np.ndarray, labels: Mapping[str, t
 
 
 def _draw_legend(figure: Any, labels: Mapping[str, tuple[int, ...]], max_columns: int) -> None:
-    """One entry per label and kind below the panels; rows of predicted labels above rows of reference labels."""
+    """Draw an entry per label and kind below the panels, predicted labels above reference labels."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

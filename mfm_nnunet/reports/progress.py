@@ -1,4 +1,4 @@
-"""What a person sees of a run: console progress with ETA, ``log.jsonl``, ``progress.png`` and example pictures."""
+"""Show a run to people: console progress with ETA, ``log.jsonl``, ``progress.png`` and example pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LABEL_COLOURS = ("purple", "green", "red", "brown", "pink", "olive", "cyan", "g
 
 
 class Progress:
-    """Console progress: one line that renews itself on a terminal, plain lines every 20 seconds elsewhere.
+    """Console progress: one line that is rewritten on a terminal, plain lines every 20 seconds elsewhere.
 
     The first line appears after the first step, so the time left is known within a minute of the start.
     """
@@ -34,7 +34,7 @@ class Progress:
         self.last_line = -float("inf")
 
     def step(self, step: int, where: str, loss: float) -> None:
-        """Report that ``step`` steps of all are done."""
+        """Report that ``step`` steps are done."""
         now = time.monotonic()
         if self.is_silent or now - self.last_line < (0.2 if self.is_terminal else SECONDS_BETWEEN_LINES):
             return
@@ -45,7 +45,7 @@ class Progress:
         self._write(f"{where}  loss {loss:.4f}  {1 / max(seconds_per_step, 1e-9):.2f} steps/s  ETA {left}", "\r")
 
     def line(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that is not overwritten."""
         if not self.is_silent:
             self._write(text, "\n")
 
@@ -57,20 +57,28 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def write_log(history: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """``log.jsonl``: one line per epoch. It is derived from the saved state, so a resumed run has no double lines."""
+    """Write ``log.jsonl``, one line per epoch, from the saved state, so that a resumed run has no double lines."""
     with atomic_write(file) as handle:
         handle.write("".join(json.dumps(dict(row)) + "\n" for row in history).encode())
 
 
-def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """``progress.png``: losses, the probe's Dice where there was a probe, learning rate and time over the epochs."""
+def save_figure(figure: Any, file: Path, dpi: int) -> None:
+    """Write a matplotlib figure as PNG, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    with atomic_write(file) as handle:
+        figure.savefig(handle, format="png", dpi=dpi)
+
+
+def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
+    """Draw ``progress.png``: losses, the probe's Dice, learning rate and time over the epochs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -88,13 +96,11 @@ def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) 
     seconds = lower.twinx()
     seconds.plot(epochs, [row["seconds"] for row in history], color="tab:grey", linestyle=":")
     seconds.set_ylabel("s per epoch (dotted)")
-    FigureCanvasAgg(figure)
-    with atomic_write(file) as handle:
-        figure.savefig(handle, format="png", dpi=100)
+    save_figure(figure, file, dpi=100)
 
 
 def _plot_probe(new_axis: Callable[[], Any], history: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Dice of the probed epochs, mean and the first labels, on an axis of its own; the lines drawn."""
+    """Plot the probe's Dice, mean and the first labels, on an axis of its own; returns the lines."""
     rows = [row for row in history if row.get("probe_dice") is not None]
     if not rows:
         return []
@@ -112,13 +118,12 @@ def _plot_probe(new_axis: Callable[[], Any], history: Sequence[Mapping[str, Any]
 def plot_examples(
     volumes: Mapping[str, np.ndarray], file: Path, title: str, slice_axes: Sequence[int] = (0, 1, 2)
 ) -> None:
-    """A picture of what the task sees, hides and reconstructs: a column per volume, a row per axis of ``slice_axes``.
+    """Draw the volumes that a task shows: a column per volume, a row per axis of ``slice_axes``.
 
     ``volumes`` are named arrays (C, D, H, W) or (C, H, W); the first channel is shown in the middle slice of each axis.
     Images have the grey scale of the first one, maps of classes share their colours, and so do tables, which are one
     voxel deep and shown once.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = {name: np.asarray(volume[0], np.float32) for name, volume in volumes.items()}
@@ -135,9 +140,7 @@ def plot_examples(
         for row, plane in enumerate(planes[name]):
             axes[row, column].imshow(plane, interpolation="nearest", **colours[name])
     figure.suptitle(title, fontsize=11)
-    FigureCanvasAgg(figure)
-    with atomic_write(file) as handle:
-        figure.savefig(handle, format="png", dpi=110)
+    save_figure(figure, file, dpi=110)
 
 
 def _middle_slices(volume: np.ndarray, slice_axes: Sequence[int]) -> list[np.ndarray]:
@@ -157,7 +160,7 @@ def _is_class_map(volume: np.ndarray) -> bool:
 
 
 def _colours(shown: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """What ``imshow`` needs for each volume: equal values look equal in all volumes of a kind."""
+    """Choose ``imshow``'s options for each volume: equal values look equal in all volumes of a kind."""
     kinds = {n: "table" if _is_table(v) else "classes" if _is_class_map(v) else "image" for n, v in shown.items()}
     styles: dict[str, dict[str, Any]] = {}
     for kind in set(kinds.values()):

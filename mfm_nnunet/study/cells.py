@@ -73,7 +73,7 @@ Steps = Callable[[Cell], Iterator[Step]]
 def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
     """Return the steps of a cell from its beginning: training, prediction, scores."""
     question, arm, folder = study.question, study.arms[cell.arm], study.cell_folder(cell)
-    fold, model = str(study.fold(cell)), _model_folder(study, folder)
+    fold, model = str(study.fold(cell)), _model_of_cell(study, folder)
     environment = {
         "nnUNet_raw": str(study.workspace / "nnUNet_raw"),
         "nnUNet_preprocessed": str(study.workspace / "nnUNet_preprocessed"),
@@ -99,7 +99,7 @@ def steps_left(study: Study, cell: Cell, device: str) -> Iterator[Step]:
     if (folder / RESULT).is_file():  # of another version of the library: masks and model stay
         yield score
         return
-    fold = _model_folder(study, folder) / f"fold_{study.fold(cell)}"
+    fold = _model_of_cell(study, folder) / f"fold_{study.fold(cell)}"
     existing = [name for name in _CHECKPOINTS if (fold / name).is_file()]
     folder.mkdir(parents=True, exist_ok=True)
     if "checkpoint_final.pth" not in existing:
@@ -117,7 +117,7 @@ def list_commands(study: Study, device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _model_folder(study: Study, cell_folder: Path) -> Path:
+def _model_of_cell(study: Study, cell_folder: Path) -> Path:
     model = f"MFMTrainer__{study.plans_name}__{study.question.configuration}"
     return inside(cell_folder, "results", study.question.dataset, model)
 

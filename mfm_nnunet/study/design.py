@@ -30,34 +30,6 @@ _RUN_FOLDER = "mfm_pretrain__"
 
 
 @dataclass(frozen=True)
-class StudyRequest:
-    """A study as a user asks for it.
-
-    ``arms`` are ``scratch``, ``CHECKPOINT`` or ``NAME=CHECKPOINT``, with settings of their own behind commas
-    (``NAME=CHECKPOINT,finetune.parts=encoder``). ``labels`` and ``test`` are numbers of subjects or shares such as
-    ``20%`` (``test`` also a file of case names). ``subjects`` is a CSV with the columns case and subject.
-    """
-
-    dataset: str | int
-    configuration: str
-    labels: Sequence[str | int]
-    arms: Sequence[str]
-    seeds: int = 3
-    test: str | int = "20%"
-    subjects: str | Path | None = None
-    plans_name: str | None = None
-    """A plan of the dataset; None: one is made from the pool, like the first checkpoint."""
-    settings: Sequence[str] = ()
-    tolerance_mm: float = 1.0
-    mirroring: bool = True
-    jobs: int | None = None
-    """Trainings at a time; None: one per GPU, without a GPU one per core."""
-    device: str = "auto"
-    output: str | Path | None = None
-    workspace: str | Path | None = None
-
-
-@dataclass(frozen=True)
 class Arm:
     """A start of the training; ``file`` and ``sha256`` are None from scratch."""
 
@@ -185,7 +157,7 @@ def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
     """
     everybody = set(subjects.values())
     if wanted.endswith("%") or wanted.lstrip("-").isdigit():
-        chosen = set(shuffle(everybody, TEST_DRAW)[: _count(wanted, len(everybody), "--test")])
+        chosen = set(shuffle(everybody, TEST_DRAW)[: _parse_count(wanted, len(everybody), "--test")])
     else:
         chosen = _subjects_in_file(subjects, Path(wanted))
     if not chosen:
@@ -214,7 +186,7 @@ def count_labels(wanted: Sequence[str], num_subjects: int) -> list[int]:
         raise MFMError("E_CONFIG", "--labels: give at least one number of labels, e.g. --labels 5 10 20 100%.")
     counts: dict[int, str] = {}
     for text in wanted:
-        count = _count(text, num_subjects, "--labels")
+        count = _parse_count(text, num_subjects, "--labels")
         if count < 1:
             raise MFMError("E_CONFIG", f"--labels {text}: at least one label is needed to train.")
         if count > num_subjects:
@@ -233,7 +205,7 @@ def _cases_of(subjects: Mapping[str, str], chosen: Collection[str]) -> list[str]
     return sorted(case for case, subject in subjects.items() if subject in chosen)
 
 
-def _count(text: str, total: int, flag: str) -> int:
+def _parse_count(text: str, total: int, flag: str) -> int:
     """Return a number, or a share of ``total`` (at least one where the share is above zero)."""
     number = text.removesuffix("%")
     try:

@@ -17,13 +17,13 @@ from mfm_nnunet.dataset import DatasetJson, check_dataset_json
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, is_file_name, read_json, write_json
 from mfm_nnunet.jobs.preflight import Case, RawDataset, list_companions
+from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.settings import from_dict
 from mfm_nnunet.study.design import (
     LARGEST_COUNT,
     SCRATCH,
     Arm,
     Cell,
-    StudyRequest,
     count_labels,
     draw_subset,
     draw_test,
@@ -63,7 +63,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Fold:
+class Subset:
     """A subset of the pool; its place in ``Study.folds`` is its number in ``splits_final.json``."""
 
     labels: int
@@ -90,7 +90,7 @@ class Study:
     dataset_json: dict[str, Any]
     arms: dict[str, Arm]
     asked: tuple[Cell, ...]
-    folds: tuple[Fold, ...]
+    folds: tuple[Subset, ...]
     test_cases: dict[str, TestCase]
     library: dict[str, Any]
     """Name and version of the library that measures surfaces."""
@@ -164,16 +164,16 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
         derived = {"labels": self.labels, "seeds": self.seeds, "compared": self.compared}
-        write_json(self.folder / RECORD, _plain({"made_by": f"mfm_study {__version__}", **content, **derived}))
+        write_json(self.folder / RECORD, _as_json({"made_by": f"mfm_study {__version__}", **content, **derived}))
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """Return dataclasses as JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_study(folder: Path) -> Study:
@@ -187,7 +187,7 @@ def read_study(folder: Path) -> Study:
             dataset_json={**content["dataset_json"]},
             arms={name: from_dict(Arm, arm) for name, arm in content["arms"].items()},
             asked=tuple(from_dict(Cell, cell) for cell in content["asked"]),
-            folds=tuple(from_dict(Fold, fold) for fold in content["folds"]),
+            folds=tuple(from_dict(Subset, fold) for fold in content["folds"]),
             test_cases={name: from_dict(TestCase, case) for name, case in content["test_cases"].items()},
             library={**content["library"]},
             plan_sha256=content.get("plan_sha256"),
@@ -253,7 +253,7 @@ def begin_study(
         library={},
     )
     if before:
-        _require_same(before, study)
+        _require_same_question(before, study)
         study = dataclasses.replace(
             study,
             arms={**before.arms, **arms},
@@ -264,7 +264,7 @@ def begin_study(
         )
     known = {(fold.labels, fold.seed) for fold in study.folds}
     new = dict.fromkeys((cell.num_labels, cell.seed) for cell in cells if (cell.num_labels, cell.seed) not in known)
-    folds = [Fold(*fold, tuple(draw_subset(subjects, test, *fold))) for fold in new]
+    folds = [Subset(*fold, tuple(draw_subset(subjects, test, *fold))) for fold in new]
     return dataclasses.replace(study, folds=(*study.folds, *folds)), cells
 
 
@@ -280,9 +280,9 @@ def find_begun(folder: Path) -> Study | None:
     return None
 
 
-def _require_same(before: Study, now: Study) -> None:
+def _require_same_question(before: Study, now: Study) -> None:
     """Raise MFMError (E_CONFIG) unless cells of this call may stand beside those that are there."""
-    if differences := _differences(before, now):
+    if differences := _list_differences(before, now):
         raise MFMError(
             "E_CONFIG", f"{now.folder}: holds a study that asks something else: {'; '.join(differences)}. {_ADVICE}"
         )
@@ -302,7 +302,7 @@ def _require_same(before: Study, now: Study) -> None:
             )
 
 
-def _differences(before: Study, now: Study) -> list[str]:
+def _list_differences(before: Study, now: Study) -> list[str]:
     """Name what decides scores and differs, with both values where these are short."""
     question, asked = dataclasses.asdict(before.question), dataclasses.asdict(now.question)
     found = [(name, question[name], asked[name]) for name in asked if question[name] != asked[name]]
@@ -317,10 +317,10 @@ def _differences(before: Study, now: Study) -> list[str]:
 # The files that trainings and predictions read
 
 
-def write_folder(study: Study, dataset: RawDataset) -> None:
+def write_study_folder(study: Study, dataset: RawDataset) -> None:
     """Write the dataset of the pool, its folds, links to the test images, and ``study.json`` of a new study."""
     is_begun = (study.folder / CELLS).is_dir()
-    if not is_begun and (study.folder / RECORD).is_file() and _differences(read_study(study.folder), study):
+    if not is_begun and (study.folder / RECORD).is_file() and _list_differences(read_study(study.folder), study):
         for stale in (study.workspace, study.test_folder):  # of another question, for which nothing was trained
             shutil.rmtree(stale, ignore_errors=True)
     links = _test_links(study)

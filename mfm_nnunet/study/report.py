@@ -36,7 +36,7 @@ def make_table(study: Study) -> str:
         lines += ["", f"The references of {num_empty} test cases hold no label, so these cases have no scores."]
     for metric, title in TITLES.items():
         lines += ["", f"## {_long_title(metric, study)}", ""]
-        compared = ("against scratch", "95 %", f"{_unit(study)} better", "seeds better", "p")
+        compared = ("against scratch", "95 %", f"{_compared_unit(study)} better", "seeds better", "p")
         columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved")
         lines += _markdown(columns, [_score_row(study, row, metric) for row in rows])
     lines += ["", "## Each label", "", *_per_label(rows)]
@@ -52,8 +52,8 @@ def list_cautions(study: Study) -> list[str]:
     found, num_subjects, seeds = [], _num_subjects(study), study.seeds
     if num_subjects < MIN_CASES:
         found.append(
-            f"There are no 95 % intervals: {num_subjects} test {_unit(study)} are too few for them, they need at "
-            f"least {MIN_CASES} (--test {MIN_CASES})."
+            f"There are no 95 % intervals: {num_subjects} test {_compared_unit(study)} are too few for them, they need "
+            f"at least {MIN_CASES} (--test {MIN_CASES})."
         )
     if seeds < MIN_SEEDS:
         found.append(
@@ -97,14 +97,14 @@ def _num_subjects(study: Study) -> int:
     return len({study.question.subjects[case] for case in study.test_cases})
 
 
-def _unit(study: Study) -> str:
+def _compared_unit(study: Study) -> str:
     """Return the unit of comparison: subjects, which are cases where nobody was scanned twice."""
     return "cases" if _num_subjects(study) == len(study.test_cases) else "subjects"
 
 
 def _test_cases(study: Study) -> str:
     number = f"Test cases: {len(study.test_cases)}"
-    return number if _unit(study) == "cases" else f"{number}, of {_num_subjects(study)} subjects"
+    return number if _compared_unit(study) == "cases" else f"{number}, of {_num_subjects(study)} subjects"
 
 
 def _draw_arm(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, arm: str, colour: str) -> None:
@@ -132,7 +132,7 @@ def _long_title(metric: str, study: Study) -> str:
 def _score_row(study: Study, row: Mapping[str, Any], metric: str) -> list[str]:
     part = row[metric]
     spread = "" if part["spread"] is None else f" ± {part['spread']:.4f}"
-    cells = [str(row["labels"]), row["arm"], str(len(row["seeds"])), f"{_score(part['mean'])}{spread}"]
+    cells = [str(row["labels"]), row["arm"], str(len(row["seeds"])), f"{_format_score(part['mean'])}{spread}"]
     if compared := part.get("against_scratch"):
         interval = compared["interval"]
         cells += [f"{compared['difference']:+.4f}", "{:+.4f} to {:+.4f}".format(*interval) if interval else "-"]
@@ -182,7 +182,7 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         [
             str(row["labels"]),
             row["arm"],
-            *(_score(row[metric]["per_label"][name]) for name in names for metric in TITLES),
+            *(_format_score(row[metric]["per_label"][name]) for name in names for metric in TITLES),
             *("{predicted} of {cases}".format(**row["false_positives"][name]) for name in lacking),
             "" if row["minutes_of_training"] is None else f"{row['minutes_of_training']:.1f}",
         ]
@@ -193,7 +193,7 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _notes(study: Study) -> list[str]:
     """Explain every column, in a list."""
-    libraries, unit = study.results["libraries"] or ["{name} {version}".format(**study.library)], _unit(study)
+    libraries, unit = study.results["libraries"] or ["{name} {version}".format(**study.library)], _compared_unit(study)
     mixed = " (mfm_study scores all cells again with one of them)" if len(libraries) > 1 else ""
     smallest, largest = _limits(study)
     case = "a case's mean over the labels that its reference holds"
@@ -227,7 +227,7 @@ def _training(study: Study) -> list[str]:
     training = study.results["training"]
     arms = {arm: training[arm] for arm in study.compared if arm in training}
     lines = [
-        f"* {arm} was trained with {', '.join(_values(name, values) for name, values in settings.items())}."
+        f"* {arm} was trained with {', '.join(_format_values(name, values) for name, values in settings.items())}."
         for arm, settings in arms.items()
     ]
     of_setting: dict[str, set[str]] = {}
@@ -239,7 +239,7 @@ def _training(study: Study) -> list[str]:
     return lines
 
 
-def _values(name: str, values: Sequence[Mapping[str, Any]]) -> str:
+def _format_values(name: str, values: Sequence[Mapping[str, Any]]) -> str:
     """Format ``finetune.epochs=10``, or with the numbers of labels where these differ."""
     if len(values) == 1:
         return f"finetune.{name}={values[0]['value']}"
@@ -247,7 +247,7 @@ def _values(name: str, values: Sequence[Mapping[str, Any]]) -> str:
     return f"finetune.{name}={' and '.join(each)}"
 
 
-def _score(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 

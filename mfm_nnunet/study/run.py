@@ -22,17 +22,18 @@ from mfm_nnunet.jobs.preflight import (
     check_start,
     configuration_of,
     hash_checkpoint,
-    preprocess,
+    preprocess_plan,
     read_raw_dataset,
 )
 from mfm_nnunet.plan import Plan
+from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.study import cells as running
 from mfm_nnunet.study.cells import TRAINING, list_commands, steps_left
-from mfm_nnunet.study.design import Arm, Cell, StudyRequest, parse_arms
+from mfm_nnunet.study.design import Arm, Cell, parse_arms
 from mfm_nnunet.study.evaluation import RESULT, require_library
-from mfm_nnunet.study.folder import LIKE, OWN, Study, begin_study, find_begun, read_study, write_folder
+from mfm_nnunet.study.folder import LIKE, OWN, Study, begin_study, find_begun, read_study, write_study_folder
 from mfm_nnunet.study.report import list_cautions, make_table, plot
-from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise
+from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise_study
 from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def run_study(request: StudyRequest) -> Path:
     # Last of what is checked before any work, so that it hides no other mistake.
     study = dataclasses.replace(study, library=require_library())
     with running.lock_folder(folder) as lock, workspace.use_only(study.workspace) as own:
-        write_folder(study, dataset)
+        write_study_folder(study, dataset)
         plan = prepare_data(own, study, given)
         check_arms(study, arms, plan, min(cell.num_labels for cell in cells))
         check_labelled_cases(
@@ -171,7 +172,7 @@ def prepare_data(own: Workspace, study: Study, given: Plan | None) -> Plan:
             "follows the GPU and the version of mfm_nnunet: run the study where it was begun, or put the old plan "
             "back. Otherwise begin anew with -o another folder.",
         )
-    preprocess(own, plan, configuration)
+    preprocess_plan(own, plan, configuration)
     return plan
 
 
@@ -265,7 +266,7 @@ def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
     holds no study.
     """
     study = read_study(folder)
-    study = dataclasses.replace(study, results=summarise(study, read_results(folder, study.asked), failures))
+    study = dataclasses.replace(study, results=summarise_study(study, read_results(folder, study.asked), failures))
     study.write()
     with atomic_write(folder / TABLE) as handle:
         handle.write(shown(make_table(study)).encode())

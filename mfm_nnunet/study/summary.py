@@ -206,7 +206,7 @@ def _read_settings(cell_folder: Path) -> dict[str, Any]:
 # From results to the rows of the table
 
 
-def summarise(study: Study, results: Results, failures: Sequence[CaseFailure] = ()) -> dict[str, Any]:
+def summarise_study(study: Study, results: Results, failures: Sequence[CaseFailure] = ()) -> dict[str, Any]:
     """Return ``rows`` (one per number of labels and arm with a finished cell), counts, and what failed; JSON values.
 
     ``failures`` are those of this call; earlier ones stay for cells that are not finished.

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from mfm_nnunet.data.crops import Augmentation, CropRequest, ItemTransform
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.backbone import AbstractBackbone, Geometry, Restoring
+from mfm_nnunet.models.families import Need
 from mfm_nnunet.settings import require_in_range
 from mfm_nnunet.tasks.registry import TaskInfo, list_tasks
 
@@ -130,8 +131,8 @@ class PretextTask(Task):
     Transform: ClassVar[type[PatchTransform]]
     citations: ClassVar[list[dict[str, Any]]] = []
     """Citations as in checkpoints: {"type": "Pretraining Method", "name": ..., "apa_citations": [...]}."""
-    backbones: ClassVar[tuple[str, ...]] = ("resenc", "primus")
-    """Families of networks that the task works on."""
+    needs: ClassVar[Need] = "any"
+    """What the task needs of a network."""
     restoring: ClassVar[Restoring] = "none"
     """Use of ``backbone.restore``."""
     uses_valid: ClassVar[bool] = False
@@ -140,10 +141,10 @@ class PretextTask(Task):
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:
         """Raises MFMError (E_CONFIG) when the task does not work on this family of networks."""
         super().__init__()
-        if backbone.family.name not in self.backbones:
+        if not backbone.family.meets(self.needs):
             raise MFMError(
                 "E_CONFIG",
-                f"{self.name} works on {' and '.join(self.backbones)}, the plan's network is {backbone.family.name}. "
+                f"{self.name} needs a network with {self.needs}, the plan's network is {backbone.family.name}. "
                 "Choose another pretext task or plan with another --network.",
             )
         self.config = config

@@ -21,7 +21,7 @@ def pool(features: Sequence[Tensor]) -> Tensor:
 
 
 class Projector(nn.Sequential):
-    """An MLP with normalised hidden layers: each is a linear map, a norm over its own features and a ReLU."""
+    """MLP with normalised hidden layers: each is a linear map, a norm over its own features and a ReLU."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         """``widths``: inputs, hidden layers and outputs, e.g. (1120, 2048, 2048, 2048)."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mfm_nnunet.models.families import Need
+
 _WALD_2025 = (
     "Wald, T., Ulrich, C., Lukyanenko, S., Goncharov, A., Paderno, A., Miller, M., Maerkisch, L., Jaeger, P., & "
     "Maier-Hein, K. (2025). Revisiting MAE Pre-training for 3D Medical Image Segmentation. CVPR, 5186-5196."
@@ -21,7 +23,7 @@ class TaskInfo:
     name: str
     """As in ``--pretext``."""
     hides: str
-    """What is hidden, mixed or compared, in a few words."""
+    """Hidden, mixed or compared parts of the image, in a few words."""
     recipe: str
     """Batch and patch of the published recipe, e.g. "8 x 160x160x160"."""
     paper: str
@@ -29,7 +31,12 @@ class TaskInfo:
     method: str
     """Name of the method in the literature."""
     apa_citations: tuple[str, ...]
-    backbones: tuple[str, ...] = ("resenc", "primus")
+    needs: Need = "any"
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """Return the built-in families of networks that the task works on."""
+        return {"any": ("resenc", "primus"), "tokens": ("primus",), "sparse encoder": ("resenc",)}[self.needs]
 
     @property
     def citations(self) -> list[dict[str, Any]]:
@@ -86,7 +93,7 @@ TASKS = {
                 "Xie, Z., Zhang, Z., Cao, Y., Lin, Y., Bao, J., Yao, Z., Dai, Q., & Hu, H. (2022). SimMIM: A Simple "
                 "Framework for Masked Image Modeling. CVPR, 9653-9663.",
             ),
-            backbones=("primus",),
+            needs="tokens",
         ),
         TaskInfo(
             "spark3d",
@@ -99,7 +106,7 @@ TASKS = {
                 "Networks: Sparse and Hierarchical Masked Modeling. ICLR.",
                 _WALD_2025,
             ),
-            backbones=("resenc",),
+            needs="sparse encoder",
         ),
         TaskInfo(
             "swin_unetr",

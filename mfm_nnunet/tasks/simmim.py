@@ -30,7 +30,7 @@ class SimMIM(MaskedRestoration):
 
     name = "simmim"
     Config = SimMIMConfig
-    backbones = TASKS["simmim"].backbones
+    needs = TASKS["simmim"].needs
     citations = TASKS["simmim"].citations
     restoring = "replace"
 

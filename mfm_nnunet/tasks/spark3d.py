@@ -21,7 +21,7 @@ class SparK(MaskedRestoration):
     """Restores hidden voxels through the network's own decoder; ``fill_value`` is seen by the first convolution."""
 
     name = "spark3d"
-    backbones = TASKS["spark3d"].backbones
+    needs = TASKS["spark3d"].needs
     citations = TASKS["spark3d"].citations
 
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:

@@ -1,8 +1,8 @@
 """Sparse convolutions on dense tensors: an encoder that computes at visible places only (arXiv 2301.03580).
 
 A convolution's output, bias included, is set to 0 at inactive places, and instance norms take their statistics from
-the active ones. The layers of the network stay what and where they are: names, sharing and weights are the plain
-network's, and so are its outputs whenever it is not called through :class:`SparseEncoder`.
+the active ones. The layers of the network are not replaced: names, sharing and weights are the plain network's, and so
+are its outputs whenever it is not called through :class:`SparseEncoder`.
 
 Legend: B batch, C channels, D H W places of a feature map; in 2D there is no D.
 """
@@ -24,11 +24,11 @@ from mfm_nnunet.errors import MFMError
 
 
 class SparseEncoder:
-    """Calls the encoder of a U-Net so that it works sparsely, and only in these calls.
+    """Calls the encoder of a U-Net sparsely; all other calls of the encoder are dense.
 
-    Hooks on its layers ask this object, which belongs to one task, where the batch is hidden. It remembers that until
-    the encoder is called again, by whomever: what activation checkpointing computes anew in the backward pass (a stage
-    or less, never the whole encoder) is as sparse as it was, and a call of the plain network is dense.
+    Hooks on its layers ask this object, which belongs to one task, for the mask of the batch. It keeps the mask until
+    the next call of the encoder, sparse or dense, so that activation checkpointing, which recomputes a stage or less in
+    the backward pass, sees the same one.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -45,24 +45,23 @@ class SparseEncoder:
                 layer.forward = partial(self._normalise, layer, layer.forward)  # type: ignore[method-assign]
 
     def __call__(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor) -> list[Tensor]:
-        """The feature maps (B, C, D, H, W), fine to coarse, 0 at inactive places.
+        """Compute the feature maps (B, C, D, H, W), fine to coarse, 0 at inactive places.
 
-        ``hidden_B1DHW`` is boolean. What ``x_BCDHW`` holds at hidden voxels is seen by convolutions beside them.
+        ``hidden_B1DHW`` is boolean. Convolutions at visible voxels see the values of ``x_BCDHW`` at hidden neighbours.
         """
         self._announced_B1DHW = hidden_B1DHW
         return self._encoder(x_BCDHW)
 
     def inactive(self, size: tuple[int, ...]) -> Tensor:
-        """The inactive places (B, 1, *size), boolean, of a feature map of the last call.
+        """Return the inactive places (B, 1, *size), boolean, of a feature map of the last call.
 
-        A place is active if any voxel under it is visible; each axis has its own stride. So where a feature map is
-        coarser than the cells of the mask, a place is active as soon as one of its cells is.
+        A place is active if any voxel under it is visible; each axis has its own stride.
         """
         assert self._inactive, "the last call of the encoder was not a sparse one"
         return self._inactive[size]
 
     def _begin(self, encoder: Any, inputs: Any) -> None:
-        """Masks for all resolutions at once, since compiled layers may read but not write what they share."""
+        """Shrink the mask to all resolutions at once, since compiled layers must not write shared state."""
         hidden_B1DHW, self._announced_B1DHW = self._announced_B1DHW, None
         self._inactive = {}
         if hidden_B1DHW is not None:
@@ -95,16 +94,16 @@ class Densify(nn.Module):
         self.convolution = convolution(num_channels, num_channels, 3, padding=1) if has_convolution else nn.Identity()
 
     def forward(self, x_BCDHW: Tensor, inactive_B1DHW: Tensor) -> Tensor:
-        """The dense map, of the same shape."""
+        """Fill the inactive places; the shape is unchanged."""
         normed_BCDHW = masked_instance_norm(x_BCDHW, inactive_B1DHW)
         return self.convolution(torch.where(inactive_B1DHW, self.mask_token.to(normed_BCDHW.dtype), normed_BCDHW))
 
 
 def shrink_hidden(hidden_B1DHW: Tensor, size: tuple[int, ...]) -> Tensor:
-    """``hidden_B1DHW`` at a coarser resolution (B, 1, *size): True where everything under a place is hidden.
+    """Shrink a mask to a coarser resolution (B, 1, *size): True where everything under a place is hidden.
 
-    So averages over such places (the pooling in the skips of residual blocks) are 0 where the map is inactive, as they
-    must be, and a sample with a visible voxel has an active place at every resolution.
+    So pooling in the skips of residual blocks gives 0 where the map is inactive, and a sample with a visible voxel has
+    an active place at every resolution.
     """
     steps = [whole // part for whole, part in zip(hidden_B1DHW.shape[2:], size)]
     assert hidden_B1DHW.shape[2:] == tuple(map(math.prod, zip(size, steps))), f"{size} does not divide the mask"
@@ -119,9 +118,9 @@ def masked_instance_norm(
     bias_C: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Instance norm of each sample's active places; 0 at the others, whatever they hold.
+    """Normalise each sample's active places; the others become 0, whatever their value.
 
-    By sums, in float32 at least: samples may have different numbers of active places, and nothing waits for the device.
+    By sums, in float32 at least: samples may differ in their number of active places, and nothing waits for the device.
     """
     x = x_BCDHW.to(torch.promote_types(x_BCDHW.dtype, torch.float32))
     axes = tuple(range(2, x.dim()))
@@ -138,7 +137,7 @@ def masked_instance_norm(
 
 
 def _require_known_layers(encoder: nn.Module) -> None:
-    """Layers without weights (activations that keep 0, dropout, pooling) need nothing to work sparsely."""
+    """Refuse layers with weights or state that have no sparse form; activations, dropout and pooling are fine."""
     for layer in encoder.modules():
         has_state = not any(layer.children()) and any(True for _ in (*layer.parameters(), *layer.buffers()))
         is_norm = isinstance(layer, _InstanceNorm) and not layer.track_running_stats

@@ -45,8 +45,8 @@ class SwinUNETRConfig:
     rotation_weight: float = ranged(1.0, 0, LARGEST)
     """Weight of the cross entropy of the four rotations; without effect where nothing is rotated."""
     rotation_plane: tuple[int, ...] | None = None
-    """The two axes, of equal length, in which views are rotated; empty: no rotation. None: the last two axes if they
-    are equal, else the last equal pair, else rotation is disabled and a warning is logged."""
+    """Two axes of equal length that span the plane of rotation; empty: no rotation. None: the last two axes if they are
+    equal, else the last equal pair, else rotation is disabled and a warning is logged."""
     cut_out_budget: float = ranged(0.3, 0, 1)
     """Largest share of a view that is cut out; shares are drawn from 0 up to it."""
     mix: bool = True

@@ -20,7 +20,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.data import storage
 from mfm_nnunet.jobs import predict
-from mfm_nnunet.predict.model import Model
+from mfm_nnunet.prediction.model import Model
 from tests.builders.site import (
     CORPUS,
     FINETUNE,

@@ -19,15 +19,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mfm_nnunet.jobs.predict import PredictOptions, predict_folder
-from mfm_nnunet.predict.predictor import load_model
+import mfm_nnunet
+from mfm_nnunet.prediction.predictor import load_model
 from mfm_nnunet.workspace import PLUGIN_FOLDER
 from tests.builders.tiny_model import dataset_json, save_model, tiny_plans, voxels_of, write_scan
 
@@ -50,15 +49,14 @@ def measure(work: Callable[[], Any]) -> dict[str, float]:
     return {"wall_s": wall, "cpu_s": sum(after[:4]) - sum(before[:4]), "memory_mb": max(0, peak[0] - base) / 1e6}
 
 
-def compare(model: Path, images: Path, rounds: int, options: PredictOptions, workers: int) -> dict[str, Any]:
+def compare(model: Path, images: Path, rounds: int, options: dict[str, Any], workers: int) -> dict[str, Any]:
     """Time both sides ``rounds`` times and compare their masks."""
     ending = json.loads((model / "dataset.json").read_text())["file_ending"]
-    folds = load_model(model, options.folds, options.checkpoint_name, "cpu").folds
-    options = replace(options, folds=folds)
+    options = {**options, "folds": load_model(model, device="cpu").folds}
     with tempfile.TemporaryDirectory() as place:
         folders = {name: Path(place) / name for name in ("mfm", "stock")}
         jobs = {
-            "mfm": lambda: predict_folder(model, images, folders["mfm"], options),
+            "mfm": lambda: mfm_nnunet.predict(images, folders["mfm"], model_folder=model, overwrite=True, **options),
             "stock": lambda: _stock(model, images, folders["stock"], options, workers),
         }
         results: dict[str, list[dict[str, float]]] = {"mfm": [], "stock": []}
@@ -80,17 +78,17 @@ def compare(model: Path, images: Path, rounds: int, options: PredictOptions, wor
     }
 
 
-def _stock(model: Path, images: Path, output: Path, options: PredictOptions, workers: int) -> None:
+def _stock(model: Path, images: Path, output: Path, options: dict[str, Any], workers: int) -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(
-        tile_step_size=options.step_size,
-        use_mirroring=options.mirroring,
-        device=torch.device(str(options.device)),
+        tile_step_size=options["step_size"],
+        use_mirroring=options["mirroring"],
+        device=torch.device(options["device"]),
         allow_tqdm=False,
     )
     os.environ.setdefault("nnUNet_extTrainer", str(PLUGIN_FOLDER))  # where stock finds the trainer of our models
-    predictor.initialize_from_trained_model_folder(str(model), options.folds, options.checkpoint_name)
+    predictor.initialize_from_trained_model_folder(str(model), options["folds"])
     predictor.predict_from_files(
         str(images), str(output), num_processes_preprocessing=workers, num_processes_segmentation_export=workers
     )
@@ -128,13 +126,11 @@ def main() -> None:
     parser.add_argument("--step-size", type=float, default=0.5)
     parser.add_argument("--no-mirroring", action="store_true")
     arguments = parser.parse_args()
-    options = PredictOptions(
-        step_size=arguments.step_size,
-        mirroring=not arguments.no_mirroring,
-        device=arguments.device,
-        overwrite=True,
-        progress=lambda line: None,
-    )
+    options = {
+        "step_size": arguments.step_size,
+        "mirroring": not arguments.no_mirroring,
+        "device": arguments.device,
+    }
     with tempfile.TemporaryDirectory() as place:
         model, images = arguments.model, arguments.images
         if model is None or images is None:

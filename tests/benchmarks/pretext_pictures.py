@@ -76,7 +76,7 @@ def make_task(name: str) -> tuple[PretextTask, ItemTransform]:
     """The task with its default settings on a small network; on the ResEnc U-Net where it works there."""
     task_class = find_task(name)
     torch.manual_seed(0)
-    is_resenc = "resenc" in task_class.backbones
+    is_resenc = task_class.needs != "tokens"
     architecture = resenc(3, (8, 16, 32, 64), (1, 2, 2, 2)) if is_resenc else primus_architecture("CPU", PATCH)
     plans = {"plans_name": name, "configurations": {"3d": {"patch_size": list(PATCH), "architecture": architecture}}}
     config = task_class.Config()

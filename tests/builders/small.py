@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.jobs.preflight import read_raw_dataset
-from mfm_nnunet.study.design import Arm, Cell, StudyRequest
-from mfm_nnunet.study.folder import Question, Study, TestCase, begin_study, find_begun, write_folder
+from mfm_nnunet.requests import StudyRequest
+from mfm_nnunet.study.design import Arm, Cell
+from mfm_nnunet.study.folder import Question, Study, TestCase, begin_study, find_begun, write_study_folder
 
 NAME = "Dataset004_Small"
 NUM_CASES = 10
@@ -55,7 +56,7 @@ def begin(
     study, cells = begin_study(folder, request, dataset, arms, plans, find_begun(folder))
     study = dataclasses.replace(study, library=LIBRARY)
     if is_written:
-        write_folder(study, dataset)
+        write_study_folder(study, dataset)
         study.write()
     return study, cells
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from mfm_nnunet.jobs import train
+from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace
 from tests.builders.architectures import primus, resenc
@@ -91,6 +94,13 @@ def make(root: Path, num_cases: int = 6, block: MFMBlock | None = None) -> Works
     for index in range(num_cases):
         _write_case(base, f"subject-{index:02d}", np.random.default_rng(index))
     return workspace
+
+
+def run_training(
+    here: Workspace, dataset: str, configuration: str, fold: int | str, *, overrides: Sequence[str] = (), **options: Any
+) -> Path:
+    """Train a fold in a workspace that is already in use."""
+    return train.run_training(here, TrainRequest(dataset, configuration, fold, settings=overrides, **options))
 
 
 def _write_case(base: Path, name: str, rng: np.random.Generator) -> None:

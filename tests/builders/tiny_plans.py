@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import small_network
 import torch
 from torch import nn
 
@@ -12,11 +14,17 @@ from mfm_nnunet.models.networks import build_network
 from tests.builders.architectures import primus, resenc
 
 CONFIGURATION = "3d_fullres"
+ARCHITECTURES: dict[str, Callable[[Sequence[int]], dict[str, Any]]] = {
+    "resenc": lambda patch: resenc(len(patch), (8, 16, 16)),
+    "primus": primus,
+    "small": lambda patch: small_network.architecture("small", len(patch)),
+}
+"""The ``architecture`` of a tiny plan by family; "small" is the network of tests/packages."""
 
 
 def tiny_plans(family: str, patch_size: tuple[int, ...], **changes: Any) -> dict[str, Any]:
     """A plan with what ``build_network`` reads; ``changes`` go into the network's arguments."""
-    architecture = resenc(len(patch_size), (8, 16, 16)) if family == "resenc" else primus(patch_size)
+    architecture = ARCHITECTURES[family](patch_size)
     architecture["arch_kwargs"].update(changes)
     configuration = {"patch_size": list(patch_size), "architecture": architecture}
     return {"plans_name": "mfmPlans", "configurations": {CONFIGURATION: configuration}}

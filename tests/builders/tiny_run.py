@@ -15,6 +15,7 @@ import numpy as np
 
 from mfm_nnunet import workspace
 from mfm_nnunet.jobs.pretrain import pretrain_here
+from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
 from tests.builders.architectures import primus, resenc
@@ -48,17 +49,13 @@ def prepare(folder: Path, family: str = "resenc", num_cases: int = 6) -> Workspa
 
 
 def run(here: Workspace, task: str = "mae", settings: tuple[str, ...] = (), **changes: Any) -> Path:
-    arguments = {
-        "dataset_name": NAME,
-        "configuration": CONFIGURATION,
-        "plans_name": "mfmPlans",
-        "pretext": task,
-        "settings": (*SETTINGS, *settings),
-        "continue_training": False,
-        "device": "cpu",
-        "run_name": None,
-    }
-    return pretrain_here(here, **{**arguments, **changes})
+    return pretrain_here(here, request(task, settings, **changes))
+
+
+def request(task: str = "mae", settings: tuple[str, ...] = (), **changes: Any) -> PretrainRequest:
+    """The request of a tiny run."""
+    options = {"pretext": task, "settings": (*SETTINGS, *settings), "device": "cpu", **changes}
+    return PretrainRequest(options.pop("dataset", NAME), options.pop("configuration", CONFIGURATION), **options)
 
 
 if __name__ == "__main__":

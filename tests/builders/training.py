@@ -13,13 +13,13 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from mfm_nnunet import checkpoint
 from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune.fold import Fold
+from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
 from tests.builders.architectures import resenc
+from tests.builders.tiny import run_training
 
 CPU = torch.device("cpu")
 STEM = "encoder.stem.convs.0.conv.weight"
@@ -58,7 +58,7 @@ def pretrained_file(folder: Path, architecture: dict[str, Any] | None = None, nu
 
 def first_batches(trainer: MFMTrainer) -> Iterator[dict[str, Any]]:
     """The batches of training, from the first one on."""
-    return Fold(trainer).training_batches(0)
+    return FoldRun(trainer).training_batches(0)
 
 
 def take_step(trainer: MFMTrainer, batch: dict[str, Any] | None = None, number: int = 0) -> float:

@@ -19,9 +19,9 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from mfm_nnunet import api, checkpoint
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.workspace import use
 from tests.builders import synthetic
+from tests.builders.tiny import run_training
 
 CPU = torch.device("cpu")
 FINETUNE = ("finetune.epochs=1", "finetune.iterations_per_epoch=4", "finetune.validation_iterations=1", "num_workers=0")

@@ -21,6 +21,7 @@ from mfm_nnunet.engine.pretraining import choose_dtype
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.jobs.pretrain import launch, split_subjects
 from mfm_nnunet.processes import STOP_SIGNALS
+from mfm_nnunet.requests import PretrainRequest
 from tests.builders.groups import started, wait_for_end
 from tests.builders.tiny_run import NAME, prepare, run
 
@@ -250,11 +251,9 @@ def test_automatic_precision_does_not_take_emulated_bf16(monkeypatch: pytest.Mon
 
 def test_errors_of_child_processes_are_raised_as_they_were(tmp_path: Path) -> None:
     here = prepare(tmp_path, num_cases=1)
-    arguments = {"dataset_name": NAME, "configuration": "3d_fullres", "plans_name": "mfmPlans", "pretext": "mae"}
-    rest = {"settings": (), "continue_training": False, "device": "cpu", "run_name": None}
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(MFMError, match="single subject"):
-        launch(2, here, {**arguments, **rest})
+        launch(here, PretrainRequest(NAME, "3d_fullres", device="cpu", num_gpus=2))
     # A left handler makes child processes of later work raise, and hang, when they are told to end.
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
 
@@ -264,13 +263,11 @@ import argparse, sys
 from pathlib import Path
 from mfm_nnunet.cli.run import run_command
 from mfm_nnunet.jobs.pretrain import launch
-from tests.builders.tiny_run import NAME, prepare
+from tests.builders.tiny_run import prepare, request
 
 def job(arguments):
-    names = {"dataset_name": NAME, "configuration": "3d_fullres", "plans_name": "mfmPlans", "pretext": "mae"}
     settings = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=100000", "num_workers=1")
-    rest = {"settings": settings, "continue_training": False, "device": "cpu", "run_name": None}
-    launch(2, prepare(Path(sys.argv[1])), {**names, **rest})
+    launch(prepare(Path(sys.argv[1])), request("mae", settings, num_gpus=2))
 
 if __name__ == "__main__":
     sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[1], debug=False)))

@@ -21,6 +21,7 @@ from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.engine.optim import WeightAverage
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
+from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.jobs import pretrain
 from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models import backbone as backbones
@@ -32,7 +33,7 @@ from mfm_nnunet.tasks.base import PretextTask, list_tasks
 from mfm_nnunet.tasks.mae import MAE
 from tests.builders.tasks import make_batch, make_task
 from tests.builders.tiny_plans import tiny_backbone, tiny_network
-from tests.builders.tiny_run import CONFIGURATION, prepare, run
+from tests.builders.tiny_run import CONFIGURATION, prepare, request, run
 from tests.engine.test_engine import run_folder, same, start, weights
 
 PATCH = (16, 16, 16)
@@ -119,11 +120,9 @@ def test_illegal_values_are_refused_before_anything_is_written(
 
 
 def test_a_batch_must_be_shared_evenly_by_the_processes(tmp_path: Path) -> None:
-    names = ("dataset_name", "configuration", "plans_name", "pretext", "continue_training", "device", "run_name")
-    values = ("Dataset700_Tiny", CONFIGURATION, "mfmPlans", "mae", False, "cpu", None)
-    settings = {"settings": ("pretrain.batch_size=4", "pretrain.accumulation=2")}
+    settings = ("pretrain.batch_size=4", "pretrain.accumulation=2")
     with pytest.raises(MFMError, match=r"batch_size=4: must be a multiple of .* the 3 processes"):
-        pretrain.launch(3, prepare(tmp_path), {**dict(zip(names, values)), **settings})
+        pretrain.launch(prepare(tmp_path), request("mae", settings, num_gpus=3))
 
 
 class _TwoAtLeast(MAE):
@@ -445,7 +444,7 @@ def test_an_untrained_decoder_is_not_shipped(tmp_path: Path, family: str, monkey
     assert planned["configurations"][CONFIGURATION]["architecture"] == architecture
 
     network = build_network(content["mfm"]["plans"], CONFIGURATION, 1, 3, deep_supervision=family == "resenc")
-    _, report = transfer(final, network)
+    report = transfer(read_checkpoint(final), network)
     assert report.encoder_share == 1
     assert not report.ignored
     assert report.new

@@ -27,8 +27,8 @@ from mfm_nnunet.engine.probe import (
     features_at,
     fit_logistic,
     in_words,
+    label_volume,
     linear_labeller,
-    predict,
     prepare,
 )
 from mfm_nnunet.errors import MFMError
@@ -38,6 +38,7 @@ from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.processes import ALONE
 from mfm_nnunet.reports.progress import plot_progress
+from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.settings import ProbeSettings
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny_run
@@ -75,24 +76,13 @@ def here(tmp_path: Path, shared_data: Path) -> Workspace:
     return here
 
 
-def arguments(*settings: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "dataset_name": tiny_run.NAME,
-        "configuration": tiny_run.CONFIGURATION,
-        "plans_name": "mfmPlans",
-        "pretext": "mae",
-        "settings": (*tiny_run.SETTINGS, *settings),
-        "continue_training": False,
-        "device": "cpu",
-        "run_name": None,
-        "probe": 4,
-        **changes,
-    }
+def request(*settings: str, **changes: Any) -> PretrainRequest:
+    return tiny_run.request("mae", settings, **{"probe": 4, **changes})
 
 
 def prepared(here: Workspace, *settings: str, **changes: Any) -> Probe:
     """A probe whose cases are preprocessed."""
-    probe = check(here, **arguments(*settings, **changes)).probe
+    probe = check(here, request(*settings, **changes)).probe
     assert probe is not None
     prepare(probe, ALONE)
     return probe
@@ -173,7 +163,7 @@ def test_a_run_that_was_killed_goes_on_with_its_probe(here: Workspace, monkeypat
 def test_only_the_main_process_probes(here: Workspace) -> None:
     settings = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=2", "probe.max_cases=2")
     alone = tiny_run.run(here, settings=settings, probe=4)
-    shared = launch(2, here, arguments(*settings, run_name="two"))
+    shared = launch(here, request(*settings, run_name="two", num_gpus=2))
     assert rows(shared)[0]["probe_dice"] == pytest.approx(rows(alone)[0]["probe_dice"], abs=0.02)
 
 
@@ -181,7 +171,7 @@ def test_only_the_main_process_probes(here: Workspace) -> None:
 def test_an_error_of_the_main_process_reaches_the_user(here: Workspace, shared_data: Path) -> None:
     add_labelled(here, shared_data, labels={"background": 0, "Anterior": 1})
     with pytest.raises(MFMError, match="E_LABEL_VALUE"):
-        launch(2, here, arguments())
+        launch(here, request(num_gpus=2))
 
 
 # What a probe measures
@@ -224,7 +214,7 @@ def measured(probe: Probe, network: nn.Module) -> dict[str, float | None]:
 
 def test_runs_begun_when_probes_could_fine_tune_are_continued(here: Workspace) -> None:
     """They saved two more settings, without effect on a linear probe."""
-    probe = check(here, **arguments()).probe
+    probe = check(here, request()).probe
     assert probe is not None
     saved = {"every": 10, "kind": "linear", "max_cases": 20, "steps": 200, "learning_rate": 1e-3}
     assert {name: value for name, value in probe.description().items() if name in saved} == saved
@@ -289,7 +279,7 @@ def test_features_that_contain_the_label_give_a_dice_of_one(patch: tuple[int, ..
     label = linear_labeller(_Oracle(patch), volumes, 3, np.random.default_rng(0))
     for volume in volumes:
         with torch.no_grad():
-            predicted = predict(label, volume)
+            predicted = label_volume(label, volume)
         for value in (1, 2):
             score = dice(volume.labels, predicted, (value,), ignore=-1)
             assert score == 1 or np.isnan(score)
@@ -370,21 +360,21 @@ def test_the_settings_page_lists_them() -> None:
 def test_split_by_subject(here: Workspace, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [Case(f"{subject}{scan}", (), Path("label"), subject) for subject in "abcdefg" for scan in range(2)]
     monkeypatch.setattr(probing.corpus, "load_cases", lambda folder: cases)
-    probe = check(here, **arguments("probe.max_cases=12")).probe
+    probe = check(here, request("probe.max_cases=12")).probe
     assert probe is not None
     fit, held_out = ({case.subject for case in part} for part in (probe.fit, probe.held_out))
     assert len(fit) == 4
     assert len(held_out) == 2
     assert fit.isdisjoint(held_out)
-    again = check(here, **arguments("probe.max_cases=12")).probe
-    other = check(here, **arguments("probe.max_cases=12", "seed=1")).probe
+    again = check(here, request("probe.max_cases=12")).probe
+    other = check(here, request("probe.max_cases=12", "seed=1")).probe
     assert again is not None
     assert other is not None
     assert (probe.fit, probe.held_out) == (again.fit, again.held_out)
     assert other.held_out != probe.held_out
     cases[2:] = []
     cases[1] = replace(cases[1], subject="b")
-    smallest = check(here, **arguments()).probe
+    smallest = check(here, request()).probe
     assert smallest is not None
     assert (len(smallest.fit), len(smallest.held_out)) == (1, 1)
 
@@ -410,7 +400,7 @@ def test_data_of_another_plan_are_not_replaced(here: Workspace) -> None:
 
 
 def test_the_ignored_value_is_no_class(here: Workspace) -> None:
-    probe = check(here, **arguments()).probe
+    probe = check(here, request()).probe
     assert probe is not None
     labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
     assert replace(probe, dataset=DatasetJson.of({"labels": labels})).num_classes == 3

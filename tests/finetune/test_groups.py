@@ -17,11 +17,12 @@ from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.loading import make_loaders, seeded
 from mfm_nnunet.finetune.settings import advise, advise_as_begun, require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.families import family_named, family_of
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
+from tests.builders.tiny import run_training
+from tests.builders.tiny_plans import tiny_network
 from tests.builders.training import (
     WITHOUT_LOSS,
     first_batches,
@@ -85,10 +86,8 @@ def test_layer_decay_of_primus() -> None:
     assert scales["eva.pos_embed"] == scales["down_projection.proj.weight"] == 0.25
     assert scales["eva.norm.weight"] == scales["up_projection.decode.0.0.weight"] == 1
     assert [group.scale for group in decayed] == [1, 0.5, 0.25]
-    deep = nn.Module()
-    deep.eva = nn.Module()
-    deep.eva.blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(4))
-    assert [groups.layer_scale(f"eva.blocks.{i}.weight", deep, 0.5) for i in range(4)] == [0.5**4, 0.5**3, 0.5**2, 0.5]
+    deep = tiny_network("primus", (16, 16, 16), eva_depth=4)
+    assert [groups.layer_scale(f"eva.blocks.{i}.norm", deep, 0.5) for i in range(4)] == [0.5**4, 0.5**3, 0.5**2, 0.5]
 
 
 def test_holding_still() -> None:

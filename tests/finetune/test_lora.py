@@ -17,7 +17,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune import lora
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.families import family_of
-from mfm_nnunet.predict.predictor import load_model
+from mfm_nnunet.prediction.predictor import load_model
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny

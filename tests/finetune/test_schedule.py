@@ -13,7 +13,7 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.engine.optim import learning_rate_factor
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune.fold import Fold
+from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.groups import EpochSchedule, Group, Phases, rate_factor
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.transfer import unwrapped
@@ -309,7 +309,7 @@ def test_under_data_parallelism_a_run_is_the_same(
             request.getfixturevalue("process_group")
             trainer.network, trainer.is_ddp = torch.nn.parallel.DistributedDataParallel(trainer.network), True
             trainer.prepare(trainer.new_weights)
-        network, fold = unwrapped(trainer.network), Fold(trainer)
+        network, fold = unwrapped(trainer.network), FoldRun(trainer)
         for epoch in range(4):
             fold.begin_epoch(epoch)
             take_step(trainer, batch)
@@ -334,7 +334,7 @@ def test_outputs_that_nothing_uses_do_not_stop_data_parallelism(
     )
     trainer.network, trainer.is_ddp = torch.nn.parallel.DistributedDataParallel(network), True  # as nnU-Net: at once
     trainer.prepare(None)
-    Fold(trainer).begin_epoch(0)
+    FoldRun(trainer).begin_epoch(0)
     for _ in range(3):
         take_step(trainer, batch)
     assert len(unwrapped(trainer.network).decoder.seg_layers) == 2  # type: ignore[union-attr, arg-type]
@@ -346,7 +346,7 @@ def test_compiled_code_notices_that_the_encoder_learns_from_now_on(here: Workspa
     trainer.prepare(trainer.new_weights)
     stem = dict(unwrapped(trainer.network).named_parameters())[STEM]
     batch = next(first_batches(trainer))
-    stems, fold = [stem.detach().clone()], Fold(trainer)
+    stems, fold = [stem.detach().clone()], FoldRun(trainer)
     for epoch in range(4):
         fold.begin_epoch(epoch)
         take_step(trainer, batch)

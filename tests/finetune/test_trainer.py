@@ -33,18 +33,18 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.finetune import validation
-from mfm_nnunet.finetune.fold import Fold
+from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.loading import SeededBatches, make_loaders, read_batches, seed_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models.precision import require_scaled_fp16
-from mfm_nnunet.predict.model import Model
+from mfm_nnunet.prediction.model import Model
 from mfm_nnunet.processes import STOP_SIGNALS, stop_on_signal
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.builders import tiny
 from tests.builders.architectures import resenc
 from tests.builders.damage import overwrite_middle
+from tests.builders.tiny import run_training
 from tests.builders.training import CPU, first_batches, make_trainer, pretrained_file, refused, take_step, train
 
 SHORT = ("finetune.epochs=1", "finetune.iterations_per_epoch=1")
@@ -638,7 +638,7 @@ def test_a_signal_stops_after_the_step(
 def test_a_stopped_run_says_how_it_goes_on(here: Workspace, epoch: int, advice: str) -> None:
     trainer = make_trainer()
     trainer.current_epoch = epoch
-    assert advice in Fold(trainer).save_early()
+    assert advice in FoldRun(trainer).save_early()
 
 
 def test_a_signal_stops_the_validation_within_a_case(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

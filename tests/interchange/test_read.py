@@ -115,7 +115,8 @@ def test_decoders_come_along_where_there_are_any(tmp_path: Path) -> None:
 
 def test_what_is_not_ours_is_reported_by_name(tmp_path: Path) -> None:
     file = foreign.OPENMIND["ResEncL-OpenMind-VoCo"]().write(tmp_path)
-    reading, report = transfer(file, network_for(read_checkpoint(file).mfm))
+    reading = read_checkpoint(file)
+    report = transfer(reading, network_for(reading.mfm))
     assert reading.layout == "nnssl"
     assert "projector.layer1.0.weight" in {entry.name for entry in report.ignored}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 
-from mfm_nnunet import api
+from mfm_nnunet import api, checkpoint
+from mfm_nnunet.interchange import foreign as foreign_files
 from mfm_nnunet.interchange.read import convert, read_checkpoint
 from tests.builders import foreign, synthetic
 
@@ -49,6 +51,24 @@ def foreign_file(family: str, patch: tuple[int, ...], folder: Path) -> Path:
     return foreign.Released(content, network, patch).write(folder)
 
 
+def count_readings(file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count from now on how often ``file`` is loaded and hashed."""
+    counts = {"load": 0, "sha256": 0}
+
+    def count(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def counting(path: Any) -> Any:
+            counts[name] += Path(path) == file
+            return original(path)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(checkpoint, "load")
+    count(foreign_files, "sha256")
+    return counts
+
+
 @pytest.mark.parametrize(
     ("family", "num_channels", "patch"),
     [
@@ -69,10 +89,12 @@ def test_from_a_foreign_file_to_masks(
         file = tmp_path / "imported.pth"
     (planned,) = api.plan_and_preprocess([NAME], like=file, workspace=tmp_path, num_processes=1)
     assert planned.plans["configurations"]["3d_fullres"]["patch_size"] == list(patch)
+    read = count_readings(file, monkeypatch)
     fold = api.train(
         NAME, "3d_fullres", "all", plans_name=planned.plans["plans_name"], pretrained_weights=file, settings=SETTINGS,
         workspace=tmp_path, device="cpu",
     )  # fmt: skip
+    assert read == {"load": 1, "sha256": 1}, "large files take minutes to load, and to hash"
     report = json.loads((fold / "transfer.json").read_text())
     assert report["encoder_share"] == 1.0
     assert [entry["how"].partition(":")[0] for entry in report["adapted"]] == ["1 -> 3 input channels"] * (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mfm_nnunet import api
+import mfm_nnunet
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_a_corpus_of_ct_alone_is_normalised_as_ct(tmp_path: Path, modalities: tu
             voxels = np.random.default_rng(number).normal(-500, 300, (16, 18, 20)).astype(np.float32)
             sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / f"{number}.nii.gz"))
             writer.writerow((f"{number}.nii.gz", modality))
-    (plan,) = api.plan_and_preprocess(
+    (plan,) = mfm_nnunet.plan_and_preprocess(
         [701], images=tmp_path / "scans.csv", workspace=tmp_path / "ws", num_processes=1, preprocess=False
     )
     configuration = json.loads(plan.file.read_text())["configurations"]["3d_fullres"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -14,7 +15,6 @@ import sys
 import time
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.errors import CasesFailedError, MFMError, StoppedError
 from mfm_nnunet.jobs import predict
-from mfm_nnunet.jobs.predict import PredictOptions, PredictReport, predict_folder
-from mfm_nnunet.predict import cases, journal
-from mfm_nnunet.predict.model import Model
+from mfm_nnunet.jobs.predict import PredictReport
+from mfm_nnunet.prediction import cases, journal
+from mfm_nnunet.prediction.model import Model
+from mfm_nnunet.requests import PredictRequest
 from tests.builders.groups import started
 from tests.builders.tiny_model import dataset_json, save_model, stock_predictor, tiny_plans, voxels_of, write_scan
 
-CPU = PredictOptions(device="cpu", step_size=1.0)
 BOOKKEEPING = {"cases.jsonl", "dataset.json", "plans.json", "predict_from_raw_data_args.json"}
 
 
@@ -58,10 +58,14 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def _failed(model: Path, source: Path, out: Path, options: PredictOptions = CPU) -> dict[str, str]:
+def predict_folder(model: Path, source: Path, out: Path, **options: Any) -> PredictReport:
+    return predict.predict(source, out, model_folder=model, **{"device": "cpu", "step_size": 1.0, **options})
+
+
+def _failed(model: Path, source: Path, out: Path, **options: Any) -> dict[str, str]:
     """Code of each failed case."""
     with pytest.raises(CasesFailedError) as caught:
-        predict_folder(model, source, out, options)
+        predict_folder(model, source, out, **options)
     return {failure.case: failure.code for failure in caught.value.failures}
 
 
@@ -85,7 +89,7 @@ def _stock(predictor: nnUNetPredictor, files: list[list[Path]], out: Path, endin
 def test_masks_are_those_of_stock_with_the_geometry_of_the_scan(
     model: Path, scans: Path, out: Path, tmp_path: Path
 ) -> None:
-    report = predict_folder(model, scans, out, PredictOptions(device="cpu"))
+    report = predict_folder(model, scans, out, step_size=0.5)
     assert report == PredictReport(["a", "b.1", "c c"], [], [], out)
     assert {file.name for file in out.iterdir()} == BOOKKEEPING | {"a.nii.gz", "b.1.nii.gz", "c c.nii.gz"}
     files = [[file] for file in sorted(scans.iterdir())]
@@ -124,7 +128,7 @@ def test_masks_of_real_scans_are_those_of_stock(
     sizes = nibabel.load(files[0]).header.get_zooms()
     spacing = [2.5 * float(size) for size in reversed(sizes[:3])] if dataset != "Dataset004_Hippocampus" else (1.1,) * 3
     folder = save_model(tmp_path / "m", tiny_plans(spacing=spacing), dataset_json())
-    predict_folder(folder, source, out, CPU)
+    predict_folder(folder, source, out)
     stock = _stock(
         stock_predictor(folder, step_size=1.0), [[f] for f in sorted(source.iterdir())], tmp_path / "stock", ".nii.gz"
     )
@@ -139,7 +143,7 @@ def test_masks_of_real_scans_are_those_of_stock(
 
 def test_one_bad_case_costs_no_other(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
     clean = tmp_path / "clean"
-    predict_folder(model, scans, clean, CPU)
+    predict_folder(model, scans, clean)
     mixed = Path(shutil.copytree(scans, tmp_path / "mixed"))
     whole = (scans / "a_0000.nii.gz").read_bytes()
     bad = {
@@ -192,12 +196,12 @@ def test_errors_say_how_many_cases_there_were(model: Path, scans: Path, out: Pat
     source = Path(shutil.copytree(scans, tmp_path / "scans"))
     (source / "a_0000.nii.gz").write_bytes(b"")
     with pytest.raises(CasesFailedError, match="1 of 3 cases failed") as caught:
-        predict_folder(model, source, out, CPU)
+        predict_folder(model, source, out)
     assert caught.value.num_cases == 3
 
 
 def test_the_journal_tells_where_a_mask_comes_from(model: Path, scans: Path, out: Path) -> None:
-    predict_folder(model, scans, out, CPU)
+    predict_folder(model, scans, out)
     lines = _journal(out)
     assert {line["status"] for line in lines} == {"started", "publishing", "done"}
     assert [line["case"] for line in lines if line["status"] == "done"] == ["a", "b.1", "c c"]
@@ -218,11 +222,11 @@ def test_the_journal_tells_where_a_mask_comes_from(model: Path, scans: Path, out
 def test_a_folder_that_is_not_empty_is_left_alone(model: Path, scans: Path, out: Path) -> None:
     out.mkdir()
     (out / "a.nii.gz").write_bytes(b"drawn by hand")
-    for options in (CPU, replace(CPU, resume=True)):
+    for resume in (False, True):
         with pytest.raises(MFMError, match="E_EXISTS"):
-            predict_folder(model, scans, out, options)
+            predict_folder(model, scans, out, resume=resume)
         assert [file.read_bytes() for file in out.iterdir()] == [b"drawn by hand"]
-    report = predict_folder(model, scans, out, replace(CPU, overwrite=True))
+    report = predict_folder(model, scans, out, overwrite=True)
     assert report.done == ["a", "b.1", "c c"]
     assert voxels_of(out / "a.nii.gz").shape == (22, 19, 17)
 
@@ -234,16 +238,15 @@ def test_resuming_keeps_what_is_done_and_does_the_rest(model: Path, scans: Path,
     assert _failed(model, source, out) == {"b.1": "E_EMPTY"}
     first = _masks(out)
     (source / "b.1_0000.nii.gz").write_bytes(whole)
-    resume = replace(CPU, resume=True)
-    report = predict_folder(model, source, out, resume)
+    report = predict_folder(model, source, out, resume=True)
     assert (report.done, report.skipped) == (["b.1"], ["a", "c c"])
     assert {name: mask for name, mask in _masks(out).items() if name in first} == first
     (out / "a.nii.gz").unlink()
-    report = predict_folder(model, source, out, resume)
+    report = predict_folder(model, source, out, resume=True)
     assert (report.done, report.skipped) == (["a"], ["b.1", "c c"])
     assert _masks(out)["a.nii.gz"] == first["a.nii.gz"]
     write_scan(source / "c c_0000.nii.gz", 77)
-    report = predict_folder(model, source, out, resume)
+    report = predict_folder(model, source, out, resume=True)
     assert (report.done, report.skipped) == (["c c"], ["a", "b.1"])
     assert _masks(out)["c c.nii.gz"] != first["c c.nii.gz"]
 
@@ -251,33 +254,32 @@ def test_resuming_keeps_what_is_done_and_does_the_rest(model: Path, scans: Path,
 def test_masks_of_two_models_are_not_mixed(
     model: Path, scans: Path, out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
+    predict_folder(model, scans, out, save_probabilities=True)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     labels = {"background": 0, "b": 1, "a": 2}
     other = save_model(tmp_path / "m", tiny_plans(spacing=(1.0, 1.0, 1.0)), dataset_json(labels))
-    resume = replace(CPU, resume=True)
     with pytest.raises(MFMError, match=r"E_EXISTS.*another model.*--overwrite"):
-        predict_folder(other, scans, out, resume)
+        predict_folder(other, scans, out, resume=True)
     with pytest.raises(MFMError, match=r"E_EXISTS.*mirroring was True, is False"):
-        predict_folder(model, scans, out, replace(resume, save_probabilities=True, mirroring=False))
+        predict_folder(model, scans, out, resume=True, save_probabilities=True, mirroring=False)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     source = tmp_path / "scans"
     source.mkdir()
     for name in ("a_0000.nii.gz", "b.1_0000.nii.gz"):
         shutil.copy(scans / name, source)
     with caplog.at_level("WARNING"):
-        assert predict_folder(other, source, out, replace(CPU, overwrite=True)).done == ["a", "b.1"]
+        assert predict_folder(other, source, out, overwrite=True).done == ["a", "b.1"]
     assert "1 masks stay that are not of this input (c c.nii.gz)" in caplog.text
     assert sorted(file.name for file in out.iterdir() if file.suffix in (".npz", ".pkl")) == ["c c.npz", "c c.pkl"]
     assert json.loads((out / "dataset.json").read_text())["labels"] == labels
-    assert predict_folder(other, source, out, resume).skipped == ["a", "b.1"]
+    assert predict_folder(other, source, out, resume=True).skipped == ["a", "b.1"]
 
 
 def test_a_killed_run_that_replaces_masks_goes_on(
     model: Path, scans: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The masks of the model before are known and replaced, their probabilities too."""
-    predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
+    predict_folder(model, scans, out, save_probabilities=True)
     other = save_model(tmp_path / "m", tiny_plans(spacing=(1.0, 1.0, 1.0)), dataset_json())
     publish = predict.publish
 
@@ -289,25 +291,25 @@ def test_a_killed_run_that_replaces_masks_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(predict, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
-            predict_folder(other, scans, out, replace(CPU, overwrite=True))
-    report = predict_folder(other, scans, out, replace(CPU, resume=True))
+            predict_folder(other, scans, out, overwrite=True)
+    report = predict_folder(other, scans, out, resume=True)
     assert (sorted(report.done), report.skipped) == (["b.1", "c c"], ["a"])
     assert not [*out.glob("*.npz"), *out.glob("*.pkl")]
     clean = tmp_path / "clean"
-    predict_folder(other, scans, clean, CPU)
+    predict_folder(other, scans, clean)
     assert _masks(out) == _masks(clean)
 
 
 def test_masks_that_were_edited_are_not_replaced(model: Path, scans: Path, out: Path) -> None:
-    predict_folder(model, scans, out, CPU)
+    predict_folder(model, scans, out)
     before = _masks(out)
     edited = gzip.compress(gzip.decompress(before["a.nii.gz"])[:-1] + b"\1")
     (out / "a.nii.gz").write_bytes(edited)
     (out / "c c.nii.gz").unlink()
-    assert _failed(model, scans, out, replace(CPU, resume=True)) == {"a": "E_CHANGED"}
+    assert _failed(model, scans, out, resume=True) == {"a": "E_CHANGED"}
     assert (out / "a.nii.gz").read_bytes() == edited
     assert _masks(out)["c c.nii.gz"] == before["c c.nii.gz"]
-    assert predict_folder(model, scans, out, replace(CPU, overwrite=True)).done == ["a", "b.1", "c c"]
+    assert predict_folder(model, scans, out, overwrite=True).done == ["a", "b.1", "c c"]
     assert _masks(out) == before
 
 
@@ -316,7 +318,7 @@ def test_a_killed_run_goes_on_with_the_same_result(
     model: Path, scans: Path, out: Path, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = tmp_path / "clean"
-    predict_folder(model, scans, clean, CPU)
+    predict_folder(model, scans, clean)
     publish, published = predict.publish, []
 
     def killed(stage: Path, folder: Path) -> None:
@@ -331,12 +333,12 @@ def test_a_killed_run_goes_on_with_the_same_result(
     with monkeypatch.context() as patch:
         patch.setattr(predict, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
-            predict_folder(model, scans, out, CPU)
+            predict_folder(model, scans, out)
     assert _masks(out).keys() == ({"a.nii.gz"} if moment == "before renaming" else {"a.nii.gz", "b.1.nii.gz"})
     if moment == "within a line":
         with open(out / "cases.jsonl", "ab") as file:
             file.write(b'{"case": "c c", "sta')
-    report = predict_folder(model, scans, out, replace(CPU, resume=True))
+    report = predict_folder(model, scans, out, resume=True)
     assert report.skipped == (["a"] if moment == "before renaming" else ["a", "b.1"])
     assert _masks(out) == _masks(clean)
     assert {file.name for file in out.iterdir()} == BOOKKEEPING | set(_masks(clean))
@@ -356,21 +358,21 @@ def prepare_or_die(model, case, options):
     return prepare(model, case, options)
 
 predict.prepare_case = prepare_or_die
-predict.predict_folder(*arguments)
+model, scans, out, options = arguments
+predict.predict(scans, out, model_folder=model, **options)
 """
 
 
 def test_a_case_that_kills_the_process_costs_no_other(model: Path, scans: Path, out: Path) -> None:
-    resume = replace(CPU, resume=True)
     for run, masks in ((0, set()), (1, {"a.nii.gz", "c c.nii.gz"})):
-        content = pickle.dumps(((model, scans, out, resume), "b.1"))
+        content = pickle.dumps(((model, scans, out, {"device": "cpu", "step_size": 1.0, "resume": True}), "b.1"))
         process = subprocess.run([sys.executable, "-c", KILLED], input=content, timeout=120, check=False)
         assert process.returncode == -signal.SIGKILL
         assert _masks(out).keys() >= masks, f"run {run}"
     with pytest.raises(CasesFailedError, match="died 2 times") as caught:
-        predict_folder(model, scans, out, resume)
+        predict_folder(model, scans, out, resume=True)
     assert [(failure.case, failure.code) for failure in caught.value.failures] == [("b.1", "E_PROCESS_DIED")]
-    assert predict_folder(model, scans, out, resume).done == ["b.1"]
+    assert predict_folder(model, scans, out, resume=True).done == ["b.1"]
 
 
 STOPPED = """
@@ -386,7 +388,7 @@ def hang(*arguments):
     threading.Event().wait(600)
 
 predict.prepare_case = hang
-job = lambda arguments: predict.predict_folder(model, scans, out, options)
+job = lambda arguments: predict.predict(scans, out, model_folder=model, **options)
 sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[1] + ".w", debug=False)))
 """
 
@@ -398,7 +400,7 @@ def test_a_signal_does_not_wait_for_a_reader(
     """A damaged file may keep a reader busy for ever; a run that was stopped suspects no case."""
     script, arguments, ready = tmp_path / "predict.py", tmp_path / "arguments", tmp_path / "ready"
     script.write_text(STOPPED)
-    arguments.write_bytes(pickle.dumps((model, scans, out, CPU, ready)))
+    arguments.write_bytes(pickle.dumps((model, scans, out, {"device": "cpu", "step_size": 1.0}, ready)))
     process = started(script, arguments)
     until = time.monotonic() + 120
     while not ready.exists() and time.monotonic() < until:
@@ -421,9 +423,9 @@ def test_a_run_that_was_stopped_suspects_no_case(
         patch.setattr(Model, "predict_logits", stop)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
-                predict_folder(model, scans, out, replace(CPU, resume=True))
+                predict_folder(model, scans, out, resume=True)
     assert {line["case"] for line in _journal(out) if line["status"] == "stopped"} == {"a", "b.1"}
-    assert predict_folder(model, scans, out, replace(CPU, resume=True)).done == ["a", "b.1", "c c"]
+    assert predict_folder(model, scans, out, resume=True).done == ["a", "b.1", "c c"]
 
 
 def test_interruptions_are_not_taken_for_bad_cases(
@@ -436,7 +438,7 @@ def test_interruptions_are_not_taken_for_bad_cases(
 
         monkeypatch.setattr(Model, "predict_logits", stop)
         with pytest.raises(type(error)):
-            predict_folder(model, scans, out.with_name(f"out{number}"), CPU)
+            predict_folder(model, scans, out.with_name(f"out{number}"))
 
 
 def test_errors_inside_are_told_apart(model: Path, scans: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +457,7 @@ def test_errors_inside_are_told_apart(model: Path, scans: Path, out: Path, monke
         assert _failed(model, scans, out) == {"a": "E_OOM", "b.1": "E_INTERNAL"}
     assert len(calls) == 3  # nothing was tried twice
     assert "device-side assert" in (out / "errors" / "b.1.txt").read_text()
-    assert predict_folder(model, scans, out, replace(CPU, resume=True)).done == ["a", "b.1"]
+    assert predict_folder(model, scans, out, resume=True).done == ["a", "b.1"]
     assert not (out / "errors" / "b.1.txt").exists()
 
 
@@ -478,20 +480,20 @@ def test_what_cannot_be_read_or_written_costs_its_own_case(
     with monkeypatch.context() as patch:
         patch.setattr(cases, "sha256", unreadable)
         (out / "a.nii.gz").unlink()
-        assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
+        assert _failed(model, source, out, resume=True) == {"b.1": "E_NOT_FOUND"}
     assert (out / "a.nii.gz").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(journal, "sha256", unreadable)
-        assert _failed(model, source, out, replace(CPU, resume=True)) == {"b.1": "E_NOT_FOUND"}
+        assert _failed(model, source, out, resume=True) == {"b.1": "E_NOT_FOUND"}
 
-    def breaks(loaded: Model, case: Any, options: PredictOptions) -> Any:
+    def breaks(loaded: Model, case: Any, options: PredictRequest) -> Any:
         raise KeyError(case.name)
 
     (out / "errors").write_text("a file where the folder of reports should be")
-    assert predict_folder(model, scans, out, replace(CPU, overwrite=True)).done == ["a", "b.1", "c c"]
+    assert predict_folder(model, scans, out, overwrite=True).done == ["a", "b.1", "c c"]
     monkeypatch.setattr(predict, "prepare_case", breaks)
     with pytest.raises(CasesFailedError) as caught:
-        predict_folder(model, source, out, replace(CPU, overwrite=True))
+        predict_folder(model, source, out, overwrite=True)
     assert [failure.code for failure in caught.value.failures] == ["E_INTERNAL"] * 3
     assert all("Traceback" in failure.details for failure in caught.value.failures)
 
@@ -501,7 +503,7 @@ def test_errors_of_the_reading_thread_belong_to_their_case(
 ) -> None:
     prepare = predict.prepare_case
 
-    def fails(loaded: Model, case: Any, options: PredictOptions) -> Any:
+    def fails(loaded: Model, case: Any, options: PredictRequest) -> Any:
         if case.name == "b.1":
             raise MemoryError
         return prepare(loaded, case, options)
@@ -525,7 +527,7 @@ def test_a_full_disk_stops_everything_and_leaves_no_half_mask(
 
     def until_it_is_full() -> None:
         for _ in range(4):  # replace is called less often than fsync
-            predict_folder(model, scans, out, replace(CPU, overwrite=True))
+            predict_folder(model, scans, out, overwrite=True)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, where, full_at_last)
@@ -533,7 +535,7 @@ def test_a_full_disk_stops_everything_and_leaves_no_half_mask(
             until_it_is_full()
     assert not list(out.glob(".partial_*"))
     assert all(nibabel.load(out / name).get_fdata().size for name in _masks(out))
-    report = predict_folder(model, scans, out, replace(CPU, resume=True))
+    report = predict_folder(model, scans, out, resume=True)
     assert sorted(report.done + report.skipped) == ["a", "b.1", "c c"]
 
 
@@ -588,49 +590,53 @@ def test_a_scan_that_is_replaced_after_it_was_read_does_not_lend_its_geometry(
         return predict(self, *arguments, **options)
 
     monkeypatch.setattr(Model, "predict_logits", replaced_meanwhile)
-    predict_folder(model, source, out, CPU)
+    predict_folder(model, source, out)
     assert np.array_equal(nibabel.load(out / "a.nii.gz").affine, before)
 
 
-def test_a_second_run_on_the_same_folder_waits_its_turn(model: Path, scans: Path, out: Path) -> None:
-    lines: list[str] = []
+def test_a_second_run_on_the_same_folder_is_refused(
+    model: Path, scans: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class SecondRun(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with pytest.raises(MFMError, match="another run"):
+                predict_folder(model, scans, out, resume=True)
 
-    def second(line: str) -> None:
-        lines.append(line)
-        with pytest.raises(MFMError, match="another run"):
-            predict_folder(model, scans, out, replace(CPU, resume=True))
-
-    assert predict_folder(model, scans, out, replace(CPU, progress=second)).done == ["a", "b.1", "c c"]
+    predict.logger.addHandler(handler := SecondRun())
+    with caplog.at_level("INFO", "mfm_nnunet.jobs.predict"):
+        assert predict_folder(model, scans, out).done == ["a", "b.1", "c c"]
+    predict.logger.removeHandler(handler)
+    lines = [record.getMessage() for record in caplog.records if record.name == predict.logger.name]
     assert [line.split(":")[0] for line in lines] == ["1 of 3  a", "2 of 3  b.1", "3 of 3  c c"]
 
 
 def test_parts_share_a_folder(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
     clean = tmp_path / "clean"
-    predict_folder(model, scans, clean, CPU)
+    predict_folder(model, scans, clean)
     for part, names in ((1, ["b.1"]), (0, ["a", "c c"])):
-        options = replace(CPU, num_parts=2, part_id=part)
-        assert predict_folder(model, scans, out, options).done == names
+        options = {"num_parts": 2, "part_id": part}
+        assert predict_folder(model, scans, out, **options).done == names
         with pytest.raises(MFMError, match="E_EXISTS"):
-            predict_folder(model, scans, out, options)
-        assert predict_folder(model, scans, out, replace(options, resume=True)).skipped == names
+            predict_folder(model, scans, out, **options)
+        assert predict_folder(model, scans, out, resume=True, **options).skipped == names
     assert _masks(out) == _masks(clean)
     assert [line["status"] for line in _journal(out, "cases_1of2.jsonl")] == ["started", "publishing", "done"]
-    assert predict_folder(model, scans, out, replace(CPU, resume=True)).skipped == ["a", "b.1", "c c"]
+    assert predict_folder(model, scans, out, resume=True).skipped == ["a", "b.1", "c c"]
     shared = tmp_path / "shared"
-    predict_folder(model, scans, shared, replace(CPU, num_parts=2))
+    predict_folder(model, scans, shared, num_parts=2)
     (shared / "notes.txt").write_text("mine")
     with pytest.raises(MFMError, match=r"E_EXISTS.*notes\.txt"):
-        predict_folder(model, scans, shared, replace(CPU, num_parts=2, part_id=1))
+        predict_folder(model, scans, shared, num_parts=2, part_id=1)
 
 
 def test_names_without_a_channel_number(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
     source = tmp_path / "plain"
     source.mkdir()
     shutil.copy(scans / "a_0000.nii.gz", source / "a.nii.gz")
-    assert predict_folder(model, source, out, CPU).done == ["a"]
+    assert predict_folder(model, source, out).done == ["a"]
     two = save_model(tmp_path / "m", tiny_plans(channels=2), dataset_json(channels=("T1", "T2")))
     with pytest.raises(MFMError, match=r"E_CHANNELS.*_0000\.nii\.gz \.\.\. <case>_0001\.nii\.gz"):
-        predict_folder(two, source, tmp_path / "out2", CPU)
+        predict_folder(two, source, tmp_path / "out2")
     (source / "b_0000.nii.gz").write_bytes((scans / "a_0000.nii.gz").read_bytes())
     assert _failed(model, source, tmp_path / "out3") == {"a.nii.gz": "E_CHANNELS"}
     assert not (tmp_path / "out2").exists()
@@ -644,7 +650,7 @@ def test_images_of_another_ending_are_not_left_out_silently(
     for name in ("a_0000.nii.gz", "b_0000.NII.GZ", "c_0000.nii", "d_0000.nrrd", "notes.txt"):
         shutil.copy(scans / "a_0000.nii.gz", source / name)
     with caplog.at_level("WARNING"), pytest.raises(CasesFailedError) as caught:
-        predict_folder(model, source, out, CPU)
+        predict_folder(model, source, out)
     assert {failure.case: failure.code for failure in caught.value.failures} == {
         "b_0000.NII.GZ": "E_FORMAT",
         "c_0000.nii": "E_FORMAT",
@@ -694,10 +700,10 @@ def test_a_channel_of_one_value_is_noted_with_the_mask(
         write_scan(source / f"{name}_0000.nii.gz")
         image = nibabel.load(write_scan(source / f"{name}_0001.nii.gz", 1))
     nibabel.save(nibabel.Nifti1Image(np.zeros(image.shape, np.int16), image.affine), source / "b_0001.nii.gz")
-    for options, done in ((CPU, ["a", "b"]), (replace(CPU, resume=True), [])):
+    for resume, done in ((False, ["a", "b"]), (True, [])):
         caplog.clear()
         with caplog.at_level("WARNING"):
-            report = predict_folder(folder, source, out, options)
+            report = predict_folder(folder, source, out, resume=resume)
         assert (report.done, report.warnings) == (done, ["b: channel 1 is 0 everywhere"])
         assert "b: channel 1 is 0 everywhere" in caplog.messages[-1]
     assert [line["warnings"] for line in _journal(out) if line["status"] == "done"] == [
@@ -712,14 +718,13 @@ def test_voxels_beside_their_header_are_part_of_the_scan(out: Path, tmp_path: Pa
     source = tmp_path / "scans"
     source.mkdir()
     write_scan(source / "a_0000.mhd")
-    assert predict_folder(folder, source, out, CPU).done == ["a"]
+    assert predict_folder(folder, source, out).done == ["a"]
     assert list(_journal(out)[-1]["input"]) == ["a_0000.mhd", "a_0000.raw"]
-    resume = replace(CPU, resume=True)
-    assert predict_folder(folder, source, out, resume).skipped == ["a"]
+    assert predict_folder(folder, source, out, resume=True).skipped == ["a"]
     before = (source / "a_0000.mhd").read_bytes()
     write_scan(source / "a_0000.mhd", seed=5)
     assert (source / "a_0000.mhd").read_bytes() == before
-    assert predict_folder(folder, source, out, resume).done == ["a"]
+    assert predict_folder(folder, source, out, resume=True).done == ["a"]
 
 
 def test_other_volumes_and_pictures(out: Path, tmp_path: Path) -> None:
@@ -737,7 +742,7 @@ def test_other_volumes_and_pictures(out: Path, tmp_path: Path) -> None:
             sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), str(source / "case_0000.png"))
         else:
             write_scan(source / "case_0000.nrrd")
-        assert predict_folder(folder, source, out / ending, CPU).done == ["case"]
+        assert predict_folder(folder, source, out / ending).done == ["case"]
         predictor = stock_predictor(folder, step_size=1.0)
         stock = _stock(predictor, [[source / f"case_0000{ending}"]], tmp_path / f"stock{ending}", ending)
         mask, expected = (place / f"case{ending}" for place in (out / ending, stock))
@@ -750,15 +755,14 @@ def test_a_cascade_takes_the_masks_of_the_previous_stage(scans: Path, out: Path,
     plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
     folder = save_model(tmp_path / "m", plans, dataset_json())
     with pytest.raises(MFMError, match=r"E_CONFIG.*3d_lowres"):
-        predict_folder(folder, scans, out, CPU)
+        predict_folder(folder, scans, out)
     previous = tmp_path / "lowres"
     previous.mkdir()
     for scan in sorted(scans.iterdir())[:2]:
         image = nibabel.load(scan)
         labels = (np.asarray(image.dataobj) > 100).astype(np.uint8)
         nibabel.save(nibabel.Nifti1Image(labels, image.affine), previous / scan.name.replace("_0000", ""))
-    options = replace(CPU, previous_stage=previous)
-    assert _failed(folder, scans, out, options) == {"c c": "E_NOT_FOUND"}
+    assert _failed(folder, scans, out, previous_stage=previous) == {"c c": "E_NOT_FOUND"}
     stock = _stock(
         stock_predictor(folder, step_size=1.0), [[file] for file in sorted(scans.iterdir())[:2]], tmp_path / "stock",
         ".nii.gz", folder_with_segs_from_prev_stage=str(previous),
@@ -766,7 +770,9 @@ def test_a_cascade_takes_the_masks_of_the_previous_stage(scans: Path, out: Path,
     for name in _masks(stock):
         assert np.array_equal(voxels_of(out / name), voxels_of(stock / name))
     with pytest.raises(MFMError, match="E_CONFIG"):
-        predict_folder(save_model(tmp_path / "n", tiny_plans(), dataset_json()), scans, tmp_path / "o", options)
+        predict_folder(
+            save_model(tmp_path / "n", tiny_plans(), dataset_json()), scans, tmp_path / "o", previous_stage=previous
+        )
 
 
 def test_masks_of_a_previous_stage_that_are_of_another_scan(scans: Path, out: Path, tmp_path: Path) -> None:
@@ -781,16 +787,15 @@ def test_masks_of_a_previous_stage_that_are_of_another_scan(scans: Path, out: Pa
         affine[2, 3] += shift
         labels = label * (np.asarray(image.dataobj) > 100).astype(np.uint8)
         nibabel.save(nibabel.Nifti1Image(labels, affine), previous / f"{name}.nii.gz")
-    options = replace(CPU, previous_stage=previous)
-    assert _failed(folder, scans, out, options) == {"b.1": "E_LABEL_GEOMETRY", "c c": "E_LABEL_VALUE"}
+    assert _failed(folder, scans, out, previous_stage=previous) == {"b.1": "E_LABEL_GEOMETRY", "c c": "E_LABEL_VALUE"}
     assert _masks(out).keys() == {"a.nii.gz"}
     with pytest.raises(MFMError, match=r"E_CONFIG.*previous stage"):
-        predict_folder(folder, scans, previous, replace(options, overwrite=True))
+        predict_folder(folder, scans, previous, previous_stage=previous, overwrite=True)
 
 
 def test_probabilities_can_be_ensembled_by_stock(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    predict_folder(model, scans, out, replace(CPU, save_probabilities=True))
+    predict_folder(model, scans, out, save_probabilities=True)
     files = [[scans / "a_0000.nii.gz"]]
     stock = _stock(stock_predictor(model, step_size=1.0), files, tmp_path / "stock", ".nii.gz", save_probabilities=True)
     ours, theirs = (np.load(place / "a.npz")["probabilities"] for place in (out, stock))
@@ -805,10 +810,10 @@ def test_probabilities_can_be_ensembled_by_stock(model: Path, scans: Path, out: 
     labels = manager.get_label_manager(json.loads((out / "dataset.json").read_text()))
     merge_files(pair, str(tmp_path / "merged"), ".nii.gz", manager.image_reader_writer_class(), labels)
     assert np.array_equal(voxels_of(tmp_path / "merged.nii.gz"), voxels_of(out / "a.nii.gz"))
-    report = predict_folder(model, scans, out, replace(CPU, save_probabilities=True, resume=True))
+    report = predict_folder(model, scans, out, save_probabilities=True, resume=True)
     assert report.skipped == ["a", "b.1", "c c"]
     (out / "a.npz").unlink()
-    report = predict_folder(model, scans, out, replace(CPU, save_probabilities=True, resume=True))
+    report = predict_folder(model, scans, out, save_probabilities=True, resume=True)
     assert report.done == ["a"]
 
 
@@ -822,22 +827,22 @@ def test_unusable_folders_and_options_are_refused_before_anything_is_written(
     (other / "scan.NII").write_bytes(b"x")
     file = tmp_path / "file"
     file.write_bytes(b"x")
-    wrong: list[tuple[Path, Path, PredictOptions, str]] = [
-        (tmp_path / "nowhere", out, CPU, r"E_NOT_FOUND.*nowhere"),
-        (empty, out, CPU, r"E_NOT_FOUND.*_0000\.nii\.gz"),
-        (other, out, CPU, r"E_NOT_FOUND.*scan\.NII"),
-        (scans, scans, CPU, "E_CONFIG"),
-        (scans, scans / "masks", CPU, "E_CONFIG"),
-        (scans, model, replace(CPU, overwrite=True), "E_CONFIG"),
-        (scans, file, CPU, "E_EXISTS"),
-        (scans, out, replace(CPU, step_size=0.0), "E_CONFIG"),
-        (scans, out, replace(CPU, num_parts=2, part_id=2), "E_CONFIG"),
-        (scans, out, replace(CPU, overwrite=True, resume=True), "E_CONFIG"),
-        (scans, out, replace(CPU, device="gpu"), "E_CONFIG"),
-        (scans, out, replace(CPU, folds=(3,)), "E_NOT_FOUND"),
+    wrong: list[tuple[Path, Path, dict[str, Any], str]] = [
+        (tmp_path / "nowhere", out, {}, r"E_NOT_FOUND.*nowhere"),
+        (empty, out, {}, r"E_NOT_FOUND.*_0000\.nii\.gz"),
+        (other, out, {}, r"E_NOT_FOUND.*scan\.NII"),
+        (scans, scans, {}, "E_CONFIG"),
+        (scans, scans / "masks", {}, "E_CONFIG"),
+        (scans, model, {"overwrite": True}, "E_CONFIG"),
+        (scans, file, {}, "E_EXISTS"),
+        (scans, out, {"step_size": 0.0}, "E_CONFIG"),
+        (scans, out, {"num_parts": 2, "part_id": 2}, "E_CONFIG"),
+        (scans, out, {"overwrite": True, "resume": True}, "E_CONFIG"),
+        (scans, out, {"device": "gpu"}, "E_CONFIG"),
+        (scans, out, {"folds": (3,)}, "E_NOT_FOUND"),
     ]
     for source, target, options, message in wrong:
         with pytest.raises(MFMError, match=message):
-            predict_folder(model, source, target, options)
+            predict_folder(model, source, target, **options)
     assert not out.exists()
     assert not (scans / "masks").exists()

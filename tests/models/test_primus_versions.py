@@ -16,7 +16,6 @@ from mfm_nnunet import checkpoint, workspace
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.jobs.plan import check_request, plan
-from mfm_nnunet.jobs.train import run_training
 from mfm_nnunet.models import transfer
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.families import Sizing, family_named, family_of
@@ -26,13 +25,14 @@ from mfm_nnunet.models.primus import PRIMUS_SIZES, REFERENCE_OUTPUTS, PrimusSeg,
 from mfm_nnunet.models.primus_family import _token_size, primus_architecture
 from mfm_nnunet.models.tokens import TokenBackbone
 from mfm_nnunet.models.transfer import transfer_weights
-from mfm_nnunet.planning.request import PlanRequest
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.masks import draw_hidden
 from tests.builders import tiny as finetune_tiny
 from tests.builders import tiny_run
 from tests.builders.architectures import primus
 from tests.builders.tasks import make_batch
+from tests.builders.tiny import run_training
 from tests.builders.tiny_data import HIPPOCAMPUS, pretrained_checkpoint, workspace_with
 from tests.builders.tiny_plans import CONFIGURATION, tiny_backbone, tiny_network, tiny_plans
 from tests.models.test_memory import really_kept
@@ -333,7 +333,7 @@ def test_from_pretraining_to_a_fine_tuned_model(version: int, tmp_path: Path) ->
 
 def make(root: Path, network: Any, **request: Any) -> Any:
     with workspace_with(root, "Dataset004_X", **HIPPOCAMPUS) as here:
-        wanted = PlanRequest(network=network, **request)
+        wanted = PlanRequest(["Dataset004_X"], network=network, **request)
         return plan(here, "Dataset004_X", wanted, check_request(wanted))
 
 

@@ -16,7 +16,7 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.unet import PLAIN
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.planning import like, planner
-from mfm_nnunet.planning.request import PlanRequest
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.settings import block_of
 from tests.builders.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, pretrained_checkpoint, workspace_with
 
@@ -33,7 +33,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def corpus_plan(root: Path, data: dict[str, Any], channels: tuple[str, ...] = ("MRI",), **request: Any) -> PlanResult:
     """The plan of an unlabelled corpus."""
     with workspace_with(root, CORPUS, **data, channels=channels, is_corpus=True) as here:
-        return plan(here, CORPUS, PlanRequest(**request))
+        return plan(here, CORPUS, PlanRequest([CORPUS], **request))
 
 
 def plan_like(
@@ -41,7 +41,7 @@ def plan_like(
 ) -> PlanResult:
     """The plan of a labelled data set like the checkpoint ``file``."""
     with workspace_with(root, TARGET, **data, channels=channels) as here:
-        wanted = PlanRequest(like=file, **request)
+        wanted = PlanRequest([TARGET], like=file, **request)
         return plan(here, TARGET, wanted, check_request(wanted))
 
 

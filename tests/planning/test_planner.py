@@ -23,8 +23,8 @@ from mfm_nnunet.files import to_plain
 from mfm_nnunet.jobs.plan import PlanResult, check_request, plan
 from mfm_nnunet.planning import planner
 from mfm_nnunet.planning.planner import MFMPlanner
-from mfm_nnunet.planning.request import PlanRequest
 from mfm_nnunet.planning.table import format_table
+from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.settings import block_of
 from tests.builders.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, workspace_with, write_json
 
@@ -41,7 +41,7 @@ def make(root: Path, data: dict[str, Any], **request: Any) -> PlanResult:
     """The plan for a data set of :mod:`tests.builders.tiny_data`."""
     options = {key: request.pop(key) for key in ("channels", "is_corpus", "relative_size") if key in request}
     with workspace_with(root, NAME, **data, **options) as here:
-        wanted = PlanRequest(**request)
+        wanted = PlanRequest([NAME], **request)
         return plan(here, NAME, wanted, check_request(wanted))
 
 
@@ -271,7 +271,7 @@ def test_planning_does_not_depend_on_the_number_of_augmentation_processes(
         else:
             monkeypatch.setitem(os.environ, "nnUNet_n_proc_DA", processes)
         threads = torch.get_num_threads()
-        plan(here, NAME, PlanRequest(configurations=("2d",)))
+        plan(here, NAME, PlanRequest([NAME], configurations=("2d",)))
         assert torch.get_num_threads() == threads
 
 
@@ -279,10 +279,10 @@ def test_a_missing_fingerprint_or_data_set_is_named(tmp_path: Path) -> None:
     with workspace_with(tmp_path, NAME, **HIPPOCAMPUS) as here:
         (here.preprocessed / NAME / "dataset_fingerprint.json").unlink()
         with pytest.raises(MFMError, match=r"dataset_fingerprint\.json") as caught:
-            plan(here, NAME, PlanRequest())
+            plan(here, NAME, PlanRequest([NAME]))
         assert caught.value.code == "E_NOT_FOUND"
         with pytest.raises(MFMError, match=r"dataset\.json") as caught:
-            plan(here, "Dataset099_None", PlanRequest())
+            plan(here, "Dataset099_None", PlanRequest([NAME]))
         assert caught.value.code == "E_NOT_FOUND"
 
 
@@ -397,7 +397,7 @@ def test_the_plan_names_the_reader_of_the_fingerprint(tmp_path: Path) -> None:
     with workspace_with(tmp_path, NAME, **HIPPOCAMPUS) as here:
         file = here.preprocessed / NAME / "dataset_fingerprint.json"
         write_json(file, {**json.loads(file.read_text()), "mfm": {"reader": "NibabelIO"}})
-        assert plan(here, NAME, PlanRequest()).plans["image_reader_writer"] == "NibabelIO"
+        assert plan(here, NAME, PlanRequest([NAME])).plans["image_reader_writer"] == "NibabelIO"
 
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])
@@ -420,6 +420,6 @@ def test_the_real_hippocampus_fits_into_the_patch(tmp_path: Path, shared_data: P
         fingerprint, _ = extract_fingerprint(load_cases(here.raw / name)[:20], dataset_json)
         (here.preprocessed / name).mkdir(parents=True)
         write_json(here.preprocessed / name / "dataset_fingerprint.json", fingerprint)
-        own = plan(here, name, PlanRequest()).plans["configurations"]["3d_fullres"]
+        own = plan(here, name, PlanRequest([NAME])).plans["configurations"]["3d_fullres"]
     assert own["patch_size"] == [40, 56, 40]
     assert own["spacing"] == [1, 1, 1]

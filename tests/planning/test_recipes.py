@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -11,15 +12,17 @@ from typing import Any
 
 import pytest
 
-from mfm_nnunet import api
+import mfm_nnunet
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import settings as finetune_settings
 from mfm_nnunet.jobs import pretrain as launch
 from mfm_nnunet.jobs import train as finetune_run
 from mfm_nnunet.jobs.pretrain import PretrainRun
+from mfm_nnunet.models.families import family_named
 from mfm_nnunet.planning.recipes import FOLDER, Recipe, read_recipe, shipped_recipes
 from mfm_nnunet.tasks.base import find_task
+from tests.builders import tiny
 from tests.builders.tiny_run import CONFIGURATION, NAME, prepare
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,7 +65,7 @@ def test_shipped_recipe_has_only_settings_that_exist(recipe: Recipe) -> None:
     mfm_settings.require_legal(run.pretrain, "pretrain.")
     assert run.pretrain.batch_size >= task.smallest_batch(run.pretext)
     if recipe.network:
-        assert recipe.network in task.backbones
+        assert family_named(recipe.network).meets(task.needs)
 
 
 def test_shipped_recipe_is_honest_and_its_command_is_understood(
@@ -72,7 +75,7 @@ def test_shipped_recipe_is_honest_and_its_command_is_understood(
     seen: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     for name in ("pretrain", "train"):
-        monkeypatch.setattr(api, name, lambda *_, **words: seen.update(words) or tmp_path)
+        monkeypatch.setattr(mfm_nnunet, name, lambda *_, **words: seen.update(words) or tmp_path)
     words = shlex.split(recipe.command)
     assert importlib.import_module(words[0].replace("mfm_", "mfm_nnunet.cli.", 1)).main(words[1:]) == 0
     assert seen["recipe"] == recipe.file.stem
@@ -129,13 +132,15 @@ def test_unknown_names(tmp_path: Path) -> None:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[launch.Job]:
     """The jobs that pretraining would have done."""
     jobs: list[launch.Job] = []
-    monkeypatch.setattr(launch, "pretrain_here", lambda here, **words: jobs.append(launch.check(here, **words)))
+    monkeypatch.setattr(launch, "pretrain_here", lambda here, request: jobs.append(launch.check(here, request)))
     return jobs
 
 
 def pretrain(folder: Path, recipe: Any, pretext: str = "mae", *settings: str) -> None:
     prepare(folder)
-    api.pretrain(NAME, CONFIGURATION, pretext=pretext, workspace=folder, recipe=recipe, settings=settings, device="cpu")
+    mfm_nnunet.pretrain(
+        NAME, CONFIGURATION, pretext=pretext, workspace=folder, recipe=recipe, settings=settings, device="cpu"
+    )
 
 
 def test_default_then_plan_then_recipe_then_set(tmp_path: Path, checked: list[launch.Job]) -> None:
@@ -178,12 +183,12 @@ def test_a_wrong_recipe_names_its_file_and_the_setting(
 
 
 def test_fine_tuning_takes_a_recipe_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(finetune_run, "run_training", lambda *_, **words: seen.update(words))
-    prepare(tmp_path)
+    monkeypatch.setattr(finetune_run, "execute", lambda job: None)
+    tiny.make(tmp_path)
+    run = functools.partial(mfm_nnunet.train, tiny.NAME, CONFIGURATION, 0, workspace=tmp_path, device="cpu")
     file = write(tmp_path, {"finetune.epochs": 5, "finetune.deep_supervision": False})
-    api.train(NAME, CONFIGURATION, 0, workspace=tmp_path, recipe=file, settings=("finetune.epochs=6",))
-    block = finetune_settings.resolve(mfm_settings.MFMBlock(), seen["overrides"], None)
-    assert (block.finetune.epochs, block.finetune.deep_supervision) == (6, False)
+    folder = run(recipe=file, settings=("finetune.epochs=6",))
+    settings = json.loads((folder / "settings.json").read_text())["settings"]["finetune"]
+    assert (settings["epochs"], settings["deep_supervision"]) == (6, False)
     with pytest.raises(MFMError, match=r"mine\.json: pretrain\.epochs is a setting of mfm_pretrain"):
-        api.train(NAME, CONFIGURATION, 0, workspace=tmp_path, recipe=write(tmp_path, {"pretrain.epochs": 5}))
+        run(recipe=write(tmp_path, {"pretrain.epochs": 5}))

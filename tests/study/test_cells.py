@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from mfm_nnunet.errors import CasesFailedError, MFMError
+from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.study import cells, run
 from mfm_nnunet.study.cells import Slot, Step, all_steps, list_commands, run_cells, share_computer, steps_left
-from mfm_nnunet.study.design import Cell, StudyRequest
+from mfm_nnunet.study.design import Cell
 from mfm_nnunet.study.folder import Study, read_study
 from tests.builders import small
 from tests.builders.groups import wait_for_end
@@ -61,7 +62,7 @@ def train_all(
         )
 
     monkeypatch.setattr(run, "steps_left", steps)
-    request = StudyRequest(small.NAME, "3d_fullres", (), (), jobs=jobs, device="cpu")
+    request = StudyRequest(small.NAME, "3d_fullres", labels=(), arms=(), jobs=jobs, device="cpu")
     lock = os.open(study.folder, os.O_RDONLY)
     run.train_cells(study, list(study.asked) if wanted is None else wanted, request, [], lock)
     os.close(lock)
@@ -90,7 +91,7 @@ def test_a_study_in_a_folder_whose_name_is_no_utf_8(tmp_path: Path, monkeypatch:
     study, asked = small.begin(root, {"scratch": small.SCRATCH}, labels=("1",))
     step = Step("training", (sys.executable, "-c", "import sys; sys.exit('E_OOM  ' + sys.argv[1])", str(root)))
     monkeypatch.setattr(run, "steps_left", lambda *_: iter([step]))
-    request = StudyRequest(small.NAME, "3d_fullres", (), (), jobs=1, device="cpu")
+    request = StudyRequest(small.NAME, "3d_fullres", labels=(), arms=(), jobs=1, device="cpu")
     with pytest.raises(CasesFailedError), cells.lock_folder(study.folder) as lock:
         run.train_cells(study, asked, request, [], lock)
     for file in (study.folder / "commands.sh", next((study.folder / "logs").iterdir())):

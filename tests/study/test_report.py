@@ -36,7 +36,7 @@ RESULTS = results(
 
 
 def summarised(study: Study, found: Mapping[Cell, Any], *failures: CaseFailure) -> Study:
-    return dataclasses.replace(study, results=summary.summarise(study, found, failures))
+    return dataclasses.replace(study, results=summary.summarise_study(study, found, failures))
 
 
 def row(study: Study, num_labels: int, arm: str) -> dict[str, Any]:

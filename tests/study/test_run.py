@@ -83,7 +83,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
     """Plan a study whose plan will be what is given; return the checkpoint that it was asked to be like."""
     small.write_raw(tmp_path)
     asked: list[Path | None] = []
-    monkeypatch.setattr(run, "preprocess", lambda *arguments: None)
+    monkeypatch.setattr(run, "preprocess_plan", lambda *arguments: None)
 
     def plan_study(study: Study, plans: dict[str, Any]) -> Path | None:
         def make(datasets: list[str], *, like: Path | None, plans_name: str, **others: Any) -> None:

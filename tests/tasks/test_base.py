@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.models.families import family_named
 from mfm_nnunet.tasks.base import PretextTask, find_task, list_tasks
 
 PRIVATE = """
+from mfm_nnunet.models.families import family_named
 from mfm_nnunet.tasks.base import PretextTask
 from mfm_nnunet.tasks.mae import MAE
 from mfm_nnunet.tasks.masks import MaskingConfig
@@ -33,7 +35,9 @@ def test_the_file_name_is_the_name_and_the_list_agrees_with_the_class() -> None:
         found = find_task(task.name)
         assert issubclass(found, PretextTask)
         assert found.name == task.name
-        assert (found.backbones, found.citations) == (task.backbones, task.citations)
+        assert (found.needs, found.citations) == (task.needs, task.citations)
+        built_in = {name: family_named(name) for name in ("resenc", "primus")}
+        assert task.backbones == tuple(name for name, family in built_in.items() if family.meets(task.needs))
 
 
 def test_listing_imports_no_torch() -> None:
@@ -74,6 +78,6 @@ def test_a_task_refuses_a_network_that_it_cannot_work_on(monkeypatch: pytest.Mon
     from tests.builders.tiny_plans import tiny_backbone
 
     task: Any = find_task("mae")
-    monkeypatch.setattr(task, "backbones", ("resenc",))
-    with pytest.raises(MFMError, match="works on resenc, the plan's network is primus"):
+    monkeypatch.setattr(task, "needs", "sparse encoder")
+    with pytest.raises(MFMError, match="sparse encoder, the plan's network is primus"):
         task(task.Config(), tiny_backbone("primus", (16, 16, 16)))

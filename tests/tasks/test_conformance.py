@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet import settings as mfm_settings
-from mfm_nnunet.models.families import family_of
+from mfm_nnunet.models.families import all_families, family_of
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.tasks.base import ItemTransform, PretextTask, find_task, list_tasks
 from tests.builders.tasks import make_batch, make_item, make_task, tissue
@@ -63,7 +63,7 @@ def cases() -> list[Any]:
     found = []
     for info in list_tasks():
         for number, setting in enumerate(VARIANTS.get(info.name, [""])):
-            for family in info.backbones:
+            for family in [family.name for family in all_families() if family.meets(info.needs)]:
                 for channels, patch in GRID[: 2 if number else 4]:
                     name = f"{info.name}-{setting}-{family}-{channels}c-{'x'.join(map(str, patch))}"
                     found.append(pytest.param(Case(find_task(info.name), setting, family, channels, patch), id=name))

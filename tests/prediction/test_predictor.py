@@ -14,7 +14,7 @@ import torch
 
 from mfm_nnunet.data import loops
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.predict.predictor import Model, load_model
+from mfm_nnunet.prediction.predictor import Model, load_model
 from tests.builders.tiny_model import REGIONS, dataset_json, save_model, stock_predictor, tiny_plans
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
+import mfm_nnunet
 from mfm_nnunet import device
 from mfm_nnunet.data import sizes
 from mfm_nnunet.data.sizes import Sizes, count_windows, prediction_bytes, preprocessing_bytes
 from mfm_nnunet.errors import CasesFailedError, MFMError
-from mfm_nnunet.jobs.predict import PredictOptions, predict_folder
 from tests.builders.tiny_model import dataset_json, save_model, tiny_plans
 
 PEAK = """
@@ -25,8 +25,8 @@ import json, re, sys
 from pathlib import Path
 import numpy as np, torch
 from mfm_nnunet.data.preprocess import preprocess_case_npy
-from mfm_nnunet.predict.logits import logits_to_mask
-from mfm_nnunet.predict.predictor import Model
+from mfm_nnunet.prediction.logits import logits_to_mask
+from mfm_nnunet.prediction.predictor import Model
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tests.builders.tiny_model import dataset_json, tiny_plans
 
@@ -134,7 +134,7 @@ def test_a_case_too_large_is_left_out_and_the_others_are_predicted(tmp_path: Pat
         (tmp_path / "in").mkdir(exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(voxels, np.diag([edge_mm] * 3 + [1])), tmp_path / "in" / f"{name}_0000.nii.gz")
     with pytest.raises(CasesFailedError) as caught:
-        predict_folder(model, tmp_path / "in", tmp_path / "out", PredictOptions(device="cpu", step_size=1.0))
+        mfm_nnunet.predict(tmp_path / "in", tmp_path / "out", model_folder=model, device="cpu", step_size=1.0)
     assert {failure.case: failure.code for failure in caught.value.failures} == {
         "wide": "E_TOO_LARGE",
         "wider": "E_TOO_LARGE",

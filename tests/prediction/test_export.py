@@ -21,8 +21,8 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.predict import export, geometry
-from mfm_nnunet.predict.logits import ResampledLogits, logits_to_mask, logits_to_probabilities
+from mfm_nnunet.prediction import export, geometry
+from mfm_nnunet.prediction.logits import ResampledLogits, logits_to_mask, logits_to_probabilities
 from tests.builders.tiny_model import REGIONS, SPLINE, THREE_LABELS, dataset_json, tiny_plans, voxels_of
 
 LABELS = {

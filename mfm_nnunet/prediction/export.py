@@ -21,8 +21,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from mfm_nnunet.checkpoint import disk_full, full_disk_named, is_disk_full, locked
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.predict import geometry
-from mfm_nnunet.predict.logits import logits_to_mask, logits_to_probabilities
+from mfm_nnunet.prediction import geometry
+from mfm_nnunet.prediction.logits import logits_to_mask, logits_to_probabilities
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import whole_number
 from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.plan import Plan, preprocessor_problem, read_plans
-from mfm_nnunet.predict.model import Model
+from mfm_nnunet.prediction.model import Model
 
 __all__ = ["Model", "load_model"]
 

@@ -9,19 +9,25 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.checkpoint import full_disk_named, sha256
 from mfm_nnunet.errors import MFMError, unreadable
-from mfm_nnunet.files import is_file_name, open_to_append, parse_json
+from mfm_nnunet.files import ending_of, is_file_name, open_to_append, parse_json
+from mfm_nnunet.prediction.export import STAGING_PREFIX
+from mfm_nnunet.requests import PredictRequest
 
 try:
     import fcntl
 except ImportError:  # only POSIX has it; without it two runs on one folder are the user's responsibility
     fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 STATUSES = ("started", "stopped", "publishing", "done", "failed")
 FIELDS = (
@@ -29,6 +35,9 @@ FIELDS = (
     "versions", "code", "reason",
 )  # fmt: skip
 """What a line may hold."""
+SETTINGS_FILE = "predict_from_raw_data_args.json"
+"""Name that nnU-Net gives to the file with the settings of a prediction."""
+ERROR_FOLDER = "errors"
 
 
 def journal_name(num_parts: int = 1, part_id: int = 0) -> str:
@@ -43,15 +52,15 @@ class Journal:
     """
 
     def __init__(self, folder: Path, num_parts: int = 1, part_id: int = 0) -> None:
-        self.file = folder / journal_name(num_parts, part_id)
+        self.folder, self.file = folder, folder / journal_name(num_parts, part_id)
         self.last: dict[str, dict[str, Any]] = {}
         """The newest line of each case."""
         self.written: dict[str, set[str]] = {}
         """All hashes that an output file of ours ever had, by file name."""
         self.starts: dict[str, int] = {}
-        """How often each case was started and ended in no way since, because the process was killed."""
+        """Number of starts of each case without a recorded end, i.e. times the process died on it."""
         self.newest: dict[str, Any] = {}
-        """The newest line of all: who worked on this folder last, with which settings."""
+        """The newest line of all: which model worked on this folder last, with which settings."""
         entries = [entry for file in sorted(folder.glob("cases*.jsonl")) for entry in _read(file)]
         for entry in sorted(entries, key=lambda entry: str(entry.get("time", ""))):
             self._take(entry)
@@ -71,11 +80,27 @@ class Journal:
         """Append a line; it is on the disk when this returns. Raises MFMError (E_DISK_FULL)."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         line = {"case": case, "status": status, **fields, "time": now}
+        self._take(line)  # first: a signal may arrive while the line is written
         self._append(json.dumps(line).encode() + b"\n")
-        self._take(line)
 
-    def is_done(self, case: str, folder: Path, names: Iterable[str], expected: Mapping[str, Any]) -> bool:
-        """Whether ``case`` was finished with the ``expected`` fields and its files are still those that were written.
+    def require_same_maker(self, identity: Mapping[str, Any]) -> None:
+        """Raise MFMError (E_EXISTS) when the masks in the folder were made by another model or with other settings."""
+        before = self.newest
+        if not self.written or all(before.get(key) == value for key, value in identity.items()):
+            return
+        maker = "another model"
+        if before.get("model") == identity["model"]:
+            old, new = before.get("settings", {}), identity["settings"]
+            changes = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
+            maker = f"other settings ({', '.join(changes)})"
+        raise MFMError(
+            "E_EXISTS",
+            f"{self.folder}: the masks in it were made with {maker}. Choose another folder, or replace them with "
+            "--overwrite.",
+        )
+
+    def is_done(self, case: str, names: Iterable[str], expected: Mapping[str, Any]) -> bool:
+        """Return whether ``case`` was finished with the ``expected`` fields and its files are those that were written.
 
         ``names`` are the files that would be written now. Raises MFMError: E_CHANGED when one of them was edited
         since, or is not ours: it is never overwritten silently; E_NOT_FOUND when one cannot be read.
@@ -84,17 +109,17 @@ class Journal:
         outputs = entry.get("output", {})
         present = {}
         for name in sorted({*names, *outputs}):
-            if os.path.isfile(folder / name):  # unlike Path.is_file, no error for a name that is too long
+            if os.path.isfile(self.folder / name):  # unlike Path.is_file, no error for a name that is too long
                 try:
-                    present[name] = sha256(folder / name)
+                    present[name] = sha256(self.folder / name)
                 except OSError as error:
-                    raise unreadable(folder / name, error) from error
+                    raise unreadable(self.folder / name, error) from error
         for name, digest in present.items():
             if digest not in self.written.get(name, set()):
                 raise MFMError(
                     "E_CHANGED",
-                    f"{folder / name} was edited after it was written, or was not written by this command. It was left "
-                    "as it is. Move it away, or predict again with --overwrite.",
+                    f"{self.folder / name} was edited after it was written, or was not written by this command. It was "
+                    "left as it is. Move it away, or predict again with --overwrite.",
                 )
         same = all(entry.get(name) == value for name, value in expected.items())
         return same and bool(outputs) and entry["status"] in ("done", "publishing") and present == outputs
@@ -121,7 +146,7 @@ class Journal:
             self._handle.close()
             raise MFMError(
                 "E_EXISTS",
-                f"{self.file.parent}: another run is writing to this folder. Wait for it, or choose another.",
+                f"{self.folder}: another run is writing to this folder. Wait for it, or choose another.",
             ) from error
         except OSError:
             return  # file systems without locks
@@ -149,3 +174,49 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
     has_warnings = isinstance(warnings, list) and all(isinstance(text, str) for text in warnings)
     is_known = isinstance(entry.get("case"), str) and entry.get("status") in STATUSES
     return is_known and has_outputs and has_warnings and isinstance(settings, dict)
+
+
+def check_output(folder: Path, other_cases: Sequence[str], request: PredictRequest) -> None:
+    """Raise MFMError (E_EXISTS) when something would be replaced, or mixed with what is there, unasked.
+
+    ``other_cases`` are those of the other parts of this run, which may be writing to the folder.
+    """
+    entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    entries = sorted(name for name in entries if not name.startswith(STAGING_PREFIX))
+    if not entries or request.overwrite:
+        return
+    if request.resume:
+        if not any(re.fullmatch(r"cases(_\d+of\d+)?\.jsonl", name) for name in entries):
+            raise MFMError(
+                "E_EXISTS", f"{folder}: not empty, and nothing to resume: it has no {journal_name()} of this command."
+            )
+        return
+    if request.num_parts > 1:
+        journals = {journal_name(request.num_parts, part) for part in range(request.num_parts)}
+        journals -= {journal_name(request.num_parts, request.part_id)}
+        shared = journals | {"dataset.json", "plans.json", SETTINGS_FILE, ERROR_FOLDER}
+        others = set(other_cases)
+        entries = [name for name in entries if name not in shared and not _belongs_to(name, others)]
+    if entries:
+        raise MFMError(
+            "E_EXISTS",
+            f"{folder}: the output folder is not empty ({len(entries)} entries, e.g. {entries[0]}). Choose another, or "
+            "continue with --resume, or replace what is there with --overwrite.",
+        )
+
+
+def warn_of_others(folder: Path, masks: set[str]) -> None:
+    """Name the images in the output folder that are none of ``masks``: they are not replaced."""
+    others = [file.name for file in folder.iterdir() if ending_of(file)] if folder.is_dir() else []
+    others = sorted(name for name in others if name not in masks and not name.startswith("."))
+    if others:
+        logger.warning(
+            "%s: %d masks stay that are not of this input (%s%s); dataset.json beside them is now that of this model",
+            folder, len(others), ", ".join(others[:3]), ", ..." if len(others) > 3 else "",
+        )  # fmt: skip
+
+
+def _belongs_to(file_name: str, cases: set[str]) -> bool:
+    """Return whether a file is named after one of ``cases`` (whose names may hold dots)."""
+    pieces = file_name.split(".")
+    return any(".".join(pieces[:count]) in cases for count in range(1, len(pieces)))

@@ -30,9 +30,9 @@ from mfm_nnunet.files import ending_of, inside, is_unicode, shown
 from mfm_nnunet.images import dicom
 from mfm_nnunet.images.integrity import files_of
 from mfm_nnunet.images.reading import check_label, read_image, read_label
-from mfm_nnunet.predict import geometry
-from mfm_nnunet.predict.model import Model
-from mfm_nnunet.predict.options import PredictOptions
+from mfm_nnunet.prediction import geometry
+from mfm_nnunet.prediction.model import Model
+from mfm_nnunet.requests import PredictRequest
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,10 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     return sorted(found, key=lambda item: item.case if isinstance(item, CaseFailure) else item.name)
 
 
-def prepare_case(model: Model, case: Case, options: PredictOptions | None = None) -> PreparedCase:
+def prepare_case(model: Model, case: Case, request: PredictRequest) -> PreparedCase:
     """Read and preprocess a case; the mask of a previous stage becomes further channels.
 
-    ``options`` decide how much memory and time the prediction will take. Raises MFMError: whatever the input gate
+    ``request`` decides how much memory and time the prediction will take. Raises MFMError: whatever the input gate
     refuses, E_CHANNELS, E_CHANGED when a file changed while it was read, E_TOO_LARGE before anything too large is
     resampled, and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
     """
@@ -127,7 +127,7 @@ def prepare_case(model: Model, case: Case, options: PredictOptions | None = None
     constant = [k for k, channel in enumerate(image) if len(case.images) > 1 and (channel == channel.flat[0]).all()]
     warnings = tuple(f"channel {k} is {image[k].flat[0]:g} everywhere" for k in constant)
     plans_manager, configuration_manager, label_manager = model.managers
-    require_size = functools.partial(_require_predictable, model, options or PredictOptions())
+    require_size = functools.partial(_require_predictable, model, request)
     with about(case.images[0]):
         x_CDHW, seg, properties = preprocess_case_npy(
             image, properties, mask, plans_manager, configuration_manager, model.dataset_json, require_size
@@ -139,14 +139,14 @@ def prepare_case(model: Model, case: Case, options: PredictOptions | None = None
     return PreparedCase(torch.from_numpy(x_CDHW), properties, input_hashes, header, warnings)
 
 
-def _require_predictable(model: Model, options: PredictOptions, sizes: Sizes) -> None:
+def _require_predictable(model: Model, request: PredictRequest, sizes: Sizes) -> None:
     """Raise MFMError (E_TOO_LARGE) for a case that the model cannot predict in the memory and time that there is."""
     require_predictable(
         sizes,
         model.label_manager.num_segmentation_heads,
-        count_windows(sizes.resampled, model.configuration_manager.patch_size, options.step_size),
+        count_windows(sizes.resampled, model.configuration_manager.patch_size, request.step_size),
         num_folds=len(model.weights),
-        probabilities=options.save_probabilities,
+        probabilities=request.save_probabilities,
     )
 
 

@@ -61,7 +61,7 @@ class Model:
 
     @property
     def managers(self) -> tuple[PlansManager, ConfigurationManager, LabelManager]:
-        """What :mod:`mfm_nnunet.predict.export` needs to know of the model."""
+        """What :mod:`mfm_nnunet.prediction.export` needs to know of the model."""
         return self.plans_manager, self.configuration_manager, self.label_manager
 
     @torch.inference_mode()

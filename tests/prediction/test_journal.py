@@ -10,7 +10,7 @@ import pytest
 
 from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.predict.journal import Journal
+from mfm_nnunet.prediction.journal import Journal
 
 GOOD: dict[str, Any] = {"case": "a", "status": "done", "output": {"a.nii.gz": "0" * 64}, "time": "2026-01-01"}
 LINES: list[Any] = [
@@ -32,7 +32,7 @@ def test_lines_that_no_run_wrote(line: Any, tmp_path: Path) -> None:
         assert set(journal.last) == {"b"}
         assert "self" not in journal.last["b"]
         with pytest.raises(MFMError, match="E_CHANGED"):
-            journal.is_done("a", tmp_path, ["a.nii.gz"], {})
+            journal.is_done("a", ["a.nii.gz"], {})
         journal.write(**{**journal.last["b"], "status": "done"})
         journal.write("c", "failed", reason="M\udcfcller")
     with Journal(tmp_path) as journal:
@@ -47,6 +47,6 @@ def test_a_journal_that_was_cut_off(tmp_path: Path) -> None:
         handle.write('{"case": "b", "sta')
     with Journal(tmp_path) as journal:
         journal.write("c", "started")
-        assert journal.is_done("a", tmp_path, ["a.nii.gz"], {})
+        assert journal.is_done("a", ["a.nii.gz"], {})
     with Journal(tmp_path) as journal:
         assert set(journal.last) == {"a", "c"}

@@ -1,0 +1,151 @@
+"""Requests of jobs: a frozen dataclass whose fields are the flags of a command and the parameters in Python.
+
+A field says its default, its flag, its help and its legal values once. Nothing heavy is imported here, so that
+``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import shown, whole_number
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a job. Raises MFMError (E_CONFIG) for a value that is not legal."""
+
+    _: KW_ONLY
+    workspace: str | Path | None = field(default=None, metadata={"help": "where everything lives"})
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, check = getattr(self, item.name), item.metadata.get("check")
+            if check is None or value is None:
+                continue
+            try:
+                object.__setattr__(self, item.name, check(value))
+            except ValueError as error:
+                words = value if isinstance(value, (list, tuple)) else [value]
+                given = f"{item.metadata['spellings'][0]} {shown(' '.join(map(str, words)))}"
+                raise MFMError("E_CONFIG", f"{given}: {str(error).removesuffix('.')}.") from None
+
+
+def flag(spellings: str, help_text: str, **details: Any) -> dict[str, Any]:
+    """Return the metadata of a field: the spellings of its flag, separated by spaces, its help, and more.
+
+    ``check`` turns a value into the legal one or raises ValueError; ``position=True`` also takes the value as a
+    positional argument; ``parts`` are the settings that ``--set`` takes; the others are argparse's.
+    """
+    return {"spellings": spellings.split(), "help": help_text, **details}
+
+
+def option(default: Any, spellings: str, help_text: str, **details: Any) -> Any:
+    """Return the field of an optional value; see :func:`flag`."""
+    return field(default=default, metadata=flag(spellings, help_text, **details))
+
+
+def takes(request: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
+    """Let a job take the fields of its request as parameters: ``train(4, "2d", 0)`` runs ``TrainRequest(4, "2d", 0)``.
+
+    Signature and documentation of the function show all fields.
+    """
+
+    def decorate(job: Callable[[R], T]) -> Callable[P, T]:
+        @functools.wraps(job)
+        def call(*arguments: P.args, **options: P.kwargs) -> T:
+            return job(request(*arguments, **options))
+
+        lines = [f"{item.name}: {item.metadata['help']}" for item in fields(request)]  # type: ignore[arg-type]
+        call.__doc__ = "\n".join([inspect.cleandoc(job.__doc__ or ""), "", *lines])
+        returned = inspect.signature(job).return_annotation
+        call.__signature__ = inspect.signature(request).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def assignments(examples: str, *parts: str) -> Any:
+    """Return the field of ``--set``, which takes these parts of the settings and those that belong to none."""
+    text = f"change a setting; several may follow, e.g. {examples}"
+    return option((), "--set", text, action="append", metavar="NAME=VALUE", parts=parts, check=each(_assignment))
+
+
+# Legal values
+
+
+def at_least_one(value: Any) -> int:
+    """Convert ``value`` to a whole number of at least 1."""
+    if number := whole_number(str(value)):
+        return number
+    raise ValueError("expected a number of at least 1")
+
+
+def number_between(low: float, high: float, rule: str) -> Callable[[Any], float]:
+    """Return a check for numbers above ``low`` up to ``high``; ``rule`` ends its message."""
+
+    def check(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not low < number <= high:
+            raise ValueError(f"expected a number {rule}")
+        return number
+
+    return check
+
+
+def to_fold(value: Any) -> int | str:
+    """Convert ``value`` to the number of a fold, or ``all``."""
+    number = whole_number(str(value))
+    if number is None and value != "all":
+        raise ValueError("expected a number from 0, or 'all'")
+    return "all" if number is None else number
+
+
+def one_of(*legal: str) -> Callable[[Any], str]:
+    """Return a check that names the nearest legal word."""
+
+    def check(value: Any) -> str:
+        if value not in legal:
+            raise ValueError(f"unknown. {nearest(str(value), legal)}")
+        return str(value)
+
+    return check
+
+
+def matching(pattern: str, rule: str) -> Callable[[str], str]:
+    """Return a check for names that match the whole ``pattern``; ``rule`` is its message."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(rule)
+        return value
+
+    return check
+
+
+def each(check: Callable[[Any], T]) -> Callable[[Sequence[Any]], tuple[T, ...]]:
+    """Return a check for sequences that applies ``check`` to each item."""
+    return lambda values: tuple(check(value) for value in values)
+
+
+def _assignment(value: str) -> str:
+    if not ASSIGNMENT.match(value):
+        raise ValueError("expected name=value")
+    return value

@@ -1,0 +1,50 @@
+"""Pretrained checkpoints of every layout that we read: describe, verify, convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from mfm_nnunet.errors import about
+from mfm_nnunet.interchange.folder import describe_text
+from mfm_nnunet.interchange.foreign import DESCRIBED, require_plan
+from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
+from mfm_nnunet.interchange.verify import require_whole
+
+TokenOrder = Literal["whd", "hwd"]
+
+
+def describe_checkpoint(address: str | Path, *, verify: bool = False, token_order: TokenOrder | None = None) -> str:
+    """Describe a checkpoint in lines: task, network, plan, corpus, licence, citation.
+
+    With ``verify`` its network is built and every tensor compared with it. ``token_order`` is for a foreign Primus
+    whose file does not say it. Raises MFMError for a file that cannot be read, is damaged, or is no whole network.
+    """
+    place = find_checkpoint(address)
+    reading = read_checkpoint(place, token_order)
+    with about(place):
+        require_plan(reading, *DESCRIBED)
+        if verify:
+            require_whole(reading.content)
+    return describe_text(reading)
+
+
+def convert_checkpoint(
+    address: str | Path,
+    output: str | Path,
+    *,
+    layout: Literal["pth", "folder", "nnssl"] = "folder",
+    licence: str | None = None,
+    token_order: TokenOrder | None = None,
+) -> Path:
+    """Write a checkpoint of any layout that we read in another one; returns ``output``.
+
+    ``pth`` is our own file, ``folder`` safetensors with JSON and a model card, ``nnssl`` a folder that nnU-Net's
+    development code reads. Raises MFMError as :func:`describe_checkpoint` does, E_EXISTS for an output that is there,
+    E_CONFIG for a network that the layout cannot express.
+    """
+    place = find_checkpoint(address)
+    with about(place):
+        hub_address = str(address) if str(address).startswith("hf://") else None
+        convert(place, Path(output), layout, licence, token_order, hub_address)
+    return Path(output)

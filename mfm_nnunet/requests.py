@@ -1,0 +1,374 @@
+"""The requests: what a user may ask of each job. See :mod:`mfm_nnunet.fields`."""
+
+# ruff: noqa: RUF009 (option makes a dataclass field)
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mfm_nnunet.errors import MFMError
+from mfm_nnunet.fields import (
+    Request,
+    assignments,
+    at_least_one,
+    each,
+    flag,
+    matching,
+    number_between,
+    one_of,
+    option,
+    to_fold,
+)
+from mfm_nnunet.files import is_file_name, whole_number
+
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
+"""All that nnU-Net ever plans; which of them a dataset gets is known only after its images were read."""
+SPACINGS = ("median", "onemm", "original")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+# Flags of several commands: their spellings and help
+DEVICE = "-device --device", "auto (default) takes a GPU where there is one; CUDA_VISIBLE_DEVICES chooses which"
+DATASET = "-d --dataset", "name or number of the dataset"
+CONFIGURATION = "-c --configuration", "configuration, e.g. 3d_fullres or 2d"
+PLANS = "-p --plans", "name of the plan"
+TRAINER = "-tr --trainer", "trainer class"
+
+
+def _spacing(value: Any) -> str | tuple[float, ...]:
+    words = [value] if isinstance(value, str) else list(value)
+    if len(words) == 1 and words[0] in SPACINGS:
+        return str(words[0])
+    try:
+        lengths = tuple(float(word) for word in words)
+    except (TypeError, ValueError):
+        lengths = ()
+    if len(lengths) != 3 or not all(1e-3 <= length <= 1e3 for length in lengths):
+        raise ValueError("expected median, onemm, original or three lengths in mm")
+    return lengths
+
+
+def _checkpoint_name(value: str) -> str:
+    if not is_file_name(value) or "*" in value:
+        raise ValueError("expected the name of a file in the fold folders, without a path")
+    return value
+
+
+def _part(value: Any) -> int:
+    number = whole_number(str(value))
+    if number is None:
+        raise ValueError("expected a number from 0")
+    return number
+
+
+@dataclass(frozen=True)
+class PlanRequest(Request):
+    """Plan and preprocess datasets; what is not given is derived from the data."""
+
+    datasets: Sequence[str | int] = field(
+        metadata=flag("-d --dataset", "numbers or names of datasets", nargs="+", metavar="ID")
+    )
+    _: KW_ONLY
+    images: str | Path | None = option(
+        None,
+        "--images",
+        "register unlabelled scans as dataset ID: a folder tree of NIfTI, NRRD, MHA or PNG files, a BIDS dataset or a "
+        "folder of several, a CSV (columns image or image_0, image_1 ...; optional case, subject, modality, dataset, "
+        "anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
+        metavar="SOURCE",
+    )
+    name: str | None = option(None, "--name", "name of the corpus that --images registers (default: Corpus)")
+    configurations: Sequence[str] | None = option(
+        None,
+        "-c --configuration",
+        "configurations to preprocess (default: all that are planned; for a corpus 3d_fullres, or 2d for 2D images)",
+        nargs="+",
+        metavar="CONFIG",
+        check=each(one_of(*CONFIGURATIONS)),
+    )
+    network: str = option(
+        "resenc",
+        "--network",
+        "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), or your own",
+    )
+    memory_gb: float | None = option(
+        None,
+        "--memory-gb -gpu_memory_target",
+        "memory that training may take (default: the GPU's, or a small preset for the CPU)",
+        metavar="G",
+        check=number_between(0, 1e6, "of GB above 0"),
+    )
+    spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = option(
+        "median",
+        "--spacing",
+        "median (default), onemm, original, or three lengths in mm, slices first as in nnU-Net (Z Y X)",
+        nargs="+",
+        metavar="S",
+        check=_spacing,
+    )
+    like: str | Path | None = option(
+        None,
+        "--like",
+        "take network, spacing, normalisation and axis order of a pretrained checkpoint",
+        metavar="CHECKPOINT",
+    )
+    plans_name: str | None = option(
+        None,
+        "-pl --plans-name",
+        "name of the plan (default: mfmPlans, mfmPrimusPlans, mfmPrimusV2Plans ..., or after the checkpoint)",
+        metavar="NAME",
+        check=matching(r"mfm[A-Za-z0-9_-]*", "names of our plans are mfm and then letters, digits, _ or -"),
+    )
+    num_processes: int | None = option(
+        None, "-np --num-processes", "number of processes (default: the CPU cores)", metavar="N", check=at_least_one
+    )
+    preprocess: bool = option(True, "--no_pp --no-preprocessing", "plan only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images is not None and len(self.datasets) != 1:
+            raise MFMError("E_CONFIG", "--images registers one corpus: give exactly one -d ID with it.")
+        if self.images is None and self.name is not None:
+            raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
+        if self.like is not None and self.spacing != "median":
+            raise MFMError("E_CONFIG", "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out.")
+
+
+@dataclass(frozen=True)
+class RunRequest(Request):
+    """What pretraining and training have in common."""
+
+    dataset: str | int = field(metadata=flag(*DATASET, metavar="DATASET", position=True))
+    configuration: str = field(metadata=flag(*CONFIGURATION, metavar="CONFIG", position=True))
+    _: KW_ONLY
+    plans_name: str = option("mfmPlans", *PLANS, metavar="PLANS")
+    recipe: str | Path | None = option(
+        None,
+        "--recipe",
+        "settings of a whole run: the name of a shipped recipe, or a .json file; --set wins over it",
+        metavar="NAME|FILE",
+    )
+    settings: Sequence[str] = ()
+    continue_training: bool = option(False, "--c", "continue a stopped or killed run where it was")
+    device: str = option("auto", *DEVICE, choices=DEVICES)
+    num_gpus: int = option(1, "-num_gpus --num-gpus", "number of GPUs", metavar="N", check=at_least_one)
+
+
+@dataclass(frozen=True)
+class PretrainRequest(RunRequest):
+    """Pretrain the network of a plan without labels."""
+
+    _: KW_ONLY
+    pretext: str = option(
+        "mae", "--pretext", "pretext task (default: mae); see --list, or the dotted name of your module", metavar="TASK"
+    )
+    run_name: str | None = option(
+        None,
+        "--run-name",
+        "end of the run folder's name, which sets the run apart from others of the same task and plan",
+        metavar="NAME",
+        check=matching(r"[A-Za-z0-9._+-]+", "expected a name of letters, digits, _ . + and -"),
+    )
+    probe: str | int | None = option(
+        None,
+        "--probe",
+        "labelled dataset; every few epochs a linear probe on it logs a Dice (off by default)",
+        metavar="DATASET",
+    )
+    settings: Sequence[str] = assignments("pretrain.epochs=300 pretrain.batch_size=4 seed=1", "pretrain")
+
+
+@dataclass(frozen=True)
+class TrainRequest(RunRequest):
+    """Train and validate one fold of a labelled dataset."""
+
+    fold: int | str = field(
+        metadata=flag("-f --fold", "number of the fold, or all", metavar="FOLD", position=True, check=to_fold)
+    )
+    _: KW_ONLY
+    trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
+    pretrained_weights: str | Path | None = option(
+        None,
+        "-pretrained_weights --pretrained-weights",
+        "start from these weights (default: from scratch)",
+        metavar="CHECKPOINT",
+    )
+    only_validate: bool = option(False, "--val", "only validate a run that is finished")
+    save_probabilities: bool = option(False, "--npz", "save the probabilities of the validation")
+    settings: Sequence[str] = assignments("finetune.epochs=200 finetune.learning_rate=1e-3 seed=1", "finetune")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.continue_training and self.only_validate:
+            raise MFMError("E_CONFIG", "--c continues a training, --val validates a finished one: give one of them.")
+        if self.num_gpus > 1 and self.device not in ("auto", "cuda"):
+            raise MFMError(
+                "E_CONFIG", f"-num_gpus {self.num_gpus} takes the first GPUs that are seen, not -device {self.device}."
+            )
+
+
+@dataclass(frozen=True)
+class PredictRequest(Request):
+    """Segment the images of a folder with a trained model."""
+
+    input_folder: str | Path = field(
+        metadata=flag(
+            "-i --input",
+            "folder of images, named as for nnU-Net (case_0000.nii.gz, case_0001.nii.gz ...: one file per channel)",
+            metavar="IN",
+        )
+    )
+    output_folder: str | Path = field(metadata=flag("-o --output", "folder for the masks", metavar="OUT"))
+    _: KW_ONLY
+    model_folder: str | Path | None = option(
+        None,
+        "-m --model",
+        "model folder with fold_* in it; or name the model by -d -c -f",
+        metavar="MODEL_FOLDER",
+    )
+    dataset: str | int | None = option(None, *DATASET, metavar="DATASET")
+    configuration: str | None = option(None, *CONFIGURATION, metavar="CONFIG")
+    folds: Sequence[int | str] | None = option(
+        None,
+        "-f --folds",
+        "folds whose predictions are averaged, or all (default: those that are there)",
+        nargs="+",
+        metavar="FOLD",
+        check=each(to_fold),
+    )
+    plans_name: str = option("mfmPlans", *PLANS, metavar="PLANS")
+    trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
+    checkpoint_name: str = option(
+        "checkpoint_final.pth",
+        "-chk --checkpoint",
+        "checkpoint in the fold folders",
+        metavar="FILE",
+        check=_checkpoint_name,
+    )
+    step_size: float = option(
+        0.5,
+        "-step_size --step-size",
+        "step of the sliding window as a share of the patch",
+        metavar="SHARE",
+        check=number_between(0, 1, "above 0 and at most 1"),
+    )
+    mirroring: bool = option(
+        True,
+        "--disable_tta --disable-tta",
+        "do not average over mirrored images: up to eight times faster, less accurate",
+    )
+    save_probabilities: bool = option(
+        False, "--save_probabilities --save-probabilities", "also save the probabilities (.npz)"
+    )
+    overwrite: bool = option(False, "--overwrite", "replace the masks that are in OUT")
+    resume: bool = option(
+        False,
+        "--resume --continue_prediction --c",
+        "keep the masks in OUT that this model made from these images, do the others",
+    )
+    previous_stage: str | Path | None = option(
+        None, "-prev_stage_predictions --previous-stage", "masks of the previous stage, for a cascade", metavar="DIR"
+    )
+    num_parts: int = option(
+        1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
+    )
+    part_id: int = option(0, "-part_id --part-id", "which of them this is, from 0", metavar="I", check=_part)
+    device: str = option("auto", *DEVICE, choices=DEVICES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = (self.dataset, self.configuration)
+        if self.model_folder is not None and names != (None, None):
+            raise MFMError("E_CONFIG", "give the model as -m MODEL_FOLDER or as -d DATASET -c CONFIG, not both.")
+        if self.model_folder is None and None in names:
+            raise MFMError("E_CONFIG", "which model? Give -m MODEL_FOLDER, or -d DATASET -c CONFIG.")
+        if self.part_id >= self.num_parts:
+            raise MFMError("E_CONFIG", f"-part_id {self.part_id}: parts are numbered from 0 to -num_parts minus 1.")
+        if self.overwrite and self.resume:
+            raise MFMError("E_CONFIG", "--overwrite replaces the masks and --resume keeps them: give one of them.")
+
+
+@dataclass(frozen=True)
+class StudyRequest(Request):
+    """Train every arm with every number of labels and seed, and test all on one fixed split."""
+
+    dataset: str | int = field(metadata=flag(*DATASET, metavar="DATASET", position=True))
+    configuration: str = field(metadata=flag(*CONFIGURATION, metavar="CONFIG", position=True))
+    _: KW_ONLY
+    labels: Sequence[str | int] = field(
+        metadata=flag(
+            "--labels",
+            "numbers of labelled subjects, or shares of those that do not test, e.g. 5 10 20 100%",
+            nargs="+",
+            metavar="N",
+            required=False,
+        )
+    )
+    arms: Sequence[str] = field(
+        metadata=flag(
+            "--arms",
+            "what to compare: scratch, CHECKPOINT or NAME=CHECKPOINT, each with settings: ...,finetune.parts=encoder",
+            nargs="+",
+            metavar="ARM",
+            required=False,
+        )
+    )
+    seeds: int = option(
+        3,
+        "--seeds",
+        "trainings per arm and number of labels, each with its own subset",
+        metavar="N",
+        check=at_least_one,
+    )
+    test: str | int = option(
+        "20%",
+        "--test",
+        "who tests: a share of the subjects, a number of them, or a file of case names, one per line",
+        metavar="SHARE|N|FILE",
+    )
+    subjects: str | Path | None = option(
+        None,
+        "--subjects",
+        "CSV with the columns case and subject (default: every case is a subject, unless its name holds sub-XX)",
+        metavar="CSV",
+    )
+    plans_name: str | None = option(
+        None,
+        "-p --plans",
+        "plan of the dataset that all share (default: one is made like the first checkpoint)",
+        metavar="PLANS",
+    )
+    settings: Sequence[str] = assignments("finetune.epochs=200 finetune.learning_rate=1e-3", "finetune")
+    tolerance_mm: float = option(
+        1.0,
+        "--tolerance-mm",
+        "tolerance of the normalised surface distance in mm; in pixels for pictures, which have no mm",
+        metavar="MM",
+        check=float,
+    )
+    mirroring: bool = option(True, "--disable_tta --disable-tta", "predict without mirroring: up to eight times faster")
+    jobs: int | None = option(
+        None,
+        "--jobs",
+        "trainings at a time (default: one per GPU, without one per CPU core)",
+        metavar="N",
+        check=at_least_one,
+    )
+    device: str = option("auto", *DEVICE, choices=DEVICES)
+    output: str | Path | None = option(
+        None, "-o --output", "the study folder (default: mfm_study in the workspace)", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
+class DemoRequest(Request):
+    """Plan, pretrain, fine-tune and predict real images in minutes."""
+
+    _: KW_ONLY
+    data: str | Path | None = option(
+        None, "--data", "a labelled dataset in nnU-Net's raw format (2D or 3D); read in place", metavar="DIR"
+    )
+    overwrite: bool = option(False, "--overwrite", "remove what an earlier demo made in the workspace and start anew")
+    settings: Sequence[str] = assignments("pretrain.epochs=10 finetune.epochs=10 seed=1", "pretrain", "finetune")
+    device: str = option("auto", *DEVICE, choices=DEVICES)
