@@ -16,14 +16,14 @@ from setup_scripts.figures import Sources, figures, find_cycles
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 26_400,
-    "spine lines": 15_300,
+    "package lines": 26_300,
+    "spine lines": 15_250,
     "files": 146,
     "files with one importer": 30,
-    "modules over 420 lines": 1,
-    "functions with over 8 parameters": 1,
+    "modules over 420 lines": 0,
+    "functions with over 8 parameters": 0,
     "functions over 60 lines": 1,
-    "names defined twice": 33,
+    "names defined twice": 12,
     "import cycles": 0,
     "optimisation steps": 1,
 }
