@@ -49,10 +49,7 @@ class Case:
 
 
 def group_channels(folder: Path, file_ending: str = "") -> dict[str, dict[int, Path]]:
-    """Group the files ``NAME_0000.nii.gz`` of a folder: {name: {channel: file}}; ``file_ending`` "" for any image.
-
-    Raises MFMError: E_FORMAT when image files do not have such names, E_CHANNELS when two files are one channel.
-    """
+    """Group the files ``NAME_0000.nii.gz`` of a folder: {name: {channel: file}}; ``file_ending`` "" for any image."""
     groups: dict[str, dict[int, Path]] = {}
     strange, twice = [], []
     for file in sorted(folder.iterdir()):

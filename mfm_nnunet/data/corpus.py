@@ -82,7 +82,7 @@ def load_cases(dataset_folder: Path, need_mapped_files: bool = True) -> list[Cas
 
 
 def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
-    """Read ``dataset.json`` of a raw folder. Raises MFMError (E_NOT_FOUND, E_FORMAT) with all that is wrong in it."""
+    """Read ``dataset.json`` of a raw folder."""
     file = dataset_folder / "dataset.json"
     content = dataset_jsons.read_dataset_json(file, "Every dataset needs one; repair it or register the images again.")
     if twice := _names_given_twice(file):
@@ -116,7 +116,7 @@ def corpus_hash(cases: Sequence[Case], sizes: Mapping[str, Mapping[str, list[int
     ``sizes`` holds what is known of the files of a case, ``images`` and each kind of mask, so that scans which were
     preprocessed and are not there any more have the same hash; the sizes of all others are read.
     """
-    return _digest([_hash_line(case, (sizes or {}).get(case.name, {})) for case in cases])
+    return _hash_lines([_hash_line(case, (sizes or {}).get(case.name, {})) for case in cases])
 
 
 def _hash_line(case: Case, known: Mapping[str, list[int]]) -> str:
@@ -134,7 +134,7 @@ def signature(cases: Sequence[Case]) -> str:
         mask = case.anonymisation_mask
         own = f"{case.name}\0{case.subject}\0{[(str(file), *_status(file)) for file in files]}"
         lines.append(own + _more(case, None if mask is None else (str(mask), *_status(mask))))
-    return _digest(lines)
+    return _hash_lines(lines)
 
 
 def _more(case: Case, mask: Any) -> str:
@@ -143,7 +143,7 @@ def _more(case: Case, mask: Any) -> str:
     return f"\0{known}" if any(known) else ""
 
 
-def _digest(lines: list[str]) -> str:
+def _hash_lines(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -251,13 +251,13 @@ def _read_corpus(folder: Path) -> dict[str, Any]:
     file, advice = folder / "corpus.json", "Delete the folder and register the images again."
     content = read_json(file, advice)
     cases = content.get("cases")
-    is_whole = isinstance(cases, list) and all(_is_entry(entry) for entry in cases)
+    is_whole = isinstance(cases, list) and all(_is_case_entry(entry) for entry in cases)
     if content.get("format") != FORMAT or not isinstance(content.get("source"), str) or not is_whole:
         raise MFMError("E_FORMAT", f"{file}: of an unknown format, or parts are missing. {advice}")
     return content
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_case_entry(entry: Any) -> bool:
     """Return whether a case of corpus.json is as :func:`_entry` writes it; volumes are named after its name."""
     if not isinstance(entry, dict) or not is_file_name(entry.get("name")) or not isinstance(entry.get("images"), list):
         return False

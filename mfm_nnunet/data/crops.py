@@ -97,9 +97,6 @@ class CropStream(Dataset):
 
     With ``settings.with_valid`` the transform gets ``valid``, a boolean array (1, *size) per crop, False where voxels
     were anonymised: rotated, scaled and mirrored as the crop is, True outside the image.
-
-    Raises MFMError (E_CONFIG) when there are fewer volumes than an item needs, and (E_SHORT_DATA) naming the file when
-    a preprocessed volume or mask cannot be read.
     """
 
     def __init__(

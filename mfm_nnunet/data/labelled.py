@@ -29,9 +29,7 @@ _log = logging.getLogger(__name__)
 def raw_cases(folder: Path, dataset_json: Mapping[str, Any], need_mapped_files: bool = True) -> list[Case]:
     """Return the cases of a raw dataset in the order of their names.
 
-    Without ``need_mapped_files`` the files that a "dataset" map names need not be there. Raises MFMError: E_NOT_FOUND
-    (no image; missing image or label files), E_CHANNELS (missing channel files), E_FORMAT (image files that would be
-    left out), E_CONFIG (names that cannot be, or agree but for letter case or Unicode form); all are listed.
+    Without ``need_mapped_files`` the files that a "dataset" map names need not be there.
     """
     is_mapped = "dataset" in dataset_json
     cases = _mapped(folder, dataset_json) if is_mapped else _listed(folder, dataset_json)

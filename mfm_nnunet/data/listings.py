@@ -35,11 +35,9 @@ _log = logging.getLogger(__name__)
 def read_table(file: Path) -> list[Case]:
     """Read the cases of a CSV: column ``image``, or ``image_0``, ``image_1``, ... for channels, relative to the file.
 
-    Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anonymisation_mask`` (an empty cell:
-    none). Raises MFMError: E_FORMAT (no table, no column of images), E_NOT_FOUND (images or masks that are
-    missing, all listed), E_CONFIG (a case named twice).
+    Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anonymisation_mask``; cells may be empty.
     """
-    columns, rows = _rows(file)
+    columns, rows = _read_rows(file)
     problems = [
         f"  line {line}: {f'no such file {row[column]}' if row[column] else f'{column} is empty'}"
         for line, row in enumerate(rows, start=2)
@@ -59,9 +57,7 @@ def read_table(file: Path) -> list[Case]:
 def read_nnssl(file: Path) -> list[Case]:
     """Read the cases of nnssl's index: collection, datasets, subjects, sessions, images with associated masks.
 
-    Paths may begin with a variable (``$nnssl_raw/...``); relative ones start at the file's folder. Raises MFMError:
-    E_FORMAT (another structure, or the index of preprocessed data), E_CONFIG (a variable that is not set), E_NOT_FOUND
-    (missing files, all listed).
+    Paths may begin with a variable (``$nnssl_raw/...``); relative ones start at the file's folder.
     """
     entries = list(_nnssl_entries(file, read_json(file, "Write it again with nnssl, or list the images in a CSV.")))
     if is_of_preprocessed(file) or (entries and not any(ending_of(Path(e["image_path"])) for _, e in entries)):
@@ -77,7 +73,7 @@ def read_nnssl(file: Path) -> list[Case]:
         dataclasses.replace(
             case,
             subject="/".join(place.parts[:2]),
-            modality=_text(entry.get("modality")),
+            modality=_trimmed(entry.get("modality")),
             dataset=place.parts[0],
             anonymisation_mask=mask,
         )
@@ -143,10 +139,10 @@ def _nnssl_mask(file: Path, entry: Mapping[str, Any]) -> Path | None:
 
 def _name(entry: Mapping[str, Any], image: Path) -> str:
     """Return the name of the file; nnssl's own ``name`` may hold anything."""
-    return image.name or _text(entry.get("name"))
+    return image.name or _trimmed(entry.get("name"))
 
 
-def _text(value: Any) -> str:
+def _trimmed(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
@@ -155,7 +151,7 @@ def _require_all(file: Path, problems: Sequence[str]) -> None:
         raise MFMError("E_NOT_FOUND", f"{file}: {len(problems)} images or masks are missing:\n" + "\n".join(problems))
 
 
-def _rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Read the columns that hold images, and the rows, with trimmed names in lower case."""
     try:
         text = file.read_text(encoding="utf-8-sig")

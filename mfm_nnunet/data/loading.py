@@ -22,8 +22,6 @@ def read_in_order(
     """Load the batches of ``source`` in the order of its sampler, which is in ``how`` (as for ``DataLoader``).
 
     ``pin_memory`` puts them where a GPU copies from.
-
-    Raises MFMError and MemoryError as ``source`` does, whichever process it is in.
     """
     loader: DataLoader = DataLoader(
         _ErrorsAsItems(source),

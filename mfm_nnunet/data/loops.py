@@ -59,7 +59,7 @@ def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
 def source_signature(case: Case) -> list[list[Any]]:
     """Return size in bytes and modification time in ns of each source file of a case: images, label, then the mask.
 
-    The mask is named, so that it is never taken for another file. Raises MFMError (E_NOT_FOUND, E_PERMISSION).
+    The mask is named, so that it is never taken for another file.
     """
     files = [file for image in case.images for file in files_of(image)]
     files += files_of(case.label, is_label=True) if case.label is not None else []

@@ -75,7 +75,7 @@ def preprocess_dataset(
         missing = tuple(name for name, target in targets.items() if not target.holds(case))
         groups.setdefault(missing, []).append(case)
     with storage.staging_folder(preprocessed_folder) as staging:
-        job = Job(
+        job = PreprocessJob(
             json.dumps(to_plain(plans)), json.dumps(to_plain(dataset_json)),
             {name: target.folder for name, target in targets.items()}, staging,
         )  # fmt: skip
@@ -83,7 +83,7 @@ def preprocess_dataset(
             job.copy_label(case)
         for missing, todo in groups.items():
             folders = {name: job.folders[name] for name in missing}
-            _preprocess(replace(job, folders=folders), todo, [targets[name] for name in missing], num_processes)
+            _preprocess_all(replace(job, folders=folders), todo, [targets[name] for name in missing], num_processes)
     for target in targets.values():
         target.report.done.sort()
         target.report.failures.sort(key=lambda failure: failure.case)
@@ -131,7 +131,7 @@ class _Target:
             log.warning("%s: %d cases were made with other settings and are made again", self.folder, len(other))
 
 
-def _preprocess(job: Job, cases: Sequence[Case], targets: Sequence[_Target], num_processes: int) -> None:
+def _preprocess_all(job: PreprocessJob, cases: Sequence[Case], targets: Sequence[_Target], num_processes: int) -> None:
     """Preprocess cases for the same configurations, and add them to the manifests and reports."""
     in_pool = _pool_pays(cases, num_processes)
     outcomes = in_processes(job, cases, num_processes) if in_pool else in_threads(job, cases, 1)
@@ -163,7 +163,7 @@ class _Scan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class PreprocessJob:
     """Inputs of a worker; plan and dataset.json are text, so that each worker parses them once."""
 
     plans: str
@@ -216,7 +216,7 @@ class Job:
                 mask = preprocess_mask(mask, properties, data_CDHW.shape[1:], plans_manager, configuration_manager)
         content = storage.Content(data_CDHW, seg, properties, mask)
         patch_size = tuple(configuration_manager.patch_size)
-        storage.write_case(self.staging, self.folders[configuration], case.name, content, patch_size)
+        storage.store_case(self.staging, self.folders[configuration], case.name, content, patch_size)
 
 
 @functools.lru_cache(8)

@@ -66,7 +66,7 @@ def resample_image(
 def resampling_function(name: str, kwargs: dict[str, Any]) -> Callable[..., np.ndarray]:
     """Return ``f(x_CDHW, new_shape, current_spacing, new_spacing)`` for a name and its arguments in a plan.
 
-    Our own for nnU-Net's default, nnU-Net's for any other name it knows. Raises RuntimeError for an unknown name.
+    Our own for nnU-Net's default, nnU-Net's for any other name it knows.
     """
     ours = {"is_seg", "order", "order_z", "force_separate_z"}
     if name == "resample_data_or_seg_to_shape" and set(kwargs) <= ours:
@@ -122,7 +122,7 @@ def _apply(x_DHW: np.ndarray, axis: int, m: int, order: int) -> np.ndarray:
     before, n, after = int(np.prod(x_DHW.shape[:axis])), x_DHW.shape[axis], int(np.prod(x_DHW.shape[axis + 1 :]))
     flat = x_DHW.reshape(before, n, after)
     result = np.empty((before, m, after), dtype=x_DHW.dtype)
-    for rows, columns, block in _blocks(n, m, order, x_DHW.dtype.str):
+    for rows, columns, block in _operator_blocks(n, m, order, x_DHW.dtype.str):
         if after == 1:
             result[:, rows, 0] = flat[:, columns, 0] @ block.T
         else:
@@ -131,7 +131,7 @@ def _apply(x_DHW: np.ndarray, axis: int, m: int, order: int) -> np.ndarray:
 
 
 @functools.lru_cache(64)
-def _blocks(n: int, m: int, order: int, dtype: str) -> list[tuple[slice, slice, np.ndarray]]:
+def _operator_blocks(n: int, m: int, order: int, dtype: str) -> list[tuple[slice, slice, np.ndarray]]:
     """Cut the operator into (output rows, input columns, matrix), without entries below the rounding of ``dtype``."""
     operator, rows_at_once = axis_operator(n, m, order), 64
     blocks = []
@@ -196,7 +196,7 @@ def _vote(
 ) -> np.ndarray:
     """Return the winning labels (V,) at the output voxels ``at``; ties go to the nearest label, else the lowest."""
     labels, weights = map(list, zip(*_corner_labels(x_DHW, corners, at)))
-    score = _score(nearest, labels, weights)
+    score = _share(nearest, labels, weights)
     winner = nearest.copy()
     # Beyond one half nothing can beat or equal it; the margin is far above the rounding of the sum of weights.
     open_ = np.flatnonzero(score <= 0.5 + 1e-6)
@@ -204,7 +204,7 @@ def _vote(
     best, best_label = score[open_], nearest[open_]
     is_nearest = np.ones(len(open_), dtype=bool)
     for candidate in labels:
-        score = _score(candidate, labels, weights)
+        score = _share(candidate, labels, weights)
         better = (score > best) | ((score == best) & ~is_nearest & (candidate < best_label))
         is_nearest &= score <= best
         best, best_label = np.maximum(best, score), np.where(better, candidate, best_label)
@@ -222,7 +222,7 @@ def _corner_labels(
         yield x_DHW[index], weight[0] * weight[1] * weight[2]
 
 
-def _score(candidate: np.ndarray, labels: list[np.ndarray], weights: list[np.ndarray]) -> np.ndarray:
+def _share(candidate: np.ndarray, labels: list[np.ndarray], weights: list[np.ndarray]) -> np.ndarray:
     """Sum the interpolated share of ``candidate``, at most 1, in scipy's order, so that ties are exact ties."""
     score = np.zeros(len(candidate))
     for label, weight in zip(labels, weights):

@@ -123,12 +123,12 @@ def _spline_bytes(sizes: Sizes) -> int:
 def _becomes(sizes: Sizes) -> str:
     """Describe what happens to the case, as the beginning of a sentence."""
     if sizes.cropped == sizes.resampled:
-        return f"it has {_times(sizes.cropped)} voxels"
+        return f"it has {_by(sizes.cropped)} voxels"
     return (
-        f"its {_times(sizes.cropped)} voxels of {_times(sizes.spacing)} mm become {_times(sizes.resampled)} of "
-        f"{_times(sizes.target_spacing)} mm"
+        f"its {_by(sizes.cropped)} voxels of {_by(sizes.spacing)} mm become {_by(sizes.resampled)} of "
+        f"{_by(sizes.target_spacing)} mm"
     )
 
 
-def _times(values: Sequence[float]) -> str:
+def _by(values: Sequence[float]) -> str:
     return " x ".join(f"{value:.4g}" if value < 1000 else f"{value:.0f}" for value in values)

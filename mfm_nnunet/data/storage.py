@@ -51,7 +51,7 @@ def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
 
     What other hosts and containers left stays: nobody here can tell whether they are still at work.
     """
-    prefix = f".partial-{_place()}-"
+    prefix = f".partial-{_process_space()}-"
     for left in preprocessed_folder.glob(f"{prefix}*"):
         number = whole_number(left.name.removeprefix(prefix))
         if number is not None and (number == os.getpid() or not _is_alive(number)):
@@ -64,7 +64,7 @@ def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _place() -> str:
+def _process_space() -> str:
     """Return where a process number is unique: the host, and the namespace of a container of that name."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -109,7 +109,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read the manifest of the data folder ``folder``, ignoring a line that was cut off."""
         manifest = cls(folder.with_name(f"{folder.name}.manifest.jsonl"), folder)
-        entries = (entry for entry in read_lines(manifest.file) if _is_entry(entry))
+        entries = (entry for entry in read_lines(manifest.file) if _is_manifest_entry(entry))
         manifest.entries.update({entry["case"]: entry for entry in entries})
         return manifest
 
@@ -130,14 +130,14 @@ class Manifest:
         return {"images": images, **{source[2]: [source[0]] for source in sources if len(source) == 3}}
 
     def add(self, case: str, settings_hash: str, sources: list[list[Any]]) -> None:
-        """Note that the case is finished. Raises MFMError (E_DISK_FULL)."""
+        """Note that the case is finished."""
         entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}
         with open_to_append(self.file) as file:
             append_line(file, entry)
         self.entries[case] = entry
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_manifest_entry(entry: Any) -> bool:
     """Return whether a line of a manifest says what :meth:`Manifest.add` writes; any other is ignored."""
     if not isinstance(entry, dict) or not {"case", "hash", "sources", "files"} <= set(entry):
         return False
@@ -209,14 +209,14 @@ def _is_readable(file: Path) -> bool:
     return True
 
 
-def write_case(
+def store_case(
     staging: Path,
     folder: Path,
     case: str,
     content: Content,
     patch_size: tuple[int, ...],
 ) -> None:
-    """Write a case to ``staging`` and move it to ``folder``, where it appears whole. Raises MFMError (E_DISK_FULL)."""
+    """Write a case to ``staging`` and move it to ``folder``, where it appears whole."""
     optional = {"_seg.b2nd": content.seg_1DHW, "anonymised": content.anonymised}
     kinds = {".pkl", ".b2nd", *(kind for kind, array in optional.items() if array is not None)}
     staged = {key: staging / f"{key.strip('.')}~{case}" for key in case_files(folder, case) if key in kinds}
@@ -253,7 +253,7 @@ def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> 
 
 
 def copy_label(label: Path, target: Path, staging: Path) -> None:
-    """Copy a label file to nnU-Net's ``gt_segmentations`` unless the same is there. Raises MFMError (E_DISK_FULL)."""
+    """Copy a label file to nnU-Net's ``gt_segmentations`` unless the same is there."""
     status = label.stat()
     if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns):
         return

@@ -55,10 +55,7 @@ class Volume(blosc2.NDArray):
     """Advice that ends messages: how to make the file again."""
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Return the voxels at ``key``.
-
-        Raises MFMError: E_SHORT_DATA for a file that is damaged there, E_DATA_UNSAFE for an unknown compressor.
-        """
+        """Return the voxels at ``key``."""
         try:
             for number in self._chunks_of(key):
                 _require_built_in(self.schunk.get_lazychunk(int(number)), str(self.schunk.urlpath), self.repair)
@@ -77,10 +74,7 @@ class Volume(blosc2.NDArray):
 
 @functools.lru_cache(maxsize=256)
 def open_volume(file: str) -> Volume:
-    """Open a ``.b2nd`` file (C, D, H, W), of which slices are read when they are asked for.
-
-    Raises MFMError: E_SHORT_DATA, E_DATA_UNSAFE.
-    """
+    """Open a ``.b2nd`` file (C, D, H, W), of which slices are read when they are asked for."""
     volume = open_array(file)
     if volume.ndim != 4:
         raise unreadable(file, f"it has {volume.ndim} axes instead of 4")
@@ -88,7 +82,7 @@ def open_volume(file: str) -> Volume:
 
 
 def volume_shape(file: Path) -> tuple[int, ...]:
-    """Return the shape (C, D, H, W) of a volume; only its header is read. Raises MFMError as :func:`open_volume`."""
+    """Return the shape (C, D, H, W) of a volume; only its header is read."""
     return tuple(open_volume.__wrapped__(str(file)).shape)
 
 
@@ -100,10 +94,7 @@ def anonymised_of(volume: str) -> Volume | None:
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
-    """Read the box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image.
-
-    Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) as :meth:`Volume.__getitem__`.
-    """
+    """Read the box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image."""
     shape = volume.shape[1 + len(leading) :]
     inside = [(max(start, 0), min(start + extent, limit)) for start, extent, limit in zip(lower, size, shape)]
     box = np.zeros((volume.shape[0], *size), np.float32)
@@ -115,10 +106,7 @@ def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tu
 
 
 def open_array(file: str, repair: str = PREPROCESS_AGAIN) -> Volume:
-    """Open a ``.b2nd`` file that holds a plain array of numbers, and nothing that blosc2 would follow or call.
-
-    Raises MFMError: E_SHORT_DATA for a damaged file, E_DATA_UNSAFE for any other content.
-    """
+    """Open a ``.b2nd`` file that holds a plain array of numbers, and nothing that blosc2 would follow or call."""
     options: dict[str, Any] = {} if os.name == "nt" else {"mmap_mode": "r"}
     try:
         _require_built_in(_index_header(file), file, repair)
@@ -139,7 +127,7 @@ def open_array(file: str, repair: str = PREPROCESS_AGAIN) -> Volume:
     return volume
 
 
-def require_regular(file: str | Path) -> None:
+def require_plain_file(file: str | Path) -> None:
     """Raise OSError for anything but a file: reading a pipe would wait for ever."""
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError("it is not a regular file")
@@ -147,7 +135,7 @@ def require_regular(file: str | Path) -> None:
 
 def _index_header(file: str) -> bytes:
     """Return the header of the compressed list of chunks, which blosc2 decompresses when it opens the file."""
-    require_regular(file)
+    require_plain_file(file)
     with open(file, "rb") as stream:
         start = stream.read(47)
         if not start.startswith(b"\x9e\xa8b2frame\0"):
@@ -166,12 +154,9 @@ def _require_built_in(header: bytes, file: str, repair: str) -> None:
 
 
 def read_arrays(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[str, np.ndarray]:
-    """Return the arrays in a ``.npz`` file by name; of a ``.npy`` file the one in it, mapped, as "".
-
-    Raises MFMError: E_SHORT_DATA for a damaged file, E_DATA_UNSAFE for arrays of objects, which are pickles.
-    """
+    """Return the arrays in a ``.npz`` file by name; of a ``.npy`` file the one in it, mapped, as ""."""
     try:
-        require_regular(file)
+        require_plain_file(file)
         content = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray) != (file.suffix == ".npy"):
             raise ValueError(f"it is not what its ending {file.suffix} says")
@@ -291,14 +276,10 @@ class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C reserves as
 
 
 def read_properties(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[Any, Any]:
-    """Return the properties of a case from its ``.pkl`` file.
-
-    Raises MFMError: E_SHORT_DATA for a damaged file, E_DATA_UNSAFE for one that names or holds anything but plain
-    values and arrays of numbers.
-    """
+    """Return the properties of a case from its ``.pkl`` file."""
     try:
-        require_regular(file)
-        properties = _plain(_PlainUnpickler(io.BytesIO(file.read_bytes())).load(), {})
+        require_plain_file(file)
+        properties = _unpack(_PlainUnpickler(io.BytesIO(file.read_bytes())).load(), {})
     except _UnsafeError as error:
         raise unsafe(str(file), str(error), repair) from error
     except MemoryError:
@@ -310,7 +291,7 @@ def read_properties(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[Any, Any
     return properties
 
 
-def _plain(value: Any, done: dict[int, Any]) -> Any:
+def _unpack(value: Any, done: dict[int, Any]) -> Any:
     """Return a value with NumPy's own in place of those stored; ``done`` holds those made so far by identity."""
     if type(value) in PLAIN:
         return value
@@ -320,12 +301,12 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         made: Any = value.value()
     elif type(value) is list:
         made = done[id(value)] = []
-        made.extend(_plain(item, done) for item in value)
+        made.extend(_unpack(item, done) for item in value)
     elif type(value) is dict:
         made = done[id(value)] = {}
-        made.update((_plain(key, done), _plain(item, done)) for key, item in value.items())
+        made.update((_unpack(key, done), _unpack(item, done)) for key, item in value.items())
     elif type(value) in (tuple, set, frozenset):
-        made = type(value)(_plain(item, done) for item in value)
+        made = type(value)(_unpack(item, done) for item in value)
     else:
         raise _UnsafeError(f"holds a {ascii(type(value).__name__)[:80]}")
     done[id(value)] = made

@@ -19,12 +19,12 @@ from typing import Any
 
 import mfm_nnunet
 from mfm_nnunet import workspace
-from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.demo import data as demo_data
 from mfm_nnunet.demo.data import Split
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside
-from mfm_nnunet.metrics import dice, foreground_labels, ignore_label, mean_dice
+from mfm_nnunet.files import atomic_write, inside
+from mfm_nnunet.metrics import dice, mean_dice
 from mfm_nnunet.reports.overlays import draw_overlay
 from mfm_nnunet.settings import MFMBlock, override
 
@@ -240,7 +240,8 @@ def _predict(result: DemoResult, arm: Start, folder: Path, fold_folder: Path, de
 
 def compare(result: DemoResult, split: Split, folder: Path) -> None:
     """Fill in the Dice of every arm on every test case, and draw one overlay per case into ``folder``."""
-    labels, ignore = foreground_labels(split.dataset_json), ignore_label(split.dataset_json)
+    dataset = DatasetJson.of(split.dataset_json)
+    labels, ignore = dataset.foreground, dataset.ignore
     folder.mkdir(exist_ok=True)
     result.dice = {arm.key: {label: {} for label in labels} for arm in ARMS}
     for case in split.test:

@@ -27,10 +27,7 @@ _NO_MARKER = b"\x55\xa3" * 64
 
 
 def num_bytes(path: Path) -> int:
-    """Return the number of bytes that the pixels of a picture take, by its header.
-
-    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_TOO_LARGE).
-    """
+    """Return the number of bytes that the pixels of a picture take, by its header."""
     if path.suffix.lower() == ".png":
         with open(path, "rb") as file:
             header = _PngHeader.read(path, file)
@@ -40,7 +37,7 @@ def num_bytes(path: Path) -> int:
         return picture.width * picture.height * len(picture.getbands()) * (4 if picture.mode in "IF" else 1)
 
 
-def count_channels(path: Path) -> int:
+def count_bands(path: Path) -> int:
     """Return the number of channels of a picture by its header; colours of a palette are looked up by nnU-Net."""
     with _open_picture(path) as picture:
         return len(picture.palette.mode if picture.palette and picture.mode == "P" else picture.getbands())
@@ -59,7 +56,7 @@ class _PngHeader(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, file: IO[bytes]) -> _PngHeader:
-        """Read the header, and leave the file behind it. Raises MFMError (E_FORMAT, E_SHORT_DATA)."""
+        """Read the header, and leave the file behind it."""
         file.seek(8)
         start = file.read(25)
         if len(start) < 25:
@@ -90,11 +87,7 @@ class _PngHeader(NamedTuple):
 
 
 def check_png(path: Path) -> None:
-    """Verify the checksum of every chunk and the number of rows.
-
-    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_DATATYPE, E_DIM, E_TOO_LARGE). Pillow alone notices neither a
-    lost end nor a wrong checksum, and fills missing rows with zeros.
-    """
+    """Verify the checksum of every chunk and the number of rows: Pillow ignores both, and fills rows with zeros."""
     with open(path, "rb") as file:
         header = _PngHeader.read(path, file)
         _require_png_kind(path, header)
@@ -143,7 +136,7 @@ class _Rows:
         self.decoder = zlib.decompressobj()
 
     def count(self, data: bytes) -> None:
-        """Count another part of the stream. Raises MFMError (E_FORMAT, E_HEADER)."""
+        """Count another part of the stream."""
         while data and not self.decoder.eof:
             try:
                 self.seen += len(self.decoder.decompress(data, _BLOCK))
@@ -169,7 +162,7 @@ class _Rows:
 
 
 def check_picture(path: Path) -> None:
-    """Decode a picture with Pillow. Raises MFMError (E_FORMAT, E_SHORT_DATA, E_TOO_LARGE)."""
+    """Decode a picture with Pillow."""
     with _open_picture(path) as picture:
         picture.load()
         if picture.format == "JPEG":
@@ -211,10 +204,7 @@ def _open_picture(path: Path, content: io.BytesIO | None = None) -> Iterator[Ima
 
 
 def check_bmp(path: Path) -> None:
-    """Compare the length with the header and decode.
-
-    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_TOO_LARGE).
-    """
+    """Compare the length with the header and decode."""
     with open(path, "rb") as file:
         start = file.read(34)
     if len(start) < 34 or path.stat().st_size < struct.unpack("<I", start[2:6])[0]:

@@ -83,8 +83,8 @@ def decode_file(
     _limit(declared.reading_bytes)
     wanted = reader_name
     if declared.start:
-        reader_name = nifti.choose_reader(file, wanted, declared.start)
-    read = functools.partial(_read, file, reader_name, is_map, work_folder, memory)
+        reader_name = nifti.choose_nifti_reader(file, wanted, declared.start)
+    read = functools.partial(_read_voxels, file, reader_name, is_map, work_folder, memory)
     if declared.reading_bytes < BYTES_READ_BESIDE:
         voxels = integrity.check_content(file, declared)
         array, properties = read()
@@ -114,14 +114,14 @@ def decode_file(
             "normalised. Replace them, or export the image again.",
         )
     if voxels is not None:
-        _require_same(file, reader_name, voxels, array)
+        _require_same_voxels(file, reader_name, voxels, array)
     require_sane(file, array, geometry_of(properties))
     if reader_name != wanted:
         properties = properties_for(wanted, properties)
     return Decoded(array, properties, ranges, nifti.contradiction(declared.start))
 
 
-def _read(
+def _read_voxels(
     file: Path, reader_name: str, is_map: bool, work_folder: Path | None, memory: Memory | None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     reader = find_reader_class(reader_name)()
@@ -146,16 +146,16 @@ def name_reader(file: Path) -> str:
     return "NaturalImage2DIO" if tiff.is_2d(file) else "Tiff3DIO"
 
 
-def count_channels(file: Path) -> int:
+def find_channels(file: Path) -> int:
     """Return the number of channels that nnU-Net's reader makes of a picture, by its header."""
     _limit(0)
     declared = integrity.declared_by(file)
-    return (tiff if declared.ending in (".tif", ".tiff") else bitmaps).count_channels(file)
+    return tiff.count_samples(file) if declared.ending in (".tif", ".tiff") else bitmaps.count_bands(file)
 
 
 @functools.cache
 def find_reader_class(name: str) -> Any:
-    """Return nnU-Net's reader class of that name. Raises MFMError (E_CONFIG) if there is none."""
+    """Return nnU-Net's reader class of that name."""
     import SimpleITK as sitk
     from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
@@ -166,7 +166,7 @@ def find_reader_class(name: str) -> Any:
     return recursive_find_reader_writer_by_name(name)
 
 
-def _require_same(file: Path, reader_name: str, voxels: Voxels, array: np.ndarray) -> None:
+def _require_same_voxels(file: Path, reader_name: str, voxels: Voxels, array: np.ndarray) -> None:
     """Compare the reader's voxels with those that the gate found in the file.
 
     Readers that lose their place in a file return the neighbours' values, or whatever was in memory, without a word.
@@ -274,7 +274,7 @@ def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
     return MFMError("E_FORMAT", f"{file}: nnU-Net's {reader_name} cannot read it ({reason[-200:]}). Export it again.")
 
 
-_OF_HEADERS = {"name_reader": name_reader, "count_channels": count_channels}
+_OF_HEADERS = {"name_reader": name_reader, "count_channels": find_channels}
 """Requests that decode nothing."""
 
 
@@ -293,11 +293,11 @@ def serve(descriptor: str, work_folder: str) -> None:
         memory = Memory()
         while True:
             request, _ = receive(channel)
-            _answer(channel, request, Path(work_folder), memory)
+            _answer_request(channel, request, Path(work_folder), memory)
     shutil.rmtree(work_folder, ignore_errors=True)
 
 
-def _answer(channel: socket.socket, request: dict[str, Any], work_folder: Path, memory: Memory) -> None:
+def _answer_request(channel: socket.socket, request: dict[str, Any], work_folder: Path, memory: Memory) -> None:
     file = Path(request["file"])
     memory.release()
     try:

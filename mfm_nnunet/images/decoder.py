@@ -62,7 +62,7 @@ def call(file: Path, request: dict[str, Any]) -> Reply:
     while True:
         child = _take()
         try:
-            reply = child.ask({"file": str(file), **request}, WALL_SECONDS + _size(file) / BYTES_PER_SECOND)
+            reply = child.ask({"file": str(file), **request}, WALL_SECONDS + _file_size(file) / BYTES_PER_SECOND)
         except BaseException as error:
             child.end()
             if not isinstance(error, (EOFError, OSError)):
@@ -219,7 +219,7 @@ def _take() -> _Child:
     return _Child()
 
 
-def _size(file: Path) -> int:
+def _file_size(file: Path) -> int:
     try:
         return os.stat(file).st_size
     except (OSError, ValueError):

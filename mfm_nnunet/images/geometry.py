@@ -41,7 +41,7 @@ def geometry_of(properties: Mapping[str, Any]) -> Geometry:
 
     Readers check nothing of the spacing that a file beside a TIFF stack holds; what is no number there is NaN here.
     """
-    spacing = np.array([_number(value) for value in properties["spacing"]])
+    spacing = np.array([_to_float(value) for value in properties["spacing"]])
     if itk := properties.get("sitk_stuff"):
         num_axes = len(itk["spacing"])
         return Geometry(spacing, np.asarray(itk["origin"]), np.reshape(itk["direction"], (num_axes, num_axes)))
@@ -118,7 +118,7 @@ def difference(one: Geometry, other: Geometry) -> str:
     return ""
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         return math.nan
     try:

@@ -84,11 +84,7 @@ class VolumeHeader:
 
 
 def nrrd_header(path: Path) -> VolumeHeader:
-    """Return the header of an attached (``.nrrd``) or detached (``.nhdr``) NRRD file.
-
-    Raises MFMError: E_HEADER, E_DIM, E_DATATYPE, E_FORMAT (encodings other than raw and gzip, several data files),
-    E_SPACING, E_GEOMETRY.
-    """
+    """Return the header of an attached (``.nrrd``) or detached (``.nhdr``) NRRD file."""
     with open(path, "rb") as file:
         start = file.read(HEADER_BYTES)
     end = re.search(rb"\n\r?\n", start)
@@ -103,7 +99,7 @@ def nrrd_header(path: Path) -> VolumeHeader:
     kinds = fields.text("kinds").lower()
     if any(kind not in ("domain", "space", "time", "none", "???") for kind in kinds.split()):
         raise refuse("E_DATATYPE", path, f"an axis holds components (kinds: {kinds}), not space")
-    dtype = _dtype(path, _NRRD_TYPES, fields.text("type").lower(), fields.text("endian").lower() == "big")
+    dtype = _voxel_dtype(path, _NRRD_TYPES, fields.text("type").lower(), fields.text("endian").lower() == "big")
     encoding = fields.text("encoding").lower()
     if encoding not in ("raw", "gzip", "gz") or fields.integers("lineskip", default="0")[0] != 0:
         raise refuse("E_FORMAT", path, f"encoding '{encoding}' cannot be checked", "Save it with raw or gzip encoding.")
@@ -143,7 +139,7 @@ def _vectors(path: Path, name: str, text: str, at_least: int) -> list[tuple[floa
     found = re.findall(r"none|\([^()]*\)", text)
     vectors: list[tuple[float, ...]] = []
     for vector in found:
-        numbers = [] if vector == "none" else [_number(part.strip()) for part in vector[1:-1].split(",")]
+        numbers = [] if vector == "none" else [_decimal(part.strip()) for part in vector[1:-1].split(",")]
         if any(number is None for number in numbers):
             raise refuse("E_GEOMETRY", path, f"the header says '{name}: {text}', where not all are numbers")
         vectors.append(tuple(number or 0.0 for number in numbers))
@@ -153,10 +149,7 @@ def _vectors(path: Path, name: str, text: str, at_least: int) -> list[tuple[floa
 
 
 def meta_header(path: Path) -> VolumeHeader:
-    """Return the header of a MetaImage (``.mha``, or ``.mhd`` with its data file).
-
-    Raises MFMError: E_HEADER, E_DIM, E_DATATYPE, E_FORMAT (text data, several data files), E_SPACING, E_GEOMETRY.
-    """
+    """Return the header of a MetaImage (``.mha``, or ``.mhd`` with its data file)."""
     with open(path, "rb") as file:
         start = file.read(HEADER_BYTES)
     last = re.search(rb"^[ \t]*ElementDataFile\b[^\n]*(\n)?", start, re.MULTILINE)
@@ -180,7 +173,7 @@ def meta_header(path: Path) -> VolumeHeader:
             )  # fmt: skip
     _require_meta_geometry(path, fields, len(shape))
     big = fields.flag("binarydatabyteordermsb", "elementbyteordermsb", default="false")
-    dtype = _dtype(path, _META_TYPES, fields.text("elementtype").removeprefix("MET_"), big)
+    dtype = _voxel_dtype(path, _META_TYPES, fields.text("elementtype").removeprefix("MET_"), big)
     return _meta_volume(path, fields, VolumeHeader(shape, dtype, path, file_offset=last.end()))
 
 
@@ -240,10 +233,7 @@ def _require_mm(path: Path, unit: str, unknown: str) -> None:
 
 
 def gipl_header(path: Path) -> VolumeHeader:
-    """Return the header (256 bytes, big-endian) of a GIPL file.
-
-    Raises MFMError: E_HEADER, E_DIM, E_DATATYPE, E_SPACING.
-    """
+    """Return the header (256 bytes, big-endian) of a GIPL file."""
     with open(path, "rb") as file:
         start = file.read(256)
     if len(start) < 256 or start[252:] not in (b"\xef\xff\xe9\xb0", b"\x2a\xe3\x89\xb8"):
@@ -287,14 +277,14 @@ class _Fields:
                 self.lines.setdefault("".join(found[1].lower().split()), []).append(found[2].strip())
 
     def text(self, *names: str, default: str = "") -> str:
-        """Return the value of a key that has one or more names. Raises MFMError (E_HEADER) for more than one value."""
+        """Return the value of a key that has one or more names."""
         values = [value for name in names for value in self.lines.get(name, [])]
         if any(len(self.lines.get(name, [])) > 1 for name in names) or len(set(values)) > 1:
             raise refuse("E_HEADER", self.path, f"the header says {names[0]} twice ({', '.join(values)})")
         return values[0] if values else default
 
     def integers(self, name: str, default: str = "") -> tuple[int, ...]:
-        """Return one or more whole numbers. Raises MFMError (E_HEADER)."""
+        """Return one or more whole numbers."""
         parts = self.text(name, default=default).split()
         if not parts or not all(_INTEGER.fullmatch(part) for part in parts):
             raise refuse("E_HEADER", self.path, f"the header says '{name}: {' '.join(parts)}', which is no number")
@@ -303,28 +293,28 @@ class _Fields:
     def numbers(
         self, *names: str, default: str = "", code: str = "E_HEADER", most: int | None = None
     ) -> tuple[float, ...]:
-        """Return finite numbers, the first ``most``; none for a key that is not there. Raises MFMError (``code``)."""
+        """Return finite numbers, the first ``most``; none for a key that is not there."""
         text = self.text(*names, default=default)
-        numbers = [_number(part) for part in text.split()[:most]]
+        numbers = [_decimal(part) for part in text.split()[:most]]
         if any(number is None for number in numbers) or (not numbers and any(name in self.lines for name in names)):
             raise refuse(code, self.path, f"the header says '{names[0]}: {text}', where not all are numbers")
         return tuple(number for number in numbers if number is not None)
 
     def flag(self, *names: str, default: str) -> bool:
-        """Return whether a key is true; as in MetaIO, the first letter decides. Raises MFMError (E_HEADER)."""
+        """Return whether a key is true; as in MetaIO, the first letter decides."""
         text = self.text(*names, default=default)
         if text[:1].lower() not in ("t", "1", "f", "0"):
             raise refuse("E_HEADER", self.path, f"the header says '{names[0]}: {text}', neither true nor false")
         return text[:1].lower() in ("t", "1")
 
 
-def _number(text: str) -> float | None:
+def _decimal(text: str) -> float | None:
     """Return a finite number, or None. Python would also take 1_000 and the digits of other scripts."""
     value = float(text) if _DECIMAL.fullmatch(text) else math.nan
     return value if math.isfinite(value) else None
 
 
-def _dtype(path: Path, table: dict[str, str], name: str, big_endian: bool) -> np.dtype[Any]:
+def _voxel_dtype(path: Path, table: dict[str, str], name: str, big_endian: bool) -> np.dtype[Any]:
     if name not in table:
         raise refuse("E_DATATYPE", path, f"voxels have type '{name}'; integers, float32 and float64 can be read")
     return np.dtype((">" if big_endian else "<") + table[name])

@@ -103,10 +103,7 @@ def check_image_file(path: Path) -> Voxels | None:
 
 
 def declared_by(path: Path) -> Declared:
-    """Read what a file declares, and refuse what cannot be held in memory before any of it is decompressed.
-
-    Raises MFMError as :func:`check_image_file`.
-    """
+    """Read what a file declares, and refuse what cannot be held in memory before any of it is decompressed."""
     ending = require_regular(path)
     with _access(path):
         _require_content(path, ending)
@@ -123,7 +120,7 @@ def declared_by(path: Path) -> Declared:
         if header is not None:
             _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
         if header is None:
-            count = tiff.num_bytes if ending in (".tif", ".tiff") else bitmaps.num_bytes
+            count = tiff.num_decoded_bytes if ending in (".tif", ".tiff") else bitmaps.num_bytes
             reading_bytes = READING_BYTES_PER_BYTE * count(path)
         else:
             reading_bytes = READING_BYTES_PER_VOXEL * math.prod(header.shape)
@@ -132,7 +129,7 @@ def declared_by(path: Path) -> Declared:
 
 
 def check_content(path: Path, declared: Declared) -> Voxels | None:
-    """Check that a file holds what it declares. Raises MFMError as :func:`check_image_file`."""
+    """Check that a file holds what it declares."""
     with _access(path):
         header = declared.header
         if header is None:
@@ -144,10 +141,10 @@ def check_content(path: Path, declared: Declared) -> Voxels | None:
         if declared.ending == ".nii.gz":
             blocks = _gunzip(path)
         elif header.compression == "none":
-            blocks = _blocks(header.data_file, offset)
+            blocks = _read_blocks(header.data_file, offset)
         else:
             blocks = _gunzip(header.data_file, offset, any_zlib=header.compression == "zlib")
-        return _count(path, header, blocks)
+        return _count_voxels(path, header, blocks)
 
 
 @contextlib.contextmanager
@@ -161,7 +158,7 @@ def _access(path: Path) -> Iterator[None]:
 def _first_bytes(path: Path, ending: str) -> bytes:
     """Return as much of a NIfTI file, decompressed, as its header may take; less of a file that is shorter."""
     start = b""
-    for block in _gunzip(path, most=HEADER_BYTES) if ending == ".nii.gz" else _blocks(path):
+    for block in _gunzip(path, most=HEADER_BYTES) if ending == ".nii.gz" else _read_blocks(path):
         start += block[:HEADER_BYTES]
         if len(start) >= HEADER_BYTES:  # the members of a concatenated gzip file may be smaller than the header
             break
@@ -225,7 +222,7 @@ def _require_content(path: Path, ending: str) -> None:
     )
 
 
-def _count(path: Path, header: headers.VolumeHeader, blocks: Iterable[bytes]) -> Voxels:
+def _count_voxels(path: Path, header: headers.VolumeHeader, blocks: Iterable[bytes]) -> Voxels:
     """Compare the bytes that are there with the promised number, count voxels that are not finite, and take samples.
 
     Floats are checked here and not only in the array, because SimpleITK turns NaN in a NIfTI file into 0.
@@ -297,7 +294,7 @@ def _require_possible(path: Path, header: headers.VolumeHeader, is_compressed: b
         )
 
 
-def _blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
+def _read_blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
     with open(path, "rb") as file:
         file.seek(offset)
         while block := file.read(BLOCK):

@@ -55,8 +55,8 @@ class _Start(NamedTuple):
 def nifti_header(path: Path, start: bytes) -> VolumeHeader:
     """Return the header of a NIfTI file from the first (decompressed) bytes of it.
 
-    Raises MFMError: E_HEADER, E_DIM, E_DATATYPE, E_SPACING, E_GEOMETRY. Big-endian files, NIfTI-2, trailing axes of
-    length 1, a scale factor of 0 or NaN and missing orientations (codes 0) are legal.
+    Big-endian files, NIfTI-2, trailing axes of length 1, a scale factor of 0 or NaN and missing orientations (codes 0)
+    are legal.
     """
     found = _parse(start)
     if found is None:
@@ -79,7 +79,7 @@ def read_start(path: Path) -> bytes:
         return stream.read(nifti2.header_dtype.itemsize)
 
 
-def choose_reader(path: Path, reader_name: str, start: bytes | None = None) -> str:
+def choose_nifti_reader(path: Path, reader_name: str, start: bytes | None = None) -> str:
     """Return ``reader_name``, or the other of nnU-Net's two readers for NIfTI where only that reads the file as meant.
 
     SimpleITKIO cannot read NIfTI-2 and axes that were rounded to a few digits. NibabelIO reads
@@ -94,7 +94,7 @@ def choose_reader(path: Path, reader_name: str, start: bytes | None = None) -> s
     other = _OTHER_READER.get(reader_name)
     if other and _is_able(found, other):
         return other
-    if "Nibabel" in reader_name and (unit := _unit(found)):
+    if "Nibabel" in reader_name and (unit := _length_unit(found)):
         raise refuse(
             "E_SPACING", path, f"the header gives lengths in {unit} (xyzt_units), and nnU-Net's {reader_name} takes mm",
             "Write the voxel size and the orientation in mm.",
@@ -112,7 +112,7 @@ def contradiction(start: bytes) -> str:
         return ""
     num_axes = min(int(fields["dim"][0]), 3)
     spacing = fields["pixdim"][1 : num_axes + 1].astype(float)
-    rows, vector = _rows(fields), _quaternion(fields)
+    rows, vector = _sform_rows(fields), _quaternion(fields)
     real = math.sqrt(max(1 - float(np.sum(vector**2)), 0))
     rotation = quat2mat([real, *vector])
     rotation[:, 2] *= -1 if fields["pixdim"][0] < 0 else 1
@@ -159,7 +159,7 @@ def _is_able(found: _Start, reader_name: str) -> bool:
     fields = found.fields
     uses_quaternion = fields["qform_code"] > 0 and fields["sform_code"] <= 0
     is_long = uses_quaternion and np.sum(_quaternion(fields) ** 2) > 1 + NIBABEL_TOLERANCE
-    return fields["dim"][0] == 3 and not _unit(found) and not is_long
+    return fields["dim"][0] == 3 and not _length_unit(found) and not is_long
 
 
 def _is_rounded(found: _Start) -> bool:
@@ -170,7 +170,7 @@ def _is_rounded(found: _Start) -> bool:
     fields = found.fields
     if fields["sform_code"] <= 0 or fields["qform_code"] > 0 or fields["dim"][0] < 3:
         return False
-    axes = _rows(fields)[:, :3].astype(np.float32)
+    axes = _sform_rows(fields)[:, :3].astype(np.float32)
     with np.errstate(all="ignore"):
         directions = axes / np.linalg.norm(axes, axis=0)
         rows = float(np.max(np.abs(directions @ directions.T - np.eye(3))))
@@ -178,11 +178,11 @@ def _is_rounded(found: _Start) -> bool:
     return rows > ITK_TOLERANCE and columns <= ANGLE_TOLERANCE
 
 
-def _unit(found: _Start) -> str:
+def _length_unit(found: _Start) -> str:
     return _LENGTH_UNITS.get(int(found.fields["xyzt_units"]) & 7, "")
 
 
-def _rows(fields: Any) -> np.ndarray:
+def _sform_rows(fields: Any) -> np.ndarray:
     return np.stack([fields["srow_x"], fields["srow_y"], fields["srow_z"]]).astype(float)
 
 
@@ -239,7 +239,7 @@ def _require_geometry(path: Path, fields: Any, num_axes: int) -> None:
         if fields["pixdim"][0] < 0 and fields["pixdim"][0] != -1:  # mirrored for ITK, not for nibabel
             raise refuse("E_GEOMETRY", path, f"qfac (pixdim[0]) is {fields['pixdim'][0]:g}; legal are 1 and -1")
     if fields["sform_code"] > 0:
-        rows = _rows(fields)
+        rows = _sform_rows(fields)
         _require_sform(path, rows[:, :num_axes], rows[:, 3], spacing)
 
 

@@ -19,9 +19,6 @@ from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
 from mfm_nnunet.images import decoder, nifti
 from mfm_nnunet.images.decode import find_reader_class, from_json
 from mfm_nnunet.images.geometry import Geometry, difference, geometry_of
-from mfm_nnunet.images.integrity import check_image_file
-
-__all__ = ["IMAGE_ENDINGS", "check_image_file", "check_label", "read_image", "read_label", "read_mask", "reader_for"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str
     if ending in (".tif", ".tiff"):
         return decoder.call(Path(file), {"task": "name_reader"}).content["answer"]
     if ending in (".nii", ".nii.gz"):
-        return nifti.choose_reader(Path(file), "SimpleITKIO" if ending == ".nii.gz" else "NibabelIO")
+        return nifti.choose_nifti_reader(Path(file), "SimpleITKIO" if ending == ".nii.gz" else "NibabelIO")
     if ending:
         return "SimpleITKIO"
     raise MFMError("E_FORMAT", f"{file}: not a known image format. Known endings: {' '.join(IMAGE_ENDINGS)}")
@@ -76,8 +73,8 @@ def _warn_of_reader(name: str) -> None:
 def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Read the channels of one case as (C, D, H, W) float32, with nnU-Net's properties (``spacing`` in mm and more).
 
-    Raises MFMError as :func:`check_image_file`, and E_NONFINITE, E_CONSTANT (nothing but one value), E_CHANNELS
-    (shapes differ), E_GEOMETRY (the channels lie differently in space), E_SPACING, E_CONFIG (unknown reader).
+    Raises MFMError as :func:`integrity.check_image_file`, and E_NONFINITE, E_CONSTANT (nothing but one value),
+    E_CHANNELS (shapes differ), E_GEOMETRY (the channels lie differently in space), E_SPACING, E_CONFIG.
     """
     assert files, "a case without files"
     first, *others = (_read_file(Path(file), reader_name) for file in files)
@@ -85,7 +82,7 @@ def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dic
         if other.array.shape[1:] != first.array.shape[1:]:
             raise MFMError(
                 "E_CHANNELS",
-                f"{file}: has size {_size(other.array)}, the first channel {files[0]} has {_size(first.array)}. "
+                f"{file}: has size {_grid(other.array)}, the first channel {files[0]} has {_grid(first.array)}. "
                 "All channels of a case must be on one grid: resample them to the first.",
             )
         if differs := difference(other.geometry, first.geometry):
@@ -109,8 +106,8 @@ def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dic
 def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Read a label map as (1, D, H, W) float32 of whole numbers, with nnU-Net's properties.
 
-    Raises MFMError as :func:`check_image_file`, and E_LABEL_VALUE for values such as 0.9999, E_CHANNELS for a colour
-    picture.
+    Raises MFMError as :func:`integrity.check_image_file`, and E_LABEL_VALUE for values such as 0.9999,
+    E_CHANNELS for a colour picture.
     """
     item = _read_map(Path(file), reader_name, "label map")
     broken = item.array != np.rint(item.array)
@@ -126,7 +123,8 @@ def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]
 def read_mask(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Read a mask as boolean (1, D, H, W), True where the file holds more than 0, with nnU-Net's properties.
 
-    Raises MFMError as :func:`check_image_file`, and E_LABEL_VALUE for values below 0, E_CHANNELS for a colour picture.
+    Raises MFMError as :func:`integrity.check_image_file`, and E_LABEL_VALUE for values below 0,
+    E_CHANNELS for a colour picture.
     """
     item = _read_map(Path(file), reader_name, "mask")
     lowest = item.ranges[0][0]
@@ -152,7 +150,7 @@ def check_label(
     if label.shape[1:] != image.shape[1:]:
         raise MFMError(
             "E_LABEL_GEOMETRY",
-            f"{name}: the label has size {_size(label)}, its image {_size(image)}. Resample the label to the image.",
+            f"{name}: the label has size {_grid(label)}, its image {_grid(image)}. Resample the label to the image.",
         )
     if differs := difference(geometry_of(label_properties), geometry_of(image_properties)):
         raise MFMError(
@@ -161,7 +159,7 @@ def check_label(
             "image, or copy the image's geometry into its header if only the header is wrong.",
         )
     known = known_labels(dataset_json)
-    unknown = [value for value in _values(label) if value not in known]
+    unknown = [value for value in _label_values(label) if value not in known]
     if unknown:
         raise MFMError(
             "E_LABEL_VALUE",
@@ -180,7 +178,7 @@ def check_mask(
     """Return when a mask lies on the grid of its image. Raises MFMError (E_GEOMETRY); ``file`` is the mask's."""
     differs = difference(geometry_of(mask_properties), geometry_of(image_properties))
     if mask_1DHW.shape[1:] != image_CDHW.shape[1:]:
-        differs = f"{_size(mask_1DHW)} against {_size(image_CDHW)} voxels"
+        differs = f"{_grid(mask_1DHW)} against {_grid(image_CDHW)} voxels"
     if differs:
         raise MFMError(
             "E_GEOMETRY",
@@ -208,7 +206,7 @@ def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
 
 
 def _read_map(file: Path, reader_name: str, what: str) -> _Item:
-    """Read a file with one value per voxel. Raises MFMError (E_CHANNELS) for a colour picture."""
+    """Read a file with one value per voxel."""
     item = _read_file(file, reader_name, is_map=True)
     if len(item.array) != 1:
         raise MFMError(
@@ -219,7 +217,7 @@ def _read_map(file: Path, reader_name: str, what: str) -> _Item:
     return item
 
 
-def _values(label: np.ndarray) -> list[int]:
+def _label_values(label: np.ndarray) -> list[int]:
     """Return the values in a label map of whole numbers, sorted; counting is faster than sorting a large volume."""
     low, high = int(label.min()), int(label.max())
     if high - low >= 1 << 20:
@@ -235,5 +233,5 @@ def _list(values: Sequence[int]) -> str:
     return f"{shown} and {len(values) - 20} more" if len(values) > 20 else shown
 
 
-def _size(array: np.ndarray) -> str:
+def _grid(array: np.ndarray) -> str:
     return " x ".join(map(str, array.shape[1:]))

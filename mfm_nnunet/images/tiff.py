@@ -63,11 +63,7 @@ class Page:
 
 
 def read_pages(path: Path) -> list[Page]:
-    """Return the pages that a TIFF file declares, in their order.
-
-    Raises MFMError: E_FORMAT (no TIFF file, pages in a circle or on top of each other), E_SHORT_DATA (a page is not
-    there), E_HEADER (a page without size).
-    """
+    """Return the pages that a TIFF file declares, in their order."""
     with open(path, "rb") as file:
         reader = _Reader(path, file)
         offset, seen = reader.first, set()
@@ -84,8 +80,8 @@ def read_pages(path: Path) -> list[Page]:
     return pages
 
 
-def num_bytes(path: Path) -> int:
-    """Return the number of bytes that the pixels of all pages take. Raises MFMError as :func:`read_pages`."""
+def num_decoded_bytes(path: Path) -> int:
+    """Return the number of bytes that the pixels of all pages take."""
     # Slices may also follow the only page without pages of their own; they are not compressed then.
     return max(sum(page.num_bytes for page in read_pages(path)), path.stat().st_size)
 
@@ -205,10 +201,7 @@ class _Reader:
 
 
 def check_tiff(path: Path) -> None:
-    """Check that all pages of a TIFF file are there, belong together and can be decoded.
-
-    Raises MFMError (E_FORMAT, E_SHORT_DATA, E_HEADER, E_DATATYPE, E_DIM, E_TOO_LARGE).
-    """
+    """Check that all pages of a TIFF file are there, belong together and can be decoded."""
     pages = {page.offset: page for page in read_pages(path)}
     _require_parts(path, list(pages.values()))
     with _open_tiff(path) as file:
@@ -257,16 +250,13 @@ def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int,
 
 
 def is_2d(path: Path) -> bool:
-    """Return whether a TIFF file is one grey or RGB(A) picture, and not a stack of slices.
-
-    Raises MFMError as :func:`check_tiff`.
-    """
+    """Return whether a TIFF file is one grey or RGB(A) picture, and not a stack of slices."""
     shape = _shape(path)
     return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
 
 
-def count_channels(path: Path) -> int:
-    """Return the number of channels of a picture; 1 for a stack of slices. Raises MFMError as :func:`check_tiff`."""
+def count_samples(path: Path) -> int:
+    """Return the number of channels of a picture; 1 for a stack of slices."""
     shape = _shape(path)
     return shape[-1] if len(shape) == 3 and shape[-1] in (3, 4) else 1
 

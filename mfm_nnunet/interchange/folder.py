@@ -36,7 +36,7 @@ _DIGEST = "sha256"
 
 
 def is_folder_checkpoint(place: Path) -> bool:
-    """Whether ``place`` is a folder as :func:`write_folder` makes it, damaged or not.
+    """Tell whether ``place`` is a folder as :func:`write_hub_folder` makes it, damaged or not.
 
     Repositories of others may hold files of these names beside a checkpoint; their ``config.json`` has no ``mfm``.
     """
@@ -48,7 +48,7 @@ def is_folder_checkpoint(place: Path) -> bool:
         return True
 
 
-def write_folder(content: Mapping[str, Any], folder: Path) -> None:
+def write_hub_folder(content: Mapping[str, Any], folder: Path) -> None:
     """Write ``model.safetensors``, ``config.json`` (the ``mfm`` key) and ``README.md`` (a model card) into ``folder``.
 
     Raises MFMError: E_EXISTS when the folder holds anything, E_DISK_FULL.
@@ -72,7 +72,7 @@ def write_folder(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """The content of the checkpoint in a folder, as :func:`mfm_nnunet.checkpoint.load` returns it of a file.
+    """Return the content of the checkpoint in a folder, as :func:`mfm_nnunet.checkpoint.load` returns it of a file.
 
     Raises MFMError (E_MODEL_CORRUPT) for a damaged file or one that lacks what we wrote.
     """
@@ -99,7 +99,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 
 def _once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor under its first name, and the other names with that one."""
+    """Return each tensor under its first name, and the other names with that one."""
     first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -114,7 +114,7 @@ def _once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
 
 
 def stated_licence(folder: Path) -> str | None:
-    """The licence that the model card beside a checkpoint states in its first lines, as hubs want it; or None."""
+    """Return the licence that the model card beside a checkpoint states in its first lines, as hubs want it."""
     try:
         with open(folder / CARD, encoding="utf-8") as file:
             match = _STATED.match(file.read(10_000))
@@ -124,18 +124,18 @@ def stated_licence(folder: Path) -> str | None:
 
 
 def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
-    """What there is to say, in order; nothing about subjects, because nothing is in the description."""
+    """Return the facts of a description by name, in order; a description holds nothing about subjects."""
     plans, name = mfm["plans"], mfm["configuration"]
     own = Plan.of(plans).configuration(name)
-    spacing = f"spacing {_times(f'{mm:g}' for mm in own.values['spacing'])} mm" if own.is_resampled else "not resampled"
+    spacing = f"spacing {_join(f'{mm:g}' for mm in own.values['spacing'])} mm" if own.is_resampled else "not resampled"
     architecture, family = _architecture(mfm)
     corpus, source = mfm.get("corpus") or {}, mfm.get("source") or {}
     found = {
         "pretext task": mfm.get("pretext") or "unknown",
         "network": family.describe(architecture) if family else "unknown",
         "trained": "the whole network" if mfm.get("trained") == "network" else "the encoder",
-        "input": f"{mfm['num_inputs']} channel(s), patch {_times(mfm['patch_size'])} voxels",
-        "configuration": f"{name}, patch {_times(own.patch_size)}, {spacing}",
+        "input": f"{mfm['num_inputs']} channel(s), patch {_join(mfm['patch_size'])} voxels",
+        "configuration": f"{name}, patch {_join(own.patch_size)}, {spacing}",
         "normalisation": ", ".join(own.normalization_schemes),
         "axes": f"transpose_forward {list(plans['transpose_forward'])}",
     }
@@ -159,7 +159,7 @@ def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
 
 
 def citations(mfm: Mapping[str, Any]) -> Iterator[str]:
-    """The papers to cite, one text each."""
+    """Yield the papers to cite, one text each."""
     for entry in mfm.get("citations") or []:
         if isinstance(entry, Mapping):
             texts = entry.get("apa_citations") or entry.get("bibtex_citations") or []
@@ -169,7 +169,7 @@ def citations(mfm: Mapping[str, Any]) -> Iterator[str]:
 
 
 def describe_text(reading: Reading) -> str:
-    """All of it in lines of name and value."""
+    """Describe a checkpoint in lines of name and value."""
     found = [("layout", reading.layout), *facts(reading.mfm).items()]
     found += [("cite", text) for text in citations(reading.mfm)]
     found += [("note", note) for note in reading.notes]
@@ -182,7 +182,7 @@ def describe_text(reading: Reading) -> str:
 
 
 def model_card(mfm: Mapping[str, Any], num_parameters: int, layout: Literal["folder", "nnssl"] = "folder") -> str:
-    """A README for a hub: how to use the checkpoint, what it is, what it was not tested for, whom to cite."""
+    """Return a README for a hub: how to use the checkpoint, what it is, what it was not tested for, whom to cite."""
     licence = mfm.get("licence") or UNKNOWN_LICENCE
     notes = [("on import", note) for note in (mfm.get("source") or {}).get("notes") or []]
     rows = "\n".join(f"| {in_markdown(name)} | {in_markdown(value)} |" for name, value in [*facts(mfm).items(), *notes])
@@ -256,5 +256,5 @@ def _architecture(mfm: Mapping[str, Any]) -> tuple[Mapping[str, Any], NetworkFam
     return architecture, families_by_class().get(str(architecture.get("network_class_name")))
 
 
-def _times(sizes: Any) -> str:
+def _join(sizes: Any) -> str:
     return " x ".join(map(str, sizes))

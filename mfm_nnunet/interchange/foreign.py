@@ -2,17 +2,13 @@
 
 Everything downstream (planning like it, transfer, description, export) knows one layout. The notes list assumptions and
 repairs; tensors that belong to no network of ours are kept apart, under their own names.
-
-Pretraining code wraps networks (``module.``, ``_orig_mod.``, ``encoder.``, ``online_encoder.stages.``) and adds
-heads, projectors and second decoders. Parts are found by the structure of the names, not by a list of wrappers.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +18,8 @@ from torch import Tensor
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import sha256, shown
 from mfm_nnunet.interchange import nnssl
-from mfm_nnunet.models.families import (
-    Converted,
-    ForeignLayout,
-    NetworkFamily,
-    Stated,
-    all_families,
-    families_by_class,
-)
+from mfm_nnunet.interchange.parts import Parts, take_apart, unwrap_names
+from mfm_nnunet.models.families import Converted, Stated, families_by_class
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, NO_RESAMPLING, Plan, plan_problem
 from mfm_nnunet.plan_rules import MAX_ARGUMENT, MAX_EDGE
@@ -40,22 +30,10 @@ logger = logging.getLogger(__name__)
 Layout = Literal["mfm_nnunet", "nnssl", "nnU-Net", "weights alone"]
 TokenOrder = Literal["whd", "hwd"]
 NORMALIZATIONS = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
-"""Those of nnU-Net that need nothing but the image; CT's needs intensities, which nnssl's files do not hold."""
+"""Normalisations that need nothing but the image; CT's needs intensities, which nnssl's files do not hold."""
 PUBLISHED_SPACING = 1.0
 """Millimetres along each axis of OpenMind's corpora, where a file says nothing."""
-_WRAPPERS = ("module", "_orig_mod")
 _SPLINES = {"order_z": 0, "force_separate_z": None}
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A state dict taken apart: ``weights`` under our names; ``others``, under the file's, fit no network of ours."""
-
-    family: NetworkFamily
-    layout: ForeignLayout | None
-    """None: the names are those of the family's own class."""
-    weights: dict[str, Tensor]
-    others: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,9 +45,9 @@ class Reading:
     others: dict[str, Tensor] = field(default_factory=dict)
     """The file's tensors that no network of ours has: heads, projectors, token decoders."""
     notes: tuple[str, ...] = ()
-    """What was assumed or repaired."""
+    """Assumptions and repairs."""
     names_subjects: bool = False
-    """Whether the file holds its corpus' index, with subjects and paths; it is never copied."""
+    """The file holds its corpus' index, with subjects and paths; it is never copied."""
 
     file: Path = Path()
     """The file with the weights."""
@@ -94,12 +72,12 @@ class Reading:
 
     @property
     def mfm(self) -> dict[str, Any]:
-        """The description, as ``documentation/reference/checkpoint.md`` has it."""
+        """Return the description, as ``documentation/reference/checkpoint.md`` has it."""
         return self.content["mfm"]
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """The plan's configuration that was trained, with what it inherits; empty where the description has none."""
+        """Return the plan's configuration that was trained, with what it inherits; empty without one."""
         plans, name = self.mfm.get("plans") or {}, str(self.mfm.get("configuration"))
         return dict(Plan.of(plans).configuration(name).values) if name in plans.get("configurations", {}) else {}
 
@@ -122,7 +100,7 @@ def require_plan(reading: Reading, *keys: str) -> None:
 
 
 def ours(content: Mapping[str, Any]) -> Reading:
-    """A checkpoint that this package wrote, with what was noted when it was imported.
+    """Return a checkpoint that this package wrote, with what was noted when it was imported.
 
     Raises MFMError: E_MODEL_MISMATCH for a newer format, E_MODEL_CORRUPT for an entry of another kind than it can be.
     """
@@ -177,7 +155,7 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
         plan.recommended_patch,
         token_order or nnssl.token_order_of(trainer),
     )
-    converted = _convert(parts, stated, token_order)
+    converted = _convert_parts(parts, stated, token_order)
     notes += converted.notes
     plans = _plans(parts, plan, converted, notes)
     mfm = _description(parts, plans, converted.weights, converted.patch_size, nnssl.task_of(trainer) or trainer)
@@ -239,7 +217,7 @@ def report_unused(token_order: TokenOrder | None) -> None:
 
 
 def _papers(said: Any, notes: list[str]) -> list[Any]:
-    """The citations of a foreign file as a list, which ours have: some write one text or one table."""
+    """Return the citations of a foreign file as a list; some files hold one text or one table."""
     said = nnssl.plain(said)
     if isinstance(said, list):
         return said
@@ -250,78 +228,10 @@ def _papers(said: Any, notes: list[str]) -> list[Any]:
 
 
 def _started_from(ours: Any) -> dict[str, Any]:
-    """Licence and papers of the checkpoint that a fine-tuned model of ours started from."""
+    """Return licence and papers of the checkpoint that a fine-tuned model of ours started from."""
     settings = ours.get("finetune") if isinstance(ours, Mapping) else None
     before = settings.get("checkpoint") if isinstance(settings, Mapping) else None
     return {name: before[name] for name in ("licence", "citations") if name in before} if before else {}
-
-
-def take_apart(state: Mapping[str, Tensor], key_to_encoder: str | None = None, key_to_stem: str | None = None) -> Parts:
-    """Find encoder, stem and decoder in ``state``; the keys are the file's own words for the first two, if it has any.
-
-    Raises MFMError (E_MODEL_MISMATCH), which shows the first names, when there is no encoder that we know, when it is
-    not where the file says, and when there are several and nothing says which is meant.
-    """
-    tensors = _unwrap_all(state)
-    family, layout, prefix = _find_encoder(tensors, unwrapped_name(key_to_encoder) if key_to_encoder else None)
-    renamed = layout.renaming(prefix, unwrapped_name(key_to_stem) if key_to_stem else None)
-    weights: dict[str, Tensor] = {}
-    others: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        place = next((place for place in renamed if name.startswith(place)), None)
-        if place is not None:
-            weights[renamed[place] + name[len(place) :]] = tensor
-        elif layout.repeated is None or layout.repeated not in name:
-            others[name] = tensor
-    return Parts(family, layout, weights, others)
-
-
-def unwrapped_name(name: str) -> str:
-    """Return ``name`` without the words of DistributedDataParallel and torch.compile, wherever they stand."""
-    *parents, last = str(name).split(".")
-    return ".".join([*(part for part in parents if part not in _WRAPPERS), last])
-
-
-def _unwrap_all(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {unwrapped_name(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def _find_encoder(tensors: Mapping[str, Tensor], wanted: str | None) -> tuple[NetworkFamily, ForeignLayout, str]:
-    layouts = [(family, layout) for family in all_families() for layout in family.layouts]
-    networks = " or ".join(layout.class_name.rpartition(".")[2] for _, layout in layouts)
-    shown = ", ".join(list(tensors)[:5]) or "nothing"
-    if wanted is not None:
-        for family, layout in layouts:
-            if next(_matches(rf"{re.escape(wanted)}\.{layout.first_block}", tensors), None):
-                return family, layout, wanted
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            f"the file says that its encoder is '{wanted}', and no encoder of {networks} is there; the weights begin "
-            f"with {shown}. Only these networks can be used.",
-        )
-    found = {
-        match["prefix"]: (family, layout)
-        for family, layout in layouts
-        for match in _matches(rf"(?P<prefix>(?:.+\.)?{layout.encoder})\.{layout.first_block}", tensors)
-        if "decoder" not in match["prefix"].split(".")
-    }
-    if len(found) == 1:
-        prefix, (family, layout) = next(iter(found.items()))
-        return family, layout, prefix
-    if not found:
-        raise MFMError(
-            "E_MODEL_MISMATCH",
-            f"no encoder of {networks} is among the weights; they begin with {shown}. Only these networks can be used.",
-        )
-    raise MFMError(
-        "E_MODEL_MISMATCH",
-        f"the weights hold several encoders ({', '.join(found)}) and the file does not say which one is meant. Keep "
-        "the one that was trained, and remove the others from the file.",
-    )
-
-
-def _matches(pattern: str, names: Iterable[str]) -> Iterator[re.Match[str]]:
-    return (match for match in (re.match(pattern, name) for name in names) if match)
 
 
 def _parts_of_nnunet(state: Mapping[str, Tensor], planned: Mapping[str, Any]) -> Parts:
@@ -329,7 +239,7 @@ def _parts_of_nnunet(state: Mapping[str, Tensor], planned: Mapping[str, Any]) ->
     family = families_by_class().get(str((planned.get("architecture") or {}).get("network_class_name")))
     if family is None or family.layouts:
         return take_apart(state)
-    return Parts(family, None, _unwrap_all(state), {})
+    return Parts(family, None, unwrap_names(state), {})
 
 
 def _converted_of_nnunet(parts: Parts, planned: Mapping[str, Any], token_order: TokenOrder | None) -> Converted:
@@ -339,12 +249,12 @@ def _converted_of_nnunet(parts: Parts, planned: Mapping[str, Any], token_order: 
     if parts.layout is None or not parts.layout.needs_conversion(class_name):
         report_unused(token_order)
         return Converted(parts.weights, architecture, patch, parts.others, [])
-    converted = _convert(parts, Stated(class_name, patch_size=patch, token_order=token_order), token_order)
+    converted = _convert_parts(parts, Stated(class_name, patch_size=patch, token_order=token_order), token_order)
     notes = ["the plan does not name this network: it is read off the tensors", *converted.notes]
     return Converted(converted.weights, converted.architecture, patch, converted.others, notes)
 
 
-def _convert(parts: Parts, stated: Stated, token_order: TokenOrder | None) -> Converted:
+def _convert_parts(parts: Parts, stated: Stated, token_order: TokenOrder | None) -> Converted:
     assert parts.layout is not None, "weights under foreign names have a layout"
     if not parts.layout.has_token_order:
         report_unused(token_order)
@@ -427,6 +337,6 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "num_inputs": int, "num_outputs": int, "corpus": dict, "versions": dict, "citations": (list, tuple),
     "trained": str, "source": dict, "licence": str, "epoch": int,
 }  # fmt: skip
-"""What the entries of a description are, where they are there."""
+"""Types of the entries of a description; each may be missing."""
 DESCRIBED = ("patch_size", "num_inputs", "num_outputs")
-"""What of a description is needed beside its plan to build the network as it was trained."""
+"""Entries of a description that are needed beside its plan to build the network as it was trained."""

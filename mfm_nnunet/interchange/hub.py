@@ -19,7 +19,7 @@ from mfm_nnunet.files import sha256
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("checkpoint_final.pth", "model.safetensors")
-"""The first that a repository has is downloaded; a repository with both is not one of ours, which have safetensors."""
+"""The first that a repository has is downloaded; with both it is not one of ours, which have safetensors."""
 BESIDE = ("config.json", "adaptation_plan.json", "README.md")
 """Files to download beside the weights, where they exist."""
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<commit>[^/]+))?/?")

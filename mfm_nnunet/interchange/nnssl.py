@@ -19,7 +19,7 @@ TASKS = (
     ("simmim", "simmim"), ("spark", "spark3d"), ("s3d", "spark3d"), ("volumefusion", "volume_fusion"),
     ("genesis", "models_genesis"), ("simclr", "simclr"), ("voco", "voco"), ("swinunetr", "swin_unetr"), ("mae", "mae"),
 )  # fmt: skip
-"""What a trainer's name contains, without underscores and in lower case, and the pretext task that it trains."""
+"""Parts of trainers' names, without underscores and in lower case, and the pretext tasks that they train."""
 
 TRAINED_WITH = ("spacing", "normalization_schemes", "use_mask_for_norm", "patch_size")
 """Fields of a configuration that describe how the images were prepared, and what the network saw of them."""
@@ -47,7 +47,7 @@ class AdaptationPlan:
 
 
 def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = None) -> AdaptationPlan:
-    """The plan as its file has it; what it lacks of images and patch is taken from ``trained_with``.
+    """Return the plan as its file has it; what it lacks of images and patch is taken from ``trained_with``.
 
     ``trained_with`` is the result of :func:`plan_of_training`.
 
@@ -64,9 +64,9 @@ def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = N
     if order is not None and sorted(order) != list(range(len(order))):
         raise _wrong("transpose_forward", order)
     return AdaptationPlan(
-        class_name=_text(architecture, "arch_class_name"),
+        class_name=_read_text(architecture, "arch_class_name"),
         arch_kwargs={key: plain(value) for key, value in _table(architecture, "arch_kwargs").items()},
-        num_inputs=_number(raw, "pretrain_num_input_channels"),
+        num_inputs=_read_number(raw, "pretrain_num_input_channels"),
         # The newer field wins: contrastive tasks see crops, and older files keep the corpus' patch in the plan.
         patch_size=_whole(raw, "pretrain_patch_size") or _whole(configuration, "patch_size"),
         recommended_patch=_whole(raw, "recommended_downstream_patchsize"),
@@ -75,8 +75,8 @@ def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = N
         normalization=_row(configuration, "normalization_schemes", str) or (),
         use_mask_for_norm=_row(configuration, "use_mask_for_norm", bool) or (),
         transpose_forward=order,
-        key_to_encoder=_text(raw, "key_to_encoder"),
-        key_to_stem=_text(raw, "key_to_stem"),
+        key_to_encoder=_read_text(raw, "key_to_encoder"),
+        key_to_stem=_read_text(raw, "key_to_stem"),
     )
 
 
@@ -100,13 +100,13 @@ def plan_of_training(init_args: Any) -> dict[str, Any]:
 
 
 def task_of(trainer: str | None) -> str | None:
-    """The pretext task that a trainer of nnssl trains, by its name; None where the name tells nothing."""
+    """Return the pretext task that a trainer of nnssl trains, by its name; None for an unknown name."""
     words = (trainer or "").replace("_", "").lower()
     return next((task for word, task in TASKS if word in words), None)
 
 
 def token_order_of(trainer: str | None) -> str | None:
-    """How a Primus trainer of nnssl flattens tokens: ``whd`` or ``hwd``; None without a name that says its task.
+    """Return how a Primus trainer of nnssl flattens tokens: ``whd`` or ``hwd``; None for an unknown trainer.
 
     Only its SimMIM module flattens axis 0 outermost; all other Primus modules flatten axis 1 outermost.
     """
@@ -115,7 +115,7 @@ def token_order_of(trainer: str | None) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Lists, numbers and text from tuples and tensors of them."""
+    """Make lists, numbers and text of tuples and tensors."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -139,14 +139,14 @@ def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found
 
 
-def _text(values: Mapping[str, Any], name: str) -> str | None:
+def _read_text(values: Mapping[str, Any], name: str) -> str | None:
     found = values.get(name)
     if found is not None and not isinstance(found, str):
         raise _wrong(name, found)
     return found
 
 
-def _number(values: Mapping[str, Any], name: str) -> int | None:
+def _read_number(values: Mapping[str, Any], name: str) -> int | None:
     found = plain(values.get(name))
     is_number = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1 << 31
     if found is not None and not is_number:

@@ -22,7 +22,7 @@ from mfm_nnunet.interchange.folder import (
     is_folder_checkpoint,
     read_folder,
     stated_licence,
-    write_folder,
+    write_hub_folder,
 )
 from mfm_nnunet.interchange.foreign import (
     DESCRIBED,
@@ -36,12 +36,12 @@ from mfm_nnunet.interchange.foreign import (
 )
 from mfm_nnunet.interchange.hub import fetch
 from mfm_nnunet.interchange.nnssl_export import write_nnssl
-from mfm_nnunet.interchange.verify import require_whole
+from mfm_nnunet.interchange.verify import require_complete
 
 logger = logging.getLogger(__name__)
 
 FILE = "checkpoint_final.pth"
-"""What a folder of others is searched for."""
+"""The file to look for in folders of others."""
 SIDE_PLAN = "adaptation_plan.json"
 KNOWN = (
     "mfm_nnunet (network_weights and mfm; or a folder with model.safetensors and config.json), nnssl and OpenMind "
@@ -50,7 +50,7 @@ KNOWN = (
 
 
 def find_checkpoint(address: str | Path) -> Path:
-    """The file, or folder of safetensors, that an address means: a path, ``file://``, or ``hf://owner/name@commit``.
+    """Return the file, or folder of safetensors, that an address means: a path, ``file://``, or ``hf://owner/name@commit``.
 
     Raises MFMError (E_NOT_FOUND) when there is nothing, and as :func:`mfm_nnunet.interchange.hub.fetch`.
     """
@@ -76,7 +76,7 @@ def find_checkpoint(address: str | Path) -> Path:
 
 
 def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Reading:
-    """The checkpoint at ``place`` in our layout; what was assumed or repaired is logged.
+    """Read the checkpoint at ``place`` into our layout; assumptions and repairs are logged.
 
     ``token_order`` is for Primus' weights of others where the file does not say it.
 
@@ -103,7 +103,7 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
 
 
 def sha256(place: Path) -> str:
-    """The SHA-256 of the weights' file, in hex."""
+    """Return the SHA-256 of the weights' file, in hex."""
     return files.sha256(place / WEIGHTS if place.is_dir() else place)
 
 
@@ -134,9 +134,9 @@ def convert(
     if licence is not None:
         _require_same_licence(reading.mfm.get("licence"), licence)
         content["mfm"]["licence"] = licence
-    require_whole(content)
+    require_complete(content)
     if layout == "folder":
-        write_folder(content, output)
+        write_hub_folder(content, output)
     elif layout == "nnssl":
         write_nnssl(content, output)
     else:
@@ -176,7 +176,7 @@ def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | N
 
 
 def _with_side_plan(raw: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """A file without plan or trainer, completed from ``adaptation_plan.json``.
+    """Complete a file without plan or trainer from ``adaptation_plan.json``.
 
     Repositories have it beside the file. Trainers of nnssl write it into the folder of the run, and their checkpoints
     into a folder ``fold_all`` below.

@@ -17,7 +17,7 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
 
 
-def require_whole(content: Mapping[str, Any]) -> None:
+def require_complete(content: Mapping[str, Any]) -> None:
     """Raise MFMError: E_MODEL_CORRUPT, E_NONFINITE, and as building the network, with the first tensors at fault."""
     weights: Mapping[str, Tensor] = content["network_weights"]
     mfm = content["mfm"]
@@ -42,7 +42,7 @@ def require_whole(content: Mapping[str, Any]) -> None:
 
 
 def with_all_names(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a whole checkpoint, each under all names that its network has for it, where a file has but one.
+    """Return the weights of a whole checkpoint, each under all names that its network has for it.
 
     Not those of the encoder in a U-Net's decoder: nobody looks for them, and encoders alone stay free of ``decoder``.
     """
@@ -59,7 +59,7 @@ def _network_of(mfm: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan with the patch that the network was trained on, which its position table is for."""
+    """Return the plan with the patch that the network was trained on, which its position table is for."""
     name, patch = mfm["configuration"], list(mfm["patch_size"])
     configuration = {**Plan.of(mfm["plans"]).configuration(name).values, "patch_size": patch}
     configuration.pop("inherits_from", None)
@@ -70,7 +70,7 @@ def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names_of_each(network: torch.nn.Module) -> dict[str, set[str]]:
-    """All names that a tensor has, by each of them."""
+    """Return all names that a tensor has, by each of them."""
     names: dict[int, set[str]] = {}
     state = network.state_dict(keep_vars=True)
     for name, tensor in state.items():

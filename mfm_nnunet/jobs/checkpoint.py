@@ -9,7 +9,7 @@ from mfm_nnunet.errors import about
 from mfm_nnunet.interchange.folder import describe_text
 from mfm_nnunet.interchange.foreign import DESCRIBED, require_plan
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
-from mfm_nnunet.interchange.verify import require_whole
+from mfm_nnunet.interchange.verify import require_complete
 
 TokenOrder = Literal["whd", "hwd"]
 
@@ -25,7 +25,7 @@ def describe_checkpoint(address: str | Path, *, verify: bool = False, token_orde
     with about(place):
         require_plan(reading, *DESCRIBED)
         if verify:
-            require_whole(reading.content)
+            require_complete(reading.content)
     return describe_text(reading)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from mfm_nnunet import dataset as dataset_jsons
 from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
 from mfm_nnunet.data.storage import stale_cases
-from mfm_nnunet.device import out_of_memory_is_an_error, pick_device
+from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside, refuse_links, shown
@@ -34,7 +34,6 @@ from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.plan import Plan, read_plans
 from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import join_world, leave_world, run_processes, stop_on_signal

@@ -40,7 +40,7 @@ GROUP = "mfm_nnunet.networks"
 NnsslName = tuple[str, "dict[str, Any] | None", "list[str] | None"]
 Part = Literal["encoder", "decoder", "other"]
 Need = Literal["any", "tokens", "sparse encoder"]
-"""What a pretext task needs of a network: nothing special, tokens, or an encoder that can work sparsely."""
+"""Demands of a pretext task on a network: none, tokens, or an encoder that can work sparsely."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class ForeignLayout(ABC):
     repeated: ClassVar[str | None] = None
     """Words in the names under which a file has the encoder's tensors again."""
     has_token_order: ClassVar[bool] = False
-    """Whether the order in which tokens are flattened must be known."""
+    """The order in which tokens are flattened must be known."""
     keys: Mapping[str, Any]
     """nnssl's key_to_encoder, key_to_stem, keys_to_in_proj and key_to_lpe."""
 
@@ -173,11 +173,11 @@ class NetworkFamily(ABC):
     rates: ClassVar[Mapping[str, tuple[float, float]]]
     """Published peak learning rates from scratch and from a checkpoint, by optimizer."""
     hides: ClassVar[Literal["voxels", "tokens"]] = "voxels"
-    """How masked pretraining hides: voxels are filled, or tokens are dropped or replaced."""
+    """Masked pretraining fills voxels, or drops or replaces tokens."""
     has_sparse_encoder: ClassVar[bool] = False
-    """Whether ``network.encoder`` has convolutions and instance norms alone, and ``network.decoder`` takes its maps."""
+    """``network.encoder`` has convolutions and instance norms alone, and ``network.decoder`` takes its maps."""
     is_sized_by_nnunet: ClassVar[bool] = False
-    """Whether nnU-Net's own planner sizes the network; else :meth:`plan_network` does."""
+    """nnU-Net's own planner sizes the network; else :meth:`plan_network` does."""
     fewest_cells: ClassVar[int] = 1
     """Multiples of :meth:`steps` that a patch needs along some axis."""
     layouts: ClassVar[tuple[ForeignLayout, ...]] = ()

@@ -33,22 +33,22 @@ class MemoryEstimate:
     activations: int
     """Kept by autograd for the backward pass, the input and the outputs included."""
     working: int
-    """What the backward pass holds for a moment: gradients between operations, reordered copies."""
+    """Buffers of the backward pass: gradients between operations, reordered copies."""
 
     @property
     def total(self) -> int:
-        """All parts together: what a device must have free."""
+        """Return all parts together, which a device must have free."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
 def training_memory_bytes(
     network: nn.Module, input_shape_BCDHW: Sequence[int], optimizer: Literal["sgd", "adamw"], half: bool = False
 ) -> int:
-    """Bytes that one training step of ``network`` takes: weights, gradients, optimizer state, activations, buffers.
+    """Return the bytes that one training step of ``network`` takes, buffers of the backward pass included.
 
     ``input_shape_BCDHW`` is (B, C, D, H, W), or (B, C, H, W) in 2D. With ``half`` activations are counted as under
     mixed precision (2 bytes, plus a 2-byte copy of the weights). The network itself is not changed; it may be on any
-    device and is looked at in train mode.
+    device and is estimated in train mode.
     """
     return estimate_training_memory(network, input_shape_BCDHW, optimizer, half).total
 
@@ -56,7 +56,7 @@ def training_memory_bytes(
 def estimate_training_memory(
     network: nn.Module, input_shape_BCDHW: Sequence[int], optimizer: Literal["sgd", "adamw"], half: bool = False
 ) -> MemoryEstimate:
-    """As :func:`training_memory_bytes`, with the parts kept apart."""
+    """Estimate as :func:`training_memory_bytes` does, with the parts kept apart."""
     ghost = _meta_copy(network).train()
     parameters = list(ghost.parameters())
     trained = _num_bytes(p for p in parameters if p.requires_grad)
@@ -104,7 +104,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _meta_copy(network: nn.Module) -> nn.Module:
-    """The same modules over meta tensors; the weights are never copied (``deepcopy`` finds them in its memo)."""
+    """Copy the modules over meta tensors; the weights are never copied (``deepcopy`` finds them in its memo)."""
     memo: dict[int, Any] = {}
     for tensor in [*network.parameters(), *network.buffers()]:
         ghost = torch.empty_like(tensor, device="meta")

@@ -96,13 +96,13 @@ def check_architecture(class_name: Any, kwargs: Mapping[str, Any], to_import: An
     """
     family = families_by_class().get(class_name) if isinstance(class_name, str) else None
     if family is None:
-        _refuse(f"network_class_name {class_name!r}")
+        _raise_unsafe(f"network_class_name {class_name!r}")
     if not isinstance(kwargs, Mapping) or not isinstance(to_import, (list, tuple)):
         raise MFMError("E_CONFIG", f"the plan names {class_name} and has no arguments of it. Plan again.")
     for name in to_import:
         value = kwargs.get(name)
         if value is not None and not (isinstance(value, str) and _PARTS.fullmatch(value)):
-            _refuse(f"{name} {value!r}")
+            _raise_unsafe(f"{name} {value!r}")
     return family
 
 
@@ -121,7 +121,7 @@ def _require_buildable(build: Callable[[], nn.Module], configuration: str) -> No
         )
 
 
-def _refuse(what: str) -> NoReturn:
+def _raise_unsafe(what: str) -> NoReturn:
     raise MFMError(
         "E_MODEL_UNSAFE",
         f"the plan's architecture has the {what}, which is none of the networks and layers that mfm_nnunet builds. "

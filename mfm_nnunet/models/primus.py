@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ STEM_FEATURES: dict[int, tuple[int, ...]] = {2: (32, 32, 64, 128, 256, 512), 3: 
 """Published widths by version: at full size, then after each halving; continued for tokens above 8 voxels."""
 
 SKIP_SCALE = 1e-5
-"""What the skip projections of V3 are multiplied with at first: training starts without them."""
+"""First factor of the skip projections of V3: training starts without them."""
 
 NEGATIVE_SLOPE = 1e-2
 """Of the He initialisation, as everywhere in nnU-Net."""
@@ -72,14 +73,29 @@ def primus_kwargs(size: str, num_axes: int, version: int = 1) -> dict[str, Any]:
     return kwargs
 
 
+@dataclass(frozen=True)
+class PrimusOptions:
+    """Options of Primus; the defaults are Primus-M's of the paper."""
+
+    drop_path_rate: float = 0.2
+    """Rate at the last block, in train mode only; it grows linearly over the depth."""
+    init_values: float | None = 0.1
+    """Start of the layer scale; None: there is none."""
+    scale_attn_inner: bool = True
+    """Normalise the inner attention."""
+    deep_supervision: bool = False
+    """Accepted, because nnU-Net passes it, and ignored: there is no pyramid to supervise."""
+    version: int = 1
+    """2 and 3 have a convolutional stem."""
+    stem_features: Sequence[int] | None = None
+    """Widths of the convolutional stem; None: as published."""
+
+
 class PrimusSeg(nn.Module):
     """Primus for segmentation and for dense pretext tasks: (B, C, *input_shape) -> (B, K, *input_shape).
 
     ``patch_embed_size`` is the size of a token in voxels, a power of two per axis; ``input_shape`` the patch, each axis
-    a multiple of it. The defaults are Primus-M's of the paper: drop path growing to 0.2 over the depth (in train mode
-    only), layer scale ``init_values``, normalised inner attention. ``version`` 2 and 3 have a convolutional stem whose
-    widths are ``stem_features`` (None: as published). ``deep_supervision`` is accepted, because nnU-Net passes it, and
-    ignored: there is no pyramid to supervise.
+    a multiple of it. ``options`` are the fields of :class:`PrimusOptions`.
 
     Raises MFMError (E_CONFIG) for sizes that do not fit together.
     """
@@ -93,14 +109,11 @@ class PrimusSeg(nn.Module):
         input_shape: Sequence[int],
         eva_depth: int,
         eva_numheads: int,
-        drop_path_rate: float = 0.2,
-        init_values: float | None = 0.1,
-        scale_attn_inner: bool = True,
-        deep_supervision: bool = False,
-        version: int = 1,
-        stem_features: Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
+        own = PrimusOptions(**options)
+        version, stem_features = own.version, own.stem_features
         _check_sizes(embed_dim, eva_numheads, patch_embed_size, input_shape)
         _check_stem(version, stem_features, patch_embed_size, input_shape)
         self.input_shape = tuple(input_shape)
@@ -116,9 +129,9 @@ class PrimusSeg(nn.Module):
             depth=eva_depth,
             num_heads=eva_numheads,
             ref_feat_shape=tuple(size // token for size, token in zip(input_shape, patch_embed_size)),
-            drop_path_rate=drop_path_rate,
-            init_values=init_values,
-            scale_attn_inner=scale_attn_inner,
+            drop_path_rate=own.drop_path_rate,
+            init_values=own.init_values,
+            scale_attn_inner=own.scale_attn_inner,
         )
         # Once each, here: the class has no ``initialize``, so nnU-Net's factory does not do it again. Eva did its own.
         self.down_projection.apply(InitWeights_He(NEGATIVE_SLOPE))
@@ -166,7 +179,7 @@ class ConvStem(nn.Module):
             )
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
-        """The tokens as a grid (B, E, d, h, w)."""
+        """Return the tokens as a grid (B, E, d, h, w)."""
         maps = [self.stem(x_BCDHW)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
@@ -178,7 +191,7 @@ class ConvStem(nn.Module):
 
 
 def published_features(version: int, num_stages: int) -> tuple[int, ...]:
-    """The widths of a stem with ``num_stages`` halvings."""
+    """Return the widths of a stem with ``num_stages`` halvings."""
     return STEM_FEATURES[version][: num_stages + 1]
 
 
@@ -210,7 +223,7 @@ class PatchDecoder(nn.Module):
 
     def __init__(self, patch_embed_size: Sequence[int], embed_dim: int, num_outputs: int) -> None:
         super().__init__()
-        strides = _strides(patch_embed_size)
+        strides = _doublings(patch_embed_size)
         widths = decoder_widths(embed_dim, len(strides))
         conv: Any = nn.ConvTranspose3d if len(patch_embed_size) == 3 else nn.ConvTranspose2d
         layers: list[nn.Module] = [
@@ -231,7 +244,7 @@ def decoder_widths(embed_dim: int, num_stages: int) -> list[int]:
     return [embed_dim] + [max(8, round(embed_dim / ratio**stage / 8) * 8) for stage in range(1, num_stages)]
 
 
-def _strides(patch_embed_size: Sequence[int]) -> list[tuple[int, ...]]:
+def _doublings(patch_embed_size: Sequence[int]) -> list[tuple[int, ...]]:
     """Doublings that give the token size, coarsest first; short axes are doubled last (where DNA does so too)."""
     doublings = [2 ** (stage + 1) for stage in reversed(range(int(math.log2(max(patch_embed_size)))))]
     return [tuple(2 if size % doubling == 0 else 1 for size in patch_embed_size) for doubling in doublings]
@@ -240,10 +253,10 @@ def _strides(patch_embed_size: Sequence[int]) -> list[tuple[int, ...]]:
 def _stem(
     version: int, features: Sequence[int] | None, token: Sequence[int], input_channels: int, embed_dim: int
 ) -> nn.Module:
-    """The patch embedding of this version of Primus."""
+    """Make the patch embedding of this version of Primus."""
     if version == 1:
         return PatchEmbed(tuple(token), input_channels, embed_dim)
-    strides = _strides(token)[::-1]
+    strides = _doublings(token)[::-1]
     return ConvStem(input_channels, embed_dim, strides, features or published_features(version, len(strides)), version)
 
 
@@ -263,7 +276,7 @@ def _heads_fit(embed_dim: int, num_heads: int, num_axes: int) -> bool:
 
 
 def _check_stem(version: int, features: Sequence[int] | None, token: Sequence[int], patch: Sequence[int]) -> None:
-    num_stages = len(_strides(token))
+    num_stages = len(_doublings(token))
     problem: str | None = None
     if version not in (1, *STEM_FEATURES):
         problem = "version must be 1, 2 or 3"

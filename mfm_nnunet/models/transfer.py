@@ -273,11 +273,11 @@ class _Transfer:
         """Return the checkpoint's tensors that nothing used, each once whatever the number of its names."""
         used = {name for decision in decisions if decision.value is not None for name in decision.sources}
         reasons = {name: decision.how for decision in decisions for name in decision.sources}
-        seen = {_place(self.weights[name]) for name in used if name in self.weights}
+        seen = {_storage_key(self.weights[name]) for name in used if name in self.weights}
         entries = []
         for name, tensor in self.weights.items():
-            if name not in used and _place(tensor) not in seen:
-                seen.add(_place(tensor))
+            if name not in used and _storage_key(tensor) not in seen:
+                seen.add(_storage_key(tensor))
                 entries.append(Entry(name, tensor.numel(), reasons.get(name, ABSENT)))
         return tuple(entries)
 
@@ -343,7 +343,7 @@ def _spread_channels(value: Tensor, tensor: Tensor, images: tuple[int, int]) -> 
     return torch.cat([own, own.new_zeros(len(own), labels, *own.shape[2:])], 1), how
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
+def _storage_key(tensor: Tensor) -> tuple[object, ...]:
     """Return a key that the names of one tensor share; tensors without elements stand for themselves."""
     return (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
 

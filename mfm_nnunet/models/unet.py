@@ -149,7 +149,7 @@ class UNetLayout(ForeignLayout):
 
     def _architecture(self, weights: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, Any], list[str]]:
         """Read depth, widths and kernels off the shapes, the rest off the file's own words or nnU-Net's defaults."""
-        layers = _matches(self.block, weights)
+        layers = _collect_layers(self.block, weights)
         num_stages = 1 + max((stage for stage, _ in layers), default=0)
         missing = [stage for stage in range(num_stages) if (stage, 0) not in layers]
         if missing:
@@ -160,7 +160,7 @@ class UNetLayout(ForeignLayout):
             )
         first = [layers[stage, 0] for stage in range(num_stages)]
         num_axes = first[0].ndim - 2
-        strides, notes = _strides(num_stages, num_axes, weights, stated.arch_kwargs)
+        strides, notes = _find_strides(num_stages, num_axes, weights, stated.arch_kwargs)
         kwargs = {
             "n_stages": num_stages,
             "features_per_stage": [int(weight.shape[0]) for weight in first],
@@ -313,17 +313,17 @@ def replace_stale_copies(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     return repaired, changed
 
 
-def _matches(pattern: re.Pattern[str], weights: Mapping[str, Tensor]) -> dict[tuple[int, int], Tensor]:
+def _collect_layers(pattern: re.Pattern[str], weights: Mapping[str, Tensor]) -> dict[tuple[int, int], Tensor]:
     found = ((pattern.fullmatch(name), tensor) for name, tensor in weights.items())
     return {(int(match[1]), int(match[2])): tensor for match, tensor in found if match}
 
 
 def _decoder_depths(num_stages: int, weights: Mapping[str, Tensor]) -> list[int]:
-    layers = _matches(re.compile(rf"decoder\.stages\.(\d+)\.convs\.(\d+)\.{LAYER}\.weight"), weights)
+    layers = _collect_layers(re.compile(rf"decoder\.stages\.(\d+)\.convs\.(\d+)\.{LAYER}\.weight"), weights)
     return [max(1, sum(stage == wanted for stage, _ in layers)) for wanted in range(num_stages - 1)]
 
 
-def _strides(
+def _find_strides(
     num_stages: int, num_axes: int, weights: Mapping[str, Tensor], stated: Mapping[str, Any]
 ) -> tuple[list[list[int]], list[str]]:
     """Return the strides of the encoder's stages: as the decoder undoes them, else as stated, else halving."""

@@ -80,7 +80,7 @@ def test_a_withdrawn_scan_is_pretrained_on_no_more(empty: Site) -> None:
 def test_a_labelled_case_that_fails_in_preprocessing(code: str, empty: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the fingerprint, too, a labelled dataset is refused as a whole, and not trained without the case."""
     write_dataset(empty.raw)
-    write: Callable[..., None] = storage.write_case
+    write: Callable[..., None] = storage.store_case
 
     def failing(*arguments: object) -> None:
         if arguments[2] == "case1":
@@ -88,7 +88,7 @@ def test_a_labelled_case_that_fails_in_preprocessing(code: str, empty: Site, mon
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_case", failing)
+        patch.setattr(storage, "store_case", failing)
         refused(empty.plan("-d", 5, "-c", "3d_fullres"), code, "1 of 3 labelled cases", "case1")
     refused(empty.train("all"), "E_NOT_FOUND", "case1", "mfm_plan_and_preprocess")
     assert "1 cases preprocessed, 2 reused" in accepted(empty.plan("-d", 5, "-c", "3d_fullres")).err

@@ -394,14 +394,14 @@ def test_an_unexpected_error_costs_one_case_and_no_traceback(empty: Site, monkey
     """The traceback is in the log."""
     for number in range(3):
         write_scan(empty.scans / f"scan{number}.nii.gz", number)
-    write: Callable[..., None] = storage.write_case
+    write: Callable[..., None] = storage.store_case
 
     def broken(*arguments: Any) -> None:
         if arguments[2] == "scan1":
             raise KeyError("an error of ours")
         write(*arguments)
 
-    monkeypatch.setattr(storage, "write_case", broken)
+    monkeypatch.setattr(storage, "store_case", broken)
     outcome = empty.plan("-d", 701, "-c", "3d_fullres", "--images", empty.scans)
     refused(outcome, "1 of 3", "scan1: E_INTERNAL", "mfm_error.log", code=3)
     assert "an error of ours" in empty.log

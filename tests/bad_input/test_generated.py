@@ -34,7 +34,7 @@ def declared_values(file: Path, header: VolumeHeader) -> np.ndarray:
     elif header.compression == "none":
         offset = header.file_offset
         size = header.data_file.stat().st_size
-        blocks = integrity._blocks(header.data_file, offset if offset >= 0 else size - header.num_bytes)
+        blocks = integrity._read_blocks(header.data_file, offset if offset >= 0 else size - header.num_bytes)
     else:
         blocks = integrity._gunzip(header.data_file, header.file_offset, any_zlib=header.compression == "zlib")
     content = b"".join(blocks)[header.stream_offset :][: header.num_bytes]

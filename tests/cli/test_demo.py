@@ -17,7 +17,7 @@ from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.demo import data, run
 from mfm_nnunet.demo.run import ARMS, DemoResult, compare, format_result
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.metrics import dice, foreground_labels, ignore_label, mean_dice
+from mfm_nnunet.metrics import dice, mean_dice
 from mfm_nnunet.reports import overlays
 
 TEMPLATE_SHAPE = (197, 233, 189)
@@ -193,9 +193,6 @@ def test_dice() -> None:
     assert dice(reference, predicted, (5,)) != dice(reference, predicted, (5,))  # NaN: in neither
     assert dice(reference, predicted, (9,)) == 0
     assert mean_dice([0.5, float("nan"), 1.0]) == 0.75
-    content = {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}}
-    assert foreground_labels(content) == {"whole": (1, 2), "core": (2,)}
-    assert ignore_label(content) == 3
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

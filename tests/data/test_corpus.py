@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,11 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import corpus_hash, is_corpus, load_cases, read_dataset_json, register_corpus, signature
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.sources import index_source
-from mfm_nnunet.errors import MFMError
-
-NAME = "Dataset701_Corpus"
-
-
-def touch(root: Path, *names: str) -> list[Path]:
-    files = [root / name for name in names]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(file.name)
-    return files
+from tests.builders.corpora import NAME, dataset, refusal, touch
 
 
 def names(source: Path) -> list[str]:
     return [case.name for case in index_source(source)]
-
-
-def refusal(code: str, action: object, *arguments: object) -> str:
-    with pytest.raises(MFMError) as error:
-        action(*arguments)  # type: ignore[operator]
-    assert error.value.code == code
-    return error.value.message
 
 
 # --- folder trees -------------------------------------------------------------------------------------------------
@@ -280,20 +262,6 @@ def test_volumes_and_pictures_do_not_mix(tmp_path: Path) -> None:
 
 
 # --- raw datasets -------------------------------------------------------------------------------------------------
-
-
-def dataset(folder: Path, **changes: object) -> Path:
-    content = {
-        "channel_names": {"0": "T1", "1": "T2"},
-        "labels": {"background": 0, "a": 1},
-        "numTraining": 2,
-        "file_ending": ".nii.gz",
-        **changes,
-    }
-    touch(folder / "imagesTr", "a_0000.nii.gz", "a_0001.nii.gz", "b_c_0000.nii.gz", "b_c_0001.nii.gz", "note.txt")
-    touch(folder / "labelsTr", "a.nii.gz", "b_c.nii.gz")
-    (folder / "dataset.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-    return folder
 
 
 def as_stock(folder: Path) -> dict[str, tuple[list[str], str]]:

@@ -9,7 +9,7 @@ import pytest
 
 from mfm_nnunet.data.corpus import FINGERPRINT, Selection, register_corpus, select
 from mfm_nnunet.data.sources import index_source
-from tests.data.test_corpus import NAME, dataset, refusal, touch
+from tests.builders.corpora import NAME, dataset, refusal, touch
 
 
 def planned(beside: Path, names: object, failures: object = ()) -> Path:

@@ -25,7 +25,7 @@ from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_mask
 from mfm_nnunet.data.storage import require_whole
 from mfm_nnunet.data.volumes import anonymised_of, mask_file
 from mfm_nnunet.errors import MFMError
-from tests.data.test_preprocess import DATASET, KILLED, contents, make_case, make_plans, run
+from tests.builders.preprocessing import DATASET, KILLED, contents, make_case, make_plans, run
 
 IDENTIFIER = "mfm_3d_fullres_0"
 

@@ -9,7 +9,7 @@ import pytest
 
 from mfm_nnunet.data.cases import image_files, is_named_mask, require_scan
 from mfm_nnunet.images.reading import read_image, reader_for
-from tests.data.test_corpus import refusal
+from tests.builders.corpora import refusal
 
 
 @pytest.mark.parametrize(

@@ -27,66 +27,15 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.preprocess import preprocess_case_npy, preprocess_dataset
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.images import reading
-
-LABELS = {"background": 0, "a": 1, "b": 2}
-DATASET = {"channel_names": {"0": "MR"}, "labels": LABELS, "file_ending": ".nii.gz", "numTraining": 4}
-INTENSITIES = {
-    "mean": 0.2,
-    "median": 0.1,
-    "std": 0.9,
-    "min": -5,
-    "max": 5,
-    "percentile_00_5": -2,
-    "percentile_99_5": 2.5,
-}
-
-
-def make_plans(channels: int = 1, **configuration: Any) -> dict[str, Any]:
-    """A plan with one configuration, '3d_fullres', in nnU-Net's format."""
-    spline = {"order_z": 0, "force_separate_z": None}
-    return {
-        "dataset_name": "Dataset001_Test",
-        "plans_name": "mfmPlans",
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": configuration.pop("transpose_forward", [0, 1, 2]),
-        "transpose_backward": [0, 1, 2],
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {str(c): INTENSITIES for c in range(channels)},
-        "configurations": {
-            "3d_fullres": {
-                "data_identifier": "mfm_3d_fullres_0",
-                "preprocessor_name": "DefaultPreprocessor",
-                "batch_size": 2,
-                "patch_size": [16, 16, 16],
-                "spacing": [1.0, 1.0, 1.0],
-                "normalization_schemes": ["ZScoreNormalization"] * channels,
-                "use_mask_for_norm": [False] * channels,
-                "resampling_fn_data": "resample_data_or_seg_to_shape",
-                "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **spline},
-                "resampling_fn_seg": "resample_data_or_seg_to_shape",
-                "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **spline},
-                "architecture": {"network_class_name": "x", "arch_kwargs": {}, "_kw_requires_import": []},
-                **configuration,
-            }
-        },
-    }
-
-
-def make_case(
-    seed: int, shape: tuple[int, ...] = (14, 18, 16), channels: int = 1, labels: int = 3, margin: int = 2
-) -> tuple[np.ndarray, np.ndarray]:
-    """An image with zero margins, a zero hole and a zero edge of its box, and blocky labels that reach into all."""
-    rng = np.random.default_rng(seed)
-    image = rng.normal(1, 1, (channels, *shape)).astype(np.float32)
-    depth = min(margin, shape[0] - 1)
-    image[:, : depth or None] *= 0 if depth else 1
-    image[:, :, -margin:] = 0
-    image[:, shape[0] // 2, 9:11, 5:8] = 0
-    image[:, : max(1, shape[0] // 2), :6, :6] = 0
-    label = rng.integers(0, labels, (1, *(-(-n // 3) for n in shape)))
-    for axis in (1, 2, 3):
-        label = np.repeat(label, 3, axis=axis)
-    return image, label[:, : shape[0], : shape[1], : shape[2]].astype(np.float32)
+from tests.builders.preprocessing import (
+    DATASET,
+    KILLED,
+    contents,
+    make_case,
+    make_dataset,
+    make_plans,
+    run,
+)
 
 
 def both(
@@ -204,28 +153,6 @@ def test_wrong_cases_are_refused() -> None:
         both(image, label[:, 1:], make_plans())
     with pytest.raises(MFMError, match="E_SPACING"):
         both(image, label, make_plans(spacing=[90.0, 1.0, 1.0]))
-
-
-def make_dataset(folder: Path, count: int = 4, labelled: bool = True) -> list[Case]:
-    folder.mkdir(parents=True, exist_ok=True)
-    cases = []
-    for i in range(count):
-        image, label = make_case(10 + i, shape=(12 + i, 14, 13))
-        files = [folder / f"case{i}_0000.nii.gz", folder / f"case{i}.nii.gz"]
-        for file, array in zip(files, (image[0], label[0].astype(np.uint8))):
-            item = sitk.GetImageFromArray(array)
-            item.SetSpacing((0.8, 0.9, 1.2))
-            sitk.WriteImage(item, str(file))
-        cases.append(Case(f"case{i}", (files[0],), files[1] if labelled else None))
-    return cases
-
-
-def run(cases: list[Case], folder: Path, plans: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    return preprocess_dataset(cases, plans or make_plans(), ["3d_fullres"], DATASET, folder, **kwargs)["3d_fullres"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def test_a_foreign_preprocessor_is_refused(tmp_path: Path) -> None:
@@ -410,30 +337,6 @@ def test_a_pool_of_processes_gives_the_same_bytes(tmp_path: Path, monkeypatch: p
     manifest = "mfm_3d_fullres_0.manifest.jsonl"
     assert sorted(one.pop(manifest).splitlines()) == sorted(two.pop(manifest).splitlines())
     assert one == two
-
-
-KILLED = """
-import json, os, pickle, signal, sys
-from pathlib import Path
-from mfm_nnunet.data.preprocess import preprocess_dataset
-
-cases, plans, dataset, base, moments = pickle.loads(sys.stdin.buffer.read())
-replace = os.replace
-for moment in moments:
-    child = os.fork()
-    if child == 0:
-        count = 0
-        def killed(source, target):
-            global count
-            count += 1
-            if count == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-        os.replace = killed
-        preprocess_dataset(cases, plans, ["3d_fullres"], dataset, Path(base) / str(moment))
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it should have been killed"
-"""
 
 
 def test_killed_runs_go_on_where_they_were(tmp_path: Path) -> None:

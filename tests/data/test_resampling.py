@@ -54,7 +54,7 @@ def test_images_equal_stock(dtype: Any, tolerance: float, order: int, order_z: i
 )
 def test_long_axes_are_done_in_blocks_without_loss(old: tuple[int, ...], new: tuple[int, ...]) -> None:
     x = np.random.default_rng(0).normal(size=(1, *old))
-    assert max(len(resampling._blocks(n, m, 3, x.dtype.str)) for n, m in zip(old, new)) > 1
+    assert max(len(resampling._operator_blocks(n, m, 3, x.dtype.str)) for n, m in zip(old, new)) > 1
     np.testing.assert_allclose(resample_image(x, new, ONE, ONE), stock(x, new, ONE), rtol=0, atol=1e-14)
 
 

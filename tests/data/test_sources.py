@@ -15,7 +15,7 @@ import pytest
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import corpus_hash, load_cases, register_corpus, signature
 from mfm_nnunet.data.sources import index_source
-from tests.data.test_corpus import NAME, refusal, touch
+from tests.builders.corpora import NAME, refusal, touch
 
 # --- CSV ----------------------------------------------------------------------------------------------------------
 

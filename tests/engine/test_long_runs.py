@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.device import require_sound_bf16
 from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.engine.optim import WeightAverage
 from mfm_nnunet.errors import MFMError
@@ -27,7 +28,6 @@ from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models import backbone as backbones
 from mfm_nnunet.models.backbone import AbstractBackbone
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.models.precision import require_sound_bf16
 from mfm_nnunet.planning.like import plan_like
 from mfm_nnunet.tasks.base import PretextTask, list_tasks
 from mfm_nnunet.tasks.mae import MAE

@@ -30,13 +30,13 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.device import require_scaled_fp16
 from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.finetune import validation
 from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.loading import SeededBatches, make_loaders, read_batches, seed_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
-from mfm_nnunet.models.precision import require_scaled_fp16
 from mfm_nnunet.prediction.model import Model
 from mfm_nnunet.processes import STOP_SIGNALS, stop_on_signal
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock

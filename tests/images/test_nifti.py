@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from mfm_nnunet.images import nifti
 from mfm_nnunet.images.geometry import Geometry, difference, geometry_of, properties_for, require_sane
 from mfm_nnunet.images.integrity import check_image_file
 from mfm_nnunet.images.reading import read_image
+from tests.builders.nifti import save_nifti
 
 VOXELS = np.random.default_rng(0).integers(-300, 300, (9, 8, 7)).astype(np.int16)
 SIZES = (1.0, 1.5, 2.0)
@@ -30,15 +30,7 @@ def quiet_itk() -> None:
 
 
 def save(path: Path, voxels: np.ndarray = VOXELS, affine: np.ndarray | None = None, **fields: Any) -> Path:
-    """A NIfTI-1 file with header fields replaced after everything else was written."""
-    image = nibabel.Nifti1Image(voxels, np.diag([*SIZES, 1]) if affine is None else affine)
-    raw = bytearray(image.to_bytes())
-    header = np.frombuffer(bytes(raw[:348]), nibabel.nifti1.header_dtype)[0].copy()
-    for name, value in fields.items():
-        header[name] = value
-    raw[:348] = header.tobytes()
-    path.write_bytes(gzip.compress(bytes(raw), 1, mtime=0) if path.suffix == ".gz" else bytes(raw))
-    return path
+    return save_nifti(path, voxels, affine, **fields)
 
 
 def stock(file: Path, reader: str) -> tuple[np.ndarray, dict]:
@@ -143,11 +135,11 @@ def test_rounded_axes_are_those_that_itk_refuses(tmp_path: Path) -> None:
         unit = axes / np.linalg.norm(axes, axis=0)
         off = np.max(np.abs(unit @ unit.T - np.eye(3)))
         if abs(off - 1e-4) > 2e-6:
-            assert (nifti.choose_reader(file, "SimpleITKIO") == "NibabelIO") == (not reads), (trial, off)
+            assert (nifti.choose_nifti_reader(file, "SimpleITKIO") == "NibabelIO") == (not reads), (trial, off)
         outcomes.append(reads)
         check_image_file(file)
         q = by_sform(tmp_path / "q.nii.gz", axes, qform_code=1)
-        assert nifti.choose_reader(q, "SimpleITKIO") == "SimpleITKIO"
+        assert nifti.choose_nifti_reader(q, "SimpleITKIO") == "SimpleITKIO"
         assert itk_reads(tmp_path / "q.nii.gz")  # it takes the qform then
     assert 100 < sum(outcomes) < 300
 
@@ -156,7 +148,7 @@ def test_sheared_axes_are_not_rounded(tmp_path: Path) -> None:
     axes = np.eye(3)
     axes[0, 1] = 0.01
     file = by_sform(tmp_path / "x.nii.gz", axes)
-    assert nifti.choose_reader(file, "SimpleITKIO") == "SimpleITKIO"
+    assert nifti.choose_nifti_reader(file, "SimpleITKIO") == "SimpleITKIO"
     assert not itk_reads(file)
     with pytest.raises(MFMError) as error:
         check_image_file(file)
@@ -196,7 +188,7 @@ def test_the_reader_that_takes_a_file_as_meant(tmp_path: Path, kind: str, ending
     write, expected = ONE_READER[kind]
     file = write(tmp_path / f"x{ending}")
     check_image_file(file)
-    assert nifti.choose_reader(file, wanted) == expected
+    assert nifti.choose_nifti_reader(file, wanted) == expected
     array, properties = stock(file, expected)
     np.testing.assert_array_equal(array[0], VOXELS.T)
     converted = properties_for(wanted, properties)
@@ -217,7 +209,7 @@ def test_the_reader_that_takes_a_file_as_meant(tmp_path: Path, kind: str, ending
 
 def test_a_flat_image_with_nibabel(tmp_path: Path) -> None:
     file = save(tmp_path / "x.nii", VOXELS[:, :, 0], np.diag([2, 3, 1, 1]))
-    assert nifti.choose_reader(file, "NibabelIO") == "SimpleITKIO"
+    assert nifti.choose_nifti_reader(file, "NibabelIO") == "SimpleITKIO"
     array, properties = stock(file, "SimpleITKIO")
     converted = properties_for("NibabelIO", properties)
     np.testing.assert_allclose(converted["nibabel_stuff"]["original_affine"][:2, :2], np.diag([2, 3]))
@@ -229,14 +221,14 @@ def test_a_reader_that_can_stays(tmp_path: Path) -> None:
     two = tmp_path / "two.nii.gz"
     nibabel.save(nibabel.Nifti2Image(VOXELS, np.eye(4)), two)
     for reader in ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient", "Other"):
-        assert nifti.choose_reader(plain, reader) == reader
-    assert nifti.choose_reader(two, "SimpleITKIO") == "NibabelIO"
+        assert nifti.choose_nifti_reader(plain, reader) == reader
+    assert nifti.choose_nifti_reader(two, "SimpleITKIO") == "NibabelIO"
     for name, content in (("text.nii.gz", b"text"), ("empty.nii", b""), ("cut.nii.gz", plain.read_bytes()[:40])):
         (tmp_path / name).write_bytes(content)
-        assert nifti.choose_reader(tmp_path / name, "NibabelIO") == "NibabelIO"
-        assert nifti.choose_reader(tmp_path / name, "SimpleITKIO") == "SimpleITKIO"
-    assert nifti.choose_reader(tmp_path / "gone.nii.gz", "NibabelIO") == "NibabelIO"
-    assert nifti.choose_reader(tmp_path, "NibabelIO") == "NibabelIO"
+        assert nifti.choose_nifti_reader(tmp_path / name, "NibabelIO") == "NibabelIO"
+        assert nifti.choose_nifti_reader(tmp_path / name, "SimpleITKIO") == "SimpleITKIO"
+    assert nifti.choose_nifti_reader(tmp_path / "gone.nii.gz", "NibabelIO") == "NibabelIO"
+    assert nifti.choose_nifti_reader(tmp_path, "NibabelIO") == "NibabelIO"
 
 
 def test_units_that_no_reader_converts(tmp_path: Path) -> None:
@@ -247,10 +239,10 @@ def test_units_that_no_reader_converts(tmp_path: Path) -> None:
     metres = in_units(tmp_path / "x.nii", 1, 1e-3)
     for file, reader in ((two, "NibabelIO"), (two, "SimpleITKIO"), (metres, "NibabelIOWithReorient")):
         if reader == "SimpleITKIO":  # which cannot read NIfTI-2 at all, and says so
-            assert nifti.choose_reader(file, reader) == reader
+            assert nifti.choose_nifti_reader(file, reader) == reader
             continue
         with pytest.raises(MFMError, match="xyzt_units") as error:
-            nifti.choose_reader(file, reader)
+            nifti.choose_nifti_reader(file, reader)
         assert error.value.code == "E_SPACING"
 
 
@@ -343,8 +335,8 @@ def test_real_scans_do_not_contradict_themselves(shared_data: Path, warnings: py
     assert len(files) > 400
     for file in files:
         warn(file)
-        assert nifti.choose_reader(file, "SimpleITKIO") == "SimpleITKIO"
-        assert nifti.choose_reader(file, "NibabelIO") == "NibabelIO"
+        assert nifti.choose_nifti_reader(file, "SimpleITKIO") == "SimpleITKIO"
+        assert nifti.choose_nifti_reader(file, "NibabelIO") == "NibabelIO"
         nifti.nifti_header(file, nifti.read_start(file))
     assert not warnings.records
 

@@ -25,15 +25,10 @@ from nnunetv2.imageio.reader_writer_registry import (
 from PIL import Image
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.images.integrity import files_of
-from mfm_nnunet.images.reading import (
-    IMAGE_ENDINGS,
-    check_image_file,
-    check_label,
-    read_image,
-    read_label,
-    reader_for,
-)
+from mfm_nnunet.files import IMAGE_ENDINGS
+from mfm_nnunet.images.integrity import check_image_file, files_of
+from mfm_nnunet.images.reading import check_label, read_image, read_label, reader_for
+from tests.builders.nifti import save_nifti
 
 RNG = np.random.default_rng(0)
 SHAPE = (9, 8, 7)
@@ -45,18 +40,6 @@ def volume(dtype: str = "int16", shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 def affine(*spacing: float) -> np.ndarray:
     return np.diag([*(spacing or (1.0, 1.5, 2.0)), 1.0])
-
-
-def save_nifti(path: Path, array: np.ndarray, matrix: np.ndarray | None = None, **fields: Any) -> Path:
-    """A NIfTI-1 file with header fields replaced after everything else was written."""
-    image = nibabel.Nifti1Image(array, affine() if matrix is None else matrix, dtype=array.dtype)
-    raw = bytearray(image.to_bytes())
-    header = np.frombuffer(bytes(raw[:348]), nibabel.nifti1.header_dtype)[0].copy()
-    for name, value in fields.items():
-        header[name] = value
-    raw[:348] = header.tobytes()
-    path.write_bytes(gzip.compress(bytes(raw), 1, mtime=0) if path.suffix == ".gz" else bytes(raw))
-    return path
 
 
 def code_of(action: Callable[[], Any]) -> str:

@@ -19,7 +19,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl_export
 from mfm_nnunet.interchange.folder import model_card
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
-from mfm_nnunet.interchange.verify import require_whole
+from mfm_nnunet.interchange.verify import require_complete
 from mfm_nnunet.models.families import families_by_class
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus import PRIMUS_SIZES
@@ -76,7 +76,7 @@ def test_round_trip(layout: str, family: str, num_inputs: int, tmp_path: Path) -
     after = read_checkpoint(find_checkpoint(tmp_path / "out"))
     require_equal(before.content["network_weights"], after.content["network_weights"])
     assert after.mfm == json.loads(json.dumps(before.mfm))
-    require_whole(after.content)
+    require_complete(after.content)
 
 
 @pytest.mark.parametrize("num_inputs", CHANNELS)
@@ -553,7 +553,7 @@ def test_a_stock_model_is_supervised_pretraining(tmp_path: Path) -> None:
     assert (reading.layout, reading.mfm["pretext"], reading.mfm["num_outputs"]) == ("nnU-Net", "supervised", 3)
     assert reading.mfm["plans"]["configurations"]["3d_fullres"]["architecture"] == resenc()
     assert foreign.SUBJECT not in str(reading.content)
-    require_whole(reading.content)
+    require_complete(reading.content)
 
 
 def test_of_what_planners_of_others_noted_only_the_papers_travel(tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_our_own_fine_tuned_primus_needs_no_word(tmp_path: Path, caplog: pytest.
     place = trained(architecture, (16, 16, 16), tmp_path, mfm={"kind": "finetuned"})
     reading = read_checkpoint(place)
     assert reading.mfm["plans"]["mfm"]["network"] == "primus"
-    require_whole(reading.content)
+    require_complete(reading.content)
     with caplog.at_level(logging.INFO):
         read_checkpoint(place, "hwd")
     assert "--token-order hwd has no effect" in caplog.text

@@ -20,7 +20,7 @@ from mfm_nnunet.files import sha256
 from mfm_nnunet.finetune.pretrained import transfer
 from mfm_nnunet.interchange.folder import citations
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
-from mfm_nnunet.interchange.verify import require_whole
+from mfm_nnunet.interchange.verify import require_complete
 from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.transfer import transfer_weights
@@ -64,7 +64,7 @@ def test_every_released_layout_gives_the_function_that_was_pretrained(name: str,
     assert not report.adapted
     expected = foreign.old_order(released.network, x) if released.is_old_order else encoded(released.network, x)
     torch.testing.assert_close(encoded(target, x), expected, rtol=1e-5, atol=1e-5)
-    require_whole(reading.content)
+    require_complete(reading.content)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -129,7 +129,7 @@ def test_a_patch_decoder_comes_along_where_both_widths_of_each_layer_are_ours(la
     weights |= {n: torch.zeros([last if size == 16 else size for size in t.shape]) for n, t in own.items()}
     reading = read_checkpoint(released.write(tmp_path))
     assert set(own) <= set(reading.content["network_weights"] if last == 16 else reading.others)
-    require_whole(reading.content)
+    require_complete(reading.content)
 
 
 # Files as they are
@@ -199,7 +199,7 @@ def test_norms_and_activations_are_those_that_the_file_says(said: dict[str, Any]
     content = foreign.full(network.state_dict(), plan, "BaseMAETrainer")
     reading = read_checkpoint(foreign.Released(content, network, (16, 16, 16)).write(tmp_path))
     assert reading.notes == ()
-    require_whole(reading.content)
+    require_complete(reading.content)
     target = network_for(reading.mfm)
     transfer_weights(reading.content["network_weights"], target)
     x = torch.randn(2, 1, 16, 16, 16)

@@ -15,10 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from mfm_nnunet import settings as mfm_settings
-from mfm_nnunet.tasks.base import PretextTask, find_task
+from mfm_nnunet.tasks.base import CropRequest, PretextTask
 from mfm_nnunet.tasks.losses import gather_batch, nt_xent, soft_dice
-from tests.builders.tiny_plans import tiny_backbone
+from tests.builders.tasks import make_item, make_task, stack
 
 PATCH = (16, 16, 16)
 ITEMS = 4
@@ -65,27 +64,22 @@ def rows_batch() -> dict[str, Tensor]:
     return {**numbers, "labels": labels}
 
 
-def make_task(name: str, family: str, setting: str) -> PretextTask:
-    task_class = find_task(name)
-    config = mfm_settings.override(task_class.Config(), [setting])
+def task_of(name: str, family: str, setting: str) -> PretextTask:
     changes = {"drop_path_rate": 0.0} if family == "primus" else {}
-    outputs = task_class.num_outputs(config, 1)
-    backbone = tiny_backbone(family, PATCH, 1, outputs, restoring=task_class.restoring, **changes)
-    return task_class(task_class.resolve(config, backbone.geometry()), backbone).train()
+    return make_task(name, family, PATCH, settings=[setting], **changes).train()
 
 
 def task_batch(task: PretextTask) -> dict[str, Tensor]:
     transform = task.transform(task.config, PATCH)
     items = []
     for index in range(ITEMS):
-        rng = np.random.default_rng(index)
         # Structure of another size in each item: white noise would give all of them nearly one embedding.
-        crops = [
-            np.cumsum(rng.normal(0, 0.2 + index, (1, *r.size)), axis=1 + index % 3).astype(np.float32)
-            for r in transform.requests(rng)
-        ]
-        items.append(transform(crops, rng))
-    return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
+        def read(request: CropRequest, channels: int, rng: np.random.Generator, index: int = index) -> np.ndarray:
+            waves = rng.normal(0, 0.2 + index, (channels, *request.size))
+            return np.cumsum(waves, axis=1 + index % 3).astype(np.float32)
+
+        items.append(make_item(transform, 1, np.random.default_rng(index), read))
+    return stack(items)
 
 
 def step(module: nn.Module, batch: dict[str, Tensor]) -> Result:
@@ -108,7 +102,7 @@ def all_results() -> dict[str, Result]:
     torch.set_num_threads(1)
     results = {"rows": step(Rows(), rows_batch())}
     for names in TASKS:
-        task = make_task(*names)
+        task = task_of(*names)
         results[" ".join(names)] = step(task, task_batch(task))
     return results
 
@@ -158,7 +152,7 @@ def test_the_mean_of_the_parts_is_another_loss(one: dict[str, Result]) -> None:
     batch = rows_batch()
     parts = [step(Rows(), {name: rows[rank::2] for name, rows in batch.items()})["loss"] for rank in range(2)]
     assert abs(sum(parts) / 2 - one["rows"]["loss"]) > 0.1
-    task = make_task(*TASKS[4])
+    task = task_of(*TASKS[4])
     whole = task_batch(task)
     parts = [task({name: rows[rank::2] for name, rows in whole.items()}).loss.detach() for rank in range(2)]
     assert abs(sum(parts) / 2 - task(whole).loss.detach()) > 1e-4

@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.tasks import models_genesis
 from mfm_nnunet.tasks.image_operations import CURVE_POINTS, UNIT_KNOTS, apply_curve, draw_curve, intensity_knots
 from mfm_nnunet.tasks.models_genesis import (
@@ -310,25 +308,6 @@ def test_the_target_is_the_crop_and_never_modified() -> None:
     assert not np.shares_memory(nothing["image"], nothing["target"])
     # Input and target are mirrored as one, before: by the stream of crops.
     assert ModelsGenesis.augmentation(ModelsGenesisConfig()) == "mirror"
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"shuffle_probability": -0.1}, "shuffle_probability"),
-        ({"curve_probability": 1.5}, "curve_probability"),
-        ({"paint_probability": 2.0}, "paint_probability"),
-        ({"inpainting_share": 1.1}, "inpainting_share"),
-        ({"largest_window": 0.0}, "largest_window"),
-        ({"largest_window": 1.5}, "largest_window"),
-        ({"window_coverage": 0.0}, "window_coverage"),
-        ({"window_coverage": 1e6}, "window_coverage"),
-        ({"shuffle_probability": 0, "curve_probability": 0, "paint_probability": 0}, "paint_probability"),
-    ],
-)
-def test_illegal_settings_are_refused(settings: dict[str, float], name: str) -> None:
-    with pytest.raises(MFMError, match=f"E_CONFIG.*pretext.{name}"):
-        ModelsGenesis.resolve(ModelsGenesisConfig(**settings), Geometry(PATCH, (1, 1, 1), (4, 4, 4)))
 
 
 # The network

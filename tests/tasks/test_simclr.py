@@ -212,31 +212,6 @@ def test_resolving_gives_numbers_for_everything() -> None:
     assert SimCLR.smallest_volume(hippocampus) == (16, 16, 16)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"crop_size": (8, 8)},
-        {"crop_size": (48,)},
-        {"crop_size": (0,)},
-        {"crop_size": (6,)},
-        {"crop_size": (4,)},
-        {"region_size": (8,)},
-        {"region_size": (12, 16, 16)},
-        {"region_size": (24, 24)},
-        {"num_references": 0},
-        {"max_shift": 1.0},
-        {"max_shift": -0.1},
-        {"temperature": 0.0},
-        {"temperature": -1.0},
-        {"projector_width": 0},
-        {"quarter_turn": 1.5},
-    ],
-)
-def test_illegal_settings_are_refused_by_name(settings: dict[str, Any]) -> None:
-    with pytest.raises(MFMError, match=rf"E_CONFIG.*pretext\.{next(iter(settings))}="):
-        resolved(**settings)
-
-
 def test_a_plane_that_is_not_square_cannot_be_turned() -> None:
     with pytest.raises(MFMError, match=r"E_CONFIG.*pretext\.quarter_turn=0\.3"):
         resolved(crop_size=(16, 16, 8), quarter_turn=0.3)

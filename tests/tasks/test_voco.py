@@ -272,28 +272,6 @@ def test_volumes_may_lack_half_a_crop_on_each_side() -> None:
     assert VoCo.smallest_volume(published) == (64, 192, 192)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"crop_size": (8, 8)},
-        {"crop_size": (48,)},
-        {"crop_size": (4,)},
-        {"grid": (0, 2, 2)},
-        {"grid": (1,)},
-        {"grid": (5,)},
-        {"grid": (2, 2)},
-        {"num_targets": 0},
-        {"prediction_weight": 0.0},
-        {"regularizer_weight": -1.0},
-        {"projector_width": 0},
-        {"quarter_turn": -0.5},
-    ],
-)
-def test_illegal_settings_are_refused_by_name(settings: dict[str, Any]) -> None:
-    with pytest.raises(MFMError, match=rf"E_CONFIG.*pretext\.{next(iter(settings))}="):
-        resolved(**settings)
-
-
 def test_a_crop_as_large_as_the_patch_leaves_no_grid() -> None:
     with pytest.raises(MFMError, match=r"E_CONFIG.*pretext\.grid=.*pretext\.crop_size"):
         resolved(crop_size=PATCH)
