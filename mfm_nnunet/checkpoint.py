@@ -20,24 +20,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import (
-    MAX_DEPTH,
-    atomic_write,
-    disk_full,
-    is_disk_full,
-    is_nested_too_deep,
-    locked,
-    remove_leftovers,
-    report_full_disk,
-    sha256,
-)
-
-__all__ = [
-    "atomic_write", "cpu_weights", "disk_full", "full_disk_named", "is_disk_full", "load", "load_weights", "locked",
-    "remove_leftovers", "require_plain", "save", "sha256", "weights_only_forced",
-]  # fmt: skip
-
-full_disk_named = report_full_disk
+from mfm_nnunet.files import MAX_DEPTH, atomic_write, is_nested_too_deep
 
 
 def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -28,7 +28,7 @@ from mfm_nnunet.plan_rules import (
 )
 from mfm_nnunet.settings import MFMBlock, block_of
 
-__all__ = ["ARCHITECTURE_KEYS", "INTENSITIES", "NO_RESAMPLING", "Configuration", "Plan", "plan_problem", "read_plans"]
+__all__ = ["ARCHITECTURE_KEYS", "INTENSITIES", "NO_RESAMPLING", "Configuration", "Plan", "plan_problem"]
 
 SHARED_KEYS = (
     *PLAN_KEYS, "original_median_spacing_after_transp", "original_median_shape_after_transp",
@@ -230,18 +230,3 @@ class Plan:
         """Return the intensities of the dataset where images are normalised with them, else None."""
         uses_dataset = set(self.configuration(configuration).normalization_schemes) - NORMALISED_BY_CASE
         return self.content[INTENSITIES] if uses_dataset else None
-
-
-def read_plans(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any]:
-    """Read a plan as :meth:`Plan.read`, as nnU-Net's dict."""
-    return dict(Plan.read(file, advice, code).content)
-
-
-def preprocessor_problem(plans: Mapping[str, Any], configuration: str) -> str:
-    """Why our preprocessing is not that of the plan, as a sentence; "" if it is."""
-    return Plan.of(plans).configuration(configuration).preprocessor_problem
-
-
-def shared_plan(plans: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan as checkpoints hold it: planners of others add keys of their own, such as the path of a checkpoint."""
-    return Plan.of(plans).shared()

@@ -24,27 +24,13 @@ from typing import TYPE_CHECKING, Any
 from mfm_nnunet import terminal
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.signals import (
-    STOP_SIGNALS,
-    StopFlag,
-    end_despite_threads,
-    name_of,
     raise_on_signal,
     signal_handlers_kept,
     start_resource_tracker,
-    stop_on_signal,
-    stop_signals_blocked,
-    stop_signals_ignored,
 )
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "ALONE", "STOP_SIGNALS", "StopFlag", "World", "any_true", "call_recorded", "end_despite_threads", "gather",
-    "join_world", "largest", "leave_world", "mean", "name_of", "no_child_left", "raise_on_signal", "raise_recorded",
-    "run_processes", "signal_handlers_kept", "start_resource_tracker", "stop_on_signal", "stop_signals_blocked",
-    "stop_signals_ignored",
-]  # fmt: skip
 
 SECONDS_TO_SAVE = 600
 """How long child processes that were stopped may take, e.g. to end a probe and to save, before they are killed."""

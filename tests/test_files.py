@@ -23,7 +23,7 @@ from mfm_nnunet.data.storage import Manifest
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.splits import ensure_splits
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
-from mfm_nnunet.plan import read_plans
+from mfm_nnunet.plan import Plan
 from mfm_nnunet.planning.recipes import read_recipe
 from mfm_nnunet.study.folder import read_study
 from mfm_nnunet.study.summary import read_result
@@ -225,7 +225,7 @@ DEEP = [
 ]
 DOORS: dict[str, Callable[[Path], object]] = {
     "any.json": lambda file: files.read_json(file, ""),
-    "plans.json": lambda file: read_plans(file, ""),
+    "plans.json": lambda file: Plan.read(file, ""),
     "dataset.json": lambda file: corpus.read_dataset_json(file.parent),
     "corpus.json": lambda file: corpus.load_cases(file.parent),
     "pretrain_data.json": lambda file: index_source(file),

@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 
-from mfm_nnunet.checkpoint import atomic_write, disk_full, is_disk_full, sha256
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import progress, reader_threads
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory, nearest
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import inside, require_unicode, shown
+from mfm_nnunet.files import atomic_write, disk_full, inside, is_disk_full, require_unicode, sha256, shown
 from mfm_nnunet.images import decoder
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.prediction.export import (

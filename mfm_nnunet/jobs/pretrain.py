@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from mfm_nnunet import settings as mfm_settings
-from mfm_nnunet.checkpoint import atomic_write, remove_leftovers
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import Selection, select
@@ -26,10 +25,10 @@ from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import inside
+from mfm_nnunet.files import atomic_write, inside, remove_leftovers
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.plan import Plan, read_plans, shared_plan
+from mfm_nnunet.plan import Plan
 from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import World, join_world, leave_world, run_processes
 from mfm_nnunet.requests import PretrainRequest
@@ -73,7 +72,7 @@ def _with_recipe(here: Workspace, request: PretrainRequest) -> PretrainRequest:
     if request.recipe is None:
         return request
     plans_file = here.plans_file(here.dataset_name(request.dataset), request.plans_name)
-    block = mfm_settings.block_of(read_plans(plans_file, f"Plan {request.dataset} again."))
+    block = Plan.read(plans_file, f"Plan {request.dataset} again.").mfm
     run = PretrainRun(block.pretrain, find_task(request.pretext).Config(), block.seed, block.num_workers)
     found = apply_recipe(request.recipe, run, block.network, request.pretext)
     return dataclasses.replace(request, recipe=None, settings=(*found, *request.settings))
@@ -123,7 +122,7 @@ def check(here: Workspace, request: PretrainRequest) -> Job:
     """Check the run that is asked for; nothing is written. Raises MFMError for whatever the user can repair."""
     dataset_name, configuration = here.dataset_name(request.dataset), request.configuration
     plans_file = here.plans_file(dataset_name, request.plans_name)
-    plans = read_plans(plans_file, f"Plan {dataset_name} again.")
+    plans = dict(Plan.read(plans_file, f"Plan {dataset_name} again.").content)
     selection, files = select_cases(here, dataset_name, plans, configuration)
     task_class = find_task(request.pretext)
     with about(plans_file):
@@ -274,7 +273,7 @@ def _prepare(job: Job, configuration: str, device: torch.device, world: World) -
         "pretext_config": mfm_settings.to_dict(config),
         "pretrain": mfm_settings.to_dict(resolved.pretrain),
         "seed": resolved.seed,
-        "plans": shared_plan(plans),
+        "plans": Plan.of(plans).shared(),
         "configuration": configuration,
         "patch_size": list(patch_size),
         "num_inputs": num_inputs,

@@ -17,12 +17,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from mfm_nnunet import dataset as dataset_jsons
-from mfm_nnunet.checkpoint import full_disk_named, remove_leftovers
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import inside, refuse_links, shown
+from mfm_nnunet.files import inside, refuse_links, remove_leftovers, report_full_disk, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
@@ -34,11 +33,12 @@ from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.plan import Plan, read_plans
+from mfm_nnunet.plan import Plan
 from mfm_nnunet.planning.recipes import apply_recipe
-from mfm_nnunet.processes import join_world, leave_world, run_processes, stop_on_signal
+from mfm_nnunet.processes import join_world, leave_world, run_processes
 from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import MFMBlock, block_of, override, to_dict
+from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.workspace import Workspace, num_cores, use
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
             f"nnUNetv2_train {dataset_name} {configuration} {fold} -p {request.plans_name} -tr {shown(trainer)}",
         )
     plans_file = workspace.plans_file(dataset_name, request.plans_name)
-    plans = read_plans(plans_file, f"Plan {dataset_name} again.")
+    plans = dict(Plan.read(plans_file, f"Plan {dataset_name} again.").content)
     if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
         raise MFMError(
             "E_CONFIG",
@@ -161,7 +161,7 @@ def execute(job: Job) -> None:
         torch.backends.cudnn.benchmark = True
     try:
         # nnU-Net writes logs and pictures itself, and its errors do not always name the file.
-        with full_disk_named(job.folder), _threads(device), stop_on_signal():
+        with report_full_disk(job.folder), _threads(device), stop_on_signal():
             _train_and_validate(job, device)
     finally:
         leave_world(world)

@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
-from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.data.cases import Case, spelling_of
 from mfm_nnunet.data.loops import unchanged
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
-from mfm_nnunet.dataset import channel_names
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError, about, unreadable
-from mfm_nnunet.files import ending_of, inside, is_unicode, shown
+from mfm_nnunet.files import ending_of, inside, is_unicode, sha256, shown
 from mfm_nnunet.images import dicom
 from mfm_nnunet.images.integrity import files_of
 from mfm_nnunet.images.reading import check_label, read_image, read_label
@@ -234,5 +233,5 @@ def _channel_problem(numbers: list[int], model: Model) -> str:
 
 
 def _channel_names(model: Model) -> str:
-    names = channel_names(model.dataset_json).values()
+    names = DatasetJson.of(model.dataset_json).channels
     return " (" + ", ".join(f"_{number:04d} {name}" for number, name in enumerate(names)) + ")"

@@ -19,8 +19,8 @@ from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from mfm_nnunet.checkpoint import disk_full, full_disk_named, is_disk_full, locked
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import disk_full, is_disk_full, locked, report_full_disk
 from mfm_nnunet.prediction import geometry
 from mfm_nnunet.prediction.logits import logits_to_mask, logits_to_probabilities
 
@@ -125,7 +125,7 @@ def export_validation_case(
 @contextlib.contextmanager
 def staging(folder: Path, prefix: str = STAGING_PREFIX) -> Iterator[Path]:
     """A hidden folder inside ``folder``, and thus on the same disk, for files that are not whole yet."""
-    with full_disk_named(folder):
+    with report_full_disk(folder):
         stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     try:
         with locked(stage):

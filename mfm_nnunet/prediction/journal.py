@@ -16,9 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.checkpoint import full_disk_named, sha256
 from mfm_nnunet.errors import MFMError, unreadable
-from mfm_nnunet.files import ending_of, is_file_name, open_to_append, parse_json
+from mfm_nnunet.files import ending_of, is_file_name, open_to_append, parse_json, report_full_disk, sha256
 from mfm_nnunet.prediction.export import STAGING_PREFIX
 from mfm_nnunet.requests import PredictRequest
 
@@ -132,7 +131,7 @@ class Journal:
             self.written.setdefault(name, set()).add(digest)
 
     def _append(self, line: bytes) -> None:
-        with full_disk_named(self.file):
+        with report_full_disk(self.file):
             self._handle.write(line)
             self._handle.flush()
             os.fsync(self._handle.fileno())

@@ -19,13 +19,13 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from mfm_nnunet.checkpoint import load_weights, sha256
-from mfm_nnunet.dataset import DatasetJson, read_dataset_json
+from mfm_nnunet.checkpoint import load_weights
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import whole_number
+from mfm_nnunet.files import sha256, whole_number
 from mfm_nnunet.models.networks import build_network, check_architecture
-from mfm_nnunet.plan import Plan, preprocessor_problem, read_plans
+from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.model import Model
 
 __all__ = ["Model", "load_model"]
@@ -56,7 +56,7 @@ def load_model(
     if configuration not in plans["configurations"]:
         reason = f"there is no configuration '{configuration}', with which the checkpoint was trained"
         raise _mismatch(folder / "plans.json", reason)
-    if problem := preprocessor_problem(plans, configuration):
+    if problem := Plan.of(plans).configuration(configuration).preprocessor_problem:
         advice = "Predict with the program that the model was trained with."
         raise MFMError("E_MODEL_MISMATCH", f"{folder / 'plans.json'}: {problem} {advice}")
     _require_one_model(trained, plans, dataset_json)
@@ -102,8 +102,9 @@ def _require_model_folder(folder: Path) -> None:
 def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The plan and the dataset.json of a model folder, both whole."""
     advice = f"{_MODEL_FOLDER} Copy it again."
-    plans = read_plans(folder / "plans.json", advice, "E_MODEL_CORRUPT")
-    return plans, read_dataset_json(folder / "dataset.json", advice, "E_MODEL_CORRUPT", of_model=True)
+    plans = dict(Plan.read(folder / "plans.json", advice, "E_MODEL_CORRUPT").content)
+    dataset = DatasetJson.read(folder / "dataset.json", advice, "E_MODEL_CORRUPT", of_model=True)
+    return plans, dict(dataset.content)
 
 
 def _choose_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint_name: str) -> list[int | str]:

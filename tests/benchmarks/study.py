@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.checkpoint import atomic_write
+from mfm_nnunet.files import atomic_write
 
 NUM_CORPUS, NUM_TRAIN = 150, 8
 CORPUS, LABELLED = "701_Corpus", "704_Hippocampus8"

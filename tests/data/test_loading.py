@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mfm_nnunet.data.loading import read_in_order
-from mfm_nnunet.processes import stop_on_signal
+from mfm_nnunet.signals import stop_on_signal
 
 class Items(Dataset):
     def __getitem__(self, index):

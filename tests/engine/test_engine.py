@@ -20,8 +20,8 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.engine.pretraining import choose_dtype
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.jobs.pretrain import launch, split_subjects
-from mfm_nnunet.processes import STOP_SIGNALS
 from mfm_nnunet.requests import PretrainRequest
+from mfm_nnunet.signals import STOP_SIGNALS
 from tests.builders.groups import started, wait_for_end
 from tests.builders.tiny_run import NAME, prepare, run
 

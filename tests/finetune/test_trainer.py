@@ -33,13 +33,14 @@ from mfm_nnunet import checkpoint
 from mfm_nnunet.device import require_scaled_fp16
 from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.files import sha256
 from mfm_nnunet.finetune import validation
 from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.loading import SeededBatches, make_loaders, read_batches, seed_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.prediction.model import Model
-from mfm_nnunet.processes import STOP_SIGNALS, stop_on_signal
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
+from mfm_nnunet.signals import STOP_SIGNALS, stop_on_signal
 from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
 from tests.builders import tiny
 from tests.builders.architectures import resenc
@@ -223,7 +224,7 @@ def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace,
     report = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())
     assert (report["checkpoint"], report["sha256"]) == (
         "some_pretrained.pth",
-        checkpoint.sha256(trainer.pretrained_checkpoint),
+        sha256(trainer.pretrained_checkpoint),
     )
     assert report["notes"] == []
     assert {entry["name"].rsplit(".", 1)[0] for entry in report["new"]} == {f"decoder.seg_layers.{i}" for i in (0, 1)}
@@ -364,7 +365,7 @@ def test_checkpoint_loads_safely_and_names_nobody(trained: tuple[Path, Workspace
     assert content["mfm"]["kind"] == "finetuned"
     about = content["mfm"]["finetune"]["checkpoint"]
     assert (about["name"], about["pretext"]) == ("some_pretrained.pth", "mae")
-    assert about["sha256"] == checkpoint.sha256(root / "some_pretrained.pth")
+    assert about["sha256"] == sha256(root / "some_pretrained.pth")
 
 
 def test_model_folder_names_nobody(trained: tuple[Path, Workspace, Path]) -> None:
@@ -461,13 +462,13 @@ def test_a_label_that_nothing_has_is_named_and_leaves_the_mean_of_the_others(tmp
 def test_validating_again_gives_the_same(trained: tuple[Path, Workspace, Path]) -> None:
     root, _, folder = trained
     before = (folder / "validation" / "summary.json").read_text()
-    final = checkpoint.sha256(folder / "checkpoint_final.pth")
+    final = sha256(folder / "checkpoint_final.pth")
     (folder / "validation" / "summary.json").unlink()
     with use(root) as workspace:
         assert train(workspace, only_validate=True, save_probabilities=True) == folder
     assert (folder / "validation" / "summary.json").read_text() == before
     assert list((folder / "validation").glob("*.npz"))
-    assert checkpoint.sha256(folder / "checkpoint_final.pth") == final
+    assert sha256(folder / "checkpoint_final.pth") == final
 
 
 def test_stock_predictor_gives_the_validations_masks(trained: tuple[Path, Workspace, Path]) -> None:
@@ -591,7 +592,7 @@ def test_a_damaged_checkpoint_is_refused(here: Workspace, tmp_path: Path) -> Non
 
 def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, tmp_path: Path) -> None:
     folder = train(here, *SHORT)
-    before = checkpoint.sha256(folder / "checkpoint_final.pth")
+    before = sha256(folder / "checkpoint_final.pth")
     refused("E_EXISTS", "--c", lambda: train(here, *SHORT))
     other = lambda **options: train(here, continue_training=True, **options)  # noqa: E731
     refused("E_CONFIG", "finetune.epochs was 1, is 5", lambda: other(overrides=("finetune.epochs=5",)))
@@ -602,7 +603,7 @@ def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, t
     (folder / ".checkpoint_latest.pth.0123abcd.tmp").touch()  # as a kill in the middle of a save leaves it
     assert other(overrides=(*SHORT, "num_workers=1")) == folder
     assert not list(folder.glob(".*.tmp"))
-    assert checkpoint.sha256(folder / "checkpoint_final.pth") == before
+    assert sha256(folder / "checkpoint_final.pth") == before
 
     plan = here.preprocessed / tiny.NAME / "mfmPlans.json"
     content = json.loads(plan.read_text())

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mfm_nnunet.checkpoint import sha256
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.files import sha256
 from mfm_nnunet.prediction.journal import Journal
 
 GOOD: dict[str, Any] = {"case": "a", "status": "done", "output": {"a.nii.gz": "0" * 64}, "time": "2026-01-01"}
