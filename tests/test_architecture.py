@@ -16,14 +16,14 @@ from setup_scripts.figures import Sources, figures, find_cycles
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 26_900,
-    "spine lines": 15_700,
-    "files": 155,
-    "files with one importer": 36,
-    "modules over 420 lines": 2,
-    "functions with over 8 parameters": 8,
-    "functions over 60 lines": 2,
-    "names defined twice": 52,
+    "package lines": 26_400,
+    "spine lines": 15_300,
+    "files": 146,
+    "files with one importer": 30,
+    "modules over 420 lines": 1,
+    "functions with over 8 parameters": 1,
+    "functions over 60 lines": 1,
+    "names defined twice": 33,
     "import cycles": 0,
     "optimisation steps": 1,
 }
