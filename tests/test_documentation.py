@@ -20,6 +20,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 import mfm_nnunet
 from mfm_nnunet import checkpoint, workspace
+from mfm_nnunet.cli.common import options_of
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.jobs.plan import read_source
@@ -106,13 +107,16 @@ def test_error_codes_are_those_raised() -> None:
 
 
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a command check its line; its job does nothing. Then check the settings."""
+    """Let a command check its line and its request; its job does nothing. Then check the settings."""
     name, line = words[0].removeprefix("mfm_"), " ".join(words[1:])
     for placeholder, value in PLACEHOLDERS.items():
         line = line.replace(placeholder, value)
     module, seen = importlib.import_module(f"mfm_nnunet.cli.{name}"), []
     monkeypatch.setattr(module, "run_command", lambda *arguments: seen.extend(arguments) or 0)
     assert module.main(shlex.split(line)) == 0, words
+    request = next((item for name, item in vars(module).items() if name.endswith("Request")), None)
+    if request and len(seen) > 1 and seen[0].__name__ == "_run":
+        options_of(request, seen[1])
     for assignment in next((vars(item).get("settings") or () for item in seen if hasattr(item, "workspace")), ()):
         check_setting(*assignment.partition("=")[::2])
 

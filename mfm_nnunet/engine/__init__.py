@@ -1,1 +1,1 @@
-"""HOW it is optimised."""
+"""Optimisation: the training loop, its state on disk, and the probe."""

@@ -1,8 +1,8 @@
 """The only training loop: step, precision, clipping, averaged weights, stopping, several processes.
 
-It trains a :class:`Task` and knows no concrete one. What differs between kinds of training is a :class:`Run`: its data,
-rates and seeds, and what it writes. Everything random is a pure function of (seed, step or epoch), so a run that was
-killed and resumed ends in the same weights, bit for bit on the CPU.
+It trains any :class:`Task`. A :class:`Run` supplies the data, rates and seeds, and writes the results. Everything
+random is a pure function of (seed, step or epoch), so a run that was killed and resumed ends in the same weights, bit
+for bit on the CPU.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mfm_nnunet.signals import StopFlag, name_of, stop_on_signal
 from mfm_nnunet.tasks.base import Task, TaskOutput
 
 Batch = dict[str, Any]
-"""Tensors, or lists of them; what else is in it stays as it is."""
+"""Tensors, or lists of them. Other values are passed through unchanged."""
 Pictures = Mapping[str, Tensor] | None
 
 
 class Run(Protocol):
-    """The data, rates and records of a training, in the order in which the engine asks for them.
+    """The data, rates and records of a training run, in the order in which the engine asks for them.
 
-    Only whole epochs are recorded, by ``end_epoch``; ``save_early`` may save the steps after them.
+    ``end_epoch`` records whole epochs only; ``save_early`` may save the steps after the last one.
     """
 
     settings: Any
@@ -46,19 +46,19 @@ class Run(Protocol):
         """Return the batches of all steps from ``first_step`` on."""
 
     def begin_epoch(self, epoch: int) -> None:
-        """Prepare an epoch, also one that is resumed; the task is in training mode."""
+        """Prepare an epoch, including a resumed one. The task is in training mode."""
 
     def begin_step(self, step: int) -> None:
-        """Set learning rates, and seed what the step draws."""
+        """Set the learning rates and seed the random numbers of the step."""
 
     def validation_batches(self, epoch: int) -> Iterable[Batch]:
         """Return the batches that validate an epoch."""
 
     def end_epoch(self, epoch: int, results: dict[str, Any], pictures: Pictures) -> list[str]:
-        """Record and save a finished epoch; returns lines for the console."""
+        """Record and save a finished epoch, and return lines for the console."""
 
     def save_early(self) -> str:
-        """Save what can be saved within an epoch, because of a stop; returns what is saved and what to do next."""
+        """Save what can be saved before stopping within an epoch. Return what is saved and what to do next."""
 
     def name_cases(self, step: int, batch: Batch) -> Iterable[str]:
         """Return the names of the cases in the batch of a step."""
@@ -66,7 +66,7 @@ class Run(Protocol):
 
 @dataclass
 class Optimisation:
-    """How a step changes the weights, and what of that is part of a run's state."""
+    """The parts of an optimisation step: optimizer, loss scaling, precision, averaging, accumulation and freezing."""
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -74,19 +74,19 @@ class Optimisation:
     """Precision of the forward pass; None is float32."""
     average: WeightAverage | None = None
     accumulation: int = 1
-    """Parts of a batch that are computed one after the other."""
+    """Number of parts of a batch, computed one after the other."""
     frozen: Sequence[nn.Parameter] = ()
-    """Parameters that do not learn now. DistributedDataParallel computes their gradients, which are dropped."""
+    """Frozen parameters. DistributedDataParallel computes their gradients, which are dropped."""
 
     def averaged(self) -> contextlib.AbstractContextManager:
-        """Put the averaged weights, if there are any, into the task: they are validated and shipped."""
+        """Put the averaged weights, if any, into the task: they are the ones validated and shipped."""
         return self.average.in_place() if self.average is not None else contextlib.nullcontext()
 
 
 class Engine:
-    """Trains ``task`` as ``run`` and ``optimisation`` say; ``state`` is where it begins.
+    """Trains ``task`` with the data of ``run`` and the ``optimisation``, starting from ``state``.
 
-    ``module`` is what is called: the task, by default, or the task in DistributedDataParallel.
+    ``module`` is the callable: the task itself (default), or the task wrapped in DistributedDataParallel.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Engine:
     def train(self) -> None:
         """Train to the end.
 
-        Raises StoppedError after a stop signal, between two steps, and FloatingPointError before an update with a loss
+        Raises StoppedError between two steps after a stop signal, and FloatingPointError before an update with a loss
         or gradient that is not finite.
         """
         run, state, settings = self._run, self.state, self._settings
@@ -136,9 +136,9 @@ class Engine:
                     self._stop_if_asked(stop)
 
     def step(self, batch: Batch, number: int) -> float:
-        """Take optimisation step ``number`` (0-based); returns its loss, the mean over all processes.
+        """Take optimisation step ``number`` (0-based) and return its loss, the mean over all processes.
 
-        Raises FloatingPointError before an update with a loss or gradient that is not finite. With loss scaling such a
+        Raises FloatingPointError before an update with a loss or gradient that is not finite. With loss scaling, such a
         step is skipped and the scale lowered, until a smaller scale cannot help.
         """
         how, losses = self._optimisation, []
@@ -167,13 +167,13 @@ class Engine:
         return sum(loss.item() for loss in losses) / len(losses)
 
     def forward(self, batch: Batch, module: nn.Module | None = None) -> TaskOutput:
-        """Compute a batch, or a part of one, on the run's device and in its precision."""
+        """Run the forward pass on a batch, or a part of one, on the run's device and in its precision."""
         with autocast(self._run.device, self._optimisation.dtype):
             return (module or self._module)(_to_device(batch, self._run.device))
 
     @torch.no_grad()
     def validate(self, epoch: int) -> tuple[dict[str, Any], Pictures]:
-        """Return the task's summary of the validation batches of an epoch, and its first pictures."""
+        """Return the task's summary of an epoch's validation batches, and the first pictures."""
         self._module.eval()
         values: dict[str, list[Tensor]] = {}
         pictures = None
@@ -198,13 +198,13 @@ class Engine:
             progress.line(line)
 
     def _stop_if_asked(self, stop: StopFlag) -> None:
-        """Stop all processes after the same step, else one would wait for the others."""
+        """Stop all processes after the same step; otherwise one would wait for the others."""
         exit_code = largest(stop.exit_code or 0, self._world, self._run.device)
         if exit_code:
             raise StoppedError(exit_code, f"stopped by {name_of(exit_code - 128)}; {self._run.save_early()}")
 
     def _keep_gradients_here(self, is_wanted: bool) -> contextlib.AbstractContextManager:
-        """Processes exchange gradients once per step, with those of the last part."""
+        """Skip the gradient exchange for all parts but the last: processes exchange gradients once per step."""
         is_shared = isinstance(self._module, nn.parallel.DistributedDataParallel)
         return self._module.no_sync() if is_wanted and is_shared else contextlib.nullcontext()  # type: ignore[operator]
 
@@ -218,7 +218,7 @@ class Engine:
 
 
 def split(batch: Batch, accumulation: int) -> list[Batch]:
-    """Split a batch into parts of equally many items."""
+    """Split a batch into parts of equal size."""
     if accumulation == 1:
         return [batch]
     pieces = {name: tensor.chunk(accumulation) for name, tensor in batch.items()}

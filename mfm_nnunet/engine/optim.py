@@ -1,4 +1,4 @@
-"""Optimisers, learning rates and averaged weights of every training.
+"""Optimisers, learning rates and averaged weights.
 
 A learning rate is a pure function of the epoch, so resuming a run needs no schedule state.
 """
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST_LOSS_SCALE = 1.0
-"""Loss scaling makes gradients larger. The scale starts at 2^16, is halved by each step that is skipped for gradients
-that are not finite, and doubled after 2000 good ones: below 1, a smaller scale cannot help."""
+"""Lower limit of the loss scale. Loss scaling makes gradients larger: the scale starts at 2^16, is halved by each step
+skipped for non-finite gradients, and doubled after 2000 good ones. Below 1, a smaller scale cannot help.
+"""
 
 
 def learning_rate_factor(epoch: float, epochs: int, warmup_epochs: float) -> float:
-    """Return the share of the peak learning rate at ``epoch`` (0-based; fractions are allowed).
+    """Return the share of the peak learning rate at ``epoch`` (0-based, may be fractional).
 
     Linear warm-up ``(epoch + 1) / warmup_epochs``, then nnU-Net's polynomial decay with exponent 0.9.
     """
@@ -46,8 +47,8 @@ def make_optimizer(
 class WeightAverage:
     """An exponential moving average (arXiv 1703.01780) of a module's trained parameters and running statistics.
 
-    ``trained`` names the parameters; by default they are those that take gradients. The decay of update n (0-based) is
-    min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
+    ``trained`` names the parameters; the default is those that require gradients. The decay of update n (0-based) is
+    min(decay, (1 + n) / (10 + n)), so the first weights are soon forgotten.
     """
 
     def __init__(self, module: nn.Module, decay: float, trained: Collection[str] | None = None) -> None:
@@ -62,14 +63,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimiser step ``step`` (0-based)."""
+        """Update the average with the weights after optimiser step ``step`` (0-based)."""
         share = 1 - min(self._decay, (1 + step) / (10 + step))
         for name, tensor in self._tensors.items():
             self._averages[name].lerp_(tensor, share)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the average into the module inside the block, and its own weights back, bit for bit, afterwards."""
+        """Put the average into the module inside the block, and restore the module's own weights, bit for bit,
+        afterwards.
+        """
         self._swap()
         try:
             yield
@@ -81,12 +84,12 @@ class WeightAverage:
         return dict(self._averages)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue with saved averages."""
+        """Restore saved averages."""
         assert state.keys() == self._averages.keys(), "the averages are those of another module"
         for name, average in self._averages.items():
             average.copy_(state[name])
 
     def _swap(self) -> None:
-        # The storages change places: nothing is copied, and optimizers and DDP keep their parameters.
+        # Swap the storages: nothing is copied, and optimizers and DDP keep their parameters.
         for name, tensor in self._tensors.items():
             tensor.data, self._averages[name] = self._averages[name], tensor.data

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Pretraining:
-    """A run of one pretext task, as the engine trains it. The state is saved after each epoch and on a stop."""
+    """A run of one pretext task, in the form the engine trains. The state is saved after each epoch and on a stop."""
 
     task: PretextTask
     settings: PretrainSettings
@@ -42,7 +42,7 @@ class Pretraining:
     folder: Path
     device: torch.device
     description: dict[str, Any]
-    """The ``mfm`` entry of the checkpoint (plans, task, corpus without subjects); plain values."""
+    """The ``mfm`` entry of the checkpoint (plans, task, corpus without subjects), in plain values."""
     seed: int = 0
     num_workers: int = 0
     world: World = ALONE
@@ -52,7 +52,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         """Prepare everything up to the first step.
 
-        Raises MFMError (E_CONFIG) when activations cannot be recomputed, or bf16 cannot be used, as the settings ask.
+        Raises MFMError (E_CONFIG) when the settings ask for recomputed activations or bf16 and these are not available.
         """
         settings, task = self.settings, self.task.to(self.device)
         if settings.activation_checkpointing:
@@ -76,10 +76,10 @@ class Pretraining:
         self._engine = Engine(task, self, self._optimisation, self.world, RunState(), module)
 
     def train(self, continue_training: bool = False) -> Path:
-        """Train to the end; returns the final checkpoint.
+        """Train to the end and return the final checkpoint.
 
         Raises StoppedError after a clean save on a signal, MFMError (E_CONFIG, E_NOT_FOUND, E_MODEL_CORRUPT) when the
-        run cannot be resumed, and FloatingPointError on a non-finite loss, before the update.
+        run cannot be resumed, and FloatingPointError before an update with a non-finite loss.
         """
         if continue_training:
             self._load()
@@ -99,19 +99,19 @@ class Pretraining:
     def _total_steps(self) -> int:
         return self.settings.epochs * self.settings.iterations_per_epoch
 
-    # As the engine asks
+    # The Run protocol
 
     def training_batches(self, first_step: int, num_workers: int | None = None) -> Iterator[Batch]:
         """Return the batches of all steps from ``first_step`` on."""
         return self._batches(self.training, first_step, self._total_steps, num_workers)
 
     def validation_batches(self, epoch: int) -> Iterator[Batch]:
-        """Return the same batches of held-out subjects for every epoch, so that epochs can be compared."""
+        """Return the same batches of held-out subjects in every epoch, so that epochs can be compared."""
         self._seed(-1)
         return self._batches(self.validation, 0, max(1, self.settings.validation_iterations))
 
     def begin_epoch(self, epoch: int) -> None:
-        """Do nothing: rates and seeds are those of a step."""
+        """Do nothing: rates and seeds are set at each step."""
 
     def begin_step(self, step: int) -> None:
         """Set the learning rate, and seed dropout and drop path from (seed, step, rank)."""
@@ -123,7 +123,7 @@ class Pretraining:
         self._seed(step)
 
     def end_epoch(self, epoch: int, results: dict[str, Any], pictures: Pictures) -> list[str]:
-        """Append the epoch to the history, save the state, then write everything that is derived from it."""
+        """Append the epoch to the history, save the state, then write the files derived from it."""
         history, rate = self._engine.state.history, self._optimisation.optimizer.param_groups[0]["lr"]
         losses = {name: results.pop(name) for name in ("train_loss", "validation_loss")}
         row = {"epoch": epoch, **losses, "learning_rate": rate, **results, **self._measure_probe(epoch)}
@@ -157,7 +157,7 @@ class Pretraining:
         for item in range(step * size, (step + 1) * size):
             yield from self.training.case_names(item)
 
-    # Its own
+    # Helpers
 
     def _batches(self, stream: CropStream, first: int, last: int, num_workers: int | None = None) -> Iterator[Batch]:
         workers = self.num_workers if num_workers is None else num_workers
@@ -170,7 +170,7 @@ class Pretraining:
         torch.manual_seed((self.seed * 1_000_003 + (step + 1) * 65_537 + self.world.rank) % (1 << 63))
 
     def _measure_probe(self, epoch: int) -> dict[str, float | None]:
-        """Return the columns that a probe of the shipped weights adds to the log; none where no probe is due."""
+        """Probe the shipped weights and return the columns for the log; empty when no probe is due."""
         probe = self.probe
         if probe is None or not probe.is_due(epoch, self.settings.epochs):
             return {}
@@ -207,7 +207,7 @@ class Pretraining:
         try:
             self.task.load_state_dict(modules["task"])
             how.optimizer.load_state_dict(modules["optimizer"])
-            if modules["scaler"]:  # empty where the run had no loss scaling so far, on another device
+            if modules["scaler"]:  # empty if the run had no loss scaling so far, e.g. on another device
                 how.scaler.load_state_dict(modules["scaler"])
             if how.average is not None:
                 how.average.load_state_dict(modules["average"])
@@ -224,7 +224,7 @@ class Pretraining:
         logger.info("continuing at step %d of %d", state.step, self._total_steps)
 
     def _resume_settings(self) -> dict[str, Any]:
-        """Collect what a resumed run must agree with; the number of workers and the device are free."""
+        """Collect the settings that a resumed run must share; the number of workers and the device may change."""
         about = self.description
         described = {name: about[name] for name in ("pretext", "pretext_config", "corpus", "pretrain")}
         plan = hashlib.sha256(json.dumps(about["plans"]["configurations"], sort_keys=True).encode()).hexdigest()
@@ -235,7 +235,7 @@ class Pretraining:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the precision of ``pretrain.precision``, None for float32."""
+    """Return the dtype of the setting ``pretrain.precision``, None for float32."""
     if precision == "auto":
         if device.type != "cuda":
             return None
@@ -245,10 +245,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _compile_network(task: PretextTask, loss: Callable[[], torch.Tensor]) -> None:
-    """Compile the network's blocks and try a training pass before the first step.
-
-    Raises MFMError (E_CONFIG) when the compiler is missing or cannot compile this network or task.
-    """
+    """Compile the network's blocks and try a training pass before the first step."""
     logger.info("compiling the network; this takes minutes")
     task.backbone.compile_blocks()
     task.train()

@@ -1,7 +1,7 @@
-"""Measure the weights while pretraining: a linear probe on a few labelled cases, every few epochs.
+"""A linear probe on a few labelled cases: it measures the weights every few epochs of pretraining.
 
-Losses of different pretext tasks cannot be compared; the Dice of a probe can. It is a function of weights, seed and
-data alone, and restores the modes of the network and torch's generators. The main process computes, the others wait.
+Losses of different pretext tasks cannot be compared, but the Dice of a probe can. It is a function of weights, seed and
+data alone, and restores the network's modes and torch's generators. The main process computes it while the others wait.
 
 Legend: B batch, C channels, F features, K classes, N voxels, D H W voxels of a patch (2D: H W).
 """
@@ -45,23 +45,25 @@ logger = logging.getLogger(__name__)
 Labeller = Callable[[Tensor], Tensor]
 """Maps patches (B, C, D, H, W) to scores (B, K, D, H, W)."""
 Window = tuple[Any, ...]
-"""Index of a patch in a volume: a slice per axis of the patch, in 2D behind the number of the slice."""
+"""Index of a patch in a volume: one slice per axis of the patch. In 2D the number of the slice comes first."""
 PATIENCE = datetime.timedelta(days=1)
-"""Time limit of the other processes; NCCL's default is ten minutes."""
+"""Time limit of the waiting processes; NCCL's default is ten minutes."""
 MAX_SLICES = 16
-"""2D patches that are labelled at once."""
+"""Number of 2D patches labelled at once."""
 NUM_VOXELS = 20_000
-"""Voxels that the classifier is fitted on, over all cases and classes."""
+"""Number of voxels the classifier is fitted on, over all cases and classes."""
 TILES_PER_CLASS = 2
-"""Patches per case and class that they are taken from, so that a large volume costs little."""
+"""Number of patches per case and class from which voxels are drawn, so that a large volume costs little."""
 PENALTY = 1e-3
-"""Weight of the squared norm of the classifier, for standardised features."""
+"""Weight of the classifier's squared norm, for standardised features."""
 RETIRED = {"steps": 200, "learning_rate": 1e-3}
-"""Settings of probes by fine-tuning, still saved so that runs begun with a linear probe before can be continued."""
+"""Settings of the former probe by fine-tuning. They are still saved, so runs started with a linear probe before its
+removal can be resumed.
+"""
 
 
 class LabelledVolume:
-    """Preprocessed case, padded to at least the patch; the image is read patch by patch.
+    """A preprocessed case, padded to at least the patch size. The image is read patch by patch.
 
     ``labels`` (D, H, W) int16: -1 for ignored and padded voxels, 0 for background and outside the non-zero region.
     """
@@ -79,7 +81,7 @@ class LabelledVolume:
         return sliding_windows(self.labels.shape, self.patch_size, step_size=1)
 
     def patch(self, window: Window) -> Tensor:
-        """Read the image (C, *patch) in a window, 0 outside the volume."""
+        """Read the image (C, *patch) of a window; 0 outside the volume."""
         leading, sides = window[: self._num_leading], window[self._num_leading :]
         lower = [side.start - margin for side, margin in zip(sides, self._margins)]
         return torch.from_numpy(read_box(self.image, lower, self.patch_size, leading))
@@ -87,7 +89,7 @@ class LabelledVolume:
 
 @dataclass(frozen=True)
 class Probe:
-    """Probe of a run; holds names and settings only, so every process has one."""
+    """The probe of a run. It stores names and settings only, so every process has one."""
 
     settings: ProbeSettings
     name: str
@@ -96,34 +98,34 @@ class Probe:
     plan: Plan
     configuration: str
     folder: Path
-    """Preprocessed cases."""
+    """Folder of the preprocessed cases."""
     fit: tuple[corpus.Case, ...]
     held_out: tuple[corpus.Case, ...]
     unused: tuple[corpus.Case, ...]
-    """Other labelled cases of the dataset."""
+    """Labelled cases of the dataset that the probe does not use."""
     seed: int
 
     @property
     def num_classes(self) -> int:
-        """Count the values in the label maps, background included, without the ignored one."""
+        """Number of values in the label maps, including background but not the ignore label."""
         return 1 + max((value for values in self.dataset.foreground.values() for value in values), default=0)
 
     def description(self) -> dict[str, Any]:
-        """Return what must not change when the run is continued; without names of cases."""
+        """Settings that must not change when the run is resumed; no case names."""
         cases = [*self.fit, *self.held_out]
         data = {"dataset": self.name, "num_cases": len(cases), "hash": corpus.corpus_hash(cases)}
         return {**data, **to_dict(self.settings), **RETIRED}
 
     def is_due(self, epoch: int, epochs: int) -> bool:
-        """Return True where the weights are probed at the end of ``epoch``, counted from 0."""
+        """Return True if the weights are probed at the end of ``epoch`` (0-based)."""
         return (epoch + 1) % self.settings.every == 0 or epoch + 1 == epochs
 
     def measure(
         self, backbone: AbstractBackbone, device: torch.device, dtype: torch.dtype | None = None
     ) -> dict[str, float | None]:
-        """Fit and measure: ``probe_dice`` (mean over labels), ``probe_dice_<label>`` and ``probe_seconds`` for the log.
+        """Fit the probe and return ``probe_dice`` (mean over labels), ``probe_dice_<label>`` and ``probe_seconds``.
 
-        A Dice is the mean over the held-out cases; None where a label is in no case and was nowhere predicted.
+        A Dice is the mean over the held-out cases, or None for a label that no case has and that was never predicted.
         """
         start = time.monotonic()
 
@@ -157,9 +159,9 @@ class Probe:
 def make_probe(
     here: Workspace, dataset: str | int | None, plan: Plan, configuration: str, settings: ProbeSettings, seed: int
 ) -> Probe | None:
-    """Choose the cases of a labelled dataset, at most ``max_cases``, with every third subject held out; None: no probe.
+    """Choose at most ``max_cases`` cases of a labelled dataset and hold out every third subject; None without a probe.
 
-    The same cases for the same dataset and seed; only file names are read. Raises MFMError: E_NOT_FOUND (no such
+    The choice depends on the dataset and seed only; only file names are read. Raises MFMError: E_NOT_FOUND (no such
     dataset, missing files), E_CONFIG (no labels, a single subject), E_CHANNELS, E_FORMAT (dataset.json).
     """
     if dataset is None:
@@ -198,7 +200,7 @@ def make_probe(
 
 
 def _choose(cases: Sequence[corpus.Case], max_cases: int, seed: int) -> list[corpus.Case]:
-    """Choose cases of whole subjects in a random order, of at least two subjects if possible."""
+    """Choose all cases of randomly ordered subjects, from at least two subjects if possible."""
     subjects = sorted({case.subject for case in cases})
     random.Random(seed).shuffle(subjects)
     chosen: list[corpus.Case] = []
@@ -210,10 +212,10 @@ def _choose(cases: Sequence[corpus.Case], max_cases: int, seed: int) -> list[cor
 
 
 def prepare(probe: Probe, world: World) -> None:
-    """Preprocess the cases with the pretraining plan, in the main process; existing ones are reused.
+    """Preprocess the cases with the pretraining plan, in the main process, and reuse existing ones.
 
-    Raises MFMError: E_EXISTS when the folder holds data of another plan, E_DISK_FULL, and for bad cases, all listed,
-    their common code or E_FORMAT.
+    Raises MFMError: E_EXISTS when the folder holds data of another plan, and E_DISK_FULL. Bad cases are all listed,
+    under their common code or E_FORMAT.
     """
     with others_waiting(world):
         if world.is_main:
@@ -232,7 +234,7 @@ def _preprocess(probe: Probe) -> None:
             f"{probe.folder}: holds {len(foreign)} cases that were preprocessed with other settings, which a probe "
             "does not replace. Delete the folder if no plan needs it.",
         )
-    # Cases that another run used are named too, else preprocessing would report them as lost.
+    # Include the cases of other runs; otherwise preprocessing would report them as lost.
     cases = [*used, *(case for case in probe.unused if case.name in stored)]
     content = (dict(probe.plan.content), [probe.configuration], dict(probe.dataset.content))
     report = preprocess_dataset(cases, *content, probe.folder.parent, num_cores())[probe.configuration]
@@ -252,10 +254,10 @@ def linear_labeller(
     num_classes: int,
     rng: np.random.Generator,
 ) -> Labeller:
-    """Fit a multinomial logistic regression from all feature maps, on equally many voxels of each class.
+    """Fit a multinomial logistic regression on all feature maps, with equally many voxels of each class.
 
-    A class weighs as the square root of its share of all voxels: balanced classes would predict far too much of rare
-    ones, and true shares nothing of them, so either Dice would stay low for the best features.
+    The weight of a class is the square root of its share of all voxels. Balanced classes would overpredict rare ones,
+    and true shares would never predict them; either way the Dice would stay low even for the best features.
     """
     quota, patch_size = max(NUM_VOXELS // (num_classes * len(volumes)), 1), volumes[0].patch_size
     x_parts, y_parts = [], []
@@ -274,7 +276,7 @@ def linear_labeller(
 
     def label(x_BCDHW: Tensor) -> Tensor:
         maps = features(x_BCDHW)
-        # Scores are linear in the features, so they may be computed at each map's resolution and enlarged afterwards.
+        # Scores are linear in the features, so they can be computed at each map's resolution and upsampled afterwards.
         weights = weight_KF.float().to(maps[0].device).split([m.shape[1] for m in maps], dim=1)
         scores = [torch.einsum("kf,bf...->bk...", *pair) for pair in zip(weights, maps)]
         enlarged = [functional.interpolate(s, patch_size, mode=mode, align_corners=False) for s in scores]
@@ -286,7 +288,7 @@ def linear_labeller(
 def draw_voxels(
     volume: LabelledVolume, num_classes: int, quota: int, rng: np.random.Generator
 ) -> list[tuple[Window, np.ndarray, np.ndarray]]:
-    """Draw windows of a case with places (N, axes) in them and their labels (N,), at most ``quota`` per class."""
+    """Draw windows of a case, each with positions (N, axes) and their labels (N,), at most ``quota`` per class."""
     windows = volume.windows()
     counts = np.stack([_count_classes(volume.labels[window], num_classes) for window in windows])
     present = np.flatnonzero(counts.sum(0))
@@ -309,8 +311,8 @@ def _count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def features_at(maps: Sequence[Tensor], places: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Return the features (N, F), on the CPU, at ``places`` (N, axes) of one patch: the maps, enlarged linearly."""
-    # grid_sample counts from -1 to 1 over the patch and names the last axis first.
+    """Return the linearly upsampled features (N, F), on the CPU, at positions ``places`` (N, axes) of one patch."""
+    # grid_sample's coordinates run from -1 to 1 over the patch, last axis first.
     grid = ((2 * places + 1) / torch.tensor(list(patch_size)) - 1).flip(-1).float()
     grid = grid.reshape(1, -1, *[1] * (len(patch_size) - 1), len(patch_size))
     settings: dict[str, Any] = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
@@ -321,7 +323,7 @@ def features_at(maps: Sequence[Tensor], places: Tensor, patch_size: Sequence[int
 def fit_logistic(x_NF: Tensor, y_N: Tensor, shares_K: Tensor) -> tuple[Tensor, Tensor]:
     """Fit weights (K, F) and biases (K,) of a multinomial logistic regression by L-BFGS from zero.
 
-    ``shares_K`` is the weight of each class as a whole, however many voxels it has.
+    ``shares_K`` is the total weight of each class, whatever its number of voxels.
     """
     num_classes = len(shares_K)
     weight = torch.zeros(num_classes, x_NF.shape[1], dtype=x_NF.dtype, requires_grad=True)
@@ -342,7 +344,7 @@ def fit_logistic(x_NF: Tensor, y_N: Tensor, shares_K: Tensor) -> tuple[Tensor, T
 
 
 def label_volume(label: Labeller, volume: LabelledVolume) -> np.ndarray:
-    """Label a volume patch by patch; returns a label map of the shape of ``volume.labels``."""
+    """Label a volume patch by patch and return a label map of the shape of ``volume.labels``."""
     predicted, windows = np.zeros(volume.labels.shape, np.int16), volume.windows()
     at_once = 1 if len(volume.patch_size) == 3 else MAX_SLICES
     for first in range(0, len(windows), at_once):
@@ -355,7 +357,7 @@ def label_volume(label: Labeller, volume: LabelledVolume) -> np.ndarray:
 
 @contextlib.contextmanager
 def _undisturbed(backbone: AbstractBackbone, device: torch.device) -> Iterator[None]:
-    """Restore torch's generators and the modes of all modules."""
+    """Restore torch's generators and the modes of all modules afterwards."""
     modes = {module: module.training for module in backbone.modules()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -367,11 +369,11 @@ def _undisturbed(backbone: AbstractBackbone, device: torch.device) -> Iterator[N
 
 @contextlib.contextmanager
 def others_waiting(world: World) -> Iterator[None]:
-    """Let all processes meet at the end, however long the main one takes; if it fails the others fail too."""
+    """Make the other processes wait until the main one is done, without the usual time limit. If it fails, all fail."""
     if world.size == 1:
         yield
         return
-    # A group of its own, on the CPU: the time limit of the run's group is meant for steps.
+    # A separate group on the CPU: the time limit of the run's own group is meant for training steps.
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield

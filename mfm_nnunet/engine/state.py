@@ -1,8 +1,8 @@
-"""The state of a run on disk: one self-contained file, written atomically, with the previous one kept.
+"""The state of a run on disk: one self-contained file, written atomically. The previous one is kept.
 
-``resume.pth`` holds everything that the next step depends on; a kill at any moment leaves a complete one behind. The
-weights that others use (``checkpoint_latest.pth``, ``checkpoint_final.pth``) are separate files. What a resumed run
-must agree with is compared here for every kind of run.
+``resume.pth`` holds everything the next step depends on; a kill at any moment leaves a complete one behind. The weights
+for users (``checkpoint_latest.pth``, ``checkpoint_final.pth``) are separate files. The settings that a resumed run must
+share are compared here for every kind of run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mfm_nnunet.files import to_plain
 from mfm_nnunet.settings import NEUTRAL
 
 STATE_FILES = ("resume.pth", "resume_previous.pth")
-"""The files that a run can be resumed from, the newest first."""
+"""Files from which a run can be resumed, the newest first."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class RunState:
-    """Where a run is: ``step`` steps are done; sums over the current epoch; one row per finished epoch."""
+    """The position of a run: ``step`` steps done, sums over the current epoch, and one row per finished epoch."""
 
     step: int = 0
     loss_sum: float = 0.0
@@ -51,7 +51,7 @@ def save_state(folder: Path, state: RunState, modules: Mapping[str, Any], settin
 
 
 def load_state(folder: Path, settings: Mapping[str, Any]) -> tuple[RunState, dict[str, Any]]:
-    """Load the newest state that verifies, and the state dicts.
+    """Load the newest state that verifies. Return it with the state dicts.
 
     Raises MFMError: E_NOT_FOUND without any state, E_MODEL_CORRUPT when none verifies, E_CONFIG when the settings
     differ from those of the run.
@@ -74,7 +74,6 @@ def load_state(folder: Path, settings: Mapping[str, Any]) -> tuple[RunState, dic
 
 
 def _read_state(content: Mapping[str, Any], file: Path) -> RunState:
-    """Check the content of a state file. Raises MFMError (E_MODEL_CORRUPT) for a file that holds something else."""
     if not isinstance(content.get("settings"), Mapping) or not isinstance(content.get("state"), Mapping):
         what = "weights without" if "network_weights" in content else "no"
         raise _not_a_state(file, f"it holds {what} the state of a run")
@@ -97,9 +96,9 @@ def _not_a_state(file: Path, reason: str) -> MFMError:
 def require_same_settings(
     before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, may_differ: Collection[str] = ()
 ) -> None:
-    """Raise MFMError (E_CONFIG) that names what differs: a resumed run must be the same run.
+    """Raise MFMError (E_CONFIG) naming the differences, unless a resumed run has the settings it started with.
 
-    ``may_differ`` are dotted names of settings that do not change a result.
+    ``may_differ``: dotted names of settings that do not change a result.
     """
     old, new = {**NEUTRAL, **flat(before)}, {**NEUTRAL, **flat(now)}
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and name not in may_differ]
@@ -113,7 +112,7 @@ def require_same_settings(
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings: dotted names and their values."""
+    """Flatten nested settings into a dict from dotted names to values."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

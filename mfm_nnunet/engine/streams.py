@@ -1,4 +1,4 @@
-"""From the cases of a corpus to the streams of crops of a run: masks that are used, balance, volumes large enough."""
+"""Training and validation streams of crops from a corpus: use of masks, balance between datasets, minimum sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mfm_nnunet.tasks.base import Augmentation, PretextTask
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the streams are made from: the preprocessed cases, their volumes, and the names of both parts."""
+    """The source of the streams: preprocessed cases, their volumes, and the names of training and validation cases."""
 
     cases: Sequence[Case]
     files: Mapping[str, Path]
@@ -25,18 +25,18 @@ class Corpus:
     validation: set[str]
 
     def part(self, names: set[str]) -> list[Case]:
-        """The cases of those names, in the order of the corpus."""
+        """Return the named cases in the order of the corpus."""
         return [case for case in self.cases if case.name in names]
 
     def masked(self) -> set[str]:
-        """Return the names of the cases whose mask was preprocessed."""
+        """Return the names of the cases with a preprocessed mask."""
         folders = {file.parent for file in self.files.values()}
         return set(self.files) & {name for folder in folders for name in masked_cases(folder)}
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Training and validation items, and what the user should know about them, a line each."""
+    """Training and validation items, and notes for the user, one line each."""
 
     training: CropStream
     validation: CropStream
@@ -51,10 +51,10 @@ def make_streams(
     settings: PretrainSettings,
     seed: int,
 ) -> Streams:
-    """The two streams of a run of ``task_class`` with the resolved ``config``.
+    """Make the two streams of a run of ``task_class`` with the resolved ``config``.
 
-    Raises MFMError: E_CONFIG (settings that the corpus cannot follow, volumes too small for the task), E_NOT_FOUND
-    (masks that were registered after the volumes were preprocessed).
+    Raises MFMError: E_CONFIG (settings that do not fit the corpus, volumes too small for the task), E_NOT_FOUND (masks
+    registered after the volumes were preprocessed).
     """
     require_legal_balance(settings.balance_by, corpus.cases)
     _require_large_enough(corpus.files, task_class.smallest_volume(config))
@@ -75,7 +75,7 @@ def make_streams(
 
 
 def _use_masks(corpus: Corpus, task_class: type[PretextTask], settings: PretrainSettings) -> tuple[bool, list[str]]:
-    """Decide whether transforms get ``valid``, and say in a line what becomes of the masks of the corpus, if any."""
+    """Decide whether transforms get ``valid``, and describe the use of the corpus's masks in a line, if it has any."""
     named = {case.name for case in corpus.cases if case.anonymisation_mask is not None}
     there = corpus.masked()
     num_masks = len(there | named)
@@ -96,7 +96,7 @@ def _use_masks(corpus: Corpus, task_class: type[PretextTask], settings: Pretrain
 
 
 def _require_large_enough(files: Mapping[str, Path], smallest: tuple[int, ...] | None) -> None:
-    """Only the headers are read. In 2D the size of a slice counts."""
+    """Check sizes from the file headers alone. In 2D the size of a slice counts."""
     if smallest is None:
         return
     shapes = {name: volume_shape(file)[-len(smallest) :] for name, file in files.items()}
@@ -116,5 +116,4 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def _less(first: Augmentation, second: Augmentation) -> Augmentation:
-    """The smaller of two augmentations."""
     return min(first, second, key=get_args(Augmentation).index)

@@ -1,1 +1,1 @@
-"""INTO nnU-Net: the one trainer and its plug-in folder."""
+"""nnU-Net integration: the one trainer and its plug-in folder."""

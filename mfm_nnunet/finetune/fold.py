@@ -1,4 +1,4 @@
-"""A fold as the engine trains it: nnU-Net's loaders, log and checkpoints, one of them for each epoch."""
+"""A fold in the form the engine trains, with nnU-Net's loaders, log and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECONDS_BETWEEN_PLOTS = 300.0
 
 
 class FoldRun:
-    """The :class:`mfm_nnunet.engine.engine.Run` of a trainer. Its state is saved when an epoch ends."""
+    """The :class:`mfm_nnunet.engine.engine.Run` of a trainer. Its state is saved at the end of each epoch."""
 
     def __init__(self, trainer: MFMTrainer) -> None:
         self.settings = trainer.settings
@@ -37,7 +37,7 @@ class FoldRun:
         self._trained: set[str] | None = None
 
     def training_batches(self, first_step: int) -> Iterator[Batch]:
-        """Start the readers of both streams; returns the batches of all steps from ``first_step`` on."""
+        """Start the readers of both streams and return the batches of all steps from ``first_step`` on."""
         trainer = self._trainer
         world_size = torch.distributed.get_world_size() if trainer.is_ddp else 1
         wanted = trainer.block.num_workers
@@ -56,11 +56,11 @@ class FoldRun:
         return streams[0]
 
     def validation_batches(self, epoch: int) -> Iterator[Batch]:
-        """Return the next batches for validation; each epoch has its own."""
+        """Return the next validation batches; each epoch has its own."""
         return itertools.islice(self._validation, self.settings.validation_iterations)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set rates, freeze parameters, and seed what draws during training (drop path, dropout) from the epoch."""
+        """Set rates, freeze parameters, and seed the random numbers of training (drop path, dropout) from the epoch."""
         trainer = self._trainer
         seed_everything(seed_of(trainer.block.seed, f"epoch {trainer.local_rank}", epoch))
         trainer.lr_scheduler.step(epoch)
@@ -70,24 +70,24 @@ class FoldRun:
         trainer.print_to_log_file(f"Epoch {epoch}, learning rate {rate:.5g}", also_print_to_console=False)
         trained = trainer.lr_scheduler.trained_names(epoch)
         if hasattr(trainer.network, "_orig_mod") and self._trained is not None and trained != self._trained:
-            # Compiled code may not notice that parameters learn from now on, and would give them no gradients
+            # Compiled code may miss that parameters were unfrozen, and would give them no gradients
             # (https://github.com/pytorch/pytorch/issues/139476).
             torch.compiler.reset()
         self._trained = trained
         trainer.optimisation.frozen = groups.freeze(unwrapped(trainer.network), trained, trainer.is_ddp)
 
     def begin_step(self, step: int) -> None:
-        """Do nothing: rates and seeds are those of an epoch."""
+        """Do nothing: rates and seeds are set at each epoch."""
 
     def end_epoch(self, epoch: int, results: dict[str, Any], pictures: Pictures) -> list[str]:
-        """Log the epoch, save ``checkpoint_best`` as nnU-Net, and ``checkpoint_latest`` or ``checkpoint_final``."""
+        """Log the epoch, save ``checkpoint_best`` like nnU-Net, and ``checkpoint_latest`` or ``checkpoint_final``."""
         trainer, logger, dice = self._trainer, self._trainer.logger, results["validation_dice"]
         logger.log("train_losses", results["train_loss"], epoch)
         logger.log("mean_fg_dice", np.nanmean(dice), epoch)
         logger.log("dice_per_class_or_region", dice, epoch)
         logger.log("val_losses", results["validation_loss"], epoch)
         logger.log("epoch_end_timestamps", time.time(), epoch)
-        # As a resumed run reads it: NumPy's float32 would round nnU-Net's moving average of the Dice otherwise.
+        # Plain floats, as a resumed run reads them: NumPy's float32 would round nnU-Net's moving average of the Dice.
         logger.load_checkpoint(to_plain(logger.get_checkpoint()))
         ema = float(logger.get_checkpoint()["ema_fg_dice"][-1])
         left = timedelta(seconds=round(results["seconds"] * (self.settings.epochs - 1 - epoch)))
@@ -101,7 +101,7 @@ class FoldRun:
             trainer._best_ema = ema
             lines.append(f"new best EMA pseudo Dice: {ema:.4f}")
             trainer.save_checkpoint(str(folder / "checkpoint_best.pth"))
-        # After 'best', so that a resumed run knows the best value.
+        # Saved after 'best', so that a resumed run has the best value.
         trainer.save_checkpoint(str(folder / f"checkpoint_{'final' if is_last else 'latest'}.pth"))
         if trainer.local_rank == 0:
             if is_last:
@@ -117,7 +117,7 @@ class FoldRun:
         return lines
 
     def save_early(self) -> str:
-        """Save nothing: nnU-Net's checkpoints are those of whole epochs."""
+        """Save nothing: nnU-Net's checkpoints hold whole epochs."""
         if not self._trainer.current_epoch:
             return "no epoch was finished, so nothing is saved. Start it again."
         return f"all finished epochs are saved in {self._trainer.output_folder}. Continue with --c."

@@ -1,10 +1,11 @@
-"""Which parameters learn in fine-tuning, and at which rate in which epoch.
+"""Choose the parameters that learn in fine-tuning, and their learning rates in each epoch.
 
 Frozen parameters get no gradient, so weight decay, momentum and gradient clipping ignore them. Their optimizer state is
 created when they are unfrozen.
 
 Rates are pure functions of the epoch. ``warmup`` has one phase: linear warm-up, then polynomial decay. ``sawtooth``
-(arXiv 2410.23132) starts with a phase in which the transferred encoder is frozen; its rate rises, then decays.
+(arXiv 2410.23132) starts with a phase in which the transferred encoder is frozen; the rate rises and then decays in
+each phase.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ class Group:
     waits: bool = False
     """Frozen in the first phase of a sawtooth."""
     scale: float = 1.0
-    """Share of the learning rate, from the decay over the layers."""
+    """Share of the learning rate, from layer-wise decay."""
 
 
 def group_parameters(network: nn.Module, settings: FinetuneSettings, new: Collection[str] | None) -> list[Group]:
-    """Return the groups of all parameters that ever learn, each parameter once, the fastest group first.
+    """Group all parameters that are trained at some point, each parameter once, the fastest group first.
 
-    ``network`` is without wrappers; ``new`` names what learns first (:func:`first_names`), None from scratch.
+    ``network`` is unwrapped. ``new`` names the parameters that learn first (:func:`first_names`); None from scratch.
     """
     is_two_phased = settings.schedule == "sawtooth" and new is not None
-    # A stem that was adapted to other channels is new to them: a frozen one could not tell them apart.
+    # A stem adapted to other channels counts as new: frozen, it could not tell the channels apart.
     learning = trained_names(network, settings.train) | set(new or ())
     members: dict[tuple[bool, float], list[str]] = {}
     for name, _ in network.named_parameters():
@@ -51,7 +52,7 @@ def group_parameters(network: nn.Module, settings: FinetuneSettings, new: Collec
 
 
 def trained_names(network: nn.Module, train: str) -> set[str]:
-    """Return the names of the parameters that ``finetune.train`` trains, wherever they come from."""
+    """Return the names of the parameters selected by ``finetune.train``, pretrained or not."""
     names = {name for name, _ in network.named_parameters()}
     if train == "all":
         return names
@@ -61,9 +62,9 @@ def trained_names(network: nn.Module, train: str) -> set[str]:
 
 
 def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[str]) -> set[str]:
-    """Return the names of what a checkpoint did not train and, for a sawtooth, of all but the encoder.
+    """Return the names of parameters the checkpoint did not train; for a sawtooth, also of all outside the encoder.
 
-    These do not wait for a sawtooth's second phase.
+    They do not wait for a sawtooth's second phase.
     """
     if settings.schedule != "sawtooth":
         return untrained
@@ -71,15 +72,15 @@ def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[s
 
 
 def layer_scale(name: str, network: nn.Module, decay: float) -> float:
-    """Return the share of the learning rate of a parameter: less for early layers of the encoder (arXiv 2106.08254)."""
+    """Return a parameter's share of the learning rate, lower for early encoder layers (arXiv 2106.08254)."""
     return 1.0 if decay == 1 else decay ** family_of(network).layers_after(name, network)
 
 
 def freeze(network: nn.Module, trained: Collection[str], keep_gradients: bool) -> list[nn.Parameter]:
-    """Freeze all parameters but those in ``trained``; returns the frozen ones.
+    """Freeze all parameters except ``trained`` and return the frozen ones.
 
-    Frozen norms keep their running statistics too. ``keep_gradients`` is for DistributedDataParallel, which expects a
-    gradient of every parameter that had one when it was made: they are computed, and the engine drops them.
+    Frozen norms also keep their running statistics. ``keep_gradients`` is for DistributedDataParallel, which expects a
+    gradient of every parameter that had one when it was built: they are computed, and the engine drops them.
     """
     frozen = []
     for name, parameter in network.named_parameters():
@@ -96,7 +97,7 @@ def freeze(network: nn.Module, trained: Collection[str], keep_gradients: bool) -
 
 @dataclass(frozen=True)
 class Phases:
-    """Lengths in epochs: of the whole run, of the whole network's warm-up, of the first phase (0: there is none)."""
+    """Lengths in epochs: the whole run, the whole network's warm-up, and the first phase (0 without one)."""
 
     epochs: int
     warmup_epochs: int
@@ -104,17 +105,17 @@ class Phases:
 
     @classmethod
     def of(cls, settings: FinetuneSettings, is_pretrained: bool) -> Phases:
-        """Return the phases of a run; from scratch nothing is frozen, so there is no first phase."""
+        """Return the phases of a run. From scratch nothing is frozen, so there is no first phase."""
         has_first = settings.schedule == "sawtooth" and is_pretrained
         first = resolved_decoder_epochs(settings) if has_first else None
         return cls(settings.epochs, resolved_warmup(settings.warmup_epochs, settings.epochs), first or 0)
 
 
 def rate_factor(epoch: int, phases: Phases, waits: bool) -> float:
-    """Return the share of the peak rate at ``epoch`` (0-based); 0 in the first phase for groups that wait for its end.
+    """Return the share of the peak rate at ``epoch`` (0-based); 0 during the first phase for groups that wait.
 
-    With D, W and E the first phase, warm-up and run: (e+1)/(D/2) below D/2 and (1-(e-D/2)/(D/2))^0.9 below D; then
-    (e-D+1)/W below D+W and (1-(e-D-W)/(E-D-W))^0.9.
+    With D, W and E the lengths of first phase, warm-up and run: (e+1)/(D/2) below D/2 and (1-(e-D/2)/(D/2))^0.9 below
+    D; then (e-D+1)/W below D+W and (1-(e-D-W)/(E-D-W))^0.9.
     """
     first = phases.decoder_epochs
     if epoch < first:
@@ -123,7 +124,7 @@ def rate_factor(epoch: int, phases: Phases, waits: bool) -> float:
 
 
 class EpochSchedule:
-    """Sets the learning rate of every group of the optimizer; ``peak`` is the largest."""
+    """Sets the learning rate of every group of the optimizer. ``peak`` is the largest rate."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], peak: float, phases: Phases) -> None:
         assert len(groups) == len(optimizer.param_groups), "one description for each group"
@@ -143,12 +144,12 @@ class EpochSchedule:
         return {name for group in self.groups if not (in_first and group.waits) for name in group.names}
 
     def all_trained_names(self) -> set[str]:
-        """Return the names of the parameters that learn in some epoch."""
+        """Return the names of the parameters that learn in any epoch."""
         return {name for group in self.groups for name in group.names}
 
 
 def describe_training(schedule: EpochSchedule, settings: FinetuneSettings, network: nn.Module) -> list[str]:
-    """Describe what learns, for the log of a run; ``network`` is without wrappers."""
+    """Describe the trained parameters and their rates for the log. ``network`` is unwrapped."""
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     learn, total = sum(sizes[name] for name in schedule.all_trained_names()), sum(sizes.values())
     lines = [f"{learn:,} of {total:,} parameters are trained ({learn / total:.1%})"]
@@ -162,7 +163,7 @@ def describe_training(schedule: EpochSchedule, settings: FinetuneSettings, netwo
 
 
 def require_fitting(settings: FinetuneSettings, network: nn.Module, is_distributed: bool) -> None:
-    """Raise MFMError (E_CONFIG) for what this network, or training on several GPUs, does not support."""
+    """Raise MFMError (E_CONFIG) if this network, or training on several GPUs, does not support a setting."""
     family = family_of(network)
     if (settings.layer_decay or 1.0) != 1.0 and (problem := family.layer_decay_problem()):
         _refuse(f"finetune.layer_decay={settings.layer_decay}: {problem}. Leave it out, or use a transformer.")
@@ -181,7 +182,7 @@ def require_fitting(settings: FinetuneSettings, network: nn.Module, is_distribut
 
 
 def require_pretrained(settings: FinetuneSettings, is_pretrained: bool) -> None:
-    """Raise MFMError (E_CONFIG) when random weights would never be trained."""
+    """Raise MFMError (E_CONFIG) if random weights would never be trained."""
     if settings.train != "all" and not is_pretrained:
         _refuse(
             f"finetune.train={settings.train}: without a checkpoint the encoder would stay random. Give one to "
@@ -195,7 +196,7 @@ def require_pretrained(settings: FinetuneSettings, is_pretrained: bool) -> None:
 
 
 def require_no_random_rest(settings: FinetuneSettings, network: nn.Module, new: Collection[str]) -> None:
-    """Raise MFMError (E_CONFIG) when parameters that a checkpoint did not fill would never be trained."""
+    """Raise MFMError (E_CONFIG) if parameters missing from the checkpoint would never be trained."""
     names = {name for name, _ in network.named_parameters()}
     random = sorted(names & set(new) - trained_names(network, settings.train))
     if random:

@@ -1,10 +1,10 @@
-"""Training data: nnU-Net's preprocessed datasets, read safely, and batches drawn from (seed, stream, index).
+"""Safe reading of nnU-Net's preprocessed datasets, and batches drawn from (seed, stream, index).
 
-The dataset classes take the place of nnU-Net's own, whose ``load_case`` follows pickles and metalayers of blosc2.
-Nothing in a file runs code here, and a damaged file is named, even if the damage only shows when its voxels are read.
+The dataset classes replace nnU-Net's own, whose ``load_case`` trusts pickles and metalayers of blosc2. Here no file can
+run code. An error names the damaged file, even if the damage only shows when its voxels are read.
 
-nnU-Net's own loader and transforms make each batch, under a seed of its own. So workers never draw the same numbers, a
-run resumes exactly by starting at the next index, and nothing of the loader needs to be saved.
+nnU-Net's own loader and transforms make each batch under its own seed. So workers never draw the same numbers, a run
+resumes exactly by starting at the next index, and no loader state needs to be saved.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VALIDATE_AGAIN = "validate the fold of the first stage that holds the case again
 Batch = dict[str, Any]
 """nnU-Net's batch: "data" (B, C, D, H, W) float32, "target" a tensor or one per scale, "keys" the case names."""
 Loaded = tuple[Any, Any, Any, dict[str, Any]]
-"""nnU-Net's image (C, D, H, W), label map (1, D, H, W), mask of the stage before (or None), and properties."""
+"""nnU-Net's image (C, D, H, W), label map (1, D, H, W), mask of the previous stage (or None), and properties."""
 
 
 # Batches
@@ -51,7 +51,7 @@ Loaded = tuple[Any, Any, Any, dict[str, Any]]
 
 @dataclass(frozen=True)
 class SeededBatches(Dataset):
-    """Batch ``index`` of a loader's endless stream, drawn under its own seed.
+    """The endless stream of a loader, indexed; each batch is drawn under its own seed.
 
     Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a preprocessed file that cannot be read.
     """
@@ -73,7 +73,7 @@ def read_batches(
 
 
 def make_loaders(trainer: nnUNetTrainer) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
-    """Make nnU-Net's loaders for training and validation, as its trainer would build them, with equal transforms."""
+    """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms."""
     rotation, do_dummy_2d, initial_patch, mirror_axes = (
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     )
@@ -102,7 +102,7 @@ def make_loaders(trainer: nnUNetTrainer) -> tuple[nnUNetDataLoader, nnUNetDataLo
 
 
 def make_deterministic(transform: Any) -> None:
-    """Switch off the choice of implementations by timing: the winner, and with it the last bits, differs by run."""
+    """Turn off the choice of implementations by timing: the winner, and so the last bits, differ between runs."""
     if hasattr(transform, "benchmark"):
         transform.benchmark = False
     for inner in [*getattr(transform, "transforms", ()), getattr(transform, "transform", None)]:
@@ -111,7 +111,7 @@ def make_deterministic(transform: Any) -> None:
 
 
 def seed_of(seed: int, stream: str, index: int) -> int:
-    """Return a 64-bit seed for item ``index`` of a stream; different for all seeds, streams and indices."""
+    """Return a 64-bit seed for item ``index`` of a stream, different for every seed, stream and index."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:8], "big")
 
 
@@ -124,9 +124,9 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators and use one torch thread inside the block; both are restored after it.
+    """Seed the global CPU generators and use one torch thread inside the block. Both are restored afterwards.
 
-    One thread, because sums over several threads differ in the last bits from those of a worker, which has one.
+    One thread, because a sum over several threads differs in the last bits from that of a worker, which has one.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
     random.seed(seed)
@@ -150,10 +150,10 @@ def _keep(batch: Any) -> Any:
 
 
 def select_labelled(raw: Path | None, preprocessed_folder: Path, data: Path) -> Selection:
-    """Choose the labelled cases that the dataset has now in a folder ``data`` (blosc2, or nnU-Net's older npz).
+    """Select the dataset's current labelled cases from a folder ``data`` (blosc2, or nnU-Net's older npz).
 
-    ``raw`` and ``preprocessed_folder`` are the dataset's. Raises MFMError: E_CONFIG when files of a case are missing,
-    E_SHORT_DATA when one is damaged, and as :func:`mfm_nnunet.data.corpus.select`.
+    ``raw`` and ``preprocessed_folder`` belong to the dataset. Raises MFMError: E_CONFIG when files of a case are
+    missing, E_SHORT_DATA when one is damaged, and those of :func:`mfm_nnunet.data.corpus.select`.
     """
     images = stored_cases(data)
     selection = select(raw, preprocessed_folder, images or {file.stem for file in data.glob("*.npz")})
@@ -172,7 +172,7 @@ def select_labelled(raw: Path | None, preprocessed_folder: Path, data: Path) -> 
 
 
 def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
-    """Read a dataset's fingerprint without our own part, which names cases; nnU-Net keeps it in the model folder.
+    """Read a dataset's fingerprint for the model folder, without our own part, which names cases.
 
     Raises MFMError (E_NOT_FOUND, E_FORMAT).
     """
@@ -185,7 +185,7 @@ class CheckedBlosc2(nnUNetDatasetBlosc2):
     """A folder of ``.b2nd`` files."""
 
     def load_case(self, identifier: str) -> Loaded:
-        """Open a case; voxels are read, and damage to them is found, when the arrays are sliced.
+        """Open a case. Voxels are read, and damage to them is found, when the arrays are sliced.
 
         Raises MFMError: E_SHORT_DATA, E_DATA_UNSAFE.
         """
@@ -198,7 +198,7 @@ class CheckedBlosc2(nnUNetDatasetBlosc2):
     def save_seg(
         seg: np.ndarray, output_filename_truncated: str, chunks_seg: Any = None, blocks_seg: Any = None
     ) -> None:
-        """Write a mask as nnU-Net does, by default in chunks for patches of its default size."""
+        """Write a mask like nnU-Net, by default in chunks for patches of its default size."""
         if chunks_seg is None:
             blocks, chunks = comp_blosc2_params((1, *seg.shape), (128, 128, 128), seg.itemsize)
             blocks_seg, chunks_seg = blocks[1:], chunks[1:]
@@ -206,7 +206,7 @@ class CheckedBlosc2(nnUNetDatasetBlosc2):
 
 
 class CheckedNumpy(nnUNetDatasetNumpy):
-    """A folder of ``.npz`` files, nnU-Net's older layout, with unpacked ``.npy`` files beside them."""
+    """A folder of ``.npz`` files, nnU-Net's older layout, next to unpacked ``.npy`` files."""
 
     def load_case(self, identifier: str) -> Loaded:
         """Read a case. Raises MFMError: E_SHORT_DATA, E_DATA_UNSAFE."""
@@ -222,7 +222,7 @@ class CheckedNumpy(nnUNetDatasetNumpy):
 
     @staticmethod
     def unpack_dataset(folder: str, *args: Any, **kwargs: Any) -> None:
-        """Unpack as nnU-Net does. Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming the file that it cannot read."""
+        """Unpack like nnU-Net. Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a file that cannot be read."""
         try:
             nnUNetDatasetNumpy.unpack_dataset(folder, *args, **kwargs)
         except Exception:
@@ -232,7 +232,7 @@ class CheckedNumpy(nnUNetDatasetNumpy):
 
 
 def find_dataset_class(folder: str, wanted: type[nnUNetBaseDataset] | None = None) -> type[nnUNetBaseDataset]:
-    """Return our class for nnU-Net's ``wanted`` one, by default for the one that fits a folder's files.
+    """Return our replacement of nnU-Net's class ``wanted``; by default, of the one that fits a folder's files.
 
     A class of a user's own trainer is the user's code and is kept.
     """
@@ -243,9 +243,9 @@ def find_dataset_class(folder: str, wanted: type[nnUNetBaseDataset] | None = Non
 
 @contextlib.contextmanager
 def check_next_stage() -> Iterator[None]:
-    """Let the validation of nnU-Net's trainer read the data of a cascade's next stage with our classes.
+    """Make the validation of nnU-Net's trainer read the data of a cascade's next stage with our classes.
 
-    It infers their class by a function of its module instead of asking the trainer.
+    It infers the class with a function of its module instead of asking the trainer.
     """
     trainer_module.infer_dataset_class = find_dataset_class
     try:
@@ -255,7 +255,7 @@ def check_next_stage() -> Iterator[None]:
 
 
 def _read_stored(unpacked: Path, packed: Path, name: str, repair: str = PREPROCESS_AGAIN) -> np.ndarray:
-    """Return an array of a case, from its own file if there is one, else from the packed one."""
+    """Return an array of a case from its unpacked file if there is one, else from the packed one."""
     if unpacked.is_file():
         return read_arrays(unpacked, repair)[""]
     arrays = read_arrays(packed, repair)
@@ -265,7 +265,7 @@ def _read_stored(unpacked: Path, packed: Path, name: str, repair: str = PREPROCE
 
 
 def _read_case_properties(file: Path) -> dict[str, Any]:
-    """Return a case's properties, which say where crops with foreground lie."""
+    """Return a case's properties, which include the foreground locations for crops."""
     properties = read_properties(file)
     places = properties.get("class_locations")
     if not isinstance(places, dict) or not all(_is_voxel_list(voxels) for voxels in places.values()):
@@ -274,14 +274,14 @@ def _read_case_properties(file: Path) -> dict[str, Any]:
 
 
 def _is_voxel_list(value: Any) -> bool:
-    """Return whether ``value`` is nnU-Net's array of voxels (n, 4), channel first; n may be 0."""
+    """Check for nnU-Net's array of voxels (n, 4), channel first; n may be 0."""
     if not isinstance(value, np.ndarray) or value.ndim == 0:
         return value == [] if isinstance(value, list) else False
     return len(value) == 0 or (value.ndim == 2 and value.shape[1] == 4 and value.dtype.kind in "iu")
 
 
 def require_geometry(file: Path, properties: dict[str, Any], reader_name: str) -> None:
-    """Raise MFMError (E_SHORT_DATA) unless properties from ``file`` say where in its scan a preprocessed image lies.
+    """Raise MFMError (E_SHORT_DATA) unless the properties in ``file`` locate the preprocessed image in its scan.
 
     ``reader_name`` is nnU-Net's class that wrote some of them and will write the mask.
     """
@@ -302,7 +302,7 @@ def require_geometry(file: Path, properties: dict[str, Any], reader_name: str) -
 
 
 def _has_place(properties: dict[str, Any], reader_name: str) -> bool:
-    """Return whether properties hold finite world coordinates of the kind that a reader writes; bitmaps have none."""
+    """Check for finite world coordinates of the kind that this reader writes; bitmaps have none."""
     if "SimpleITK" in reader_name:
         place = properties["sitk_stuff"]
         axes = np.array(place["spacing"], float).size

@@ -1,9 +1,8 @@
 """Low-rank adapters in the encoder of a transformer (arXiv 2106.09685): W + (alpha / rank) B A.
 
-Only A and B learn.
-
-They are parametrisations of the linear layers' weights, so every forward pass computes the merged weight; that is also
-what is shipped, under the network's own names. B starts at zero: at first the network is the pretrained one.
+Only A and B learn. They are parametrisations of the linear layers' weights, so every forward pass computes the merged
+weight. The merged weights are also shipped, under the network's own names. B starts at zero, so the network starts as
+the pretrained one.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.nn.utils import parametrize
 from mfm_nnunet.models.families import family_of
 
 _MIDDLE = ".parametrizations.weight."
-"""What torch puts between a layer's name and the names of its original weight ("original") and adapter ("0.*")."""
+"""Torch's infix between a layer's name and the names of its original weight ("original") and adapter ("0.*")."""
 
 
 class Adapter(nn.Module):
@@ -31,25 +30,27 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The adapted weight, in float32 also under autocast: what is trained is then exactly what is shipped."""
+        """Return the adapted weight, in float32 even under autocast, so that the trained weights are exactly the
+        shipped ones.
+        """
         with torch.autocast(weight.device.type, enabled=False):
             return torch.addmm(weight, self.up, self.down, alpha=self.scale)
 
 
 def add_adapters(network: nn.Module, rank: int, alpha: float) -> None:
-    """Add adapters to the linear layers that the family names, drawn from torch's generator."""
+    """Add adapters to the linear layers named by the network family, initialised from torch's generator."""
     for layer in family_of(network).adapted_layers(network):
         adapter = Adapter(layer.out_features, layer.in_features, rank, alpha / rank).to(layer.weight.device)
         parametrize.register_parametrization(layer, "weight", adapter)
 
 
 def adapter_names(network: nn.Module) -> set[str]:
-    """Names (of ``named_parameters``) of the adapters; empty without any."""
+    """Return the names (in ``named_parameters``) of the adapters; empty without any."""
     return {name for name, _ in network.named_parameters() if f"{_MIDDLE}0." in name}
 
 
 def merged_state(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state dict with the adapters merged into the weights, under the names of a network without them."""
+    """Return the state dict with the adapters merged into the weights, under the names without adapters."""
     state = {}
     for name, tensor in network.state_dict().items():
         layer, is_parametrised, rest = name.partition(_MIDDLE)
@@ -63,5 +64,5 @@ def merged_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def narrowest(network: nn.Module) -> int:
-    """The largest rank that is one: the smallest width of the layers that get adapters."""
+    """Return the largest useful rank: the smallest width of the layers that get adapters."""
     return min(min(layer.out_features, layer.in_features) for layer in family_of(network).adapted_layers(network))

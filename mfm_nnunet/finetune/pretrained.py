@@ -1,4 +1,4 @@
-"""A pretrained checkpoint as fine-tuning sees it: weights, what they were trained for, and where they come from."""
+"""Transfer of a pretrained checkpoint into fine-tuning: its weights, their training settings and their origin."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mfm_nnunet.plan import Configuration
 
 
 def has_decoder(reading: Reading, network: nn.Module) -> bool:
-    """Tell whether a checkpoint holds weights of a decoder, as ``network`` names it."""
+    """Check if a checkpoint holds weights of the decoder of ``network``."""
     names, family = without_wrapper_prefixes(reading.content["network_weights"]), family_of(network)
     return any(family.part_of(name) == "decoder" for name in names)
 
@@ -40,9 +40,9 @@ def has_decoder(reading: Reading, network: nn.Module) -> bool:
 def transfer_into(
     trainer: nnUNetTrainer, reading: Reading, parts: Parts = "all_but_heads", topology: Topology = "fit"
 ) -> TransferReport:
-    """As :func:`transfer`, into the network of a trainer that is initialized; logs what happened.
+    """Run :func:`transfer` on the network of an initialized trainer and log the result.
 
-    ``transfer.json`` in the run's folder has all of it, with the file's name, hash, licence and papers.
+    ``transfer.json`` in the run's folder holds the whole report, with the file's name, hash, licence and papers.
     """
     dataset = re.sub(r"Dataset0*(\d+)_.*", r"\1", trainer.plans_manager.dataset_name)
     configuration = "2d" if len(trainer.configuration_manager.patch_size) == 2 else "3d_fullres"
@@ -67,12 +67,12 @@ def transfer(
     images: int | None = None,
     how_to_fit: str = HOW_TO_FIT,
 ) -> TransferReport:
-    """Move ``parts`` of a checkpoint's weights into ``network`` in place; returns the report.
+    """Move ``parts`` of a checkpoint's weights into ``network`` in place and return the report.
 
-    ``topology`` says whether kernels of another size are adapted; ``images`` is the number of image channels, where
-    labels follow them; ``how_to_fit`` is the command that plans so that it fits, for messages.
+    ``topology`` decides if kernels of another size are adapted. ``images`` is the number of image channels, if labels
+    follow them. ``how_to_fit`` is the planning command that makes the network fit, for messages.
 
-    Raises MFMError (E_MODEL_MISMATCH) when the network is another one.
+    Raises MFMError (E_MODEL_MISMATCH) for a network that does not match.
     """
     with about(reading.place):
         if reading.mfm.get("plans"):
@@ -93,9 +93,9 @@ def transfer(
 
 
 def _note_differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
-    """What of spacing, normalisation and order of the axes the plan has otherwise than the checkpoint, a line each.
+    """Describe differences in spacing, normalisation and axis order between plan and checkpoint, one line each.
 
-    The weights load all the same, and see images that they were not trained on.
+    The weights still load, but see images unlike those they were trained on.
     """
     theirs, own = reading.configuration, trainer.configuration_manager
     pairs = []
@@ -114,19 +114,19 @@ def _note_differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
 
 
 def _image_channels(trainer: nnUNetTrainer) -> int | None:
-    """The image channels of a trainer whose network also takes the labels of a previous stage; else None."""
+    """Return the number of image channels if the trainer's network also takes labels of a previous stage, else None."""
     return len(trainer.configuration_manager.normalization_schemes) if trainer.is_cascaded else None
 
 
 def _num_images(configuration: Mapping[str, Any]) -> int | None:
-    """The image channels of a checkpoint whose network also takes the labels of a previous stage; else None."""
+    """Return the number of image channels if the checkpoint's network also takes such labels, else None."""
     return len(configuration["normalization_schemes"]) if configuration.get("previous_stage") else None
 
 
 def untrained_names(report: TransferReport, network: nn.Module) -> set[str]:
-    """Names (of ``named_parameters``) of what the checkpoint did not train for this network.
+    """Return the names (in ``named_parameters``) of the parameters the checkpoint did not train for this network.
 
-    That is what stayed new, and the stem's projection where it was adapted to other channels.
+    These are the randomly initialised ones, and the stem's projection if it was adapted to other channels.
     """
     plain = unwrapped(network)
     stem = family_of(plain).stem_names(plain)

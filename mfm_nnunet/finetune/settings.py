@@ -1,8 +1,8 @@
-"""Settings of a fine-tuning run: resolved from the plan, ``--set`` and advice, saved in the run folder.
+"""Settings of a fine-tuning run: resolved from the plan, ``--set`` and advice, and saved in the run folder.
 
-Advice fills settings that were left open, from the checkpoint and the number of labelled cases. It follows published
-results only. The schedule stays the plain warm-up for all networks: published results favour the sawtooth for CNNs with
-long schedules, and nothing was measured here.
+Advice fills settings left open, from the checkpoint and the number of labelled cases. It follows published results
+only. The schedule stays plain warm-up for all networks: published results favour the sawtooth for CNNs with long
+schedules, and we measured nothing ourselves.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 FILE = "settings.json"
 MAY_DIFFER = ("num_workers", "finetune.checkpoint.licence", "finetune.checkpoint.citations")
-"""Settings that a resumed run may change, because they do not change its result."""
+"""Settings that a resumed run may change because they do not affect its result."""
 FEW_CASES = 10
-"""Number of labelled cases up to which published adapters were as good as training all weights."""
+"""Largest number of labelled cases for which published adapters were as good as training all weights."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A value for one setting of ``finetune`` and the reason for it."""
+    """A value for a ``finetune`` setting and the reason for it."""
 
     name: str
     value: Any
@@ -51,10 +51,10 @@ class Advice:
 
 
 def advise(family: NetworkFamily, num_cases: int, pretext: str | None, has_decoder: bool) -> list[Advice]:
-    """Return values for open settings.
+    """Return advice for open settings.
 
-    ``pretext`` is the checkpoint's task (None: unknown or supervised); ``has_decoder`` is true if the checkpoint has
-    weights of a decoder.
+    ``pretext`` is the checkpoint's task (None: unknown or supervised). ``has_decoder`` is true if the checkpoint has
+    decoder weights.
     """
     task = pretext or "the checkpoint's training"
     parts = Advice("parts", "encoder", f"{task} left no weights of a decoder")
@@ -70,7 +70,7 @@ def advise(family: NetworkFamily, num_cases: int, pretext: str | None, has_decod
 
 
 def advise_as_begun(settings: FinetuneSettings) -> list[Advice]:
-    """Return the values that a run started with, for settings that are left open again when it is resumed."""
+    """Return the values that a run started with, as advice for settings left open when it is resumed."""
     names = ("learning_rate", "warmup_epochs", "decoder_epochs", "layer_decay", "parts")
     values = {name: getattr(settings, name) for name in names}
     return [Advice(name, value, "as this run began") for name, value in values.items() if value not in (None, "auto")]
@@ -79,10 +79,10 @@ def advise_as_begun(settings: FinetuneSettings) -> list[Advice]:
 def resolve(
     block: MFMBlock, overrides: Sequence[str], pretrained: Mapping[str, Any] | None, advice: Sequence[Advice] = ()
 ) -> MFMBlock:
-    """Apply ``name=value`` overrides and the checkpoint's description to a block, and fill in what is open.
+    """Apply ``name=value`` overrides and the checkpoint's description to a block, and fill in open settings.
 
-    Advice is taken for settings that are open after the overrides, and logged with its reason. Raises MFMError
-    (E_CONFIG) for a setting that is unknown or not one of training, and for an impossible value.
+    Advice is used for settings still open after the overrides, and logged with its reason. Raises MFMError (E_CONFIG)
+    for an unknown setting, one that does not belong to training, or an invalid value.
     """
     for assignment in overrides:
         _require_of_training(assignment.partition("=")[0].strip(), block)
@@ -108,8 +108,8 @@ def resolve(
 def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device: str) -> None:
     """Raise MFMError (E_CONFIG) for adapter settings of a run without adapters; log others that have no effect.
 
-    Settings that need a checkpoint or a GPU are not refused: a baseline from scratch gets the same settings, and every
-    plan has finetune.compile=true.
+    Settings that need a checkpoint or a GPU are allowed: a baseline from scratch gets the same settings, and every plan
+    has finetune.compile=true.
     """
     given = {assignment.partition("=")[0].strip().removeprefix("finetune.") for assignment in overrides}
     for name in sorted(given & {"lora_rank", "lora_alpha"}):
@@ -136,7 +136,7 @@ def save_settings(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> No
 
 
 def load_settings(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
-    """Read the settings that a run began with; None for a run of stock nnU-Net, which saved none.
+    """Read the settings of a started run; None for a run of stock nnU-Net, which saves none.
 
     Raises MFMError (E_CONFIG) when the plan has changed since.
     """
@@ -154,12 +154,12 @@ def load_settings(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
 
 
 def require_same(before: MFMBlock, now: MFMBlock, folder: Path) -> None:
-    """Raise MFMError (E_CONFIG) that names the differences when a resumed run would get other settings."""
+    """Raise MFMError (E_CONFIG) naming the differences if a resumed run would get other settings."""
     require_same_settings(to_dict(before), to_dict(now), folder, MAY_DIFFER)
 
 
 def format_settings(block: MFMBlock) -> str:
-    """Format the settings of training, one per line."""
+    """Format the training settings, one per line."""
     values = flat({"finetune": to_dict(block.finetune), "seed": block.seed, "num_workers": block.num_workers})
     return "\n".join(f"  {name} = {value}" for name, value in values.items() if not name.endswith(".citations"))
 

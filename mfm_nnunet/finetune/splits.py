@@ -1,7 +1,7 @@
-"""Cases that train and cases that validate: nnU-Net's ``splits_final.json``, for any number of cases.
+"""Training and validation cases: nnU-Net's ``splits_final.json``, for any number of cases.
 
-Five or more cases get nnU-Net's own five folds. Fewer get one fold per case (leave one out), where nnU-Net fails.
-Cases of one subject stay together. An existing file is used unchanged, except for cases that left the dataset.
+Five or more cases get nnU-Net's own five folds. Fewer get one fold per case (leave one out), where nnU-Net fails. Cases
+of one subject stay together. An existing file is used unchanged, except for cases removed from the dataset.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Split = dict[str, list[str]]
 
 
 def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selection) -> Split:
-    """Return the cases that train and validate ``fold``, writing the split file if there is none.
+    """Return the training and validation cases of ``fold``; write the split file if there is none.
 
-    Only cases of ``selection`` are used; others that are preprocessed or in the file are left out with a warning.
+    Only cases of ``selection`` are used. Other cases that are preprocessed or in the file are left out with a warning.
     Raises MFMError: E_CONFIG (no cases; a fold that does not exist or becomes empty; unknown cases in the file) and
     E_NOT_FOUND (cases of the dataset that are not preprocessed).
     """
@@ -63,10 +63,10 @@ def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selectio
 def ensure_splits(
     preprocessed_folder: Path, cases: Sequence[str], subjects: Mapping[str, str] | None = None
 ) -> list[Split]:
-    """Read the folds in ``splits_final.json``, which is written first if it does not exist.
+    """Read the folds in ``splits_final.json``; write the file first if there is none.
 
-    ``subjects`` maps a case to its subject; other cases are their own.
-    Raises MFMError (E_CONFIG) for a single case or subject, which cannot be split, and for a file of another form.
+    ``subjects`` maps a case to its subject. Other cases count as a subject each. Raises MFMError (E_CONFIG) for a
+    single case or subject, which cannot be split, and for a malformed file.
     """
     file = preprocessed_folder / "splits_final.json"
     if not file.is_file():
@@ -94,9 +94,9 @@ def _case_names(names: object) -> list[str]:
 
 
 def make_splits(cases: Sequence[str], subjects: Mapping[str, str]) -> list[Split]:
-    """Make folds: nnU-Net's own for five or more subjects, else one per subject.
+    """Make nnU-Net's own folds for five or more subjects, else one fold per subject.
 
-    Raises MFMError (E_CONFIG) when there is only one.
+    Raises MFMError (E_CONFIG) for a single subject.
     """
     groups: dict[str, list[str]] = {}
     for case in sorted(cases):
@@ -119,7 +119,7 @@ def make_splits(cases: Sequence[str], subjects: Mapping[str, str]) -> list[Split
 
 
 def _keep_current(split: Split, fold: int, selection: Selection, file: Path) -> Split:
-    """Return a fold without cases that left the dataset, each case once."""
+    """Remove cases that left the dataset, and duplicates, from a fold."""
     named = {*split["train"], *split["val"]}
     known, removed = set(selection.names), set(selection.removed)
     if unknown := sorted(named - known - removed):

@@ -1,4 +1,4 @@
-"""Content of a fine-tuning checkpoint: nnU-Net's layout, of tensors and plain values only."""
+"""Content of a fine-tuning checkpoint: nnU-Net's layout, tensors and plain values only."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from mfm_nnunet.settings import FinetuneSettings
 
 
 def ships_other_weights(settings: FinetuneSettings) -> bool:
-    """Return whether the weights that are validated and shipped are not those that the optimizer steps."""
+    """Check if the validated and shipped weights differ from those the optimizer steps."""
     return settings.ema_decay is not None or settings.train == "lora"
 
 
 def needs_names(settings: FinetuneSettings) -> bool:
-    """Return whether a run can only be resumed when it is known which weights came from the checkpoint."""
+    """Check if resuming requires the names of the weights that came from the checkpoint."""
     return settings.schedule == "sawtooth" or settings.train != "all"
 
 
 def collect_weights(
     network: nn.Module, how: Optimisation, settings: FinetuneSettings
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the weights to ship and, where the training uses others, those and the averages.
+    """Return the weights to ship, plus the trained weights and averages if training uses others.
 
-    ``network`` is without wrappers. A tensor that is in several of them will be in the file once.
+    ``network`` is unwrapped. A tensor in several of them is stored once in the file.
     """
     with how.averaged():
         states = {"network_weights": merged_state(network)}
@@ -63,13 +63,13 @@ def require_state(content: Mapping[str, Any], settings: FinetuneSettings, folder
 
 
 def names_of_new(content: Mapping[str, Any]) -> Any:
-    """Return the names of the parameters that learn first, as a checkpoint lists them; None from scratch."""
+    """Return the names of the parameters that learn first, as listed in a checkpoint; None from scratch."""
     ours = content.get("mfm")
     return ours.get("new_weights") if isinstance(ours, Mapping) else None
 
 
 def require_same_groups(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:
-    """Raise MFMError (E_CONFIG) when two states of an optimizer are not of equally large groups."""
+    """Raise MFMError (E_CONFIG) unless the groups of two optimizer states have equal sizes."""
     old, new = ([len(group["params"]) for group in state["param_groups"]] for state in (before, now))
     if old != new:
         raise MFMError(
@@ -81,7 +81,7 @@ def require_same_groups(before: Mapping[str, Any], now: Mapping[str, Any], folde
 
 
 def to_cpu(value: Any) -> Any:
-    """Return a nest of dicts, lists and tensors with the tensors on the CPU, so that any computer can load it."""
+    """Move the tensors in nested dicts and lists to the CPU, so that any computer can load them."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
@@ -90,7 +90,7 @@ def to_cpu(value: Any) -> Any:
 
 
 def _find_wrong_part(content: Mapping[str, Any], names: Any) -> str:
-    """Name a part of a checkpoint that has the wrong type; "" if none does."""
+    """Name a part of a checkpoint that has the wrong type; "" if there is none."""
     tables = ("init_args", "logging", "optimizer_state", "network_weights")
     axes = content.get("inference_allowed_mirroring_axes")
     is_right = {

@@ -1,8 +1,8 @@
-"""MFMTrainer, nnU-Net's door to the engine: its constructor, its checkpoints, and what its commands call.
+"""MFMTrainer, nnU-Net's entry point to the engine: constructor, checkpoints, and methods its commands call.
 
 All settings come from ``plans["mfm"]``; a stock plan without that block trains with the defaults. A run is a pure
-function of the seed: the network starts under it, and every epoch and every batch has a seed of its own. So a run that
-was killed and resumed ends in the same weights as an unbroken one, bit for bit on the CPU.
+function of the seed, from which the network, every epoch and every batch get one of their own. So a run that was killed
+and resumed ends in the same weights as an uninterrupted one, bit for bit on the CPU.
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ CUDA = torch.device("cuda")
 
 
 class MFMTrainer(nnUNetTrainer):
-    """Trains the network of a plan; ``pretrained_checkpoint`` is set before :meth:`initialize`, None is scratch.
+    """Trains the network of a plan. Set ``pretrained_checkpoint`` before :meth:`initialize`; None is scratch.
 
-    nnU-Net's losses, loaders and transforms are parts of what the engine trains (:meth:`make_engine`).
+    The engine trains with nnU-Net's losses, loaders and transforms (:meth:`make_engine`).
     """
 
     pretrained_checkpoint: Path | Reading | None = None
     new_weights: Collection[str] | None = None
     """Names of the parameters that learn first (:func:`groups.first_names`); None from scratch.
 
-    They are saved: a resumed run keeps those that it began with.
+    They are saved, so a resumed run keeps the same ones.
     """
     optimisation: Optimisation
     """Made by :meth:`prepare`."""
     split: Split | None = None
-    """The cases that train and validate; None until they are chosen."""
+    """Training and validation cases; None until they are chosen."""
     dataset_class: Any
     _best_ema: float | None
 
@@ -93,11 +93,11 @@ class MFMTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = self.settings.validation_iterations
         self.save_every = 1
         if self.settings.batch_size is not None:
-            # In the trainer's own view of the configuration; the plan that is saved stays as it is.
+            # Only in the trainer's own copy of the configuration; the saved plan is unchanged.
             changed = {**self.configuration_manager.configuration, "batch_size": self.settings.batch_size}
             self.configuration_manager.configuration = changed
         self.autocast_dtype = finetuning_dtype(self.settings.precision, self.device)
-        if self.autocast_dtype is not torch.float16:  # only fp16 needs its losses scaled
+        if self.autocast_dtype is not torch.float16:  # only fp16 needs loss scaling
             self.grad_scaler = None
         manager = self.configuration_manager
         has_pyramid = _family(manager).has_pyramid(manager.network_arch_init_kwargs)
@@ -106,16 +106,16 @@ class MFMTrainer(nnUNetTrainer):
             self.print_to_log_file("deep supervision is off: this network has no decoder pyramid")
 
     def initialize(self) -> None:
-        """Build the network under the seed, then move the pretrained weights into it.
+        """Build the network under the seed, then transfer the pretrained weights into it.
 
-        Raises MFMError when the checkpoint cannot be read or belongs to another network, when bf16 cannot be had, and
-        when the settings do not fit the network or what the checkpoint holds.
+        Raises MFMError when the checkpoint cannot be read or belongs to another network, when bf16 is not available,
+        and when the settings do not fit the network or the checkpoint.
         """
         seed_everything(seed_of(self.block.seed, "network", 0))
         super().initialize()
         self.dataset_class: Any = find_dataset_class(self.preprocessed_dataset_folder, self.dataset_class)
         if self.batch_size == 1 and not self.is_ddp:
-            # nnU-Net centres the last third of a batch on foreground, which rounds to none of one crop.
+            # nnU-Net centres the last third of a batch on foreground, which rounds to none for a batch of one.
             self.probabilistic_oversampling = True
         if self.autocast_dtype is torch.bfloat16:
             patch_size = self.configuration_manager.patch_size
@@ -138,13 +138,13 @@ class MFMTrainer(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> torch.nn.Module:
-        """nnU-Net's; without deep supervision the output layers that nothing uses do not learn.
+        """Build nnU-Net's network; without deep supervision, freeze the unused output layers.
 
         DistributedDataParallel would wait for their gradients.
         """
         pyramid: Any = enable_deep_supervision
         if not _family(configuration_manager).takes_deep_supervision(configuration_manager.network_arch_class_name):
-            pyramid = None  # which nnU-Net's factory does not pass on
+            pyramid = None  # because nnU-Net's factory does not pass it on
         network = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, pyramid
         )
@@ -156,7 +156,9 @@ class MFMTrainer(nnUNetTrainer):
         return self.settings.compile and super()._do_i_compile()
 
     def _transfer(self) -> set[str]:
-        """Move the pretrained weights into the network and report it; names of what learns first."""
+        """Transfer the pretrained weights into the network, report it, and return the names of parameters that learn
+        first.
+        """
         assert self.pretrained_checkpoint is not None, "there is a checkpoint"
         parts = "all_but_heads" if self.settings.parts == "auto" else self.settings.parts
         given = self.pretrained_checkpoint
@@ -167,7 +169,7 @@ class MFMTrainer(nnUNetTrainer):
         return groups.first_names(unwrapped(self.network), self.settings, untrained_names(report, self.network))
 
     def prepare(self, new_weights: Collection[str] | None) -> None:
-        """Make what depends on where the weights came from: optimizer, schedule, average; before the first step.
+        """Make optimizer, schedule and average, which depend on where the weights came from, before the first step.
 
         ``new_weights`` names the parameters that learn first (:func:`groups.first_names`); None from scratch.
         """
@@ -184,7 +186,7 @@ class MFMTrainer(nnUNetTrainer):
         )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule]:
-        """One optimizer for all parameters that ever learn, in groups, and the schedule of their learning rates."""
+        """Make one optimizer for all parameters that ever learn, in groups, and the schedule of their rates."""
         settings, network = self.settings, unwrapped(self.network)
         described = groups.group_parameters(network, settings, self.new_weights)
         parameters = dict(network.named_parameters())
@@ -198,7 +200,9 @@ class MFMTrainer(nnUNetTrainer):
         return optimizer, EpochSchedule(optimizer, described, self.initial_lr, phases)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
-        """As nnU-Net; without mirroring where the settings say so, in prediction neither."""
+        """Configure augmentation like nnU-Net, but switch off mirroring, also in prediction, if the settings ask for
+        it.
+        """
         rotation, do_dummy_2d, initial_patch, axes = (
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
@@ -207,17 +211,17 @@ class MFMTrainer(nnUNetTrainer):
         return rotation, do_dummy_2d, initial_patch, axes
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Networks without a decoder pyramid, and runs without deep supervision, stay as they are."""
+        """Do nothing for networks without a decoder pyramid and runs without deep supervision."""
         if self.enable_deep_supervision:
             network = unwrapped(self.network)
             family_of(network).set_deep_supervision(network, enabled)
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return the training and the validation cases: of those that the dataset has now, and the same in one run.
+        """Return the training and validation cases among the dataset's current cases; the same throughout a run.
 
-        Raises MFMError (E_CONFIG) for a fold that does not exist, and as :func:`choose_split`.
+        Raises MFMError (E_CONFIG) for a fold that does not exist, and those of :func:`choose_split`.
         """
-        if self.split is None:  # nobody chose before: stock nnU-Net's command
+        if self.split is None:  # not chosen yet: stock nnU-Net's command
             raw = Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
             base = Path(self.preprocessed_dataset_folder_base)
             self.split = choose_split(
@@ -230,7 +234,7 @@ class MFMTrainer(nnUNetTrainer):
         return list(training), list(validation_cases)
 
     def run_training(self) -> None:
-        """Train to the last epoch, with the engine."""
+        """Train to the last epoch with the engine."""
         self._start()
         self.make_engine().train()
         self.print_to_log_file("Training done.")
@@ -245,11 +249,7 @@ class MFMTrainer(nnUNetTrainer):
         return Engine(task, FoldRun(self), self.optimisation, world, start)
 
     def _start(self) -> None:
-        """Check what is left to check, and describe the model in its folder.
-
-        Raises MFMError: E_NOT_FOUND without the fingerprint that goes into the model folder, E_CONFIG when random
-        weights would never learn, and for fp16 without CUDA.
-        """
+        """Run the last checks, and describe the model in its folder."""
         require_scaled_fp16(self.settings.precision, self.device)
         if not self.was_initialized:
             self.initialize()
@@ -280,9 +280,9 @@ class MFMTrainer(nnUNetTrainer):
     # nnU-Net's checkpoints and validation
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint atomically, of tensors and plain values only, without subjects and paths.
+        """Write nnU-Net's checkpoint atomically: tensors and plain values only, without subjects and paths.
 
-        It keeps the optimizer, also in ``checkpoint_final.pth``: nnU-Net's --c reads it from there.
+        It keeps the optimizer, also in ``checkpoint_final.pth``, where nnU-Net's --c reads it.
         """
         if self.local_rank == 0 and not self.disable_checkpointing:
             checkpoint.save(self.make_checkpoint(), filename)
@@ -317,9 +317,9 @@ class MFMTrainer(nnUNetTrainer):
         return to_plain(content)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Resume from a checkpoint, which is read without running code that it may carry.
+        """Resume from a checkpoint without running code it may contain.
 
-        Raises MFMError: as :func:`mfm_nnunet.checkpoint.load`, E_MODEL_CORRUPT when it is no whole state of a run,
+        Raises MFMError: those of :func:`mfm_nnunet.checkpoint.load`, E_MODEL_CORRUPT for an incomplete state of a run,
         E_MODEL_MISMATCH for another network, and E_CONFIG when other parameters learn now.
         """
         if not self.was_initialized:
@@ -357,7 +357,8 @@ class MFMTrainer(nnUNetTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the fold's validation cases with the shipped weights and write ``validation/summary.json``.
 
-        In this process; cascades and several GPUs are left to nnU-Net's own code. A signal stops it at once.
+        This runs in the current process; cascades and several GPUs are left to nnU-Net's own code. A signal stops it at
+        once.
         """
         stopped = "stopped in the final validation; the training is saved. Continue with --c."
         has_next_stage = self.configuration_manager.next_stage_names is not None

@@ -30,7 +30,7 @@ Label = int | tuple[int, ...]
 
 
 def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[str]:
-    """Predict and evaluate the validation cases of the trainer's fold; yields each case's name when it is predicted."""
+    """Predict and evaluate the validation cases of the trainer's fold. Yield each case's name once predicted."""
     folder = Path(trainer.output_folder) / "validation"
     folder.mkdir(parents=True, exist_ok=True)
     remove_dead_stages(folder)
@@ -45,7 +45,7 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
 def predict_cases(
     trainer: nnUNetTrainer, cases: Iterable[str], output_folder: Path, save_probabilities: bool
 ) -> Iterable[str]:
-    """Predict preprocessed cases with the trainer's network and write their masks; yields each name when it is done.
+    """Predict preprocessed cases with the trainer's network and write their masks. Yield each name once written.
 
     Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a preprocessed file that cannot be read.
     """
@@ -80,7 +80,7 @@ def predict_cases(
 
 
 def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Path) -> dict[str, Any]:
-    """Metrics of the predicted ``cases`` against ``gt_segmentations``, also written as ``summary.json``.
+    """Compute metrics of the predicted ``cases`` against ``gt_segmentations`` and write ``summary.json``.
 
     Raises MFMError (E_NOT_FOUND) when a reference segmentation is missing.
     """
@@ -108,29 +108,29 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
 
 
 class _CheckedReader:
-    """Read label maps as nnU-Net's reader of that name does, through the input gate."""
+    """A label map reader like nnU-Net's of that name, but with our checks of the file."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def read_seg(self, file: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return a label map (1, D, H, W) and its properties. Raises MFMError."""
+        """Return a label map (1, D, H, W) and its properties."""
         return read_label(Path(file), self.name)
 
 
 def summarise(
     files: Sequence[tuple[Path, Path]], reader_name: str, labels: Sequence[Label], ignore_label: int | None
 ) -> dict[str, Any]:
-    """Return metrics of (reference, prediction) pairs in nnU-Net's layout: per case, mean per label, foreground mean.
+    """Return metrics of (reference, prediction) pairs in nnU-Net's layout: per case, per label, foreground mean.
 
-    A label that neither masks nor references have is NaN, as nnU-Net writes it. nnU-Net makes the foreground mean NaN
-    then; here it is the mean of the labels that have a value.
+    A label that is in neither masks nor references is NaN, as in nnU-Net. There the foreground mean becomes NaN too;
+    here it is the mean over the labels that have a value.
     """
     reader: Any = _CheckedReader(reader_name)
     results = [compute_metrics(str(truth), str(mask), reader, list(labels), ignore_label) for truth, mask in files]
     names = list(results[0]["metrics"][labels[0]])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a label that no case has gives the mean of nothing: NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # a label that no case has: the mean of nothing is NaN
         mean: dict[Label, dict[str, Any]] = {
             label: {name: np.nanmean([r["metrics"][label][name] for r in results]) for name in names}
             for label in labels
@@ -144,7 +144,7 @@ def summarise(
 
 
 def format_dice(summary: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> str:
-    """Return the line about the foreground's mean Dice, which names the labels that have none."""
+    """Format the foreground's mean Dice in a line that names the labels without one."""
     absent = [
         name
         for name, values in DatasetJson.of(dataset_json).foreground.items()

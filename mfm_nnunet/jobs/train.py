@@ -103,13 +103,7 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
             f"nnUNetv2_train {dataset_name} {configuration} {fold} -p {request.plans_name} -tr {shown(trainer)}",
         )
     plans_file = workspace.plans_file(dataset_name, request.plans_name)
-    plans = dict(Plan.read(plans_file, f"Plan {dataset_name} again.").content)
-    if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
-        raise MFMError(
-            "E_CONFIG",
-            f"{plans_file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
-            f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
-        )
+    plans = _read_plan(plans_file, dataset_name)
     overrides = tuple(request.settings)
     if request.recipe is not None:
         block = block_of(plans)
@@ -193,6 +187,17 @@ def _pick_device(request: TrainRequest) -> torch.device:
             f"-device {used}: training takes the first GPU that is seen. Set CUDA_VISIBLE_DEVICES instead.",
         )
     return used
+
+
+def _read_plan(file: Path, dataset_name: str) -> dict[str, Any]:
+    plans = dict(Plan.read(file, f"Plan {dataset_name} again.").content)
+    if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
+        raise MFMError(
+            "E_CONFIG",
+            f"{file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
+            f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
+        )
+    return plans
 
 
 def _read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any]:
