@@ -1,1 +1,1 @@
-"""Checkpoints of others read as ours, and ours written for others."""
+"""Conversion between our checkpoints and those of other programs."""

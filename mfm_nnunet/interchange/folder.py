@@ -1,6 +1,6 @@
-"""A checkpoint as a folder that a model hub takes as it is: safetensors, JSON and a model card.
+"""Checkpoints as a folder ready for a model hub: safetensors, JSON and a model card.
 
-safetensors stores no tensor twice; the names of one tensor are listed in the file's metadata.
+safetensors stores each tensor once; further names of a tensor are listed in the file's metadata.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _STATED = re.compile(
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _ALIASES = "aliases"
 _DIGEST = "sha256"
-"""Key of ``config.json``: the SHA-256 of the weights' file, which has no checksums of its own."""
+"""Key in ``config.json`` for the SHA-256 of the weights file, because safetensors has no checksums."""
 
 
 def is_folder_checkpoint(place: Path) -> bool:
-    """Tell whether ``place`` is a folder as :func:`write_hub_folder` makes it, damaged or not.
+    """Return whether ``place`` was written by :func:`write_hub_folder`; it may be damaged.
 
-    Repositories of others may hold files of these names beside a checkpoint; their ``config.json`` has no ``mfm``.
+    Other repositories may have files of the same names, but their ``config.json`` has no ``mfm``.
     """
     if not ((place / WEIGHTS).is_file() and (place / CONFIG).is_file()):
         return False
@@ -51,7 +51,7 @@ def is_folder_checkpoint(place: Path) -> bool:
 def write_hub_folder(content: Mapping[str, Any], folder: Path) -> None:
     """Write ``model.safetensors``, ``config.json`` (the ``mfm`` key) and ``README.md`` (a model card) into ``folder``.
 
-    Raises MFMError: E_EXISTS when the folder holds anything, E_DISK_FULL.
+    Raises MFMError: E_EXISTS if the folder is not empty, E_DISK_FULL.
     """
     from safetensors.torch import save
 
@@ -72,9 +72,9 @@ def write_hub_folder(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """Return the content of the checkpoint in a folder, as :func:`mfm_nnunet.checkpoint.load` returns it of a file.
+    """Load the checkpoint in a folder, with the content that :func:`mfm_nnunet.checkpoint.load` returns for files.
 
-    Raises MFMError (E_MODEL_CORRUPT) for a damaged file or one that lacks what we wrote.
+    Raises MFMError (E_MODEL_CORRUPT) for a damaged or incomplete folder.
     """
     file = folder / WEIGHTS
     config = read_json(folder / CONFIG, "Copy the folder again.", "E_MODEL_CORRUPT")
@@ -99,7 +99,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 
 def _once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return each tensor under its first name, and the other names with that one."""
+    """Return each tensor under its first name, and a map from its other names to the first."""
     first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -114,7 +114,7 @@ def _once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
 
 
 def stated_licence(folder: Path) -> str | None:
-    """Return the licence that the model card beside a checkpoint states in its first lines, as hubs want it."""
+    """Return the licence in the header of the model card beside a checkpoint; None if there is none."""
     try:
         with open(folder / CARD, encoding="utf-8") as file:
             match = _STATED.match(file.read(10_000))
@@ -124,7 +124,7 @@ def stated_licence(folder: Path) -> str | None:
 
 
 def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
-    """Return the facts of a description by name, in order; a description holds nothing about subjects."""
+    """Return the facts in a description by name, in display order. They contain nothing about subjects."""
     plans, name = mfm["plans"], mfm["configuration"]
     own = Plan.of(plans).configuration(name)
     spacing = f"spacing {_join(f'{mm:g}' for mm in own.values['spacing'])} mm" if own.is_resampled else "not resampled"
@@ -159,7 +159,7 @@ def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
 
 
 def citations(mfm: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the papers to cite, one text each."""
+    """Yield the papers to cite, one string each."""
     for entry in mfm.get("citations") or []:
         if isinstance(entry, Mapping):
             texts = entry.get("apa_citations") or entry.get("bibtex_citations") or []
@@ -169,7 +169,7 @@ def citations(mfm: Mapping[str, Any]) -> Iterator[str]:
 
 
 def describe_text(reading: Reading) -> str:
-    """Describe a checkpoint in lines of name and value."""
+    """Describe a checkpoint, one name and value per line."""
     found = [("layout", reading.layout), *facts(reading.mfm).items()]
     found += [("cite", text) for text in citations(reading.mfm)]
     found += [("note", note) for note in reading.notes]
@@ -182,12 +182,12 @@ def describe_text(reading: Reading) -> str:
 
 
 def model_card(mfm: Mapping[str, Any], num_parameters: int, layout: Literal["folder", "nnssl"] = "folder") -> str:
-    """Return a README for a hub: how to use the checkpoint, what it is, what it was not tested for, whom to cite."""
+    """Write the text of a model card: usage, facts, limits and citations of the checkpoint."""
     licence = mfm.get("licence") or UNKNOWN_LICENCE
     notes = [("on import", note) for note in (mfm.get("source") or {}).get("notes") or []]
     rows = "\n".join(f"| {in_markdown(name)} | {in_markdown(value)} |" for name, value in [*facts(mfm).items(), *notes])
     papers = "\n".join(f"* {in_markdown(text)}" for text in citations(mfm)) or "* none named"
-    planned = "2d" if len(mfm["patch_size"]) == 2 else "3d_fullres"  # by --like, whatever was pretrained
+    planned = "2d" if len(mfm["patch_size"]) == 2 else "3d_fullres"  # --like plans no other configurations
     return f"""---
 license: {licence if _PLAIN.fullmatch(licence) else json.dumps(licence)}
 library_name: mfm_nnunet
@@ -218,7 +218,7 @@ for fine-tuning, and what comes of it is to be tested on data like yours.
 
 
 def _without_us(mfm: Mapping[str, Any], layout: Literal["folder", "nnssl"]) -> str:
-    """Explain how other programs use the weights: lines of Python that build the network and load what fits it."""
+    """Write the section on use without this package: Python code that builds the network and loads the weights."""
     architecture, family = _architecture(mfm)
     code = family.loading_code(architecture, len(mfm["patch_size"])) if family else None
     if family is None or code is None:
@@ -243,7 +243,7 @@ _WEIGHTS = {
     "folder": ("from safetensors.torch import load_file", 'load_file("model.safetensors")'),
     "nnssl": ("import torch", 'torch.load("checkpoint_final.pth", weights_only=True)["network_weights"]'),
 }
-"""The import that reads the weights of a layout, and the expression."""
+"""Import and expression that read the weights of each layout."""
 AXES_OF_NNSSL = (
     "nnU-Net's development code flattens tokens in the same order. nnssl itself flattens axis 1 outermost (h w d) in "
     "all tasks but SimMIM: to continue its pretraining\nfrom this file exchanges the first two axes. Start such a "

@@ -1,7 +1,7 @@
-"""Conversion of a foreign checkpoint in memory to our layout.
+"""Convert a foreign checkpoint in memory to our layout.
 
-Everything downstream (planning like it, transfer, description, export) knows one layout. The notes list assumptions and
-repairs; tensors that belong to no network of ours are kept apart, under their own names.
+All later steps (planning like it, transfer, description, export) then handle one layout. Notes list assumptions and
+repairs. Tensors that belong to no network of ours are kept separately, under their original names.
 """
 
 from __future__ import annotations
@@ -30,62 +30,61 @@ logger = logging.getLogger(__name__)
 Layout = Literal["mfm_nnunet", "nnssl", "nnU-Net", "weights alone"]
 TokenOrder = Literal["whd", "hwd"]
 NORMALIZATIONS = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
-"""Normalisations that need nothing but the image; CT's needs intensities, which nnssl's files do not hold."""
+"""Normalisations that need only the image. CTNormalization needs intensities, which nnssl's files do not have."""
 PUBLISHED_SPACING = 1.0
-"""Millimetres along each axis of OpenMind's corpora, where a file says nothing."""
+"""Spacing in mm of OpenMind's corpora, for files without a spacing."""
 _SPLINES = {"order_z": 0, "force_separate_z": None}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A checkpoint as read, once per job: ``content`` in our layout, whatever ``layout`` the file has."""
+    """A checkpoint, read once per job: ``content`` is in our layout, ``layout`` is that of the file."""
 
     content: dict[str, Any]
     layout: Layout
     others: dict[str, Tensor] = field(default_factory=dict)
-    """The file's tensors that no network of ours has: heads, projectors, token decoders."""
+    """Tensors that no network of ours has: heads, projectors, token decoders."""
     notes: tuple[str, ...] = ()
     """Assumptions and repairs."""
     names_subjects: bool = False
-    """The file holds its corpus' index, with subjects and paths; it is never copied."""
+    """True if the file holds an index of its corpus, with subjects and paths. The index is never copied."""
 
     file: Path = Path()
-    """The file with the weights."""
+    """File with the weights."""
     place: Path = Path()
-    """The file or folder that was given."""
+    """File or folder as given."""
 
     @functools.cached_property
     def origin(self) -> dict[str, Any]:
-        """Return what a plan or a run says about the checkpoint; never a path.
+        """Description of the checkpoint for plans and runs: file name, SHA-256 and pretext task, but no path.
 
-        That is file name, SHA-256 and pretext task; licence and papers where it names any, because what is derived from
-        the weights is bound by them.
+        Includes licence and citations, if any, because they also bind derived weights.
         """
         known = {name: self.mfm[name] for name in ("licence", "citations") if self.mfm.get(name)}
         own = {"name": shown(self.place.name), "sha256": sha256(self.file), "pretext": self.mfm.get("pretext")}
         return own | known
 
     def release(self) -> None:
-        """Forget the weights, which are large, when they have been transferred."""
+        """Free the weights after transfer."""
         self.content["network_weights"].clear()
         self.others.clear()
 
     @property
     def mfm(self) -> dict[str, Any]:
-        """Return the description, as ``documentation/reference/checkpoint.md`` has it."""
+        """Description of the checkpoint, see ``documentation/reference/checkpoint.md``."""
         return self.content["mfm"]
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """Return the plan's configuration that was trained, with what it inherits; empty without one."""
+        """Configuration that was trained, including inherited values; empty if unknown."""
         plans, name = self.mfm.get("plans") or {}, str(self.mfm.get("configuration"))
         return dict(Plan.of(plans).configuration(name).values) if name in plans.get("configurations", {}) else {}
 
 
 def require_plan(reading: Reading, *keys: str) -> None:
-    """Raise MFMError (E_MODEL_MISMATCH) unless the plan that the network was built from, and ``keys``, are there.
+    """Raise MFMError (E_MODEL_MISMATCH) unless the description has the network's plan and all ``keys``.
 
-    Weights alone can start a training; everything that plans, builds or describes the network needs its plan.
+    Training can start from weights alone; planning, building and describing the network need its plan.
     """
     plans = reading.mfm["plans"] if isinstance(reading.mfm.get("plans"), dict) else {}
     problem = plan_problem(plans)
@@ -100,9 +99,9 @@ def require_plan(reading: Reading, *keys: str) -> None:
 
 
 def ours(content: Mapping[str, Any]) -> Reading:
-    """Return a checkpoint that this package wrote, with what was noted when it was imported.
+    """Validate a checkpoint written by this package; notes are those of its import.
 
-    Raises MFMError: E_MODEL_MISMATCH for a newer format, E_MODEL_CORRUPT for an entry of another kind than it can be.
+    Raises MFMError: E_MODEL_MISMATCH for a newer format, E_MODEL_CORRUPT for an invalid entry.
     """
     mfm = content["mfm"]
     if not isinstance(mfm, Mapping):
@@ -135,10 +134,10 @@ def _no_description(name: str, value: Any) -> MFMError:
 
 
 def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
-    """Convert a file of nnssl or OpenMind, with or without its plan.
+    """Convert a file of nnssl or OpenMind, with or without an adaptation plan.
 
-    Raises MFMError: E_MODEL_MISMATCH for a network that we do not have and for Primus' weights whose token order
-    nobody knows, E_MODEL_CORRUPT for a plan that cannot be.
+    Raises MFMError: E_MODEL_MISMATCH for an unsupported network or Primus weights with unknown token order,
+    E_MODEL_CORRUPT for an invalid plan.
     """
     said = raw.get(nnssl.KEY)
     init_args = raw.get("init_args")
@@ -168,7 +167,6 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
 
 
 def _note_of_missing_plan(trained_with: Mapping[str, Any]) -> str:
-    """Return the note about a file of a trainer that writes no adaptation plan."""
     if not trained_with:
         return "the file has no plan: the network is read off the tensors"
     return (
@@ -178,9 +176,9 @@ def _note_of_missing_plan(trained_with: Mapping[str, Any]) -> str:
 
 
 def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
-    """Convert a model that nnU-Net, or our fine-tuning, trained with labels: supervised pretraining.
+    """Convert a supervised model of nnU-Net or of our fine-tuning.
 
-    Raises MFMError as :func:`from_nnssl`, and E_MODEL_UNSAFE when its plan names anything but networks and layers.
+    Raises MFMError: those of :func:`from_nnssl`, and E_MODEL_UNSAFE if its plan names anything but networks and layers.
     """
     init_args = raw["init_args"]
     plans, configuration = init_args["plans"], str(init_args.get("configuration"))
@@ -203,7 +201,7 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
         "mfm": to_dict(MFMBlock(network=parts.family.name)),
     }
     mfm = _description(parts, own, converted.weights, converted.patch_size, "supervised", configuration)
-    info = plans.get("pretrain_info")  # of nnU-Net's development code: what the model was fine-tuned from
+    info = plans.get("pretrain_info")  # nnU-Net's development code: the checkpoint the model was fine-tuned from
     mfm["citations"] = _papers(info.get("citations") if isinstance(info, Mapping) else None, notes)
     mfm |= _started_from(raw.get("mfm"))
     mfm["source"] = {"layout": "nnU-Net", "trainer": str(raw.get("trainer_name"))}
@@ -211,13 +209,13 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
 
 
 def report_unused(token_order: TokenOrder | None) -> None:
-    """Log that an order was given for what has no tokens, or this package's own."""
+    """Log that a token order was given for a network without tokens or for one of ours."""
     if token_order is not None:
         logger.info("--token-order %s has no effect: it is for the Primus of other programs", token_order)
 
 
 def _papers(said: Any, notes: list[str]) -> list[Any]:
-    """Return the citations of a foreign file as a list; some files hold one text or one table."""
+    """Return the citations of a foreign file as a list; some files have a single string or table."""
     said = nnssl.plain(said)
     if isinstance(said, list):
         return said
@@ -228,14 +226,14 @@ def _papers(said: Any, notes: list[str]) -> list[Any]:
 
 
 def _started_from(ours: Any) -> dict[str, Any]:
-    """Return licence and papers of the checkpoint that a fine-tuned model of ours started from."""
+    """Return licence and citations of the checkpoint that our fine-tuned model started from."""
     settings = ours.get("finetune") if isinstance(ours, Mapping) else None
     before = settings.get("checkpoint") if isinstance(settings, Mapping) else None
     return {name: before[name] for name in ("licence", "citations") if name in before} if before else {}
 
 
 def _parts_of_nnunet(state: Mapping[str, Tensor], planned: Mapping[str, Any]) -> Parts:
-    """Take the weights as they are where the plan's class is of a family that knows no layout of others."""
+    """Split the weights, or keep them as they are if the plan's family has no foreign layouts."""
     family = families_by_class().get(str((planned.get("architecture") or {}).get("network_class_name")))
     if family is None or family.layouts:
         return take_apart(state)
@@ -243,7 +241,7 @@ def _parts_of_nnunet(state: Mapping[str, Tensor], planned: Mapping[str, Any]) ->
 
 
 def _converted_of_nnunet(parts: Parts, planned: Mapping[str, Any], token_order: TokenOrder | None) -> Converted:
-    """Keep weights and plan, or read the network off the tensors where a trainer overruled the plan's (Primus)."""
+    """Keep weights and plan, or infer the network from the tensors if a trainer overruled the plan (Primus)."""
     architecture = planned.get("architecture") or {}
     class_name, patch = str(architecture.get("network_class_name")), tuple(map(int, planned["patch_size"]))
     if parts.layout is None or not parts.layout.needs_conversion(class_name):
@@ -262,7 +260,7 @@ def _convert_parts(parts: Parts, stated: Stated, token_order: TokenOrder | None)
 
 
 def _plans(parts: Parts, plan: nnssl.AdaptationPlan, converted: Converted, notes: list[str]) -> dict[str, Any]:
-    """Make a whole plan around the network, with nnU-Net's defaults where pretraining decides nothing."""
+    """Build a complete plan around the network, with nnU-Net's defaults for what pretraining leaves open."""
     num_axes = len(converted.patch_size)
     patch = list(plan.recommended_patch or converted.patch_size)
     if len(patch) != num_axes:
@@ -337,6 +335,6 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "num_inputs": int, "num_outputs": int, "corpus": dict, "versions": dict, "citations": (list, tuple),
     "trained": str, "source": dict, "licence": str, "epoch": int,
 }  # fmt: skip
-"""Types of the entries of a description; each may be missing."""
+"""Types of the entries of a description. All are optional."""
 DESCRIBED = ("patch_size", "num_inputs", "num_outputs")
-"""Entries of a description that are needed beside its plan to build the network as it was trained."""
+"""Entries that, besides the plan, are needed to build the network as it was trained."""

@@ -1,8 +1,8 @@
-"""Addresses of checkpoints: a path, ``file://...``, or ``hf://owner/name@commit`` on a model hub.
+"""Fetch checkpoints by address: a path, ``file://...``, or ``hf://owner/name@commit`` on a model hub.
 
-A hub's revision can be moved by its owner, so only a commit (40 hex digits) is accepted. Of a repository only weights,
-plans and the card are downloaded, and each file is compared with the hash that the hub lists for it: SHA-256, or git's
-for small files. Without a connection the hub client's cache is used.
+Branches and tags can be moved by their owner, so only a commit (40 hex digits) is accepted. Only weights, plans and
+the model card are downloaded. Each file is verified against the hash that the hub lists: SHA-256, or git's hash for
+small files. Without a connection the hub client's cache is used.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from mfm_nnunet.files import sha256
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("checkpoint_final.pth", "model.safetensors")
-"""The first that a repository has is downloaded; with both it is not one of ours, which have safetensors."""
+"""The first of these in a repository is downloaded. Our own have only safetensors."""
 BESIDE = ("config.json", "adaptation_plan.json", "README.md")
-"""Files to download beside the weights, where they exist."""
+"""Optional files to download with the weights."""
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<commit>[^/]+))?/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)(?:/.*)?")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
-"""Libraries whose own errors the hub's client lets through when there is no connection."""
+"""Libraries whose connection errors the hub client does not wrap."""
 
 
 def fetch(address: str | Path) -> Path:
-    """Return the local file or folder of an address.
+    """Return the local file or folder for an address, downloading it if needed.
 
-    Raises MFMError: E_CONFIG for an address that is none or names no commit, E_NOT_FOUND for what the hub does not
-    have, E_NETWORK when it cannot be reached and the cache has nothing, E_MODEL_CORRUPT when a hash differs;
-    OSError for a cache that cannot be written.
+    Raises MFMError: E_CONFIG for an invalid address or one without a commit, E_NOT_FOUND if the hub does not have it,
+    E_NETWORK if the hub cannot be reached and the cache is empty, E_MODEL_CORRUPT if a hash differs. Raises OSError if
+    the cache cannot be written.
     """
     text = str(address)
     if text.startswith("file:"):
@@ -80,16 +80,16 @@ def _snapshot(repository: str, commit: str) -> Path:
     except HfHubHTTPError as error:
         raise _refused(where, error.response.status_code if error.response is not None else 0) from error
     except Exception as error:
-        is_of_client = type(error).__module__.startswith(_CLIENTS)  # those of requests are OSErrors too
+        is_of_client = type(error).__module__.startswith(_CLIENTS)  # requests' errors are OSErrors too
         if is_of_client or isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)):
             return _cached(where, repository, commit, error)
-        if isinstance(error, OSError) and error.errno is None:  # not of the disk
+        if isinstance(error, OSError) and error.errno is None:  # not a disk error
             raise MFMError("E_NETWORK", f"{where}: the download was cut short ({error}). Try again.") from error
         raise
 
 
 def _download(where: str, repository: str, commit: str) -> Path:
-    """Download what is needed and not in the cache, and compare all of it with the hashes that the hub lists."""
+    """Download the files that are not cached, and verify all of them against the hub's hashes."""
     from huggingface_hub import HfApi, hf_hub_download
 
     listed = {}
@@ -117,7 +117,7 @@ def _download(where: str, repository: str, commit: str) -> Path:
 
 
 def _cached(where: str, repository: str, commit: str, error: Exception) -> Path:
-    """Return the folder of what was downloaded before, for a computer without a connection."""
+    """Return the folder of an earlier download, for use without a connection."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(repository, name, revision=commit) for name in (*BESIDE, *WEIGHTS)]

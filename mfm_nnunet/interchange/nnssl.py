@@ -1,7 +1,7 @@
-"""The adaptation plan of nnssl's and OpenMind's checkpoints: what it says, in plain values (arXiv 2412.17041).
+"""Parse the adaptation plan in checkpoints of nnssl and OpenMind (arXiv 2412.17041).
 
-Files differ: sequences are lists, tuples or tensors, fields are missing, a configuration has one of four names, SparK
-trainers write no plan at all. Everything that can be read is; what is missing is None or empty.
+Files differ: sequences are lists, tuples or tensors, fields are missing, the configuration has one of four names, and
+SparK trainers write no plan at all. Missing values become None or empty.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ TASKS = (
     ("simmim", "simmim"), ("spark", "spark3d"), ("s3d", "spark3d"), ("volumefusion", "volume_fusion"),
     ("genesis", "models_genesis"), ("simclr", "simclr"), ("voco", "voco"), ("swinunetr", "swin_unetr"), ("mae", "mae"),
 )  # fmt: skip
-"""Parts of trainers' names, without underscores and in lower case, and the pretext tasks that they train."""
+"""Substrings of trainer names, in lower case without underscores, and their pretext tasks."""
 
 TRAINED_WITH = ("spacing", "normalization_schemes", "use_mask_for_norm", "patch_size")
-"""Fields of a configuration that describe how the images were prepared, and what the network saw of them."""
+"""Fields of a configuration that describe the preprocessing and the patch."""
 
 
 @dataclass(frozen=True)
 class AdaptationPlan:
-    """``patch_size`` is what the network saw, ``recommended_patch`` what to fine-tune on; voxels, the plan's order.
+    """Values of an adaptation plan, in voxels and mm in the plan's axis order.
 
-    ``spacing`` (mm) is None where nothing was resampled or nothing is said; ``is_resampled`` tells the two apart.
+    ``patch_size`` was used in pretraining, ``recommended_patch`` is for fine-tuning. ``spacing`` is None if images were
+    not resampled or the spacing is unknown; ``is_resampled`` distinguishes the two.
     """
 
     class_name: str | None = None
@@ -47,18 +48,18 @@ class AdaptationPlan:
 
 
 def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = None) -> AdaptationPlan:
-    """Return the plan as its file has it; what it lacks of images and patch is taken from ``trained_with``.
+    """Parse an adaptation plan; missing preprocessing fields and patch are taken from ``trained_with``.
 
     ``trained_with`` is the result of :func:`plan_of_training`.
 
-    Raises MFMError (E_MODEL_CORRUPT) for a field that is there and of another kind than it can be.
+    Raises MFMError (E_MODEL_CORRUPT) for a field of the wrong type.
     """
     if not isinstance(raw, Mapping):
         raise _wrong(KEY, raw)
     architecture = _table(raw, "architecture_plans")
     pretrain = {**(trained_with or {}), **_table(raw, "pretrain_plan")}
     configuration = {**_first_configuration(trained_with or {}), **_first_configuration(pretrain)}
-    if plain(configuration.get("spacing")) in ([None] * 2, [None] * 3):  # none for each axis is none
+    if plain(configuration.get("spacing")) in ([None] * 2, [None] * 3):  # None for each axis means None
         configuration = {**configuration, "spacing": None}
     order = _whole(pretrain, "transpose_forward")
     if order is not None and sorted(order) != list(range(len(order))):
@@ -67,7 +68,7 @@ def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = N
         class_name=_read_text(architecture, "arch_class_name"),
         arch_kwargs={key: plain(value) for key, value in _table(architecture, "arch_kwargs").items()},
         num_inputs=_read_number(raw, "pretrain_num_input_channels"),
-        # The newer field wins: contrastive tasks see crops, and older files keep the corpus' patch in the plan.
+        # Prefer the newer field: contrastive tasks train on crops, but older files store the corpus' patch.
         patch_size=_whole(raw, "pretrain_patch_size") or _whole(configuration, "patch_size"),
         recommended_patch=_whole(raw, "recommended_downstream_patchsize"),
         spacing=_row(configuration, "spacing", float),
@@ -81,10 +82,10 @@ def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = N
 
 
 def plan_of_training(init_args: Any) -> dict[str, Any]:
-    """Return a ``pretrain_plan`` from the arguments of a trainer of nnssl; empty where they hold none.
+    """Extract a ``pretrain_plan`` from the arguments of an nnssl trainer; empty if they hold none.
 
-    SparK trainers write no adaptation plan, but like all trainers the plan that they were started with. It is beside
-    the index of the corpus (subjects, ages, paths), so nothing but the fields of :data:`TRAINED_WITH` is taken.
+    SparK trainers write no adaptation plan. But all trainers store the plan they were started with, beside the index of
+    the corpus (subjects, ages, paths). So only the fields of :data:`TRAINED_WITH` are copied.
     """
     plan = init_args.get("plan") if isinstance(init_args, Mapping) else None
     configurations = plan.get("configurations") if isinstance(plan, Mapping) else None
@@ -100,13 +101,13 @@ def plan_of_training(init_args: Any) -> dict[str, Any]:
 
 
 def task_of(trainer: str | None) -> str | None:
-    """Return the pretext task that a trainer of nnssl trains, by its name; None for an unknown name."""
+    """Return the pretext task of an nnssl trainer by its name; None if unknown."""
     words = (trainer or "").replace("_", "").lower()
     return next((task for word, task in TASKS if word in words), None)
 
 
 def token_order_of(trainer: str | None) -> str | None:
-    """Return how a Primus trainer of nnssl flattens tokens: ``whd`` or ``hwd``; None for an unknown trainer.
+    """Return the token order of an nnssl Primus trainer: ``whd`` or ``hwd``; None for an unknown trainer.
 
     Only its SimMIM module flattens axis 0 outermost; all other Primus modules flatten axis 1 outermost.
     """
@@ -115,7 +116,7 @@ def token_order_of(trainer: str | None) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Make lists, numbers and text of tuples and tensors."""
+    """Convert tuples and tensors to lists and numbers, recursively."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Our checkpoint in nnssl's layout, which nnU-Net's development code reads: a folder as its hub repositories are.
+"""Write a checkpoint in nnssl's layout, as a folder like those on its hub. nnU-Net's development code reads it.
 
-The reader selects tensors by the beginning of their names and takes the first configuration of the plan, wants every
-field to be there, and lists of plain numbers. Our own key, ``mfm``, stays in the file; readers tolerate it.
+The reader selects tensors by prefix, takes the first configuration of the plan, and requires every field and lists of
+plain numbers. Our own key ``mfm`` stays in the file; readers ignore it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mfm_nnunet.models.families import families_by_class
 from mfm_nnunet.plan import Plan
 
 TRAINER = "mfm_nnunet"
-"""No trainer of nnssl: readers must not guess a token order from it."""
+"""Not a trainer of nnssl, so that readers do not guess a token order from it."""
 
 
 def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     """Write ``checkpoint_final.pth``, ``adaptation_plan.json``, ``config.json`` and a model card into ``folder``.
 
-    Raises MFMError: E_EXISTS when the folder holds anything, E_CONFIG for a network that the layout cannot express.
+    Raises MFMError: E_EXISTS if the folder is not empty, E_CONFIG for a network that the layout cannot express.
     """
     mfm = content["mfm"]
     plan = adaptation_plan(mfm)
@@ -55,10 +55,10 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
-    """``nnssl_adaptation_plan`` of a checkpoint with this description.
+    """Return the ``nnssl_adaptation_plan`` for a checkpoint with the description ``mfm``.
 
-    Raises MFMError (E_CONFIG) for 2D networks, second stages of a cascade, Primus of other sizes than S, B, M and L,
-    with other tokens than 8 voxels or with a convolutional stem, and classes that the layout has no name for.
+    Raises MFMError (E_CONFIG) for what the layout cannot express: 2D networks, second stages of a cascade, Primus
+    other than S, B, M and L with tokens of 8 voxels and no convolutional stem, and unknown classes.
     """
     plans = mfm["plans"]
     own = Plan.of(plans).configuration(mfm["configuration"])

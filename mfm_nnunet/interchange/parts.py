@@ -1,4 +1,4 @@
-"""Parts of a network in a foreign state dict: its tensors under our names, and what belongs to no network.
+"""Split a foreign state dict into the tensors of a network, under our names, and the rest.
 
 Pretraining code wraps networks (``module.``, ``_orig_mod.``, ``encoder.``, ``online_encoder.stages.``) and adds heads,
 projectors and second decoders. Parts are found by the structure of the names, not by a list of wrappers.
@@ -20,20 +20,20 @@ _WRAPPERS = ("module", "_orig_mod")
 
 @dataclass(frozen=True)
 class Parts:
-    """A state dict taken apart: ``weights`` under our names; ``others``, under the file's, fit no network of ours."""
+    """A split state dict: ``weights`` under our names; ``others``, under the file's names, fit no network of ours."""
 
     family: NetworkFamily
     layout: ForeignLayout | None
-    """None: the names are those of the family's own class."""
+    """None if the names are those of the family's own class."""
     weights: dict[str, Tensor]
     others: dict[str, Tensor]
 
 
 def take_apart(state: Mapping[str, Tensor], key_to_encoder: str | None = None, key_to_stem: str | None = None) -> Parts:
-    """Find encoder, stem and decoder in ``state``; the keys are the file's own words for the first two, if it has any.
+    """Find encoder, stem and decoder in ``state``. The keys are the names that the file itself gives, if any.
 
-    Raises MFMError (E_MODEL_MISMATCH), which shows the first names, when there is no encoder that we know, when it is
-    not where the file says, and when there are several and nothing says which is meant.
+    Raises MFMError (E_MODEL_MISMATCH) if no known encoder is found, if it is not where the file says, or if there are
+    several and the file does not choose one.
     """
     tensors = unwrap_names(state)
     family, layout, prefix = _find_encoder(tensors, unwrapped_name(key_to_encoder) if key_to_encoder else None)
@@ -50,13 +50,13 @@ def take_apart(state: Mapping[str, Tensor], key_to_encoder: str | None = None, k
 
 
 def unwrapped_name(name: str) -> str:
-    """Return ``name`` without the words of DistributedDataParallel and torch.compile, wherever they stand."""
+    """Strip the wrappers of DistributedDataParallel and torch.compile from ``name``, at any position."""
     *parents, last = str(name).split(".")
     return ".".join([*(part for part in parents if part not in _WRAPPERS), last])
 
 
 def unwrap_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict under their names without wrappers."""
+    """Return the tensors of a state dict under unwrapped names."""
     return {unwrapped_name(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 

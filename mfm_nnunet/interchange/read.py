@@ -1,6 +1,6 @@
-"""One way in for every checkpoint: ours, nnssl's and OpenMind's, nnU-Net's, a folder of safetensors, a hub's address.
+"""Read any checkpoint: ours, nnssl's and OpenMind's, nnU-Net's, a folder of safetensors, or a hub address.
 
-Nothing that a file holds is run. What comes out is in our layout (:class:`mfm_nnunet.interchange.foreign.Reading`).
+No code in a file is executed. The result is in our layout (:class:`mfm_nnunet.interchange.foreign.Reading`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mfm_nnunet.interchange.verify import require_complete
 logger = logging.getLogger(__name__)
 
 FILE = "checkpoint_final.pth"
-"""The file to look for in folders of others."""
+"""File to look for in folders of other programs."""
 SIDE_PLAN = "adaptation_plan.json"
 KNOWN = (
     "mfm_nnunet (network_weights and mfm; or a folder with model.safetensors and config.json), nnssl and OpenMind "
@@ -50,9 +50,9 @@ KNOWN = (
 
 
 def find_checkpoint(address: str | Path) -> Path:
-    """Return the file, or folder of safetensors, that an address means: a path, ``file://``, or ``hf://owner/name@commit``.
+    """Find the file, or folder of safetensors, at an address: a path, ``file://``, or ``hf://owner/name@commit``.
 
-    Raises MFMError (E_NOT_FOUND) when there is nothing, and as :func:`mfm_nnunet.interchange.hub.fetch`.
+    Raises MFMError (E_NOT_FOUND) if there is none, and those of :func:`mfm_nnunet.interchange.hub.fetch`.
     """
     place = fetch(address)
     if place.name == WEIGHTS and place.is_file():
@@ -76,12 +76,12 @@ def find_checkpoint(address: str | Path) -> Path:
 
 
 def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Reading:
-    """Read the checkpoint at ``place`` into our layout; assumptions and repairs are logged.
+    """Read the checkpoint at ``place`` into our layout, logging assumptions and repairs.
 
-    ``token_order`` is for Primus' weights of others where the file does not say it.
+    ``token_order`` is for Primus weights of other programs whose file does not specify it.
 
-    Raises MFMError: as :func:`mfm_nnunet.checkpoint.load`, E_MODEL_CORRUPT for a layout that nobody knows (the error
-    lists the known ones and the keys seen), and as the conversions do.
+    Raises MFMError: those of :func:`mfm_nnunet.checkpoint.load` and of the conversions, E_MODEL_CORRUPT for an unknown
+    layout.
     """
     if place.is_dir():
         content = read_folder(place)
@@ -103,7 +103,7 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
 
 
 def sha256(place: Path) -> str:
-    """Return the SHA-256 of the weights' file, in hex."""
+    """Return the SHA-256 of the weights file, in hex."""
     return files.sha256(place / WEIGHTS if place.is_dir() else place)
 
 
@@ -115,12 +115,12 @@ def convert(
     token_order: TokenOrder | None = None,
     hub_address: str | None = None,
 ) -> None:
-    """Write the checkpoint at ``place`` to ``output``: ``pth``, ``folder`` or ``nnssl``. It must be whole.
+    """Convert the checkpoint at ``place`` to ``pth``, ``folder`` or ``nnssl``. It must be complete.
 
-    Where a foreign one came from (file name, SHA-256, ``hub_address``) and what was assumed or repaired is kept.
+    For foreign checkpoints the origin (file name, SHA-256, ``hub_address``) and the assumptions and repairs are stored.
 
-    Raises MFMError: as :func:`read_checkpoint`, E_EXISTS for an output that is there, E_CONFIG for a ``licence`` other
-    than the one that it has, and as writing does.
+    Raises MFMError: those of :func:`read_checkpoint` and of writing, E_EXISTS if the output exists, E_CONFIG if
+    ``licence`` differs from the checkpoint's.
     """
     if layout == "pth" and output.exists():
         raise MFMError("E_EXISTS", f"{output}: this file is there already. Choose another name.")
@@ -145,7 +145,7 @@ def convert(
 
 
 def _require_same_licence(known: str | None, given: str) -> None:
-    """Raise MFMError (E_CONFIG) where weights have another licence: share-alike must not be lost by copy and paste."""
+    """Refuse a change of licence, so that conversion cannot drop a share-alike licence."""
     if known and known != UNKNOWN_LICENCE and known.casefold() != given.casefold():
         raise MFMError(
             "E_CONFIG",
@@ -178,8 +178,8 @@ def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | N
 def _with_side_plan(raw: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """Complete a file without plan or trainer from ``adaptation_plan.json``.
 
-    Repositories have it beside the file. Trainers of nnssl write it into the folder of the run, and their checkpoints
-    into a folder ``fold_all`` below.
+    Hub repositories have it beside the file. nnssl's trainers write it to the run folder, one level above the
+    checkpoints in ``fold_all``.
     """
     folder = place.absolute().parent
     folders = [folder, folder.parent] if folder.name.startswith("fold_") else [folder]

@@ -1,6 +1,6 @@
-"""A checkpoint beside its network: whether it is whole, and the names that the network has for each tensor.
+"""Verify a checkpoint against its network, and complete the names of its tensors.
 
-It is whole when the network can be built and every tensor belongs to it, fits and is finite.
+A checkpoint is complete if the network can be built, and all its tensors are there, fit and are finite.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mfm_nnunet.plan import Plan
 
 
 def require_complete(content: Mapping[str, Any]) -> None:
-    """Raise MFMError: E_MODEL_CORRUPT, E_NONFINITE, and as building the network, with the first tensors at fault."""
+    """Verify a checkpoint. Raises MFMError: E_MODEL_CORRUPT, E_NONFINITE, and those of building the network."""
     weights: Mapping[str, Tensor] = content["network_weights"]
     mfm = content["mfm"]
     network = _network_of(mfm)
@@ -42,9 +42,10 @@ def require_complete(content: Mapping[str, Any]) -> None:
 
 
 def with_all_names(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a whole checkpoint, each under all names that its network has for it.
+    """Return the weights of a complete checkpoint, each tensor under all its names in the network.
 
-    Not those of the encoder in a U-Net's decoder: nobody looks for them, and encoders alone stay free of ``decoder``.
+    Names of the encoder inside a U-Net's decoder are left out: no reader needs them, and a file with only the encoder
+    should have no ``decoder`` names.
     """
     weights: Mapping[str, Tensor] = content["network_weights"]
     network = _network_of(content["mfm"])
@@ -59,7 +60,7 @@ def _network_of(mfm: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plan with the patch that the network was trained on, which its position table is for."""
+    """Return the plan with the patch size of the training, which the position table depends on."""
     name, patch = mfm["configuration"], list(mfm["patch_size"])
     configuration = {**Plan.of(mfm["plans"]).configuration(name).values, "patch_size": patch}
     configuration.pop("inherits_from", None)
@@ -70,7 +71,7 @@ def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names_of_each(network: torch.nn.Module) -> dict[str, set[str]]:
-    """Return all names that a tensor has, by each of them."""
+    """Map each name to all names of the same tensor."""
     names: dict[int, set[str]] = {}
     state = network.state_dict(keep_vars=True)
     for name, tensor in state.items():

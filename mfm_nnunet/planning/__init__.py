@@ -1,1 +1,1 @@
-"""WHAT was decided: the plan block, the dataset fingerprint and the planner."""
+"""Planning: dataset fingerprint, planner, plans like a checkpoint, recipes."""

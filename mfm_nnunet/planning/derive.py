@@ -1,14 +1,14 @@
-"""The chain of a plan: from fingerprint and memory budget to all sizes, each with its reason.
+"""Derive all sizes of a plan from fingerprint and memory budget, each with its reason.
 
-1. Budget: the memory that is asked for, the GPU's, or the CPU preset (:func:`choose_budget`).
+1. Budget: ``--memory-gb``, the GPU's memory, or the CPU preset (:func:`choose_budget`).
 2. Axis order and spacing: nnU-Net's rule, a mode, or the checkpoint's (:class:`mfm_nnunet.planning.planner.MFMPlanner`,
    :func:`explain_spacing`).
-3. Patch, 4. network, 5. batch size: for U-Nets nnU-Net's search within :func:`resenc_preset`, for other networks
-   their family's ``plan_network`` (:func:`explain_patch`, :func:`explain_batch`).
+3. Patch, 4. network, 5. batch size: nnU-Net's search within :func:`resenc_preset` for U-Nets, the family's
+   ``plan_network`` for others (:func:`explain_patch`, :func:`explain_batch`).
 6. Schedules (:func:`settings_for`).
 
-Pure functions: nothing here reads a file or asks the machine. Sizes are in voxels, spacings in mm, both in the plan's
-axis order (after ``transpose_forward``) unless a name says otherwise; budgets are in GB of 2**30 bytes.
+All functions are pure: they read no files and do not query the machine. Sizes are in voxels and spacings in mm, in the
+plan's axis order (after ``transpose_forward``) unless a name says otherwise. Budgets are in GB of 2**30 bytes.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from mfm_nnunet.planning.table import Decision, times
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, PretrainSettings, resolved_warmup
 
 SMALL_NETWORK_BELOW_GB = 6.0
-"""Below, nnU-Net's ResEnc (up to 140 M parameters, 2 GB before the first voxel) leaves too little for a patch."""
+"""Below this, nnU-Net's ResEnc (up to 140 M parameters, 2 GB before the first voxel) leaves too little for a patch."""
 RESENC_PRESETS = ((8.0, 680e6, 135e6), (24.0, 2100e6, 380e6), (40.0, 3600e6, 560e6))
-"""nnU-Net's ResEnc M, L and XL: GB, and the feature-map numbers per sample that fit in 3D and in 2D."""
+"""nnU-Net's ResEnc M, L and XL: GB, and feature-map values per sample that fit in 3D and in 2D."""
 MIN_IMAGE_EDGE = 4
-"""Voxels along an edge of a cube as large as the smallest median image that is planned for."""
+"""Edge in voxels of a cube with the volume of the smallest median image that can be planned."""
 MIN_STAGES = 2
-"""A U-Net of one stage has no decoder, and so no output."""
+"""A U-Net with one stage has no decoder and no output."""
 MEASURED = "a real step on a CPU took 0.9 to 1.9 times this"
-"""How good the estimate of memory is, see ``tests/benchmarks/memory_estimate.py``."""
+"""Accuracy of the memory estimate, see ``tests/benchmarks/memory_estimate.py``."""
 CHECKPOINTS = "the checkpoint's"
-"""The reason of everything that a plan like a checkpoint takes over."""
+"""Reason for values copied from a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """GB of GPU memory that training may take; None is the CPU preset."""
+    """GPU memory for training in GB; None: the CPU preset."""
 
     memory_gb: float | None
     reason: str
@@ -53,7 +53,7 @@ class Budget:
 
 
 def choose_budget(asked_for: float | None, gpu: float | None) -> Budget:
-    """Choose the memory that is asked for, else the GPU's, else the CPU preset."""
+    """Choose the requested memory, else the GPU's, else the CPU preset."""
     presets = "nnU-Net's ResEnc M, L and XL are 8, 24 and 40 GB"
     if asked_for is not None:
         return Budget(asked_for, f"--memory-gb; {presets}")
@@ -63,15 +63,15 @@ def choose_budget(asked_for: float | None, gpu: float | None) -> Budget:
 
 
 def slices_first(slice_axis: int) -> list[int]:
-    """Return the axis order in which the slice axis is first and the others keep theirs."""
+    """Return the axis order with the slice axis first and the others in their original order."""
     return [slice_axis, *(axis for axis in range(3) if axis != slice_axis)]
 
 
 def find_slice_axis(shapes: np.ndarray, dataset_name: str) -> int | None:
-    """Return the axis along which most images have one voxel, whatever its spacing; None for volumes.
+    """Return the axis along which most images have one voxel, whatever the spacing; None for volumes.
 
-    ``shapes`` is (cases, 3), before transposing. Raises MFMError (E_CONFIG) when images of one slice lie along
-    different axes: one plan has one axis order, so the others would be cut into lines.
+    ``shapes`` is (cases, 3), before transposing. Raises MFMError (E_CONFIG) if single slices lie along different axes:
+    a plan has one axis order, so some images would be cut into lines.
     """
     flat = shapes[(shapes == 1).any(1)]
     if 2 * len(flat) <= len(shapes):
@@ -89,7 +89,7 @@ def find_slice_axis(shapes: np.ndarray, dataset_name: str) -> int | None:
 
 
 def explain_spacing(own: Configuration, mode: str | Sequence[float], num_cases: int, is_like: bool) -> str:
-    """Explain the spacing of a configuration; ``mode`` is what was asked for."""
+    """Explain the spacing of a configuration; ``mode`` is the requested one."""
     if not own.is_resampled:
         return f"median, for orientation only: images are not resampled{', like the checkpoint' * is_like}"
     if is_like:
@@ -102,7 +102,7 @@ def explain_spacing(own: Configuration, mode: str | Sequence[float], num_cases: 
 
 
 def explain_normalisation(own: Configuration, channel: int, name: str, is_like: bool) -> str:
-    """Explain the normalisation of a channel called ``name``."""
+    """Explain the normalisation of the channel ``name``."""
     reasons = {
         "CTNormalization": f"'{name}' has a fixed scale: clip to the foreground's 0.5 and 99.5 percentiles, then mean "
         "0, std 1",
@@ -126,7 +126,7 @@ def explain_patch(own: Configuration, unit: str, is_like: bool) -> str:
 
 
 def explain_batch(budget: Budget, is_like: bool) -> str:
-    """Explain the batch size."""
+    """Explain the choice of the batch size."""
     if is_like:
         return CHECKPOINTS
     is_cpu = budget.memory_gb is None
@@ -134,7 +134,7 @@ def explain_batch(budget: Budget, is_like: bool) -> str:
 
 
 def explain_memory(memory: MemoryEstimate, is_half: bool) -> Decision:
-    """State what a training step takes, as estimated."""
+    """State the estimated memory of a training step."""
     fixed = memory.weights + memory.gradients + memory.optimizer
     return Decision(
         "  memory",
@@ -147,22 +147,22 @@ def explain_memory(memory: MemoryEstimate, is_half: bool) -> Decision:
 
 @dataclass(frozen=True)
 class ResEncPreset:
-    """How large a ResEnc U-Net may be: its widths, and the feature-map numbers per sample that fit at a batch size."""
+    """Limits for a ResEnc U-Net: widths, and feature-map values per sample that fit at a batch size."""
 
     name: Literal["CPU", "small", "standard"]
     base_features: int
     max_features: dict[int, int]
     blocks: tuple[int, ...]
     reference: dict[int, float]
-    """Feature-map numbers (nnU-Net's ``compute_conv_feature_map_size``) per sample, by number of axes."""
+    """Feature-map values per sample (nnU-Net's ``compute_conv_feature_map_size``) by number of axes."""
     reference_batch: dict[int, int]
     max_batch: dict[int, int]
 
 
 def resenc_preset(memory_gb: float | None) -> ResEncPreset:
-    """Return the ResEnc U-Net for a budget in GB of GPU memory; None is the CPU preset.
+    """Return the limits for a budget in GB of GPU memory; None: the CPU preset.
 
-    8, 24 and 40 GB are nnU-Net's presets M, L and XL exactly; between them the allowed feature maps grow linearly.
+    8, 24 and 40 GB are exactly nnU-Net's presets M, L and XL; in between, feature-map values are interpolated.
     """
     small_blocks = (1,) + (2,) * 12
     if memory_gb is None:
@@ -182,7 +182,7 @@ def resenc_preset(memory_gb: float | None) -> ResEncPreset:
 
 
 def require_voxels(spacing: Sequence[float], median_shape: Sequence[float]) -> None:
-    """Raise MFMError (E_CONFIG) for a spacing at which the median image is too small for any network."""
+    """Raise MFMError (E_CONFIG) if the median image is too small for any network at this spacing."""
     if min(median_shape) < 1 or math.prod(median_shape) < MIN_IMAGE_EDGE ** len(median_shape):
         raise MFMError(
             "E_CONFIG",
@@ -192,7 +192,7 @@ def require_voxels(spacing: Sequence[float], median_shape: Sequence[float]) -> N
 
 
 def require_two_stages(configurations: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise MFMError (E_CONFIG) for a U-Net without a decoder, which stock plans for images of less than 8 voxels."""
+    """Raise MFMError (E_CONFIG) for a U-Net without decoder, which stock plans for images below 8 voxels."""
     for name, configuration in configurations.items():
         num_stages = configuration.get("architecture", {}).get("arch_kwargs", {}).get("n_stages", MIN_STAGES)
         if num_stages < MIN_STAGES:
@@ -206,10 +206,10 @@ def require_two_stages(configurations: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainSettings, FinetuneSettings]:
-    """Return how a network of this family is trained: the family's optimiser, and a schedule of minutes on the CPU.
+    """Return the settings for this family: its optimiser, and on the CPU a schedule of minutes.
 
-    On GPUs the rate of fine-tuning is left open: from a checkpoint it is the published tenth or third of that from
-    scratch, and scratch on the same plan is a fair baseline. Short CPU schedules need the full rate to get anywhere.
+    On GPUs the fine-tuning rate is left open. From a checkpoint it is the published tenth or third of the rate from
+    scratch, so training from scratch with the same plan is a fair baseline. Short CPU schedules need the full rate.
     """
     defaults = family_named(network).defaults(is_cpu)
     epochs, iterations, validation = (20, 50, 5) if is_cpu else (1000, 250, 50)
@@ -239,9 +239,9 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
 def select_configurations(
     configurations: Mapping[str, dict[str, Any]], wanted: Sequence[str] | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the ``wanted`` configurations and those that they inherit from or continue (None: all of them).
+    """Return the ``wanted`` configurations and those they inherit from or continue (None: all).
 
-    Raises MFMError (E_CONFIG) for a name that this dataset has no configuration of.
+    Raises MFMError (E_CONFIG) for a configuration that does not exist for this dataset.
     """
     if wanted is None:
         return dict(configurations)
@@ -259,12 +259,12 @@ def select_configurations(
     result = {name: dict(value) for name, value in configurations.items() if name in kept}
     for value in result.values():
         if value.get("next_stage") not in (None, *kept):
-            del value["next_stage"]  # nnU-Net looks the next stage up after training and stops when it is missing.
+            del value["next_stage"]  # nnU-Net looks up the next stage after training and fails if it is missing
     return result
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Return the dotted names of what differs between two plans, sorted; a missing key counts as different."""
+    """Return the sorted dotted names of keys that differ between two plans, including missing keys."""
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return [] if old == new else [prefix]
     missing = object()

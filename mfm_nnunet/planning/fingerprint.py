@@ -1,10 +1,9 @@
-"""The fingerprint of a dataset, with or without labels: spacings, cropped shapes, intensities.
+"""Extract the fingerprint of a dataset, with or without labels: spacings, cropped shapes, intensities.
 
-The result has nnU-Net's keys and meaning: intensities of the foreground (labels above 0; without labels every
-voxel that is not zero), each case with the same weight whatever the size of its foreground. nnU-Net estimates the
-statistics from 1e8 random draws; here mean, standard deviation, minimum and maximum are exact, and so are the
-percentiles until a dataset has more foreground voxels than :data:`MAX_VALUES`. Memory is bounded by that number and by
-one image per worker.
+Keys and meaning are nnU-Net's: intensities of the foreground (labels above 0, or all non-zero voxels without labels),
+with equal weight per case. nnU-Net estimates the statistics from 1e8 random draws. Here mean, standard deviation,
+minimum and maximum are exact, and percentiles are exact up to :data:`MAX_VALUES` foreground voxels. Memory is bounded
+by that number and by one image per worker.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
     from mfm_nnunet.data.cases import Case
 
 MAX_VALUES = 1 << 23
-"""Intensities kept for the percentiles, over all cases and channels together (float32)."""
+"""Number of intensities (float32) kept for the percentiles, over all cases and channels."""
 
 PERCENTILES = {"median": 50.0, "percentile_99_5": 99.5, "percentile_00_5": 0.5}
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Intensities of a channel of a case over its foreground; ``values`` (float32) are sorted, thinned if too many."""
+    """Foreground intensities of one channel of a case; ``values`` (float32) are sorted, and thinned if too many."""
 
     mean: float
     variance: float
@@ -46,7 +45,7 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class CaseStatistics:
-    """Spacing in mm of a case, and shape (D, H, W) and share of voxels left by cropping to the non-zero box."""
+    """Spacing in mm of a case, and shape (D, H, W) and share of voxels after cropping to the non-zero box."""
 
     spacing: list[float]
     shape_after_crop: list[int]
@@ -58,14 +57,14 @@ class CaseStatistics:
 def extract_fingerprint(
     cases: Sequence[Case], dataset_json: dict[str, Any], num_processes: int = 1
 ) -> tuple[dict[str, Any], list[CaseFailure]]:
-    """Return the fingerprint of ``cases`` as JSON values, and the cases that could not be used.
+    """Return the fingerprint of ``cases`` as JSON values, and the failed cases.
 
-    It has all of nnU-Net's keys, and ``"mfm"``: names of the cases that count (in the order of ``spacings``), whether
-    they are labelled, number of channels, the reader of all files, and whether the percentiles are exact. The result
-    does not depend on ``num_processes`` (threads: reading is done outside Python).
+    It has all of nnU-Net's keys, and ``"mfm"``: names of the used cases (in the order of ``spacings``), whether they
+    are labelled, number of channels, the reader, and whether the percentiles are exact. The result does not depend on
+    ``num_processes`` (these are threads, as reading releases the GIL).
 
-    Raises MFMError: E_NOT_FOUND (no cases), E_LABEL_VALUE (no label marks any foreground), and CasesFailedError when
-    not one case could be read.
+    Raises MFMError: E_NOT_FOUND (no cases), E_LABEL_VALUE (no foreground in any label), and CasesFailedError if no
+    case could be read.
     """
     if not cases:
         raise MFMError("E_NOT_FOUND", "the dataset has no cases. Check its folder, or register images for it.")
@@ -111,15 +110,15 @@ def extract_fingerprint(
 
 
 def choose_reader(cases: Sequence[Case], dataset_json: Mapping[str, Any], num_processes: int = 1) -> str:
-    """Return the one reader of nnU-Net for all files of a dataset: a plan names one, and stock nnU-Net has no other.
+    """Choose nnU-Net's reader for all files of a dataset, because a plan names only one.
 
-    NibabelIO as soon as one NIfTI file needs it, because it reads the others, too; else the reader of most cases.
-    Raises MFMError as :func:`mfm_nnunet.images.reading.reader_for` where that fails for each case.
+    This is NibabelIO if any NIfTI file needs it, because it can read the others too; else the reader of most cases.
+    Raises MFMError as :func:`mfm_nnunet.images.reading.reader_for` if that fails for every case.
     """
     work = functools.partial(_readers_of, dataset_json=dataset_json)
     wanted = Counter[str]()
     for _, outcome in in_threads(work, cases, num_processes):
-        if not isinstance(outcome, CaseFailure):  # it is reported with its reason when it is read
+        if not isinstance(outcome, CaseFailure):  # reported later, when the case is read
             wanted.update(outcome)
     if not wanted:
         return reading.reader_for(cases[0].images[0], dataset_json)
@@ -150,7 +149,7 @@ def _analyse(case: Case, *, reader: str, dataset_json: dict[str, Any], num_chann
     nonzero_DHW = image_CDHW[0] != 0
     for channel in image_CDHW[1:]:
         nonzero_DHW |= channel != 0
-    # Filling holes, as nnU-Net does before it takes the box, cannot change the box.
+    # nnU-Net fills holes before it computes the box, but this cannot change the box.
     box = bounding_box_to_slice(get_bbox_from_mask(nonzero_DHW))
     foreground_DHW = nonzero_DHW[box] if label is None else label[0][box] > 0
     shape = foreground_DHW.shape
@@ -164,7 +163,7 @@ def _analyse(case: Case, *, reader: str, dataset_json: dict[str, Any], num_chann
 
 
 def _other_colours(case: Case, found: int, wanted: int) -> str:
-    """Explain why a picture of a corpus is refused; there one file has several channels only if it is in colour."""
+    """Explain why an image of a corpus is refused. In a corpus, a file with several channels is a colour image."""
     kinds = {1: "grey", 3: "in colour", 4: "in colour with transparency"}
     is_kind, wanted_kind = kinds.get(found, "of another kind"), kinds.get(wanted, "of another kind")
     return (
@@ -188,7 +187,7 @@ def _thin(values: np.ndarray, limit: int) -> np.ndarray:
 
 
 class _Pool:
-    """Foreground intensities of all cases, each case with the same weight."""
+    """Foreground intensities of all cases, with equal weight per case."""
 
     def __init__(self, num_channels: int) -> None:
         self._cases: list[list[ChannelStatistics]] = []
@@ -213,10 +212,10 @@ class _Pool:
             self._shrink()
 
     def _shrink(self) -> None:
-        """Thin the largest cases to half of the allowed number in all, so that it is rarely done."""
+        """Thin the largest cases to half of MAX_VALUES in total, so that this is rarely needed."""
         self.exact = False
         sizes = np.sort([len(item) for values in self._values for item in values])
-        # The common limit L with sum(min(size, L)) close to the target: fill the small ones first.
+        # Find the common limit L with sum(min(size, L)) close to the target, starting with the small cases.
         target, limit = MAX_VALUES // 2, 1
         for position, size in enumerate(sizes):
             limit = max(target // (len(sizes) - position), 1)
@@ -242,14 +241,15 @@ class _Pool:
 
 
 def weighted_percentiles(groups: Sequence[np.ndarray]) -> dict[str, float]:
-    """Return median and 0.5 and 99.5 % percentiles of the pooled groups, each group with the same total weight.
+    """Return the percentiles 0.5, 50 and 99.5 of the pooled groups, with equal total weight per group.
 
-    The smallest value up to which at least that share of the weight lies: the limit of nnU-Net's random draws.
+    A percentile is the smallest value with at least that share of the weight at or below it. nnU-Net's random draws
+    converge to it.
     """
     values = np.concatenate(groups)
     weights = np.concatenate([np.full(len(group), 1 / len(group)) for group in groups])
     order = np.argsort(values, kind="stable")
     share = np.cumsum(weights[order])
-    # The sum of weights is rounded; a share that is reached exactly must not be missed for that.
+    # Tolerance for rounding: a share that is reached exactly must not be missed.
     share /= share[-1] * (1 - 1e-12)
     return {name: float(values[order[np.searchsorted(share, q / 100)]]) for name, q in PERCENTILES.items()}

@@ -1,4 +1,4 @@
-"""A pretrained checkpoint -> the plan of a labelled dataset that it fits (``--like``).
+"""Plan a labelled dataset so that a pretrained checkpoint fits (``--like``).
 
 Sizes are in voxels and spacings in mm, in the plan's axis order (after ``transpose_forward``) unless a name says
 otherwise.
@@ -21,9 +21,9 @@ from mfm_nnunet.planning.derive import slices_first
 from mfm_nnunet.planning.table import times
 
 MAX_GROWTH = 4.0
-"""Voxels after resampling for each voxel of a scan, above which a plan like a checkpoint gets a warning."""
+"""Growth in voxels through resampling above which a warning is given."""
 MIN_SHARE = 0.1
-"""Share of the median scan that the patch should see at least."""
+"""Smallest share of the median scan that the patch should cover."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Template:
 
     @property
     def variant(self) -> str:
-        """The checkpoint's network as ``--network`` names it."""
+        """``--network`` name of the checkpoint's network."""
         return self.family.variant(self.trained.architecture)
 
     @property
     def configuration(self) -> str:
-        """The configuration that can be planned like it: ``2d`` or ``3d_fullres``."""
+        """Configuration to plan: ``2d`` or ``3d_fullres``."""
         return "2d" if len(self.trained.patch_size) == 2 else "3d_fullres"
 
     @property
     def plans_name(self) -> str:
-        """Name of a plan made like it: mfmPlans -> mfmLikePlans, mfmPrimusPlans -> mfmLikePrimusPlans."""
+        """Name of the new plan: mfmPlans -> mfmLikePlans, mfmPrimusPlans -> mfmLikePrimusPlans."""
         stem = re.sub(r"[^A-Za-z0-9_-]", "", self.plan.name).removeprefix("mfm").removeprefix("Like")
         return f"mfmLike{stem.removesuffix('Plans')}Plans"
 
@@ -63,9 +63,9 @@ class Template:
         return [int(axis) for axis in self.plan.content["transpose_forward"]]
 
     def spacing(self, own_spacing: Sequence[float], slice_axis: int | None) -> list[float]:
-        """Return the spacing for a dataset whose own target spacing is ``own_spacing``; both before transposing.
+        """Return the target spacing for a dataset; ``own_spacing`` is its own. Both are before transposing.
 
-        A checkpoint without resampling keeps the dataset's own; a 2D one does not affect the slice axis.
+        A checkpoint without resampling keeps the dataset's spacing; a 2D checkpoint keeps that of the slice axis.
         """
         theirs = self.trained.spacing
         if not self.trained.is_resampled or theirs is None:
@@ -76,12 +76,12 @@ class Template:
 
 
 def plan_like(target_plans: Mapping[str, Any], source: Template) -> dict[str, Any]:
-    """Return ``target_plans`` with one configuration, made so that the checkpoint fits.
+    """Return ``target_plans`` with a single configuration that the checkpoint fits.
 
-    Taken over: network, resampling, normalisation (and for CT its intensities), batch size and, where the images are
-    large enough, the patch. ``target_plans`` must be planned with the checkpoint's axes and spacing already.
+    Network, resampling, normalisation (for CT with its intensities), batch size and, if the images are large enough,
+    the patch are copied from the checkpoint. ``target_plans`` must already use the checkpoint's axes and spacing.
 
-    Raises MFMError (E_MODEL_MISMATCH) when the checkpoint's channels cannot be matched to the dataset's.
+    Raises MFMError (E_MODEL_MISMATCH) if the channels of checkpoint and dataset cannot be matched.
     """
     theirs, name = source.trained.values, source.configuration
     plans = copy.deepcopy(dict(target_plans))
@@ -89,7 +89,7 @@ def plan_like(target_plans: Mapping[str, Any], source: Template) -> dict[str, An
     num_channels = len(own["normalization_schemes"])
     for key in ("normalization_schemes", "use_mask_for_norm"):
         own[key] = _per_channel(theirs[key], num_channels, source)
-    if source.trained.is_resampled:  # else the target is planned without, whatever functions the plan names
+    if source.trained.is_resampled:  # else the target is planned without resampling
         own |= {key: value for key, value in theirs.items() if key.startswith("resampling_fn_")}
     own["batch_size"] = max(2, int(theirs["batch_size"]))
     own["patch_size"] = like_patch(theirs["patch_size"], theirs["architecture"], own["median_image_size_in_voxels"])
@@ -104,9 +104,9 @@ def plan_like(target_plans: Mapping[str, Any], source: Template) -> dict[str, An
 
 
 def like_patch(patch: Sequence[int], architecture: Mapping[str, Any], median_shape: Sequence[float]) -> list[int]:
-    """Return the checkpoint's patch where the images are large enough, else per axis the padded size of the images.
+    """Return the checkpoint's patch, cut along each axis to the size of the images.
 
-    Padded to the multiples that the network needs, of which some axis has at least the family's ``fewest_cells``.
+    Sizes are padded to the multiples that the network needs. At least one axis has the family's ``fewest_cells``.
     """
     family = families_by_class()[architecture["network_class_name"]]
     steps = family.steps(architecture["arch_kwargs"], len(patch))
@@ -123,9 +123,9 @@ def like_patch(patch: Sequence[int], architecture: Mapping[str, Any], median_sha
 
 
 def find_doubts(own: Configuration, spacings: Sequence[Sequence[float]], axes: Sequence[int], checkpoint: str) -> str:
-    """Explain why a plan like a checkpoint may be of little use for these images, with the ways out; empty if it fits.
+    """Explain why the checkpoint may not suit these images, and what to do; empty if it suits them.
 
-    ``spacings`` are those of the files, before transposing with ``axes``; ``own`` is the planned configuration.
+    ``spacings`` are those of the files, before transposing with ``axes``. ``own`` is the planned configuration.
     """
     target = own.values["spacing"]
     scaled = list(zip(axes[-len(target) :], target)) if own.is_resampled else []

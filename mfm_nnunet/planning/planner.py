@@ -1,4 +1,4 @@
-"""MFMPlanner: nnU-Net's ResEnc planner with a memory budget, Primus, corpora without labels, and our block."""
+"""MFMPlanner: nnU-Net's ResEnc planner extended by memory budgets, other networks, and unlabelled corpora."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ STOCK_CONFIGURATIONS = {"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"}
 class MFMPlanner(ResEncUNetPlanner):
     """nnU-Net's ResEnc planner for any budget, data without labels, three spacing modes, Primus and checkpoints.
 
-    The constructor is the stock one, so ``plan_experiment_dataset(id, MFMPlanner)`` works too; what it cannot say is
-    set on the attributes below it. ``gpu_memory_target_in_gb=None`` takes this machine's GPU, else the CPU preset.
+    The constructor has the stock signature, so ``plan_experiment_dataset(id, MFMPlanner)`` works too. Further options
+    are set as attributes. ``gpu_memory_target_in_gb=None`` uses this machine's GPU, else the CPU preset.
 
     Raises MFMError (E_NOT_FOUND) without dataset.json or fingerprint.
     """
@@ -67,14 +67,14 @@ class MFMPlanner(ResEncUNetPlanner):
         _require_file(fingerprint_file, f"Run mfm_plan_and_preprocess -d {name}, which makes it first.")
         self.is_corpus = corpus.is_corpus(raw)
         self.budget = derive.choose_budget(gpu_memory_target_in_gb, _gpu_memory_gb())
-        # Stock lists imagesTr, which a corpus does not have, only to choose a reader, which is done below.
-        # It reads JSON as UTF-8 without a byte order mark.
+        # Stock lists imagesTr only to choose a reader. A corpus has no imagesTr, and the reader is chosen below.
+        # Stock reads JSON as UTF-8 without a byte order mark.
         with _replaced_in_stock(
             get_filenames_of_train_images_and_targets=lambda *_, **__: {},
             load_json=lambda file: parse_json(Path(file).read_bytes()),
         ):
             super().__init__(name, 8, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose)
-        self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # normalised, not as it is written
+        self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # normalised, unlike the file
         self.dataset_json.setdefault("numTraining", len(self.dataset_fingerprint["spacings"]))
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
@@ -93,21 +93,21 @@ class MFMPlanner(ResEncUNetPlanner):
 
     @property
     def is_original_spacing(self) -> bool:
-        """Whether images are not resampled."""
+        """True if images are not resampled."""
         return not self.source.trained.is_resampled if self.source else self.spacing == "original"
 
     def plan_experiment(self) -> dict[str, Any]:
-        """Plan all configurations, write the plan file and return the plan. Stock's prints go to the debug log."""
+        """Plan all configurations, write the plan file and return the plan. Stock's output goes to the debug log."""
         is_stock = self.family.is_sized_by_nnunet and not self.source
         if self.is_corpus or self.is_original_spacing or not is_stock:
-            self.lowres_creation_threshold = 0  # a low resolution needs labels, resampling and a network of its own
+            self.lowres_creation_threshold = 0  # a low resolution needs labels, resampling and stock's network
         if not is_stock:
-            self._apply(_without_limit(self.preset))  # stock's U-Net is thrown away, so it need not be fitted
+            self._apply(_without_limit(self.preset))  # stock's U-Net is discarded, so it need not fit the budget
         measured = self.dataset_fingerprint
         target = [float(value) for value in self.determine_fullres_target_spacing()]
         fixed = [axis for axis in range(3) if self.is_original_spacing or axis == self.slice_axis]
         if fixed:
-            # Sizes must stay what they are; stock scales them by case spacing / target spacing.
+            # Sizes along these axes must not change, but stock scales them by case spacing / target spacing.
             spacings = [
                 [target[axis] if axis in fixed else own[axis] for axis in range(3)] for own in measured["spacings"]
             ]
@@ -123,7 +123,7 @@ class MFMPlanner(ResEncUNetPlanner):
         return self.plans
 
     def determine_reader_writer(self) -> Any:
-        """Return the reader class that the fingerprint's images were read with; stock tries each on the first image."""
+        """Return the reader class used for the fingerprint; stock would try each reader on the first image."""
         known = self.dataset_fingerprint.get("mfm", {}).get("reader")
         if not known:  # stock nnU-Net made the fingerprint
             raw = Path(str(stock.nnUNet_raw)) / self.dataset_name
@@ -139,7 +139,7 @@ class MFMPlanner(ResEncUNetPlanner):
         arch_kwargs: dict[str, Any],
         arch_kwargs_req_import: Any,
     ) -> float:
-        """Return stock's number from a network without weights: it depends on shapes alone."""
+        """Compute stock's estimate on the meta device: it depends only on shapes."""
         with torch.device("meta"):
             network = get_network_from_plans(
                 arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, allow_init=False
@@ -147,7 +147,7 @@ class MFMPlanner(ResEncUNetPlanner):
         return float(network.compute_conv_feature_map_size(patch_size))
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
-        """Return the target spacing in mm before transposing; the slice axis of 2D images keeps its own."""
+        """Return the target spacing in mm before transposing; the slice axis of 2D images keeps its median."""
         target = super().determine_fullres_target_spacing().astype(float)
         if self.source:
             target = np.array(self.source.spacing(target, self.slice_axis))
@@ -163,7 +163,7 @@ class MFMPlanner(ResEncUNetPlanner):
         return forward, [forward.index(axis) for axis in range(3)]
 
     def _choose_axis_order(self) -> tuple[list[int] | None, str]:
-        """Return the axis order, None for nnU-Net's, and the reason."""
+        """Return the axis order (None: nnU-Net's) and the reason."""
         if self.slice_axis is not None:
             return derive.slices_first(self.slice_axis), "the axis of one voxel first: images of a single slice"
         if self.source:
@@ -171,13 +171,13 @@ class MFMPlanner(ResEncUNetPlanner):
         return None, "axis of the coarsest spacing first"
 
     def determine_resampling(self, *args: Any, **kwargs: Any) -> Any:
-        """Return nnU-Net's splines, or no resampling."""
+        """Return nnU-Net's resampling, or none."""
         if not self.is_original_spacing:
             return super().determine_resampling(*args, **kwargs)
         return no_resampling_hack, {}, no_resampling_hack, {}
 
     def determine_segmentation_softmax_export_fn(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the same for the way back."""
+        """Return nnU-Net's resampling of predictions, or none."""
         if not self.is_original_spacing:
             return super().determine_segmentation_softmax_export_fn(*args, **kwargs)
         return no_resampling_hack, {}
@@ -190,7 +190,7 @@ class MFMPlanner(ResEncUNetPlanner):
         approximate_n_voxels_dataset: float,
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
-        """Return nnU-Net's configuration within the budget, with the family's network in place of the U-Net."""
+        """Return nnU-Net's configuration within the budget; other families replace the U-Net by their network."""
         derive.require_voxels(spacing, median_shape)
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset)
         if self.family.is_sized_by_nnunet and not self.source:
@@ -209,7 +209,7 @@ class MFMPlanner(ResEncUNetPlanner):
         return configuration
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Make stock's plan ours (checkpoint, wanted configurations, identifiers, block) and write it atomically."""
+        """Extend stock's plan (checkpoint, wanted configurations, identifiers, our block) and write it atomically."""
         plans = to_plain(plans)
         axes = plans["transpose_forward"]
         spacings = np.array(self.dataset_fingerprint["spacings"])[:, axes]
@@ -246,13 +246,13 @@ class MFMPlanner(ResEncUNetPlanner):
         return MFMBlock(pretrain, finetune, self.source.entry if self.source else None, network=self.family.name)
 
     def _merge(self, plans: dict[str, Any]) -> None:
-        """Keep configurations of the file on disk that are not planned now, and warn of changes."""
+        """Keep other configurations of an existing plan file, and warn about changes."""
         try:
             old = Plan.read(self.plans_file, "").content
         except MFMError:
             logger.warning("%s is no plan and is replaced", self.plans_file)
             return
-        # Asked for everything, stock decides whether there is a 3d_lowres; one of an older plan must not come back.
+        # If everything is planned, stock decides whether there is a 3d_lowres. Drop that of an older plan.
         ours = STOCK_CONFIGURATIONS if self.wanted is None else set(plans["configurations"])
         others = {name: value for name, value in old["configurations"].items() if name not in ours}
         shared = ("transpose_forward", "image_reader_writer", INTENSITIES)
@@ -274,12 +274,12 @@ class MFMPlanner(ResEncUNetPlanner):
         self.UNet_reference_val_2d, self.UNet_reference_val_3d = preset.reference[2], preset.reference[3]
         self.UNet_reference_val_corresp_bs_2d = preset.reference_batch[2]
         self.UNet_reference_val_corresp_bs_3d = preset.reference_batch[3]
-        # The references are for the budget already; stock scales them by the ratio of these two.
+        # Stock scales the references by the ratio of these two, but they already match the budget.
         self.UNet_vram_target_GB = self.UNet_reference_val_corresp_GB = 8
         self.max_dataset_covered = 1  # as in nnU-Net's presets M, L and XL
 
     def _require_memory(self, spacing: Any, median_shape: Any, identifier: str, num_voxels: float) -> None:
-        """Refuse a budget in which stock would shrink the patch below any use, or to nothing."""
+        """Refuse a budget for which stock would shrink the patch below a useful size."""
         if self.preset.name == "CPU":
             return
         num_axes = len(spacing)
@@ -306,7 +306,7 @@ class MFMPlanner(ResEncUNetPlanner):
         )
 
     def explain(self, own: Plan) -> list[Decision]:
-        """List the decisions of the plan that was made last, each with its reason, in the order of the chain."""
+        """List the decisions of the last plan with their reasons."""
         budget: tuple[str, str] = (str(self.budget), self.budget.reason)
         if self.source:
             entry = self.source.entry
@@ -355,7 +355,7 @@ class MFMPlanner(ResEncUNetPlanner):
 
 @contextlib.contextmanager
 def _replaced_in_stock(**functions: Any) -> Iterator[None]:
-    """Replace functions in the module of nnU-Net's default planner for the duration of a block."""
+    """Temporarily replace functions in the module of nnU-Net's default planner."""
     before = {name: getattr(stock, name) for name in functions}
     vars(stock).update(functions)
     try:
@@ -365,7 +365,7 @@ def _replaced_in_stock(**functions: Any) -> Iterator[None]:
 
 
 def _networks(plans: Mapping[str, Any]) -> set[str]:
-    """Return the networks of a plan's configurations, as ``--network`` names them."""
+    """Return the ``--network`` names of a plan's configurations."""
     configurations = [value for value in plans["configurations"].values() if isinstance(value, dict)]
     architectures = [value.get("architecture") for value in configurations]
     names = [(architecture or {}).get("network_class_name") for architecture in architectures]
@@ -383,7 +383,7 @@ def _require_file(file: Path, what_to_do: str) -> None:
 
 
 def _gpu_memory_gb() -> float | None:
-    """Memory of the first GPU in whole GB; None without a GPU."""
+    """Return the memory of the first GPU in whole GB; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     return float(round(torch.cuda.get_device_properties(0).total_memory / 2**30))

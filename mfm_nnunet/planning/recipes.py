@@ -1,7 +1,8 @@
-"""Recipes: settings of a whole run in a JSON file, for ``--recipe NAME`` (shipped here) or ``--recipe FILE``.
+"""Recipes: settings of a run in a JSON file, for ``--recipe NAME`` (shipped) or ``--recipe FILE``.
 
-A recipe is ``{"about": text, "command": text, "settings": {"pretrain.epochs": 1000, ...}}``, and may say what it is
-for: ``"pretext"`` (a task) and ``"network"`` (a family). Its settings win over the plan and lose against ``--set``.
+A recipe is ``{"about": text, "command": text, "settings": {"pretrain.epochs": 1000, ...}}``. The optional keys
+``"pretext"`` (a task) and ``"network"`` (a family) restrict its use. Settings override the plan; ``--set`` overrides
+them.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent.parent / "recipes"
 KEYS = ("about", "command", "settings", "pretext", "network")
 BELONGS = {"pretrain": "mfm_pretrain", "pretext": "mfm_pretrain", "probe": "mfm_pretrain", "finetune": "mfm_train"}
-"""Which command has the settings of a group; the others are common to both."""
+"""Command by group of settings; other groups are common to both commands."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as it was read; ``pretext`` and ``network`` are None where it does not say what it is made for."""
+    """A recipe; ``pretext`` and ``network`` are None if it is not restricted to one."""
 
     file: Path
     about: str
     command: str
     assignments: tuple[str, ...]
-    """The settings as ``name=value``, as ``--set`` takes them."""
+    """Settings as ``name=value``, as for ``--set``."""
     pretext: str | None = None
     network: str | None = None
 
     def require_for(self, command: str, *, pretext: str | None, network: str) -> None:
-        """Raise MFMError (E_CONFIG) when the recipe is made for another command, task or family of networks.
+        """Raise MFMError (E_CONFIG) if the recipe is for another command, task or network family.
 
-        ``pretext`` is None where no task is trained.
+        ``pretext`` is None for fine-tuning.
         """
         for assignment in self.assignments:
             name = assignment.partition("=")[0]
@@ -59,14 +60,14 @@ class Recipe:
 
 
 def shipped_recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
+    """List the names of the recipes in this package."""
     return sorted(file.stem for file in FOLDER.glob("*.json"))
 
 
 def read_recipe(name: str | Path) -> Recipe:
-    """A shipped recipe by name, or one in a ``.json`` file.
+    """Read a shipped recipe by name, or a ``.json`` file.
 
-    Raises MFMError: E_CONFIG for an unknown name and for a file that is no recipe, E_NOT_FOUND for a missing file.
+    Raises MFMError: E_CONFIG for an unknown name or an invalid file, E_NOT_FOUND for a missing file.
     """
     file = Path(name)
     if file.suffix != ".json" and len(file.parts) == 1:
@@ -87,10 +88,9 @@ def read_recipe(name: str | Path) -> Recipe:
 
 
 def apply_recipe(name: str | Path, run: Any, network: str, pretext: str | None = None) -> tuple[str, ...]:
-    """Return the settings of a recipe as ``name=value``, which ``run`` must have; ``pretext`` is None for fine-tuning.
+    """Validate a recipe for ``run`` and return its settings as ``name=value``; ``pretext`` is None for fine-tuning.
 
-    Raises MFMError (E_CONFIG) with the recipe's file for one that is made for something else, or has a setting that
-    does not exist.
+    Raises MFMError (E_CONFIG) if the recipe is for something else or has an unknown setting.
     """
     recipe = read_recipe(name)
     recipe.require_for("mfm_pretrain" if pretext else "mfm_train", pretext=pretext, network=network)
@@ -101,7 +101,7 @@ def apply_recipe(name: str | Path, run: Any, network: str, pretext: str | None =
 
 
 def _problem(content: Mapping[str, Any]) -> str:
-    """What is wrong with a recipe; "" if nothing is."""
+    """Describe the first problem of a recipe; empty if it is valid."""
     if unknown := [key for key in content if key not in KEYS]:
         return f"a recipe has no '{unknown[0]}'. {nearest(unknown[0], KEYS)}"
     if not isinstance(content.get("settings"), dict):
@@ -114,7 +114,7 @@ def _problem(content: Mapping[str, Any]) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """A JSON value as it is written after ``--set name=``."""
+    """Format a JSON value as for ``--set name=``."""
     if value is None:
         return "none"
     return ",".join(map(_as_text, value)) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""The table of a plan's decisions, printed for people."""
+"""Format the decisions of a plan as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Decision(NamedTuple):
-    """One decision of a plan: the function that makes it also gives the reason."""
+    """One decision of a plan with its reason."""
 
     name: str
     value: str
@@ -16,7 +16,7 @@ class Decision(NamedTuple):
 
 
 def format_table(decisions: Sequence[Decision], width: int = 120) -> str:
-    """Format decisions as a table of three columns; long reasons are wrapped."""
+    """Format decisions as a table of three columns with wrapped text."""
     names = max([len(item.name) for item in decisions] + [8])
     values = min(max([len(item.value) for item in decisions] + [5]), 46)
     columns = (names, values, max(width - names - values - 4, 30))

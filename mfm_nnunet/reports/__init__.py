@@ -1,1 +1,1 @@
-"""Pictures and texts for people: progress, overlays, the table of a plan."""
+"""Reports: console progress, logs, plots and overlay pictures."""

@@ -1,7 +1,7 @@
-"""Overlay pictures of segmentations: the image, the predicted labels as fill, the reference as contour.
+"""Draw overlays of segmentations: image, predicted labels as fill, reference as contour.
 
-3D images are shown in three planes through the largest cross-section of the reference, in radiological view (the
-patient's left is on the right), with true proportions; 2D images as they are.
+3D images are shown in three planes through the largest cross-section of the reference, with true proportions and in
+radiological view (the patient's left is on the right). 2D images are shown as they are.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ COLOURS = ("#ff5a4d", "#2fb6ff", "#ffd23f", "#5ddb6b", "#c77dff", "#ff9f1c", "#2
 _INK, _PAPER = "#e8e8e8", "#14161a"
 _INCHES_PER_PANEL = 3.0
 _PLANES = (("axial", ("R", "L", "A", "P")), ("coronal", ("R", "L", "S", "I")), ("sagittal", ("A", "P", "S", "I")))
-"""By the axis that is cut: the name, and the letters at the left, right, top and bottom edge."""
+"""Name of the plane, and letters at the left, right, top and bottom edge, by the axis that is cut."""
 _EDGES = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"),
           (0.5, 0.02, "center", "bottom"))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _View:
-    """One plane: image (rows from the top), reference, a mask per prediction, and height / width of a pixel."""
+    """One plane: image (rows from the top), reference, one mask per prediction, and height / width of a pixel."""
 
     title: str
     letters: tuple[str, ...]
@@ -44,10 +44,10 @@ def draw_overlay(
     predictions: Mapping[str, Path],
     labels: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Write a PNG with one row per prediction (2D: one column), named by the key, e.g. ``MAE, Dice 0.81``.
+    """Write a PNG with one row per prediction (2D: one column), titled by the keys, e.g. ``MAE, Dice 0.81``.
 
-    ``labels`` are names and values; a label's colour is its place in this mapping. Raises RuntimeError (SimpleITK)
-    for a file that is no image.
+    ``labels`` maps names to values; colours follow the order of the mapping. Raises RuntimeError (SimpleITK) for a
+    file that is not an image.
     """
     pixels, spacing = _read_image(image, is_label=False)
     volumes = [_read_image(path, is_label=True)[0] for path in (reference, *predictions.values())]
@@ -61,13 +61,13 @@ def draw_overlay(
 
 
 def largest_cross_section(mask: np.ndarray, axis: int) -> int:
-    """Find the slice along ``axis`` with most voxels of ``mask``; the middle one when there are none."""
+    """Find the slice along ``axis`` with most voxels of ``mask``; the middle slice if the mask is empty."""
     counts = mask.sum(axis=tuple(other for other in range(mask.ndim) if other != axis))
     return int(counts.argmax()) if counts.any() else mask.shape[axis] // 2
 
 
 def _read_image(path: Path, is_label: bool) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Read (D, H, W) towards superior, posterior, left, or (H, W), and the spacing in mm in the same order."""
+    """Read an image (D, H, W), axes towards superior, posterior, left, or (H, W), and its spacing in mm."""
     import SimpleITK as sitk
 
     image = sitk.ReadImage(str(path))
@@ -139,7 +139,7 @@ def _draw_panel(axis: Any, view: _View, mask: np.ndarray, labels: Mapping[str, t
 
 
 def _draw_legend(figure: Any, labels: Mapping[str, tuple[int, ...]], max_columns: int) -> None:
-    """Draw an entry per label and kind below the panels, predicted labels above reference labels."""
+    """Draw the legend below the panels, with predicted labels above reference labels."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

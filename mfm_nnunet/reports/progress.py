@@ -1,4 +1,4 @@
-"""Show a run to people: console progress with ETA, ``log.jsonl``, ``progress.png`` and example pictures."""
+"""Report on a run: console progress with ETA, ``log.jsonl``, ``progress.png`` and example pictures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LABEL_COLOURS = ("purple", "green", "red", "brown", "pink", "olive", "cyan", "g
 
 
 class Progress:
-    """Console progress: one line that is rewritten on a terminal, plain lines every 20 seconds elsewhere.
+    """Console progress: a single rewritten line on a terminal, else a new line every 20 seconds.
 
-    The first line appears after the first step, so the time left is known within a minute of the start.
+    The first line appears after the first step, so an ETA is available early.
     """
 
     def __init__(self, total_steps: int, first_step: int = 0, is_silent: bool = False) -> None:
@@ -63,7 +63,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def write_log(history: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write ``log.jsonl``, one line per epoch, from the saved state, so that a resumed run has no double lines."""
+    """Write ``log.jsonl``, one line per epoch. It is rewritten whole, so a resumed run has no duplicate lines."""
     with atomic_write(file) as handle:
         handle.write("".join(json.dumps(dict(row)) + "\n" for row in history).encode())
 
@@ -78,7 +78,7 @@ def save_figure(figure: Any, file: Path, dpi: int) -> None:
 
 
 def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """Draw ``progress.png``: losses, the probe's Dice, learning rate and time over the epochs."""
+    """Draw ``progress.png``: losses, Dice of the probe, learning rate and time per epoch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -100,7 +100,7 @@ def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) 
 
 
 def _plot_probe(new_axis: Callable[[], Any], history: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Plot the probe's Dice, mean and the first labels, on an axis of its own; returns the lines."""
+    """Plot the Dice of the probe (mean and first labels) on a separate axis; return the lines."""
     rows = [row for row in history if row.get("probe_dice") is not None]
     if not rows:
         return []
@@ -118,11 +118,11 @@ def _plot_probe(new_axis: Callable[[], Any], history: Sequence[Mapping[str, Any]
 def plot_examples(
     volumes: Mapping[str, np.ndarray], file: Path, title: str, slice_axes: Sequence[int] = (0, 1, 2)
 ) -> None:
-    """Draw the volumes that a task shows: a column per volume, a row per axis of ``slice_axes``.
+    """Draw example volumes of a task: one column per volume, one row per axis of ``slice_axes``.
 
-    ``volumes`` are named arrays (C, D, H, W) or (C, H, W); the first channel is shown in the middle slice of each axis.
-    Images have the grey scale of the first one, maps of classes share their colours, and so do tables, which are one
-    voxel deep and shown once.
+    ``volumes`` are named arrays (C, D, H, W) or (C, H, W). The first channel is shown in the middle slice of each axis.
+    Images use the grey scale of the first one. Class maps share a colour scale, and so do tables (one voxel deep, shown
+    once).
     """
     from matplotlib.figure import Figure
 
@@ -160,7 +160,7 @@ def _is_class_map(volume: np.ndarray) -> bool:
 
 
 def _colours(shown: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Choose ``imshow``'s options for each volume: equal values look equal in all volumes of a kind."""
+    """Choose ``imshow`` options so that equal values look equal in all volumes of a kind."""
     kinds = {n: "table" if _is_table(v) else "classes" if _is_class_map(v) else "image" for n, v in shown.items()}
     styles: dict[str, dict[str, Any]] = {}
     for kind in set(kinds.values()):

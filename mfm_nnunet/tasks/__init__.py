@@ -1,1 +1,1 @@
-"""WHY it learns: one file per pretext task; the file name is the registry."""
+"""Pretext tasks, one file each; the file name is the name of the task."""

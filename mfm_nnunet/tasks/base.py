@@ -1,16 +1,17 @@
-"""Define what the engine trains (:class:`Task`) and what every pretext task shares (:class:`PretextTask`).
+"""Base classes of everything the engine trains (:class:`Task`) and of pretext tasks (:class:`PretextTask`).
 
-A new pretext task is one file of this folder with one class derived from :class:`PretextTask`. The order of events::
+To add a pretext task, write one file in this folder with one class derived from :class:`PretextTask`. Order of calls::
 
-    config = task.resolve(config, backbone.geometry())                 fills in "auto" values, refuses illegal ones
+    config = task.resolve(config, backbone.geometry())                 fills in open values, refuses illegal ones
     transform = task.transform(config, patch_size)                     light and picklable, sent to the workers
     requests = transform.requests(rng)                                 crops that the item needs
     item = transform(crops, rng, valid)                                arrays; stacked they are the batch
     output = task(config, backbone)(batch)                             loss, metrics and, in eval mode, pictures
 
-Every random draw of a task comes from the generator of the item, so the loss is a function of batch and weights (only
-drop path uses torch's generator). Shapes: B batch, V views, C channels, D H W voxels in the plan's axis order; 2D has
-no D.
+All random numbers of a task come from the generator of the item, so the loss depends only on batch and weights (except
+drop path, which uses torch's generator).
+
+Shapes: B batch, V views, C channels, D H W voxels in the plan's axis order; 2D has no D.
 """
 
 from __future__ import annotations
@@ -56,50 +57,49 @@ class TaskOutput:
     loss: Tensor
     """Scalar, float32, with gradient: the mean over the batch."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Detached scalars for the log, the same keys in every step."""
+    """Detached scalars for the log, with the same keys in every step."""
     pictures: dict[str, Tensor] | None = None
-    """In eval mode: named volumes (C, D, H, W) of the first item that show the task's input, target and output."""
+    """In eval mode: named volumes (C, D, H, W) of the first item, e.g. input, target and output."""
 
 
 class Task(nn.Module, ABC):
-    """Abstract base of everything that the engine trains: a module from a batch to its loss.
+    """Abstract base of everything the engine trains: a module that computes the loss of a batch.
 
-    The task owns the network, which is shipped, and all other weights that it needs, which are trained and kept for
-    resuming but never shipped.
+    A task owns the network, which is exported, and its other weights, which are saved for resuming but never exported.
     """
 
     name: ClassVar[str]
-    """Stands in checkpoints and names run folders."""
+    """Name in checkpoints and run folders."""
     trains_decoder: ClassVar[bool] = True
-    """False: only the encoder is trained, and saved."""
+    """If False, only the encoder is trained and exported."""
 
     @property
     @abstractmethod
     def network(self) -> nn.Module:
-        """Return the network whose weights are shipped."""
+        """Network whose weights are exported."""
 
     @abstractmethod
     def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
-        """Compute the loss of a batch of items, which lies on the network's device."""
+        """Compute the loss of a batch, which is on the network's device."""
 
     def shipped_weights(self) -> Mapping[str, Tensor]:
-        """Return the state dict that a checkpoint for others holds."""
+        """Return the state dict for exported checkpoints."""
         return self.network.state_dict()
 
     def summarise(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return what a validation logs: by default the mean of the loss and of each metric.
+        """Summarise a validation for the log: by default the mean of the loss and of each metric.
 
-        ``values`` holds the loss and the metrics of all batches of all processes, stacked along the first axis.
+        ``values`` has the loss and metrics of all batches of all processes, stacked along the first axis.
         """
         return {name: value.mean().item() for name, value in values.items()}
 
     def after_step(self, progress: float) -> None:
-        """Run after each optimiser step, for teachers; ``progress`` is the completed share of the training, 0 to 1."""
+        """Update state after an optimiser step, e.g. a teacher. ``progress`` of the training is 0 to 1."""
 
     def output(
         self, loss: Tensor, metrics: Mapping[str, Tensor], pictures: Callable[[], Mapping[str, Tensor]]
     ) -> TaskOutput:
-        """Detach metrics and pictures; ``pictures`` is called in eval mode only."""
+        """Assemble the output with detached metrics and pictures; ``pictures`` is called only in eval mode."""
         shown = None
         if not self.training:
             shown = {name: volume.detach().float() for name, volume in pictures().items()}
@@ -108,7 +108,7 @@ class Task(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class PatchTransform(ItemTransform):
-    """Base of transforms that need one patch; override ``requests`` for other crops."""
+    """Base of transforms that need one patch. Override ``requests`` for other crops."""
 
     config: Any
     """Resolved settings of the task."""
@@ -126,20 +126,20 @@ class PretextTask(Task):
     """
 
     name: ClassVar[str]
-    """As in ``--pretext``."""
+    """Value of ``--pretext``."""
     Config: ClassVar[type[Any]]
     Transform: ClassVar[type[PatchTransform]]
     citations: ClassVar[list[dict[str, Any]]] = []
     """Citations as in checkpoints: {"type": "Pretraining Method", "name": ..., "apa_citations": [...]}."""
     needs: ClassVar[Need] = "any"
-    """What the task needs of a network."""
+    """Requirement on the network."""
     restoring: ClassVar[Restoring] = "none"
-    """Use of ``backbone.restore``."""
+    """Treatment of hidden tokens in ``backbone.restore``."""
     uses_valid: ClassVar[bool] = False
-    """Leave anonymised voxels out of the loss."""
+    """If True, anonymised voxels are left out of the loss."""
 
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:
-        """Raises MFMError (E_CONFIG) when the task does not work on this family of networks."""
+        """Create the task. Raises MFMError (E_CONFIG) if it does not support this network family."""
         super().__init__()
         if not backbone.family.meets(self.needs):
             raise MFMError(
@@ -161,7 +161,7 @@ class PretextTask(Task):
 
     @classmethod
     def resolve(cls, config: Any, geometry: Geometry) -> Any:
-        """Check ``config`` and fill in its open values; the result is printed, saved and used.
+        """Check ``config`` and fill in its open values. The result is printed, saved and used.
 
         Raises MFMError (E_CONFIG) for illegal values.
         """
@@ -170,42 +170,42 @@ class PretextTask(Task):
 
     @classmethod
     def smallest_volume(cls, config: Any) -> tuple[int, ...] | None:
-        """Return the voxels per axis that each volume must have; None: smaller volumes are padded."""
+        """Return the minimum size of a volume in voxels; None: smaller volumes are padded."""
         return None
 
     @classmethod
     def smallest_batch(cls, config: Any) -> int:
-        """Return the items that a step needs over all processes; contrastive losses need several to compare."""
+        """Return the minimum number of items per step over all processes; contrastive losses need several."""
         return 1
 
     @classmethod
     def volumes_per_item(cls, config: Any) -> int:
-        """Return the distinct volumes per item, which is also the smallest corpus (and held-out part)."""
+        """Return the number of different volumes per item, which is also the minimum for corpus and held-out part."""
         return 1
 
     @classmethod
     def augmentation(cls, config: Any) -> Augmentation:
-        """Return the strongest augmentation of a crop before the transform; the plan can only ask for less."""
+        """Return the strongest augmentation of crops before the transform; the plan can only weaken it."""
         return "none"
 
     @classmethod
     def num_outputs(cls, config: Any, num_inputs: int) -> int:
-        """Return the dense outputs that the network must have, for ``num_inputs`` image channels."""
+        """Return the number of outputs of the network for ``num_inputs`` image channels."""
         return num_inputs
 
     @classmethod
     def transform(cls, config: Any, patch_size: tuple[int, ...]) -> ItemTransform:
-        """Make the transform of the items for a resolved ``config``."""
+        """Make the item transform for a resolved ``config``."""
         return cls.Transform(config, patch_size)
 
 
 def illegal_setting(name: str, value: Any, problem: str) -> MFMError:
-    """Make the error for a setting of the task that does not fit plan or network."""
+    """Return the error for a task setting that does not fit plan or network."""
     return MFMError("E_CONFIG", f"pretext.{name}={value}: {problem}. Leave it out for the default.")
 
 
 def size_per_axis(name: str, size: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, ...]:
-    """Repeat a single number for all axes, and refuse what is larger than the patch."""
+    """Expand a single number to all axes, and refuse sizes larger than the patch."""
     sides = size * len(patch_size) if len(size) == 1 else size
     if len(sides) != len(patch_size) or any(not 1 <= side <= most for side, most in zip(sides, patch_size)):
         raise illegal_setting(name, sides, f"the patch has {len(patch_size)} axes; legal are 1 up to {patch_size}")
@@ -213,9 +213,9 @@ def size_per_axis(name: str, size: tuple[int, ...], patch_size: tuple[int, ...])
 
 
 def find_task(name: str) -> type[PretextTask]:
-    """Return the class of the task ``name``: a file of this folder (``mae``), or ``package.module[.Class]`` of yours.
+    """Return the class of the task ``name``: a file in this folder (``mae``), or your ``package.module[.Class]``.
 
-    Raises MFMError (E_CONFIG) when there is no such task.
+    Raises MFMError (E_CONFIG) for an unknown task.
     """
     module_name, class_name = _split_dotted(name) if "." in name else (f"{__package__}.{name}", None)
     tasks = _tasks_of(module_name) if _exists(module_name) else []
@@ -251,7 +251,7 @@ def _exists(module_name: str) -> bool:
 
 
 def _tasks_of(module_name: str) -> list[type[PretextTask]]:
-    """List the pretext tasks that a module itself defines; bases of several tasks have no name."""
+    """List the pretext tasks defined in a module; shared base classes have no ``name``."""
     values = [value for value in vars(importlib.import_module(module_name)).values() if isinstance(value, type)]
     tasks = [value for value in values if issubclass(value, PretextTask) and not inspect.isabstract(value)]
     return [task for task in tasks if task.__module__ == module_name and hasattr(task, "name")]

@@ -1,4 +1,4 @@
-"""Layers behind an encoder, trained with the task and never shipped: pooling, projectors, a decoder without skips.
+"""Layers after an encoder that are trained but not exported: pooling, projectors, a decoder without skips.
 
 Shapes: B batch, V views per item, C channels, D H W voxels of a view, E embedding; in 2D there is no D.
 """
@@ -16,15 +16,15 @@ from mfm_nnunet.models.backbone import AbstractBackbone
 
 
 def pool(features: Sequence[Tensor]) -> Tensor:
-    """Average each of an encoder's maps (B, features, ...) over its places and concatenate: (B, sum of features)."""
+    """Average each map (B, features, ...) of an encoder over space and concatenate to (B, sum of features)."""
     return torch.cat([feature.float().flatten(2).mean(2) for feature in features], dim=1)
 
 
 class Projector(nn.Sequential):
-    """MLP with normalised hidden layers: each is a linear map, a norm over its own features and a ReLU."""
+    """MLP whose hidden layers are linear, LayerNorm without affine parameters, and ReLU."""
 
     def __init__(self, widths: Sequence[int]) -> None:
-        """``widths``: inputs, hidden layers and outputs, e.g. (1120, 2048, 2048, 2048)."""
+        """Build the layers; ``widths``: inputs, hidden layers and outputs, e.g. (1120, 2048, 2048, 2048)."""
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), nn.LayerNorm(after, elementwise_affine=False), nn.ReLU()]
@@ -32,11 +32,11 @@ class Projector(nn.Sequential):
 
 
 class CoarseDecoder(nn.Module):
-    """Restores an image from an encoder's coarsest features alone, without skips (as in arXiv 2111.14791).
+    """Decoder that restores an image from an encoder's coarsest features, without skips (as in arXiv 2111.14791).
 
-    Convolutions of 3 voxels, each with instance norm, LeakyReLU and linear upsampling, back to the patch. Widths and
-    sizes are those of the encoder's maps in reverse order; where the finest map is coarser than the patch (tokens)
-    further stages double the size and halve the width. Short axes of a token are doubled last.
+    A stage is a convolution of 3 voxels, instance norm, LeakyReLU and linear upsampling. Widths and sizes are those of
+    the encoder's maps in reverse order. If the finest map is coarser than the patch (tokens), further stages double the
+    size and halve the width; short axes of a token are doubled last.
     """
 
     def __init__(self, backbone: AbstractBackbone, num_outputs: int) -> None:
@@ -59,7 +59,7 @@ class CoarseDecoder(nn.Module):
         self.output = convolution(widths[-1], num_outputs, 3, padding=1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Compute (B, num_outputs, *patch_size) from the encoder's maps, fine to coarse; only the last one is read."""
+        """Return (B, num_outputs, *patch_size). ``features`` are fine to coarse; only the last map's values count."""
         x = features[-1]
         for stage, size in zip(self.stages, self._sizes(features), strict=True):
             x = functional.interpolate(stage(x), size=size, mode=self.mode, align_corners=False)

@@ -1,8 +1,8 @@
 """Masked autoencoder: most of the patch is hidden and restored from the rest (arXiv 2111.06377, 2410.23132).
 
-What is hidden: 75 % of the cells of a regular grid. U-Nets see the patch with the hidden voxels filled; Primus sees the
-visible tokens only. Target: the hidden voxels as they were, in the plan's normalisation. Loss: mean squared error on
-them alone. The cells are 16 voxels wide (less in small patches) for U-Nets, and the tokens for Primus.
+Hidden: 75 % of the cells of a regular grid. Cells are 16 voxels wide for U-Nets (less in small patches) and the tokens
+for Primus. U-Nets see the patch with hidden voxels filled; Primus sees only visible tokens. Target: the hidden voxels,
+in the plan's normalisation. Loss: mean squared error on hidden voxels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mfm_nnunet.tasks.registry import TASKS
 
 
 class MAE(MaskedRestoration):
-    """Restores hidden voxels; tokens of Primus are dropped, so all items of a batch hide equally many."""
+    """Restore hidden voxels. Tokens of Primus are dropped, so all items of a batch hide the same number."""
 
     name = "mae"
     citations = TASKS["mae"].citations

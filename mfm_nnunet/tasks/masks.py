@@ -1,4 +1,4 @@
-"""Masks of random blocks, and the base of all tasks that restore what a mask hides.
+"""Masks of random blocks, and the base class of tasks that restore hidden voxels.
 
 Legend: B batch, C channels, D H W voxels of the patch; in 2D there is no D. ``cell_size`` and ``patch_size`` are voxels
 per axis. A mask is the same for all channels.
@@ -40,7 +40,7 @@ class MaskingConfig:
 
 
 class MaskingTransform(PatchTransform):
-    """Adds the mask: ``image`` (C, D, H, W) float32 and ``hidden`` (1, D, H, W) bool."""
+    """Draw a mask. Items: ``image`` (C, D, H, W) float32 and ``hidden`` (1, D, H, W) bool."""
 
     def __call__(
         self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
@@ -52,9 +52,9 @@ class MaskingTransform(PatchTransform):
 
 
 class MaskedRestoration(PretextTask):
-    """Abstract base: the network restores hidden voxels through its own head, one output per image channel.
+    """Abstract base of tasks that restore hidden voxels through the network's head, one output per image channel.
 
-    The loss counts hidden voxels only, without anonymised ones.
+    The loss counts only hidden voxels, without anonymised ones.
     """
 
     Config = MaskingConfig
@@ -63,7 +63,7 @@ class MaskedRestoration(PretextTask):
 
     @classmethod
     def resolve(cls, config: Any, geometry: Geometry) -> Any:
-        """Fill in ``cell_size`` and check that masks can be drawn with it."""
+        """Fill in ``cell_size`` and check it together with ``mask_ratio``."""
         config = super().resolve(config, geometry)
         cell = resolve_cell_size(config.cell_size, geometry)
         require_mask_ratio(config.mask_ratio, cell, geometry.patch_size)
@@ -74,7 +74,7 @@ class MaskedRestoration(PretextTask):
         return "spatial"
 
     def restore(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor) -> Tensor:
-        """Compute dense outputs (B, K, D, H, W) from the visible voxels alone."""
+        """Compute dense outputs (B, K, D, H, W) from visible voxels only."""
         return self.backbone.restore(x_BCDHW, hidden_B1DHW, self.config.fill_value)
 
     def error(self, restored_BCDHW: Tensor, target_BCDHW: Tensor, counted_B1DHW: Tensor) -> Tensor:
@@ -98,12 +98,12 @@ class MaskedRestoration(PretextTask):
 
 
 def cell_grid(patch_size: Sequence[int], cell_size: Sequence[int]) -> tuple[int, ...]:
-    """Count the cells per axis; the last one of an axis is smaller where the patch is not a multiple of the cell."""
+    """Count the cells per axis, including a smaller last cell if the patch is not a multiple of the cell."""
     return tuple(-(-patch // cell) for patch, cell in zip(patch_size, cell_size))
 
 
 def num_hidden_cells(patch_size: Sequence[int], cell_size: Sequence[int], ratio: float) -> int:
-    """Count the cells that are hidden: int(ratio x cells), in every sample."""
+    """Count the hidden cells per sample: int(ratio x cells)."""
     return int(ratio * math.prod(cell_grid(patch_size, cell_size)))
 
 
@@ -124,17 +124,17 @@ def paint_cells(cells: np.ndarray, cell_size: Sequence[int], patch_size: Sequenc
 
 
 def auto_cell_size(patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Choose cells for networks without tokens: 16 voxels on axes of 64 and more (arXiv 2410.23132), else a quarter.
+    """Choose cells for networks without tokens: 16 voxels on axes of 64 or more (arXiv 2410.23132), else a quarter.
 
-    But at least 4 voxels: smaller cells could be filled in from their neighbours alone.
+    The minimum is 4 voxels, because smaller cells could be interpolated from their neighbours.
     """
     return tuple(16 if size >= 64 else min(size, max(4, size // 4)) for size in patch_size)
 
 
 def resolve_cell_size(cell_size: tuple[int, ...] | None, geometry: Geometry) -> tuple[int, ...]:
-    """Check ``pretext.cell_size`` and give each axis a number.
+    """Check ``pretext.cell_size`` and expand it to all axes.
 
-    None: the tokens of the network, or :func:`auto_cell_size` where it has none.
+    None: the network's tokens, or :func:`auto_cell_size` without tokens.
     """
     patch, token = geometry.patch_size, geometry.mask_cell
     has_tokens = max(token) > 1
@@ -176,10 +176,10 @@ def draw_lattice(
     num_classes: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Draw classes (D, H, W), uint8, of a regular lattice of equal cells at a random offset.
+    """Draw classes (D, H, W), uint8, on a regular lattice of equal cells at a random offset.
 
-    Of n cells exactly int(mixed_fraction x n) get a class from 1 to ``num_classes``; the others, and the margin where
-    no whole cell fits, are class 0.
+    Exactly int(mixed_fraction x n) of n cells get a class from 1 to ``num_classes``. The others, and the margin without
+    whole cells, are class 0.
     """
     sides = [int(rng.integers(*cell_limits(size, cell_range), endpoint=True)) for size in patch_size]
     offsets = [int(rng.integers(size % side, endpoint=True)) for size, side in zip(patch_size, sides)]
@@ -194,10 +194,10 @@ def draw_lattice(
 
 
 def draw_boxes(patch_size: tuple[int, ...], num_classes: int, rng: np.random.Generator, erases: bool) -> np.ndarray:
-    """Draw classes (D, H, W), uint8, of boxes with sides of 8 voxels (less on short axes) up to 62.5 % of the patch.
+    """Draw classes (D, H, W), uint8, in boxes with sides of 8 voxels (less on short axes) up to 62.5 % of the patch.
 
-    Later boxes lie over earlier ones. With ``erases`` there are 10 to 39, wholly inside, of classes 0 to
-    ``num_classes``; else 10 to 40, centred anywhere and cut at the border, of classes from 1.
+    Later boxes cover earlier ones. With ``erases``: 10 to 39 boxes inside the patch, of classes 0 to ``num_classes``.
+    Without: 10 to 40 boxes centred anywhere and cut at the border, of classes 1 to ``num_classes``.
     """
     label = np.zeros(patch_size, np.uint8)
     limits = [(cell_limits(size, (8, 8))[0], int(MAX_BOX * size)) for size in patch_size]

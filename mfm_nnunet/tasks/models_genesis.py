@@ -1,10 +1,9 @@
-"""Models Genesis: the network undoes four kinds of damage at once (arXiv 1908.06912, 2004.07882).
+"""Models Genesis: undo four kinds of corruption at once (arXiv 1908.06912, 2004.07882).
 
-What is corrupted: voxels are shuffled within small windows, intensities are bent along a random curve, and boxes, or
-everything but a few boxes, are painted over with noise. Target: the original patch. Loss: mean squared error over the
-whole patch. Curve and noise are defined in [0, 1]; they work between robust percentiles of each channel, so that
-normalised images keep their range and distinct values (the published code bends z-scored images as if they were in
-[0, 1]).
+Corruption: voxels are shuffled within small windows, intensities are mapped by a random curve, and boxes, or everything
+outside a few boxes, are painted over with noise. Target: the original patch. Loss: mean squared error over the whole
+patch. Curve and noise are defined in [0, 1] and scaled to robust percentiles of each channel, so that normalised images
+keep their range and distinct values. (The published code maps z-scored images as if they were in [0, 1].)
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from mfm_nnunet.tasks.losses import explained_variance, masked_mse
 from mfm_nnunet.tasks.registry import TASKS
 
 WINDOW_SHAPES = 128
-"""Different shapes of windows in one item."""
+"""Number of different window shapes per item."""
 
 MARGIN = 3
-"""Voxels between a painted or kept box and the border of the patch, where there is room for them."""
+"""Minimum distance in voxels of boxes from the border of the patch, if there is room."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class ModelsGenesisConfig:
 
 
 class ModelsGenesisTransform(PatchTransform):
-    """Makes ``image``, corrupted, and ``target``, the original: both (C, D, H, W) float32 in normalised units."""
+    """Make ``image`` (corrupted) and ``target`` (original), both (C, D, H, W) float32 in normalised units."""
 
     def __call__(
         self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
@@ -61,7 +60,7 @@ class ModelsGenesisTransform(PatchTransform):
 
 
 class ModelsGenesis(PretextTask):
-    """Restores the whole patch through the network's own head: one output per image channel."""
+    """Restore the whole patch through the network's own head, one output per image channel."""
 
     name = "models_genesis"
     Config = ModelsGenesisConfig
@@ -88,7 +87,7 @@ class ModelsGenesis(PretextTask):
         loss = masked_mse(restored_BCDHW, target_BCDHW, counted_B1DHW)
         metrics = {
             "explained_variance": explained_variance(loss, target_BCDHW, counted_B1DHW),
-            # The loss of returning the input: below it the network undoes damage.
+            # Loss of returning the input. The network restores something once its loss is below this.
             "corruption": masked_mse(image_BCDHW, target_BCDHW, counted_B1DHW),
         }
         pictures = {"original": target_BCDHW[0], "corrupted": image_BCDHW[0], "restored": restored_BCDHW[0]}
@@ -96,9 +95,9 @@ class ModelsGenesis(PretextTask):
 
 
 def corrupt(x_CDHW: np.ndarray, config: Any, rng: np.random.Generator) -> np.ndarray:
-    """Make a corrupted copy. All channels are shuffled and painted at the same places; each has a curve of its own.
+    """Return a corrupted copy. Channels are shuffled and painted at the same places, but have separate curves.
 
-    Only curve and noise are mapped to [0, 1] and back, so that untouched and shuffled voxels stay exact.
+    Only curve and noise use the map to [0, 1], so other voxels keep their exact values.
     """
     shuffles, bends, paints, inpaints = rng.random(4) < (
         config.shuffle_probability,
@@ -125,17 +124,16 @@ def corrupt(x_CDHW: np.ndarray, config: Any, rng: np.random.Generator) -> np.nda
 def draw_shuffle(
     patch_size: Sequence[int], largest_window: float, coverage: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw the source of each voxel's intensity: flat indices (D * H * W,), permuted within random windows.
+    """Draw the source of each voxel: flat indices (D * H * W,), permuted within random windows.
 
-    Windows always read the uncorrupted patch; where they overlap the later one counts, as published.
+    Windows read the uncorrupted patch. Where they overlap, the later one counts, as published.
     """
     index = np.arange(math.prod(patch_size)).reshape(patch_size)
     source = index.flatten()
     limits = [min(size, max(4, int(largest_window * size))) for size in patch_size]
     num_windows = math.ceil(coverage * index.size / math.prod((1 + limit) / 2 for limit in limits))
-    # Drawing a shape and a permutation for each of 10,000 windows costs more than moving the voxels. Windows are
-    # therefore drawn in groups of one shape and one permutation, which leaves the distribution of each single window
-    # unchanged.
+    # Drawing a shape and a permutation for each of 10,000 windows costs more than moving the voxels. So windows are
+    # drawn in groups that share both. The distribution of each single window is unchanged.
     bounds = np.linspace(0, num_windows, min(num_windows, WINDOW_SHAPES) + 1).astype(int)
     for count in np.diff(bounds):
         sides = rng.integers(1, limits, endpoint=True)
@@ -147,7 +145,7 @@ def draw_shuffle(
 
 
 def draw_inpainting(patch_size: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Draw the voxels (D, H, W) to paint over: up to 5 boxes with sides of a sixth to a third of the patch."""
+    """Draw a mask (D, H, W) of voxels to paint: up to 5 boxes with sides of a sixth to a third of the patch."""
     painted = np.zeros(patch_size, bool)
     for _ in range(_draw_count(5, rng)):
         painted[_draw_box(patch_size, [(size // 6, size // 3) for size in patch_size], rng)] = True
@@ -155,7 +153,7 @@ def draw_inpainting(patch_size: Sequence[int], rng: np.random.Generator) -> np.n
 
 
 def draw_outpainting(patch_size: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Draw the voxels (D, H, W) to paint over: all but 1 to 5 boxes with sides of three to four sevenths."""
+    """Draw a mask (D, H, W) of voxels to paint: all but 1 to 5 boxes with sides of 3/7 to 4/7 of the patch."""
     painted = np.ones(patch_size, bool)
     for _ in range(1 + _draw_count(4, rng)):
         limits = [(size - 4 * size // 7, size - 3 * size // 7) for size in patch_size]
@@ -164,7 +162,7 @@ def draw_outpainting(patch_size: Sequence[int], rng: np.random.Generator) -> np.
 
 
 def _draw_count(most: int, rng: np.random.Generator) -> int:
-    """Draw a number up to ``most``; counting continues with probability 0.95 each time."""
+    """Draw a number up to ``most``: each increment happens with probability 0.95, until the first that does not."""
     return int(np.cumprod(rng.random(most) < 0.95).sum())
 
 

@@ -1,6 +1,6 @@
-"""List the built-in pretext tasks: what ``--list`` prints and what checkpoints cite. Imports no torch.
+"""Registry of built-in pretext tasks, for ``--list`` and the citations in checkpoints. Does not import torch.
 
-A built-in task is a file of this folder and an entry here, both under its name.
+A built-in task has a file in this folder and an entry here, both under its name.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class TaskInfo:
     """Facts about a built-in pretext task."""
 
     name: str
-    """As in ``--pretext``."""
+    """Value of ``--pretext``."""
     hides: str
-    """Hidden, mixed or compared parts of the image, in a few words."""
+    """Short description of what is hidden, mixed or compared."""
     recipe: str
     """Batch and patch of the published recipe, e.g. "8 x 160x160x160"."""
     paper: str
@@ -35,12 +35,12 @@ class TaskInfo:
 
     @property
     def backbones(self) -> tuple[str, ...]:
-        """Return the built-in families of networks that the task works on."""
+        """Built-in network families that the task supports."""
         return {"any": ("resenc", "primus"), "tokens": ("primus",), "sparse encoder": ("resenc",)}[self.needs]
 
     @property
     def citations(self) -> list[dict[str, Any]]:
-        """Return the citations in the form that checkpoints hold."""
+        """Citations in the format of checkpoints."""
         return [{"type": "Pretraining Method", "name": self.method, "apa_citations": list(self.apa_citations)}]
 
 

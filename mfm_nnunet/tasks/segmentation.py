@@ -1,4 +1,4 @@
-"""Segmentation as a task: nnU-Net's network and loss as parts, and the counts behind its pseudo Dice.
+"""Segmentation task with nnU-Net's network and loss, and the counts for its pseudo Dice.
 
 Shapes: B batch, K classes or regions, C channels, D H W voxels (2D has no D).
 """
@@ -16,10 +16,10 @@ from mfm_nnunet.tasks.base import Task, TaskOutput
 
 
 class SegmentationTask(Task):
-    """Predicts label maps, or regions that may overlap.
+    """Predict label maps, or regions that may overlap.
 
-    ``loss`` compares what ``network`` returns with ``batch["target"]``: with deep supervision both are lists, the full
-    resolution first. ``ignore_label`` marks voxels that do not count; among regions these are the last channel of the
+    ``loss`` compares the output of ``network`` with ``batch["target"]``. With deep supervision both are lists, full
+    resolution first. ``ignore_label`` marks voxels that do not count; with regions it is the last channel of the
     target.
     """
 
@@ -36,11 +36,11 @@ class SegmentationTask(Task):
 
     @property
     def network(self) -> nn.Module:
-        """Return nnU-Net's network, with its wrappers."""
+        """nnU-Net's network, including wrappers."""
         return self._network
 
     def forward(self, batch: dict[str, Any]) -> TaskOutput:
-        """Return the loss; in eval mode also the voxels that are right and wrong, per foreground class or region."""
+        """Compute the loss; in eval mode also count right and wrong voxels per foreground class or region."""
         output, target = self._network(batch["data"]), batch["target"]
         loss = self.loss(output, target)
         if self.training:
@@ -49,9 +49,9 @@ class SegmentationTask(Task):
         return TaskOutput(loss, self._count(*finest))
 
     def summarise(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the mean loss and the Dice over all voxels of the validation: nnU-Net's pseudo Dice.
+        """Return the mean loss and the Dice over all voxels of the validation (nnU-Net's pseudo Dice).
 
-        The Dice of a class that no batch holds, and that was nowhere predicted, is NaN.
+        The Dice is NaN for a class that is neither in the targets nor predicted.
         """
         hits, excess, missed = (values[name].sum(0) for name in ("hits", "excess", "missed"))
         dice = 2 * hits / (2 * hits + excess + missed)

@@ -1,9 +1,9 @@
 """SimCLR: overlapping crops should look alike to the encoder, all others different (arXiv 2002.05709).
 
-Per item one region of a volume is read. In it lie ``num_references`` crops at random places and, for each of them, a
-second one shifted by at most half a crop per axis: a pair. Contrast, noise, sharpness and orientation of each crop are
-changed at random. Loss: NT-Xent between the projected, pooled features of all pairs of all items of all processes. Two
-references of one volume may overlap and still count as different, as in OpenMind's recipe. Only the encoder is trained.
+Each item reads one region of a volume. ``num_references`` crops are cut from it at random places. Each is paired with a
+second crop, shifted by at most half a crop per axis. Contrast, noise, sharpness and orientation of crops are changed at
+random. Loss: NT-Xent between the projected, pooled features of all pairs in the batch over all processes. Two
+references of one volume may overlap and still count as negatives, as in OpenMind's recipe. Only the encoder is trained.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SimCLRConfig(ViewConfig):
 
 
 class SimCLRTransform(PatchTransform):
-    """Makes ``image`` (2R, C, *crop): the R reference crops, then their partners in the same order."""
+    """Cut ``image`` (2R, C, *crop): R reference crops, then their partners in the same order."""
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
         return [CropRequest(self.config.region_size, pad=False)]
@@ -54,7 +54,7 @@ class SimCLRTransform(PatchTransform):
 
 
 class SimCLR(ViewComparison):
-    """Finds the partner of each crop among all crops of the batch."""
+    """Find the partner of each crop among all crops of the batch."""
 
     name = "simclr"
     Config = SimCLRConfig
@@ -71,12 +71,12 @@ class SimCLR(ViewComparison):
 
     @classmethod
     def smallest_volume(cls, config: SimCLRConfig) -> tuple[int, ...] | None:
-        """Return one crop: nothing is padded."""
+        """Return the size of a crop, because volumes are not padded."""
         return config.crop_size
 
     @classmethod
     def smallest_batch(cls, config: SimCLRConfig) -> int:
-        """Return as many items as make two pairs: a single pair has no negatives."""
+        """Return the items for two pairs, because a single pair has no negatives."""
         return math.ceil(2 / config.num_references)
 
     def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
@@ -93,16 +93,16 @@ class SimCLR(ViewComparison):
             lambda: {
                 "crops": side_by_side(references_RCDHW),
                 "their partners": side_by_side(partners_RCDHW),
-                # Rows and columns are all crops; pairs lie half the width off the diagonal.
+                # Rows and columns are all crops; pairs are offset from the diagonal by half the width.
                 "cosines": as_picture(similarity.nan_to_num(neginf=1), views_BVCDHW.dim() - 3),
             },
         )
 
 
 def draw_pairs(config: Any, region_size: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the first voxels of the reference crops in a region, and of their partners: two arrays (R, axes).
+    """Draw the first voxels of reference crops and of their partners in a region: two arrays (R, axes).
 
-    Both lie inside the region; they are at most ``max_shift`` crops apart on each axis.
+    All crops lie inside the region. Partners are at most ``max_shift`` crops apart on each axis.
     """
     crop = np.asarray(config.crop_size)
     last = np.asarray(region_size) - crop

@@ -1,8 +1,8 @@
 """SimMIM: hidden tokens are replaced by a learned one and restored from the others (arXiv 2111.09886).
 
-What is hidden: 75 % of the tokens. Unlike in MAE all places pass the encoder, the hidden ones as one learned token that
-takes their place before positions are added; the network's own patch decoder restores them, and no other decoder is
-needed. Target and loss are MAE's. U-Nets have the same in MAE, where hidden voxels are filled.
+Hidden: 75 % of the tokens. Unlike in MAE, the encoder sees all places. A learned token replaces the hidden ones before
+positions are added. The network's own patch decoder restores them, so no other decoder is needed. Target and loss are
+those of MAE. For U-Nets MAE already does the same, because it fills hidden voxels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SimMIMConfig(MaskingConfig):
 
 
 class SimMIM(MaskedRestoration):
-    """Restores hidden tokens through the network's own patch decoder."""
+    """Restore hidden tokens through the network's own patch decoder."""
 
     name = "simmim"
     Config = SimMIMConfig

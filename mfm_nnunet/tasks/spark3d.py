@@ -1,8 +1,8 @@
-"""SparK in 3D (S3D): the encoder works at visible places only, like sparse convolutions (arXiv 2301.03580, 2410.23132).
+"""SparK in 3D (S3D): an encoder that computes only at visible places (arXiv 2301.03580, 2410.23132).
 
-What is hidden: as in MAE for U-Nets, 75 % of the cells of a regular grid. But hidden places stay empty in every layer
-of the encoder, and norms count the visible ones. Before the decoder each feature map is made dense: hidden places get a
-learnable token, coarser maps also a convolution. Target and loss are MAE's. Networks with tokens have this in MAE.
+Hidden: 75 % of the cells of a regular grid, as in MAE for U-Nets. But hidden places stay empty in every layer of the
+encoder, and norms use only visible places. Before the decoder, hidden places of each feature map get a learnable token;
+coarser maps also get a convolution. Target and loss are those of MAE. For networks with tokens use MAE instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mfm_nnunet.tasks.sparse import Densify, SparseEncoder
 
 
 class SparK(MaskedRestoration):
-    """Restores hidden voxels through the network's own decoder; ``fill_value`` is seen by the first convolution."""
+    """Restore hidden voxels through the network's own decoder; only the first convolution sees ``fill_value``."""
 
     name = "spark3d"
     needs = TASKS["spark3d"].needs
@@ -27,7 +27,7 @@ class SparK(MaskedRestoration):
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:
         super().__init__(config, backbone)
         self._encode = SparseEncoder(backbone.network.encoder)
-        # The finest map has no convolution: it would cost as much as all the others together.
+        # The finest map has no convolution, which would cost as much as all others together.
         self.densify = nn.ModuleList(
             Densify(width, len(backbone.patch_size), has_convolution=level > 0)
             for level, width in enumerate(backbone.feature_widths())

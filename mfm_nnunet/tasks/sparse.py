@@ -1,8 +1,8 @@
-"""Sparse convolutions on dense tensors: an encoder that computes at visible places only (arXiv 2301.03580).
+"""Sparse convolutions on dense tensors: an encoder that computes only at visible places (arXiv 2301.03580).
 
-A convolution's output, bias included, is set to 0 at inactive places, and instance norms take their statistics from
-the active ones. The layers of the network are not replaced: names, sharing and weights are the plain network's, and so
-are its outputs whenever it is not called through :class:`SparseEncoder`.
+The output of a convolution (including bias) is set to 0 at inactive places. Instance norms take their statistics from
+active places. Layers are not replaced, so names, sharing and weights stay the same. The network behaves as usual unless
+it is called through :class:`SparseEncoder`.
 
 Legend: B batch, C channels, D H W places of a feature map; in 2D there is no D.
 """
@@ -24,15 +24,15 @@ from mfm_nnunet.errors import MFMError
 
 
 class SparseEncoder:
-    """Calls the encoder of a U-Net sparsely; all other calls of the encoder are dense.
+    """Sparse calls of a U-Net's encoder; all other calls of the encoder are dense.
 
-    Hooks on its layers ask this object, which belongs to one task, for the mask of the batch. It keeps the mask until
-    the next call of the encoder, sparse or dense, so that activation checkpointing, which recomputes a stage or less in
-    the backward pass, sees the same one.
+    Hooks on the layers read the mask of the batch from this object. The mask is kept until the next call of the
+    encoder, because activation checkpointing recomputes stages in the backward pass with the same mask.
+
+    Raises MFMError (E_CONFIG) if the encoder has layers without a sparse form.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
-        """Raises MFMError (E_CONFIG) when the encoder has layers that cannot work sparsely."""
         _require_known_layers(encoder)
         self._encoder = encoder
         self._announced_B1DHW: Tensor | None = None
@@ -45,23 +45,23 @@ class SparseEncoder:
                 layer.forward = partial(self._normalise, layer, layer.forward)  # type: ignore[method-assign]
 
     def __call__(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor) -> list[Tensor]:
-        """Compute the feature maps (B, C, D, H, W), fine to coarse, 0 at inactive places.
+        """Compute the feature maps (B, C, D, H, W), fine to coarse, with 0 at inactive places.
 
-        ``hidden_B1DHW`` is boolean. Convolutions at visible voxels see the values of ``x_BCDHW`` at hidden neighbours.
+        ``hidden_B1DHW`` is boolean. The first convolution sees the values of ``x_BCDHW`` at hidden neighbours.
         """
         self._announced_B1DHW = hidden_B1DHW
         return self._encoder(x_BCDHW)
 
     def inactive(self, size: tuple[int, ...]) -> Tensor:
-        """Return the inactive places (B, 1, *size), boolean, of a feature map of the last call.
+        """Return the boolean mask (B, 1, *size) of inactive places in a feature map of the last call.
 
-        A place is active if any voxel under it is visible; each axis has its own stride.
+        A place is active if any voxel under it is visible. Strides may differ between axes.
         """
         assert self._inactive, "the last call of the encoder was not a sparse one"
         return self._inactive[size]
 
     def _begin(self, encoder: Any, inputs: Any) -> None:
-        """Shrink the mask to all resolutions at once, since compiled layers must not write shared state."""
+        """Shrink the mask to all resolutions in advance, because compiled layers must not write shared state."""
         hidden_B1DHW, self._announced_B1DHW = self._announced_B1DHW, None
         self._inactive = {}
         if hidden_B1DHW is not None:
@@ -84,7 +84,7 @@ class SparseEncoder:
 
 
 class Densify(nn.Module):
-    """Makes a sparse feature map dense for the decoder: norm, a learnable token at inactive places, convolution."""
+    """Convert a sparse feature map to a dense one: norm, learnable token at inactive places, convolution."""
 
     def __init__(self, num_channels: int, num_axes: int, has_convolution: bool) -> None:
         super().__init__()
@@ -100,10 +100,10 @@ class Densify(nn.Module):
 
 
 def shrink_hidden(hidden_B1DHW: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Shrink a mask to a coarser resolution (B, 1, *size): True where everything under a place is hidden.
+    """Shrink a mask to a coarser resolution (B, 1, *size): True if all voxels under a place are hidden.
 
-    So pooling in the skips of residual blocks gives 0 where the map is inactive, and a sample with a visible voxel has
-    an active place at every resolution.
+    Pooling in the skips of residual blocks then gives 0 at inactive places. A sample with a visible voxel has an active
+    place at every resolution.
     """
     steps = [whole // part for whole, part in zip(hidden_B1DHW.shape[2:], size)]
     assert hidden_B1DHW.shape[2:] == tuple(map(math.prod, zip(size, steps))), f"{size} does not divide the mask"
@@ -118,9 +118,10 @@ def masked_instance_norm(
     bias_C: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalise each sample's active places; the others become 0, whatever their value.
+    """Normalise the active places of each sample; inactive places become 0.
 
-    By sums, in float32 at least: samples may differ in their number of active places, and nothing waits for the device.
+    Uses masked sums, in at least float32, because the number of active places differs between samples and indexing
+    would synchronise with the device.
     """
     x = x_BCDHW.to(torch.promote_types(x_BCDHW.dtype, torch.float32))
     axes = tuple(range(2, x.dim()))
@@ -137,7 +138,7 @@ def masked_instance_norm(
 
 
 def _require_known_layers(encoder: nn.Module) -> None:
-    """Refuse layers with weights or state that have no sparse form; activations, dropout and pooling are fine."""
+    """Refuse layers with parameters or buffers, except convolutions, plain instance norms and PReLU."""
     for layer in encoder.modules():
         has_state = not any(layer.children()) and any(True for _ in (*layer.parameters(), *layer.buffers()))
         is_norm = isinstance(layer, _InstanceNorm) and not layer.track_running_stats

@@ -1,13 +1,13 @@
-"""SwinUNETR's tasks: restore what was cut out, find the rotation, tell images apart, all at once (arXiv 2111.14791).
+"""SwinUNETR: restore cut-out boxes, predict the rotation and contrast images, all at once (arXiv 2111.14791).
 
-Of each patch two views are made: rotated by a multiple of 90 degrees, then boxes are cut out and filled with noise, and
-others are replaced by the same region of another volume. From the encoder's coarsest features a decoder of the task's
-own restores the rotated, uncut patch (L1), one linear layer finds the rotation (cross entropy) and another gives the
+Each patch gives two views. A view is rotated by a multiple of 90 degrees; then some boxes are filled with noise, and
+others replaced by the same region of another volume. Three heads work on the encoder's coarsest features. A decoder
+restores the rotated, uncut patch (L1). A linear layer predicts the rotation (cross entropy). Another linear layer gives
 embeddings that should agree for the two views of a patch and differ from all others (NT-Xent). Only the encoder is
 trained.
 
-The original reads rotation and embedding from the tokens in one corner (``heads="token"``), ours from the average of
-all of them; its noise lies in [0, 1] whatever the image's range, ours in the range of the patch.
+Differences from the original: it reads rotation and embedding from the tokens in one corner (``heads="token"``), ours
+from the average of all tokens; its noise is always in [0, 1], ours in the range of the patch.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class SwinUNETRConfig:
 
 
 class SwinUNETRTransform(PatchTransform):
-    """Makes ``image`` and ``target`` (2, C, D, H, W), float32: the two views, cut and uncut.
+    """Make ``image`` and ``target`` (2, C, D, H, W), float32: the two views, cut and uncut.
 
-    ``rotation`` (2,), int64, are the quarter turns of each; ``valid`` (2, 1, D, H, W) is turned alike.
+    ``rotation`` (2,), int64, is the number of quarter turns of each; ``valid`` (2, 1, D, H, W) is rotated too.
     """
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
@@ -84,7 +84,7 @@ class SwinUNETRTransform(PatchTransform):
         views = [cut_out(target.copy(), config.cut_out_budget, config.box_range, rng) for target in targets]
         for view in views:
             if config.mix and rng.random() < config.mix_probability:
-                # The other image has a rotation of its own, unrelated to that of the view.
+                # The other image is rotated independently of the view.
                 other = rotate(crops[1], int(rng.integers(TURNS)), plane)
                 mix_in(view, other, config.mix_budget, config.box_range, rng)
         item = {"image": np.stack(views), "target": np.stack(targets), "rotation": np.array(turns, np.int64)}
@@ -94,7 +94,7 @@ class SwinUNETRTransform(PatchTransform):
 
 
 class SwinUNETR(PretextTask):
-    """Three losses on the encoder's coarsest features."""
+    """Combine restoration, contrast and rotation losses on the encoder's coarsest features."""
 
     name = "swin_unetr"
     Config = SwinUNETRConfig
@@ -107,14 +107,14 @@ class SwinUNETR(PretextTask):
         super().__init__(config, backbone)
         width = backbone.feature_widths()[-1]
         self.weights = _active_weights(config)
-        # Layers of a loss without weight are left out, so that every parameter gets a gradient.
+        # Layers for a loss with weight 0 are left out, so that every parameter gets a gradient.
         self.decoder = CoarseDecoder(backbone, backbone.num_inputs) if "restoration" in self.weights else None
         self.projection = nn.Linear(width, config.embedding_width) if "contrast" in self.weights else None
         self.classifier = nn.Linear(width, TURNS) if "rotation" in self.weights else None
 
     @classmethod
     def resolve(cls, config: SwinUNETRConfig, geometry: Geometry) -> SwinUNETRConfig:
-        """Choose the plane of rotation, and check the settings together."""
+        """Choose the plane of rotation, and check the combination of settings."""
         config = super().resolve(config, geometry)
         plane, patch_size = config.rotation_plane, geometry.patch_size
         if plane and not is_square(plane, patch_size):
@@ -139,7 +139,7 @@ class SwinUNETR(PretextTask):
 
     @classmethod
     def smallest_batch(cls, config: SwinUNETRConfig) -> int:
-        """Return two where views are compared: those of a single item have no negatives."""
+        """Return two with the contrastive loss, because views of a single item have no negatives."""
         return 2 if config.contrast_weight > 0 else 1
 
     @classmethod
@@ -172,7 +172,7 @@ class SwinUNETR(PretextTask):
 
 
 def summaries(coarsest_VEdhw: Tensor, heads: Literal["pooled", "token"]) -> tuple[Tensor, Tensor]:
-    """Return the features for rotation and embedding, (V, E) each."""
+    """Return the inputs of the rotation and contrast heads, (V, E) each."""
     if heads == "token":
         tokens_VET = coarsest_VEdhw.flatten(2)
         return tokens_VET[..., 0], tokens_VET[..., 1]

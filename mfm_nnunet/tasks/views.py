@@ -1,4 +1,4 @@
-"""Views: small, randomly changed crops of one region, and the base of all tasks that compare their embeddings.
+"""Views (small, randomly changed crops of one region) and the base class of tasks that compare them.
 
 Legend: B batch, C channels, D H W voxels, V views, E embedding; in 2D there is no D. Sizes and positions are voxels per
 axis.
@@ -25,7 +25,7 @@ from mfm_nnunet.tasks.image_operations import JITTER, jitter
 VIEW_JITTER = {**JITTER, "low resolution": 0.1}
 """Probability per view of each step of :func:`jitter`, as in OpenMind's contrastive tasks."""
 QUARTER_TURN = 0.3
-"""Probability of a rotation by 90, 180 or 270 degrees, as there."""
+"""Probability of a rotation by 90, 180 or 270 degrees, also as in OpenMind."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ViewConfig:
 
 
 class ViewComparison(PretextTask):
-    """Abstract base: compares views by the pooled features of all stages behind a projector of three layers.
+    """Abstract base of tasks that compare views by pooled features of all stages and a projector of three layers.
 
     Only the encoder is trained.
     """
@@ -63,9 +63,9 @@ class ViewComparison(PretextTask):
         return dataclasses.replace(config, crop_size=crop, quarter_turn=resolve_quarter_turn(config.quarter_turn, crop))
 
     def embed(self, views_BVCDHW: Tensor) -> Tensor:
-        """Embed all views, (B, V, E), float32; the encoder sees them as one batch."""
+        """Embed all views as one batch; return (B, V, E), float32."""
         features = self.backbone.features(views_BVCDHW.flatten(0, 1))
-        # Views of an untrained network differ by less than the precision of bf16, so the projector is float32.
+        # In an untrained network, views differ by less than the precision of bf16, so the projector runs in float32.
         with torch.autocast(views_BVCDHW.device.type, enabled=False):
             return self.projector(pool(features)).unflatten(0, views_BVCDHW.shape[:2])
 
@@ -74,7 +74,7 @@ def change_view(view_CDHW: np.ndarray, rng: np.random.Generator, quarter_turn: f
     """Apply jitter, mirroring (p 0.5 per axis) and a quarter turn to a view.
 
     ``quarter_turn`` is the probability of one to three turns by 90 degrees in the plane of the last two axes, which
-    must then be equally long. Nothing else changes the size. Changes ``view_CDHW`` in place; use the result.
+    must then have equal length. ``view_CDHW`` is modified; use the returned array.
     """
     view_CDHW = jitter(view_CDHW, rng, VIEW_JITTER)
     view_CDHW = np.flip(view_CDHW, tuple(np.flatnonzero(rng.random(view_CDHW.ndim - 1) < 0.5) + 1))
@@ -89,7 +89,7 @@ def cut_views(
     rng: np.random.Generator,
     quarter_turn: float,
 ) -> np.ndarray:
-    """Cut crops (V, C, *crop_size), float32, at these places (V, axes) of a region, and change each on its own."""
+    """Cut crops (V, C, *crop_size), float32, that start at ``starts_VA`` in a region, and change each independently."""
     views = []
     for start in starts_VA:
         inside = tuple(slice(low, low + side) for low, side in zip(start, crop_size))
@@ -98,10 +98,10 @@ def cut_views(
 
 
 def resolve_crop_size(crop_size: tuple[int, ...] | None, geometry: Geometry) -> tuple[int, ...]:
-    """Check ``pretext.crop_size`` and give each axis a number.
+    """Check ``pretext.crop_size`` and expand it to all axes.
 
-    None: 64 voxels on axes of at least 128, else about half the patch, in whole cells of the network and more than one
-    of them: at a single place the network's norms have no variance and attention has nothing to attend to.
+    None: 64 voxels on axes of at least 128, else about half the patch, in cells of the network. A crop needs more than
+    one cell: at a single place norms have no variance and attention has nothing to attend to.
     """
     cell = geometry.crop_cell
     if crop_size is None:
@@ -118,7 +118,7 @@ def _auto_crop_size(patch_size: tuple[int, ...], cell: tuple[int, ...]) -> tuple
     if crop == list(cell):
         cells = [size // step for size, step in zip(patch_size, cell)]
         longest = max(range(len(cells)), key=lambda axis: (cells[axis], axis))
-        # Two cells on each axis that has four; if none has, on one alone, so that crops stay smaller than the patch.
+        # Use two cells on axes with at least four, else on one axis only, so that crops are smaller than the patch.
         grown = [axis for axis, count in enumerate(cells) if count >= 4] or [longest]
         crop = [2 * step if axis in grown else step for axis, step in enumerate(cell)]
     return _require_several_places(size_per_axis("crop_size", tuple(crop), patch_size), cell)
@@ -143,12 +143,12 @@ def resolve_quarter_turn(quarter_turn: float | None, crop_size: Sequence[int]) -
 
 
 def side_by_side(views_VCDHW: Tensor) -> Tensor:
-    """Put views in a row along the last axis, (C, D, H, V W), for pictures."""
+    """Concatenate views along the last axis, (C, D, H, V W), for pictures."""
     return torch.cat(list(views_VCDHW), dim=-1)
 
 
 def tile(views_VCDHW: Tensor, grid: Sequence[int]) -> Tensor:
-    """Tile views by a grid of V = prod(grid), axis 0 outermost, (C, *grid x crop), for pictures."""
+    """Tile V = prod(grid) views, axis 0 outermost, (C, *grid x crop), for pictures."""
     assert len(views_VCDHW) == math.prod(grid), f"{len(views_VCDHW)} views are no grid of {tuple(grid)}"
     tiles = list(views_VCDHW)
     for axis, count in reversed(list(enumerate(grid, start=1))):
@@ -157,5 +157,5 @@ def tile(views_VCDHW: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def as_picture(table: Tensor, num_axes: int) -> Tensor:
-    """Shape a table (rows, columns) like a volume of one channel, for pictures."""
+    """Reshape a table (rows, columns) to a volume with one channel, for pictures."""
     return table.reshape(*[1] * (num_axes - 1), *table.shape)

@@ -1,9 +1,9 @@
-"""VoCo: predict from the embedding of a crop where in the volume it lies (arXiv 2402.17300).
+"""VoCo: predict the position of a crop in the volume from its embedding (arXiv 2402.17300).
 
-Per item one region of a volume is cut into a grid of base crops, and ``num_targets`` target crops are cut from it at
-random places. Contrast, noise, sharpness and orientation of each crop are changed at random. Target: how much of a
-target crop lies in each base crop, predicted by the cosine of their projected, pooled features. A regulariser makes
-base crops differ. Only the encoder is trained.
+Each item cuts one region of a volume into a grid of base crops, and ``num_targets`` target crops at random places.
+Contrast, noise, sharpness and orientation of each crop are changed at random. Target: the share of a target crop that
+lies in each base crop, predicted by the cosine of their projected, pooled features. A regulariser makes base crops
+differ. Only the encoder is trained.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class VoCoConfig(ViewConfig):
 
 
 class VoCoTransform(PatchTransform):
-    """Makes ``image`` (N + T, C, *crop), base crops in the order of the grid, then targets; and ``overlap`` (T, N)."""
+    """Cut ``image`` (N + T, C, *crop): base crops in grid order, then targets; compute ``overlap`` (T, N)."""
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
         return [CropRequest(region_size(self.config))]
@@ -63,7 +63,7 @@ class VoCoTransform(PatchTransform):
 
 
 class VoCo(ViewComparison):
-    """Predicts overlaps by the cosines between targets and base crops."""
+    """Predict overlaps by the cosines between target and base crops."""
 
     name = "voco"
     Config = VoCoConfig
@@ -79,7 +79,7 @@ class VoCo(ViewComparison):
 
     @classmethod
     def smallest_volume(cls, config: VoCoConfig) -> tuple[int, ...] | None:
-        """Return so much that at most half of the outermost base crops lies in the zeros around the volume."""
+        """Return a size for which at most half of the outermost base crops lies in the padding."""
         assert config.crop_size is not None
         return tuple(max(side, size - side) for side, size in zip(config.crop_size, region_size(config)))
 
@@ -111,17 +111,17 @@ class VoCo(ViewComparison):
 
 
 def region_size(config: Any) -> tuple[int, ...]:
-    """Return the voxels per axis of the region that the base crops tile, for a resolved ``config``."""
+    """Return the size in voxels of the region tiled by base crops, for a resolved ``config``."""
     return tuple(count * side for count, side in zip(config.grid, config.crop_size))
 
 
 def base_places(config: Any) -> np.ndarray:
-    """Return the first voxels of the base crops in the region, (N, axes), axis 0 outermost, without overlap."""
+    """Return the first voxels (N, axes) of the base crops in the region, axis 0 outermost."""
     return np.array(list(itertools.product(*map(range, config.grid)))) * config.crop_size
 
 
 def overlaps(targets_TA: np.ndarray, bases_NA: np.ndarray, crop_size: Sequence[int]) -> np.ndarray:
-    """Compute the share (T, N), float32, of each target crop in each base crop; places are their first voxels."""
+    """Compute the share (T, N), float32, of each target crop that lies in each base crop, from their first voxels."""
     common = np.asarray(crop_size) - np.abs(targets_TA[:, None] - bases_NA)
     return (common.clip(min=0) / crop_size).prod(2).astype(np.float32)
 

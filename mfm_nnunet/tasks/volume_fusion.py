@@ -1,13 +1,13 @@
-"""Volume Fusion: two crops are mixed in blocks, the network segments how strongly (arXiv 2306.16925; IEEE TIP 2025).
+"""Volume Fusion: two crops are mixed in blocks, and the mixing weight is segmented (arXiv 2306.16925; IEEE TIP 2025).
 
-In each voxel the patch is a foreground crop with weight l/K plus a background crop with 1 - l/K; the label l of 0 to K
-is the class to predict. This is an ordinary segmentation, so encoder and decoder are both trained. Published variants:
+Each voxel of the patch is a foreground crop with weight l/K plus a background crop with weight 1 - l/K. The label l,
+0 to K, is the class to predict. This is ordinary segmentation, so encoder and decoder are both trained. Variants:
 
 * ``grid`` (the authors' code of 2025, our default): both crops from one volume, resized and with changed contrast;
-  the blocks are a regular lattice. Needs one volume per item.
+  the blocks form a regular lattice.
 * ``boxes`` (the authors' code of 2023): crops of two volumes; overlapping boxes of random size.
-* ``two_image`` (OpenMind): crops of two volumes with nnU-Net's intensity augmentation; boxes of which some erase. The
-  original always takes the centre of the volume, we take random crops.
+* ``two_image`` (OpenMind): crops of two volumes with nnU-Net's intensity augmentation; some boxes erase others. The
+  original always crops the centre of the volume, ours crops at random.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class VolumeFusionConfig:
 
 
 class VolumeFusionTransform(PatchTransform):
-    """Makes ``image`` (C, D, H, W) float32, the fused patch, and ``label`` (D, H, W) uint8, 0 to K."""
+    """Make ``image`` (C, D, H, W) float32, the fused patch, and ``label`` (D, H, W) uint8, 0 to K."""
 
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
         if self.config.variant != "grid":
@@ -59,7 +59,7 @@ class VolumeFusionTransform(PatchTransform):
         foreground, background = self.prepare(crops, rng)
         label = draw_label(self.config, self.patch_size, rng)
         fused = fuse(foreground, background, label, self.config.num_classes)
-        # The grid variant mixes intensities in [0, 1]; downstream the network sees z-scored images, so here too.
+        # The grid variant mixes intensities in [0, 1], but fine-tuning uses z-scored images.
         return {"image": standardise(fused) if self.config.variant == "grid" else fused, "label": label}
 
     def prepare(self, crops: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
@@ -73,7 +73,7 @@ class VolumeFusionTransform(PatchTransform):
 
 
 class VolumeFusion(PretextTask):
-    """Segments the fused patch: K + 1 outputs, Dice and cross entropy."""
+    """Segment the fused patch: K + 1 outputs, Dice and cross entropy."""
 
     name = "volume_fusion"
     Config = VolumeFusionConfig
@@ -82,12 +82,12 @@ class VolumeFusion(PretextTask):
 
     @classmethod
     def volumes_per_item(cls, config: VolumeFusionConfig) -> int:
-        """Return two for ``boxes`` and ``two_image``: nothing can be seen of a volume mixed with itself."""
+        """Return two for ``boxes`` and ``two_image``, because mixing a volume with itself is invisible."""
         return 1 if config.variant == "grid" else 2
 
     @classmethod
     def augmentation(cls, config: VolumeFusionConfig) -> Augmentation:
-        # grid mirrors by itself; boxes has no augmentation in the original.
+        # grid does its own mirroring; boxes has no augmentation in the original.
         return "mirror" if config.variant == "two_image" else "none"
 
     @classmethod
@@ -116,14 +116,14 @@ def fuse(
 
 
 def draw_label(config: Any, patch_size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Draw a map of classes 0 to K (D, H, W), uint8, of the config's variant."""
+    """Draw a class map (D, H, W), uint8, 0 to K, for the variant of ``config``."""
     if config.variant == "grid":
         return draw_lattice(patch_size, config.cell_range, config.foreground_fraction, config.num_classes, rng)
     return draw_boxes(patch_size, config.num_classes, rng, erases=config.variant == "two_image")
 
 
 def _random_view(x_CDHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirror each axis with p 0.5 and change contrast and gamma; intensities in [0, 1]."""
+    """Mirror each axis with p 0.5 and change contrast and gamma; the result is in [0, 1]."""
     x_CDHW = np.flip(x_CDHW, tuple(np.flatnonzero(rng.random(x_CDHW.ndim - 1) < 0.5) + 1))
     x_CDHW = map_percentiles(x_CDHW, rng.uniform(0.1, 2), rng.uniform(98, 99.9))
     return apply_gamma(x_CDHW, rng.uniform(0.7, 1.5))
