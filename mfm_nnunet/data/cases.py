@@ -1,4 +1,4 @@
-"""Cases: their unique, readable names, their channels and subjects; and masks that were taken for scans."""
+"""Cases: readable, unique names, channels and subjects; detection of masks mistaken for scans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import ending_of, is_file_name, shown
 
 ROOM_FOR_ENDING = 40
-"""Bytes of a file name that endings take, and the names of unfinished files."""
+"""Bytes of a file name reserved for endings and for the names of unfinished files."""
 MAX_NAME = 120
 """Longest name of a case; file systems allow 255 bytes and endings are added."""
 PICTURES = frozenset((".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"))
@@ -39,9 +39,9 @@ class Case:
     modality: str = ""
     """Kind of image in the words of the source ("T1w", "CT"); "" if unknown."""
     dataset: str = ""
-    """Name of the collected dataset that it is from; "" if unknown."""
+    """Name of the original dataset within a collection; "" if unknown."""
     anonymisation_mask: Path | None = None
-    """A mask on the grid of the image, above 0 where voxels were changed so that nobody is recognised."""
+    """Mask on the image's grid, above 0 where voxels were altered to prevent identification."""
 
     def __post_init__(self) -> None:
         if not self.subject:
@@ -77,7 +77,7 @@ def group_channels(folder: Path, file_ending: str = "") -> dict[str, dict[int, P
 
 
 def require_channels(folder: Path, groups: dict[str, dict[int, Path]], num_channels: int) -> None:
-    """Raise MFMError (E_CHANNELS) that lists all cases without exactly the channels 0 to ``num_channels`` - 1."""
+    """Require exactly the channels 0 to ``num_channels`` - 1 of each case; E_CHANNELS lists all deviations."""
     wanted = set(range(num_channels))
     lines = []
     for name, files in groups.items():
@@ -94,18 +94,18 @@ def require_channels(folder: Path, groups: dict[str, dict[int, Path]], num_chann
 
 
 def named(relative: Sequence[PurePath], images: Sequence[tuple[Path, ...]]) -> list[Case]:
-    """Make cases named after the file stem, or after the whole relative path where the stem is not unique."""
+    """Make cases named after the file stem, or after the whole relative path if the stem is not unique."""
     stems = [safe_name(stem_of(path)) for path in relative]
     longer = ["__".join(safe_name(part) for part in (*path.parts[:-1], stem_of(path))) for path in relative]
     uses = Counter(stem.casefold() for stem in stems)
     candidates = [stem if uses[stem.casefold()] == 1 else full for stem, full in zip(stems, longer)]
-    # Names that still agree (two endings of one stem, letters of another case) get a digest of their path.
+    # Names that still collide (same stem with two endings, or differing only in case) get a digest of their path.
     uses = Counter(name.casefold() for name in candidates)
     names = [
         name if uses[name.casefold()] == 1 and len(name) <= MAX_NAME else with_digest(name, path.as_posix())
         for name, path in zip(candidates, relative)
     ]
-    # A listing may give two files of one name the same place.
+    # A listing may give two files the same name and place.
     uses = Counter(name.casefold() for name in names)
     names = [
         name if uses[name.casefold()] == 1 else with_digest(name, str(files[0])) for name, files in zip(names, images)
@@ -114,7 +114,7 @@ def named(relative: Sequence[PurePath], images: Sequence[tuple[Path, ...]]) -> l
 
 
 def with_digest(name: str, path: str) -> str:
-    """Append 8 hexadecimal digits of a path to ``name``, which is shortened if need be, so that it is unique."""
+    """Append 8 hexadecimal digits of a hash of ``path`` to ``name``, shortened if necessary."""
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{name[: MAX_NAME - 9]}_{digest}"
 
@@ -122,15 +122,15 @@ def with_digest(name: str, path: str) -> str:
 def subject_of(path: PurePath) -> str:
     """Return the BIDS subject ``sub-XX`` in a path; "" without one.
 
-    Equal names in different folders count as one person: they often are (derivatives, one folder per modality), and
-    if not, nothing is lost but some freedom in splitting.
+    Equal names in different folders count as one person, as in derivatives or one folder per modality. If they are
+    different people, only some freedom in splitting is lost.
     """
     matches = (re.match(r"sub-[A-Za-z0-9]+", part) for part in path.parts)
     return next((match[0] for match in matches if match), "")
 
 
 def is_case_name(name: str) -> bool:
-    """Return whether a name can be the stem of nnU-Net's files; NAME_seg.b2nd is the label map of NAME there."""
+    """Return whether a name can be the stem of nnU-Net's files; NAME_seg.b2nd is the label map of NAME."""
     is_file = is_file_name(f"{name}{'':_<{ROOM_FOR_ENDING}}")
     return bool(name) and is_file and not name.endswith("_seg") and not name.startswith(".")
 
@@ -146,12 +146,12 @@ def check_case_name(case: str) -> None:
 
 
 def spelling_of(name: str) -> str:
-    """Return what file systems that ignore letter case or Unicode form take a name for."""
+    """Normalise a name as file systems do that ignore letter case or Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def stem_of(path: PurePath) -> str:
-    """Return the name of a file without its image ending; ``.nii.gz`` is one ending."""
+    """Return a file name without its image ending; ``.nii.gz`` is one ending."""
     return path.name[: len(path.name) - len(ending_of(Path(path.name)))]
 
 
@@ -164,7 +164,7 @@ def safe_name(text: str) -> str:
 
 
 def image_files(source: Path) -> Iterator[Path]:
-    """Yield all files below ``source`` that are named as images, following links; the gate reports the others."""
+    """Yield all files below ``source`` with an image ending, following links."""
     seen: set[str] = set()
     for folder, folders, files in os.walk(source, followlinks=True):
         real = os.path.realpath(folder)
@@ -184,29 +184,29 @@ _FOLDER = re.compile(rf"(?:.*[_\-. ])?{_WORDS}(?:[_\-. ]?(?:tr|ts|\d+))?", re.IG
 _WITHOUT = re.compile(r"(?:^|[_\-. ])(?:no|non|without)[_\-. ]", re.IGNORECASE)
 
 FEW_VALUES = 20
-"""An image of at most so many whole numbers, the smallest of them 0, is a mask. Real scans of 8 bits have over 100."""
+"""An image with at most this many distinct whole numbers, the smallest 0, is a mask. Real 8-bit scans have over 100."""
 MOST_LABELS = 256
 SMOOTH = 0.85
-"""With up to ``MOST_LABELS`` whole numbers it is a mask where so large a part of its voxels equals the next one.
+"""An image with up to ``MOST_LABELS`` whole numbers is a mask if this share of its voxels equals the next one.
 
-In label maps it is 0.9 and more, in ultrasound of 8 bits, the smoothest of the scans that were measured, 0.6.
+Label maps reach 0.9 and more. Ultrasound in 8 bits, the smoothest scans measured, reaches 0.6.
 """
 _SAMPLE = 1 << 18
-"""Voxels that decide about nearly every scan; an image that looks like a mask in these is checked as a whole."""
+"""Number of voxels checked first. An image that looks like a mask in these is checked as a whole."""
 
 
 def is_named_mask(relative: PurePath) -> bool:
-    """Return whether the name of an image, or of a folder above it, says that it is a mask and no scan.
+    """Return whether the name of an image, or of a folder above it, marks it as a mask.
 
     ``relative`` is its path below the source: ``masks/a.nii.gz``, ``labelsTr/a.nii.gz``, ``a_seg.nii.gz``,
-    ``p1/segmentation.nii.gz``, ``label0001.nii.gz``. Names such as ``no_mask`` say the opposite.
+    ``p1/segmentation.nii.gz``, ``label0001.nii.gz``. Names such as ``no_mask`` are excluded.
     """
     names = [(_FOLDER, folder) for folder in relative.parts[:-1]] + [(_STEM, stem_of(relative))]
     return any(pattern.fullmatch(name) and not _WITHOUT.search(name) for pattern, name in names)
 
 
 def require_scan(file: Path, image_CDHW: np.ndarray) -> None:
-    """Raise MFMError (E_MASK) for an image of a corpus whose values are those of a mask or label map."""
+    """Raise MFMError (E_MASK) if an image of a corpus has the values of a mask or label map."""
     lines = image_CDHW.reshape(-1, image_CDHW.shape[-1])
     sample = lines[:: max(1, lines.size // _SAMPLE)]
     if _count_labels(sample) and (number := _count_labels(lines)):
@@ -218,7 +218,7 @@ def require_scan(file: Path, image_CDHW: np.ndarray) -> None:
 
 
 def _count_labels(lines: np.ndarray) -> int:
-    """Count the different values of a label map; 0 for a scan."""
+    """Count the distinct values of a label map; 0 for a scan."""
     if lines.min() != 0 or not (lines == np.rint(lines)).all():
         return 0
     number = len(np.unique(lines))

@@ -1,7 +1,7 @@
-"""Corpora of unlabelled images, registered where they lie, and the cases of any nnU-Net raw dataset.
+"""Register corpora of unlabelled images in place; list the cases of corpora and of nnU-Net raw datasets.
 
-A corpus is a dataset folder with ``dataset.json`` and ``corpus.json``. The latter holds the paths of the scans: it
-stays on this computer and nothing of it but a hash goes into a checkpoint.
+A corpus is a dataset folder with ``dataset.json`` and ``corpus.json``. The latter holds the paths of the scans. It
+stays on this computer; checkpoints contain only a hash of it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _log = logging.getLogger(__name__)
 
 
 def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channel_names: list[str]) -> Path:
-    """Write ``dataset.json`` and ``corpus.json`` of a corpus into ``raw_root/dataset_name``; returns the folder.
+    """Write ``dataset.json`` and ``corpus.json`` of a corpus into ``raw_root/dataset_name``; return the folder.
 
-    Registering again is allowed when the scans that are registered are among the new ones: new scans are added, known
-    ones keep their names, and those that no longer exist are dropped.
+    A corpus may be registered again if the new cases include all its existing scans. New scans are added, known ones
+    keep their names, and deleted ones are dropped.
 
     Raises MFMError: E_EXISTS (the folder holds a labelled dataset or other scans), E_CONFIG (a name other than
-    DatasetXXX_Name), E_CHANNELS (cases with other numbers of files than ``channel_names``), E_FORMAT (volumes and
-    pictures mixed), E_NOT_FOUND (no cases).
+    DatasetXXX_Name), E_CHANNELS (a case without one file per channel name), E_FORMAT (volumes and pictures mixed),
+    E_NOT_FOUND (no cases).
     """
     if not re.fullmatch(r"Dataset\d{3}_[A-Za-z0-9_.+-]+", dataset_name):
         raise MFMError("E_CONFIG", f"{dataset_name}: the name must be like Dataset701_Name (letters, digits, _ . + -).")
@@ -70,11 +70,11 @@ def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channe
 
 
 def load_cases(dataset_folder: Path, need_mapped_files: bool = True) -> list[Case]:
-    """List the cases of a registered corpus or of an nnU-Net raw dataset, in the order of their names.
+    """List the cases of a registered corpus or of an nnU-Net raw dataset, sorted by name.
 
-    In a corpus a scan that vanished is a bad case, which reading reports; in a labelled dataset every file must be
-    there, without ``need_mapped_files`` those alone that no "dataset" map names. Raises MFMError: E_FORMAT (a damaged
-    JSON file, or one that breaks nnU-Net's rules), and as :func:`mfm_nnunet.data.labelled.raw_cases`.
+    Missing scans of a corpus are reported as bad cases when they are read. A labelled dataset must be complete; without
+    ``need_mapped_files``, files named by a "dataset" map may be missing. Raises MFMError: E_FORMAT (a damaged JSON
+    file, or one that breaks nnU-Net's rules), and as :func:`mfm_nnunet.data.labelled.raw_cases`.
     """
     if is_corpus(dataset_folder):
         return _corpus_cases(dataset_folder)
@@ -94,7 +94,7 @@ def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
 
 
 def _names_given_twice(file: Path) -> list[str]:
-    """Find names that a JSON file gives twice in one table: of two such cases or labels one would vanish."""
+    """Find duplicate keys in a JSON file; the parser would drop one of two such cases or labels."""
     found: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,10 +111,10 @@ def is_corpus(dataset_folder: Path) -> bool:
 
 
 def corpus_hash(cases: Sequence[Case], sizes: Mapping[str, Mapping[str, list[int]]] | None = None) -> str:
-    """Hash names, modalities and datasets of the cases and sizes of their files; the hash reveals none of them.
+    """Hash the names, modalities, datasets and file sizes of the cases. The hash reveals none of its inputs.
 
-    ``sizes`` holds what is known of the files of a case, ``images`` and each kind of mask, so that scans which were
-    preprocessed and are not there any more have the same hash; the sizes of all others are read.
+    ``sizes`` holds known file sizes by case (``images`` and each kind of mask), so preprocessed scans keep their hash
+    after the raw files are gone. The sizes of all other cases are read from disk.
     """
     return _hash_lines([_hash_line(case, (sizes or {}).get(case.name, {})) for case in cases])
 
@@ -127,7 +127,7 @@ def _hash_line(case: Case, known: Mapping[str, list[int]]) -> str:
 
 
 def signature(cases: Sequence[Case]) -> str:
-    """Hash names, paths, sizes and modification times of all files, to find out whether anything changed."""
+    """Hash the names, paths, sizes and modification times of all files, to detect any change."""
     lines = []
     for case in cases:
         files = [*case.images, *([case.label] if case.label is not None else [])]
@@ -138,7 +138,7 @@ def signature(cases: Sequence[Case]) -> str:
 
 
 def _more(case: Case, mask: Any) -> str:
-    """Return the end of a line of a digest, empty for a case with nothing but images: stored digests depend on it."""
+    """Format a case's modality, dataset and mask for hashing; "" without any, because stored digests depend on it."""
     known = (case.modality, case.dataset, {} if mask is None else {"anonymised": mask})
     return f"\0{known}" if any(known) else ""
 
@@ -148,7 +148,6 @@ def _hash_lines(lines: list[str]) -> str:
 
 
 def _status(file: Path) -> tuple[int, int]:
-    """Return size in bytes and modification time in ns; -1 for a file that is missing."""
     try:
         status = file.stat()
     except OSError:
@@ -157,7 +156,7 @@ def _status(file: Path) -> tuple[int, int]:
 
 
 def _require_equal_channels(cases: Sequence[Case], num_channels: int) -> None:
-    """Refuse cases without one file per channel, except colour pictures, which hold all channels in one file."""
+    """Require one file per channel, except for colour pictures, which hold all channels in one file."""
     colour = num_channels > 1 and all(len(case.images) == 1 and ending_of(case.images[0]) in PICTURES for case in cases)
     wrong = [f"  {case.name}: {len(case.images)}" for case in cases if len(case.images) != num_channels]
     if wrong and not colour:
@@ -167,7 +166,7 @@ def _require_equal_channels(cases: Sequence[Case], num_channels: int) -> None:
 
 
 def _update(folder: Path, cases: list[Case]) -> list[Case]:
-    """Return the new cases of a registered corpus; known scans keep their names, which preprocessed files bear."""
+    """Return the new cases of a registered corpus. Known scans keep their names, which preprocessed files bear."""
     known = {case.images: case for case in _corpus_cases(folder)}
     new = {case.images for case in cases}
     gone = [case for images, case in known.items() if images not in new]
@@ -201,7 +200,7 @@ def _update(folder: Path, cases: list[Case]) -> list[Case]:
 
 
 def _file_format(cases: Sequence[Case]) -> dict[str, str]:
-    """Choose ``file_ending`` (the commonest), and the reader where stock nnU-Net would not find one for all files."""
+    """Choose the most common ``file_ending``, and a reader if stock nnU-Net would not find one for all files."""
     endings = Counter(ending_of(file) for case in cases for file in case.images)
     unknown = [str(file) for case in cases for file in case.images if not ending_of(file)]
     if unknown:
@@ -242,7 +241,6 @@ def _corpus_cases(folder: Path) -> list[Case]:
 
 
 def _entry(case: Case) -> dict[str, Any]:
-    """Return a case as in corpus.json, without fields that the source does not give."""
     known = {key: str(getattr(case, key)) for key in _OPTIONAL if getattr(case, key)}
     return {"name": case.name, "images": [str(file) for file in case.images], "subject": case.subject, **known}
 
@@ -258,7 +256,7 @@ def _read_corpus(folder: Path) -> dict[str, Any]:
 
 
 def _is_case_entry(entry: Any) -> bool:
-    """Return whether a case of corpus.json is as :func:`_entry` writes it; volumes are named after its name."""
+    """Return whether a case in corpus.json is well formed; preprocessed files are named after its name."""
     if not isinstance(entry, dict) or not is_file_name(entry.get("name")) or not isinstance(entry.get("images"), list):
         return False
     texts = [*entry["images"], entry.get("subject"), *(entry.get(key, "") for key in _OPTIONAL)]
@@ -275,24 +273,24 @@ FINGERPRINT = "dataset_fingerprint.json"
 
 @dataclass(frozen=True)
 class Selection:
-    """The cases that may be used of those that are preprocessed."""
+    """Usable cases of a preprocessed dataset, and what differs from the raw data."""
 
     cases: list[Case]
-    """Current and preprocessed, sorted by name."""
+    """Current and preprocessed cases, sorted by name."""
     removed: list[str]
-    """Preprocessed and no longer in the dataset, or refused when it was planned last."""
+    """Preprocessed cases that left the dataset or were refused at the last planning."""
     missing: list[str]
-    """In the dataset and not preprocessed, and no planning said why."""
+    """Cases of the dataset that were neither preprocessed nor refused."""
     source: Path | None
-    """File or folder that lists the cases; None where there is none, and all that is preprocessed is used."""
+    """File or folder that lists the cases; None without a list, when all preprocessed cases are used."""
 
     @property
     def names(self) -> list[str]:
-        """Names of the cases that may be used."""
+        """Names of the usable cases."""
         return [case.name for case in self.cases]
 
     def notes(self) -> list[str]:
-        """Return what the user should know: a line for what is left over, and one for what is not preprocessed."""
+        """Return messages for the user: a line about surplus cases, and one about cases not preprocessed."""
         lines = []
         if self.removed:
             lines.append(
@@ -308,13 +306,13 @@ class Selection:
 
 
 def select(raw: Path | None, beside: Path, stored: Collection[str]) -> Selection:
-    """Choose the cases that a dataset has now among those ``stored`` in a folder of preprocessed data.
+    """Select the preprocessed cases (``stored``) that the dataset currently contains.
 
-    ``raw`` is the dataset's raw folder, which decides where it holds a list of cases. Else the list of the last
-    planning does, which lies in ``beside``, the dataset's preprocessed folder: corpus.json, or the fingerprint of a
-    labelled dataset. Data of stock nnU-Net without raw folder have no list; then all that is stored is used.
+    The list of cases comes from the raw folder ``raw`` if it has one. Otherwise it comes from the last planning, in the
+    dataset's preprocessed folder ``beside``: corpus.json, or the fingerprint of a labelled dataset. Data preprocessed
+    by stock nnU-Net without a raw folder have no list; then all stored cases are used.
 
-    Raises MFMError when the list cannot be read, as :func:`mfm_nnunet.data.load_cases`.
+    Raises MFMError if the list cannot be read, as :func:`mfm_nnunet.data.load_cases`.
     """
     planned, refused = _planned(beside)
     source: Path | None = None
@@ -341,7 +339,7 @@ def _named(name: str) -> Case:
 
 
 def _has_list(raw: Path) -> bool:
-    """Return whether a raw folder lists its cases; images may have been moved away after preprocessing."""
+    """Return whether a raw folder lists its cases; the images may have been moved after preprocessing."""
     if is_corpus(raw) or not (raw / "dataset.json").is_file():
         return is_corpus(raw)
     images = raw / IMAGES
@@ -361,7 +359,7 @@ def _of_raw(raw: Path) -> Sequence[Case]:
 
 
 def _planned(beside: Path) -> tuple[list[str] | None, set[str]]:
-    """Return the cases of the last planning, None where stock nnU-Net planned, and those that it refused."""
+    """Return the cases of the last planning (None if stock nnU-Net planned) and the cases it refused."""
     file = beside / FINGERPRINT
     if not file.is_file():
         return None, set()

@@ -1,7 +1,7 @@
 """The seeded stream of crops: item ``i`` is a pure function of (seed, i), for any number of workers.
 
-So a run resumes exactly by starting the stream at the next item; nothing of the loader needs to be saved. Only the
-voxels that a crop needs are read from the blosc2 files that nnU-Net's preprocessing (and ours) writes.
+A run resumes exactly by starting the stream at the next item, so no loader state is saved. Only the voxels of a crop
+are read from the blosc2 files that nnU-Net's preprocessing (and ours) writes.
 
 Legend: C channels, D H W voxels. Axis order is the plan's.
 """
@@ -26,46 +26,49 @@ from mfm_nnunet.data.volumes import anonymised_of, open_volume, read_box
 from mfm_nnunet.errors import MFMError, nearest
 
 Augmentation = Literal["none", "mirror", "spatial"]
-"""In growing order: nothing; mirroring; rotation, scaling and mirroring."""
+"""none; mirror: mirroring; spatial: rotation, scaling and mirroring."""
 
 
 @dataclass(frozen=True)
 class CropRequest:
-    """One crop that an item needs, at a uniformly drawn position."""
+    """A crop that an item needs, at a uniformly drawn position."""
 
     size: tuple[int, ...]
     """Voxels per axis."""
     volume: int = 0
-    """Number of the volume, from 0, among those of the item; different numbers are different volumes."""
+    """Index of the volume within the item, from 0; different indices are different volumes."""
     pad: bool = True
-    """True: a volume smaller than ``size`` is padded with zeros. False: the crop is as small as the volume."""
+    """True: pad a volume smaller than ``size`` with zeros. False: return a crop as small as the volume."""
 
 
 class ItemTransform(ABC):
-    """Makes one item from its crops, in a worker process: picklable, NumPy only, no state that changes."""
+    """Make an item from its crops, in a worker process: picklable, NumPy only, stateless."""
 
     @abstractmethod
     def requests(self, rng: np.random.Generator) -> list[CropRequest]:
-        """Return the crops to read for one item. Called before, and with the same generator as, the item itself."""
+        """Return the crops to read for one item. Called before ``__call__``, with the same generator."""
 
     @abstractmethod
     def __call__(
         self, crops: list[np.ndarray], rng: np.random.Generator, valid: list[np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """Make the item from its crops (C, D, H, W), float32, normalised as in the plan, in the order of the requests.
+        """Make the item from its crops (C, D, H, W), float32, normalised by the plan, in the order of the requests.
 
-        ``item["image"]`` is what the network sees, (C, *patch), or (V, C, *crop) for tasks of several views; further
-        arrays are the task's own business. The crops may be changed in place. ``valid`` are boolean arrays
-        (1, D, H, W), one per crop, False where voxels were anonymised; None in a corpus without such masks. Tasks that
-        restore voxels pass them on as ``item["valid"]``, like the image, and leave the others out of the loss. All
-        items of a run have the same keys, shapes and types, so a batch is ``np.stack``.
+        ``item["image"]`` is the network's input, (C, *patch), or (V, C, *crop) for tasks with several views. Tasks may
+        add arrays of their own. The crops may be modified in place. ``valid`` is a boolean array (1, D, H, W) per crop,
+        False where voxels were anonymised, or None in a corpus without such masks. Tasks that restore voxels return it
+        as ``item["valid"]``, transformed like the image, and exclude invalid voxels from the loss. All items of a run
+        have the same keys, shapes and types, so a batch is ``np.stack``.
         """
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """Settings of a stream: items from ``num_volumes`` different volumes each, with ``augmentation`` as in
-    :func:`draw_spatial`. Streams of one seed are independent: 0 training, 1 validation."""
+    """Settings of a stream.
+
+    Each item uses ``num_volumes`` different volumes; ``augmentation`` as in :func:`draw_spatial`. Streams of one seed
+    are independent: 0 training, 1 validation.
+    """
 
     num_volumes: int = 1
     augmentation: Augmentation = "none"
@@ -77,10 +80,10 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class Source:
-    """One volume of an item: its voxels (C, D, H, W), and where its crops come from.
+    """A volume of an item: its voxels (C, D, H, W), its mask and its slice.
 
-    ``anonymised`` is its mask (1, D, H, W) or None. ``slice`` is the place along the first axis that two-dimensional
-    crops are cut at.
+    ``anonymised`` is the mask (1, D, H, W) or None. ``slice`` is the index along the first axis for two-dimensional
+    crops.
     """
 
     volume: Any
@@ -89,14 +92,14 @@ class Source:
 
 
 class CropStream(Dataset):
-    """Item ``index``: the transform of random crops (C, *size) float32, 0 outside the image.
+    """A dataset whose item ``index`` is the transform of random crops (C, *size), float32, 0 outside the image.
 
     ``files`` are the preprocessed ``.b2nd`` volumes; their masks lie beside their folder
-    (:mod:`mfm_nnunet.data.volumes`). ``weights`` are the probabilities of the cases by name; None: all alike. In 2D
-    configurations (requests of two axes on volumes of three) one slice along the first axis is drawn per volume.
+    (:mod:`mfm_nnunet.data.volumes`). ``weights`` are the probabilities of the cases by name; None for equal ones. In 2D
+    configurations (2D requests on 3D volumes) a slice along the first axis is drawn per volume.
 
     With ``settings.with_valid`` the transform gets ``valid``, a boolean array (1, *size) per crop, False where voxels
-    were anonymised: rotated, scaled and mirrored as the crop is, True outside the image.
+    were anonymised. It is rotated, scaled and mirrored like the crop, and True outside the image.
     """
 
     def __init__(
@@ -128,11 +131,11 @@ class CropStream(Dataset):
             crop, is_valid = self._crop(sources[request.volume], request, rng)
             crops.append(crop)
             valid.append(is_valid)
-        # Transforms of corpora without masks need not know of them.
+        # Transforms need not support masks if the corpus has none.
         return self.transform(crops, rng, valid) if self.settings.with_valid else self.transform(crops, rng)
 
     def case_names(self, index: int) -> list[str]:
-        """Return the names of the cases behind item ``index``, for messages."""
+        """Return the names of the cases in item ``index``, for messages."""
         return [Path(self.files[i]).stem for i in self._choose(self._rng(index))]
 
     def _rng(self, index: int) -> np.random.Generator:
@@ -149,7 +152,7 @@ class CropStream(Dataset):
         return [Source(*parts) for parts in zip(volumes, masks, slices)]
 
     def _crop(self, source: Source, request: CropRequest, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Read a crop (C, *size), and where it is valid (1, *size); the latter is empty unless it is asked for."""
+        """Read a crop (C, *size) and its validity (1, *size), which is empty unless requested."""
         is_slice = len(request.size) == source.volume.ndim - 2
         leading = (source.slice,) if is_slice else ()
         shape = source.volume.shape[1 + len(leading) :]
@@ -171,7 +174,7 @@ _NOTHING = np.zeros(0, bool)
 
 
 def _lower(shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """Draw the lower corner of a crop anywhere in a volume; smaller volumes are centred in it."""
+    """Draw the lower corner of a crop; along axes that are smaller than the crop, centre the volume in it."""
     return [
         int(rng.integers(limit - want + 1)) if limit > want else (limit - want) // 2 for limit, want in zip(shape, size)
     ]
@@ -187,10 +190,10 @@ def batches(
     world_size: int = 1,
     pin: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches ``first`` to ``last - 1`` of a stream, in order; rank ``rank`` gets every ``world_size``-th item.
+    """Yield batches ``first`` to ``last - 1`` of a stream, in order; ``rank`` gets every ``world_size``-th item.
 
-    Batch ``b`` holds the items ``b * batch_size`` to ``(b + 1) * batch_size - 1``, whatever the number of workers.
-    ``pin`` puts them where a GPU copies from.
+    Batch ``b`` holds the items ``b * batch_size`` to ``(b + 1) * batch_size - 1``, for any number of workers. ``pin``
+    puts them into pinned memory.
     """
     indices = [
         list(range(batch * batch_size + rank, (batch + 1) * batch_size, world_size)) for batch in range(first, last)
@@ -207,24 +210,27 @@ ANISOTROPY = 3.0
 
 @dataclass(frozen=True)
 class SpatialParameters:
-    """One draw: ``matrix`` maps centred output to centred input voxels (None: identity); a flag per axis for flips."""
+    """Parameters of one draw.
+
+    ``matrix`` maps centred output to centred input voxels (None: identity). ``flips`` has a flag per axis.
+    """
 
     matrix: np.ndarray | None
     flips: tuple[bool, ...]
 
     def read_size(self, patch_size: Sequence[int]) -> tuple[int, ...]:
-        """Return the number of voxels per axis that must be read to cover the transformed patch."""
+        """Return the number of voxels per axis to read for the transformed patch."""
         if self.matrix is None:
             return tuple(patch_size)
-        # Three voxels around the box feed the cubic spline at its border.
+        # The cubic spline needs three more voxels on each side.
         return tuple(int(np.ceil(extent)) + 6 for extent in np.abs(self.matrix) @ np.asarray(patch_size))
 
 
 def draw_spatial(rng: np.random.Generator, patch_size: Sequence[int], kind: Augmentation) -> SpatialParameters:
     """Draw rotation (up to 30 degrees, p 0.2), isotropic scale 0.7-1.4 (p 0.2) and flips (p 0.5 per axis).
 
-    ``kind``: "spatial", "mirror" (flips only) or "none". In flat patches (more than 3:1) only the plane rotates, as in
-    nnU-Net. The draw consumes the same random numbers whatever the outcome.
+    ``kind``: "spatial", "mirror" (flips only) or "none". Flat patches (more than 3:1) rotate only in plane, as in
+    nnU-Net. The same number of random values is consumed whatever the outcome.
     """
     num_axes = len(patch_size)
     flips = rng.random(num_axes) < 0.5
@@ -286,11 +292,11 @@ def _plane_rotation(num_axes: int, first: int, second: int, angle: float) -> np.
 
 
 KINDS = ("subject", "dataset", "modality")
-"""Fields of :class:`Case` that can be balanced."""
+"""Fields of :class:`Case` available for balancing."""
 
 
 def require_legal_balance(kinds: Sequence[str], cases: Sequence[Case]) -> None:
-    """Raise MFMError (E_CONFIG) when the cases cannot be balanced so."""
+    """Raise MFMError (E_CONFIG) if the cases cannot be balanced by ``kinds``."""
     for kind in kinds:
         if kind not in KINDS:
             raise MFMError("E_CONFIG", f"pretrain.balance_by={kind}: legal are {', '.join(KINDS)}. "
@@ -304,14 +310,14 @@ def require_legal_balance(kinds: Sequence[str], cases: Sequence[Case]) -> None:
 
 
 def case_weights(cases: Sequence[Case], kinds: Sequence[str]) -> dict[str, float]:
-    """Return the probability of each case by name: all groups alike, and all cases of a group."""
+    """Return the probability of each case by name: equal for all groups, and for all cases within a group."""
     groups = [tuple(getattr(case, kind) for kind in kinds) for case in cases]
     counts = Counter(groups)
     return {case.name: (1 / len(counts)) / counts[group] for case, group in zip(cases, groups)}
 
 
 def describe_shares(cases: Sequence[Case], kinds: Sequence[str]) -> str:
-    """Describe the shares of modalities and datasets in a line, the twenty largest by name; subjects are not named."""
+    """Describe the shares of modalities and datasets in a line: the largest twenty, without subjects."""
     groups = {tuple(getattr(case, kind) for kind in kinds) for case in cases}
     merged = Counter(
         " ".join(word or f"unknown {kind}" for kind, word in zip(kinds, group) if kind != "subject") for group in groups

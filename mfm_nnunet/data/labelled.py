@@ -1,4 +1,4 @@
-"""The cases of a dataset in nnU-Net's raw format; every image file that would be left out is named."""
+"""List the cases of a dataset in nnU-Net's raw format; report every image file that would be ignored."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 
 
 def raw_cases(folder: Path, dataset_json: Mapping[str, Any], need_mapped_files: bool = True) -> list[Case]:
-    """Return the cases of a raw dataset in the order of their names.
+    """Return the cases of a raw dataset, sorted by name.
 
-    Without ``need_mapped_files`` the files that a "dataset" map names need not be there.
+    Without ``need_mapped_files``, files named by a "dataset" map may be missing.
     """
     is_mapped = "dataset" in dataset_json
     cases = _mapped(folder, dataset_json) if is_mapped else _listed(folder, dataset_json)
@@ -46,7 +46,7 @@ def raw_cases(folder: Path, dataset_json: Mapping[str, Any], need_mapped_files: 
 
 
 def warn_of_differences(folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[Case]) -> None:
-    """Log where dataset.json and the files disagree about the cases, and images that are used twice."""
+    """Warn if dataset.json and the files disagree about the cases, or if an image is used twice."""
     stated = dataset_json.get("numTraining")
     if isinstance(stated, int) and stated != len(cases):
         _log.warning(
@@ -71,7 +71,7 @@ def warn_of_differences(folder: Path, dataset_json: Mapping[str, Any], cases: Se
 
 
 def _mapped(folder: Path, dataset_json: Mapping[str, Any]) -> list[Case]:
-    """Read nnU-Net's ``"dataset"`` map: paths relative to the folder, environment variables expanded."""
+    """Read nnU-Net's ``"dataset"`` map: paths relative to the folder, with environment variables expanded."""
 
     def resolve(path: str) -> Path:
         return Path(os.path.abspath(folder / os.path.expandvars(path)))
@@ -113,16 +113,16 @@ def _listed(folder: Path, dataset_json: Mapping[str, Any]) -> list[Case]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """List all image files in imagesTr, labelsTr and their folders, except hidden ones.
+    """List all image files below imagesTr and labelsTr, except hidden ones.
 
-    What lies in a folder that bears an image's name is left out too: that folder is refused where the image is read.
+    The content of a folder with an image's name is skipped: reading that image refuses the folder.
     """
     places = [folder / name for name in (IMAGES, LABELS) if (folder / name).is_dir()]
     return sorted(file for place in places for file in image_files(place) if not ending_of(file.parent))
 
 
 def _require_no_others(folder: Path, ending: str) -> None:
-    """Refuse image files that nnU-Net would pass over: a model must not be trained on less than one believes."""
+    """Refuse image files that nnU-Net would ignore, so that no model is trained on less data than intended."""
     places = (folder / IMAGES, folder / LABELS)
     others = [file for file in _image_files(folder) if file.parent not in places or not file.name.endswith(ending)]
     if others:
@@ -136,7 +136,6 @@ def _require_no_others(folder: Path, ending: str) -> None:
 
 
 def _require_images(folder: Path, ending: str, names: Sequence[str]) -> None:
-    """Refuse labels that belong to no image."""
     labelled = {file.name[: -len(ending)] for file in (folder / LABELS).glob(f"*{ending}")}
     orphans = sorted(name for name in labelled - set(names) if not name.startswith("."))
     if not orphans:

@@ -1,7 +1,7 @@
-"""Files that list images with what is known about them: a CSV table, and nnssl's ``pretrain_data.json``.
+"""Read listings of images and their metadata: a CSV table, or nnssl's ``pretrain_data.json``.
 
-Masks are named, never positional. Every file that a listing names must be there. Only what :class:`Case` holds is
-taken over: age, sex, and scanners stay where they are.
+Masks are matched by column name, never by position. Every listed file must exist. Only the fields of :class:`Case` are
+read; age, sex and scanners are ignored.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ _log = logging.getLogger(__name__)
 
 
 def read_table(file: Path) -> list[Case]:
-    """Read the cases of a CSV: column ``image``, or ``image_0``, ``image_1``, ... for channels, relative to the file.
+    """Read the cases of a CSV.
 
+    The images are in the column ``image``, or ``image_0``, ``image_1``, ... for several channels, relative to the file.
     Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anonymisation_mask``; cells may be empty.
     """
     columns, rows = _read_rows(file)
@@ -82,19 +83,19 @@ def read_nnssl(file: Path) -> list[Case]:
 
 
 def is_of_preprocessed(file: Path) -> bool:
-    """Return whether a file has the name of nnssl's index of preprocessed data, ``pretrain_data__PLAN.json``."""
+    """Return whether a file is named like nnssl's index of preprocessed data, ``pretrain_data__PLAN.json``."""
     return re.fullmatch(r"pretrain_data__.+\.json", file.name) is not None
 
 
 def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[PurePath, dict[str, Any]]]:
-    """Yield (dataset/subject/session, image) of all images."""
+    """Yield (dataset/subject/session, image entry) of all images."""
     for dataset, subjects in _nnssl_level(file, content, "datasets"):
         for subject, sessions in _nnssl_level(file, subjects, "subjects"):
             for session, images in _nnssl_level(file, sessions, "sessions"):
                 entries = images.get("images")
                 if not isinstance(entries, list):
                     raise _not_nnssl(file, f"session '{session}' of '{subject}' has no list 'images'")
-                # Identifiers may hold slashes; each is one part of the place here.
+                # Identifiers may contain slashes; each must become one path component.
                 place = PurePath(*(_part(name) for name in (dataset, subject, session)))
                 for entry in entries:
                     if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
@@ -103,7 +104,6 @@ def _nnssl_entries(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[Pur
 
 
 def _part(name: str) -> str:
-    """Return an identifier as one part of a path."""
     return "_" if name in ("", ".", "..") else name.replace("/", "_")
 
 
@@ -138,7 +138,7 @@ def _nnssl_mask(file: Path, entry: Mapping[str, Any]) -> Path | None:
 
 
 def _name(entry: Mapping[str, Any], image: Path) -> str:
-    """Return the name of the file; nnssl's own ``name`` may hold anything."""
+    """Return the name of the image file; nnssl's own ``name`` may hold anything."""
     return image.name or _trimmed(entry.get("name"))
 
 
@@ -152,7 +152,7 @@ def _require_all(file: Path, problems: Sequence[str]) -> None:
 
 
 def _read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the columns that hold images, and the rows, with trimmed names in lower case."""
+    """Return the names of the image columns, and the rows; column names are trimmed and in lower case."""
     try:
         text = file.read_text(encoding="utf-8-sig")
         first = text.partition("\n")[0]
@@ -177,7 +177,7 @@ def _absolute(path: str, folder: Path) -> Path:
 
 
 def _with_columns(file: Path, cells: list[dict[str, str]], cases: list[Case]) -> list[Case]:
-    """Return the cases with the names, subjects, modalities, datasets and masks of the table."""
+    """Apply the names, subjects, modalities, datasets and masks of the table to the cases."""
     given = [safe_name(row["case"]) if row.get("case") else case.name for row, case in zip(cells, cases)]
     uses = Counter(name.casefold() for name in given)
     twice = sorted({name for name in given if uses[name.casefold()] > 1})

@@ -19,9 +19,9 @@ from mfm_nnunet.signals import stop_signals_ignored
 def read_in_order(
     source: Dataset, num_workers: int, pin_memory: bool, collate: Callable[[Any], Any], **how: Any
 ) -> Iterator[Any]:
-    """Load the batches of ``source`` in the order of its sampler, which is in ``how`` (as for ``DataLoader``).
+    """Load the batches of ``source`` in the order of its sampler.
 
-    ``pin_memory`` puts them where a GPU copies from.
+    ``how`` are arguments of ``DataLoader``, including the sampler. ``pin_memory`` puts the batches into pinned memory.
     """
     loader: DataLoader = DataLoader(
         _ErrorsAsItems(source),
@@ -29,19 +29,18 @@ def read_in_order(
         pin_memory=pin_memory,
         collate_fn=_CollateUnlessError(collate),
         worker_init_fn=leave_signals_to_parent if num_workers else None,
-        generator=torch.Generator(),  # else the loader draws from the global generator
+        generator=torch.Generator(),  # otherwise the loader draws from the global generator
         **how,
     )
     return _raising(iter(loader))
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ignore the signals that terminals and schedulers send to all processes of a run, in a worker.
+    """Make a worker ignore signals that terminals and schedulers send to all processes of a run.
 
-    The parent ends its step first, for which it may need another batch, and saves: so a worker ignores Ctrl-C, SIGHUP
-    and SIGUSR1, and every SIGTERM that is not its parent's.
-
-    Where the system does not tell who sent a signal (macOS), any SIGTERM ends it.
+    The parent first ends its step, for which it may need another batch, and saves. So a worker ignores Ctrl-C, SIGHUP
+    and SIGUSR1, and any SIGTERM not sent by its parent. On systems that do not report the sender of a signal (macOS),
+    any SIGTERM ends it.
     """
     stop_signals_ignored()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -59,7 +58,7 @@ def _end_on_request(parent: int) -> None:
 
 @dataclass(frozen=True)
 class _ErrorsAsItems(Dataset):
-    """torch raises a worker's error anew from its text alone, without what ours hold: so they travel as items."""
+    """Return errors as items: torch rebuilds a worker's exception from its text and would lose our attributes."""
 
     source: Dataset
 
@@ -74,7 +73,7 @@ class _ErrorsAsItems(Dataset):
 
 @dataclass(frozen=True)
 class _CollateUnlessError:
-    """An item that is an error stands for its whole batch."""
+    """Return the first error among the items of a batch in place of the batch."""
 
     collate: Callable[[Any], Any]
 

@@ -1,4 +1,4 @@
-"""Loops over cases: a bad case is a line of the report, a dead worker costs one case, changed files are noticed.
+"""Loops over cases that survive bad cases and dead workers, and detect files that change meanwhile.
 
 Used by the fingerprint (``plans``) and by preprocessing.
 """
@@ -37,11 +37,11 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 15.0
-"""Seconds from one line about the progress of a loop to the next."""
+"""Seconds between two progress messages."""
 
 
 def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
-    """Return ``work(case)``, or what went wrong. A full disk concerns all cases and is raised (E_DISK_FULL)."""
+    """Return ``work(case)``, or its failure. A full disk affects all cases, so E_DISK_FULL is raised."""
     try:
         return work(case)
     except MFMError as error:
@@ -57,9 +57,9 @@ def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
 
 
 def source_signature(case: Case) -> list[list[Any]]:
-    """Return size in bytes and modification time in ns of each source file of a case: images, label, then the mask.
+    """Return size in bytes and modification time in ns of the source files of a case: images, label, mask.
 
-    The mask is named, so that it is never taken for another file.
+    The entry of the mask carries its name, so it cannot be confused with another file.
     """
     files = [file for image in case.images for file in files_of(image)]
     files += files_of(case.label, is_label=True) if case.label is not None else []
@@ -75,9 +75,9 @@ def source_signature(case: Case) -> list[list[Any]]:
 
 @contextlib.contextmanager
 def unchanged(case: Case) -> Iterator[list[list[Any]]]:
-    """Raise MFMError (E_CHANGED) when the files of a case change inside, in place of what a half-written one raised.
+    """Raise MFMError (E_CHANGED) if the files of a case change inside, instead of errors from half-written files.
 
-    Yields their :func:`source_signature`. A file that vanishes keeps the error of its reading.
+    Yields their :func:`source_signature`. If a file vanishes, the original error is raised.
     """
     before = source_signature(case)
     failure: Exception | None = None
@@ -101,7 +101,7 @@ def unchanged(case: Case) -> Iterator[list[list[Any]]]:
 def in_threads(
     work: Callable[[Case], Result], cases: Iterable[Case], num_threads: int
 ) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
-    """Yield each case with its outcome, in the order given; few run ahead, so that few results wait in memory."""
+    """Yield each case with its outcome, in the given order; only a few run ahead, which bounds memory."""
     with reader_threads(num_threads) as executor:
         begun: deque[tuple[Case, Future[Result | CaseFailure]]] = deque()
         for case in cases:
@@ -118,13 +118,13 @@ def in_threads(
 
 @contextlib.contextmanager
 def reader_threads(number: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield an executor for reading; what ends it early, such as a signal, does not wait for its threads."""
+    """Yield an executor for reading. On an early exit, such as a signal, its threads are not waited for."""
     executor = ThreadPoolExecutor(max(1, number), "mfm_reader")
     try:
         yield executor
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
-        decoder.end_all()  # what still decodes files for threads that nobody waits for
+        decoder.end_all()  # also ends the decoders of these threads
         raise
     executor.shutdown()
 
@@ -132,9 +132,9 @@ def reader_threads(number: int) -> Iterator[ThreadPoolExecutor]:
 def in_processes(
     work: Callable[[Case], Result], cases: Iterable[Case], num_processes: int
 ) -> Generator[tuple[Case, Result | CaseFailure], None, None]:
-    """Yield each case with its outcome as it is finished; ``work`` must be picklable.
+    """Yield each case with its outcome, as they finish; ``work`` must be picklable.
 
-    When a worker dies, the cases that were under way are repeated one by one, so only the one that kills is lost.
+    If a worker dies, the cases in progress are repeated one by one, so only the case that kills its worker is lost.
     """
     waiting = deque(cases)
     while waiting:
@@ -147,9 +147,9 @@ def in_processes(
 
 @contextlib.contextmanager
 def progress(num_parts: int, what: str, unit: str = "cases") -> Iterator[Callable[[], None]]:
-    """Log every ``SECONDS_BETWEEN_LINES`` how far long work is, from a thread, so that one long part is no silence.
+    """Log progress every ``SECONDS_BETWEEN_LINES`` from a thread, so that a long part is not silent.
 
-    Call what is yielded after each part; ``num_parts`` is 0 for work without parts.
+    Call the yielded function after each part; ``num_parts`` is 0 for work without parts.
     """
     start, num_done, is_over = time.monotonic(), 0, threading.Event()
 
@@ -174,7 +174,7 @@ def progress(num_parts: int, what: str, unit: str = "cases") -> Iterator[Callabl
 
 @contextlib.contextmanager
 def with_progress(outcomes: Generator[Item, None, None], num_cases: int, what: str) -> Iterator[Iterator[Item]]:
-    """Yield the same outcomes, one for each case, with :func:`progress`; at the end, also an early one, close them."""
+    """Yield an iterator over the same outcomes that reports :func:`progress`; close the outcomes at the end."""
 
     def counted() -> Iterator[Item]:
         for outcome in outcomes:
@@ -192,7 +192,7 @@ def _clock(seconds: float) -> timedelta:
 def _until_a_death(
     work: Callable[[Case], Result], waiting: deque[Case], num_processes: int
 ) -> Generator[tuple[Case, Result | CaseFailure], None, tuple[list[Case], list[int]]]:
-    """Process ``waiting``; when a worker dies, stop and return the unfinished cases and the workers' exit codes."""
+    """Process ``waiting``; if a worker dies, stop and return the unfinished cases and the workers' exit codes."""
     start_resource_tracker()
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     reading, writing = context.Pipe(duplex=False)
@@ -212,7 +212,7 @@ def _until_a_death(
     except BrokenProcessPool:
         log.warning("a worker process died; its cases are tried once more, one by one")
     except BaseException:
-        writing.close()  # ends the workers, which would finish their cases first
+        writing.close()  # end the workers, which would otherwise finish their cases first
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -222,7 +222,7 @@ def _until_a_death(
 
 
 def _death(case: Case, exit_codes: Sequence[int]) -> CaseFailure:
-    """Return the failure of a case whose worker died. Only SIGKILL is blamed on memory: systems kill with it."""
+    """Return the failure of a case whose worker died. Only SIGKILL is blamed on memory: the OOM killer sends it."""
     if -signal.SIGKILL in exit_codes:
         reason = "the worker process was killed, as systems do when memory runs out. Use fewer processes."
         return CaseFailure(case.name, "E_OOM", reason)
@@ -234,7 +234,7 @@ def _death(case: Case, exit_codes: Sequence[int]) -> CaseFailure:
 
 
 def _end_with_pipe(reading: Connection) -> None:
-    """Initialise a worker: log as the parent does, and exit when the parent closes a pipe or dies."""
+    """Initialise a worker: log like the parent, and exit when the parent closes a pipe or dies."""
     terminal.configure_logging()
 
     def follow() -> None:

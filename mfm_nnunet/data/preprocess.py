@@ -1,11 +1,11 @@
-"""From files to what training reads: cropped, normalised, resampled volumes in nnU-Net's own file formats.
+"""Preprocess images for training: crop, normalise and resample volumes, stored in nnU-Net's own file formats.
 
 The arrays equal those of nnU-Net's ``DefaultPreprocessor`` (label maps and properties exactly, images up to rounding);
-the loop around them differs. Labels are optional. A bad case costs no other case. Each image is decoded once for all
-configurations. A case appears whole and is then noted in a manifest, so a run that was killed resumes and a changed
-source is done again. Nothing that another plan uses is deleted.
+the loop around it differs. Labels are optional. A bad case does not affect other cases. Each image is decoded once for
+all configurations. Cases are written atomically and then recorded in a manifest, so a killed run resumes, and cases
+with changed sources are redone. Files used by other plans are never deleted.
 
-Shapes: C channels, D H W voxels; in the order of the file at first, then in the plan's axis order.
+Shapes: C channels, D H W voxels; first in the order of the file, then in the plan's axis order.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 POOL_MIN_BYTES = 20_000_000
-"""Smaller sources, all files together, are done in this process: starting a worker costs seconds of imports."""
+"""Smaller sources (all files together) are processed in this process: starting a worker costs seconds of imports."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PreprocessReport:
-    """Names of the cases done now and of those reused from an earlier run, and the cases that failed."""
+    """Names of the cases done now, of those reused from an earlier run, and of those that failed."""
 
     done: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
@@ -62,9 +62,9 @@ def preprocess_dataset(
 ) -> dict[str, PreprocessReport]:
     """Preprocess ``cases`` into ``preprocessed_folder/<data_identifier>/`` and report each configuration.
 
-    A case is reused when the manifest beside that folder shows it finished from the same sources with the same
-    settings. Labels are copied to ``gt_segmentations/``. Raises MFMError: E_CONFIG (unknown configuration, a foreign
-    preprocessor), E_DISK_FULL (finished cases are kept; run again to resume).
+    A case is reused if the manifest beside that folder lists it with the same sources and settings. Labels are copied
+    to ``gt_segmentations/``. Raises MFMError: E_CONFIG (unknown configuration, a foreign preprocessor), E_DISK_FULL
+    (finished cases are kept; run again to resume).
     """
     plan, dataset = Plan.of(plans), DatasetJson.of(dataset_json)
     targets = {name: _Target.find(plan, name, dataset, preprocessed_folder) for name in configurations}
@@ -92,7 +92,7 @@ def preprocess_dataset(
 
 @dataclass(frozen=True)
 class _Target:
-    """One configuration: the folder of its files, the digest of what they depend on, and what is finished."""
+    """Output of one configuration: its folder, the digest of its settings, and the finished cases."""
 
     configuration: str
     folder: Path
@@ -111,7 +111,7 @@ class _Target:
         return cls(name, folder, plan.preprocessing_digest(name, dataset), storage.Manifest.read(folder))
 
     def holds(self, case: Case) -> bool:
-        """Note a case that is finished; one whose source cannot be read is not, and is reported in its turn."""
+        """Return whether a case is finished, and report it as reused. Unreadable sources fail later, in their turn."""
         try:
             is_finished = self.manifest.holds(case.name, self.digest, source_signature(case))
         except MFMError:
@@ -121,7 +121,7 @@ class _Target:
         return is_finished
 
     def warn_of_others(self, cases: Sequence[Case]) -> None:
-        """Log which finished files do not belong to this run; they are never deleted."""
+        """Warn about finished files of other datasets or settings; they are never deleted."""
         names, stored = {case.name for case in cases}, storage.stored_cases(self.folder)
         if strangers := sorted(stored - names):
             text = "%s holds %d cases that are no longer in the dataset, e.g. %s"
@@ -132,10 +132,9 @@ class _Target:
 
 
 def _preprocess_all(job: PreprocessJob, cases: Sequence[Case], targets: Sequence[_Target], num_processes: int) -> None:
-    """Preprocess cases for the same configurations, and add them to the manifests and reports."""
     in_pool = _pool_pays(cases, num_processes)
     outcomes = in_processes(job, cases, num_processes) if in_pool else in_threads(job, cases, 1)
-    # Closed before the staging folder goes: on an error workers are still writing there.
+    # Close before the staging folder is removed: after an error, workers still write there.
     with with_progress(outcomes, len(cases), f"preprocessing {', '.join(job.folders)}") as counted:
         for case, outcome in counted:
             for target in targets:
@@ -154,8 +153,6 @@ def _pool_pays(cases: Sequence[Case], num_processes: int) -> bool:
 
 
 class _Scan(NamedTuple):
-    """A case as read from its files."""
-
     image_CDHW: np.ndarray
     properties: dict[str, Any]
     label: np.ndarray | None
@@ -164,16 +161,16 @@ class _Scan(NamedTuple):
 
 @dataclass(frozen=True)
 class PreprocessJob:
-    """Inputs of a worker; plan and dataset.json are text, so that each worker parses them once."""
+    """Work of a preprocessing worker. Plan and dataset.json are text, so each worker parses them once."""
 
     plans: str
     dataset_json: str
     folders: dict[str, Path]
-    """The folder of each configuration."""
+    """Folder of each configuration."""
     staging: Path
 
     def __call__(self, case: Case) -> dict[str, list[list[Any]] | CaseFailure]:
-        """Read a case once, preprocess and store it for each configuration; returns the signature of its sources."""
+        """Read a case once, then preprocess and store it for each configuration; return its source signature."""
         check_case_name(case.name)
         with unchanged(case) as signature:
             scan = self._read(case)
@@ -185,7 +182,7 @@ class PreprocessJob:
         }
 
     def copy_label(self, case: Case) -> None:
-        """Put the label file of a labelled case into ``gt_segmentations``, where validation looks for it."""
+        """Copy the label file of a labelled case into ``gt_segmentations``, where validation expects it."""
         if case.label is not None:
             name = case.name + json.loads(self.dataset_json)["file_ending"]
             folder = next(iter(self.folders.values())).parent
@@ -221,7 +218,6 @@ class PreprocessJob:
 
 @functools.lru_cache(8)
 def _managers(plans_text: str, configuration: str) -> tuple[PlansManager, ConfigurationManager]:
-    """Return nnU-Net's views of a copy of the plan."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     plans_manager = PlansManager(json.loads(plans_text))
@@ -239,10 +235,10 @@ def preprocess_case_npy(
 ) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """Transpose, crop to the non-zero box, normalise and resample one case, as ``DefaultPreprocessor.run_case_npy``.
 
-    ``image_CDHW`` and ``label`` (1, D, H, W) come from the reader and are not changed; ``properties`` must hold the
-    reader's ``spacing`` in mm. Returns data float32, label int8 or int16 with -1 outside the non-zero region (None
-    without a label), and the properties with shapes, box and, for a label, ``class_locations``. ``require_size`` is
-    called with the shapes before anything is resampled, and raises for a case that is too large.
+    ``image_CDHW`` and ``label`` (1, D, H, W) come from the reader and are not modified; ``properties`` must contain the
+    reader's ``spacing`` in mm. Returns the data (float32), the label (int8 or int16, -1 outside the non-zero region;
+    None without a label), and the properties with shapes, box and, for a label, ``class_locations``. ``require_size``
+    is called with the shapes before resampling, and raises for a case that is too large.
     """
     order = plans_manager.transpose_forward
     _check_case(image_CDHW, label, properties["spacing"], order, configuration_manager)
@@ -284,23 +280,23 @@ def preprocess_mask(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
 ) -> np.ndarray:
-    """Return a mask on the grid of its preprocessed image, boolean (1, D, H, W), resampled like a label map.
+    """Crop and resample a mask to the grid of its preprocessed image; boolean (1, D, H, W), as for label maps.
 
-    ``mask_1DHW`` is on the grid of the file; ``properties`` are those that :func:`preprocess_case_npy` returned for its
-    image, and ``shape`` (D, H, W) is that of the data.
+    ``mask_1DHW`` is on the grid of the file. ``properties`` are those that :func:`preprocess_case_npy` returned for its
+    image; ``shape`` (D, H, W) is that of the data.
     """
     order = plans_manager.transpose_forward
     spacing = [properties["spacing"][i] for i in order]
     inside = (slice(None), *bounding_box_to_slice(properties["bbox_used_for_cropping"]))
     cropped_1DHW = mask_1DHW.transpose([0, *(i + 1 for i in order)])[inside].astype(np.int8)
     if not cropped_1DHW.any():
-        return np.zeros((1, *shape), bool)  # resampling would only cost time
+        return np.zeros((1, *shape), bool)  # resampling zeros would only cost time
     resample = _resampler(configuration_manager, "resampling_fn_seg")
     return resample(cropped_1DHW, tuple(shape), spacing, _target_spacing(configuration_manager, spacing)) > 0
 
 
 def _target_spacing(configuration_manager: ConfigurationManager, spacing: Sequence[float]) -> list[float]:
-    """Return the spacing in mm of the preprocessed image; 2D configurations keep the distance between slices."""
+    """Return the spacing in mm of the preprocessed image; 2D configurations keep the slice distance."""
     target = list(configuration_manager.spacing)
     return [*spacing[: 3 - len(target)], *target]
 
@@ -312,7 +308,7 @@ def _check_case(
     order: Sequence[int],
     configuration_manager: ConfigurationManager,
 ) -> None:
-    """Refuse a case that does not fit the plan; ``spacing`` is the file's and ``order`` the plan's order of axes."""
+    """Refuse a case that does not fit the plan. ``spacing`` is the file's, ``order`` the plan's order of axes."""
     expected, num_axes = len(configuration_manager.normalization_schemes), len(configuration_manager.spacing)
     if len(image_CDHW) != expected:
         text = f"the image has {len(image_CDHW)} channels, the plan expects {expected}. Check the files."
@@ -320,7 +316,7 @@ def _check_case(
     if label is not None and label.shape[1:] != image_CDHW.shape[1:]:
         text = f"the label has {label.shape[1:]} voxels, the image {image_CDHW.shape[1:]}. They must be on one grid."
         raise MFMError("E_LABEL_GEOMETRY", text)
-    # nnU-Net's readers give the missing axis of a 2D image 999 times its spacing: in 3D it would become 999 slices.
+    # nnU-Net's readers set the missing spacing of a 2D image to 999 times the others: in 3D it becomes 999 slices.
     if num_axes == 3 and spacing[0] >= 998 * max(spacing[1:]):
         raise MFMError("E_DIM", "the image is 2D, the plan's configuration is 3D. Use a 2D plan, or leave it out.")
     shape = [image_CDHW.shape[1 + i] for i in order]
@@ -333,7 +329,7 @@ def _check_case(
 
 
 def _nonzero(x_CDHW: np.ndarray) -> np.ndarray:
-    """Return where any channel is not zero."""
+    """Return a mask (D, H, W) of the voxels where any channel is not zero."""
     mask_DHW = x_CDHW[0] != 0
     for channel in x_CDHW[1:]:
         mask_DHW |= channel != 0
@@ -346,12 +342,12 @@ def _signed(label: np.ndarray) -> np.ndarray:
 
 
 def _mark_outside(data_CDHW: np.ndarray, seg: np.ndarray | None) -> np.ndarray:
-    """Return the label map (zeros without one) with -1 where it is 0 outside the filled non-zero region, as nnU-Net."""
+    """Set label 0 to -1 outside the filled non-zero region, as nnU-Net; without a label map, start from zeros."""
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
     if _nonzero(data_CDHW).all():
         return np.zeros((1, *data_CDHW.shape[1:]), dtype=np.int8) if seg is None else seg
-    # The box is taken already, so this only fills holes and marks; holes in a box are those in the whole image.
+    # The image is already cropped, so this only fills holes and marks. A box has the same holes as the whole image.
     return crop_to_nonzero(data_CDHW, seg)[1]
 
 
@@ -374,7 +370,6 @@ def _normalise(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
 ) -> None:
-    """Normalise each channel in place with nnU-Net's scheme."""
     intensities = plans_manager.foreground_intensity_properties_per_channel
     for c, scheme in enumerate(configuration_manager.normalization_schemes):
         known = intensities.get(str(c))
@@ -388,7 +383,7 @@ def _normalise(
 
 @functools.lru_cache(16)
 def _normaliser_class(scheme: str) -> type[ImageNormalization]:
-    """Find nnU-Net's class of that name, once: nnU-Net imports a whole package for every search."""
+    """Find nnU-Net's class by name. Cached, because nnU-Net imports a whole package for every search."""
     from nnunetv2.preprocessing import normalization
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
@@ -410,6 +405,6 @@ def _class_locations(seg: np.ndarray, plans_manager: PlansManager, dataset_json:
     manager = plans_manager.get_label_manager(dataset_json)
     wanted = list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
     if manager.has_ignore_label:
-        # Patches of sparsely annotated images come from where there is any annotation, background included.
+        # In sparsely annotated images, patches may come from any annotated voxel, background included.
         wanted.append([-1, *manager.all_labels])
     return DefaultPreprocessor._sample_foreground_locations(seg, wanted)

@@ -1,11 +1,11 @@
 """Separable spline resampling: nnU-Net's result, many times faster.
 
-Resizing by splines is linear and works axis by axis, so one small matrix per axis is the whole operator, prefilter and
-boundary included; nnU-Net evaluates 64 neighbours per voxel instead. Label maps are decided per voxel among the labels
-of the (at most) eight surrounding voxels, whatever the number of labels, with the tie rule of batchgenerators.
+Resizing by splines is linear and separable, so one small matrix per axis, prefilter and boundary included, is the whole
+operator. nnU-Net evaluates 64 neighbours per voxel instead. Each voxel of a label map is decided among the labels of
+the (at most) eight surrounding voxels, whatever the number of labels, with the tie rule of batchgenerators.
 
-Images agree with ``nnunetv2.preprocessing.resampling.default_resampling`` up to rounding, label maps exactly.
-Shapes: C channels, D H W voxels in the order of the plan.
+Images agree with ``nnunetv2.preprocessing.resampling.default_resampling`` up to rounding, label maps exactly. Shapes: C
+channels, D H W voxels in the order of the plan.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import scipy.ndimage
 
 MIXED_VOXELS_AT_ONCE = 1 << 18
-"""Voxels between labels that are decided together; bounds the memory of label maps."""
+"""Voxels between labels that are decided together; bounds the memory for label maps."""
 
 
 def resample_image(
@@ -32,12 +32,13 @@ def resample_image(
     order_z: int = 0,
     force_separate_z: bool | None = None,
 ) -> np.ndarray:
-    """Resample ``x_CDHW`` to ``new_shape`` (D, H, W); spacings in mm decide whether slices are resampled one by one.
+    """Resample ``x_CDHW`` to ``new_shape`` (D, H, W).
 
-    A drop-in for nnU-Net's ``resample_data_or_seg_to_shape``: the dtype of the input is kept, values stay within the
-    input's range, and an input that already has ``new_shape`` is returned as it is. ``is_seg`` treats each channel as a
-    label map. What the fast path does not cover (integer images, label maps of order above 1, label maps with an
-    ``order_z``) is handed to nnU-Net's function.
+    The spacings in mm decide whether slices are resampled separately. This is a drop-in for nnU-Net's
+    ``resample_data_or_seg_to_shape``: the dtype is kept, values stay within the input's range, and an input that
+    already has ``new_shape`` is returned unchanged. ``is_seg`` treats each channel as a label map. Cases outside the
+    fast path (integer images, label maps of order above 1, label maps with an ``order_z``) are passed to nnU-Net's
+    function.
     """
     from nnunetv2.preprocessing.resampling.default_resampling import (
         determine_do_sep_z_and_axis,
@@ -64,9 +65,9 @@ def resample_image(
 
 
 def resampling_function(name: str, kwargs: dict[str, Any]) -> Callable[..., np.ndarray]:
-    """Return ``f(x_CDHW, new_shape, current_spacing, new_spacing)`` for a name and its arguments in a plan.
+    """Return ``f(x_CDHW, new_shape, current_spacing, new_spacing)`` for a function name and its arguments in a plan.
 
-    Our own for nnU-Net's default, nnU-Net's for any other name it knows.
+    nnU-Net's default is replaced by :func:`resample_image`; any other name is nnU-Net's own function.
     """
     ours = {"is_seg", "order", "order_z", "force_separate_z"}
     if name == "resample_data_or_seg_to_shape" and set(kwargs) <= ours:
@@ -89,8 +90,8 @@ def axis_operator(n: int, m: int, order: int) -> np.ndarray:
 def _resample_intensities(
     x_DHW: np.ndarray, shape: tuple[int, ...], axis: int | None, order: int, order_z: int
 ) -> np.ndarray:
-    """Resample a channel; with ``axis`` its slices in plane first, then between slices by ``order_z``."""
-    # float32 would be twice as fast, but its rounding moves single voxels of masks away from stock's.
+    """Resample a channel; with ``axis``, in plane first, then between slices by ``order_z``."""
+    # float32 would be twice as fast, but its rounding changes single voxels of masks compared with stock nnU-Net.
     x_DHW = np.ascontiguousarray(x_DHW, dtype=np.float64)
     if axis is None:
         return _resize(x_DHW, shape, order, clip_axes=(0, 1, 2))
@@ -118,7 +119,7 @@ def _resize(x_DHW: np.ndarray, shape: tuple[int, ...], order: int, clip_axes: tu
 
 
 def _apply(x_DHW: np.ndarray, axis: int, m: int, order: int) -> np.ndarray:
-    """Apply the operator of one axis, in blocks of rows: its entries vanish a few dozen voxels off the diagonal."""
+    """Apply the operator of one axis in blocks of rows: its entries vanish a few dozen voxels off the diagonal."""
     before, n, after = int(np.prod(x_DHW.shape[:axis])), x_DHW.shape[axis], int(np.prod(x_DHW.shape[axis + 1 :]))
     flat = x_DHW.reshape(before, n, after)
     result = np.empty((before, m, after), dtype=x_DHW.dtype)
@@ -132,7 +133,7 @@ def _apply(x_DHW: np.ndarray, axis: int, m: int, order: int) -> np.ndarray:
 
 @functools.lru_cache(64)
 def _operator_blocks(n: int, m: int, order: int, dtype: str) -> list[tuple[slice, slice, np.ndarray]]:
-    """Cut the operator into (output rows, input columns, matrix), without entries below the rounding of ``dtype``."""
+    """Cut the operator into (output rows, input columns, matrix); drop entries below the rounding of ``dtype``."""
     operator, rows_at_once = axis_operator(n, m, order), 64
     blocks = []
     for start in range(0, m, rows_at_once):
@@ -144,13 +145,13 @@ def _operator_blocks(n: int, m: int, order: int, dtype: str) -> list[tuple[slice
 
 
 def _nearest(n: int, m: int) -> np.ndarray:
-    """Return the index (m,) of the nearest voxel of an axis of ``n``."""
+    """Return the index (m,) of the nearest of ``n`` voxels."""
     return axis_operator(n, m, 0).argmax(1)
 
 
 def _slice_index(n: int, m: int) -> np.ndarray:
-    """Return the index (m,) of the slice that nnU-Net picks out of ``n``: half rounds up."""
-    # Rounded step by step like there, so that ties fall the same way.
+    """Return the index (m,) of the slice that nnU-Net picks out of ``n``; halves round up."""
+    # Rounded step by step as in nnU-Net, so that ties fall the same way.
     position = (n / m) * (np.arange(m) + 0.5) - 0.5
     return np.clip(np.floor(position + 0.5).astype(int), 0, n - 1)
 
@@ -183,7 +184,7 @@ def _linear(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 
 def _is_mixed(x_DHW: np.ndarray, corners: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
-    """Return where the surrounding voxels of an output voxel hold more than one label."""
+    """Return where the voxels around an output voxel hold more than one label."""
     least = most = x_DHW
     for axis, (low, high, _, _) in enumerate(corners):
         least = np.minimum(np.take(least, low, axis), np.take(least, high, axis))
@@ -194,11 +195,11 @@ def _is_mixed(x_DHW: np.ndarray, corners: Sequence[tuple[np.ndarray, ...]]) -> n
 def _vote(
     x_DHW: np.ndarray, corners: Sequence[tuple[np.ndarray, ...]], at: tuple[np.ndarray, ...], nearest: np.ndarray
 ) -> np.ndarray:
-    """Return the winning labels (V,) at the output voxels ``at``; ties go to the nearest label, else the lowest."""
+    """Return the winning labels (V,) at the output voxels ``at``; ties go to the nearest label, then to the lowest."""
     labels, weights = map(list, zip(*_corner_labels(x_DHW, corners, at)))
     score = _share(nearest, labels, weights)
     winner = nearest.copy()
-    # Beyond one half nothing can beat or equal it; the margin is far above the rounding of the sum of weights.
+    # Above one half no other label can win or tie; the margin is far above the rounding of the sum of weights.
     open_ = np.flatnonzero(score <= 0.5 + 1e-6)
     labels, weights = [item[open_] for item in labels], [item[open_] for item in weights]
     best, best_label = score[open_], nearest[open_]

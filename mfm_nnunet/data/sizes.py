@@ -1,10 +1,10 @@
-"""Memory that a case needs on the plan's grid, computed from shapes before anything is resampled.
+"""Estimate the memory of a case on the plan's grid from shapes, before anything is resampled.
 
-A file of 65 kB whose header says 20 mm becomes half a billion voxels for a model of 1 mm. The sums below follow the
-arrays that the modules ``data.preprocess``, ``prediction.model`` and ``prediction.logits`` hold at the same time;
-``tests/prediction/test_sizes.py`` compares them with the peak of a real process. What libraries and
-weights take, and a second case that is prepared in the background, comes on top, so what is refused really cannot be
-done. Legend: C channels, K classes; voxels as D H W in the plan's axis order.
+A 65 kB file whose header says 20 mm becomes half a billion voxels for a model of 1 mm. The sums below follow the arrays
+that the modules ``data.preprocess``, ``prediction.model`` and ``prediction.logits`` hold at the same time;
+``tests/prediction/test_sizes.py`` compares them with the peak of a real process. Libraries, weights, and a second case
+prepared in the background need memory on top, so a refused case is certain to fail. Legend: C channels, K classes;
+voxels as D H W in the plan's axis order.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mfm_nnunet.device import require_memory
 from mfm_nnunet.errors import MFMError
 
 MAX_GROWTH = 1000
-"""Voxels after resampling for each voxel of the file: 10 mm cubes that become 1 mm cubes."""
+"""Limit of voxels after resampling per voxel of the file: 10 mm cubes that become 1 mm cubes."""
 GROWTH_MATTERS_FROM = 1 << 24
-"""Voxels after resampling (256^3) below which any growth is cheap."""
+"""Number of voxels after resampling (256^3) below which any growth is cheap."""
 MAX_WINDOWS = 100_000
-"""Positions of the sliding window in one case; a whole-body CT of 1 mm has about 1,000 with a patch of 128^3."""
+"""Limit of sliding-window positions per case; a whole-body CT at 1 mm has about 1,000 with a patch of 128^3."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shapes that one case passes through, and the spacings in mm that lead from one to the next."""
+    """Shapes of a case before cropping, after cropping and after resampling, and its spacings in mm."""
 
     num_channels: int
     whole: tuple[int, ...]
@@ -41,7 +41,7 @@ class Sizes:
 
 
 def require_preprocessable(sizes: Sizes) -> None:
-    """Raise MFMError (E_TOO_LARGE) with the numbers when a case cannot be preprocessed in the memory that there is."""
+    """Raise MFMError (E_TOO_LARGE) if a case cannot be preprocessed in the available memory."""
     before, after = math.prod(sizes.cropped), math.prod(sizes.resampled)
     if after > MAX_GROWTH * before and after > GROWTH_MATTERS_FROM:
         raise MFMError("E_TOO_LARGE", f"{_becomes(sizes)}: {after / before:.0f} for each voxel of the file. {_ADVICE}")
@@ -51,7 +51,7 @@ def require_preprocessable(sizes: Sizes) -> None:
 def require_predictable(
     sizes: Sizes, num_classes: int, num_windows: int, *, num_folds: int = 1, probabilities: bool = False
 ) -> None:
-    """Raise MFMError (E_TOO_LARGE) with the numbers when a case cannot be predicted in the memory and time there is."""
+    """Raise MFMError (E_TOO_LARGE) if a case cannot be predicted in the available memory and acceptable time."""
     require_preprocessable(sizes)
     if num_windows > MAX_WINDOWS:
         raise MFMError(
@@ -63,7 +63,7 @@ def require_predictable(
 
 
 def preprocessing_bytes(sizes: Sizes) -> int:
-    """Return the bytes that one case holds at its peak while it is cropped, normalised and resampled."""
+    """Return the peak memory of a case, in bytes, while it is cropped, normalised and resampled."""
     whole, cropped, resampled = (math.prod(shape) for shape in (sizes.whole, sizes.cropped, sizes.resampled))
     read = 4 * sizes.num_channels * (whole + cropped)
     if sizes.cropped == sizes.resampled:
@@ -73,7 +73,7 @@ def preprocessing_bytes(sizes: Sizes) -> int:
 
 
 def prediction_bytes(sizes: Sizes, num_classes: int, num_folds: int = 1, probabilities: bool = False) -> int:
-    """Return the bytes that one case holds at its peak while it is preprocessed, predicted and resampled back."""
+    """Return the peak memory of a case, in bytes, while it is preprocessed, predicted and resampled back."""
     cropped, resampled = math.prod(sizes.cropped), math.prod(sizes.resampled)
     image = 4 * sizes.num_channels * resampled
     logits = 2 * num_classes * resampled
@@ -89,7 +89,7 @@ def prediction_bytes(sizes: Sizes, num_classes: int, num_folds: int = 1, probabi
 
 
 def count_windows(shape: Sequence[int], patch_size: Sequence[int], step_size: float) -> int:
-    """Return the number of positions of a sliding window; a 2D patch goes through the slices of the first axis."""
+    """Return the number of sliding-window positions; a 2D patch visits each slice of the first axis."""
     slices = math.prod(shape[: len(shape) - len(patch_size)])
     return slices * math.prod(
         math.ceil(max(size - patch, 0) / (patch * step_size)) + 1
@@ -109,7 +109,7 @@ _ADVICE = "Check the voxel size in its header and crop the image, or take a plan
 
 
 def _spline_bytes(sizes: Sizes) -> int:
-    """Return the float64 bytes of one channel that is resized axis by axis, the largest reduction first."""
+    """Return the float64 bytes for resizing one channel axis by axis, the largest reduction first."""
     shape, peak = list(sizes.cropped), 0
     original = before = math.prod(shape)
     for axis in sorted(range(3), key=lambda i: sizes.resampled[i] / sizes.cropped[i]):
@@ -121,7 +121,7 @@ def _spline_bytes(sizes: Sizes) -> int:
 
 
 def _becomes(sizes: Sizes) -> str:
-    """Describe what happens to the case, as the beginning of a sentence."""
+    """Describe the resampling of a case, as the beginning of a sentence."""
     if sizes.cropped == sizes.resampled:
         return f"it has {_by(sizes.cropped)} voxels"
     return (

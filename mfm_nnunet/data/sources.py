@@ -69,7 +69,6 @@ def index_source(source: Path) -> list[Case]:
 
 
 def _unknown_source(source: Path) -> MFMError:
-    """Return the error (E_FORMAT) for a file that is no listing and no image."""
     if not os.path.isfile(source):
         return MFMError("E_FORMAT", f"{source}: is a pipe or device. Give a folder, a listing or an image.")
     if found := dicom.find_dicom(source):
@@ -83,7 +82,7 @@ def _unknown_source(source: Path) -> MFMError:
 
 
 def _what_else(source: Path) -> str:
-    """Describe what a folder without images holds instead, in sentences; "" for nothing known."""
+    """Describe in sentences what a folder without images contains instead; "" if nothing is recognised."""
     if advice := dicom.advice(source):
         return advice
     if not source.is_dir():
@@ -95,7 +94,7 @@ def _what_else(source: Path) -> str:
 
 
 def _each_once(source: Path, cases: list[Case]) -> list[Case]:
-    """Drop cases that a listing names again: one of them might train while the other validates."""
+    """Drop repeated cases of a listing: otherwise one might train while its copy validates."""
     first: dict[tuple[Path, ...], Case] = {}
     for case in cases:
         first.setdefault(case.images, case)
@@ -143,7 +142,7 @@ def _without_masks(source: Path, files: list[Path]) -> list[Path]:
 
 
 def _without_stray_pictures(source: Path, files: list[Path]) -> list[Path]:
-    """Drop a few pictures among volumes, such as screenshots; other mixtures are refused when registered."""
+    """Drop a few pictures among volumes, such as screenshots. Registration refuses other mixtures."""
     pictures = [file for file in files if ending_of(file) in PICTURES]
     volumes = [file for file in files if ending_of(file) not in PICTURES]
     if not pictures or len(volumes) < 3 or len(pictures) > max(1, len(files) // 10):
@@ -154,7 +153,7 @@ def _without_stray_pictures(source: Path, files: list[Path]) -> list[Path]:
 
 
 def _warn_of_channels(files: Sequence[Path]) -> None:
-    """Warn where files look like channels of one case, which only nnU-Net's folders and tables can state."""
+    """Warn about files that look like channels of one case, which a folder tree cannot express."""
     stems = [re.fullmatch(r"(.+)_\d{4}", str(file.parent / stem_of(file))) for file in files]
     several = [name for name, count in Counter(match[1] for match in stems if match).items() if count > 1]
     if several:
@@ -182,19 +181,19 @@ def _raw(folder: Path) -> list[Case]:
 
 _DESCRIPTION = "dataset_description.json"
 _NO_SCANS = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
-"""Folders of a BIDS dataset that hold no scans of its own."""
+"""Folders of a BIDS dataset that contain no scans of its own."""
 _NO_IMAGES = frozenset(("mask", "defacemask", "dseg", "probseg", "label", "seg", "boldref"))
-"""Suffixes of files that are no scans: masks, segmentations and references that were computed."""
+"""Suffixes of files that are not scans: masks, segmentations and computed references."""
 _PLACE = re.compile(
     r"sub-[A-Za-z0-9]+/(ses-[A-Za-z0-9]+/)?(anat|func|dwi|fmap|perf|pet|micr|swi)/sub-[^/]+_[A-Za-z0-9]+"
 )
 
 
 def _bids_folders(source: Path, files: Sequence[Path]) -> list[Path]:
-    """Find the BIDS datasets in ``source``: itself, or folders directly in it; empty where there are none.
+    """Find the BIDS datasets in ``source``: itself or its direct subfolders; empty if there are none.
 
-    A dataset has a ``dataset_description.json``, or every one of its images has a place as in BIDS. ``files`` are the
-    images below ``source``.
+    A folder is a BIDS dataset if it has a ``dataset_description.json``, or if all its images have BIDS paths. ``files``
+    are the images below ``source``.
     """
     if _is_bids(source, files):
         return [source]
@@ -203,9 +202,10 @@ def _bids_folders(source: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _bids_cases(source: Path, files: Sequence[Path], roots: Sequence[Path]) -> list[Case]:
-    """Select the scans among the images ``files`` of ``source``, in which the folders ``roots`` are BIDS datasets.
+    """Select the scans among the images ``files`` of ``source``; the folders ``roots`` are BIDS datasets.
 
-    Images outside of these are taken as in any folder tree. What is left out is logged with its number and an example.
+    Images outside of these are treated as in any folder tree. Skipped files are logged with their number and an
+    example.
     """
     owners = [next((root for root in roots if root in file.parents), None) for file in files]
     reasons = [
@@ -230,7 +230,7 @@ def _is_bids(folder: Path, files: Sequence[Path]) -> bool:
 
 
 def _left_out(file: PurePath) -> str:
-    """Return why a file of a dataset is no scan, in words; "" for a scan."""
+    """Return the reason why a file of a dataset is not a scan; "" for a scan."""
     if file.parts[0] in _NO_SCANS:
         return f"images in {file.parts[0]}/"
     if not file.parts[0].startswith("sub-"):
@@ -241,7 +241,7 @@ def _left_out(file: PurePath) -> str:
 
 
 def _described(case: Case, root: Path, several: bool) -> Case:
-    """Add the dataset, the modality, and a subject that is unique over several datasets."""
+    """Add the dataset, the modality, and a subject that is unique across datasets."""
     file = case.images[0]
     subject = subject_of(file.relative_to(root))
     return dataclasses.replace(

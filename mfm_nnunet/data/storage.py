@@ -1,8 +1,8 @@
-"""Preprocessed cases on disk: nnU-Net's files, written whole or not at all, and the manifest that says what is done.
+"""Preprocessed cases on disk: nnU-Net's files, written atomically, and the manifest of finished cases.
 
-A case is ``{name}.b2nd`` (C, D, H, W float32), ``{name}.pkl`` (properties) and, if labelled, ``{name}_seg.b2nd``
-(1, D, H, W int16), all in the folder of the plan's data identifier. Anything else lies beside that folder, because
-nnU-Net accepts no other file endings inside it.
+A case is ``{name}.b2nd`` (C, D, H, W float32), ``{name}.pkl`` (properties) and, if labelled, ``{name}_seg.b2nd`` (1, D,
+H, W int16), all in the folder of the plan's data identifier. Anything else lies beside that folder, because nnU-Net
+accepts no other file endings inside it.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from mfm_nnunet.files import (
 )
 
 ENDINGS = (".pkl", "_seg.b2nd", ".b2nd")
-"""Files of a case in the order in which they appear; nnU-Net takes the last as the sign that the case is there."""
+"""Files of a case in the order in which they are moved into place; for nnU-Net the last marks the case as present."""
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
-    """Make a folder for unfinished files and remove it at the end, and those that dead processes left here.
+    """Make a temporary folder for unfinished files; also remove those that dead processes left here.
 
-    What other hosts and containers left stays: nobody here can tell whether they are still at work.
+    Folders of other hosts and containers are kept: their processes may be alive.
     """
     prefix = f".partial-{_process_space()}-"
     for left in preprocessed_folder.glob(f"{prefix}*"):
@@ -65,7 +65,7 @@ def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
 
 
 def _process_space() -> str:
-    """Return where a process number is unique: the host, and the namespace of a container of that name."""
+    """Return a name of the scope in which process numbers are unique: the host and the container's namespace."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -85,7 +85,7 @@ def _is_alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Content:
-    """Stored parts of a case; ``anonymised`` is a boolean mask (1, D, H, W)."""
+    """Arrays and properties to store for a case; ``anonymised`` is a boolean mask (1, D, H, W)."""
 
     data_CDHW: np.ndarray
     seg_1DHW: np.ndarray | None
@@ -95,10 +95,10 @@ class Content:
 
 @dataclass
 class Manifest:
-    """Record of the finished cases of a data folder: one JSON line each, flushed to the disk; the last line counts.
+    """Record of the finished cases of a data folder: one JSON line each, flushed to disk; the last line counts.
 
     ``entries`` maps a case to ``{"case", "hash", "sources", "files"}``: hash of the settings, size and time of the
-    source files, and sizes of the files written.
+    source files, and sizes of the written files.
     """
 
     file: Path
@@ -107,7 +107,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of the data folder ``folder``, ignoring a line that was cut off."""
+        """Read the manifest of the data folder ``folder``, ignoring a truncated line."""
         manifest = cls(folder.with_name(f"{folder.name}.manifest.jsonl"), folder)
         entries = (entry for entry in read_lines(manifest.file) if _is_manifest_entry(entry))
         manifest.entries.update({entry["case"]: entry for entry in entries})
@@ -121,16 +121,16 @@ class Manifest:
         return bool(entry.get("files")) and entry["files"] == file_sizes(self.folder, case)
 
     def source_sizes(self, case: str, num_images: int) -> dict[str, list[int]]:
-        """Return the size in bytes of the files that a finished case was made from: its ``images``, and its mask.
+        """Return the source sizes of a finished case, in bytes: its ``images`` and its mask.
 
-        Where files belong to an image (voxels of a detached header), they count among the ``num_images`` first.
+        Further files of an image (voxels of a detached header) are counted among the first ``num_images``.
         """
         sources = self.entries.get(case, {}).get("sources", [])
         images = [source[0] for source in sources if len(source) == 2][:num_images]
         return {"images": images, **{source[2]: [source[0]] for source in sources if len(source) == 3}}
 
     def add(self, case: str, settings_hash: str, sources: list[list[Any]]) -> None:
-        """Note that the case is finished."""
+        """Record a finished case."""
         entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}
         with open_to_append(self.file) as file:
             append_line(file, entry)
@@ -138,7 +138,7 @@ class Manifest:
 
 
 def _is_manifest_entry(entry: Any) -> bool:
-    """Return whether a line of a manifest says what :meth:`Manifest.add` writes; any other is ignored."""
+    """Return whether a line of a manifest is well formed; others are ignored."""
     if not isinstance(entry, dict) or not {"case", "hash", "sources", "files"} <= set(entry):
         return False
     sources, sizes = entry["sources"], entry["files"]
@@ -152,7 +152,7 @@ def _is_manifest_entry(entry: Any) -> bool:
 
 
 def case_files(folder: Path, case: str) -> dict[str, Path]:
-    """Return all files that a case may have, the mask and then by ending, in the order in which they appear."""
+    """Return all possible files of a case in the order in which they are written: the mask, then by ending."""
     own = {ending: inside(folder, f"{case}{ending}") for ending in ENDINGS}
     return {"anonymised": mask_file(folder, case), **own}
 
@@ -163,21 +163,21 @@ def file_sizes(folder: Path, case: str) -> dict[str, int]:
 
 
 def stored_cases(folder: Path) -> set[str]:
-    """Return the cases that nnU-Net sees in a data folder."""
+    """Return the cases that nnU-Net finds in a data folder."""
     return {file.name[:-5] for file in folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")}
 
 
 def stale_cases(folder: Path, cases: Iterable[str], settings_hash: str) -> list[str]:
-    """Return the cases of a data folder that were made with other settings; stock nnU-Net does not note with which."""
+    """Return cases of a data folder made with other settings; stock nnU-Net does not record its settings."""
     entries = Manifest.read(folder).entries
     return sorted(case for case in cases if case in entries and entries[case].get("hash") != settings_hash)
 
 
 def require_whole(folder: Path, cases: Collection[str] | None = None) -> None:
-    """Raise MFMError (E_SHORT_DATA) when ``cases`` of a data folder (None: any) were damaged after they were written.
+    """Raise MFMError (E_SHORT_DATA) if ``cases`` of a data folder (None: any) were damaged after writing.
 
-    Only files whose size is not the one in the manifest are opened; folders of stock nnU-Net have no manifest. A mask
-    that was written and is gone counts as damaged: without it, its voxels would be taken for others.
+    Only files whose size differs from the manifest are opened; folders of stock nnU-Net have no manifest. A missing
+    mask counts as damage: otherwise anonymised voxels would be treated as image.
     """
     entries = Manifest.read(folder).entries
     damaged = []
@@ -216,7 +216,7 @@ def store_case(
     content: Content,
     patch_size: tuple[int, ...],
 ) -> None:
-    """Write a case to ``staging`` and move it to ``folder``, where it appears whole."""
+    """Write a case to ``staging`` and move it to ``folder``, where it appears atomically."""
     optional = {"_seg.b2nd": content.seg_1DHW, "anonymised": content.anonymised}
     kinds = {".pkl", ".b2nd", *(kind for kind, array in optional.items() if array is not None)}
     staged = {key: staging / f"{key.strip('.')}~{case}" for key in case_files(folder, case) if key in kinds}
@@ -229,7 +229,7 @@ def store_case(
     _write_array(content.data_CDHW.astype(np.float32, copy=False), patch_size, staged[".b2nd"])
     with report_full_disk(folder):
         targets = case_files(folder, case)
-        # An outdated case disappears first: new properties and masks must never stand beside old voxels.
+        # Remove an outdated case first: new properties and masks must never lie beside old voxels.
         for target in reversed(targets.values()):
             target.unlink(missing_ok=True)
         for key, finished in staged.items():
@@ -244,16 +244,16 @@ def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> 
     blocks, chunks = comp_blosc2_params(array.shape, patch_size, array.itemsize)
     codec, level = blosc2.Codec.LZ4HC, 5
     filters = [nnUNetDatasetBlosc2._select_filter(array, blocks, chunks, codec, level)]
-    # One thread: workers run side by side, and the bytes are the same on every run.
+    # One thread: workers run in parallel, and the bytes are reproducible.
     settings = {"codec": codec, "clevel": level, "filters": filters, "nthreads": 1}
     packed = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=settings)
-    # Packed in memory and written here, because blosc2's own writer does not tell a full disk from other errors.
+    # Packed in memory and written here: blosc2's own writer does not distinguish a full disk from other errors.
     with atomic_write(file) as stream:
         stream.write(packed.to_cframe())
 
 
 def copy_label(label: Path, target: Path, staging: Path) -> None:
-    """Copy a label file to nnU-Net's ``gt_segmentations`` unless the same is there."""
+    """Copy a label file to nnU-Net's ``gt_segmentations``, unless an identical copy exists."""
     status = label.stat()
     if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns):
         return

@@ -1,13 +1,13 @@
 """Preprocessed volumes and their masks, opened to read a few of their voxels. Legend: C channels, D H W voxels.
 
-Nothing that a file says runs code, starts a program or opens a connection. So ``blosc2.open`` is not used: it follows
-what the file's metalayers name (expressions, functions, files, servers). Compressors are the built-in ones: for any
-other, blosc2 starts a Python that imports a module of the compressor's name, from the current folder too.
+A file cannot run code, start a program or open a connection. So ``blosc2.open`` is not used: it follows what the file's
+metalayers name (expressions, functions, files, servers). Only built-in compressors are accepted: for any other, blosc2
+starts a Python that imports a module of the compressor's name, even from the current folder.
 
-A mask names the voxels that were changed to hide who somebody is: 1 there, 0 elsewhere and outside the image. It is
+A mask marks voxels that were altered to prevent identification: 1 there, 0 elsewhere and outside the image. It is
 cropped, transposed and resampled with its image and never used for normalisation. It is stored beside the folder of the
-preprocessed volumes, where nothing that looks for volumes finds it: ``<folder>_anonymised/{case}.b2nd``, uint8
-(1, D, H, W). A case without a mask has no such file.
+preprocessed volumes, where no search for volumes finds it: ``<folder>_anonymised/{case}.b2nd``, uint8 (1, D, H, W). A
+case without a mask has no such file.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside
 
 COMPRESSORS = range(5)
-"""Formats of compressed chunks that are built into blosc2."""
+"""Numbers of the compressed formats built into blosc2."""
 FILTERS = {*range(6), *range(32, 37)}
-"""Filters that are built into it."""
+"""Numbers of the filters built into blosc2."""
 HEADER_BYTES = 32
 """Length of the header of a compressed chunk."""
 PREPROCESS_AGAIN = "run mfm_plan_and_preprocess again; it makes only what is missing."
 
 
 def mask_file(folder: Path, case: str) -> Path:
-    """Return where the mask of a case lies whose volume is in ``folder``."""
+    """Return the path of a case's mask; ``folder`` is the folder of its volume."""
     return inside(folder.with_name(f"{folder.name}_anonymised"), f"{case}.b2nd")
 
 
@@ -49,10 +49,10 @@ def masked_cases(folder: Path) -> set[str]:
 
 
 class Volume(blosc2.NDArray):
-    """An array in a file that :func:`open_array` checked; slices are decompressed when they are asked for."""
+    """An array in a file checked by :func:`open_array`; slices are decompressed on access."""
 
     repair: str
-    """Advice that ends messages: how to make the file again."""
+    """Advice at the end of messages: how to create the file again."""
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Return the voxels at ``key``."""
@@ -66,7 +66,7 @@ class Volume(blosc2.NDArray):
             raise unreadable(str(self.schunk.urlpath), error, self.repair) from error
 
     def _chunks_of(self, key: Any) -> Iterable[int]:
-        """Return the numbers of the chunks that hold the voxels at ``key``; of all, unless it is a simple box."""
+        """Return the numbers of the chunks that hold the voxels at ``key``; all chunks if it is not a simple box."""
         parts = key if isinstance(key, tuple) else (key,)
         is_box = all(isinstance(part, int) or (isinstance(part, slice) and part.step in (None, 1)) for part in parts)
         return blosc2.get_slice_nchunks(self, key) if is_box else range(self.schunk.nchunks)
@@ -74,7 +74,7 @@ class Volume(blosc2.NDArray):
 
 @functools.lru_cache(maxsize=256)
 def open_volume(file: str) -> Volume:
-    """Open a ``.b2nd`` file (C, D, H, W), of which slices are read when they are asked for."""
+    """Open a ``.b2nd`` file (C, D, H, W), whose slices are read on access."""
     volume = open_array(file)
     if volume.ndim != 4:
         raise unreadable(file, f"it has {volume.ndim} axes instead of 4")
@@ -82,19 +82,19 @@ def open_volume(file: str) -> Volume:
 
 
 def volume_shape(file: Path) -> tuple[int, ...]:
-    """Return the shape (C, D, H, W) of a volume; only its header is read."""
+    """Return the shape (C, D, H, W) of a volume, reading only its header."""
     return tuple(open_volume.__wrapped__(str(file)).shape)
 
 
 @functools.lru_cache(maxsize=256)
 def anonymised_of(volume: str) -> Volume | None:
-    """Return the mask of anonymised voxels (1, D, H, W) of the volume in a file; None without one."""
+    """Open the mask of anonymised voxels (1, D, H, W) of a volume; None if it has none."""
     file = mask_file(Path(volume).parent, Path(volume).stem)
     return open_volume.__wrapped__(str(file)) if file.exists() else None
 
 
 def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
-    """Read the box of ``size`` voxels at ``lower`` (which may lie outside) of all channels, 0 outside the image."""
+    """Read a box of all channels, 0 outside the image; ``lower`` may lie outside."""
     shape = volume.shape[1 + len(leading) :]
     inside = [(max(start, 0), min(start + extent, limit)) for start, extent, limit in zip(lower, size, shape)]
     box = np.zeros((volume.shape[0], *size), np.float32)
@@ -118,7 +118,7 @@ def open_array(file: str, repair: str = PREPROCESS_AGAIN) -> Volume:
         raise
     except Exception as error:  # damaged files raise anything
         raise unreadable(file, error, repair) from error
-    if dtype.hasobject:  # voxels that are objects would be addresses of the file's choice
+    if dtype.hasobject:  # an object array would hold pointers chosen by the file
         raise unsafe(file, f"is no array of numbers ({', '.join(map(ascii, sorted(kinds)[:3]))})", repair)
     if dtype.kind not in "biuf" or not dtype.isnative or dtype.itemsize != volume.schunk.typesize:
         raise unreadable(file, f"its voxels are no numbers but {dtype}", repair)
@@ -128,13 +128,13 @@ def open_array(file: str, repair: str = PREPROCESS_AGAIN) -> Volume:
 
 
 def require_plain_file(file: str | Path) -> None:
-    """Raise OSError for anything but a file: reading a pipe would wait for ever."""
+    """Raise OSError for anything but a regular file: reading a pipe would block for ever."""
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError("it is not a regular file")
 
 
 def _index_header(file: str) -> bytes:
-    """Return the header of the compressed list of chunks, which blosc2 decompresses when it opens the file."""
+    """Return the header of the compressed chunk index, which blosc2 decompresses when it opens the file."""
     require_plain_file(file)
     with open(file, "rb") as stream:
         start = stream.read(47)
@@ -145,7 +145,7 @@ def _index_header(file: str) -> bytes:
 
 
 def _require_built_in(header: bytes, file: str, repair: str) -> None:
-    """Raise MFMError (E_DATA_UNSAFE) when a chunk needs a compressor or filter from elsewhere."""
+    """Refuse a chunk that needs a compressor or filter not built into blosc2."""
     if len(header) < HEADER_BYTES:
         raise ValueError("a chunk is cut off")
     is_extended = header[2] & 0b101 == 0b101
@@ -154,7 +154,7 @@ def _require_built_in(header: bytes, file: str, repair: str) -> None:
 
 
 def read_arrays(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[str, np.ndarray]:
-    """Return the arrays in a ``.npz`` file by name; of a ``.npy`` file the one in it, mapped, as ""."""
+    """Return the arrays of a ``.npz`` file by name; the array of a ``.npy`` file, memory-mapped, as ""."""
     try:
         require_plain_file(file)
         content = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -173,12 +173,12 @@ def read_arrays(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[str, np.ndar
 
 
 def unreadable(file: str, error: Exception | str, repair: str = PREPROCESS_AGAIN) -> MFMError:
-    """Return the error (E_SHORT_DATA) for a preprocessed file that raised ``error`` when it was read."""
+    """Return the error (E_SHORT_DATA) for a preprocessed file whose reading raised ``error``."""
     return MFMError("E_SHORT_DATA", f"{file}: the preprocessed file cannot be read ({error}). Delete it and {repair}")
 
 
 def unsafe(file: str, reason: str, repair: str = PREPROCESS_AGAIN) -> MFMError:
-    """Return the error (E_DATA_UNSAFE) for a preprocessed file that could run code, had it been followed."""
+    """Return the error (E_DATA_UNSAFE) for a preprocessed file that could run code if loaded normally."""
     return MFMError(
         "E_DATA_UNSAFE",
         f"{file}: the preprocessed file {reason}, so it could run code. It was refused and nothing was run. Neither "
@@ -190,11 +190,11 @@ PLAIN = (type(None), bool, int, float, str, bytes)
 
 
 class _UnsafeError(Exception):
-    """A pickle names or holds something that is not on the list."""
+    """Raised for a pickle that names or holds a type not on the list."""
 
 
 class _Stored:
-    """A value of NumPy as its pickle describes it: the arguments of a call, and a state."""
+    """A NumPy value as described in its pickle: arguments of a call, and a state."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -204,13 +204,13 @@ class _Stored:
         self.state = state
 
     def value(self) -> Any:
-        """Return what is described."""
+        """Build the described value."""
         raise NotImplementedError
 
 
 class _StoredDtype(_Stored):
     def value(self) -> np.dtype:
-        """Return the type, a number's; NumPy itself would take its fields and flags from the file."""
+        """Return the numeric type; NumPy itself would take its fields and flags from the file."""
         _, order, *rest = self.state[:5]
         if any(part is not None for part in rest) or not re.fullmatch("[biufc][0-9]{1,2}", self.arguments[0]):
             raise _UnsafeError(f"holds arrays of {ascii(self.arguments[0])[:80]}")
@@ -245,16 +245,16 @@ def _array(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 _NAMES: dict[str, Any] = {
     "numpy.dtype": _StoredDtype,
-    "numpy.ndarray": None,  # an argument of _reconstruct, which makes nothing else here
+    "numpy.ndarray": None,  # only an argument of _reconstruct
     "numpy.core.multiarray._reconstruct": _StoredArray,
     "numpy.core.multiarray.scalar": _StoredScalar,
     "numpy.core.numeric._frombuffer": _StoredBuffer,
     "collections.OrderedDict": dict,
 }
-"""Names that a pickle may hold (``numpy._core`` counts as ``numpy.core``), and their stand-ins."""
+"""Names allowed in a pickle (``numpy._core`` counts as ``numpy.core``), and their stand-ins."""
 
 
-class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C reserves as much memory as the file says
+class _PlainUnpickler(pickle._Unpickler):  # the C version allocates as much memory as the file claims
     read: Any
     append: Any
 
@@ -268,7 +268,7 @@ class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C reserves as
         raise _UnsafeError("names an object outside of it")
 
     def load_bytearray8(self) -> None:
-        """Read only as much as there is."""
+        """Read without allocating the claimed size."""
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
 
@@ -292,10 +292,10 @@ def read_properties(file: Path, repair: str = PREPROCESS_AGAIN) -> dict[Any, Any
 
 
 def _unpack(value: Any, done: dict[int, Any]) -> Any:
-    """Return a value with NumPy's own in place of those stored; ``done`` holds those made so far by identity."""
+    """Replace stored values by NumPy's own, recursively; ``done`` holds those made so far by identity."""
     if type(value) in PLAIN:
         return value
-    if id(value) in done:  # else a few nested lists could stand for billions
+    if id(value) in done:  # otherwise a few nested lists could stand for billions
         return done[id(value)]
     if isinstance(value, _Stored) and not isinstance(value, _StoredDtype):
         made: Any = value.value()

@@ -29,12 +29,20 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import progress, reader_threads
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory, nearest
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import atomic_write, disk_full, inside, is_disk_full, require_unicode, sha256, shown
+from mfm_nnunet.files import (
+    atomic_write,
+    disk_full,
+    inside,
+    is_disk_full,
+    report_full_disk,
+    require_unicode,
+    sha256,
+    shown,
+)
 from mfm_nnunet.images import decoder
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.prediction.export import (
     STAGING_PREFIX,
-    disk_full_is_an_error,
     publish,
     require_space,
     staging,
@@ -308,7 +316,7 @@ class _Run:
         details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         file = inside(self.folder, ERROR_FOLDER, f"{name}.txt")
         try:
-            with disk_full_is_an_error(file):
+            with report_full_disk(file):
                 file.parent.mkdir(exist_ok=True)
                 with atomic_write(file) as handle:
                     handle.write(shown(details).encode())

@@ -20,15 +20,13 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import disk_full, is_disk_full, locked, report_full_disk
+from mfm_nnunet.files import disk_full, locked, report_full_disk, sync, sync_folder
 from mfm_nnunet.prediction import geometry
 from mfm_nnunet.prediction.logits import logits_to_mask, logits_to_probabilities
 
 logger = logging.getLogger(__name__)
 
 STAGING_PREFIX = ".partial_"
-_HEADER_BYTES = 1 << 16
-"""Upper bound on the headers of mask formats: the space a mask needs besides its voxels."""
 
 
 def write_case(
@@ -49,7 +47,7 @@ def write_case(
     """
     if save_probabilities:
         mask, probabilities = logits_to_probabilities(logits_KDHW, properties, *managers)
-        with disk_full_is_an_error(target_truncated):
+        with report_full_disk(target_truncated, 1):
             np.savez_compressed(f"{target_truncated}.npz", probabilities=probabilities)
             save_pickle(properties, f"{target_truncated}.pkl")
     else:
@@ -69,7 +67,7 @@ def write_mask(
     ``target`` is not replaced atomically: pass a file in a folder of :func:`staging`.
     """
     writer = plans_manager.image_reader_writer_class()
-    with disk_full_is_an_error(target, mask_DHW.nbytes):
+    with report_full_disk(target, mask_DHW.nbytes):
         if header is not None and geometry.is_nifti(target):
             # nnU-Net's writer restores the file's voxel order; the header is then replaced by the source's own.
             plain = target.with_name(".voxels.nii")  # cannot be the name of a case, and is shorter than any
@@ -145,50 +143,15 @@ def remove_dead_stages(folder: Path) -> None:
 def publish(stage: Path, folder: Path) -> None:
     """Move the files in ``stage`` to their final place atomically: flush to disk, then rename."""
     files = sorted(stage.iterdir())
-    with disk_full_is_an_error(folder):
+    with report_full_disk(folder, 1):
         for file in files:
-            _sync(file)
+            sync(file)
         for file in files:
             os.replace(file, folder / file.name)
-    with contextlib.suppress(OSError):  # some network shares cannot sync a folder
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def disk_full_is_an_error(path: Path, num_bytes: int = 1) -> Iterator[None]:
-    """Turn a failed write into E_DISK_FULL if the disk is full; libraries often hide the cause."""
-    try:
-        yield
-    except MFMError:
-        raise
-    except Exception as error:
-        is_hidden = getattr(error, "errno", None) in (None, errno.EIO)
-        if is_disk_full(error) or (is_hidden and _refuses(path.parent, num_bytes + _HEADER_BYTES)):
-            raise disk_full(path) from error
-        raise
+    sync_folder(folder)
 
 
 def require_space(target: Path, properties: dict) -> None:
     """Raise MFMError (E_DISK_FULL) if a case's mask will not fit on the disk, before it is computed."""
     if shutil.disk_usage(target.parent).free < math.prod(properties["shape_before_cropping"]):
         raise disk_full(target)
-
-
-def _refuses(folder: Path, num_bytes: int) -> bool:
-    """Try to write that many bytes into a folder; quotas do not show in the free space of a disk."""
-    if shutil.disk_usage(folder).free < num_bytes:
-        return True
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(num_bytes))
-    except OSError as error:
-        return is_disk_full(error)
-    return False

@@ -6,9 +6,7 @@ before the files get their final names, so a run killed in between still recogni
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import json
 import logging
 import os
 import re
@@ -17,14 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, unreadable
-from mfm_nnunet.files import ending_of, is_file_name, open_to_append, parse_json, report_full_disk, sha256
+from mfm_nnunet.files import append_line, ending_of, is_file_name, open_to_append, read_lines, sha256, take_lock
 from mfm_nnunet.prediction.export import STAGING_PREFIX
 from mfm_nnunet.requests import PredictRequest
-
-try:
-    import fcntl
-except ImportError:  # POSIX only; without it, the user must not start two runs on one folder
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +57,12 @@ class Journal:
         for entry in sorted(entries, key=lambda entry: str(entry.get("time", ""))):
             self._take(entry)
         self._handle = open_to_append(self.file)  # closed by __exit__
-        self._lock()
-        self._handle.seek(max(0, self._handle.seek(0, os.SEEK_END) - 1))
-        if self._handle.read(1) not in (b"", b"\n"):  # the last run was killed while writing a line
-            self._append(b"\n")
+        if take_lock(self._handle.fileno()) is False:
+            self._handle.close()
+            raise MFMError(
+                "E_EXISTS",
+                f"{self.folder}: another run is writing to this folder. Wait for it, or choose another.",
+            )
 
     def __enter__(self) -> Journal:
         return self
@@ -80,7 +75,7 @@ class Journal:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         line = {"case": case, "status": status, **fields, "time": now}
         self._take(line)  # first: a signal may arrive while the line is written
-        self._append(json.dumps(line).encode() + b"\n")
+        append_line(self._handle, line)
 
     def require_same_maker(self, identity: Mapping[str, Any]) -> None:
         """Raise MFMError (E_EXISTS) if the masks in the folder come from another model or other settings."""
@@ -130,37 +125,15 @@ class Journal:
         for name, digest in entry.get("output", {}).items():
             self.written.setdefault(name, set()).add(digest)
 
-    def _append(self, line: bytes) -> None:
-        with report_full_disk(self.file):
-            self._handle.write(line)
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._handle.close()
-            raise MFMError(
-                "E_EXISTS",
-                f"{self.folder}: another run is writing to this folder. Wait for it, or choose another.",
-            ) from error
-        except OSError:
-            return  # file systems without locks
-
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the valid lines, and ignore others, such as one cut off by a kill.
 
     A mask recorded only in an ignored line is not recognised as ours, and never replaced without a request.
     """
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError):
-            entry = parse_json(line)
-            if isinstance(entry, dict) and _is_entry(entry):
-                yield {name: value for name, value in entry.items() if name in FIELDS}
+    for entry in read_lines(file):
+        if isinstance(entry, dict) and _is_entry(entry):
+            yield {name: value for name, value in entry.items() if name in FIELDS}
 
 
 def _is_entry(entry: Mapping[str, Any]) -> bool:
