@@ -355,7 +355,6 @@ def _parse(value: Any, hint: Any, name: str) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    """Name a type for messages."""
     if get_origin(hint) is tuple:
         arguments = get_args(hint)
         return "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"

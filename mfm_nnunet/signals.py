@@ -208,7 +208,6 @@ def end_despite_threads(exit_code: int) -> None:
 
 @contextlib.contextmanager
 def _installed(flag: StopFlag, is_command: bool) -> Iterator[None]:
-    """Install the handlers of a flag and the thread that answers signals."""
     global _active
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -321,7 +321,6 @@ def _voxel_dtype(path: Path, table: dict[str, str], name: str, big_endian: bool)
 
 
 def _sibling(path: Path, name: str) -> Path:
-    """Return the path of the data file that a header names, relative to the header."""
     pattern = name.split()[0].upper() == "LIST" or "%" in name
     if pattern or (len(name.split()) > 1 and not (path.parent / name).exists()):
         raise refuse("E_FORMAT", path, f"the voxels are in several files ({name})", "Save the volume as one file.")

@@ -1,1 +1,1 @@
-"""THE network, as pretext tasks see it."""
+"""Network families: planning, building, wrapping for pretext tasks, weight transfer."""

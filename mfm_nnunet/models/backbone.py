@@ -1,7 +1,7 @@
-"""The network as pretext tasks see it: dense output, features, and restoration of what is hidden.
+"""Interface between networks and pretext tasks: dense output, encoder features, restoration of hidden voxels.
 
-Each family of networks has its own final class. The wrapped ``network`` is saved; weights that a backbone adds are for
-pretraining only.
+Each network family has its own final class. Only the wrapped ``network`` is saved; weights that a backbone adds are
+used in pretraining only.
 
 Shapes: B batch, C channels, D H W voxels, K outputs; in 2D there is no D.
 """
@@ -22,54 +22,54 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import family_of
 
 Restoring = Literal["none", "drop", "replace"]
-"""Treatment of hidden tokens: ``restore`` is not used; they never enter the encoder (MAE); a learnable mask token takes
-their place (SimMIM). Networks without tokens see filled voxels in both cases."""
+"""Treatment of hidden tokens in ``restore``. none: ``restore`` is not used. drop: they never enter the encoder (MAE).
+replace: a learnable mask token takes their place (SimMIM). Networks without tokens fill hidden voxels instead."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes in voxels per axis that the settings of a pretext task must fit."""
+    """Sizes in voxels per axis that constrain the settings of a pretext task."""
 
     patch_size: tuple[int, ...]
     mask_cell: tuple[int, ...]
-    """The smallest block that can be hidden: masks must be constant within such blocks."""
+    """Smallest block that can be hidden. Masks must be constant within each block."""
     crop_cell: tuple[int, ...]
-    """Images for ``features`` must be multiples of it, up to the patch for networks with tokens."""
+    """Images for ``features`` must be multiples of this; with tokens, no larger than the patch."""
 
 
 class AbstractBackbone(nn.Module, ABC):
-    """A network built from a plan, wrapped for pretext tasks. Made by :func:`make_backbone`."""
+    """Network of a plan, wrapped for pretext tasks by :func:`make_backbone`."""
 
     def __init__(self, network: Any, patch_size: tuple[int, ...]) -> None:
         super().__init__()
         self.network: Any = network
         self.family = family_of(network)
         self.patch_size = patch_size
-        for weight in self.family.unused_outputs(network):  # there, so that weights fit with deep supervision too
+        for weight in self.family.unused_outputs(network):  # kept, so that checkpoints fit with deep supervision
             weight.requires_grad_(False)
         stem_weight = next(weight for weight in network.parameters() if weight.dim() > 3)
         self.num_inputs = int(stem_weight.shape[1])
 
     def geometry(self) -> Geometry:
-        """Return the sizes that the settings of a pretext task must fit."""
+        """Return the sizes that constrain the settings of a pretext task."""
         return Geometry(self.patch_size, self.mask_cell(), self.crop_cell())
 
     def freeze_decoder(self) -> None:
-        """Train the encoder alone."""
+        """Freeze everything except the encoder."""
         kept = self.family.encoder_names(self.network)
         for name, weight in self.network.named_parameters():
             weight.requires_grad_(name in kept)
 
     def encoder_state(self) -> dict[str, Tensor]:
-        """Return the encoder's part of the network's state dict, each tensor under the encoder's own names."""
+        """Return the encoder's part of the state dict, without the names that the decoder registers for it."""
         names = self.family.encoder_names(self.network)
         prefixes = tuple(prefix for prefix in self.family.encoder if any(name.startswith(prefix) for name in names))
         return {name: tensor for name, tensor in self.network.state_dict().items() if name.startswith(prefixes)}
 
     def recompute_activations(self) -> None:
-        """Keep only the inputs of blocks from now on, and compute the rest again in the backward pass.
+        """Enable activation checkpointing: keep only the inputs of each block and recompute the rest in backward.
 
-        Results are the same, drop path included; names and state dict too. Call it once, before ``compile_blocks``.
+        Results (including drop path), names and state dict do not change. Call once, before ``compile_blocks``.
 
         Raises MFMError (E_CONFIG) for batch norms, whose running statistics would be updated twice.
         """
@@ -83,12 +83,12 @@ class AbstractBackbone(nn.Module, ABC):
             block.forward = functools.partial(_recomputed, block.forward)
 
     def compile_blocks(self) -> None:
-        """Run each block compiled from now on, in place, so names and state dict stay.
+        """Compile each block in place; names and state dict do not change.
 
-        A block that cannot be compiled as a whole raises an error when it first runs; it is never left out.
+        A block that cannot be compiled as a whole raises an error on its first run instead of falling back to eager.
         """
         blocks = self.blocks()
-        # Blocks share their code, and each width, mode and gradient setting is a variant of it; torch gives up after 8.
+        # Blocks share code; each width, mode and gradient setting is one variant of it. torch's default limit is 8.
         enough = 8 * len(blocks)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, enough)
         torch._dynamo.config.accumulated_recompile_limit = max(
@@ -99,39 +99,39 @@ class AbstractBackbone(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """Return the modules that do nearly all of the work, each run once per forward pass, none inside another."""
+        """Return the modules that do nearly all the work. Each runs once per forward pass; none contains another."""
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Return dense outputs (B, K, D, H, W)."""
         return self.network(x_BCDHW)
 
     def mask_cell(self) -> tuple[int, ...]:
-        """Return the voxels per axis of the smallest block that can be hidden: one voxel where they are filled."""
+        """Return the size in voxels of the smallest block that can be hidden (1 without tokens)."""
         return (1,) * len(self.patch_size)
 
     @abstractmethod
     def crop_cell(self) -> tuple[int, ...]:
-        """Return the voxels per axis of which images for ``features`` must be multiples."""
+        """Return the size in voxels that images for ``features`` must be multiples of."""
 
     @abstractmethod
     def feature_widths(self) -> list[int]:
-        """Return the channels of each of the maps of ``features``."""
+        """Return the number of channels of each map of ``features``."""
 
     @abstractmethod
     def features(self, x_BCDHW: Tensor) -> list[Tensor]:
-        """Return the encoder's maps (B, features, ...), fine to coarse, of a patch or of a smaller image."""
+        """Return the encoder's maps (B, features, ...), fine to coarse, for a patch or a smaller image."""
 
     def restore(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor, fill_value: float = 0.0) -> Tensor:
-        """Return dense outputs (B, K, D, H, W) made from the voxels that are not hidden, and from nothing else.
+        """Return dense outputs (B, K, D, H, W) computed from visible voxels only.
 
-        ``hidden_B1DHW`` is boolean. Convolutions see ``fill_value``, in normalised units, at hidden places: 0 is the
-        mean of z-scored data. The default fills them.
+        ``hidden_B1DHW`` is boolean. Convolutions see ``fill_value`` at hidden voxels, in normalised units: 0 is the
+        mean of z-scored data. The default implementation fills the voxels.
         """
         return self.network(x_BCDHW.masked_fill(hidden_B1DHW, fill_value))
 
 
 def make_backbone(network: nn.Module, patch_size: tuple[int, ...], restoring: Restoring) -> AbstractBackbone:
-    """Wrap ``network``; ``restoring`` is how ``restore`` will be used, so that no weight is made in vain.
+    """Wrap ``network`` for a task that uses ``restore`` as ``restoring`` says; only the weights it needs are added.
 
     New weights are drawn from torch's generator.
     """

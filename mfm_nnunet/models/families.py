@@ -1,9 +1,9 @@
-"""Kinds of networks: a :class:`NetworkFamily` answers every question whose answer depends on the network.
+"""Network families: a :class:`NetworkFamily` holds everything that depends on the kind of network.
 
-A new network is one file, with its module and its family, and one entry: in :data:`BUILT_IN`, or in the entry points of
-a package of your own (``documentation/how_to/add_a_network.md``). Nothing else tests what a network is.
+To add a network, write one file with its module and its family, and register it in :data:`BUILT_IN` or in the entry
+points of your own package (``documentation/how_to/add_a_network.md``). No other code checks the kind of a network.
 
-Importing this module is cheap: families, and torch with them, are loaded when one is asked for.
+Importing this module is cheap: families, and with them torch, are loaded on first use.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ BUILT_IN = {
     "primus_v2": "mfm_nnunet.models.primus_family",
     "primus_v3": "mfm_nnunet.models.primus_family",
 }
-"""Modules of families, by what ``--network`` accepts."""
+"""Modules of the families by ``--network`` name."""
 
 GROUP = "mfm_nnunet.networks"
-"""Entry points of other packages: name of a network = module with its family."""
+"""Entry point group for other packages: network name = module of its family."""
 
 NnsslName = tuple[str, "dict[str, Any] | None", "list[str] | None"]
 Part = Literal["encoder", "decoder", "other"]
 Need = Literal["any", "tokens", "sparse encoder"]
-"""Demands of a pretext task on a network: none, tokens, or an encoder that can work sparsely."""
+"""Requirement of a pretext task: none, tokens, or an encoder that can run sparsely."""
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """Images and memory that a network is planned for. Sizes in voxels, spacing in mm, in the plan's axis order."""
+    """Images and memory to plan a network for. Sizes in voxels, spacing in mm, in the plan's axis order."""
 
     variant: str
-    """The name that ``--network`` was given."""
+    """Value of ``--network``."""
     median_shape: tuple[float, ...]
     spacing: tuple[float, ...]
     memory_gb: float | None
@@ -61,7 +61,7 @@ class Sizing:
 
 @dataclass(frozen=True)
 class PlannedNetwork:
-    """The result of :meth:`NetworkFamily.plan_network`."""
+    """Result of :meth:`NetworkFamily.plan_network`."""
 
     architecture: dict[str, Any]
     """``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, as nnU-Net's plans have them."""
@@ -71,11 +71,11 @@ class PlannedNetwork:
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """Settings of the optimiser that a plan gets."""
+    """Default optimiser settings for a plan."""
 
     optimizer: Literal["sgd", "adamw"]
     learning_rate: float
-    """Peak rate of training from scratch."""
+    """Peak rate when training from scratch."""
     weight_decay: float
     gradient_clip: float
     reason: str
@@ -84,7 +84,7 @@ class TrainingDefaults:
 
 @dataclass(frozen=True)
 class Stated:
-    """Statements of a foreign file about its network; None and empty where it makes none."""
+    """Metadata of a foreign file about its network; None or empty if missing."""
 
     class_name: str | None = None
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -110,83 +110,83 @@ class Converted:
 
 
 class ForeignLayout(ABC):
-    """Names of one network class in files of other programs, and its architecture read off the tensors."""
+    """Naming scheme of one network class in files of other programs, and inference of its architecture."""
 
     class_name: str
-    """Dotted name of the class that our plans name."""
+    """Dotted class name used in our plans."""
     encoder: str
     """Last word of the encoder's usual name."""
     first_block: str
-    """Pattern of a tensor's name in the first block, after the encoder's name."""
+    """Regular expression for a tensor name in the first block, relative to the encoder."""
     stem: str
-    """Prefix of the stem, under our names."""
+    """Prefix of the stem in our names."""
     head: str
-    """Prefix of the output layers, or of the decoder that ends with them."""
+    """Prefix of the output layers, or of the decoder that contains them."""
     repeated: ClassVar[str | None] = None
-    """Words in the names under which a file has the encoder's tensors again."""
+    """Part of the names under which a file repeats the encoder's tensors."""
     has_token_order: ClassVar[bool] = False
-    """The order in which tokens are flattened must be known."""
+    """True if conversion needs the order in which tokens are flattened."""
     keys: Mapping[str, Any]
     """nnssl's key_to_encoder, key_to_stem, keys_to_in_proj and key_to_lpe."""
 
     @abstractmethod
     def renaming(self, encoder: str, stem: str | None) -> dict[str, str]:
-        """Return prefixes in the file and ours, for an encoder called ``encoder``; ``stem`` where the file names it."""
+        """Return a map from prefixes in the file to ours. ``stem`` is None if the file does not name it."""
 
     @abstractmethod
     def convert(self, weights: Mapping[str, Tensor], others: Mapping[str, Tensor], stated: Stated) -> Converted:
-        """Build the architecture of ``weights``, which have our names, and repair them.
+        """Infer the architecture of ``weights`` (under our names) and repair them.
 
-        Raises MFMError (E_MODEL_MISMATCH) where the tensors are no whole encoder, or leave open what must be known.
+        Raises MFMError (E_MODEL_MISMATCH) if the encoder is incomplete or the architecture is ambiguous.
         """
 
     @abstractmethod
     def needs_conversion(self, class_name: str) -> bool:
-        """Tell whether a plan that names ``class_name`` leaves the architecture to be read off the tensors."""
+        """Return whether a plan with this class needs its architecture inferred from the tensors."""
 
     @abstractmethod
     def nnssl_architecture(self, architecture: Mapping[str, Any]) -> NnsslName | str:
-        """Return class, arguments and the arguments to import as nnssl writes them; named networks have no arguments.
+        """Return class name, arguments and arguments to import in nnssl's format; named networks have no arguments.
 
-        A text describes a network that nnssl has no name for.
+        A string describes a network that nnssl cannot express.
         """
 
 
 class NetworkFamily(ABC):
-    """One kind of network. A family has no state; each is final, and one object of it exists.
+    """One kind of network. Families are stateless, final and instantiated once.
 
-    Names are those of ``named_parameters`` and of the state dict. ``kwargs`` are a plan's ``arch_kwargs``.
+    Parameter names are those of ``named_parameters`` and the state dict. ``kwargs`` are a plan's ``arch_kwargs``.
     """
 
     name: ClassVar[str]
-    """As in ``plans["mfm"]["network"]``."""
+    """Value of ``plans["mfm"]["network"]``."""
     title: ClassVar[str]
-    """As people call it."""
+    """Name for display."""
     classes: ClassVar[tuple[str, ...]]
-    """Dotted names of the classes that a plan may name, ours or a library's; nothing else is imported."""
+    """Dotted names of the classes that a plan may name, ours or a library's. No other class is imported."""
     encoder: ClassVar[tuple[str, ...]]
-    """Prefixes of the encoder, stem included."""
+    """Prefixes of the encoder, including the stem."""
     decoder: ClassVar[tuple[str, ...]]
-    """Prefixes of the decoder, output layers included."""
+    """Prefixes of the decoder, including the output layers."""
     head: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the output layers, which belong to one job and are never transferred."""
+    """Prefixes of the output layers, which are task-specific and never transferred."""
     rates: ClassVar[Mapping[str, tuple[float, float]]]
     """Published peak learning rates from scratch and from a checkpoint, by optimizer."""
     hides: ClassVar[Literal["voxels", "tokens"]] = "voxels"
-    """Masked pretraining fills voxels, or drops or replaces tokens."""
+    """Units that masked pretraining hides: voxels (filled), or tokens (dropped or replaced)."""
     has_sparse_encoder: ClassVar[bool] = False
-    """``network.encoder`` has convolutions and instance norms alone, and ``network.decoder`` takes its maps."""
+    """True if ``network.encoder`` has only convolutions and instance norms, and ``network.decoder`` takes its maps."""
     is_sized_by_nnunet: ClassVar[bool] = False
-    """nnU-Net's own planner sizes the network; else :meth:`plan_network` does."""
+    """True if nnU-Net's own planner sizes the network, False if :meth:`plan_network` does."""
     fewest_cells: ClassVar[int] = 1
-    """Multiples of :meth:`steps` that a patch needs along some axis."""
+    """Smallest patch along at least one axis, in multiples of :meth:`steps`."""
     layouts: ClassVar[tuple[ForeignLayout, ...]] = ()
-    """Layouts of other programs' files; without any, files are read whose plan names a class of this family."""
+    """Layouts of other programs. If empty, only files whose plan names a class of this family are read."""
 
     # Planning
 
     def variant(self, architecture: Mapping[str, Any]) -> str:
-        """Return what ``--network`` calls the network of a plan's ``architecture``."""
+        """Return the ``--network`` name for a plan's ``architecture``."""
         return self.name
 
     def plans_name(self, variant: str) -> str:
@@ -195,48 +195,48 @@ class NetworkFamily(ABC):
 
     @abstractmethod
     def steps(self, kwargs: Mapping[str, Any], num_axes: int) -> list[int] | None:
-        """Return the voxels per axis of which a patch must be a multiple; None where ``kwargs`` do not say."""
+        """Return the sizes per axis that a patch must be multiples of; None if ``kwargs`` do not determine them."""
 
     def patch_problem(self, kwargs: Mapping[str, Any], patch_size: Sequence[int]) -> str:
-        """Say why a network with these arguments cannot take patches of this size; empty where it can."""
+        """Explain why this network cannot take patches of this size; empty if it can."""
         steps = self.steps(kwargs, len(patch_size))
         if steps and (len(steps) != len(patch_size) or any(size % step for size, step in zip(patch_size, steps))):
             return f"the network needs multiples of {' x '.join(map(str, steps))}"
         return ""
 
     def with_patch(self, architecture: Mapping[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
-        """Return the ``architecture`` for another patch size; networks that know none stay as they are."""
+        """Return the ``architecture`` for another patch size; unchanged if it does not depend on the patch."""
         return dict(architecture)
 
     def plan_network(self, sizing: Sizing) -> PlannedNetwork:
         """Size the network for images and memory, e.g. with the helpers of :mod:`mfm_nnunet.models.sizing`.
 
-        Raises MFMError (E_CONFIG) where not even the smallest one fits.
+        Raises MFMError (E_CONFIG) if not even the smallest network fits.
         """
         raise NotImplementedError(f"{self.name} is sized by nnU-Net")
 
     @abstractmethod
     def defaults(self, is_cpu: bool) -> TrainingDefaults:
-        """Return how this network is trained; ``is_cpu``: in the short schedule of the CPU preset."""
+        """Return the default optimiser settings. ``is_cpu``: for the short schedule of the CPU preset."""
 
     @abstractmethod
     def describe(self, architecture: Mapping[str, Any]) -> str:
-        """Describe a network in a few words: kind, widths, depth."""
+        """Describe a network briefly: kind, widths, depth."""
 
     def reason(self, architecture: Mapping[str, Any], memory_gb: float | None) -> str:
-        """Say why a network was planned as it is, in a few words."""
+        """Explain briefly why a network was planned this way."""
         return "the size for CPUs" if memory_gb is None else "the largest that fits the budget"
 
     def patch_unit(self) -> str:
-        """Describe :meth:`steps` in a few words."""
+        """Describe :meth:`steps` briefly."""
         return "multiples of the strides"
 
     # Training
 
     def learning_rate(self, settings: FinetuneSettings) -> float:
-        """Return the rate of a run with these settings; its ``checkpoint`` tells whether it starts from one.
+        """Return the learning rate for ``settings``, by default the published one for scratch or checkpoint.
 
-        Raises MFMError (E_CONFIG) when the rate is open and none was published.
+        Raises MFMError (E_CONFIG) if the rate is not set and none was published.
         """
         if settings.learning_rate is not None:
             return settings.learning_rate
@@ -250,47 +250,47 @@ class NetworkFamily(ABC):
         return scratch if settings.checkpoint is None else pretrained
 
     def takes_deep_supervision(self, class_name: str) -> bool:
-        """Tell whether the constructor of ``class_name`` has the argument ``deep_supervision``."""
+        """Return whether the constructor of ``class_name`` accepts ``deep_supervision``."""
         return False
 
     def has_pyramid(self, kwargs: Mapping[str, Any]) -> bool:
-        """Tell whether the decoder has outputs at several resolutions, as deep supervision needs them."""
+        """Return whether the decoder has outputs at several resolutions, as needed for deep supervision."""
         return False
 
     def set_deep_supervision(self, network: nn.Module, enabled: bool) -> None:
-        """Give outputs at all resolutions, or at the finest alone. Called where :meth:`has_pyramid` is true."""
+        """Switch between outputs at all resolutions and the finest only. Called only if :meth:`has_pyramid`."""
         raise NotImplementedError(f"{self.name} has no pyramid")
 
     def unused_outputs(self, network: nn.Module) -> list[nn.Parameter]:
-        """Return the weights of output layers that a network without deep supervision does not use."""
+        """Return the weights of output layers that are unused without deep supervision."""
         return []
 
     def layer_decay_problem(self) -> str:
-        """Say why ``finetune.layer_decay`` has no meaning for this network; empty where it has."""
+        """Explain why ``finetune.layer_decay`` does not apply to this network; empty if it does."""
         return "its layers are no chain"
 
     def layers_after(self, name: str, network: nn.Module) -> int:
-        """Count the layers of the encoder after the one of a parameter; 0 for what is not in the encoder."""
+        """Count the encoder layers after the one that holds parameter ``name``; 0 outside the encoder."""
         return 0
 
     def adapted_layers(self, network: nn.Module) -> list[nn.Linear]:
-        """Return the layers that get low-rank adapters; empty where adapters are of no use."""
+        """Return the layers that get low-rank adapters; empty if adapters are not supported."""
         return []
 
     def meets(self, need: Need) -> bool:
-        """Tell whether pretext tasks with this need work on the network."""
+        """Return whether the network meets the requirement of a pretext task."""
         return {"any": True, "tokens": self.hides == "tokens", "sparse encoder": self.has_sparse_encoder}[need]
 
     # Parts of a network
 
     def part_of(self, name: str) -> Part:
-        """Return the part that a name of the state dict belongs to; buffers count too."""
+        """Return the part that a name in the state dict belongs to, for parameters and buffers."""
         if name.startswith(self.encoder):
             return "encoder"
         return "decoder" if name.startswith(self.decoder) else "other"
 
     def encoder_names(self, network: nn.Module) -> set[str]:
-        """Return the names of the encoder's parameters, stem included."""
+        """Return the names of the encoder's parameters, including the stem."""
         return {name for name, _ in network.named_parameters() if name.startswith(self.encoder)}
 
     def head_names(self, network: nn.Module) -> set[str]:
@@ -298,7 +298,7 @@ class NetworkFamily(ABC):
         return {name for name, _ in network.named_parameters() if name.startswith(self.head)}
 
     def stem_names(self, network: nn.Module) -> set[str]:
-        """Return all names, in the state dict, of the weights that see the image."""
+        """Return all state-dict names of the weights applied to the image."""
         if keys := getattr(network, "keys_to_in_proj", None):  # of dynamic-network-architectures' networks
             return {f"{key}.weight" for key in keys}
         encoder = self.encoder_names(network)
@@ -311,42 +311,42 @@ class NetworkFamily(ABC):
     # Transfer
 
     def source_renaming(self, network: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[str], str]:
-        """Return the function from a name in ``network`` to that of the same part in a checkpoint's ``weights``."""
+        """Return a function that maps a name in ``network`` to its counterpart in a checkpoint's ``weights``."""
         return lambda name: name
 
     def resize_positions(
         self, name: str, value: Tensor, network: nn.Module, source_patch_size: Sequence[int] | None
     ) -> tuple[Tensor, str] | None:
-        """Return a checkpoint's table of positions for the network's own grid, and how it was made.
+        """Resize a checkpoint's position table to the network's grid; also return a note on how.
 
-        ``source_patch_size`` is the checkpoint's, in voxels. None: ``name`` is no such table, or its grid is the same
-        or unknown.
+        ``source_patch_size`` is the checkpoint's, in voxels. Returns None if ``name`` is not a position table, or its
+        grid is unknown or already the same.
         """
         return None
 
     # Interchange
 
     def layout(self, class_name: str) -> ForeignLayout | None:
-        """Return the layout of other programs for a class that a plan names."""
+        """Return the layout of other programs for the class ``class_name``."""
         return next((layout for layout in self.layouts if layout.class_name == class_name), None)
 
     def loading_code(self, architecture: Mapping[str, Any], num_axes: int) -> tuple[str, str] | None:
-        """Return Python lines that build the network and load weights without this package, and a remark.
+        """Return Python code that builds the network and loads weights without this package, and a remark.
 
-        ``{imports}`` and ``{weights}`` stand for an import and an expression that reads the weights.
+        The code has the placeholders ``{imports}`` and ``{weights}`` (an expression that reads the weights).
         """
         return None
 
 
 def network_names() -> list[str]:
-    """Return what ``--network`` accepts: the built-in networks and those of installed packages."""
+    """Return the values of ``--network``: built-in networks and those of installed packages."""
     return list(_modules())
 
 
 def family_named(name: str) -> NetworkFamily:
-    """Return the family that a plan or ``--network`` names.
+    """Return the family with the name used in a plan or ``--network``.
 
-    Raises MFMError (E_CONFIG) when there is none of that name.
+    Raises MFMError (E_CONFIG) for an unknown name.
     """
     modules = _modules()
     if name not in modules:
@@ -355,9 +355,9 @@ def family_named(name: str) -> NetworkFamily:
 
 
 def family_of(network: nn.Module) -> NetworkFamily:
-    """Return the family of a network without wrappers.
+    """Return the family of an unwrapped network.
 
-    Raises MFMError (E_MODEL_MISMATCH) for a class of none.
+    Raises MFMError (E_MODEL_MISMATCH) if its class belongs to no family.
     """
     known = families_by_class()
     for cls in type(network).__mro__:
@@ -372,13 +372,13 @@ def family_of(network: nn.Module) -> NetworkFamily:
 
 @functools.cache
 def families_by_class() -> dict[str, NetworkFamily]:
-    """Return the families by the dotted names of the classes that plans may name."""
+    """Return the families by the dotted names of their classes."""
     families = [_load(module) for module in dict.fromkeys(_modules().values())]
     return {class_name: family for family in families for class_name in family.classes}
 
 
 def all_families() -> list[NetworkFamily]:
-    """Return each family once, the built-in ones first."""
+    """Return each family once, built-in ones first."""
     return list({family.name: family for family in families_by_class().values()}.values())
 
 

@@ -1,8 +1,8 @@
-"""How much memory a training step needs, without doing one.
+"""Estimate the memory of a training step without running one.
 
-The network is run once on PyTorch's meta device, where tensors have shapes but no values: nothing is allocated and
-nothing is computed. What autograd would keep for the backward pass is counted, so the estimate follows the network
-that a plan really builds, whatever its family. How far it is from a real step: ``tests/benchmarks/memory_estimate.py``.
+The network runs once on PyTorch's meta device, where tensors have shapes but no values, so nothing is allocated or
+computed. The tensors that autograd keeps for the backward pass are counted. This works for any network that a plan can
+build. ``tests/benchmarks/memory_estimate.py`` compares the estimate with real steps.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 OPTIMIZER_COPIES = {"sgd": 1, "adamw": 2}
-"""Numbers per weight that an optimizer keeps: momentum; first and second moment."""
+"""Values per weight that an optimizer keeps: momentum; first and second moment."""
 
 WORKING_TENSORS = 2
-"""Size of the backward pass's own buffers, in units of the largest kept tensor: its gradient and a reordered copy."""
+"""Size of the backward buffers in units of the largest kept tensor: its gradient and a reordered copy."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The parts of a training step's memory, in bytes."""
+    """Memory of a training step by part, in bytes."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Kept by autograd for the backward pass, the input and the outputs included."""
+    """Tensors kept by autograd for the backward pass, including input and outputs."""
     working: int
     """Buffers of the backward pass: gradients between operations, reordered copies."""
 
     @property
     def total(self) -> int:
-        """Return all parts together, which a device must have free."""
+        """Total memory that a device must have free."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
 def training_memory_bytes(
     network: nn.Module, input_shape_BCDHW: Sequence[int], optimizer: Literal["sgd", "adamw"], half: bool = False
 ) -> int:
-    """Return the bytes that one training step of ``network`` takes, buffers of the backward pass included.
+    """Estimate the bytes that one training step of ``network`` takes, including backward buffers.
 
-    ``input_shape_BCDHW`` is (B, C, D, H, W), or (B, C, H, W) in 2D. With ``half`` activations are counted as under
-    mixed precision (2 bytes, plus a 2-byte copy of the weights). The network itself is not changed; it may be on any
-    device and is estimated in train mode.
+    ``input_shape_BCDHW`` is (B, C, D, H, W), or (B, C, H, W) in 2D. ``half`` estimates mixed precision: activations
+    of 2 bytes, plus a 2-byte copy of the weights. The network may be on any device and is not changed. The estimate is
+    for train mode.
     """
     return estimate_training_memory(network, input_shape_BCDHW, optimizer, half).total
 
@@ -56,7 +56,7 @@ def training_memory_bytes(
 def estimate_training_memory(
     network: nn.Module, input_shape_BCDHW: Sequence[int], optimizer: Literal["sgd", "adamw"], half: bool = False
 ) -> MemoryEstimate:
-    """Estimate as :func:`training_memory_bytes` does, with the parts kept apart."""
+    """Estimate the memory as in :func:`training_memory_bytes`, by part."""
     ghost = _meta_copy(network).train()
     parameters = list(ghost.parameters())
     trained = _num_bytes(p for p in parameters if p.requires_grad)
@@ -81,16 +81,16 @@ def estimate_training_memory(
 
 
 def num_parameters(network: nn.Module) -> int:
-    """Trainable numbers in ``network``, each counted once (nnU-Net's modules share some under several names)."""
+    """Count the parameters of ``network``, each once (nnU-Net's modules register some under several names)."""
     return sum(p.numel() for p in network.parameters())
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as CPUs and GPUs really compute it.
+    """Use the fused attention of CPUs and GPUs on the meta device.
 
-    On the meta device PyTorch falls back to the textbook formula, which keeps the T x T attention matrix of every
-    head; the fused kernels keep only its inputs, its output and one number per row. The fused kernel of the CPU has a
-    meta version, so it is called by name.
+    There PyTorch falls back to the textbook formula, which keeps the T x T attention matrix of every head. Fused
+    kernels keep only inputs, output and one number per row. The CPU's fused kernel has a meta version, so it is called
+    directly.
     """
 
     def __torch_function__(
@@ -104,7 +104,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _meta_copy(network: nn.Module) -> nn.Module:
-    """Copy the modules over meta tensors; the weights are never copied (``deepcopy`` finds them in its memo)."""
+    """Copy the modules with meta tensors. The memo keeps ``deepcopy`` from copying the weights."""
     memo: dict[int, Any] = {}
     for tensor in [*network.parameters(), *network.buffers()]:
         ghost = torch.empty_like(tensor, device="meta")
@@ -113,17 +113,17 @@ def _meta_copy(network: nn.Module) -> nn.Module:
 
 
 def _storage(tensor: Tensor) -> int:
-    # data_ptr() is 0 for every meta tensor; the address of the storage object tells them apart while they are alive.
+    # data_ptr() is 0 for every meta tensor, so the address of the storage object identifies it while it is alive.
     return tensor.untyped_storage()._cdata
 
 
 def _num_bytes(tensors: Iterable[Tensor], half: bool = False) -> int:
-    """Bytes of the distinct storages behind ``tensors``; with ``half`` floating-point numbers take 2 bytes each."""
+    """Sum the bytes of distinct storages; with ``half``, floating-point values take 2 bytes each."""
     return sum(_storage_bytes(tensors, half).values())
 
 
 def _storage_bytes(tensors: Iterable[Tensor], half: bool) -> dict[int, int]:
-    """Bytes by storage. ``tensors`` must be kept alive by the caller, or addresses would be used twice."""
+    """Return bytes by storage. The caller must keep ``tensors`` alive, or addresses are reused."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         size = tensor.untyped_storage().nbytes()

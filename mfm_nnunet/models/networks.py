@@ -1,7 +1,7 @@
-"""The network of a plan, built by nnU-Net's own factory.
+"""Build the network of a plan with nnU-Net's own factory.
 
-A plan may come with a downloaded checkpoint and names Python classes, which nnU-Net's factory would import whatever
-they are. So the names are checked first: classes against those of the families, layers against a pattern.
+A plan may come with a downloaded checkpoint. It names Python classes, and nnU-Net's factory would import any of them.
+So the names are checked first: networks against the families' classes, layers against a pattern.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mfm_nnunet.plan import ARCHITECTURE_KEYS
 _DNA = "dynamic_network_architectures"
 
 MAX_PARAMETERS = 4_000_000_000
-"""Weights of 16 GB; published networks for segmentation have below one billion."""
+"""Equals 16 GB of weights. Published segmentation networks have less than one billion."""
 
 _PARTS = re.compile(
     r"torch\.nn\.(modules\.(conv|instancenorm|batchnorm|dropout|activation)\.)?"
@@ -28,16 +28,16 @@ _PARTS = re.compile(
     rf"|{_DNA}\.building_blocks\.(residual\.(BasicBlockD|BottleneckD)|patch_encode_decode\.LayerNormNd)"
     r"|timm\.layers(\.pos_embed_sincos)?\.RotaryEmbeddingCat"
 )
-"""Layers, blocks and positions that a plan may name as arguments of its network."""
+"""Layers, blocks and position encodings that a plan may name as network arguments."""
 
 
 def build_network(
     plans: Mapping[str, Any], configuration: str, num_inputs: int, num_outputs: int, deep_supervision: bool = False
 ) -> nn.Module:
-    """Build the network of ``configuration`` with fresh weights (from torch's generator), on the current device.
+    """Build the network of ``configuration`` with fresh weights (from torch's generator) on the current device.
 
-    Raises MFMError: E_CONFIG for an unknown configuration and for arguments or a patch size that are impossible (plans
-    are edited by hand), E_MODEL_UNSAFE when the plan names anything but networks and layers, E_TOO_LARGE.
+    Raises MFMError: E_CONFIG for an unknown configuration or invalid arguments or patch size (plans are edited by
+    hand), E_MODEL_UNSAFE if the plan names anything but known networks and layers, E_TOO_LARGE.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -74,7 +74,7 @@ def build_network(
 def build_architecture(
     architecture: Mapping[str, Any], num_inputs: int, num_outputs: int, deep_supervision: bool = False
 ) -> nn.Module:
-    """Build the network of an ``architecture`` entry that was checked, by nnU-Net's own factory."""
+    """Build the network of a checked ``architecture`` entry."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     name = architecture["network_class_name"]
@@ -90,9 +90,9 @@ def build_architecture(
 
 
 def check_architecture(class_name: Any, kwargs: Mapping[str, Any], to_import: Any) -> NetworkFamily:
-    """Return the family of a plan's architecture, which names only networks and layers that we know.
+    """Check that an architecture names only known networks and layers, and return its family.
 
-    Raises MFMError: E_MODEL_UNSAFE where it names another, E_CONFIG where arguments are missing.
+    Raises MFMError: E_MODEL_UNSAFE for any other name, E_CONFIG for missing arguments.
     """
     family = families_by_class().get(class_name) if isinstance(class_name, str) else None
     if family is None:
@@ -107,11 +107,11 @@ def check_architecture(class_name: Any, kwargs: Mapping[str, Any], to_import: An
 
 
 def _require_buildable(build: Callable[[], nn.Module], configuration: str) -> None:
-    """Raise MFMError (E_TOO_LARGE) for a network with more weights than a computer holds, before any is allocated."""
+    """Refuse a network with more than MAX_PARAMETERS weights before any is allocated."""
     try:
         with torch.device("meta"):
             num_parameters = sum(parameter.numel() for parameter in build().parameters())
-    except Exception:  # wrong arguments, and networks that need values, show when the network is built for good
+    except Exception:  # the real build reports invalid arguments; some networks do not work without values
         return
     if num_parameters > MAX_PARAMETERS:
         raise MFMError(

@@ -1,10 +1,10 @@
-"""Primus, a plain transformer for segmentation, with the constructor that a plan needs (arXiv 2503.01835).
+"""Primus, a plain transformer for segmentation (arXiv 2503.01835), with a constructor that plans can call.
 
-Patch embedding, Eva blocks with absolute and rotary positions, patch decoder; in 3D and 2D. The encoder is
-dynamic-network-architectures' own and so are the names in the state dict (``down_projection``, ``eva``,
-``up_projection``), hence OpenMind's encoder weights fit. Tokens are flattened axis 0 outermost (DNA >= 0.4.3).
-Versions 2 and 3 have residual convolutions in place of the patch embedding, made of dynamic-network-architectures'
-blocks with the names and widths of its PrimusV2 and PrimusV3, whose own stems are 3D and for tokens of 8 voxels only.
+It has a patch embedding, Eva blocks with absolute and rotary positions, and a patch decoder, in 3D and 2D. The encoder
+and the names in the state dict (``down_projection``, ``eva``, ``up_projection``) are those of
+dynamic-network-architectures (DNA), so OpenMind's encoder weights fit. Tokens are flattened axis 0 outermost
+(DNA >= 0.4.3). Versions 2 and 3 replace the patch embedding by residual convolutions. These use DNA's blocks, with the
+names and widths of its PrimusV2 and PrimusV3, whose own stems support only 3D and tokens of 8 voxels.
 
 Shapes: B batch, C channels, D H W voxels, d h w tokens per axis, T = d h w tokens, E embedding, K outputs.
 """
@@ -33,35 +33,35 @@ PRIMUS_SIZES: dict[str, dict[str, int]] = {
     "M": {"embed_dim": 864, "eva_depth": 16, "eva_numheads": 12},
     "L": {"embed_dim": 1056, "eva_depth": 24, "eva_numheads": 16},
 }
-"""Sizes of the paper, and CPU (2 M parameters), which trains in minutes on two cores. See primus_kwargs for 2D."""
+"""Sizes of the paper, plus CPU (2 M parameters), which trains in minutes on two cores. For 2D see primus_kwargs."""
 
 CPU_STEM_FEATURES = {2: (16, 16, 32, 64), 3: (16, 32, 64, 128)}
-"""Widths of the stems of versions 2 and 3 for the size CPU: the published ones would be most of that network."""
+"""Stem widths of versions 2 and 3 for size CPU. The published stems would be most of that network."""
 
 REFERENCE_OUTPUTS = 5
-"""Number of outputs for which DNA's patch decoder would have the widths that ours always has."""
+"""Number of outputs for which DNA's patch decoder has the same widths as ours."""
 
 STEM_INPUTS = tuple(
     f"down_projection.stem.blocks.0.{name}"
     for name in ("conv1.conv", "conv1.all_modules.0", "skip.0.conv", "skip.0.all_modules.0")
 )
-"""The convolutions of versions 2 and 3 that see the image, under both names of each."""
+"""First convolutions of versions 2 and 3, under both names of each."""
 
 STEM_FEATURES: dict[int, tuple[int, ...]] = {2: (32, 32, 64, 128, 256, 512), 3: (32, 64, 256, 1024, 1024, 1024)}
-"""Published widths by version: at full size, then after each halving; continued for tokens above 8 voxels."""
+"""Published widths by version: at full size, then after each halving; extended for tokens above 8 voxels."""
 
 SKIP_SCALE = 1e-5
-"""First factor of the skip projections of V3: training starts without them."""
+"""Initial scale of the skip projections of V3: close to none at the start of training."""
 
 NEGATIVE_SLOPE = 1e-2
-"""Of the He initialisation, as everywhere in nnU-Net."""
+"""Slope assumed by the He initialisation, as in nnU-Net."""
 
 
 def primus_kwargs(size: str, num_axes: int, version: int = 1) -> dict[str, Any]:
-    """Width, depth and heads of ``size`` for ``num_axes`` image axes; for versions above 1 what their stem needs.
+    """Return width, depth and heads of ``size``, and the stem's arguments for versions above 1.
 
-    In 2D rotary positions need a head width that is a multiple of 4, which S, B and L (66) do not have: they get the
-    next larger number of heads that fits.
+    In 2D, rotary positions need a head width that is a multiple of 4. S, B and L (66) get the next larger number of
+    heads that fits.
     """
     kwargs: dict[str, Any] = dict(PRIMUS_SIZES[size])
     while not _heads_fit(kwargs["embed_dim"], kwargs["eva_numheads"], num_axes):
@@ -75,16 +75,16 @@ def primus_kwargs(size: str, num_axes: int, version: int = 1) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PrimusOptions:
-    """Options of Primus; the defaults are Primus-M's of the paper."""
+    """Options of Primus. The defaults are those of Primus-M in the paper."""
 
     drop_path_rate: float = 0.2
-    """Rate at the last block, in train mode only; it grows linearly over the depth."""
+    """Rate at the last block, in train mode; it grows linearly with depth."""
     init_values: float | None = 0.1
-    """Start of the layer scale; None: there is none."""
+    """Initial layer scale; None: no layer scale."""
     scale_attn_inner: bool = True
     """Normalise the inner attention."""
     deep_supervision: bool = False
-    """Accepted, because nnU-Net passes it, and ignored: there is no pyramid to supervise."""
+    """Ignored; nnU-Net passes it, but there are no coarser outputs to supervise."""
     version: int = 1
     """2 and 3 have a convolutional stem."""
     stem_features: Sequence[int] | None = None
@@ -92,12 +92,12 @@ class PrimusOptions:
 
 
 class PrimusSeg(nn.Module):
-    """Primus for segmentation and for dense pretext tasks: (B, C, *input_shape) -> (B, K, *input_shape).
+    """Primus for segmentation and dense pretext tasks: (B, C, *input_shape) -> (B, K, *input_shape).
 
-    ``patch_embed_size`` is the size of a token in voxels, a power of two per axis; ``input_shape`` the patch, each axis
-    a multiple of it. ``options`` are the fields of :class:`PrimusOptions`.
+    ``patch_embed_size`` is the token size in voxels, a power of two per axis. ``input_shape`` is the patch, each axis a
+    multiple of the token. ``options`` are the fields of :class:`PrimusOptions`.
 
-    Raises MFMError (E_CONFIG) for sizes that do not fit together.
+    Raises MFMError (E_CONFIG) for inconsistent sizes.
     """
 
     def __init__(
@@ -133,11 +133,11 @@ class PrimusSeg(nn.Module):
             init_values=own.init_values,
             scale_attn_inner=own.scale_attn_inner,
         )
-        # Once each, here: the class has no ``initialize``, so nnU-Net's factory does not do it again. Eva did its own.
+        # The class has no ``initialize``, so nnU-Net's factory does not repeat this. Eva and the decoder did their own.
         self.down_projection.apply(InitWeights_He(NEGATIVE_SLOPE))
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
-        """Dense outputs (B, K, D, H, W). The input must have the planned shape: positions are learned for it."""
+        """Return dense outputs (B, K, D, H, W). The input must match ``input_shape``: positions are learned for it."""
         assert tuple(x_BCDHW.shape[2:]) == self.input_shape, f"{tuple(x_BCDHW.shape)} is not {self.input_shape}"
         grid_BEdhw = self.down_projection(x_BCDHW)
         tokens_BTE, _ = self.eva(grid_BEdhw.flatten(2).transpose(1, 2))
@@ -145,10 +145,10 @@ class PrimusSeg(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """(B, C, D, H, W) -> tokens (B, E, d, h, w): one residual block at full size and one per halving, then 1x1x1.
+    """Convolutional stem (B, C, D, H, W) -> (B, E, d, h, w): residual blocks at full size and per halving, then 1x1x1.
 
-    ``strides`` per stage give the token size. Version 3 adds, with a learned scale each, linear projections of every
-    finer map to the tokens.
+    The product of ``strides`` is the token size. Version 3 adds linear projections of every finer map to the tokens,
+    each with a learned scale.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class ConvStem(nn.Module):
 
 
 def published_features(version: int, num_stages: int) -> tuple[int, ...]:
-    """Return the widths of a stem with ``num_stages`` halvings."""
+    """Return the published widths of a stem with ``num_stages`` halvings."""
     return STEM_FEATURES[version][: num_stages + 1]
 
 
@@ -203,7 +203,7 @@ def _residual_block(conv: Any, before: int, after: int, stride: Any, version: in
         after,
         kernel_size=3,
         initial_stride=stride,
-        # As published: the block at full size has biases, the others have none.
+        # As published, only the block at full size has biases.
         conv_bias=stride == 1,
         norm_op=nn.InstanceNorm3d if conv is nn.Conv3d else nn.InstanceNorm2d,
         norm_op_kwargs={"eps": 1e-5, "affine": True},
@@ -213,12 +213,11 @@ def _residual_block(conv: Any, before: int, after: int, stride: Any, version: in
 
 
 class PatchDecoder(nn.Module):
-    """Tokens to voxels by transposed convolutions, each but the last followed by a norm and GELU.
+    """Transposed convolutions from tokens to voxels, each but the last followed by a norm and GELU.
 
-    DNA's decoder takes its inner widths from the number of outputs (864-112-16-1 but 864-192-48-5), so a decoder
-    pretrained with one head fits no other and is lost. Ours has, for any number of outputs, the widths DNA computes for
-    REFERENCE_OUTPUTS = 5: what its Volume Fusion and a usual segmentation with four structures get, and wide enough not
-    to be a bottleneck for more. Only the last layer, ``decode.{n-1}``, is the head and new for each job.
+    DNA's decoder derives its inner widths from the number of outputs (864-112-16-1 but 864-192-48-5), so a pretrained
+    decoder does not fit another head. Ours always has DNA's widths for REFERENCE_OUTPUTS = 5, which is Volume Fusion or
+    a segmentation of four structures, and wide enough for more. Only the last layer, ``decode.{n-1}``, is the head.
     """
 
     def __init__(self, patch_embed_size: Sequence[int], embed_dim: int, num_outputs: int) -> None:
@@ -234,18 +233,18 @@ class PatchDecoder(nn.Module):
         self.apply(_init_transposed)
 
     def forward(self, grid_BEdhw: Tensor) -> Tensor:
-        """(B, E, d, h, w) -> (B, K, D, H, W)."""
+        """Map tokens (B, E, d, h, w) to voxels (B, K, D, H, W)."""
         return self.decode(grid_BEdhw)
 
 
 def decoder_widths(embed_dim: int, num_stages: int) -> list[int]:
-    """Inputs of each of the decoder's layers: a geometric row from ``embed_dim`` down, in multiples of 8."""
+    """Return the input width of each decoder layer: a geometric series from ``embed_dim`` down, in multiples of 8."""
     ratio = (embed_dim / (2 * REFERENCE_OUTPUTS)) ** (1 / num_stages)
     return [embed_dim] + [max(8, round(embed_dim / ratio**stage / 8) * 8) for stage in range(1, num_stages)]
 
 
 def _doublings(patch_embed_size: Sequence[int]) -> list[tuple[int, ...]]:
-    """Doublings that give the token size, coarsest first; short axes are doubled last (where DNA does so too)."""
+    """Return strides whose product is the token size, coarsest first; short axes are doubled last, as in DNA."""
     doublings = [2 ** (stage + 1) for stage in reversed(range(int(math.log2(max(patch_embed_size)))))]
     return [tuple(2 if size % doubling == 0 else 1 for size in patch_embed_size) for doubling in doublings]
 
@@ -253,7 +252,6 @@ def _doublings(patch_embed_size: Sequence[int]) -> list[tuple[int, ...]]:
 def _stem(
     version: int, features: Sequence[int] | None, token: Sequence[int], input_channels: int, embed_dim: int
 ) -> nn.Module:
-    """Make the patch embedding of this version of Primus."""
     if version == 1:
         return PatchEmbed(tuple(token), input_channels, embed_dim)
     strides = _doublings(token)[::-1]
@@ -261,8 +259,8 @@ def _stem(
 
 
 def _init_transposed(module: nn.Module) -> None:
-    # torch takes out_channels x kernel as the fan-in of a transposed convolution. Here kernel == stride, so a voxel is
-    # a sum over the input channels of one tap; with torch's number a head with one output would start 2 to 3 times too
+    # torch computes out_channels x kernel as the fan-in of a transposed convolution. Here kernel == stride, so each
+    # voxel sums one tap over the input channels. With torch's fan-in, a head with one output starts 2 to 3 times too
     # large.
     if isinstance(module, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
         nn.init.normal_(module.weight, std=math.sqrt(2 / (1 + NEGATIVE_SLOPE**2) / module.in_channels))
@@ -271,7 +269,7 @@ def _init_transposed(module: nn.Module) -> None:
 
 
 def _heads_fit(embed_dim: int, num_heads: int, num_axes: int) -> bool:
-    # A head is split evenly over the axes, and each share into sine and cosine of pairs.
+    # A head is split evenly over the axes, and each share into sine and cosine pairs.
     return embed_dim % (num_heads * 2 * num_axes) == 0
 
 

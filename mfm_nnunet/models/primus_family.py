@@ -1,4 +1,4 @@
-"""The family of Primus: how it is sized, its parts, and its weights in other programs' files.
+"""Family of Primus: sizing, parts of the network, conversion of weights from other programs.
 
 Legend: T tokens, E embedding, H heads, h width of a head.
 """
@@ -43,10 +43,10 @@ _DNA = "dynamic_network_architectures.architectures.primus."
 TOKEN = 8
 """Edge of a token in voxels (arXiv 2503.01835)."""
 MAX_VOXELS = {3: 160**3, 2: 1024**2}
-"""Largest patch: 160^3 is the published one (8,000 tokens)."""
+"""Largest patch: 160^3 is published (8,000 tokens)."""
 VARIANTS = {"primus": 1, "primus_v2": 2, "primus_v3": 3}
 NNSSL_NAMES_MEAN = {"version": 1, "init_values": 0.1, "scale_attn_inner": True}
-"""Arguments that nnssl's names of Primus stand for, beside the size."""
+"""Arguments implied by nnssl's Primus names, besides the size."""
 
 LOADING_CODE = """\
 import json
@@ -70,7 +70,7 @@ ABOUT_LOADING = (
 
 
 class PrimusLayout(ForeignLayout):
-    """nnssl's and nnU-Net's Primus of version 1. A decoder of other widths than ours is left out."""
+    """Primus version 1 of nnssl and nnU-Net. A decoder with other widths than ours is left out."""
 
     class_name = PRIMUS
     encoder = "eva"
@@ -126,7 +126,7 @@ class PrimusLayout(ForeignLayout):
             "input_shape": list(seen),
             "eva_depth": 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("eva.blocks.")),
             "eva_numheads": heads,
-            # The start of the layer scale is of no account here; whether there is one decides about the function.
+            # The initial layer scale does not matter here, only whether the network has one.
             "init_values": 0.1 if "eva.blocks.0.gamma_1" in weights else None,
             "scale_attn_inner": "eva.blocks.0.attn.norm.weight" in weights,
         }
@@ -144,7 +144,7 @@ class PrimusLayout(ForeignLayout):
         wanted = {key: kwargs[key] for key in ("embed_dim", "eva_depth", "eva_numheads")}
         size = next((name for name, values in PRIMUS_SIZES.items() if name != "CPU" and values == wanted), None)
         others = {key: kwargs.get(key, value) for key, value in NNSSL_NAMES_MEAN.items()}
-        if others["init_values"] is not None:  # what the layer scale started from is in no weights
+        if others["init_values"] is not None:  # the initial layer scale cannot be read from weights
             others["init_values"] = NNSSL_NAMES_MEAN["init_values"]
         if size is None or list(kwargs["patch_embed_size"]) != [8, 8, 8] or others != NNSSL_NAMES_MEAN:
             return f"a Primus with {wanted | others}, tokens {kwargs['patch_embed_size']}"
@@ -152,7 +152,7 @@ class PrimusLayout(ForeignLayout):
 
 
 class PrimusFamily(NetworkFamily):
-    """Primus of all versions, ours and dynamic-network-architectures' own."""
+    """All versions of Primus, ours and those of dynamic-network-architectures."""
 
     name = "primus"
     title = "Primus"
@@ -184,11 +184,12 @@ class PrimusFamily(NetworkFamily):
         return {**architecture, "arch_kwargs": {**kwargs, **changed}}
 
     def plan_network(self, sizing: Sizing) -> PlannedNetwork:
-        """Choose size, patch and batch that make the most of the budget.
+        """Choose size, patch and batch size for the budget.
 
-        The patch comes first, as large as the image or the published one allows; then the largest of L, M, B, S that
-        fits with batch 2; if not even S does, the patch shrinks for it down to 64 per axis and then for the CPU size
-        down to 32 (64 in 2D). What is left goes to the batch.
+        1. Make the patch as large as the image, at most MAX_VOXELS.
+        2. Take the largest of L, M, B, S that fits with batch 2.
+        3. If S does not fit, shrink the patch to 64 per axis, then use the CPU size with at least 32 (64 in 2D).
+        4. Spend the rest of the budget on the batch.
         """
         version = VARIANTS[sizing.variant]
         if sizing.memory_gb is None:
@@ -202,7 +203,7 @@ class PrimusFamily(NetworkFamily):
         )
 
     def defaults(self, is_cpu: bool) -> TrainingDefaults:
-        """Return AdamW as published (arXiv 2503.01835); on the short CPU schedules with a higher rate."""
+        """Return AdamW as published (arXiv 2503.01835), with a higher rate for short CPU schedules."""
         rate = 1e-3 if is_cpu else self.rates["adamw"][0]
         return TrainingDefaults("adamw", rate, 5e-2, 1.0, "as published for Primus")
 
@@ -228,9 +229,9 @@ class PrimusFamily(NetworkFamily):
         return ""
 
     def layers_after(self, name: str, network: Any) -> int:
-        """Count from the last norm, which like the decoder has 0; block i of n (0-based) has n - i (arXiv 2106.08254).
+        """Return n - i for block i of n (0-based), n + 1 for patch embedding and positions, else 0 (arXiv 2106.08254).
 
-        Patch embedding and positions have n + 1.
+        The last norm and the decoder have 0.
         """
         depth = len(network.eva.blocks)
         if block := re.match(r"eva\.blocks\.(\d+)\.", name):
@@ -251,7 +252,7 @@ class PrimusFamily(NetworkFamily):
     def resize_positions(
         self, name: str, value: Tensor, network: nn.Module, source_patch_size: Sequence[int] | None
     ) -> tuple[Tensor, str] | None:
-        """Interpolate token positions to another grid (trilinear, bilinear in 2D, corners not aligned)."""
+        """Interpolate token positions to the network's grid (trilinear; bilinear in 2D; corners not aligned)."""
         table = network.get_parameter(name) if name == "eva.pos_embed" else None
         if table is None or value.shape[::2] != table.shape[::2]:
             return None
@@ -274,7 +275,7 @@ class PrimusFamily(NetworkFamily):
 
 
 def primus_architecture(size: str, patch: Sequence[int], version: int = 1) -> dict[str, Any]:
-    """Return the ``architecture`` entry of a plan for a Primus of this size (a key of PRIMUS_SIZES)."""
+    """Return a plan's ``architecture`` entry; ``size`` is a key of PRIMUS_SIZES."""
     kwargs = {
         **primus_kwargs(size, len(patch), version),
         "patch_embed_size": [TOKEN] * len(patch),
@@ -287,7 +288,7 @@ def primus_architecture(size: str, patch: Sequence[int], version: int = 1) -> di
 
 
 def size_trials(median_shape: Sequence[float], spacing: Sequence[float]) -> list[Trial]:
-    """Return sizes and patches from the best to the last resort."""
+    """Return sizes and patches in order of preference."""
     num_axes = len(median_shape)
     largest = largest_patch(median_shape, spacing, TOKEN, MAX_VOXELS[num_axes])
     trials = [(size, largest) for size in ("L", "M", "B", "S")]
@@ -297,15 +298,15 @@ def size_trials(median_shape: Sequence[float], spacing: Sequence[float]) -> list
 
 
 def put_axis_0_outermost(weights: Mapping[str, Tensor], grid: Sequence[int], num_heads: int) -> dict[str, Tensor]:
-    """Convert weights for tokens that are flattened axis 1 outermost to weights for axis 0 outermost.
+    """Convert weights from tokens flattened axis 1 outermost to axis 0 outermost. ``grid`` is tokens per axis.
 
-    dynamic-network-architectures up to 0.4.2 and nnssl flatten (h w d), later ones (w h d). In the old order the token
-    at (i, j, k) has the row and the rotary angles of (j, i, k). So the rows of the position table are exchanged, and in
-    every head the thirds of the query and key channels that turn with the first and the second axis. The same function
-    results (to rounding), and applying it twice gives the weights back. ``grid`` is tokens per axis.
+    dynamic-network-architectures up to 0.4.2 and nnssl flatten (h w d), later versions (w h d). In the old order the
+    token at (i, j, k) has the table row and rotary angles of (j, i, k). So this swaps the rows of the position table
+    and, in every head, the thirds of the query and key channels that rotate with the first two axes. The network
+    computes the same function (up to rounding). Applying the conversion twice restores the weights.
 
-    Raises MFMError (E_MODEL_MISMATCH) for a grid with different first axes: there the old order mixes up positions in
-    a way that no weights for the new one repeat.
+    Raises MFMError (E_MODEL_MISMATCH) if the first two axes of the grid differ: no weights in the new order can
+    reproduce the positions of the old one.
     """
     if len(grid) != 3 or grid[0] != grid[1]:
         raise MFMError(
@@ -328,7 +329,7 @@ def _reorder(name: str, tensor: Tensor, grid: Sequence[int], num_heads: int) -> 
 
 
 def _token_size(network: Any) -> tuple[int, ...]:
-    """Return the voxels per axis of a token, of our networks or of DNA's, whose stems halve the image in each stage."""
+    """Return the token size in voxels, for our networks and DNA's, whose stems halve the image in each stage."""
     own, stem = getattr(network, "patch_embed_size", None), network.down_projection
     if own is not None:
         return tuple(own)
@@ -338,7 +339,7 @@ def _token_size(network: Any) -> tuple[int, ...]:
 
 
 def _token_grid(num_tokens: int, expected: tuple[int, ...], num_axes: int) -> tuple[int, ...] | None:
-    """Return ``expected`` if it has that many tokens, else a cube (crops may be smaller than the plan's patch)."""
+    """Return ``expected`` if it has ``num_tokens``, else a cube (crops may be smaller than the plan's patch)."""
     cube = (round(num_tokens ** (1 / num_axes)),) * num_axes
     return next((grid for grid in (expected, cube) if len(grid) == num_axes and math.prod(grid) == num_tokens), None)
 
@@ -346,7 +347,7 @@ def _token_grid(num_tokens: int, expected: tuple[int, ...], num_axes: int) -> tu
 def _foreign_grid(
     weights: Mapping[str, Tensor], token: Sequence[int], patch: Sequence[int] | None, notes: list[str]
 ) -> tuple[int, ...]:
-    """Return the tokens per axis: as planned if the position table has that many rows, else a cube; the table wins."""
+    """Return the tokens per axis: as planned if this matches the rows of the position table, else a cube."""
     table = weights.get("eva.pos_embed")
     if table is None:
         raise MFMError("E_MODEL_MISMATCH", "it holds a transformer without 'eva.pos_embed': that is no Primus.")
@@ -384,7 +385,7 @@ def _num_heads(embed_dim: int, stated: Stated, notes: list[str]) -> int:
 
 
 def _decoder_fits(weights: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether the patch decoder has our widths; DNA's depend on the number of outputs and are ours for five."""
+    """Return whether the patch decoder has our widths. DNA's depend on the number of outputs and match for five."""
     layers = sorted(name for name in weights if name.startswith("up_projection.decode.") and name.endswith(".0.weight"))
     widths = decoder_widths(kwargs["embed_dim"], int(math.log2(max(kwargs["patch_embed_size"]))))
     return [tuple(weights[name].shape[:2]) for name in layers] == list(itertools.pairwise(widths))

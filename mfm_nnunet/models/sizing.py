@@ -1,4 +1,4 @@
-"""Helpers with which a family sizes its network: patches of whole cells, and the largest network that a budget holds.
+"""Helpers to size a network: patches in whole cells, and the largest network within a memory budget.
 
 Sizes are in voxels, spacings in mm, in the plan's axis order; budgets are in GB of 2**30 bytes.
 """
@@ -20,29 +20,29 @@ from mfm_nnunet.models.memory import training_memory_bytes
 from mfm_nnunet.models.networks import build_architecture
 
 CPU_VOXELS = {3: 48 * 56 * 48, 2: 192 * 192}
-"""Largest patch of the CPU preset: about 90 GFLOP for a ResEnc step of batch 2 in 3D, a second or so on two cores."""
+"""Largest patch of the CPU preset. A 3D ResEnc step with batch 2 is about 90 GFLOP, a second or so on two cores."""
 
 MIN_EDGE = {3: 32, 2: 64}
-"""Below this patch edge (or the image's own) a network sees too little to be worth planning."""
+"""Smallest useful patch edge, unless the image is smaller."""
 
 BUDGET_SHARE = 0.85
-"""The rest is for the loss, the kernels' workspaces and what the driver takes."""
+"""The rest is for the loss, kernel workspaces and the driver."""
 
 Trial = tuple[str, tuple[int, ...]]
-"""Name of a size, and a patch."""
+"""Name of a size, and a patch size."""
 
 
 def pad_to_multiple(size: float, multiple: int) -> int:
-    """Return the smallest multiple of ``multiple`` that is at least ``size`` and not zero."""
+    """Return the smallest positive multiple of ``multiple`` that is at least ``size``."""
     return max(1, math.ceil(size / multiple)) * multiple
 
 
 def largest_patch(
     median_shape: Sequence[float], spacing: Sequence[float], cell: int, max_voxels: int
 ) -> tuple[int, ...]:
-    """Return the largest patch of whole cells that covers the median image or holds at most ``max_voxels``.
+    """Return a patch of whole cells that covers the median image, cut to at most ``max_voxels``.
 
-    It is cut where it is longest in mm, so it becomes as cubic as the image allows.
+    The longest axis in mm is cut first, so the patch becomes as cubic as the image allows.
     """
     patch = tuple(pad_to_multiple(size, cell) for size in median_shape)
     chain = [patch, *smaller_patches(patch, spacing, cell, cell)]
@@ -52,7 +52,7 @@ def largest_patch(
 def smaller_patches(
     patch: tuple[int, ...], spacing: Sequence[float], cell: int, min_edge: int
 ) -> list[tuple[int, ...]]:
-    """Return ``patch`` cut again and again by one cell where it is longest in mm, down to ``min_edge`` per axis."""
+    """Return ever smaller patches, each one cell shorter along the longest axis in mm, down to ``min_edge``."""
     result = []
     while axes := [axis for axis, size in enumerate(patch) if size > min_edge]:
         longest = max(axes, key=lambda axis: patch[axis] * spacing[axis])
@@ -64,12 +64,12 @@ def smaller_patches(
 def fit_budget(
     trials: Sequence[Trial], budget_gb: float, memory_bytes: Callable[[str, tuple[int, ...], int], int], title: str
 ) -> tuple[str, tuple[int, ...], int]:
-    """Return the first of the trials that fits with batch 2, and the batch that fills the budget.
+    """Return the first trial that fits with batch 2, and the batch size that fills the budget.
 
-    The memory of the trials of one size must fall from first to last. ``memory_bytes(size, patch, batch)`` is what a
-    training step takes.
+    Trials of the same size must be sorted by falling memory. ``memory_bytes(size, patch, batch)`` is the memory of a
+    training step.
 
-    Raises MFMError (E_CONFIG) with the numbers when not even the last one fits.
+    Raises MFMError (E_CONFIG) if not even the last trial fits.
     """
     budget = budget_gb * 2**30
     for _, group in itertools.groupby(trials, key=lambda trial: trial[0]):
@@ -86,10 +86,7 @@ def fit_budget(
 def plan_largest(
     sizing: Sizing, trials: Sequence[Trial], architecture: Callable[[str, tuple[int, ...]], dict[str, Any]], title: str
 ) -> PlannedNetwork:
-    """Plan the first network of ``trials`` that fits the budget; ``architecture(size, patch)`` is a plan's entry.
-
-    Raises MFMError as :func:`fit_budget`.
-    """
+    """Plan the first network of ``trials`` that fits the budget; ``architecture(size, patch)`` is a plan's entry."""
     assert sizing.memory_gb is not None, "the CPU preset has no budget"
 
     @functools.cache
@@ -103,12 +100,12 @@ def plan_largest(
 
 
 def cpu_batch(patch: Sequence[int]) -> int:
-    """Return the batch size of the CPU preset; in 2D small images are taken several at a time."""
+    """Return the batch size of the CPU preset; larger for small 2D patches."""
     return 2 if len(patch) == 3 else min(16, max(2, 4 * CPU_VOXELS[2] // math.prod(patch)))
 
 
 def too_little_memory(memory_gb: float, needed_gb: float, network: str, patch: Sequence[int]) -> MFMError:
-    """Return the error of a budget that not even the smallest network fits into."""
+    """Return the error for a budget too small for the smallest network."""
     needed = math.ceil(needed_gb * 1000) / 1000
     edges = " x ".join(map(str, patch))
     return MFMError(

@@ -1,4 +1,4 @@
-"""Masked pretraining of networks with tokens: hidden tokens are dropped (MAE) or replaced (SimMIM).
+"""Backbone for masked pretraining of Primus: hidden tokens are dropped (MAE) or replaced (SimMIM).
 
 Shapes: B batch, C channels, D H W voxels, d h w tokens per axis, T tokens, V visible tokens, E embedding, K outputs.
 In 2D there is no D and no d.
@@ -16,10 +16,10 @@ from mfm_nnunet.models.backbone import AbstractBackbone, Restoring
 
 
 class TokenBackbone(AbstractBackbone):
-    """Primus: hidden tokens are dropped (MAE, arXiv 2111.06377, 2412.17041) or replaced (SimMIM, arXiv 2111.09886).
+    """Primus with hidden tokens dropped (MAE, arXiv 2111.06377, 2412.17041) or replaced (SimMIM, arXiv 2111.09886).
 
-    It adds what they need beside the network: a learnable mask token and, for dropping, a token decoder of two Eva
-    blocks with positions of its own, in front of the network's patch decoder.
+    Adds a learnable mask token. Dropping also adds a token decoder of two Eva blocks, with its own positions, in front
+    of the network's patch decoder.
     """
 
     def __init__(self, network: Any, patch_size: tuple[int, ...], restoring: Restoring) -> None:
@@ -49,7 +49,7 @@ class TokenBackbone(AbstractBackbone):
         return [int(self.network.eva.embed_dim)]
 
     def features(self, x_BCDHW: Tensor) -> list[Tensor]:
-        """One map. A smaller image gets the positions of the patch's centre: a patch of which the rest was dropped."""
+        """Return one map. A smaller image gets the positions at the patch's centre, as if the rest were dropped."""
         tokens_BTE = self._embed(x_BCDHW)
         grid = tuple(size // cell for size, cell in zip(x_BCDHW.shape[2:], self.mask_cell()))
         places_BV = self._central_places(grid).to(x_BCDHW.device).expand(len(tokens_BTE), -1)
@@ -57,7 +57,7 @@ class TokenBackbone(AbstractBackbone):
         return [tokens_BTE.transpose(1, 2).reshape(len(tokens_BTE), -1, *grid)]
 
     def restore(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor, fill_value: float = 0.0) -> Tensor:
-        # A stem with overlapping kernels would see its hidden neighbours; for a plain patch embedding nothing changes.
+        # Stems with overlapping kernels would otherwise see hidden neighbours. A patch embedding is not affected.
         x_BCDHW = x_BCDHW.masked_fill(hidden_B1DHW, fill_value)
         if self.restoring == "replace":
             tokens_BTE, hidden_BT1 = self._embed(x_BCDHW), self.hidden_tokens(hidden_B1DHW)[..., None]
@@ -71,10 +71,10 @@ class TokenBackbone(AbstractBackbone):
         return self._decode(self.token_decoder(tokens_BTE)[0])
 
     def encode(self, x_BCDHW: Tensor, visible_BV: Tensor | None = None) -> Tensor:
-        """Return the encoder's tokens (B, V, E) at the given places, or all of them (B, T, E).
+        """Return the encoder's tokens (B, V, E) at ``visible_BV``, or all of them (B, T, E).
 
-        Absolute positions are added before the others are dropped; rotary positions are gathered for each sample, with
-        an axis of their own for the heads: without it sample and head could be confused (which DNA does).
+        Absolute positions are added before dropping. Rotary positions are gathered per sample, with a separate axis
+        for the heads; without it, sample and head get mixed up (as in DNA).
         """
         tokens_BTE = self._embed(x_BCDHW)
         if visible_BV is None:
@@ -83,7 +83,7 @@ class TokenBackbone(AbstractBackbone):
         return self._transform(tokens_BTE.gather(1, visible_BVE), visible_BV)
 
     def hidden_tokens(self, hidden_B1DHW: Tensor) -> Tensor:
-        """Return which tokens (B, T) are hidden. Asserts that none is partly hidden."""
+        """Return a boolean mask (B, T) of hidden tokens. No token may be partly hidden."""
         cells = [size for pair in zip(self.token_grid, self.mask_cell()) for size in pair]
         blocks = hidden_B1DHW[:, 0].reshape(-1, *cells)
         inside = tuple(range(2, blocks.dim(), 2))
@@ -92,9 +92,9 @@ class TokenBackbone(AbstractBackbone):
         return hidden_BT
 
     def visible_tokens(self, hidden_B1DHW: Tensor) -> Tensor:
-        """Return the indices (B, V), ascending, of tokens that are not hidden; axis 0 of the grid is the outermost.
+        """Return the ascending indices (B, V) of visible tokens; axis 0 of the grid is outermost.
 
-        Asserts that every sample hides equally many.
+        Every sample must hide the same number.
         """
         hidden_BT = self.hidden_tokens(hidden_B1DHW)
         counts = hidden_BT.sum(dim=1).tolist()
@@ -106,7 +106,7 @@ class TokenBackbone(AbstractBackbone):
         return self.network.down_projection(x_BCDHW).flatten(2).transpose(1, 2)
 
     def _transform(self, tokens_BVE: Tensor, places_BV: Tensor | None = None) -> Tensor:
-        """Apply positions, blocks and norm to the tokens at these places of the patch; None: all of them in order."""
+        """Apply positions, blocks and norm. ``places_BV`` are the tokens' indices in the patch; None: all, in order."""
         eva = self.network.eva
         rotary = eva.rope.get_embed()
         if places_BV is not None:
@@ -122,7 +122,7 @@ class TokenBackbone(AbstractBackbone):
         return self.network.up_projection(grid_BEdhw)
 
     def _central_places(self, grid: tuple[int, ...]) -> Tensor:
-        """Return the indices (1, V) of a block of tokens of this size in the middle of the patch's grid."""
+        """Return the indices (1, V) of a block of ``grid`` tokens in the centre of the patch."""
         assert all(1 <= few <= many for few, many in zip(grid, self.token_grid)), f"{grid} is not in {self.token_grid}"
         lower = [(many - few) // 2 for few, many in zip(grid, self.token_grid)]
         index = torch.arange(self.num_tokens).reshape(self.token_grid)
@@ -130,7 +130,7 @@ class TokenBackbone(AbstractBackbone):
 
 
 def _like(eva: Any, token_grid: tuple[int, ...], depth: int) -> nn.Module:
-    """Make a transformer of ``depth`` blocks as wide as ``eva``, without drop path."""
+    """Build a transformer of ``depth`` blocks with the width of ``eva``, without drop path."""
     block = eva.blocks[0]
     return Eva(
         embed_dim=eva.embed_dim,

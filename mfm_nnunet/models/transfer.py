@@ -1,9 +1,9 @@
-"""Transfer of pretrained weights into a network, and the report about it.
+"""Transfer pretrained weights into a network and report the result.
 
-Tensors are written in place, each one once (nnU-Net's networks register most tensors under several names), so the
-optimizer and the compile and DDP wrappers keep the very same parameters. Output layers are never transferred. Tensors
-of another shape are adapted where that is meaningful (stem channels, positions, kernels), else they keep their random
-values and the report says why.
+Tensors are written in place, so the optimizer and the compile and DDP wrappers keep their parameters. Each is written
+once, although nnU-Net's networks register most tensors under several names. Output layers are never transferred.
+Tensors with a different shape are adapted where possible (stem channels, positions, kernels). Otherwise they keep
+their random values, and the report gives the reason.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import family_of
 
 MINIMUM_ENCODER_SHARE = 0.5
-"""A checkpoint with fewer of the encoder's parameters is of another network."""
+"""Smallest share of the encoder's parameters to transfer; below it the checkpoint is of another network."""
 SHOWN_DIFFERENCES = 5
 MISFIT = "shape"
-"""First word of the reason of a tensor whose shape differs."""
+"""First word of the reason for a tensor with another shape."""
 ABSENT = "not in this network"
 HOW_TO_FIT = "mfm_plan_and_preprocess --like CHECKPOINT"
 
 Topology = Literal["fit", "adapt"]
-"""fit: the network was planned like the checkpoint. adapt: it has its own plan, and kernels are made to fit it."""
+"""fit: the network was planned like the checkpoint. adapt: it has its own plan, and kernels are resized to fit."""
 
 ADVICE: dict[Topology, str] = {
     "fit": "; where only kernels differ, keep the plan and give --set finetune.transfer=adapt",
@@ -35,7 +35,7 @@ ADVICE: dict[Topology, str] = {
 }
 
 Parts = Literal["encoder", "encoder_decoder", "all_but_heads"]
-"""Parts of a network to transfer; ``all_but_heads`` takes also what is neither encoder nor decoder."""
+"""Parts of a network to transfer; ``all_but_heads`` includes tensors outside encoder and decoder."""
 
 TRANSFERRED: dict[Parts, tuple[str, ...]] = {
     "encoder": ("encoder",),
@@ -46,7 +46,7 @@ TRANSFERRED: dict[Parts, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a report; ``how`` says how it was adapted, or why it is new or ignored."""
+    """One tensor of a report; ``how`` describes its adaptation, or why it is new or ignored."""
 
     name: str
     num_parameters: int
@@ -55,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """Every tensor of the target as loaded, adapted or new, and the source's unused ones as ignored.
+    """All tensors of the target (loaded, adapted or new) and the unused tensors of the source (ignored).
 
     ``encoder_share`` is the share (0 to 1) of the target encoder's parameters that were loaded or adapted.
     """
@@ -66,10 +66,10 @@ class TransferReport:
     ignored: tuple[Entry, ...]
     encoder_share: float
     warning: str = ""
-    """A likely mistake though most parameters match."""
+    """Likely mistake, although most parameters match."""
 
     def summary(self) -> str:
-        """Return a small table: tensors and parameters per kind, the encoder's share, and what was adapted."""
+        """Return a table of tensors and parameters per kind, the encoder's share, and the adaptations."""
         lines = [f"{'weights':<10}{'tensors':>8}{'parameters':>14}"]
         for kind, entries in self._kinds():
             lines.append(f"{kind:<10}{len(entries):>8}{sum(entry.num_parameters for entry in entries):>14,}")
@@ -78,7 +78,7 @@ class TransferReport:
         return "\n".join([*lines, self.warning] if self.warning else lines)
 
     def details(self) -> str:
-        """Return every tensor by name, one line each."""
+        """List all tensors by name, one per line."""
         return "\n".join(
             f"{kind:<8} {entry.name}  {entry.num_parameters:,}" + (f"  ({entry.how})" if entry.how else "")
             for kind, entries in self._kinds()
@@ -86,7 +86,7 @@ class TransferReport:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Return the report as plain JSON values."""
+        """Convert the report to JSON values."""
         return {**{kind: [asdict(e) for e in es] for kind, es in self._kinds()}, "encoder_share": self.encoder_share}
 
     def _kinds(self) -> Iterator[tuple[str, tuple[Entry, ...]]]:
@@ -95,11 +95,11 @@ class TransferReport:
 
 @dataclass(frozen=True)
 class _Decision:
-    """The value that one distinct tensor of the target gets; None leaves it as it is."""
+    """Decision for one distinct tensor of the target. If ``value`` is None, it is left unchanged."""
 
     names: tuple[str, ...]
     sources: tuple[str, ...]
-    """The checkpoint's names for it, whether they are there or not."""
+    """Possible names in the checkpoint."""
     target: Tensor
     value: Tensor | None
     kind: str
@@ -123,14 +123,15 @@ def transfer_weights(
 ) -> TransferReport:
     """Copy pretrained weights into ``network`` in place and report what happened to every tensor.
 
-    ``source`` is a state dict (wrapper prefixes are stripped); ``source_patch_size`` (voxels) gives the grid of token
-    positions, which otherwise is taken for a cube; ``source_network`` is a class name for messages; ``topology`` says
-    whether kernels of another size are adapted too; ``images`` are the numbers of image channels in the checkpoint and
-    in the network, for cascades, where labels follow the image channels; ``how_to_fit`` is the command that plans the
-    dataset so that the checkpoint fits.
+    ``source``: state dict; wrapper prefixes are stripped.
+    ``source_patch_size``: in voxels, gives the grid of token positions. None: a cube is assumed.
+    ``source_network``: class name for messages.
+    ``topology``: "adapt" also resizes kernels.
+    ``images``: number of image channels (checkpoint, network), for cascades, where one-hot labels follow the images.
+    ``how_to_fit``: command, for messages, that plans the dataset so that the checkpoint fits.
 
-    Raises MFMError: E_MODEL_MISMATCH when less than half of the encoder would come from the source or the dimensions
-    differ, E_NONFINITE when the source holds NaN or infinity. The network is untouched then.
+    Raises MFMError: E_MODEL_MISMATCH if less than half of the encoder matches or 2D and 3D are mixed, E_NONFINITE if
+    the source holds NaN or infinity. The network is then unchanged.
     """
     transfer = _Transfer(without_wrapper_prefixes(source), unwrapped(network), parts, topology, images)
     transfer.require_same_dimensions(source_network)
@@ -146,7 +147,7 @@ def transfer_weights(
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """Return the network inside ``torch.compile`` and DistributedDataParallel."""
+    """Strip the wrappers of ``torch.compile`` and DistributedDataParallel."""
     while True:
         inner = getattr(network, "_orig_mod", None) or (
             network.module if isinstance(network, nn.parallel.DistributedDataParallel) else None
@@ -157,7 +158,7 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def without_wrapper_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict without what ``module.`` and ``_orig_mod.`` wrappers left in its keys."""
+    """Strip the wrapper prefixes ``module.`` and ``_orig_mod.`` from the keys of a state dict."""
     result = {}
     for name, tensor in weights.items():
         parts = [part for part in str(name).split(".") if part != "_orig_mod"]
@@ -169,7 +170,7 @@ def without_wrapper_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 class _Transfer:
-    """One source and one target, and the meaning of the target's names, looked up once."""
+    """Transfer from one source to one target. The parts of the target are looked up once."""
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class _Transfer:
         self.in_source = self.family.source_renaming(network, weights)
 
     def require_same_dimensions(self, source_network: str | None) -> None:
-        """Raise MFMError (E_MODEL_MISMATCH) for 2D weights in a 3D network, where norms and biases alone would fit."""
+        """Refuse 2D weights in a 3D network and vice versa, where only norms and biases would fit."""
         for name, parameter in self.network.named_parameters():
             both = {parameter.ndim, self.weights[name].ndim} if name in self.weights else set()
             if both == {4, 5}:
@@ -199,7 +200,7 @@ class _Transfer:
                 )
 
     def decide(self, source_patch_size: Sequence[int] | None) -> list[_Decision]:
-        """Return a decision for every parameter and saved buffer, each with all names that it is registered under."""
+        """Decide on every parameter and saved buffer; each decision has all its registered names."""
         groups: dict[int, tuple[list[str], Tensor]] = {}
         for name, tensor in self.network.state_dict(keep_vars=True).items():
             groups.setdefault(id(tensor), ([], tensor))[0].append(name)
@@ -231,7 +232,7 @@ class _Transfer:
     def _fit(
         self, value: Tensor, tensor: Tensor, names: tuple[str, ...], source_patch_size: Sequence[int] | None
     ) -> tuple[Tensor | None, str, str]:
-        """Return the value for ``tensor``, its kind, and how it was adapted or why it cannot be."""
+        """Return the value for ``tensor``, its kind, and how it was adapted or why not."""
         if resized := self.family.resize_positions(names[0], value, self.network, source_patch_size):
             return resized[0], "adapted", resized[1]
         channels = (0, 0)
@@ -253,7 +254,7 @@ class _Transfer:
         return None, "new", f"{MISFIT} {tuple(value.shape)} in the checkpoint, {tuple(tensor.shape)} here"
 
     def report(self, decisions: list[_Decision]) -> TransferReport:
-        """Sum up the decisions."""
+        """Summarise the decisions."""
         of_encoder = [decision for decision in decisions if self.encoder & set(decision.names)]
         total = sum(decision.target.numel() for decision in of_encoder)
         taken = sum(decision.target.numel() for decision in of_encoder if decision.value is not None)
@@ -270,7 +271,7 @@ class _Transfer:
         )
 
     def _ignored(self, decisions: list[_Decision]) -> tuple[Entry, ...]:
-        """Return the checkpoint's tensors that nothing used, each once whatever the number of its names."""
+        """Return the unused tensors of the checkpoint, each once even if it has several names."""
         used = {name for decision in decisions if decision.value is not None for name in decision.sources}
         reasons = {name: decision.how for decision in decisions for name in decision.sources}
         seen = {_storage_key(self.weights[name]) for name in used if name in self.weights}
@@ -299,16 +300,16 @@ class _Transfer:
 
 
 def _is_convolution(name: str, network: nn.Module) -> bool:
-    """Tell whether ``name`` is the kernel of a convolution that keeps or halves a map, not a transposed one."""
+    """Return whether ``name`` is the kernel of a convolution (not a transposed one)."""
     module = network.get_submodule(name.rpartition(".")[0])
     return isinstance(module, (nn.Conv2d, nn.Conv3d)) and name.endswith(".weight")
 
 
 def _resize_kernel(value: Tensor, tensor: Tensor) -> tuple[Tensor, list[str]]:
-    """Make a kernel with one voxel along an axis from one with several, and the other way round.
+    """Shrink kernels to, or grow them from, one voxel along an axis.
 
-    Summed, its response to an image that is constant along the axis stays the same; centred between zeros, its response
-    to any image does.
+    Summing keeps the response to images that are constant along the axis. Padding with zeros keeps the response to any
+    image.
     """
     if value.ndim != tensor.ndim:
         return value, []
@@ -325,9 +326,9 @@ def _resize_kernel(value: Tensor, tensor: Tensor) -> tuple[Tensor, list[str]]:
 
 
 def _spread_channels(value: Tensor, tensor: Tensor, images: tuple[int, int]) -> tuple[Tensor, str]:
-    """Make a stem for another number of channels: its response to equal images stays the same.
+    """Convert a stem to another number of channels, keeping its response to identical images.
 
-    The labels of a cascade's previous stage are no images: those of the checkpoint stay behind, ours begin with zero.
+    For cascades, weights of label channels are dropped from the checkpoint and start at zero in the target.
     """
     channels, wanted = images
     own = value[:, :channels]
@@ -344,7 +345,7 @@ def _spread_channels(value: Tensor, tensor: Tensor, images: tuple[int, int]) -> 
 
 
 def _storage_key(tensor: Tensor) -> tuple[object, ...]:
-    """Return a key that the names of one tensor share; tensors without elements stand for themselves."""
+    """Return a key that is equal for names of the same tensor; empty tensors are never equal."""
     return (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
 
 

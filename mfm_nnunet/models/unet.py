@@ -1,4 +1,4 @@
-"""U-Nets of dynamic-network-architectures: residual encoder and plain, as nnU-Net plans them.
+"""Family of U-Nets from dynamic-network-architectures: ResEnc and plain, as nnU-Net plans them.
 
 Shapes: B batch, C channels, D H W voxels, K outputs; in 2D there is no D.
 """
@@ -28,7 +28,7 @@ from mfm_nnunet.models.families import (
 _DNA = "dynamic_network_architectures.architectures"
 RESENC, PLAIN = f"{_DNA}.unet.ResidualEncoderUNet", f"{_DNA}.unet.PlainConvUNet"
 OLD_RESENC = f"{_DNA}.residual_unet.ResidualEncoderUNet"
-"""The name in plans of older nnU-Nets, which nnU-Net's factory redirects."""
+"""Name in plans of older nnU-Net versions; nnU-Net's factory redirects it."""
 STANDARD_WIDTH = 32
 """Features of the first stage of nnU-Net's ResEnc U-Nets."""
 TITLES = {"ResidualEncoderUNet": "ResEnc U-Net", "ResidualUNet": "residual U-Net", "PlainConvUNet": "plain U-Net"}
@@ -37,7 +37,7 @@ NO_CHAIN = (
     "last"
 )
 PUBLISHED_PATCH = {3: 160, 2: 512}
-"""Voxels per axis of published pretraining, where a file does not say."""
+"""Voxels per axis of published pretraining, for files without a patch size."""
 RESENC_L = {
     "features_per_stage": [32, 64, 128, 256, 320, 320],
     "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
@@ -45,9 +45,9 @@ RESENC_L = {
     "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
     "n_conv_per_stage_decoder": [1] * 5,
 }
-"""The network that nnssl calls ResEncL; norms and activations are nnU-Net's."""
+"""Arguments of nnssl's ResEncL; norms and activations are nnU-Net's."""
 LAYER = r"(?:conv|all_modules\.0)"
-"""Both names of a convolution in its block."""
+"""Matches both names of a convolution in its block."""
 TRAINED_COPY = {"conv": "all_modules.0", "norm": "all_modules.1"}
 
 LOADING_CODE = """\
@@ -69,7 +69,7 @@ assert not unexpected
 
 
 class UNetBackbone(AbstractBackbone):
-    """Hidden voxels are filled, skip connections kept (arXiv 2410.23132)."""
+    """U-Net with hidden voxels filled and skip connections kept (arXiv 2410.23132)."""
 
     def __init__(self, network: Any, patch_size: tuple[int, ...]) -> None:
         super().__init__(network, patch_size)
@@ -93,7 +93,7 @@ class UNetBackbone(AbstractBackbone):
 
 
 class UNetLayout(ForeignLayout):
-    """nnssl's and nnU-Net's U-Nets. ``block`` is the pattern of a stage's convolutions, ``depth`` counts them."""
+    """U-Nets of nnssl and nnU-Net. ``block`` matches a stage's convolutions; argument ``depth`` counts them."""
 
     head = "decoder.seg_layers."
     repeated = "decoder.encoder."
@@ -120,7 +120,7 @@ class UNetLayout(ForeignLayout):
         return parts | {f"{decoder}{part}.": f"decoder.{part}." for part in ("stages", "transpconvs", "seg_layers")}
 
     def needs_conversion(self, class_name: str) -> bool:
-        """Trainers of stock nnU-Net overrule the plan's network, and ResEncL is a name without arguments."""
+        """Return True unless the plan is reliable: stock trainers may overrule it, and ResEncL has no arguments."""
         known = families_by_class().get(class_name)
         return "." not in class_name or not (known is None or isinstance(known, UNetFamily))
 
@@ -148,7 +148,7 @@ class UNetLayout(ForeignLayout):
         return self.class_name.rpartition(".")[2], kwargs, list(architecture["_kw_requires_import"])
 
     def _architecture(self, weights: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, Any], list[str]]:
-        """Read depth, widths and kernels off the shapes, the rest off the file's own words or nnU-Net's defaults."""
+        """Infer depth, widths and kernels from tensor shapes; take the rest from the file or nnU-Net's defaults."""
         layers = _collect_layers(self.block, weights)
         num_stages = 1 + max((stage for stage, _ in layers), default=0)
         missing = [stage for stage in range(num_stages) if (stage, 0) not in layers]
@@ -182,7 +182,7 @@ class UNetLayout(ForeignLayout):
 
 
 class UNetFamily(NetworkFamily):
-    """Sized by nnU-Net's own planner."""
+    """All U-Nets. They are sized by nnU-Net's own planner."""
 
     name = "resenc"
     title = "ResEnc U-Net"
@@ -194,7 +194,7 @@ class UNetFamily(NetworkFamily):
     has_sparse_encoder = True
     is_sized_by_nnunet = True
     fewest_cells = 2
-    """Instance normalisation of a coarsest map of one voxel is undefined."""
+    """Instance normalisation is undefined if the coarsest map has one voxel."""
     layouts = (
         UNetLayout(
             RESENC,
@@ -230,9 +230,9 @@ class UNetFamily(NetworkFamily):
         return super().patch_problem(kwargs, patch_size)
 
     def defaults(self, is_cpu: bool) -> TrainingDefaults:
-        """Return nnU-Net's SGD; on the short CPU schedules AdamW.
+        """Return nnU-Net's SGD, or AdamW for short CPU schedules.
 
-        SGD with momentum 0.99 spends the first half of a thousand steps on predicting background.
+        SGD with momentum 0.99 predicts only background for the first half of a thousand steps.
         """
         if is_cpu:
             reason = "gets further than SGD in a short schedule"
@@ -254,7 +254,7 @@ class UNetFamily(NetworkFamily):
         return True
 
     def has_pyramid(self, kwargs: Mapping[str, Any]) -> bool:
-        # Two stages have a single output, whose weight nnU-Net sets to zero: the loss would be zero by zero.
+        # With two stages there is one output, whose loss weight nnU-Net sets to zero: 0 / 0.
         return len(kwargs.get("strides", ())) > 2
 
     def set_deep_supervision(self, network: Any, enabled: bool) -> None:
@@ -271,7 +271,7 @@ class UNetFamily(NetworkFamily):
         return UNetBackbone(network, patch_size)
 
     def source_renaming(self, network: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[str], str]:
-        """Match levels of a decoder from full resolution down; nnU-Net numbers them from the deepest up."""
+        """Match decoder levels from full resolution down; nnU-Net numbers them from the deepest up."""
         deeper = _num_stages(weights) - _num_stages(network.state_dict())
         level = re.compile(r"^(decoder\.(?:stages|transpconvs)\.)(\d+)\.")
         return lambda name: level.sub(lambda match: f"{match[1]}{int(match[2]) + deeper}.", name)
@@ -285,7 +285,7 @@ class UNetFamily(NetworkFamily):
 
 
 def between_convolutions(num_axes: int) -> dict[str, Any]:
-    """Return nnU-Net's norm, dropout and activation, as arguments of a U-Net."""
+    """Return nnU-Net's norm, dropout and activation as U-Net arguments."""
     return {
         "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{num_axes}d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
@@ -297,10 +297,10 @@ def between_convolutions(num_axes: int) -> dict[str, Any]:
 
 
 def replace_stale_copies(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """Replace each ``conv`` and ``norm`` by its trained copy in ``all_modules``; return also how many differed.
+    """Replace each ``conv`` and ``norm`` by its trained copy in ``all_modules``; also return how many differed.
 
-    A block registers its layers under both names. Sparse pretraining as published (S3D) converts them one by one, so
-    that only ``all_modules`` is trained and the other name keeps the first weights.
+    A block registers its layers under both names. The published sparse pretraining (S3D) converts each name separately,
+    so only ``all_modules`` is trained and the other keeps its initial weights.
     """
     repaired, changed = dict(weights), 0
     for name in weights:
@@ -326,7 +326,7 @@ def _decoder_depths(num_stages: int, weights: Mapping[str, Tensor]) -> list[int]
 def _find_strides(
     num_stages: int, num_axes: int, weights: Mapping[str, Tensor], stated: Mapping[str, Any]
 ) -> tuple[list[list[int]], list[str]]:
-    """Return the strides of the encoder's stages: as the decoder undoes them, else as stated, else halving."""
+    """Return the encoder's strides, from the decoder's upsampling, else the file's plan, else 2; also notes."""
     ups = [weights.get(f"decoder.transpconvs.{i}.weight") for i in range(num_stages - 1)]
     if all(up is not None for up in ups):
         return [[1] * num_axes] + [[int(size) for size in up.shape[2:]] for up in reversed(ups) if up is not None], []
@@ -342,7 +342,7 @@ def _num_stages(weights: Mapping[str, Any]) -> int:
 
 
 def _is_resenc_l(kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether readers would build this very network of the name, norms and activations included."""
+    """Return whether the name ResEncL alone reproduces this network, including norms and activations."""
     rows = {
         key: [[item] * 3 if isinstance(item, int) else list(item) for item in kwargs[key]]
         if key in ("strides", "kernel_sizes")
