@@ -254,5 +254,5 @@ def _case_problems(cases: Any) -> list[str]:
 
 
 def _is_path(path: Any) -> bool:
-    """Return whether a value can be a path; undecodable bytes would appear as surrogates."""
+    """Return whether a value can be a path; surrogates, which stand for bytes that are not UTF-8, are legal."""
     return isinstance(path, str) and bool(path) and "\0" not in path

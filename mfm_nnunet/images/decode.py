@@ -36,9 +36,9 @@ from mfm_nnunet.plan_rules import READERS
 
 PROCESSOR_SECONDS = 8
 BYTES_PER_PROCESSOR_SECOND = 15_000_000
-"""The time limit of a file is ``PROCESSOR_SECONDS`` plus a second per this many bytes needed for reading it."""
+"""The time limit per file is ``PROCESSOR_SECONDS`` plus one second per this many bytes to read."""
 BYTES_READ_BESIDE = 12 << 20
-"""Larger files are read while they are checked; smaller ones afterwards, so that no reader gets a damaged file."""
+"""Larger files are read while they are checked; smaller ones afterwards, so readers get no damaged file."""
 SPARE_BYTES = 1 << 30
 MEMORY_FACTOR = 3
 """The memory limit of a reader is this multiple of its expected bytes, plus :data:`SPARE_BYTES`."""
@@ -58,11 +58,7 @@ _ITK_READERS = {
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded image.
-
-    ``array`` is (C, D, H, W) float32, ``properties`` are nnU-Net's, ``ranges`` has the lowest and highest value per
-    channel.
-    """
+    """A decoded image: ``array`` (C, D, H, W) float32, nnU-Net's properties, and the value range of each channel."""
 
     array: np.ndarray
     properties: dict[str, Any]
@@ -78,11 +74,10 @@ def decode_file(
     work_folder: Path | None = None,
     memory: Memory | None = None,
 ) -> Decoded:
-    """Check an image file, read it with nnU-Net's reader and compare the results.
+    """Check an image file, read it with nnU-Net's reader and compare the results. Only colour pictures have C > 1.
 
-    Only colour pictures have C > 1. Label maps and masks (``is_map``) are read by the reader's own method for them,
-    which finds the spacing of a TIFF stack under another file name. ``work_folder`` is for links, ``memory`` for the
-    voxels.
+    Label maps and masks (``is_map``) use the reader's own method, which looks for the spacing of a TIFF stack under
+    another file name. ``work_folder`` is for links, ``memory`` for the voxels.
     """
     declared = integrity.declared_by(file)
     _limit(declared.reading_bytes)
@@ -194,7 +189,7 @@ def _require_same_voxels(file: Path, reader_name: str, voxels: Voxels, array: np
 
 
 def _limit(reading_bytes: int) -> None:
-    """Limit the processor time and the memory of this process to what reading ``reading_bytes`` may need."""
+    """Limit the processor time and memory of this process to what reading ``reading_bytes`` may need."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     allowed = PROCESSOR_SECONDS + reading_bytes // BYTES_PER_PROCESSOR_SECOND
     _set_limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime) + allowed)
@@ -258,7 +253,6 @@ def _lean(file: Path, memory: Memory | None) -> Iterator[None]:
 
 
 def _stack(memory: Memory, stack: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], **words: Any) -> np.ndarray:
-    """Stack like ``np.vstack``, but put a single image into ``memory``."""
     if len(arrays) != 1 or words != {"dtype": np.float32, "casting": "unsafe"}:
         return stack(arrays, **words)
     result = memory.empty_like(arrays[0])
