@@ -1,1 +1,1 @@
-"""The commands: argparse to settings to one call; heavy imports only inside main()."""
+"""The commands: parse arguments into settings and make one call; heavy imports only inside main()."""

@@ -40,7 +40,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     parser = build_parser()
     arguments = parser.parse_strictly(argv)
     writes = arguments.action in ("export", "import")

@@ -1,4 +1,4 @@
-"""Parts of all commands: a strict parser, flags from the fields of a request, and nnU-Net's way of naming a dataset.
+"""Shared parts of the commands: a strict parser, flags from request fields, and nnU-Net's way of naming a dataset.
 
 Nothing heavy is imported here, so ``--help`` answers at once.
 """
@@ -19,32 +19,32 @@ from mfm_nnunet.version import __version__
 
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _NOT_SET = ("source", "network", "format")
-"""Fields of a plan's block that no run sets."""
+"""Fields of a plan's block that are not settings of a run."""
 _ALIKE = 0.65
-"""Least similarity of a proposed flag, from 0 to 1: ``--dry-run`` is not meant to be ``--run-name``."""
+"""Minimum similarity of a proposed flag, from 0 to 1: ``--run-name`` must not be proposed for ``--dry-run``."""
 _OF_ARGPARSE = ("nargs", "metavar", "choices", "action")
-"""Details of a field that argparse takes as they are."""
+"""Field metadata passed on to argparse unchanged."""
 
 
 class StrictParser(argparse.ArgumentParser):
-    """A parser in which a misspelt flag is an error that names the nearest legal flag, never a value of another flag.
+    """A parser that refuses unknown flags and names the nearest legal one.
 
-    argparse alone accepts abbreviations and reads ``-plans`` as ``-p lans``; here a flag is legal or refused.
+    argparse alone accepts abbreviations and reads ``-plans`` as ``-p lans``.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.settings: tuple[str, ...] = ()
-        """The parts of the settings that ``--set`` takes here, e.g. ``pretrain``."""
+        """Setting prefixes that ``--set`` accepts, e.g. ``pretrain``."""
 
     def flag(self, names: str, help_text: str, **kwargs: Any) -> None:
         """Add one flag; ``names`` are its spellings, separated by spaces."""
         self.add_argument(*names.split(), help=help_text, **kwargs)
 
     def add_request(self, request: type[Request], **choices: Sequence[str]) -> None:
-        """Add a flag for each field of a request; a value with a position can be given as either.
+        """Add a flag for each field of a request. Positional fields also get a flag.
 
-        ``choices`` are the legal words of fields whose request does not know them.
+        ``choices`` are the legal values of fields for which the request does not define them.
         """
         for item in fields(request):
             if "spellings" in item.metadata:
@@ -59,7 +59,7 @@ class StrictParser(argparse.ArgumentParser):
         if item.metadata.get("position"):
             self.add_argument(item.name, help=text, nargs="?", **details)
             self.add_argument(*names, help="the same as a flag", dest=f"{item.name}_flag", **details)
-        elif isinstance(default, bool):  # a flag turns on what is off, and off what is on
+        elif isinstance(default, bool):  # the flag inverts the default
             self.add_argument(*names, help=text, action="store_true", dest=f"no_{item.name}" if default else item.name)
         elif default is MISSING:
             self.add_argument(
@@ -72,7 +72,7 @@ class StrictParser(argparse.ArgumentParser):
             self.add_argument(*names, help=text, dest=item.name, default=default, **details)
 
     def merge_positions(self, request: type[Request], arguments: argparse.Namespace) -> None:
-        """Merge positions and flags of the same meaning; an error when one is missing or the two differ."""
+        """Merge each positional argument with its flag; an error if a required one is missing or they differ."""
         for item in (item for item in fields(request) if item.metadata.get("position")):
             position, flag = getattr(arguments, item.name), getattr(arguments, f"{item.name}_flag")
             name = f"{item.metadata['metavar']} ({item.metadata['spellings'][0]})"
@@ -88,7 +88,7 @@ class StrictParser(argparse.ArgumentParser):
         return sorted({flag for action in self._actions for flag in action.option_strings})
 
     def parse_strictly(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse a command line; an error ends the process with exit code 2 and a message of two lines."""
+        """Parse a command line; an error ends the process with exit code 2 and a two-line message."""
         tokens = list(_split_assignments(sys.argv[1:] if arguments is None else arguments))
         legal = self.flags()
         for token in tokens:
@@ -100,12 +100,12 @@ class StrictParser(argparse.ArgumentParser):
         return self.parse_intermixed_args(tokens)
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and exit with 2."""
+        """Print the message and exit with code 2."""
         self.exit(2, f"{self.prog}: {terminal.one_message(message)}\nSee {self.prog} --help.\n")
 
 
 def make_parser(name: str, description: str, default_workspace: str | None = None) -> StrictParser:
-    """Make a parser with the flags of every command; with a ``default_workspace`` the environment does not count."""
+    """Make a parser with the common flags; with a ``default_workspace``, environment variables are ignored."""
     parser = StrictParser(prog=name, description=description)
     text = f"where everything lives (default: {default_workspace or workspace.DEFAULT})"
     if default_workspace is None:
@@ -117,9 +117,9 @@ def make_parser(name: str, description: str, default_workspace: str | None = Non
 
 
 def options_of(request: type[Request], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of a request's fields by name, as the parameters of its job.
+    """Return the values of a request's fields by name, as parameters of its job.
 
-    Raises MFMError (E_CONFIG) as the request does, before heavy libraries are imported.
+    Raises MFMError (E_CONFIG) like the request, before heavy libraries are imported.
     """
     values = vars(arguments)
     options: dict[str, Any] = {
@@ -148,7 +148,7 @@ def _split_assignments(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _nearest_flag(flag: str, legal: Sequence[str], parts: Sequence[str]) -> str:
-    """Return the advice for an unknown flag: the settings of that name if there are any, else a similar flag."""
+    """Suggest a replacement for an unknown flag: settings of that name if there are any, else a similar flag."""
     from mfm_nnunet.settings import MFMBlock, setting_names
 
     word = flag.lstrip("-").replace("-", "_")

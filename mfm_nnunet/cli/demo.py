@@ -36,7 +36,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command and return the exit code."""
     return run_command(_run, build_parser().parse_strictly(argv))
 
 
@@ -45,7 +45,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     data = Path(arguments.data) if arguments.data else None
     folder = Path(arguments.workspace)
-    with contextlib.redirect_stdout(sys.stderr):  # what nnU-Net prints is progress; stdout gets the result
+    with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints progress; stdout gets the result
         result = run_demo(folder, data, arguments.settings, arguments.device, arguments.overwrite)
     print(f"\n{format_result(result)}\n{NOTES['data' if data else 'template']}\n")
     for title, files in (("Overlays (fill: predicted, line: reference)", result.overlays), ("Masks", result.masks)):

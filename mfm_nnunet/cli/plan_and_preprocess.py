@@ -1,4 +1,4 @@
-"""``mfm_plan_and_preprocess``: look at the images, decide spacing, patch and network, write the preprocessed data."""
+"""``mfm_plan_and_preprocess``: analyse images, choose spacing, patch and network, and write the preprocessed data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(_run, build_parser().parse_strictly(argv))
 
 

@@ -30,7 +30,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     parser = build_parser()
     arguments = parser.parse_strictly(argv)
     if arguments.list_tasks:
@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _list_tasks(arguments: argparse.Namespace) -> None:
-    """Print a table that is at most ``LIST_WIDTH`` wide; the third column wraps where it must."""
+    """Print a table of at most ``LIST_WIDTH`` columns of text; the third column wraps if necessary."""
     import textwrap
 
     from mfm_nnunet.tasks.registry import list_tasks

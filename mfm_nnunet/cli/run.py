@@ -1,7 +1,7 @@
-"""Do the job of a command: errors become messages of a few lines and exit codes.
+"""Run the job of a command, and turn errors into short messages and exit codes.
 
-Exit codes: 0 done, 1 internal error, 2 usage or input, 3 some cases failed, 128 + number of the signal that stopped it
-(130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1).
+Exit codes: 0 done, 1 internal error, 2 usage or input, 3 some cases failed, 128 + number of the stop signal (130
+Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _PATH_ERRORS = {
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), _IN_THE_WAY),
     errno.ENAMETOOLONG: ("E_CONFIG", "Give a shorter name."),
 }
-"""Errors of the system that the user can repair: the code and what to do."""
+"""System errors that the user can fix: the code and the remedy."""
 
 
 def run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Call ``job(arguments)``; returns the exit code. ``arguments`` needs ``workspace`` and ``debug``."""
-    # Idle OpenMP threads that spin starve the data workers on few cores; must be set before torch is imported.
+    """Call ``job(arguments)`` and return the exit code. ``arguments`` needs ``workspace`` and ``debug``."""
+    # Spinning idle OpenMP threads starve the data workers on few cores. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("MPLBACKEND", "Agg")
     with terminal.escaped_streams():
@@ -47,7 +47,7 @@ def run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.N
 
 def _run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
     terminal.configure_logging()
-    if not arguments.debug:  # deprecations inside other libraries are nothing that a user can act on
+    if not arguments.debug:  # users cannot act on deprecations inside other libraries
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
     from mfm_nnunet.signals import end_despite_threads, raise_on_signal
@@ -66,7 +66,7 @@ def _run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.
 
 
 def _report(error: BaseException, arguments: argparse.Namespace) -> int:
-    """Print what the user needs to know about ``error``; returns the exit code."""
+    """Print an error message for the user and return the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     exit_code, message = _classify(error)
@@ -84,7 +84,7 @@ def _report(error: BaseException, arguments: argparse.Namespace) -> int:
 
 
 def _classify(error: BaseException) -> tuple[int, str]:
-    """Exit code and message of an error."""
+    """Return the exit code and message of an error."""
     if isinstance(error, CasesFailedError):
         return 3, str(error)
     if isinstance(error, StoppedError):
@@ -107,14 +107,14 @@ def _classify(error: BaseException) -> tuple[int, str]:
 
 
 def _unexpected(error: BaseException) -> list[str]:
-    """The tracebacks of single cases that failed for a reason that nobody expected."""
+    """Return the tracebacks of unexpected failures of single cases."""
     causes = (error, error.__cause__)
     failures = [failure for cause in causes if isinstance(cause, CasesFailedError) for failure in cause.failures]
     return [f"\n{failure.case}:\n{failure.details}" for failure in failures if failure.details]
 
 
 def _write_log(error: BaseException, arguments: argparse.Namespace) -> str:
-    """Append the whole message and traceback to the workspace's error log; returns where it is."""
+    """Append the whole message and traceback to the workspace's error log and return its path."""
     file = Path(arguments.workspace or workspace.DEFAULT) / LOG_FILE
     details = "".join([*traceback.format_exception(type(error), error, error.__traceback__), *_unexpected(error)])
     details, command = terminal.escaped(details), terminal.one_message(" ".join(sys.argv))
@@ -129,9 +129,9 @@ def _write_log(error: BaseException, arguments: argparse.Namespace) -> str:
 
 
 def _is_stdout_closed(error: BaseException) -> bool:
-    """Whether ``error`` is that the reader of our output went away (``| head``); then stdout is made a sink.
+    """Check if the reader of our output closed the pipe (``| head``), and if so redirect stdout to a sink.
 
-    A broken pipe to a worker process looks the same and is an error, so stdout itself is asked.
+    A broken pipe to a worker process looks the same and is an error, so stdout itself is tested.
     """
     if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):
         return False

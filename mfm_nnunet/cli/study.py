@@ -32,7 +32,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command and return the exit code."""
     parser = build_parser()
     arguments = parser.parse_strictly(argv)
     if not arguments.table:

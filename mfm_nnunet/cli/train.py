@@ -29,7 +29,7 @@ def build_parser() -> common.StrictParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     parser = build_parser()
     arguments = parser.parse_strictly(argv)
     parser.merge_positions(TrainRequest, arguments)
@@ -40,6 +40,6 @@ def _run(arguments: argparse.Namespace) -> None:
     options = common.options_of(TrainRequest, arguments)
     from mfm_nnunet import train
 
-    with contextlib.redirect_stdout(sys.stderr):  # what nnU-Net prints is progress; stdout gets the result
+    with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints progress; stdout gets the result
         folder = train(**options)
     terminal.print_path(folder)

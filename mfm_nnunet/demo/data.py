@@ -1,9 +1,9 @@
 """Data of the demo: real images with labels, split into a corpus, labelled training cases and test cases.
 
 By default these are blocks of the T1 brain template in the nilearn wheel (MNI ICBM 152, 1 mm), with labels made from
-its grey- and white-matter maps. Blocks share no voxel; the left hemisphere trains and the right one tests. The template
-is left-right symmetric to the bit, so a block equals its mirror image. Therefore blocks are coloured like a chessboard:
-left blocks of one colour train, right blocks of the other test, and no tested voxel was trained on in the mirror.
+its grey- and white-matter maps. Blocks share no voxel. The left hemisphere trains and the right one tests. The template
+is exactly left-right symmetric, so a block equals its mirror image. Therefore blocks are coloured like a chessboard:
+left blocks of one colour train, right blocks of the other test, and no tested voxel was seen mirrored in training.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from mfm_nnunet.jobs.preflight import Case, read_raw_dataset
 TEMPLATE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 LABELS = {"background": 0, "grey_matter": 1, "white_matter": 2}
 BLOCK = (36, 45, 38)
-"""Voxels (1 mm) of a block along right, anterior and superior."""
+"""Size of a block in voxels (1 mm) along right, anterior and superior."""
 NUM_BLOCKS = (2, 4, 4)
 """Blocks per hemisphere; with BLOCK and START they tile the brain."""
 START = (26, 28, 2)
 """First voxel of the left hemisphere's blocks; the right blocks are their mirror images."""
 MIDLINE = 98
-"""The voxel plane x = 0; it belongs to neither hemisphere."""
+"""The voxel plane x = 0, which belongs to neither hemisphere."""
 MIN_TISSUE = 0.15
-"""Share of a block that must be brain tissue."""
+"""Minimum share of brain tissue in a block."""
 TEST_EVERY = 5
-"""With ``--data``: every fifth labelled case tests."""
+"""With ``--data``, every fifth labelled case is a test case."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Split:
 
     @property
     def is_2d(self) -> bool:
-        """Return whether the images have two dimensions (or one slice)."""
+        """Check if the images have two dimensions (or one slice)."""
         import SimpleITK as sitk
 
         reader = sitk.ImageFileReader()
@@ -58,7 +58,7 @@ class Split:
 
 
 def split_template(folder: Path) -> Split:
-    """Cut the template into blocks and write them to ``folder`` as NIfTI; every second one is labelled or tests.
+    """Cut the template into blocks and write them to ``folder`` as NIfTI; every second one is labelled or a test case.
 
     Raises MFMError (E_NOT_FOUND) when nilearn is not installed.
     """
@@ -82,7 +82,7 @@ def split_template(folder: Path) -> Split:
 
 
 def find_template(name: str) -> Path:
-    """Find the file of a map (``t1``, ``gm``, ``wm``) inside the installed nilearn without importing it.
+    """Find the file of a map (``t1``, ``gm``, ``wm``) in the installed nilearn without importing it.
 
     Raises MFMError (E_NOT_FOUND) when nilearn is not installed.
     """
@@ -99,7 +99,7 @@ def find_template(name: str) -> Path:
 
 
 def template_blocks(affine: np.ndarray) -> list[tuple[str, tuple[int, int, int], tuple[slice, slice, slice]]]:
-    """List hemisphere, place in the grid and voxels of all blocks; i counts from the side towards the midline."""
+    """List hemisphere, grid position and voxels of all blocks; i counts from the side towards the midline."""
     assert affine[0, 0] > 0, "the template's first axis must point to the right"
     blocks = []
     for i, j, k in np.ndindex(NUM_BLOCKS):
@@ -112,7 +112,7 @@ def template_blocks(affine: np.ndarray) -> list[tuple[str, tuple[int, int, int],
 
 
 def tissue_labels(grey: np.ndarray, white: np.ndarray) -> np.ndarray:
-    """Make labels from maps of 0 to 255: background where their sum is below one half, else the larger map."""
+    """Make labels from maps of 0 to 255: background if their sum is below one half, else the larger map."""
     is_tissue = grey.astype(np.int32) + white >= 128
     return np.where(is_tissue, np.where(grey >= white, 1, 2), 0).astype(np.uint8)
 
@@ -120,8 +120,8 @@ def tissue_labels(grey: np.ndarray, white: np.ndarray) -> np.ndarray:
 def split_folder(folder: Path) -> Split:
     """Split a labelled dataset in nnU-Net's raw format: every fifth case by name tests, the others train.
 
-    The training cases are the corpus too. Raises MFMError: E_NOT_FOUND without dataset.json, E_CONFIG with fewer than
-    three labelled cases, and as :func:`read_raw_dataset`.
+    The training cases are also the corpus. Raises MFMError: E_NOT_FOUND without dataset.json, E_CONFIG with fewer than
+    three labelled cases, and those of :func:`read_raw_dataset`.
     """
     if not (folder / "dataset.json").is_file():
         raise MFMError(
@@ -137,7 +137,7 @@ def split_folder(folder: Path) -> Split:
 
 
 def write_corpus(split: Split, file: Path) -> None:
-    """Write the corpus as a CSV for ``--images``; the images stay where they are."""
+    """Write the corpus as a CSV for ``--images``; the images are not copied."""
     num_channels = len(split.corpus[0].images)
     with open(file, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
@@ -146,7 +146,7 @@ def write_corpus(split: Split, file: Path) -> None:
 
 
 def write_dataset(split: Split, folder: Path) -> None:
-    """Write the labelled training cases as an nnU-Net raw dataset that refers to the files where they are."""
+    """Write the labelled training cases as an nnU-Net raw dataset that refers to the original files."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {
         case.name: {"images": [str(image.absolute()) for image in case.images], "label": str(case.label.absolute())}
@@ -167,7 +167,7 @@ def write_test_folder(split: Split, folder: Path) -> None:
 
 
 def _save_block(file: Path, template: Any, volume: np.ndarray, where: tuple[slice, slice, slice]) -> None:
-    """Write a block with its true place in the template's world coordinates."""
+    """Write a block at its true position in the template's world coordinates."""
     import nibabel
 
     affine = template.affine.copy()

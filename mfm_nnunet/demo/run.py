@@ -1,7 +1,7 @@
 """Run every step on real images in minutes: plan, preprocess, pretrain twice, fine-tune three times, predict, compare.
 
-Three arms share one network and one schedule: from scratch, after MAE, after Volume Fusion. Everything is written into
-one folder. The demo shows that the steps work together; one seed on a short schedule proves no accuracy.
+Three arms share one network and one schedule: from scratch, after MAE, after Volume Fusion. Everything is written to
+one folder. The demo shows that the steps work together; one seed on a short schedule proves nothing about accuracy.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ SCHEDULE = (
     "finetune.validation_iterations=3",
     "finetune.warmup_epochs=1",
 )
-"""Settings that make the demo take minutes; ``--set`` comes after and wins."""
+"""Settings that keep the demo to minutes; ``--set`` overrides them."""
 CORPUS_ID, CORPUS_NAME = 901, "DemoCorpus"
 DATASET_ID, DATASET_NAME = 902, "DemoLabelled"
 FOLD = 0
 RECORD = "demo.json"
-"""Written first, so that the folder is known to be a demo's, and again at the end with the results."""
+"""File that marks the folder as a demo's. It is written first, and again at the end with the results."""
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the fine-tuning. nnU-Net names result folders by the plan, so each arm has a plan of its own."""
+    """An arm of the fine-tuning. nnU-Net names result folders after the plan, so each arm has its own plan."""
 
     key: str
     title: str
@@ -68,7 +68,7 @@ ARMS = (
 
 @dataclass
 class DemoResult:
-    """Dice by arm, label and test case (NaN where a label is absent), seconds by stage, and files."""
+    """Dice by arm, label and test case (NaN if a label is absent), seconds by stage, and files."""
 
     dice: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -78,14 +78,14 @@ class DemoResult:
     overlays: list[Path] = field(default_factory=list)
 
     def mean(self, arm: str, label: str | None = None) -> float:
-        """Return the mean Dice of an arm over the test cases: of one label, or the mean over the labels."""
+        """Return the mean Dice of an arm over the test cases, for one label or averaged over the labels."""
         if label is None:
             return mean_dice([self.mean(arm, name) for name in self.dice[arm]])
         return mean_dice(list(self.dice[arm][label].values()))
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to ``stage``."""
+        """Add the duration of the block to ``stage``."""
         start = time.monotonic()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
@@ -96,7 +96,7 @@ def run_demo(
 ) -> DemoResult:
     """Run the demo in ``folder``, on the template or on a dataset ``data`` in nnU-Net's raw format.
 
-    Raises MFMError (E_EXISTS) when the folder is not empty; ``overwrite`` removes what an earlier demo made there.
+    Raises MFMError (E_EXISTS) when the folder is not empty; ``overwrite`` removes the files of an earlier demo.
     """
     schedule = (*SCHEDULE, *settings)
     override(MFMBlock(), schedule)  # refuses a wrong setting before anything is written
@@ -104,7 +104,7 @@ def run_demo(
     if source is None:
         demo_data.find_template("t1")
     prepare_folder(folder, overwrite)
-    if ignored := [name for name in NNUNET_FOLDERS if name in os.environ]:  # they hold somebody's real data
+    if ignored := [name for name in NNUNET_FOLDERS if name in os.environ]:  # they contain the user's real data
         logger.info("%s: set, but the demo uses its own folder", ", ".join(ignored))
     result = DemoResult()
     with workspace.use_only(folder) as here:
@@ -140,7 +140,7 @@ def run_demo(
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make an empty folder and mark it as the demo's; ``overwrite`` removes only what an earlier demo made."""
+    """Make an empty folder and mark it as the demo's; ``overwrite`` removes only files of an earlier demo."""
     if folder.exists() and not folder.is_dir():
         raise MFMError("E_EXISTS", f"{folder}: this is a file. Choose another folder with --workspace DIR.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -168,7 +168,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
 def _pretrain_starts(
     result: DemoResult, folder: Path, configuration: str, schedule: Sequence[str], device: str
 ) -> dict[str, Path]:
-    """Plan the corpus and pretrain; return the checkpoint of each arm that has one."""
+    """Plan the corpus, pretrain, and return the checkpoint of each arm that has one."""
     with result.timed("plan"):
         logger.info("\n== Plan and preprocess the images without labels")
         (plan,) = mfm_nnunet.plan_and_preprocess(
@@ -199,7 +199,7 @@ def _pretrain_starts(
 def _plan_labelled(
     result: DemoResult, folder: Path, split: Split, configuration: str, checkpoints: Mapping[str, Path]
 ) -> None:
-    """Make a plan per arm, equal but for its name, so all share the preprocessed data."""
+    """Make a plan per arm. Only the names differ, so all share the preprocessed data."""
     logger.info("\n== Plan and preprocess the labelled images so that the checkpoints fit")
     first = next(iter(checkpoints.values()))
     package = logging.getLogger("mfm_nnunet")
@@ -239,7 +239,7 @@ def _predict(result: DemoResult, arm: Start, folder: Path, fold_folder: Path, de
 
 
 def compare(result: DemoResult, split: Split, folder: Path) -> None:
-    """Fill in the Dice of every arm on every test case, and draw one overlay per case into ``folder``."""
+    """Compute the Dice of every arm on every test case, and draw one overlay per case into ``folder``."""
     dataset = DatasetJson.of(split.dataset_json)
     labels, ignore = dataset.foreground, dataset.ignore
     folder.mkdir(exist_ok=True)
@@ -262,7 +262,7 @@ def compare(result: DemoResult, split: Split, folder: Path) -> None:
 
 
 def format_result(result: DemoResult) -> str:
-    """Format Dice per label and arm, and times, as a table."""
+    """Format times and Dice per label and arm as a table."""
     scores = result.dice[ARMS[0].key]
     num_cases = len(next(iter(scores.values())))
     rows = [["start", *scores, "mean", "pretraining", "fine-tuning", "predicting"]]

@@ -1,1 +1,1 @@
-"""One job a file: plan, pretrain, train, predict."""
+"""The jobs, one per file: plan, pretrain, train, predict."""

@@ -1,4 +1,4 @@
-"""Pretrained checkpoints of every layout that we read: describe, verify, convert."""
+"""Describe, verify and convert pretrained checkpoints of every supported layout."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TokenOrder = Literal["whd", "hwd"]
 
 
 def describe_checkpoint(address: str | Path, *, verify: bool = False, token_order: TokenOrder | None = None) -> str:
-    """Describe a checkpoint in lines: task, network, plan, corpus, licence, citation.
+    """Describe a checkpoint: task, network, plan, corpus, licence, citation.
 
-    With ``verify`` its network is built and every tensor compared with it. ``token_order`` is for a foreign Primus
-    whose file does not say it. Raises MFMError for a file that cannot be read, is damaged, or is no whole network.
+    With ``verify``, build its network and compare every tensor with it. ``token_order`` is for a foreign Primus whose
+    file does not record it. Raises MFMError for a file that cannot be read, is damaged, or is not a complete network.
     """
     place = find_checkpoint(address)
     reading = read_checkpoint(place, token_order)
@@ -37,10 +37,10 @@ def convert_checkpoint(
     licence: str | None = None,
     token_order: TokenOrder | None = None,
 ) -> Path:
-    """Write a checkpoint of any layout that we read in another one; returns ``output``.
+    """Convert a checkpoint of any supported layout to another one and return ``output``.
 
     ``pth`` is our own file, ``folder`` safetensors with JSON and a model card, ``nnssl`` a folder that nnU-Net's
-    development code reads. Raises MFMError as :func:`describe_checkpoint` does, E_EXISTS for an output that is there,
+    development code reads. Raises MFMError: those of :func:`describe_checkpoint`, E_EXISTS for an existing output,
     E_CONFIG for a network that the layout cannot express.
     """
     place = find_checkpoint(address)

@@ -1,4 +1,4 @@
-"""From scans to what training reads: register a corpus, take fingerprints, plan, preprocess what the plan asks for."""
+"""From scans to preprocessed data: register a corpus, take fingerprints, plan, and preprocess as planned."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ FINGERPRINT = {
     *("spacings", "shapes_after_crop", "median_relative_size_after_cropping"),
     "foreground_intensity_properties_per_channel",
 }
-"""What planning takes from a fingerprint."""
+"""Keys of a fingerprint that planning reads."""
 _MOST_PICTURES = 9
-"""Number of pictures whose headers decide whether a corpus is grey or in colour."""
+"""Number of images whose headers decide if a corpus is greyscale or in colour."""
 
 
 @takes(PlanRequest)
 def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
-    """Plan and preprocess labelled datasets or unlabelled corpora; finished work is reused.
+    """Plan and preprocess labelled datasets or unlabelled corpora, and reuse finished work.
 
-    ``images`` registers a corpus of scans that stay where they are. Raises MFMError for bad input (a labelled dataset
-    with any bad case is refused, with the list of all of them), and CasesFailedError after finishing when single cases
-    failed and were left out.
+    ``images`` registers a corpus of scans, which are not copied. Raises MFMError for bad input; a labelled dataset with
+    any bad case is refused, and all of them are listed. If single cases of a corpus fail, the others are finished
+    first; then CasesFailedError is raised.
     """
     decoder.warm()
     from mfm_nnunet.interchange.read import find_checkpoint
@@ -75,7 +75,7 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
 
 
 def register(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
-    """Return the dataset's name; with ``images`` the corpus is registered first."""
+    """Return the dataset's name; if ``images`` is given, register the corpus first."""
     if images is None:
         return here.dataset_name(dataset)
     number = whole_number(str(dataset))
@@ -91,7 +91,7 @@ def register(here: Workspace, dataset: str | int, images: str | Path | None, nam
 
 
 def _channel_names(cases: list[Case]) -> list[str]:
-    """nnU-Net normalises by the channel's name: Hounsfield units keep their meaning where every case is a CT.
+    """Name the channels, as nnU-Net normalises by name: Hounsfield units are kept if every case is a CT.
 
     In a mixed corpus one network sees all modalities, so each image is normalised by itself.
     """
@@ -100,7 +100,7 @@ def _channel_names(cases: list[Case]) -> list[str]:
 
 
 def _num_channels(cases: list[Case]) -> int:
-    """Return the number of channels of most cases, by their headers; a colour picture holds several in one file."""
+    """Return the number of channels of most cases, from their headers; a colour image has several in one file."""
     from mfm_nnunet.images.reading import count_channels
 
     if ending_of(cases[0].images[0]) not in PICTURES:
@@ -113,7 +113,7 @@ def _num_channels(cases: list[Case]) -> int:
 
 
 def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -> tuple[list[Case], list[CaseFailure]]:
-    """Bring ``dataset_fingerprint.json`` up to date; returns the good cases and the failed ones of a corpus."""
+    """Update ``dataset_fingerprint.json`` and return the good cases and, for a corpus, the failed ones."""
     from mfm_nnunet.planning.fingerprint import extract_fingerprint
 
     raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
@@ -130,7 +130,7 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
         )
     file = preprocessed / "dataset_fingerprint.json"
     known = _known_fingerprint(file)
-    # The rules for labels and channels belong to it: a corrected dataset.json must be checked against all labels.
+    # The rules for labels and channels are included: a corrected dataset.json must be checked against all labels.
     rules = {name: dataset_json.get(name) for name in ("labels", "channel_names", "overwrite_image_reader_writer")}
     signature = hashlib.sha256((corpus.signature(cases) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
     if known.get("signature") == signature:
@@ -151,7 +151,7 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
         }
         preprocessed.mkdir(parents=True, exist_ok=True)
         write_json(file, content)
-    # Beside the data, so that pretraining knows subjects and modalities where only the preprocessed data are.
+    # Stored with the data, so that pretraining knows subjects and modalities on a machine without the raw scans.
     for name in ("dataset.json", "corpus.json") if is_corpus else ("dataset.json",):
         beside = dataset_json if name == "dataset.json" else _content(raw / name)
         if _content(preprocessed / name) != beside:
@@ -161,7 +161,7 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
 
 
 def _known_fingerprint(file: Path) -> dict[str, Any]:
-    """Our part of a fingerprint; empty where there is none, or a damaged one, which is made again."""
+    """Return our part of a fingerprint; empty if it is missing or damaged, as it is then made again."""
     content = _content(file)
     known = content.get("mfm") if isinstance(content, dict) else None
     if not isinstance(known, dict) or not isinstance(known.get("failures"), list) or FINGERPRINT - set(content):
@@ -171,7 +171,7 @@ def _known_fingerprint(file: Path) -> dict[str, Any]:
 
 
 def _content(file: Path) -> Any:
-    """What a JSON file holds; None if there is none or if it is damaged."""
+    """Read a JSON file; None if it is missing or damaged."""
     try:
         return parse_json(file.read_bytes())
     except (OSError, ValueError):
@@ -179,10 +179,10 @@ def _content(file: Path) -> Any:
 
 
 def read_source(path: Path) -> Template:
-    """Read the checkpoint that a plan must fit, of any layout that :func:`read_checkpoint` knows.
+    """Read the checkpoint that a plan must fit, in any layout that :func:`read_checkpoint` supports.
 
-    Raises MFMError as that does, E_MODEL_MISMATCH when the plan in it is not whole or lacks the intensities that CT is
-    normalised with, E_MODEL_UNSAFE when its plan names anything but networks and layers.
+    Raises MFMError: those of that function, E_MODEL_MISMATCH when its plan is incomplete or lacks the intensities for
+    normalising CT, E_MODEL_UNSAFE when its plan names anything but networks and layers.
     """
     from mfm_nnunet.interchange.foreign import require_plan
     from mfm_nnunet.interchange.read import read_checkpoint
@@ -207,9 +207,9 @@ def read_source(path: Path) -> Template:
 
 
 def check_request(request: PlanRequest) -> Template | None:
-    """Refuse an unknown network, before a dataset is read; returns the checkpoint that the plan must fit.
+    """Refuse an unknown network before reading a dataset, and return the checkpoint that the plan must fit.
 
-    Raises MFMError: E_CONFIG, and as :func:`read_source`.
+    Raises MFMError: E_CONFIG, and those of :func:`read_source`.
     """
     from mfm_nnunet.models.families import family_named
 
@@ -225,7 +225,7 @@ def check_request(request: PlanRequest) -> Template | None:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A plan, the file it was written to, and its decisions with their reasons."""
+    """A plan, its file, and its decisions with their reasons."""
 
     plans: dict[str, Any]
     file: Path
@@ -235,10 +235,10 @@ class PlanResult:
 def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: Template | None = None) -> PlanResult:
     """Plan ``dataset_name`` and write ``<preprocessed>/<dataset_name>/<plans name>.json``.
 
-    Call it inside :func:`mfm_nnunet.workspace.use`; ``source`` is the checkpoint that the plan must fit, if there is
-    one. A different plan of that name is replaced, with a warning that names the differences: finished models keep a
-    copy of their plan and predict as before, but an unfinished training would resume with the new one. Configurations
-    of the old file that this call was not asked for are kept, as in nnU-Net, unless axis order, reader, intensities or
+    Call it inside :func:`mfm_nnunet.workspace.use`. ``source`` is the checkpoint that the plan must fit, if any. A
+    different plan of that name is replaced, with a warning that names the differences. Finished models keep a copy of
+    their plan and predict as before, but an unfinished training would resume with the new one. Like in nnU-Net,
+    configurations of the old file that this call does not plan are kept, unless axis order, reader, intensities or
     network changed, which all configurations share.
 
     Raises MFMError: E_NOT_FOUND (no dataset, or no fingerprint yet), E_CONFIG (a request that cannot be met),
@@ -267,7 +267,9 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: 
 
 
 def _to_preprocess(plans: dict[str, Any], asked: tuple[str, ...] | None, is_corpus: bool) -> list[str]:
-    """Configurations with data of their own: those asked for, else nnU-Net's default, and for a corpus the 3D one."""
+    """Return configurations with data of their own: the requested ones, else nnU-Net's default, for a corpus the 3D
+    one.
+    """
     known = plans["configurations"]
     own = [name for name in known if "previous_stage" not in known[name]]
     if asked:
@@ -284,9 +286,9 @@ def preprocess(
     asked: tuple[str, ...] | None,
     num_processes: int | None,
 ) -> list[CaseFailure]:
-    """Preprocess the cases for the configurations asked for (else the default ones); the cases that failed.
+    """Preprocess the cases for the requested (else the default) configurations and return the failed cases.
 
-    Raises MFMError when cases of a labelled dataset failed: it is refused as a whole, as when it is fingerprinted.
+    Raises MFMError when cases of a labelled dataset failed: it is refused as a whole, as in fingerprinting.
     """
     from mfm_nnunet.data.preprocess import preprocess_dataset
 

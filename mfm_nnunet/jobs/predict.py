@@ -1,7 +1,7 @@
-"""Folders in, folders out: every case on its own, so that one bad case never costs another.
+"""Predict the cases of a folder independently, so that one bad case never costs another.
 
-Each state change is noted in the journal (``cases.jsonl``), masks appear whole or not at all, and what is in the output
-folder is never replaced unasked. While the network works on one case, the next is read and preprocessed in the
+Each state change is recorded in the journal (``cases.jsonl``), masks are written atomically, and files in the output
+folder are replaced only on request. While the network works on one case, the next is read and preprocessed in the
 background.
 """
 
@@ -29,12 +29,20 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import progress, reader_threads
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory, nearest
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import atomic_write, disk_full, inside, is_disk_full, require_unicode, sha256, shown
+from mfm_nnunet.files import (
+    atomic_write,
+    disk_full,
+    inside,
+    is_disk_full,
+    report_full_disk,
+    require_unicode,
+    sha256,
+    shown,
+)
 from mfm_nnunet.images import decoder
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.prediction.export import (
     STAGING_PREFIX,
-    disk_full_is_an_error,
     publish,
     require_space,
     staging,
@@ -49,28 +57,28 @@ from mfm_nnunet.workspace import Workspace, use
 logger = logging.getLogger(__name__)
 
 STARTS_UNTIL_GIVEN_UP = 2
-"""The first may have been the fault of the case that was read beside it; the second was alone."""
+"""The first crash may have been caused by the case prepared in parallel; the second attempt runs alone."""
 
 
 @dataclass(frozen=True)
 class PredictReport:
-    """Names of the cases that were predicted and of those that were there already, and what failed."""
+    """Names of the predicted cases and of those done before, and the failures."""
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failures: list[CaseFailure] = field(default_factory=list)
     output_folder: Path = Path()
     warnings: list[str] = field(default_factory=list)
-    """What is odd about images whose masks were written all the same."""
+    """Peculiarities of images whose masks were written all the same."""
 
 
 @takes(PredictRequest)
 def predict(request: PredictRequest) -> PredictReport:
-    """Segment every case of a folder; the masks have the exact geometry of their images.
+    """Segment every case of a folder. The masks have the exact geometry of their images.
 
-    The model is a folder, or the dataset, configuration, plan and trainer that it was made with. An output folder that
-    is not empty is refused unless ``overwrite`` or ``resume``. Raises MFMError before anything is written when model,
-    folders or options are not usable, E_DISK_FULL at once, and CasesFailedError after all good cases are done.
+    The model is given by its folder, or by its dataset, configuration, plan and trainer. A non-empty output folder is
+    refused without ``overwrite`` or ``resume``. Raises MFMError before anything is written when model, folders or
+    options are not usable, E_DISK_FULL at once, and CasesFailedError after all good cases are done.
     """
     decoder.warm()
     with use(request.workspace) as here:
@@ -112,7 +120,7 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
 
 
 def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stage: Path | None) -> None:
-    """Refuse an input that is no folder, and an output that is one of the other folders."""
+    """Refuse an input that is not a folder, and an output that is one of the other folders."""
     if source.exists() and not source.is_dir():
         raise MFMError(
             "E_NOT_FOUND", f"{source}: this is a file. Put the image into a folder of its own and give that one."
@@ -146,7 +154,7 @@ def _check_previous_stage(model: Model, folder: Path | None) -> None:
 
 
 class _Run:
-    """One pass over the cases of a folder; the methods are in the order of a case's life."""
+    """One pass over the cases of a folder. The methods follow the life of a case."""
 
     def __init__(self, model: Model, source: Path, folder: Path, request: PredictRequest) -> None:
         self.model, self.source, self.folder, self.request = model, source, folder, request
@@ -157,10 +165,10 @@ class _Run:
         self.begun: list[str] = []
 
     def work(self, found: Sequence[Case | CaseFailure]) -> PredictReport:
-        """Predict all cases, or fail each with its reason."""
+        """Predict all cases, or record why they failed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with Journal(self.folder, self.request.num_parts, self.request.part_id) as self.journal:
-            for leftover in self.folder.glob(f"{self.prefix}*"):  # of a killed run; the lock is ours
+            for leftover in self.folder.glob(f"{self.prefix}*"):  # of a killed run: we hold the lock
                 shutil.rmtree(leftover, ignore_errors=True)
             if not self.request.overwrite:
                 self.journal.require_same_maker(self.identity)
@@ -168,7 +176,7 @@ class _Run:
             todo = [item for item in found if isinstance(item, Case) and not self._is_settled(item)]
             for failure in (item for item in found if isinstance(item, CaseFailure)):
                 self._fail(failure)
-            # A case that was under way when an earlier run was killed may be what kills: last, and with no other.
+            # A case in progress when an earlier run was killed may have been the cause: it comes last, and runs alone.
             suspects = [case for case in todo if self.request.resume and self.journal.starts.get(case.name)]
             groups = [[case for case in todo if case not in suspects], *([case] for case in suspects)]
             try:
@@ -186,7 +194,7 @@ class _Run:
         return self.report
 
     def _write_copies(self) -> None:
-        """Write what nnU-Net's post-processing, evaluation and ensembling look for beside the masks."""
+        """Write the files that nnU-Net's post-processing, evaluation and ensembling expect next to the masks."""
         device = self.model.device
         copies = {
             "dataset.json": self.model.dataset_json,
@@ -198,7 +206,7 @@ class _Run:
                 file.write(json.dumps(content, indent=4).encode())
 
     def _is_settled(self, case: Case) -> bool:
-        """Return whether a case needs no work: it was done before, or its file may not be replaced."""
+        """Check if a case needs no work: it was done before, or its file may not be replaced."""
         if not self.request.resume:
             return False
         starts = self.journal.starts.get(case.name, 0)
@@ -227,13 +235,13 @@ class _Run:
         return is_done
 
     def _begin(self, reader: ThreadPoolExecutor, case: Case) -> Future[PreparedCase]:
-        """Prepare a case in the background; the journal knows of it before it can end the process."""
+        """Prepare a case in the background. Record it in the journal first, as it may kill the process."""
         self.begun.append(case.name)
         self.journal.write(case.name, "started", **self.identity)
         return reader.submit(prepare_case, self.model, case, self.request)
 
     def _attempt(self, case: Case, prepared: Future[PreparedCase]) -> str:
-        """Predict one case; returns a line about the outcome. Only what concerns all cases is raised."""
+        """Predict one case and return a line on the outcome. Only errors that affect all cases are raised."""
         start = time.perf_counter()
         try:
             self._predict(case, prepared, start)
@@ -243,7 +251,7 @@ class _Run:
                 raise MFMError(failure.code, failure.reason) from error
             self._fail(failure, time.perf_counter() - start)
             return str(failure)
-        with contextlib.suppress(OSError):  # an old report that cannot be removed makes no mask worse
+        with contextlib.suppress(OSError):  # an old report left behind does no harm to the mask
             inside(self.folder, ERROR_FOLDER, f"{case.name}.txt").unlink(missing_ok=True)
         self.report.done.append(case.name)
         return f"{case.name}: done in {time.perf_counter() - start:.1f} s"
@@ -276,7 +284,7 @@ class _Run:
                 "warnings": list(ready.warnings),
                 "versions": _versions(model.device),
             }
-            # Before the files get their names: a run that is killed now must still know them as its own.
+            # Before the files get their final names: a run killed now must still recognise them as its own.
             self.journal.write(case.name, "publishing", code="", reason="", **entry)
             self._remove_outdated(case.name, stage)
             publish(stage, self.folder)
@@ -284,7 +292,7 @@ class _Run:
         self._warn(case.name, ready.warnings)
 
     def _remove_outdated(self, name: str, stage: Path) -> None:
-        """Remove old probabilities of a case, which do not belong to its new mask."""
+        """Remove old probabilities of a case, which do not match its new mask."""
         for old in (inside(self.folder, output) for output in _output_names(name, self.ending, True)):
             if not os.path.isfile(old) or os.path.exists(stage / old.name):
                 continue
@@ -295,7 +303,7 @@ class _Run:
         self.report.warnings.extend(f"{name}: {warning}" for warning in warnings)
 
     def _explain(self, name: str, error: Exception) -> CaseFailure:
-        """Return the failure of a case; an unexpected one leaves its traceback in a file."""
+        """Return the failure of a case. The traceback of an unexpected error is written to a file."""
         if isinstance(error, MFMError):
             return CaseFailure(name, error.code, error.message)
         if is_out_of_memory(error):
@@ -308,11 +316,11 @@ class _Run:
         details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         file = inside(self.folder, ERROR_FOLDER, f"{name}.txt")
         try:
-            with disk_full_is_an_error(file):
+            with report_full_disk(file):
                 file.parent.mkdir(exist_ok=True)
                 with atomic_write(file) as handle:
                     handle.write(shown(details).encode())
-        except OSError:  # the folder is somebody else's, or a file; the traceback then goes to the command's log
+        except OSError:  # no permission, or a file in its place; the traceback then goes to the command's log
             return CaseFailure(name, "E_INTERNAL", reason, details)
         return CaseFailure(name, "E_INTERNAL", f"{reason} (traceback: {ERROR_FOLDER}/{file.name})")
 
@@ -324,13 +332,13 @@ class _Run:
             failure = replace(failure, reason=reason)
         logger.debug("%s", failure)
         self.report.failures.append(failure)
-        # The journal is passed on together with the masks: it names files and not where they are.
+        # The journal is shared together with the masks, so it holds file names but no folders.
         reason = failure.reason.replace(f"{self.source}{os.sep}", "").replace(f"{self.folder}{os.sep}", "")
         fields = {"code": failure.code, "reason": reason, "seconds": round(seconds, 3)}
         self.journal.write(failure.case, "failed", **self.identity, **fields)
 
     def _note_stop(self) -> None:
-        """Note that the cases under way were stopped: they did not kill the process."""
+        """Record that the cases in progress were stopped: they did not kill the process."""
         with contextlib.suppress(OSError, MFMError):
             for name in self.begun:
                 if self.journal.last.get(name, {}).get("status") == "started":
@@ -340,7 +348,7 @@ class _Run:
 def _one_ahead(
     begin: Callable[[Case], Future[PreparedCase]], cases: Sequence[Case]
 ) -> Iterator[tuple[Case, Future[PreparedCase]]]:
-    """Yield each case with its preparation; that of the next case is already under way."""
+    """Yield each case with its preparation, while that of the next case is already running."""
     waiting: tuple[Case, Future[PreparedCase]] | None = None
     for case in cases:
         submitted = (case, begin(case))
@@ -352,7 +360,7 @@ def _one_ahead(
 
 
 def _settings(model: Model, request: PredictRequest) -> dict[str, Any]:
-    """Return what decides about the masks, apart from model and images; JSON values, no paths."""
+    """Return the settings that determine the masks, besides model and images, as JSON values without paths."""
     return {
         "folds": list(model.folds),
         "checkpoint_name": request.checkpoint_name,

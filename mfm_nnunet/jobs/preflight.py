@@ -1,6 +1,6 @@
-"""Pre-flight checks for jobs made of several jobs, such as a study: read, check and refuse before hours of training.
+"""Pre-flight checks for jobs made of other jobs, such as a study: refuse bad input before hours of training.
 
-Heavy libraries are imported by the function that needs them.
+Heavy libraries are imported by the functions that need them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read_raw_dataset(folder: Path) -> RawDataset:
 
 
 def hash_checkpoint(place: Path) -> str:
-    """Return the SHA-256 of the weights of a checkpoint, a file or folder."""
+    """Return the SHA-256 of a checkpoint's weights; ``place`` is a file or folder."""
     try:
         return sha256(place)
     except OSError as error:
@@ -72,7 +72,7 @@ def hash_checkpoint(place: Path) -> str:
 
 
 def read_label_map(file: Path, reader: str) -> tuple[np.ndarray, list[float]]:
-    """Read a label map as (D, H, W), with its spacing in the unit of the file; ``reader`` is nnU-Net's name for it."""
+    """Read a label map (D, H, W) and its spacing in the file's unit; ``reader`` is the name of nnU-Net's reader."""
     from mfm_nnunet.images.reading import read_label
 
     label, properties = read_label(file, reader)
@@ -80,7 +80,7 @@ def read_label_map(file: Path, reader: str) -> tuple[np.ndarray, list[float]]:
 
 
 def list_companions(file: Path, is_label: bool = False) -> list[Path]:
-    """List the files that an image needs beside it: the voxels of a detached header, the spacing of a TIFF stack."""
+    """List the files an image depends on: the voxels of a detached header, the spacing of a TIFF stack."""
     from mfm_nnunet.images.integrity import files_of
 
     return files_of(file, is_label)[1:]
@@ -89,7 +89,7 @@ def list_companions(file: Path, is_label: bool = False) -> list[Path]:
 def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mapping[str, Any], name: str) -> None:
     """Read every image and label, and compare them with each other and with dataset.json.
 
-    Raises MFMError that lists all cases which cannot be used; ``name`` is what the message calls them together.
+    Raises MFMError listing all unusable cases; ``name`` is the term for the cases in the message.
     """
     from mfm_nnunet.data.loops import in_threads, with_progress
     from mfm_nnunet.images.reading import check_label, read_image, read_label
@@ -108,7 +108,7 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
 
 
 def preprocess_plan(here: Workspace, plan: Plan, configuration: str) -> None:
-    """Preprocess the labelled dataset of a plan for one of its configurations; finished work is reused."""
+    """Preprocess the labelled dataset of a plan for one of its configurations, and reuse finished work."""
     from mfm_nnunet.jobs import plan as preparation
 
     cases, _ = preparation.fingerprint(here, plan.dataset_name, None)
@@ -117,9 +117,9 @@ def preprocess_plan(here: Workspace, plan: Plan, configuration: str) -> None:
 
 
 def configuration_of(checkpoint: Path | None, configuration: str) -> str:
-    """Return the configuration of a plan that is made like ``checkpoint`` (None: like none).
+    """Return the configuration of a plan made to fit ``checkpoint``, if any.
 
-    Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can be made like this checkpoint).
+    Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can fit this checkpoint).
     """
     from mfm_nnunet.jobs.plan import check_request
     from mfm_nnunet.requests import PlanRequest
@@ -129,7 +129,7 @@ def configuration_of(checkpoint: Path | None, configuration: str) -> str:
 
 
 def check_settings(settings: Sequence[str]) -> None:
-    """Raise MFMError (E_CONFIG) for a setting that fine-tuning does not have, or an impossible value."""
+    """Raise MFMError (E_CONFIG) for an unknown fine-tuning setting or an invalid value."""
     from mfm_nnunet.finetune.settings import resolve
     from mfm_nnunet.settings import MFMBlock
 
@@ -139,9 +139,9 @@ def check_settings(settings: Sequence[str]) -> None:
 def check_start(
     plan: Plan, configuration: str, num_cases: int, settings: Sequence[str], checkpoint: Path | None
 ) -> None:
-    """Check that a training on ``num_cases`` cases could start: settings and ``checkpoint`` must fit the network.
+    """Check that training on ``num_cases`` cases could start: settings and ``checkpoint`` must fit the network.
 
-    Raises MFMError (E_CONFIG, E_MODEL_MISMATCH and others) as the training itself would.
+    Raises the same MFMError (E_CONFIG, E_MODEL_MISMATCH and others) as the training itself.
     """
     from mfm_nnunet.finetune import groups
     from mfm_nnunet.finetune.pretrained import has_decoder, transfer

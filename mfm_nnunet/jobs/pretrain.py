@@ -1,4 +1,4 @@
-"""From a plan and a task's name to a run: read the plan, split the corpus, build the network, start the engine."""
+"""Pretrain from a plan and a task's name: read the plan, split the corpus, build the network, start the engine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _LESS_MEMORY = (
 
 @dataclasses.dataclass(frozen=True)
 class PretrainRun:
-    """All settings of a pretraining run, as ``--set`` sees them."""
+    """All settings of a pretraining run, as addressed by ``--set``."""
 
     pretrain: mfm_settings.PretrainSettings
     pretext: Any
@@ -57,7 +57,7 @@ class PretrainRun:
 
 @takes(PretrainRequest)
 def pretrain(request: PretrainRequest) -> Path:
-    """Pretrain the network of a plan without labels; returns the checkpoint ``checkpoint_final.pth`` of the run.
+    """Pretrain the network of a plan without labels and return the run's ``checkpoint_final.pth``.
 
     With ``num_gpus`` > 1 it runs in one process per GPU. Raises MFMError for bad input, StoppedError after a clean save
     on a stop signal, FloatingPointError when the loss becomes non-finite.
@@ -68,7 +68,7 @@ def pretrain(request: PretrainRequest) -> Path:
 
 
 def _with_recipe(here: Workspace, request: PretrainRequest) -> PretrainRequest:
-    """Put the settings of the recipe in front of the request's own."""
+    """Prepend the recipe's settings to the request's own."""
     if request.recipe is None:
         return request
     plans_file = here.plans_file(here.dataset_name(request.dataset), request.plans_name)
@@ -79,12 +79,12 @@ def _with_recipe(here: Workspace, request: PretrainRequest) -> PretrainRequest:
 
 
 def launch(here: Workspace, request: PretrainRequest) -> Path:
-    """Run :func:`pretrain_here` in ``request.num_gpus`` processes; returns the final checkpoint.
+    """Run :func:`pretrain_here` in ``request.num_gpus`` processes and return the final checkpoint.
 
-    Raises what a process raised; a signal reaches all of them, and each saves before it ends.
+    An error in a process is raised here. A signal reaches all processes, and each saves before it ends.
     """
     num_gpus = request.num_gpus
-    job = check(here, request)  # before processes are started, each of which would say it
+    job = check(here, request)  # before starting processes, each of which would report the same error
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, num_gpus)
     if job.device.type == "cuda" and torch.cuda.device_count() < num_gpus:
         raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
@@ -93,7 +93,7 @@ def launch(here: Workspace, request: PretrainRequest) -> Path:
 
 
 def require_divisible(batch_size: int, accumulation: int, num_processes: int) -> None:
-    """Raise MFMError (E_CONFIG) unless each part of a batch has equally many items, at least one, in each process."""
+    """Raise MFMError (E_CONFIG) unless a batch divides equally into parts and processes, one item or more each."""
     if accumulation < 1 or batch_size < 1 or batch_size % (accumulation * num_processes):
         raise MFMError(
             "E_CONFIG",
@@ -104,7 +104,7 @@ def require_divisible(batch_size: int, accumulation: int, num_processes: int) ->
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that was asked for, checked as far as it can be before the data are read."""
+    """A requested run, checked as far as possible before the data are read."""
 
     request: PretrainRequest
     dataset_name: str
@@ -119,7 +119,7 @@ class Job:
 
 
 def check(here: Workspace, request: PretrainRequest) -> Job:
-    """Check the run that is asked for; nothing is written. Raises MFMError for whatever the user can repair."""
+    """Check the requested run without writing anything. Raises MFMError for errors the user can fix."""
     dataset_name, configuration = here.dataset_name(request.dataset), request.configuration
     plans_file = here.plans_file(dataset_name, request.plans_name)
     plans = dict(Plan.read(plans_file, f"Plan {dataset_name} again.").content)
@@ -142,7 +142,7 @@ def check(here: Workspace, request: PretrainRequest) -> Job:
 
 
 def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
-    """Pretrain in this process (one of several under torchrun); returns the final checkpoint."""
+    """Pretrain in this process (one of several under torchrun) and return the final checkpoint."""
     job = check(here, request)
     world, used = join_world(job.device), job.device
     torch.set_num_threads(max(1, num_cores() // (world.size if used.type == "cpu" else 1)))
@@ -150,8 +150,8 @@ def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
         with out_of_memory_is_an_error(_LESS_MEMORY):
             if used.type == "cuda":
                 used = torch.device("cuda", world.local_rank) if world.size > 1 or used.index is None else used
-                torch.cuda.set_device(used)  # takes the first memory
-                torch.backends.cudnn.benchmark = True  # all patches have one size
+                torch.cuda.set_device(used)  # allocates the first memory
+                torch.backends.cudnn.benchmark = True  # all patches have the same size
             return _pretrain(job, used, world)
     finally:
         leave_world(world)
@@ -174,10 +174,10 @@ def _pretrain(job: Job, device: torch.device, world: World) -> Path:
 def select_cases(
     here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str
 ) -> tuple[Selection, dict[str, Path]]:
-    """Return the cases that the corpus has now and the preprocessed volume of each for a configuration.
+    """Return the corpus's current cases and the preprocessed volume of each for a configuration.
 
     Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan,
-    E_SHORT_DATA when a file is damaged, and as :func:`mfm_nnunet.data.corpus.select`.
+    E_SHORT_DATA when a file is damaged, and those of :func:`mfm_nnunet.data.corpus.select`.
     """
     if configuration not in plans["configurations"]:
         raise MFMError(
@@ -197,7 +197,7 @@ def select_cases(
             f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
             f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
         )
-    # In the order of their files, which crops are drawn in: a run that an earlier version began goes on the same.
+    # Crops are drawn in the order of the files, so that runs started by an earlier version resume identically.
     selection = dataclasses.replace(selection, cases=sorted(selection.cases, key=lambda case: f"{case.name}.b2nd"))
     require_whole(folder, selection.names)
     return selection, {name: folder / f"{name}.b2nd" for name in selection.names}
@@ -206,12 +206,11 @@ def select_cases(
 def split_subjects(
     cases: Sequence[Case], fraction: float, seed: int, volumes_per_item: int = 1
 ) -> tuple[set[str], set[str]]:
-    """Names of the training and the validation cases, split by subject; the same for the same corpus and seed.
+    """Return the names of the training and validation cases, split by subject; deterministic in corpus and seed.
 
-    More subjects than ``fraction`` are held out where it would be fewer volumes than an item is mixed from, and enough
-    are left to train.
-
-    Raises MFMError (E_CONFIG) for a single subject, unless ``fraction`` is 0: then validation sees training cases.
+    More subjects than ``fraction`` are held out if it gives fewer volumes than an item is mixed from, and enough are
+    left to train. Raises MFMError (E_CONFIG) for a single subject, unless ``fraction`` is 0: then training cases
+    validate.
     """
     names = {case.name for case in cases}
     if fraction == 0:
@@ -234,20 +233,20 @@ def split_subjects(
 
 
 def _of_subjects(cases: Sequence[Case], subjects: Sequence[str], count: int, seed: int) -> set[str]:
-    """Names of the cases of ``count`` random subjects."""
+    """Return the names of the cases of ``count`` random subjects."""
     held_out = set(random.Random(seed).sample(subjects, count))
     return {case.name for case in cases if case.subject in held_out}
 
 
 def _corpus_hash(cases: list[Case], files: dict[str, Path], num_inputs: int) -> str:
-    """Of the scans as they were preprocessed: a run goes on where only the preprocessed data are."""
+    """Hash the preprocessed corpus, so that a run can resume on a machine without the raw scans."""
     manifest = Manifest.read(next(iter(files.values())).parent)
     sizes = {case.name: manifest.source_sizes(case.name, len(case.images) or num_inputs) for case in cases}
     return corpus.corpus_hash(cases, sizes)
 
 
 def _prepare(job: Job, configuration: str, device: torch.device, world: World) -> tuple[Pretraining, list[str]]:
-    """Make the run, and what the user should know about its data."""
+    """Make the run, and notes for the user about its data."""
     plans, task_class, resolved = job.plans, job.task_class, job.resolved
     cases, files = job.selection.cases, job.files
     patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
@@ -296,14 +295,14 @@ def _prepare(job: Job, configuration: str, device: torch.device, world: World) -
 
 
 def _require_legal(resolved: PretrainRun) -> None:
-    """Refuse impossible settings before anything is written. Raises MFMError (E_CONFIG)."""
+    """Refuse invalid settings before anything is written."""
     mfm_settings.require_in_range(mfm_settings.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
     mfm_settings.require_legal(resolved.pretrain, "pretrain.")
     require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
 
 
 def _require_enough_items(settings: mfm_settings.PretrainSettings, smallest: int) -> None:
-    """Raise MFMError (E_CONFIG) when a step has fewer items to compare than the task needs."""
+    """Refuse steps with fewer items than the task needs to compare."""
     part = settings.batch_size // settings.accumulation
     if part < smallest:
         parts = f" in {settings.accumulation} parts of {part}" if settings.accumulation > 1 else ""
@@ -326,7 +325,7 @@ def _require_free(folder: Path, continue_training: bool) -> None:
 
 
 def _announce(run: Pretraining, is_new: bool) -> None:
-    """Say what is about to happen; a new run's settings are written into its folder, those of an old one are kept."""
+    """Describe the run; write the settings of a new run into its folder, and keep those of a resumed one."""
     run.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run.folder)
     names = ("pretext", "pretext_config", "pretrain", "seed", "versions")

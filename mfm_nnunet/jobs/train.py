@@ -1,6 +1,6 @@
-"""Train and validate one fold: check everything first, then run nnU-Net's trainer of ours on it.
+"""Train and validate one fold: check everything first, then run our nnU-Net trainer on it.
 
-What can be refused is refused before the first file is written. A finished or stopped run is never overwritten.
+All refusals happen before the first file is written. A finished or stopped run is never overwritten.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _LESS_MEMORY_TO_VALIDATE = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One fold to train: checked, and plain enough to be sent to another process."""
+    """A checked fold to train. It can be pickled, to be sent to another process."""
 
     plans: dict[str, Any]
     configuration: str
@@ -68,7 +68,7 @@ class Job:
     folder: Path
     device: str
     pretrained: Path | Reading | None
-    """The checkpoint to begin with: as it was read, or its file, where several processes read it."""
+    """The initial checkpoint, already read; or its file, if several processes read it."""
     start_from: Path | None
     """The checkpoint of this run to resume from."""
     only_validate: bool
@@ -89,9 +89,9 @@ def train(request: TrainRequest) -> Path:
 
 
 def run_training(workspace: Workspace, request: TrainRequest) -> Path:
-    """Train and validate one fold (or ``"all"``); returns the fold's folder inside nnU-Net's model folder.
+    """Train and validate one fold (or ``"all"``) and return its folder inside nnU-Net's model folder.
 
-    Raises MFMError for everything that the user can repair, StoppedError after a stop signal.
+    Raises MFMError for errors the user can fix, StoppedError after a stop signal.
     """
     dataset_name, configuration, fold = workspace.dataset_name(request.dataset), request.configuration, request.fold
     num_gpus, trainer = request.num_gpus, request.trainer
@@ -179,7 +179,7 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
 
 
 def _pick_device(request: TrainRequest) -> torch.device:
-    """Return the device that training uses. Raises MFMError (E_CONFIG) for one that it cannot use."""
+    """Return the training device, and refuse one that cannot be used."""
     used = pick_device("cuda" if request.num_gpus > 1 else request.device)
     if used.index:
         raise MFMError(
@@ -191,7 +191,7 @@ def _pick_device(request: TrainRequest) -> torch.device:
 
 def _read_plan(file: Path, dataset_name: str) -> dict[str, Any]:
     plans = dict(Plan.read(file, f"Plan {dataset_name} again.").content)
-    if plans["dataset_name"] != dataset_name:  # nnU-Net reads and writes where the plan says
+    if plans["dataset_name"] != dataset_name:  # nnU-Net uses the folders of the plan's dataset
         raise MFMError(
             "E_CONFIG",
             f"{file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
@@ -201,11 +201,7 @@ def _read_plan(file: Path, dataset_name: str) -> dict[str, Any]:
 
 
 def _read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any]:
-    """Read dataset.json of a dataset with labels.
-
-    Raises MFMError: E_NOT_FOUND without the file, E_FORMAT when it is damaged or breaks nnU-Net's rules, E_CONFIG when
-    it names no structure to segment.
-    """
+    """Read dataset.json of a labelled dataset, and refuse one that breaks nnU-Net's rules or has no foreground."""
     files = [root / dataset_name / "dataset.json" for root in (workspace.preprocessed, workspace.raw)]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -224,10 +220,7 @@ def _read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any
 def _check_data(
     workspace: Workspace, plans: dict[str, Any], configuration: str, fold: int | str, dataset_json: dict[str, Any]
 ) -> Split:
-    """Return the labelled cases that train and validate the fold.
-
-    Raises MFMError unless the configuration is in the plan and its preprocessed data can train the fold.
-    """
+    """Check the configuration and its preprocessed data, and return the fold's training and validation cases."""
     dataset_name = plans["dataset_name"]
     again = f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}"
     if configuration not in plans["configurations"]:
@@ -238,7 +231,7 @@ def _check_data(
         )
     resolved = PlansManager(plans).get_configuration(configuration)
     for stage in resolved.next_stage_names or ():
-        if stage not in plans["configurations"]:  # nnU-Net looks it up when the training is done
+        if stage not in plans["configurations"]:  # nnU-Net only looks it up after training
             raise MFMError(
                 "E_CONFIG",
                 f"configuration '{configuration}' has the next_stage '{stage}', which the plan does not have. "
@@ -269,7 +262,7 @@ def _check_data(
 
 
 def _check_previous_stage(plans: dict[str, Any], configuration: str, dataset_folder: Path) -> None:
-    """Raise MFMError (E_NOT_FOUND) when a cascade lacks the predictions of its first stage.
+    """Refuse to train a cascade without the predictions of its first stage.
 
     ``dataset_folder`` is the dataset's folder among the results.
     """
@@ -287,10 +280,7 @@ def _check_previous_stage(plans: dict[str, Any], configuration: str, dataset_fol
 
 
 def _find_start(folder: Path, continue_training: bool, only_validate: bool) -> Path | None:
-    """Return the checkpoint in a run folder to resume from, None for a new run.
-
-    Raises MFMError: E_NOT_FOUND when there is none to resume from, E_EXISTS when a new run would overwrite one.
-    """
+    """Return the checkpoint in a run folder to resume from, None for a new run, which must not overwrite another."""
     existing = next((folder / name for name in TO_CONTINUE if (folder / name).is_file()), None)
     is_finished = existing is not None and existing.name == FINAL
     if only_validate and not is_finished:
@@ -309,7 +299,7 @@ def _find_start(folder: Path, continue_training: bool, only_validate: bool) -> P
 
 
 def _build_checked_network(plans: dict[str, Any], configuration: str) -> nn.Module:
-    """Build the plan's network from trusted names before nnU-Net builds it, once the settings can be read."""
+    """Build the plan's network from trusted names before nnU-Net builds it; the settings must be readable."""
     block_of(plans)
     channels = PlansManager(plans).get_configuration(configuration).normalization_schemes
     return build_network(plans, configuration, len(channels), 2)
@@ -324,10 +314,7 @@ def _resolve_settings(
     network: nn.Module,
     num_cases: int,
 ) -> MFMBlock:
-    """Resolve the settings of a run; a resumed one keeps those that it began with.
-
-    Raises MFMError (E_CONFIG) when a setting is impossible, or a resumed run would get another one.
-    """
+    """Resolve the settings of a run. A resumed one must keep its initial settings."""
     saved = run_settings.load_settings(folder, plans) if start_from is not None else None
     known, advice = None, advise_as_begun(saved.finetune) if saved is not None else []
     if pretrained is not None:
@@ -339,7 +326,7 @@ def _resolve_settings(
         base = dataclasses.replace(base, finetune=dataclasses.replace(base.finetune, checkpoint=None))
     block = run_settings.resolve(base, overrides, known, advice)
     if saved is not None:
-        # Settings that are younger than the run are resolved on both sides.
+        # Settings added since the run began are resolved on both sides.
         run_settings.require_same(run_settings.resolve(saved, (), None), block, folder)
     elif override(base, overrides).finetune.learning_rate is None:
         of = block.network, block.finetune.optimizer, "scratch" if known is None else "a checkpoint"
@@ -349,7 +336,7 @@ def _resolve_settings(
 
 
 def _require_a_crop_each(block: MFMBlock, plans: dict[str, Any], configuration: str, num_gpus: int) -> None:
-    """Raise MFMError (E_CONFIG) when the crops of a step cannot be shared among the GPUs."""
+    """Refuse a batch whose crops cannot be divided among the GPUs."""
     manager = PlansManager(plans).get_configuration(configuration)
     batch_size = block.finetune.batch_size or manager.batch_size
     if batch_size < num_gpus:
@@ -371,7 +358,7 @@ def _require_a_crop_each(block: MFMBlock, plans: dict[str, Any], configuration: 
 
 @contextlib.contextmanager
 def _threads(device: torch.device) -> Iterator[None]:
-    """Use all cores for training on the CPU, one thread beside a GPU; restored afterwards."""
+    """Use all cores for training on the CPU, one thread with a GPU; restore the number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_cores() if device.type == "cpu" else 1)
     try:

@@ -1,1 +1,1 @@
-"""FROM a folder TO masks."""
+"""Prediction: from a folder of scans to masks."""

@@ -1,4 +1,4 @@
-"""Which cases a folder holds, and a case from its files to what the network sees.
+"""Find the cases of a folder, and prepare a case for the network.
 
 Legend: C channels, D H W voxels.
 """
@@ -36,30 +36,29 @@ from mfm_nnunet.requests import PredictRequest
 logger = logging.getLogger(__name__)
 
 _SEVERAL_CHANNELS_PER_FILE = "NaturalImage2DIO"
-_NEEDS_NUMBERED_NAMES = "Tiff3DIO"  # it finds the file with the spacing by cutting the number off
+_NEEDS_NUMBERED_NAMES = "Tiff3DIO"  # it derives the name of the spacing file by removing the channel number
 
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A case that is ready for the network, with the SHA-256 of each of its files by name."""
+    """A case ready for the network, with the SHA-256 of each of its files by name."""
 
     x_CDHW: torch.Tensor
     properties: dict[str, Any]
     input_hashes: dict[str, str]
     header: nibabel.Nifti1Header | None = None
-    """Of the first image if it is a NIfTI file; read together with the voxels, so that both are of one scan."""
+    """Header of the first image if it is a NIfTI file, read together with the voxels, so both match."""
     warnings: tuple[str, ...] = ()
-    """What is odd about the images and no reason to refuse them."""
+    """Peculiarities of the images that are no reason to refuse them."""
 
 
 def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -> list[Case | CaseFailure]:
-    """The cases of ``folder`` in nnU-Net's naming (<case>_0000<ending>, one file per channel), sorted by name.
+    """Find the cases of ``folder`` in nnU-Net's naming (<case>_0000<ending>, one file per channel), sorted by name.
 
-    A CaseFailure is a case whose channels are not those of the model (E_CHANNELS), an image whose ending differs in
-    letter case or compression (E_FORMAT), and cases whose names differ in letter case alone (E_CONFIG); other images
-    are named in a warning. For a model of one channel and a folder without any numbered name, each file is a case.
-    ``label`` is the mask of the previous stage, if there is one. Raises MFMError (E_NOT_FOUND, E_CHANNELS) when there
-    is no case at all.
+    Returns a CaseFailure for a case with other channels than the model's (E_CHANNELS), an image whose ending differs in
+    letter case or compression (E_FORMAT), and cases whose names differ in letter case alone (E_CONFIG). Other images
+    are named in a warning. If the model has one channel and no file has a numbered name, each file is a case. ``label``
+    is the mask of the previous stage, if any. Raises MFMError (E_NOT_FOUND, E_CHANNELS) when there is no case at all.
     """
     ending = model.dataset_json["file_ending"]
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -84,7 +83,7 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     spellings = Counter(spelling_of(name) for name in channels)
     for name, numbered in channels.items():
         problem = _channel_problem(sorted(numbered), model)
-        if not is_unicode(name):  # SimpleITK would end the process when it writes the mask
+        if not is_unicode(name):  # SimpleITK would crash the process when writing the mask
             reason = (
                 f"{shown(folder / name)}: the name is not UTF-8, so no mask can be named after it. Rename the files."
             )
@@ -101,11 +100,11 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
 
 
 def prepare_case(model: Model, case: Case, request: PredictRequest) -> PreparedCase:
-    """Read and preprocess a case; the mask of a previous stage becomes further channels.
+    """Read and preprocess a case; the mask of a previous stage becomes additional channels.
 
-    ``request`` decides how much memory and time the prediction will take. Raises MFMError: whatever the input gate
-    refuses, E_CHANNELS, E_CHANGED when a file changed while it was read, E_TOO_LARGE before anything too large is
-    resampled, and E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
+    ``request`` affects the memory and time that the prediction will take. Raises MFMError: those of the image checks,
+    E_CHANNELS, E_CHANGED when a file changed while it was read, E_TOO_LARGE before anything too large is resampled, and
+    E_LABEL_GEOMETRY and E_LABEL_VALUE for the mask of a previous stage.
     """
     reader = model.plans_manager.plans["image_reader_writer"]
     with unchanged(case):
@@ -122,7 +121,7 @@ def prepare_case(model: Model, case: Case, request: PredictRequest) -> PreparedC
         name = f"{case.label} (mask of the previous stage)"
         predicted = {label: value for label, value in model.dataset_json["labels"].items() if label != "ignore"}
         check_label(mask, mask_properties, image, properties, {"labels": predicted}, name)
-    # No refusal: models are trained with a sequence that some patients lack and that is filled with zeros.
+    # Not refused: models are trained with sequences that some patients lack, which are filled with zeros.
     constant = [k for k, channel in enumerate(image) if len(case.images) > 1 and (channel == channel.flat[0]).all()]
     warnings = tuple(f"channel {k} is {image[k].flat[0]:g} everywhere" for k in constant)
     plans_manager, configuration_manager, label_manager = model.managers
@@ -139,7 +138,7 @@ def prepare_case(model: Model, case: Case, request: PredictRequest) -> PreparedC
 
 
 def _require_predictable(model: Model, request: PredictRequest, sizes: Sizes) -> None:
-    """Raise MFMError (E_TOO_LARGE) for a case that the model cannot predict in the memory and time that there is."""
+    """Refuse a case that the model cannot predict in the available memory and time."""
     require_predictable(
         sizes,
         model.label_manager.num_segmentation_heads,
@@ -150,7 +149,7 @@ def _require_predictable(model: Model, request: PredictRequest, sizes: Sizes) ->
 
 
 def hash_inputs(case: Case) -> dict[str, str]:
-    """SHA-256 of each file of a case and of what belongs to it, by name; empty when one is no ordinary file any more.
+    """Return the SHA-256 of each file of a case and its companions, by name; empty if one is not a regular file.
 
     Raises MFMError (E_NOT_FOUND, E_PERMISSION) for a file that cannot be read.
     """
@@ -172,7 +171,7 @@ def hash_inputs(case: Case) -> dict[str, str]:
 
 
 def _other_images(folder: Path, names: list[str], ending: str) -> list[CaseFailure]:
-    """The images that would be cases under the right ending; those of another kind are named in a warning."""
+    """Return the images that only lack the right ending to be cases, and warn of other images."""
     kinds = {name: ending_of(Path(name)) for name in names if ending_of(Path(name))}
     failures = []
     for name in [
@@ -193,7 +192,7 @@ def _other_images(folder: Path, names: list[str], ending: str) -> list[CaseFailu
 
 
 def _group(names: list[str], ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
-    """Numbered file names by case and channel, and the names without a number."""
+    """Group numbered file names by case and channel, and list the names without a number."""
     pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending))
     channels: dict[str, dict[int, str]] = {}
     plain = []
@@ -223,7 +222,7 @@ def _plain_cases(folder: Path, names: list[str], ending: str, model: Model) -> d
 
 
 def _channel_problem(numbers: list[int], model: Model) -> str:
-    """What is wrong with the channel numbers of a case; empty if nothing is."""
+    """Describe the error in the channel numbers of a case; empty if there is none."""
     several_per_file = model.plans_manager.plans["image_reader_writer"] == _SEVERAL_CHANNELS_PER_FILE
     expected = list(range(len(numbers) if several_per_file else model.num_channels))
     if numbers == expected and len(numbers) <= model.num_channels:

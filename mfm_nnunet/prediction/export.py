@@ -1,4 +1,4 @@
-"""Masks and probabilities onto the disk, whole or not at all. Legend: K classes or regions; D H W voxels."""
+"""Write masks and probabilities atomically. Legend: K classes or regions; D H W voxels."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import disk_full, is_disk_full, locked, report_full_disk
+from mfm_nnunet.files import disk_full, locked, report_full_disk, sync, sync_folder
 from mfm_nnunet.prediction import geometry
 from mfm_nnunet.prediction.logits import logits_to_mask, logits_to_probabilities
 
 logger = logging.getLogger(__name__)
 
 STAGING_PREFIX = ".partial_"
-_HEADER_BYTES = 1 << 16
-"""More than the headers of mask formats have: a write of a mask needs so much besides its voxels."""
 
 
 def write_case(
@@ -41,15 +39,15 @@ def write_case(
     header: nibabel.Nifti1Header | None = None,
     save_probabilities: bool = False,
 ) -> None:
-    """Write a case's mask and, on request, nnU-Net's ``.npz`` and ``.pkl`` beside it (for its ensembling).
+    """Write a case's mask and, on request, nnU-Net's ``.npz`` and ``.pkl`` next to it (for its ensembling).
 
-    ``target_truncated`` is the mask's path without its ending, ``header`` the scan's NIfTI header, which the mask gets;
-    without it the mask is as nnU-Net's writer makes it. Raises MFMError (E_DISK_FULL, E_GEOMETRY), and E_CONFIG where
+    ``target_truncated`` is the mask's path without its ending. ``header`` is the scan's NIfTI header, which is copied
+    to the mask; without it nnU-Net's writer is used. Raises MFMError (E_DISK_FULL, E_GEOMETRY), and E_CONFIG if
     nnU-Net's writer class changes the labels.
     """
     if save_probabilities:
         mask, probabilities = logits_to_probabilities(logits_KDHW, properties, *managers)
-        with disk_full_is_an_error(target_truncated):
+        with report_full_disk(target_truncated, 1):
             np.savez_compressed(f"{target_truncated}.npz", probabilities=probabilities)
             save_pickle(properties, f"{target_truncated}.pkl")
     else:
@@ -64,15 +62,15 @@ def write_mask(
     target: Path,
     header: nibabel.Nifti1Header | None = None,
 ) -> None:
-    """Write a mask in the axes of nnU-Net's reader as ``target``; see :func:`write_case`, also for what is raised.
+    """Write a mask, in the axes of nnU-Net's reader, to ``target``. Raises as :func:`write_case`.
 
-    ``target`` is not replaced atomically: give a file in a folder of :func:`staging`.
+    ``target`` is not replaced atomically: pass a file in a folder of :func:`staging`.
     """
     writer = plans_manager.image_reader_writer_class()
-    with disk_full_is_an_error(target, mask_DHW.nbytes):
+    with report_full_disk(target, mask_DHW.nbytes):
         if header is not None and geometry.is_nifti(target):
-            # nnU-Net's writer knows the way back to the file's voxel order; the header is then the source's own.
-            plain = target.with_name(".voxels.nii")  # no name of a case, and shorter than any
+            # nnU-Net's writer restores the file's voxel order; the header is then replaced by the source's own.
+            plain = target.with_name(".voxels.nii")  # cannot be the name of a case, and is shorter than any
             writer.write_seg(mask_DHW, str(plain), properties)
             voxels_XYZ = np.asarray(nibabel.load(plain).dataobj.get_unscaled())  # type: ignore[attr-defined]
             if not _same_counts(voxels_XYZ.T, mask_DHW):
@@ -91,7 +89,7 @@ def write_mask(
 
 
 def _same_counts(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two masks, whose axes may differ, hold each label equally often; by planes, to bound the memory."""
+    """Check that two masks, whose axes may differ, have equal voxel counts per label; by planes, to save memory."""
     counts = np.zeros((2, int(max(one.max(), other.max())) + 1), np.int64)
     for row, mask in zip(counts, (one, other)):
         for plane in mask:
@@ -108,7 +106,7 @@ def export_validation_case(
     target_truncated: Path,
     save_probabilities: bool = False,
 ) -> None:
-    """Write the mask of a preprocessed case as nnU-Net's own export does (no source file at hand), atomically.
+    """Write the mask of a preprocessed case atomically, like nnU-Net's own export (there is no source header).
 
     ``target_truncated`` is the mask's path without its ending. Raises MFMError (E_DISK_FULL).
     """
@@ -124,7 +122,7 @@ def export_validation_case(
 
 @contextlib.contextmanager
 def staging(folder: Path, prefix: str = STAGING_PREFIX) -> Iterator[Path]:
-    """A hidden folder inside ``folder``, and thus on the same disk, for files that are not whole yet."""
+    """Make a hidden folder for unfinished files inside ``folder``, and so on the same disk."""
     with report_full_disk(folder):
         stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     try:
@@ -143,52 +141,17 @@ def remove_dead_stages(folder: Path) -> None:
 
 
 def publish(stage: Path, folder: Path) -> None:
-    """Give the files in ``stage`` their final place, each whole: flushed to the disk, then renamed."""
+    """Move the files in ``stage`` to their final place atomically: flush to disk, then rename."""
     files = sorted(stage.iterdir())
-    with disk_full_is_an_error(folder):
+    with report_full_disk(folder, 1):
         for file in files:
-            _sync(file)
+            sync(file)
         for file in files:
             os.replace(file, folder / file.name)
-    with contextlib.suppress(OSError):  # some network shares cannot sync a folder
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def disk_full_is_an_error(path: Path, num_bytes: int = 1) -> Iterator[None]:
-    """Turn a failed write into E_DISK_FULL where the disk is full; libraries often hide the cause."""
-    try:
-        yield
-    except MFMError:
-        raise
-    except Exception as error:
-        is_hidden = getattr(error, "errno", None) in (None, errno.EIO)
-        if is_disk_full(error) or (is_hidden and _refuses(path.parent, num_bytes + _HEADER_BYTES)):
-            raise disk_full(path) from error
-        raise
+    sync_folder(folder)
 
 
 def require_space(target: Path, properties: dict) -> None:
-    """Raise MFMError (E_DISK_FULL) where a case's mask has no room, before it is computed."""
+    """Raise MFMError (E_DISK_FULL) if a case's mask will not fit on the disk, before it is computed."""
     if shutil.disk_usage(target.parent).free < math.prod(properties["shape_before_cropping"]):
         raise disk_full(target)
-
-
-def _refuses(folder: Path, num_bytes: int) -> bool:
-    """Whether that much cannot be written into a folder; quotas do not show in the free space of a disk."""
-    if shutil.disk_usage(folder).free < num_bytes:
-        return True
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(num_bytes))
-    except OSError as error:
-        return is_disk_full(error)
-    return False

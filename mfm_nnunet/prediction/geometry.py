@@ -1,8 +1,8 @@
-"""A mask with the exact geometry of its scan: the bytes of the scan's NIfTI header, not a recomputation of them.
+"""Masks with the exact geometry of their scan: the scan's NIfTI header is copied, not recomputed.
 
 nnU-Net's writers rebuild the header from spacing, origin and direction, which rounds oblique affines and loses the
-q/sform codes and the units. Here the source header is copied byte by byte and only what describes the voxel values is
-replaced.
+q/sform codes and the units. Here the source header is copied byte by byte, and only the fields that describe voxel
+values are replaced.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _VALUE_FIELDS |= {"intent_p1": 0, "intent_p2": 0, "intent_p3": 0}
 
 
 def is_nifti(file: Path) -> bool:
-    """Whether the name is that of a NIfTI file."""
+    """Check for the file name of a NIfTI file."""
     return file.name.endswith((".nii", ".nii.gz"))
 
 
 def read_header(file: Path) -> nibabel.Nifti1Header:
-    """The header of a NIfTI-1 or NIfTI-2 file exactly as it stands there (nibabel's loader would repair it).
+    """Return the unmodified header of a NIfTI-1 or NIfTI-2 file (nibabel's loader would repair it).
 
-    Raises MFMError (E_HEADER) when the file is no NIfTI.
+    Raises MFMError (E_HEADER) when the file is not a NIfTI file.
     """
     start = read_start(file)
     for header_class in (nibabel.Nifti1Header, nibabel.Nifti2Header):
@@ -47,8 +47,8 @@ def write_like(mask_XYZ: np.ndarray, header: nibabel.Nifti1Header, target: Path)
     """Write ``mask_XYZ`` (unsigned integers, voxel order of the source file) with the geometry of ``header``.
 
     Shape, affines, codes, spacing and units keep their bytes; scaling, display range, intent and free text (which may
-    name a person) are reset. Header extensions are not copied. ``target`` is compressed when it ends with .gz.
-    Raises MFMError (E_GEOMETRY) when the header is of another shape.
+    contain a person's name) are reset. Header extensions are not copied. ``target`` is compressed if it ends with .gz.
+    Raises MFMError (E_GEOMETRY) when the header has another shape.
     """
     shape = tuple(int(size) for size in header.get_data_shape())
     if _without_trailing_ones(mask_XYZ.shape) != _without_trailing_ones(shape):
@@ -70,7 +70,7 @@ def write_like(mask_XYZ: np.ndarray, header: nibabel.Nifti1Header, target: Path)
     voxels = mask_XYZ.astype(mask_XYZ.dtype.newbyteorder(copy.endianness), copy=False).tobytes(order="F")
     with open(target, "wb") as file:
         if target.name.endswith(".gz"):
-            # No name and no time in the stream: the same mask is always the same file.
+            # No name or time in the stream: the same mask always gives the same file.
             with gzip.GzipFile("", "wb", 4, file, mtime=0) as stream:
                 stream.write(copy.binaryblock + padding)
                 stream.write(voxels)

@@ -1,14 +1,12 @@
-"""``cases.jsonl``: one fsynced line per change of a case's state, so that a killed run knows what was really done.
+"""``cases.jsonl``: one fsynced line per change of a case's state, so that progress survives a kill.
 
-Done means that the output's SHA-256 is the one in the journal, not that a file exists. The hashes are written before
-the files get their final names, so a run killed in between still recognises its own masks.
+A case is done if the output's SHA-256 matches the journal; an existing file is not enough. The hashes are written
+before the files get their final names, so a run killed in between still recognises its own masks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import json
 import logging
 import os
 import re
@@ -17,14 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, unreadable
-from mfm_nnunet.files import ending_of, is_file_name, open_to_append, parse_json, report_full_disk, sha256
+from mfm_nnunet.files import append_line, ending_of, is_file_name, open_to_append, read_lines, sha256, take_lock
 from mfm_nnunet.prediction.export import STAGING_PREFIX
 from mfm_nnunet.requests import PredictRequest
-
-try:
-    import fcntl
-except ImportError:  # only POSIX has it; without it two runs on one folder are the user's responsibility
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +26,19 @@ FIELDS = (
     "case", "status", "time", "model", "settings", "input", "output", "seconds", "memory_steps", "warnings",
     "versions", "code", "reason",
 )  # fmt: skip
-"""What a line may hold."""
+"""Fields of a line and their types."""
 SETTINGS_FILE = "predict_from_raw_data_args.json"
-"""Name that nnU-Net gives to the file with the settings of a prediction."""
+"""nnU-Net's name of the file with the settings of a prediction."""
 ERROR_FOLDER = "errors"
 
 
 def journal_name(num_parts: int = 1, part_id: int = 0) -> str:
-    """The file name of a run's journal; parts of a run that share a folder have one each."""
+    """Return the file name of a run's journal; parts of a run that share a folder have one each."""
     return "cases.jsonl" if num_parts == 1 else f"cases_{part_id}of{num_parts}.jsonl"
 
 
 class Journal:
-    """The journal of one run; holds a lock on its file until it is closed.
+    """The journal of a run. It locks its file until it is closed.
 
     Raises MFMError (E_EXISTS) when another run is writing to the same folder.
     """
@@ -53,21 +46,23 @@ class Journal:
     def __init__(self, folder: Path, num_parts: int = 1, part_id: int = 0) -> None:
         self.folder, self.file = folder, folder / journal_name(num_parts, part_id)
         self.last: dict[str, dict[str, Any]] = {}
-        """The newest line of each case."""
+        """Newest line of each case."""
         self.written: dict[str, set[str]] = {}
-        """All hashes that an output file of ours ever had, by file name."""
+        """All hashes that each of our output files ever had, by file name."""
         self.starts: dict[str, int] = {}
         """Number of starts of each case without a recorded end, i.e. times the process died on it."""
         self.newest: dict[str, Any] = {}
-        """The newest line of all: which model worked on this folder last, with which settings."""
+        """Newest line of all: the last model used on this folder, and its settings."""
         entries = [entry for file in sorted(folder.glob("cases*.jsonl")) for entry in _read(file)]
         for entry in sorted(entries, key=lambda entry: str(entry.get("time", ""))):
             self._take(entry)
         self._handle = open_to_append(self.file)  # closed by __exit__
-        self._lock()
-        self._handle.seek(max(0, self._handle.seek(0, os.SEEK_END) - 1))
-        if self._handle.read(1) not in (b"", b"\n"):  # the last run was killed within a line
-            self._append(b"\n")
+        if take_lock(self._handle.fileno()) is False:
+            self._handle.close()
+            raise MFMError(
+                "E_EXISTS",
+                f"{self.folder}: another run is writing to this folder. Wait for it, or choose another.",
+            )
 
     def __enter__(self) -> Journal:
         return self
@@ -76,14 +71,14 @@ class Journal:
         self._handle.close()
 
     def write(self, case: str, status: str, **fields: Any) -> None:
-        """Append a line; it is on the disk when this returns. Raises MFMError (E_DISK_FULL)."""
+        """Append a line and flush it to disk. Raises MFMError (E_DISK_FULL)."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         line = {"case": case, "status": status, **fields, "time": now}
         self._take(line)  # first: a signal may arrive while the line is written
-        self._append(json.dumps(line).encode() + b"\n")
+        append_line(self._handle, line)
 
     def require_same_maker(self, identity: Mapping[str, Any]) -> None:
-        """Raise MFMError (E_EXISTS) when the masks in the folder were made by another model or with other settings."""
+        """Raise MFMError (E_EXISTS) if the masks in the folder come from another model or other settings."""
         before = self.newest
         if not self.written or all(before.get(key) == value for key, value in identity.items()):
             return
@@ -99,10 +94,10 @@ class Journal:
         )
 
     def is_done(self, case: str, names: Iterable[str], expected: Mapping[str, Any]) -> bool:
-        """Return whether ``case`` was finished with the ``expected`` fields and its files are those that were written.
+        """Check that ``case`` was finished with the ``expected`` fields and that its files are unchanged.
 
-        ``names`` are the files that would be written now. Raises MFMError: E_CHANGED when one of them was edited
-        since, or is not ours: it is never overwritten silently; E_NOT_FOUND when one cannot be read.
+        ``names`` are the files that would be written now. Raises MFMError: E_CHANGED when one of them was edited since
+        or is not ours, as it is never overwritten silently; E_NOT_FOUND when one cannot be read.
         """
         entry = self.last.get(case, {})
         outputs = entry.get("output", {})
@@ -130,41 +125,19 @@ class Journal:
         for name, digest in entry.get("output", {}).items():
             self.written.setdefault(name, set()).add(digest)
 
-    def _append(self, line: bytes) -> None:
-        with report_full_disk(self.file):
-            self._handle.write(line)
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._handle.close()
-            raise MFMError(
-                "E_EXISTS",
-                f"{self.folder}: another run is writing to this folder. Wait for it, or choose another.",
-            ) from error
-        except OSError:
-            return  # file systems without locks
-
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines that a run wrote; others, such as the one during which it was killed, are ignored.
+    """Yield the valid lines, and ignore others, such as one cut off by a kill.
 
-    A mask that only an ignored line knows counts as somebody else's, and is never replaced unasked.
+    A mask recorded only in an ignored line is not recognised as ours, and never replaced without a request.
     """
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError):
-            entry = parse_json(line)
-            if isinstance(entry, dict) and _is_entry(entry):
-                yield {name: value for name, value in entry.items() if name in FIELDS}
+    for entry in read_lines(file):
+        if isinstance(entry, dict) and _is_entry(entry):
+            yield {name: value for name, value in entry.items() if name in FIELDS}
 
 
 def _is_entry(entry: Mapping[str, Any]) -> bool:
-    """Return whether the fields of a line are of the kinds that :meth:`Journal.write` gives them."""
+    """Check that the fields of a line have the types that :meth:`Journal.write` gives them."""
     outputs, settings = entry.get("output", {}), entry.get("settings", {})
     has_outputs = isinstance(outputs, dict) and all(
         is_file_name(name) and isinstance(digest, str) for name, digest in outputs.items()
@@ -176,9 +149,9 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
 
 
 def check_output(folder: Path, other_cases: Sequence[str], request: PredictRequest) -> None:
-    """Raise MFMError (E_EXISTS) when something would be replaced, or mixed with what is there, unasked.
+    """Raise MFMError (E_EXISTS) if files would be replaced, or mixed with other ones, without a request.
 
-    ``other_cases`` are those of the other parts of this run, which may be writing to the folder.
+    ``other_cases`` belong to the other parts of this run, which may be writing to the folder.
     """
     entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     entries = sorted(name for name in entries if not name.startswith(STAGING_PREFIX))
@@ -205,7 +178,7 @@ def check_output(folder: Path, other_cases: Sequence[str], request: PredictReque
 
 
 def warn_of_others(folder: Path, masks: set[str]) -> None:
-    """Name the images in the output folder that are none of ``masks``: they are not replaced."""
+    """Warn of images in the output folder that are not among ``masks``: they are not replaced."""
     others = [file.name for file in folder.iterdir() if ending_of(file)] if folder.is_dir() else []
     others = sorted(name for name in others if name not in masks and not name.startswith("."))
     if others:
@@ -216,6 +189,6 @@ def warn_of_others(folder: Path, masks: set[str]) -> None:
 
 
 def _belongs_to(file_name: str, cases: set[str]) -> bool:
-    """Return whether a file is named after one of ``cases`` (whose names may hold dots)."""
+    """Check if a file is named after one of ``cases`` (whose names may contain dots)."""
     pieces = file_name.split(".")
     return any(".".join(pieces[:count]) in cases for count in range(1, len(pieces)))

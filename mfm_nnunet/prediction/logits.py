@@ -1,12 +1,12 @@
-"""From logits on the plan's grid to a mask on the image's grid.
+"""Resample logits from the plan's grid and turn them into a mask on the image's grid.
 
 The mask equals that of nnU-Net's ``convert_predicted_logits_to_segmentation_with_correct_shape`` voxel for voxel, but
-classes are resampled one at a time, so the memory does not grow with their number.
+classes are resampled one at a time, so memory does not grow with their number.
 
 nnU-Net interpolates in float64 and rounds to half precision before it takes the argmax. Our separable interpolation
-differs by 1e-15, which moves a value that lies exactly between two half-precision numbers to the other one (about one
-in two thousand). So voxels whose two best classes are that close are decided again with the interpolation that nnU-Net
-uses. Legend: K classes or regions; D H W voxels, in the plan's axis order until the mask is done.
+differs by 1e-15. This changes the rounding of values exactly between two half-precision numbers (about one in two
+thousand). So voxels whose two best classes are that close are computed again with nnU-Net's interpolation. Legend: K
+classes or regions; D H W voxels, in the plan's axis order until the mask is done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from mfm_nnunet.data.resampling import resample_image
 
 VOXELS_AT_ONCE = 1 << 20
-"""Close voxels that are decided together; bounds the memory."""
+"""Number of close voxels computed together; bounds the memory."""
 
 
 def logits_to_mask(
@@ -33,9 +33,9 @@ def logits_to_mask(
     configuration_manager: ConfigurationManager,
     label_manager: LabelManager,
 ) -> np.ndarray:
-    """The mask on the grid of the original image, axes as the reader gave them; uint8, or uint16 for many labels.
+    """Return the mask on the original image's grid, in the reader's axes; uint8, or uint16 for many labels.
 
-    ``logits_KDHW`` are on the plan's grid (CPU, as the predictor returns them); ``properties`` are the preprocessing's.
+    ``logits_KDHW`` are on the plan's grid (CPU, as returned by the predictor). ``properties`` come from preprocessing.
     """
     resampled = ResampledLogits(logits_KDHW, properties, plans_manager, configuration_manager)
     decide = _paint_regions if label_manager.has_regions else _argmax
@@ -50,10 +50,10 @@ def logits_to_probabilities(
     configuration_manager: ConfigurationManager,
     label_manager: LabelManager,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`logits_to_mask`, and the probabilities (K, D, H, W) float32 on the same grid.
+    """Return the mask of :func:`logits_to_mask` and the probabilities (K, D, H, W) float32 on the same grid.
 
-    All classes at once and with nnU-Net's own resampling, so both are stock's bit for bit; the mask is taken from the
-    probabilities, as nnU-Net does when it saves them.
+    All classes are resampled at once with nnU-Net's own function, so both equal stock nnU-Net's bit for bit. The mask
+    is computed from the probabilities, as nnU-Net does when it saves them.
     """
     grid = _grid(properties, plans_manager, configuration_manager)
     resampled = configuration_manager.resampling_fn_probabilities(logits_KDHW.numpy(), *grid)
@@ -67,7 +67,7 @@ def logits_to_probabilities(
 
 
 class ResampledLogits:
-    """The logits on the cropped grid of the image, one class at a time; float32 that holds nnU-Net's rounded values."""
+    """Logits on the image's cropped grid, one class at a time, in float32 with nnU-Net's rounding to half precision."""
 
     def __init__(
         self,
@@ -88,25 +88,25 @@ class ResampledLogits:
         is_ours = settings["resampling_fn_probabilities"] == "resample_data_or_seg_to_shape" and is_linear
         is_same = self.logits_KDHW.shape[1:] == tuple(self.grid[0])
         self.is_fast = is_ours and not is_same and set(kwargs) <= {"is_seg", "order", "order_z", "force_separate_z"}
-        """Whether values may be off by one step of half precision; :meth:`exactly` gives them as nnU-Net does."""
+        """True if values may be off by one step of half precision; :meth:`exactly` gives nnU-Net's own."""
 
     def __len__(self) -> int:
         return len(self.logits_KDHW)
 
     def __getitem__(self, k: int) -> np.ndarray:
-        """The logits (D, H, W) of class ``k``."""
+        """Return the logits (D, H, W) of class ``k``."""
         channel = self.logits_KDHW[k : k + 1]
         if not self.is_fast:
             return np.array(self.stock(channel, *self.grid)[0], np.float32)
         return self._rounded(resample_image(channel.astype(np.float64), *self.grid, **self.kwargs)[0])
 
     def exactly(self, k: int, at: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The logits (V,) of class ``k`` at the voxels ``at``, computed as nnU-Net does."""
+        """Return the logits (V,) of class ``k`` at the voxels ``at``, computed like nnU-Net."""
         sizes = zip(self.logits_KDHW.shape[1:], self.grid[0], at)
         neighbours = [_neighbours(n, m, index, axis == self.slice_axis) for axis, (n, m, index) in enumerate(sizes)]
         channel = self.logits_KDHW[k].astype(np.float64)
         values = np.zeros(len(at[0]))
-        # The order of the corners and of the products is that of SciPy's zoom, to the last bit.
+        # Corners and products are in the order of SciPy's zoom, so the result is identical to the last bit.
         for corner in itertools.product(*neighbours):
             term = channel[tuple(index for index, _ in corner)]
             for _, weight in corner:
@@ -119,7 +119,7 @@ class ResampledLogits:
 
 
 def _argmax(resampled: ResampledLogits, label_manager: LabelManager) -> np.ndarray:
-    """The class with the largest logit; of equal ones the first, as in np.argmax."""
+    """Return the class with the largest logit; among equal ones the first, like np.argmax."""
     best = resampled[0]
     second = np.full_like(best, -np.inf)
     labels = np.zeros(best.shape, _dtype(label_manager))
@@ -131,7 +131,7 @@ def _argmax(resampled: ResampledLogits, label_manager: LabelManager) -> np.ndarr
         np.copyto(best, channel, where=better)
         labels[better] = k
     if resampled.is_fast:
-        # Two steps of half precision, of which there are 2**10 in a factor of two; 2**-24 is the smallest.
+        # Two steps of half precision, which has 2**10 steps per factor of two; 2**-24 is its smallest number.
         close = np.flatnonzero(best - second <= np.maximum(np.abs(best), np.abs(second)) * 2.0**-9 + 2.0**-23)
         for start in range(0, len(close), VOXELS_AT_ONCE):
             some = close[start : start + VOXELS_AT_ONCE]
@@ -141,7 +141,7 @@ def _argmax(resampled: ResampledLogits, label_manager: LabelManager) -> np.ndarr
 
 
 def _paint_regions(resampled: ResampledLogits, label_manager: LabelManager) -> np.ndarray:
-    """Regions over one another in ``regions_class_order``, each where its probability is above one half."""
+    """Paint the regions in ``regions_class_order``, each where its probability exceeds one half."""
     labels = np.zeros(resampled.grid[0], _dtype(label_manager))
     for k, label in enumerate(label_manager.regions_class_order):
         labels[(label_manager.apply_inference_nonlin(resampled[k]) > 0.5).numpy()] = label
@@ -151,16 +151,16 @@ def _paint_regions(resampled: ResampledLogits, label_manager: LabelManager) -> n
 def _grid(
     properties: dict, plans_manager: PlansManager, configuration_manager: ConfigurationManager
 ) -> tuple[tuple[int, ...], list[float], list[float]]:
-    """Shape of the cropped image, spacing of the logits, spacing of the image."""
+    """Return the shape of the cropped image, the spacing of the logits and the spacing of the image."""
     shape = tuple(int(n) for n in properties["shape_after_cropping_and_before_resampling"])
     spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
     current = list(configuration_manager.spacing)
-    # A 2d plan leaves the spacing between slices as it is.
+    # A 2d plan keeps the spacing between slices.
     return shape, current if len(current) == len(shape) else [spacing[0], *current], spacing
 
 
 def _neighbours(n: int, m: int, index: np.ndarray, is_sliced: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Position and weight of the voxels between which voxel ``index`` (V,) of ``m`` lies on an axis of ``n``.
+    """Return positions and weights on an axis of ``n`` voxels for interpolating voxels ``index`` (V,) of ``m``.
 
     Slices are picked and not interpolated; half goes to the upper one.
     """

@@ -1,9 +1,9 @@
-"""A trained network with its plan, and the sliding window over an image.
+"""A trained network with its plan, and sliding-window prediction of an image.
 
 The arithmetic is nnU-Net's, in nnU-Net's order (half accumulators, Gaussian weights, mirrored copies, mean over folds),
-so the masks are stock's voxel for voxel. What differs: there is no thread that can die and leave the loop waiting, only
-a real out-of-memory error is taken as one, and logits that are not finite are refused.
-Legend: C channels, K classes or regions, D H W voxels.
+so the masks equal stock nnU-Net's voxel for voxel. Differences: there is no thread that can die and leave the loop
+waiting, only a real out-of-memory error is treated as one, and non-finite logits are refused. Legend: C channels, K
+classes or regions, D H W voxels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Model:
-    """A network, the weights of its folds and the plan they belong to."""
+    """A network, the weights of its folds and their plan."""
 
     network: nn.Module
     plans_manager: PlansManager
@@ -39,16 +39,16 @@ class Model:
     dataset_json: dict[str, Any]
     device: torch.device
     mirror_axes: tuple[int, ...] | None = None
-    """Spatial axes of the patch that may be mirrored, as the training allowed."""
+    """Spatial axes of the patch that may be mirrored, as allowed in training."""
     weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    """One state dict per fold, their logits are averaged; with an empty list the network predicts as it is."""
+    """One state dict per fold, whose logits are averaged. If empty, the network predicts with its current weights."""
     folds: tuple[int | str, ...] = ()
     autocast_dtype: torch.dtype = torch.float16
-    """Of mixed precision on CUDA: half as stock nnU-Net, or bf16 for what was trained in it."""
+    """Mixed precision on CUDA: half like stock nnU-Net, or bf16 for models trained in it."""
     sha256: str = ""
-    """Identifies weights, plan and labels together."""
+    """Hash of weights, plan and labels together."""
     oom_steps: list[str] = field(default_factory=list)
-    """What was given up for lack of memory since the list was last cleared."""
+    """Measures taken for lack of memory since the list was last cleared."""
 
     def __post_init__(self) -> None:
         self.label_manager: LabelManager = self.plans_manager.get_label_manager(self.dataset_json)
@@ -56,30 +56,30 @@ class Model:
 
     @property
     def num_channels(self) -> int:
-        """Image channels per case (a cascade's previous stage not counted)."""
+        """Number of image channels per case, without a cascade's previous stage."""
         return len(self.dataset_json.get("modality") or self.dataset_json["channel_names"])
 
     @property
     def managers(self) -> tuple[PlansManager, ConfigurationManager, LabelManager]:
-        """What :mod:`mfm_nnunet.prediction.export` needs to know of the model."""
+        """The plan objects that :mod:`mfm_nnunet.prediction.export` needs."""
         return self.plans_manager, self.configuration_manager, self.label_manager
 
     @torch.inference_mode()
     def predict_logits(
         self, x_CDHW: torch.Tensor, *, step_size: float = 0.5, mirroring: bool = True, what: str = "prediction"
     ) -> torch.Tensor:
-        """The logits (K, D, H, W), half precision on the CPU, of a preprocessed image (float32).
+        """Return the logits (K, D, H, W), half precision on the CPU, of a preprocessed image (float32).
 
-        ``step_size`` is the distance of neighbouring windows as a share of the patch; ``what`` begins the lines that
-        say how far a long prediction is. Raises MFMError (E_NONFINITE),
-        torch.OutOfMemoryError when even a single window does not fit.
+        ``step_size`` is the distance of neighbouring windows as a share of the patch. ``what`` begins the progress
+        lines of a long prediction. Raises MFMError (E_NONFINITE), and torch.OutOfMemoryError when not even a single
+        window fits.
         """
         mirror_axes = self.mirror_axes if mirroring else None
         total: torch.Tensor | None = None
         for fold in range(max(1, len(self.weights))):
             self._use_fold(fold)
             which = f"{what}, fold {fold + 1} of {len(self.weights)}" if len(self.weights) > 1 else what
-            # Anew for each fold: autocast remembers the weights that it has converted.
+            # Entered anew for each fold: autocast caches the weights it has converted.
             with _gpu_settings(self.device, self.autocast_dtype):
                 logits = self._slide(x_CDHW, step_size, mirror_axes, which).to("cpu")
             total = logits if total is None else total.add_(logits)
@@ -114,7 +114,7 @@ class Model:
         except torch.OutOfMemoryError:
             if place.type == "cpu":
                 raise
-        if logits is None:  # outside of the handler: its traceback would keep the tensors on the GPU alive
+        if logits is None:  # outside the handler: its traceback would keep the tensors on the GPU alive
             self.oom_steps.append("logits accumulated on the CPU")
             logger.warning("%s ran out of memory: the logits are accumulated on the CPU instead", self.device)
             torch.cuda.empty_cache()
@@ -130,7 +130,7 @@ class Model:
         count: Callable[[], None],
         place: torch.device,
     ) -> torch.Tensor:
-        """Weighted mean of the windows' logits, kept on ``place``; ``count`` is called after each."""
+        """Return the weighted mean of the windows' logits, kept on ``place``. ``count`` is called after each window."""
         x_CDHW = x_CDHW.to(place)
         shape = x_CDHW.shape[1:]
         logits = torch.zeros((self.label_manager.num_segmentation_heads, *shape), dtype=torch.half, device=place)
@@ -146,7 +146,7 @@ class Model:
         return logits.div_(weight)
 
     def _mirrored(self, tile: torch.Tensor, mirror_axes: Sequence[int] | None) -> torch.Tensor:
-        """Mean prediction over all combinations of mirrored axes."""
+        """Return the mean prediction over all combinations of mirrored axes."""
         prediction = self.network(tile)
         if not mirror_axes:
             return prediction
@@ -160,7 +160,7 @@ class Model:
 
 @contextlib.contextmanager
 def _gpu_settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Mixed precision and cuDNN's search on a CUDA device, as stock nnU-Net predicts; restored afterwards."""
+    """Use mixed precision and cuDNN's search on a CUDA device, like stock nnU-Net; restore the settings afterwards."""
     if device.type != "cuda":
         yield
         return

@@ -1,6 +1,6 @@
-"""Load a trained model from a folder in nnU-Net's layout, without running any code that its files may carry.
+"""Load a trained model from a folder in nnU-Net's layout without running code from its files.
 
-Existing folds are found; what is missing is named together with what is there.
+Existing folds are found. An error names what is missing and what there is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Model", "load_model"]
 
 _MODEL_FOLDER = "A model folder has plans.json, dataset.json and folders fold_X with a checkpoint."
 PLAIN_TRAINERS = ("MFMTrainer", "nnUNetTrainer")
-"""Trainers whose network is the plan's; others are asked to build theirs."""
+"""Trainers that use the plan's network; others build their own."""
 
 
 def load_model(
@@ -41,10 +41,10 @@ def load_model(
     checkpoint_name: str = "checkpoint_final.pth",
     device: str | torch.device = "auto",
 ) -> Model:
-    """The model of a folder in nnU-Net's layout: plans.json, dataset.json, fold_X/<checkpoint_name>.
+    """Load the model of a folder in nnU-Net's layout: plans.json, dataset.json, fold_X/<checkpoint_name>.
 
-    ``folds`` None takes all numbered folds that have the checkpoint, or ``all`` if there is only that. Raises MFMError:
-    E_NOT_FOUND (says what was looked for and what exists), E_MODEL_CORRUPT, E_MODEL_UNSAFE, E_MODEL_MISMATCH.
+    ``folds`` None loads all numbered folds that have the checkpoint, or ``all`` if it is the only one. Raises MFMError:
+    E_NOT_FOUND (naming the expected and the existing files), E_MODEL_CORRUPT, E_MODEL_UNSAFE, E_MODEL_MISMATCH.
     """
     folder = Path(model_folder)
     _require_model_folder(folder)
@@ -79,7 +79,7 @@ def load_model(
 
 
 def _require_model_folder(folder: Path) -> None:
-    """Raise MFMError (E_NOT_FOUND) for what is no model folder; it names the folder that is, where one is near."""
+    """Refuse a folder that is not a model folder, and name a nearby folder that is."""
     place = folder.absolute()
     if (place / "plans.json").exists():
         return
@@ -100,7 +100,7 @@ def _require_model_folder(folder: Path) -> None:
 
 
 def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The plan and the dataset.json of a model folder, both whole."""
+    """Read the plan and the dataset.json of a model folder."""
     advice = f"{_MODEL_FOLDER} Copy it again."
     plans = dict(Plan.read(folder / "plans.json", advice, "E_MODEL_CORRUPT").content)
     dataset = DatasetJson.read(folder / "dataset.json", advice, "E_MODEL_CORRUPT", of_model=True)
@@ -128,7 +128,7 @@ def _choose_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint_na
 
 @dataclass(frozen=True)
 class _Fold:
-    """What a checkpoint says of itself, and its weights."""
+    """The description in a checkpoint, and its weights."""
 
     file: Path
     trainer: str
@@ -163,7 +163,7 @@ def _read_fold(file: Path) -> _Fold:
 
 
 def _require_one_model(folds: list[_Fold], plans: dict[str, Any], dataset_json: dict[str, Any]) -> None:
-    """Raises MFMError (E_MODEL_MISMATCH) for a fold of another model than the first, or than the folder describes."""
+    """Refuse a fold that belongs to another model than the first, or does not match the folder's plan."""
     first = folds[0]
     for fold in folds:
         for name in ("trainer", "configuration", "mirror_axes"):
@@ -179,7 +179,7 @@ def _require_one_model(folds: list[_Fold], plans: dict[str, Any], dataset_json: 
 
 
 def _differences(fold: _Fold, plan: Plan, dataset: DatasetJson) -> list[str]:
-    """Compare what a checkpoint was trained with, as far as it holds it, with the model folder's plan and dataset."""
+    """List differences between a checkpoint's description and the model folder's plan and dataset."""
     found = []
     own_plan, own_dataset = Plan.of_checkpoint(fold.init_args), DatasetJson.of_checkpoint(fold.init_args)
     if own_plan and fold.configuration in own_plan.configuration_names:
@@ -197,13 +197,13 @@ def _mismatch(file: Path, reason: str) -> MFMError:
 
 
 def _precision(mfm: Any) -> str:
-    """What MFMTrainer trained in; "auto" for models of others."""
+    """Return the training precision of MFMTrainer; "auto" for other models."""
     settings = mfm.get("finetune") if isinstance(mfm, dict) else None
     return str(settings.get("precision", "auto")) if isinstance(settings, dict) else "auto"
 
 
 def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> nn.Module:
-    """The network as the trainer built it, without deep supervision."""
+    """Build the network like the trainer did, without deep supervision."""
     configuration_manager = plans_manager.get_configuration(configuration)
     num_inputs = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
     num_outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
@@ -214,7 +214,7 @@ def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, d
         configuration_manager.network_arch_init_kwargs,
         configuration_manager.network_arch_init_kwargs_req_import,
     )
-    check_architecture(*architecture)  # the trainer's own builder would import whatever the plan says
+    check_architecture(*architecture)  # the trainer's own builder would import any name in the plan
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:

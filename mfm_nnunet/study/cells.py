@@ -1,6 +1,6 @@
-"""The cells of a study: each is three commands (train, predict, score), and several run at a time.
+"""The cells of a study: each is three commands (train, predict, score); several run in parallel.
 
-A cell that fails costs only itself. On a signal the commands end cleanly, and what is finished is kept.
+A failed cell does not affect others. On a signal the commands end cleanly, and finished work is kept.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from mfm_nnunet.study.folder import Study
 logger = logging.getLogger(__name__)
 
 TRAINING = "training"
-"""Title of the step that trains from the beginning; one that is continued has another."""
+"""Title of the step that trains from the beginning; a resumed one has another title."""
 POLL_SECONDS = 0.2
 SECONDS_TO_STOP = 120.0
-"""A training stops after its current step; what takes longer than this is killed."""
+"""Time limit for stopping. A training stops after its current step; a process that takes longer is killed."""
 _COMMAND = "import sys; from mfm_nnunet.cli.{} import main; sys.exit(main())"
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 _CODE = re.compile(r"\b(E_[A-Z_]+)  (.+)")
@@ -43,14 +43,14 @@ _CODE = re.compile(r"\b(E_[A-Z_]+)  (.+)")
 
 @dataclass(frozen=True)
 class Step:
-    """One command: ``words`` as a person would type them, and environment variables to add."""
+    """One command: ``words`` as typed by a person, and environment variables to add."""
 
     title: str
     words: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return the line that a shell understands."""
+        """Return the command as a shell line, including environment variables."""
         return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.environment.items()), self.line])
 
     @property
@@ -60,18 +60,18 @@ class Step:
 
     @property
     def program(self) -> list[str]:
-        """Return the words as a process of this Python, whatever PATH says."""
+        """Return the command line that runs the words with this Python, regardless of PATH."""
         if self.words[0].startswith("mfm_"):
             return [sys.executable, "-c", _COMMAND.format(self.words[0].removeprefix("mfm_")), *self.words[1:]]
         return [sys.executable, *self.words[1:]] if self.words[0] == "python" else list(self.words)
 
 
 Steps = Callable[[Cell], Iterator[Step]]
-"""The steps of a cell that are still to be done; each is asked for when the one before has ended."""
+"""The remaining steps of a cell, as an iterator that is advanced after each step has ended."""
 
 
 def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
-    """Return the steps of a cell from its beginning: training, prediction, scores."""
+    """Return all steps of a cell: training, prediction, scores."""
     question, arm, folder = study.question, study.arms[cell.arm], study.cell_folder(cell)
     fold, model = str(study.fold(cell)), _model_of_cell(study, folder)
     environment = {
@@ -93,10 +93,10 @@ def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
 
 
 def steps_left(study: Study, cell: Cell, device: str) -> Iterator[Step]:
-    """Yield what is left to do: train (or continue), predict, score; a cell with a result is only scored again."""
+    """Yield the remaining steps: train (or resume), predict, score. A cell with a result is only scored again."""
     folder = study.cell_folder(cell)
     train, predict, score = all_steps(study, cell, device)
-    if (folder / RESULT).is_file():  # of another version of the library: masks and model stay
+    if (folder / RESULT).is_file():  # from another version of the library: masks and model are kept
         yield score
         return
     fold = _model_of_cell(study, folder) / f"fold_{study.fold(cell)}"
@@ -110,7 +110,7 @@ def steps_left(study: Study, cell: Cell, device: str) -> Iterator[Step]:
 
 
 def list_commands(study: Study, device: str) -> str:
-    """List the commands of every cell of the study, as a text that a shell can read."""
+    """List the commands of every cell of the study as a shell script."""
     lines = ["# The commands of every cell, as the study runs them."]
     for cell in study.asked:
         lines += ["", f"# {cell}", *map(str, all_steps(study, cell, device))]
@@ -124,14 +124,14 @@ def _model_of_cell(study: Study, cell_folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Slot:
-    """A share of the computer for one cell at a time: CPU cores, and the GPU that is visible to it."""
+    """A share of the computer for one cell at a time: CPU cores, and the visible GPU."""
 
     cores: tuple[int, ...] = ()
     gpu: str | None = None
 
 
 def share_computer(num_jobs: int, gpus: Sequence[str]) -> list[Slot]:
-    """Return ``num_jobs`` equal shares of the cores of this process; GPUs go round."""
+    """Divide the cores of this process into ``num_jobs`` equal shares, and assign GPUs in turn."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [tuple(cores[number::num_jobs]) if num_jobs <= len(cores) else tuple(cores) for number in range(num_jobs)]
     return [Slot(share, gpus[number % len(gpus)] if gpus else None) for number, share in enumerate(shares)]
@@ -158,7 +158,7 @@ def lock_folder(folder: Path) -> Iterator[int]:
 
 
 class _Runner:
-    """Runs the steps of cells, each cell in a slot of its own; called from several threads."""
+    """Runs the steps of cells, each cell in its own slot. It is called from several threads."""
 
     def __init__(self, slots: Sequence[Slot], lock: int | None) -> None:
         self.lock = () if lock is None else (lock,)
@@ -170,11 +170,11 @@ class _Runner:
         self.is_stopping = False
 
     def run(self, cell: Cell, steps: Iterator[Step], log: Path) -> dict[str, float] | CaseFailure:
-        """Run the steps of a cell; return the seconds of each, or why one failed."""
+        """Run the steps of a cell and return the seconds of each, or the reason of a failure."""
         slot = self.slots.get()
         try:
             if slot.cores and hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(0, slot.cores)  # of this thread; the commands inherit it
+                os.sched_setaffinity(0, slot.cores)  # for this thread; its commands inherit it
             logger.info("%s  begun: %s", time.strftime("%H:%M:%S"), cell)
             seconds = {}
             for step in steps:
@@ -198,7 +198,7 @@ class _Runner:
             with self.guard:
                 if self.is_stopping:
                     return 128 + signal.SIGTERM
-                # A session of its own: Ctrl-C reaches only us, and we end the commands in order.
+                # A separate session: Ctrl-C reaches only this process, which ends the commands in order.
                 process = subprocess.Popen(
                     step.program, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT,
                     env=environment, start_new_session=True, pass_fds=self.lock,
@@ -209,7 +209,7 @@ class _Runner:
         return code
 
     def stop(self) -> None:
-        """Let no command begin any more, and end those that run: each after its current step, or killed in the end."""
+        """Start no more commands, and end the running ones after their current step; kill those that take too long."""
         with self.guard:
             self.is_stopping = True
             running = [process for process in self.processes if process.poll() is None]
@@ -225,7 +225,7 @@ class _Runner:
         finally:
             for process in running:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                    os.killpg(process.pid, signal.SIGKILL)  # including its child processes
 
 
 def run_cells(
@@ -237,11 +237,11 @@ def run_cells(
     known_seconds: Sequence[float] = (),
     lock: int | None = None,
 ) -> list[CaseFailure]:
-    """Run cells in their order, one per slot at a time; return the failures, each of which costs only its own cell.
+    """Run cells in order, one per slot at a time, and return the failures; a failed cell does not affect others.
 
-    ``on_success`` gets the seconds of each step of a cell that is done, and returns what to say about it.
-    ``known_seconds`` are durations of earlier cells, for the time left. Raises StoppedError on a stop signal, after the
-    commands have ended cleanly; a second signal kills them.
+    ``on_success`` gets the seconds of each step of a finished cell and returns a line for the user. ``known_seconds``
+    are durations of earlier cells, to estimate the time left. Raises StoppedError on a stop signal, after the commands
+    have ended cleanly; a second signal kills them.
     """
     runner, failures, durations = _Runner(slots, lock), [], list(known_seconds)
     with stop_on_signal("the current step of each training") as flag, ThreadPoolExecutor(len(slots)) as pool:
@@ -257,7 +257,7 @@ def run_cells(
                         failures.append(outcome)
                         about = f"FAILED: {outcome.code}  {outcome.reason}"
                     else:
-                        if TRAINING in outcome:  # the last part of a continued training would mislead
+                        if TRAINING in outcome:  # the time of a resumed training would mislead
                             durations.append(sum(outcome.values()))
                         about = on_success(cell, outcome)
                     text = f"{len(cells) - len(left)} of {len(cells)}: {cell}: {about}"
@@ -273,7 +273,7 @@ def run_cells(
 
 
 def format_time_left(durations: Sequence[float], num_left: int, num_slots: int) -> str:
-    """Format the time until all is done, from the mean duration of the cells so far (seconds)."""
+    """Estimate and format the time left from the mean duration of the cells so far (seconds)."""
     if num_left == 0:
         return "nothing left"
     if not durations:
@@ -283,7 +283,7 @@ def format_time_left(durations: Sequence[float], num_left: int, num_slots: int) 
 
 
 def _explain(cell: Cell, step: Step, exit_code: int, log: Path, offset: int) -> CaseFailure:
-    """Return why a step failed: the last error code in its part of the log, else the last line."""
+    """Return the reason of a failed step: the last error code in its part of the log, else the last line."""
     with open(log, "rb") as handle:
         handle.seek(offset)
         lines = [line for line in handle.read().decode(errors="replace").splitlines() if line.strip()]

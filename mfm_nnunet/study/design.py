@@ -1,7 +1,7 @@
-"""The design of a study: what is asked, its arms and cells, and who trains and who tests.
+"""The design of a study: its arms and cells, and the split into training and test cases.
 
-Everything is drawn by subject, so that no person is on both sides. The order of subjects is that of hashes of seed and
-name: it is the same on every computer, and a case that is added to the dataset moves no other.
+Everything is drawn by subject, so no person is in both parts. Subjects are ordered by a hash of seed and name. The
+order is the same on every computer, and a case added to the dataset does not move the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 SCRATCH = "scratch"
 LARGEST_COUNT = 1 << 31
 TEST_DRAW = "test"
-"""Takes the place of a seed in the draw of the test split, which is the same for all seeds."""
+"""Takes the place of a seed when the test split is drawn, which is the same for all seeds."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _SETTING = re.compile(r",(?=finetune\.)")
 _RUN_FOLDER = "mfm_pretrain__"
@@ -31,12 +31,12 @@ _RUN_FOLDER = "mfm_pretrain__"
 
 @dataclass(frozen=True)
 class Arm:
-    """A start of the training; ``file`` and ``sha256`` are None from scratch."""
+    """The initial weights of a training; ``file`` and ``sha256`` are None from scratch."""
 
     file: str | None = None
     sha256: str | None = None
     settings: tuple[str, ...] = ()
-    """``finetune.name=value`` of this arm alone; they win over the study's."""
+    """``finetune.name=value`` settings of this arm only; they override the study's."""
 
 
 @dataclass(frozen=True, order=True)
@@ -52,19 +52,20 @@ class Cell:
 
     @property
     def folder_name(self) -> str:
-        """Name of its folder below ``cells``."""
+        """Name of its folder inside ``cells``."""
         return f"{self.arm}__{self.num_labels}_labels__seed{self.seed}"
 
 
 def is_arm_name(name: Any) -> bool:
-    """Return whether folders can be named after an arm of this name."""
+    """Check that an arm's name can be used for folders."""
     return isinstance(name, str) and bool(_NAME.fullmatch(name))
 
 
 def parse_arms(words: Sequence[str]) -> dict[str, Arm]:
-    """Parse the arms of a request; the result keeps their order.
+    """Parse the arms of a request, in the given order.
 
-    Raises MFMError: E_CONFIG (no arm, a name that no folder can have, a name twice), E_NOT_FOUND (no such checkpoint).
+    Raises MFMError: E_CONFIG (no arm, a name that is not valid for a folder, a duplicate name), E_NOT_FOUND (no such
+    checkpoint).
     """
     if not words:
         raise MFMError("E_CONFIG", "--arms: there is nothing to compare. Give at least one: scratch, or a checkpoint.")
@@ -104,7 +105,7 @@ def _parse_arm(word: str) -> tuple[str, Arm]:
 
 
 def _name_after(file: Path) -> str:
-    """Name an arm after task and run name if a checkpoint lies in a run of mfm_pretrain, else after its file."""
+    """Name an arm after task and run name if its checkpoint is in a run of mfm_pretrain, else after its file."""
     folder = file.parent.name
     if folder.startswith(_RUN_FOLDER):
         task, *rest = folder.removeprefix(_RUN_FOLDER).split("__")
@@ -144,16 +145,16 @@ def read_subjects(file: str | Path | None, cases: Sequence[Case]) -> dict[str, s
 
 
 def shuffle(subjects: Iterable[str], seed: int | str) -> list[str]:
-    """Return the subjects in the one random order that belongs to a seed."""
+    """Return the subjects in the random order of a seed."""
     return sorted(subjects, key=lambda subject: hashlib.sha256(f"{seed}:{subject}".encode()).hexdigest())
 
 
 def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
-    """Return the cases that test, sorted; ``subjects`` holds the subject of every case.
+    """Draw the test cases and return them sorted; ``subjects`` maps every case to its subject.
 
     ``wanted`` is a share of the subjects (``20%``), a number of them, or a file of case names. Raises MFMError:
-    E_CONFIG for an impossible share or number, a split that is empty or leaves nothing to train on, unknown cases, and
-    a subject of which only some cases are named; E_NOT_FOUND for a missing file.
+    E_CONFIG for an invalid share or number, an empty split or one that leaves no training cases, unknown cases, and a
+    subject with only some cases in the file; E_NOT_FOUND for a missing file.
     """
     everybody = set(subjects.values())
     if wanted.endswith("%") or wanted.lstrip("-").isdigit():
@@ -172,15 +173,15 @@ def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
 
 
 def draw_subset(subjects: Mapping[str, str], test: Collection[str], num_labels: int, seed: int) -> list[str]:
-    """Return the cases of the first ``num_labels`` subjects in the seed's order: 5 are among 10 among 20."""
+    """Return the cases of the first ``num_labels`` subjects in the seed's order, so that smaller subsets are nested."""
     pool = {subject for case, subject in subjects.items() if case not in test}
     return _cases_of(subjects, shuffle(pool, seed)[:num_labels])
 
 
 def count_labels(wanted: Sequence[str], num_subjects: int) -> list[int]:
-    """Return the numbers of labelled subjects that ``--labels`` asks for, ascending, of ``num_subjects`` in the pool.
+    """Parse ``--labels`` into ascending numbers of labelled subjects out of ``num_subjects`` in the pool.
 
-    Raises MFMError (E_CONFIG): none, not a number or share, less than one, more than there are, or one twice.
+    Raises MFMError (E_CONFIG) for no value, one that is not a number or share, out of range, or a duplicate.
     """
     if not wanted:
         raise MFMError("E_CONFIG", "--labels: give at least one number of labels, e.g. --labels 5 10 20 100%.")
@@ -206,7 +207,7 @@ def _cases_of(subjects: Mapping[str, str], chosen: Collection[str]) -> list[str]
 
 
 def _parse_count(text: str, total: int, flag: str) -> int:
-    """Return a number, or a share of ``total`` (at least one where the share is above zero)."""
+    """Parse a number, or a share of ``total`` (at least one if the share is above zero)."""
     number = text.removesuffix("%")
     try:
         value = float(number) if text.endswith("%") else int(number)
@@ -220,7 +221,7 @@ def _parse_count(text: str, total: int, flag: str) -> int:
 
 
 def _subjects_in_file(subjects: Mapping[str, str], file: Path) -> set[str]:
-    """Return the subjects of the case names in a file, one per line."""
+    """Return the subjects of the case names in a file, one name per line."""
     if not file.is_file():
         raise MFMError(
             "E_NOT_FOUND", f"--test {file}: no such file. Give a share (20%), a number, or a file of case names."

@@ -1,12 +1,12 @@
 """Dice and normalised surface distance (NSD) of predicted masks.
 
-Tools for surface metrics differ by tens of points on equal masks, so one library is used, ``surface-distance`` by
-DeepMind, and its name and version stand in every result. NSD is its surface Dice: the share of both surfaces, by area,
-that lies within the tolerance of the other one. A label that is neither in the reference nor in the prediction has no
-score (NaN); one that is in only one of them has 0. Each result also names the labels that a reference holds: means are
-over these alone, and predictions of the others are false positives.
+Tools for surface metrics differ by tens of points on equal masks. So one library is used, DeepMind's
+``surface-distance``, and every result records its name and version. NSD is its surface Dice: the share of both
+surfaces, by area, within the tolerance of the other one. A label in neither reference nor prediction has no score
+(NaN); a label in only one of them scores 0. Each result also lists the labels in each reference: means are over these
+alone, and predictions of other labels are false positives.
 
-``python -m mfm_nnunet.study.evaluation STUDY CELL`` scores one cell of a study; each runs in a process of its own.
+``python -m mfm_nnunet.study.evaluation STUDY CELL`` scores one cell of a study; each runs in its own process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mfm_nnunet.study.folder import Study, read_study
 LIBRARY = "surface-distance"
 METRICS = ("dice", "nsd")
 RESULT = "result.json"
-"""Written last: a cell that has it is finished."""
+"""Written last, so its presence marks a finished cell."""
 
 
 def require_library() -> dict[str, str]:
-    """Return name and version of the library that measures surfaces. Raises MFMError (E_NOT_FOUND) without it."""
+    """Return name and version of the library for surface metrics. Raises MFMError (E_NOT_FOUND) without it."""
     if importlib.util.find_spec("surface_distance") is None:
         raise MFMError(
             "E_NOT_FOUND",
@@ -47,7 +47,7 @@ def require_library() -> dict[str, str]:
 def surface_dice(
     reference: np.ndarray, predicted: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float
 ) -> float:
-    """Compute the NSD of two boolean masks of 2 or 3 axes: from 0 to 1, NaN when both are empty, 0 when one is."""
+    """Compute the NSD of two boolean masks of 2 or 3 axes: from 0 to 1, NaN if both are empty, 0 if one is."""
     if not reference.any() and not predicted.any():
         return float("nan")
     if not reference.any() or not predicted.any():  # the library would divide by zero, or give infinite distances
@@ -68,10 +68,10 @@ def score_case(
     ignore: int | None,
     tolerance_mm: float,
 ) -> dict[str, dict[str, float]]:
-    """Compute the metrics of every label of one case; ``labels`` are names and voxel values.
+    """Compute the metrics of every label of one case; ``labels`` maps names to voxel values.
 
-    Axes of length 1 are dropped: a picture has contours, not surfaces. Voxels whose reference value is ``ignore``
-    belong to no label on either side.
+    Axes of length 1 are dropped: a 2D image has contours, not surfaces. Voxels whose reference value is ``ignore``
+    belong to no label in either mask.
     """
     kept = [axis for axis, size in enumerate(reference.shape) if size > 1]
     shape, spacing = [reference.shape[axis] for axis in kept], [spacing_mm[axis] for axis in kept]
@@ -89,7 +89,7 @@ def score_case(
 
 
 def length_unit(reader: str, references: Sequence[Path]) -> str:
-    """Return the unit of the tolerance: mm, or pixels and voxels where files have no spacing and it counts as 1."""
+    """Return the unit of the tolerance: mm, or pixels and voxels if files have no spacing and it counts as 1."""
     if reader == "NaturalImage2DIO":
         return "pixels"
     if reader == "Tiff3DIO" and not any(list_companions(file, is_label=True) for file in references):
@@ -98,7 +98,7 @@ def length_unit(reader: str, references: Sequence[Path]) -> str:
 
 
 def evaluate_cell(study: Study, folder: Path) -> None:
-    """Score the masks in the folder of a cell against the references of the test cases, and write ``result.json``.
+    """Score the masks in a cell's folder against the references of the test cases, and write ``result.json``.
 
     Raises MFMError for a mask or reference that cannot be read.
     """
@@ -120,7 +120,7 @@ def evaluate_cell(study: Study, folder: Path) -> None:
         "library": require_library(),
         "length_unit": length_unit(reader, list(references.values())),
     }
-    if (folder / RESULT).is_file():  # scored again: the seconds of its steps still hold
+    if (folder / RESULT).is_file():  # scored again: keep the seconds of its steps
         result["seconds"] = read_json(folder / RESULT, "Remove it and run mfm_study again.").get("seconds", {})
     write_json(folder / RESULT, result)
 

@@ -1,7 +1,7 @@
-"""The folder of a study: ``study.json``, begun, continued or refused, and a workspace of its own.
+"""The folder of a study: ``study.json``, and a workspace of its own.
 
-The workspace knows only the pool (everything but the test split): fingerprint, plan and preprocessing see no test
-image. It is preprocessed once; a subset is a fold of ``splits_final.json``.
+The workspace contains only the pool (all but the test split), so fingerprint, plan and preprocessing see no test image.
+It is preprocessed once; a subset is a fold of ``splits_final.json``.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from mfm_nnunet.version import __version__
 
 RECORD = "study.json"
 CELLS = "cells"
-"""Folder of the trainings; once it is there, the question of the study cannot change."""
+"""Folder of the trainings. Once it exists, the question of the study cannot change."""
 STUDY_PLANS = "mfmStudyPlans"
 """Name of a plan that a study makes in its own workspace."""
 OWN, LIKE = "own", "like"
 """First words of ``Question.plans`` for such a plan."""
 STUDY_SETTINGS = ("finetune.validation_iterations=1",)
-"""Set before ``--set``: the final checkpoint is tested, so validation while training decides nothing and costs time."""
+"""Settings put before ``--set``: the final checkpoint is tested, so validation during training would only cost time."""
 _ADVICE = "Give -o another folder, or remove this one to begin anew."
 
 
 @dataclass(frozen=True)
 class Question:
-    """Everything that decides the result of a cell; it cannot change within one study folder."""
+    """Everything that determines the result of a cell. It cannot change within a study folder."""
 
     dataset: str
     configuration: str
     plans: str
-    """``NAME HASH`` of a plan that was given, ``like HASH`` of a checkpoint, or ``own``: planned from the pool."""
+    """``NAME HASH`` of a given plan, ``like HASH`` of a checkpoint, or ``own``: planned from the pool."""
     settings: tuple[str, ...]
     tolerance_mm: float
     mirroring: bool
@@ -64,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Subset:
-    """A subset of the pool; its place in ``Study.folds`` is its number in ``splits_final.json``."""
+    """A subset of the pool. Its index in ``Study.folds`` is its fold number in ``splits_final.json``."""
 
     labels: int
     seed: int
@@ -73,17 +73,17 @@ class Subset:
 
 @dataclass(frozen=True)
 class TestCase:
-    """The files of a case that tests."""
+    """The files of a test case."""
 
     images: tuple[str, ...]
     label: str
 
-    __test__ = False  # no test of pytest
+    __test__ = False  # keeps pytest from collecting it
 
 
 @dataclass(frozen=True)
 class Study:
-    """``study.json``: the question and everything that calls in this folder asked for and found."""
+    """The content of ``study.json``: the question, and the requests and findings of all calls in this folder."""
 
     folder: Path
     question: Question
@@ -93,9 +93,9 @@ class Study:
     folds: tuple[Subset, ...]
     test_cases: dict[str, TestCase]
     library: dict[str, Any]
-    """Name and version of the library that measures surfaces."""
+    """Name and version of the library for surface metrics."""
     plan_sha256: str | None = None
-    """Hash of the plan that all cells share; None before the first training."""
+    """Hash of the plan shared by all cells; None before the first training."""
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -110,7 +110,7 @@ class Study:
 
     @property
     def compared(self) -> list[str]:
-        """Names of the arms in the order in which they were asked for."""
+        """Names of the arms in the requested order."""
         return list(dict.fromkeys(cell.arm for cell in self.asked))
 
     @property
@@ -130,17 +130,17 @@ class Study:
 
     @property
     def test_folder(self) -> Path:
-        """Folder of links to the test images, which prediction reads."""
+        """Folder of links to the test images, the input of prediction."""
         return self.folder / "test"
 
     @property
     def plans_name(self) -> str:
-        """Name of the plan that all cells share."""
+        """Name of the plan shared by all cells."""
         word = self.question.plans.partition(" ")[0]
         return STUDY_PLANS if word in (OWN, LIKE) else word
 
     def cell_folder(self, cell: Cell) -> Path:
-        """Return the folder of everything that belongs to a cell."""
+        """Return the folder of a cell."""
         return inside(self.folder, CELLS, cell.folder_name)
 
     def fold(self, cell: Cell) -> int:
@@ -148,7 +148,7 @@ class Study:
         return [(fold.labels, fold.seed) for fold in self.folds].index((cell.num_labels, cell.seed))
 
     def linked_cases(self) -> list[Case]:
-        """Return the test cases with the links to their images, as prediction reads them."""
+        """Return the test cases with the links to their images, the input of prediction."""
         ending = self.dataset.file_ending
         return [
             Case(
@@ -168,7 +168,7 @@ class Study:
 
 
 def _as_json(value: Any) -> Any:
-    """Return dataclasses as JSON values."""
+    """Convert dataclasses to JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -195,7 +195,7 @@ def read_study(folder: Path) -> Study:
         )
     except (MFMError, KeyError, TypeError, AttributeError) as error:
         raise MFMError("E_FORMAT", f"{file}: not as mfm_study writes it ({error}). {_ADVICE}") from error
-    # Folders are named after arms and cells, and files after cases.
+    # These names become folders (arms, cells) and files (cases).
     names = [name for name in (*study.arms, *study.compared) if not is_arm_name(name)]
     names += [name for name in study.test_cases if not is_file_name(name)]
     counts = [count for cell in study.asked for count in (cell.num_labels, cell.seed)]
@@ -213,10 +213,10 @@ def read_study(folder: Path) -> Study:
 def begin_study(
     folder: Path, request: StudyRequest, dataset: RawDataset, arms: Mapping[str, Arm], plans: str, before: Study | None
 ) -> tuple[Study, list[Cell]]:
-    """Design a study, or continue the study ``before``; return it with the cells of this call. Nothing is written.
+    """Design a study, or extend the study ``before``. Return it with the cells of this call. Nothing is written.
 
-    ``plans`` names the plan as :class:`Question` does. Raises MFMError: as the splits do, and E_CONFIG where the study
-    before asked something else.
+    ``plans`` names the plan as in :class:`Question`. Raises MFMError: those of the splits, and E_CONFIG if the study
+    before has another question.
     """
     if request.seeds < 1:
         raise MFMError("E_CONFIG", f"--seeds {request.seeds}: at least one training per arm is needed.")
@@ -239,7 +239,7 @@ def begin_study(
         subjects=subjects,
         data=dataset.digest,
     )
-    # Seed by seed, so that a study that is stopped early leaves a fair table.
+    # Ordered by seed, so that a study stopped early leaves a fair table.
     cells = [Cell(count, seed, arm) for seed in range(request.seeds) for count in counts for arm in arms]
     files = {case.name: TestCase(tuple(map(str, case.images)), str(case.label)) for case in dataset.cases}
     study = Study(
@@ -281,7 +281,7 @@ def find_begun(folder: Path) -> Study | None:
 
 
 def _require_same_question(before: Study, now: Study) -> None:
-    """Raise MFMError (E_CONFIG) unless cells of this call may stand beside those that are there."""
+    """Refuse a call whose cells cannot be compared with the existing ones."""
     if differences := _list_differences(before, now):
         raise MFMError(
             "E_CONFIG", f"{now.folder}: holds a study that asks something else: {'; '.join(differences)}. {_ADVICE}"
@@ -303,7 +303,7 @@ def _require_same_question(before: Study, now: Study) -> None:
 
 
 def _list_differences(before: Study, now: Study) -> list[str]:
-    """Name what decides scores and differs, with both values where these are short."""
+    """List the differences that affect scores, with both values if they are short."""
     question, asked = dataclasses.asdict(before.question), dataclasses.asdict(now.question)
     found = [(name, question[name], asked[name]) for name in asked if question[name] != asked[name]]
     old, new = before.dataset_json, now.dataset_json
@@ -314,11 +314,11 @@ def _list_differences(before: Study, now: Study) -> list[str]:
     return [text if len(text) < 150 else name for name, text in values.items()]
 
 
-# The files that trainings and predictions read
+# Input files of training and prediction
 
 
 def write_study_folder(study: Study, dataset: RawDataset) -> None:
-    """Write the dataset of the pool, its folds, links to the test images, and ``study.json`` of a new study."""
+    """Write the pool's dataset, its folds, links to the test images, and ``study.json`` of a new study."""
     is_begun = (study.folder / CELLS).is_dir()
     if not is_begun and (study.folder / RECORD).is_file() and _list_differences(read_study(study.folder), study):
         for stale in (study.workspace, study.test_folder):  # of another question, for which nothing was trained
@@ -337,7 +337,7 @@ def write_study_folder(study: Study, dataset: RawDataset) -> None:
     }
     name = study.question.dataset
     content = {**dataset.content, "numTraining": len(pool), "dataset": pool}
-    # A fold validates on one of its own training cases: nnU-Net wants one, and other labels must stay unseen.
+    # A fold validates on one of its own training cases: nnU-Net requires one, and other labels must remain unseen.
     splits = [{"train": list(fold.train), "val": list(fold.train[:1])} for fold in study.folds]
     for folder, file_name, value in (
         ("nnUNet_raw", "dataset.json", content),
@@ -349,9 +349,9 @@ def write_study_folder(study: Study, dataset: RawDataset) -> None:
 
 
 def _test_links(study: Study) -> dict[Path, Path]:
-    """Map links in the folder of test images to the images, and to what these need beside them.
+    """Map links in the folder of test images to the images and their companion files.
 
-    Raises MFMError (E_CONFIG) where two images need other files of one name, or one from outside its folder.
+    Raises MFMError (E_CONFIG) if two images need different files of one name, or a file outside their folder.
     """
     links: dict[Path, Path] = {}
     for case in study.linked_cases():

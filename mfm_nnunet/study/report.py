@@ -1,4 +1,4 @@
-"""The report of a study for people: ``table.md`` and ``study.png``."""
+"""Write the report of a study: ``table.md`` and ``study.png``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GREY = "#6b7078"
 
 
 def make_table(study: Study) -> str:
-    """Return the report in Markdown: one table per metric, scores per label, labels saved, and how to read it."""
+    """Return the report in Markdown: one table per metric, scores per label, labels saved, and reading notes."""
     question, summary = study.question, study.results
     rows, num_finished, num_tested = summary["rows"], summary["num_finished"], len(study.test_cases)
     lines = [
@@ -48,7 +48,7 @@ def make_table(study: Study) -> str:
 
 
 def list_cautions(study: Study) -> list[str]:
-    """List what a study of this size cannot show, a sentence or two each."""
+    """List the limits of a study of this size, a sentence or two each."""
     found, num_subjects, seeds = [], _num_subjects(study), study.seeds
     if num_subjects < MIN_CASES:
         found.append(
@@ -64,7 +64,9 @@ def list_cautions(study: Study) -> list[str]:
 
 
 def plot(file: Path, study: Study) -> None:
-    """Write a PNG: each metric over the number of labels (logarithmic), a line per arm, bands over the seeds."""
+    """Plot each metric over the number of labels (logarithmic) into a PNG, with a line per arm and bands over the
+    seeds.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,7 +100,7 @@ def _num_subjects(study: Study) -> int:
 
 
 def _compared_unit(study: Study) -> str:
-    """Return the unit of comparison: subjects, which are cases where nobody was scanned twice."""
+    """Return the unit of comparison: subjects, or cases if nobody was scanned twice."""
     return "cases" if _num_subjects(study) == len(study.test_cases) else "subjects"
 
 
@@ -146,7 +148,7 @@ def _score_row(study: Study, row: Mapping[str, Any], metric: str) -> list[str]:
 
 
 def _needed(study: Study, saved: Mapping[str, Any]) -> str:
-    """Format ``14.2 (9.1 to more than 34)``; without brackets where all three are the same or there is no interval."""
+    """Format ``14.2 (9.1 to more than 34)``, without brackets if all three are equal or there is no interval."""
     smallest, largest = _limits(study)
     value, *limits = (
         f"more than {largest}" if number is None else f"at most {smallest}" if number <= smallest else f"{number:.1f}"
@@ -163,7 +165,7 @@ def _saved(study: Study, num_labels: int, needed: float | None) -> str:
 
 
 def _limits(study: Study) -> tuple[int, int]:
-    """Return the smallest and largest number of labels on scratch's curve; of all where nothing is from scratch."""
+    """Return the smallest and largest number of labels on scratch's curve; of all cells if none is from scratch."""
     numbers = study.curve_labels or study.labels
     return min(numbers), max(numbers)
 
@@ -192,7 +194,7 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _notes(study: Study) -> list[str]:
-    """Explain every column, in a list."""
+    """Explain every column in a list."""
     libraries, unit = study.results["libraries"] or ["{name} {version}".format(**study.library)], _compared_unit(study)
     mixed = " (mfm_study scores all cells again with one of them)" if len(libraries) > 1 else ""
     smallest, largest = _limits(study)
@@ -223,7 +225,7 @@ def _notes(study: Study) -> list[str]:
 
 
 def _training(study: Study) -> list[str]:
-    """Report the settings that each start was really trained with: open settings are resolved by start."""
+    """Report the settings each arm was really trained with: open settings are resolved per arm."""
     training = study.results["training"]
     arms = {arm: training[arm] for arm in study.compared if arm in training}
     lines = [
@@ -240,7 +242,7 @@ def _training(study: Study) -> list[str]:
 
 
 def _format_values(name: str, values: Sequence[Mapping[str, Any]]) -> str:
-    """Format ``finetune.epochs=10``, or with the numbers of labels where these differ."""
+    """Format ``finetune.epochs=10``; if values differ, with their numbers of labels."""
     if len(values) == 1:
         return f"finetune.{name}={values[0]['value']}"
     each = (f"{entry['value']} ({', '.join(map(str, entry['labels']))} labels)" for entry in values)

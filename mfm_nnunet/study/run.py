@@ -1,4 +1,4 @@
-"""Run a study from its request to its report: refuse what can be refused, plan, train the cells, write the table."""
+"""Run a study from request to report: check everything first, plan, train the cells, write the table."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ TABLE, PICTURE, COMMANDS = "table.md", "study.png", "commands.sh"
 def run_study(request: StudyRequest) -> Path:
     """Train every arm with every number of labels and seed, and test all on one fixed split.
 
-    Cells that are finished in the study folder are kept. Returns that folder, with ``table.md``, ``study.png`` and
+    Finished cells in the study folder are kept. Returns that folder, with ``table.md``, ``study.png`` and
     ``study.json``. Raises MFMError for bad input before anything is trained, CasesFailedError when cells failed and all
-    others are done, StoppedError on a stop signal after the trainings have ended; the same call continues.
+    others are done, StoppedError on a stop signal after the trainings have ended; the same call resumes.
     """
     arms = parse_arms(request.arms)
     for arm in arms.values():
@@ -62,7 +62,7 @@ def run_study(request: StudyRequest) -> Path:
         begun = find_begun(folder)
         plans = plans or (begun.question.plans if begun else name_own_plan(configuration, arms))
         study, cells = begin_study(folder, request, dataset, arms, plans, begun)
-    # Last of what is checked before any work, so that it hides no other mistake.
+    # The last check before any work, so that it hides no other mistake.
     study = dataclasses.replace(study, library=require_library())
     with running.lock_folder(folder) as lock, workspace.use_only(study.workspace) as own:
         write_study_folder(study, dataset)
@@ -71,14 +71,14 @@ def run_study(request: StudyRequest) -> Path:
         check_labelled_cases(
             study.linked_cases(), plan.content["image_reader_writer"], study.dataset_json, f"{dataset.name}, test split"
         )
-        # Only now: a call that is refused leaves no trace.
+        # Written only now: a refused call leaves no trace.
         dataclasses.replace(study, plan_sha256=digest_of(plan.content)).write()
         train_cells(study, cells, request, gpus, lock)
     return folder
 
 
 def renew_study(output: str | Path | None = None, workspace: str | Path | None = None) -> Path:
-    """Write table and picture of a study anew from the cells that are finished; return the study folder.
+    """Rewrite table and picture of a study from its finished cells and return the study folder.
 
     Raises MFMError (E_NOT_FOUND) when there is no study.
     """
@@ -92,7 +92,7 @@ def study_folder(output: str | Path | None, root: str | Path | None) -> Path:
     return Path(output) if output else Path(root or workspace.DEFAULT) / "mfm_study"
 
 
-# The plan that all arms share
+# The plan shared by all arms
 
 
 def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
@@ -112,7 +112,7 @@ def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
 
 
 def read_given_plan(here: Workspace, dataset_name: str, plans_name: str, configuration: str) -> Plan:
-    """Read the plan named with ``-p``; refuse one that a study cannot train."""
+    """Read the plan given with ``-p`` and refuse one that a study cannot train."""
     plan = Plan.read(here.plans_file(dataset_name, plans_name), f"Plan {dataset_name} again.")
     plan.configuration(configuration)
     _refuse_cascade(configuration)
@@ -120,7 +120,7 @@ def read_given_plan(here: Workspace, dataset_name: str, plans_name: str, configu
 
 
 def name_own_plan(configuration: str, arms: Mapping[str, Arm]) -> str:
-    """Name the plan that is to be made as a question does; refuse what cannot be planned before images are read."""
+    """Name the plan to be made, for :class:`Question`; refuse an impossible one before images are read."""
     _refuse_cascade(configuration)
     like = next((arm for arm in arms.values() if arm.file), Arm())
     try:
@@ -144,9 +144,9 @@ def _refuse_cascade(configuration: str) -> None:
 
 
 def prepare_data(own: Workspace, study: Study, given: Plan | None) -> Plan:
-    """Make or copy the plan of a study in its workspace ``own``, and preprocess the pool; return the plan.
+    """Make or copy the plan of a study in its workspace ``own``, preprocess the pool, and return the plan.
 
-    Raises MFMError (E_CONFIG) for another plan than that of earlier calls; one that was just made is removed.
+    Raises MFMError (E_CONFIG) if the plan differs from that of earlier calls; a plan just made is then removed.
     """
     name, configuration = study.question.dataset, study.question.configuration
     file = own.preprocessed / name / f"{study.plans_name}.json"
@@ -177,7 +177,7 @@ def prepare_data(own: Workspace, study: Study, given: Plan | None) -> Plan:
 
 
 def _find_like(study: Study) -> Path | None:
-    """Return the checkpoint that the study's own plan is made like, whatever this call compares; None for none."""
+    """Return the checkpoint that the study's own plan fits, even if this call does not compare it; None without one."""
     kind, _, wanted = study.question.plans.partition(" ")
     if kind != LIKE:
         return None
@@ -193,7 +193,7 @@ def _find_like(study: Study) -> Path | None:
 
 
 def check_arms(study: Study, arms: Mapping[str, Arm], plan: Plan, fewest_labels: int) -> None:
-    """Raise MFMError (E_MODEL_MISMATCH, E_CONFIG and others) where the training of an arm would be refused."""
+    """Raise MFMError (E_MODEL_MISMATCH, E_CONFIG and others) if the training of an arm would be refused."""
     for name, arm in arms.items():
         settings = (*study.question.settings, *arm.settings)
         checkpoint = Path(arm.file) if arm.file else None
@@ -215,10 +215,10 @@ def check_arms(study: Study, arms: Mapping[str, Arm], plan: Plan, fewest_labels:
 
 
 def train_cells(study: Study, cells: Sequence[Cell], request: StudyRequest, gpus: Sequence[str], lock: int) -> None:
-    """Run all cells that are not finished; table and picture are renewed with every cell.
+    """Run all unfinished cells, and update table and picture after each.
 
-    Finished cells, of earlier calls too, are scored again where another version of the library scored them, so that
-    all scores in the table are of the same one. Raises CasesFailedError after all others are done when cells failed.
+    Finished cells are scored again if another version of the library scored them, so that all scores in the table come
+    from the same one. Raises CasesFailedError if cells failed, after all others are done.
     """
     todo = [cell for cell in cells if not (study.cell_folder(cell) / RESULT).is_file()]
     finished = read_results(study.folder, study.asked)
@@ -260,10 +260,10 @@ def train_cells(study: Study, cells: Sequence[Cell], request: StudyRequest, gpus
 
 
 def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
-    """Write ``table.md``, ``study.png`` and the results in ``study.json`` anew from the cells that are finished.
+    """Rewrite ``table.md``, ``study.png`` and the results in ``study.json`` from the finished cells.
 
     Earlier failures stay in the report until their cells are finished. Raises MFMError (E_NOT_FOUND) when the folder
-    holds no study.
+    contains no study.
     """
     study = read_study(folder)
     study = dataclasses.replace(study, results=summarise_study(study, read_results(folder, study.asked), failures))
@@ -274,7 +274,7 @@ def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
 
 
 def list_gpus(device: str) -> list[str]:
-    """List the GPUs that cells are shared among, as CUDA_VISIBLE_DEVICES names them; none where the CPU computes."""
+    """List the GPUs to share among cells, as in CUDA_VISIBLE_DEVICES; empty on the CPU."""
     if pick_device(device).type != "cuda":
         return []
     import torch

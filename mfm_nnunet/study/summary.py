@@ -1,8 +1,8 @@
-"""The findings of a study, from the scores of its finished cells: means, comparisons with scratch, labels saved.
+"""Summarise the scores of a study's finished cells: means, comparisons with scratch, labels saved.
 
-The references alone decide what is averaged: a case's score is the mean over the labels that its reference holds, a
-subject's the mean over its cases, and subjects are compared, after averaging over seeds. So the scores of all cells are
-of the same things; predictions of labels that a reference does not hold are counted beside them.
+The references alone decide what is averaged: a case's score is the mean over the labels in its reference, a subject's
+the mean over its cases. Subjects are compared, after averaging over seeds. So the scores of all cells refer to the same
+labels and cases; predicted labels absent from the reference are counted separately.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from mfm_nnunet.study.evaluation import METRICS, RESULT
 from mfm_nnunet.study.folder import CELLS, Study
 
 MIN_CASES = 6
-"""Fewer than these give no bootstrap interval: resamples of so few cases are too alike, and the interval too narrow."""
+"""Minimum number of cases for a bootstrap interval: resamples of fewer are too alike, and the interval too narrow."""
 NUM_BOOTSTRAPS = 10_000
 NUM_BOOTSTRAPS_OF_LABELS = 2_000
 RUN_SETTINGS = "results/*/*/fold_*/settings.json"
-"""The settings of a training, inside its cell's folder."""
+"""Pattern of a training's settings file inside its cell's folder."""
 SHOWN_SETTINGS = ("learning_rate", "epochs", "warmup_epochs", "parts")
-"""Settings of fine-tuning that the report names even where all cells have the same."""
+"""Fine-tuning settings that the report lists even if they are equal in all cells."""
 Results = Mapping[Cell, Mapping[str, Any]]
 """``result.json`` of each finished cell."""
 
 
-# Statistics. The unit of comparison is called a case here, and cases must be independent of each other.
+# Statistics. The unit of comparison is called a case here; cases must be independent of each other.
 
 
 def compare_paired(mine: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """Compare the scores of the same cases, (N,) each, with N at least 1.
+    """Compare two scores (N,) of the same cases, with N at least 1.
 
-    ``difference`` is the mean of ``mine - theirs``, ``interval`` the bootstrap 95 % interval over the cases (None for
+    ``difference`` is the mean of ``mine - theirs``, ``interval`` its bootstrap 95 % interval over the cases (None for
     fewer than ``MIN_CASES``), ``better`` the number of cases above zero of ``cases``, and ``p`` that of Wilcoxon's
-    signed-rank test, two-sided (1 when nothing differs).
+    signed-rank test, two-sided (1 if there is no difference).
     """
     from scipy import stats
 
@@ -68,10 +68,10 @@ def correct_by_holm(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def labels_needed(curve: Mapping[int, float], score: float) -> float:
-    """Return how many labels the learning curve ``curve`` (number of labels to score) needs to reach ``score``.
+    """Return the number of labels at which the learning curve (number of labels to score) reaches ``score``.
 
-    The curve is made monotone by its running maximum, so that a setback at more labels costs it nothing, and is
-    interpolated linearly over the logarithm of the number of labels. ``inf`` where it never gets there. The smallest
+    The curve is replaced by its running maximum, so that a setback at more labels has no effect, and interpolated
+    linearly over the logarithm of the number of labels. Returns ``inf`` if it never reaches the score. The smallest
     number of the curve means "at most that many": nothing is extrapolated.
     """
     numbers = sorted(curve)
@@ -90,8 +90,8 @@ def labels_needed(curve: Mapping[int, float], score: float) -> float:
 def labels_needed_interval(curve: Mapping[int, np.ndarray], scores: np.ndarray) -> tuple[float, float] | None:
     """Return the bootstrap 95 % interval of :func:`labels_needed` over cases; None for fewer than ``MIN_CASES``.
 
-    ``curve`` and ``scores`` hold a score per case, (N,), of the same cases in the same order. All are drawn together,
-    so that what makes a case hard is in both.
+    ``curve`` and ``scores`` contain a score per case, (N,), of the same cases in the same order. All are resampled
+    together, so that the difficulty of a case enters both.
     """
     if len(scores) < MIN_CASES:
         return None
@@ -114,17 +114,17 @@ def _bootstrap(num_cases: int, num_draws: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Tested:
-    """The test cases that every cell is scored on."""
+    """The test cases on which every cell is scored."""
 
     in_reference: Mapping[str, Collection[str]]
-    """The labels that the reference of each test case holds."""
+    """Labels in the reference of each test case."""
     subjects: Mapping[str, str]
     """The subject of each case."""
     labels: tuple[str, ...]
 
     @classmethod
     def of(cls, results: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) -> Tested:
-        """Build from the results of finished cells. Raises MFMError (E_FORMAT) where they score different things."""
+        """Build from the results of finished cells. Raises MFMError (E_FORMAT) if their cases or labels differ."""
         first: Mapping[str, Mapping[str, Any]] = results[0]["scores"] if results else {}
         names = {case: set(labels) for case, labels in first.items()}
         if any({case: set(labels) for case, labels in result["scores"].items()} != names for result in results):
@@ -137,11 +137,11 @@ class Tested:
         return cls(in_reference, subjects, tuple(next(iter(first.values()), {})))
 
     def cases(self, label: str | None = None) -> list[str]:
-        """List the cases whose reference holds a label, or any."""
+        """List the cases with a label, or any label, in their reference."""
         return [case for case, held in self.in_reference.items() if (held if label is None else label in held)]
 
     def scores(self, result: Mapping[str, Any], metric: str, label: str | None = None) -> np.ndarray:
-        """Return the score of every subject, (S,), of one label or of all; in the same order for all results."""
+        """Return the score (S,) of every subject, for one label or all, in the same order for all results."""
         of_subject: dict[str, list[float]] = {}
         for case in self.cases(label):
             names = self.in_reference[case] if label is None else [label]
@@ -150,11 +150,11 @@ class Tested:
         return np.array([sum(values) / len(values) for values in of_subject.values()])
 
     def mean(self, result: Mapping[str, Any], metric: str, label: str | None = None) -> float:
-        """Return the mean over the subjects; NaN when there is none."""
+        """Return the mean over the subjects; NaN without any."""
         return _mean(self.scores(result, metric, label))
 
     def false_positives(self, results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-        """Count, per label that some reference lacks, in how many of these cases it was predicted, over all results."""
+        """Count, for each label that some reference lacks, the cases over all results where it is wrongly predicted."""
         found = {}
         for label in self.labels:
             lacking = [case for case, held in self.in_reference.items() if label not in held]
@@ -165,7 +165,7 @@ class Tested:
 
 
 def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
-    """Read the results of the cells that are finished, with ``trained_with``: their settings of fine-tuning."""
+    """Read the results of the finished cells, with their fine-tuning settings as ``trained_with``."""
     folders = {cell: inside(folder, CELLS, cell.folder_name) for cell in cells}
     return {
         cell: {**read_result(place), "trained_with": _read_settings(place)}
@@ -183,7 +183,7 @@ def read_result(cell_folder: Path) -> dict[str, Any]:
         metrics = [values[metric] for labels in scores.values() for values in labels.values() for metric in METRICS]
         is_whole = all(value is None or math.isfinite(value) for value in metrics)
         is_whole &= all(math.isfinite(seconds) for seconds in result.get("seconds", {}).values())
-        # A label that the reference holds has a score in every cell.
+        # A label in the reference has a score in every cell.
         is_whole &= held.keys() == scores.keys()
         is_whole &= all(scores[case][name][m] is not None for case in held for name in held[case] for m in METRICS)
     except (KeyError, TypeError, AttributeError):
@@ -194,7 +194,7 @@ def read_result(cell_folder: Path) -> dict[str, Any]:
 
 
 def _read_settings(cell_folder: Path) -> dict[str, Any]:
-    """Read the settings of fine-tuning that a training wrote; none where its folder is gone."""
+    """Read the fine-tuning settings saved by a training; empty if its folder was removed."""
     file = next(cell_folder.glob(RUN_SETTINGS), None)
     settings = read_json(file, "Remove the cell's folder and run mfm_study again.").get("settings") if file else None
     finetune = settings.get("finetune") if isinstance(settings, dict) else None
@@ -203,13 +203,13 @@ def _read_settings(cell_folder: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if is_pretrained or name != "parts"}
 
 
-# From results to the rows of the table
+# Rows of the table
 
 
 def summarise_study(study: Study, results: Results, failures: Sequence[CaseFailure] = ()) -> dict[str, Any]:
-    """Return ``rows`` (one per number of labels and arm with a finished cell), counts, and what failed; JSON values.
+    """Return ``rows`` (one per number of labels and arm with a finished cell), counts, and failures, as JSON values.
 
-    ``failures`` are those of this call; earlier ones stay for cells that are not finished.
+    ``failures`` are those of this call; earlier ones are kept for unfinished cells.
     """
     tested = Tested.of([*results.values()], study.question.subjects)
     rows = [
@@ -238,9 +238,9 @@ def summarise_study(study: Study, results: Results, failures: Sequence[CaseFailu
 
 
 def _describe_training(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Return the settings of each arm that matter most, and all in which any cells differ.
+    """Return the main settings of each arm, and all settings in which any cells differ.
 
-    Per arm and setting the values that occur, each with the numbers of labels at which it does.
+    For each arm and setting: the values that occur, each with its numbers of labels.
     """
     known = {cell: result["trained_with"] for cell, result in results.items() if result.get("trained_with")}
     names = dict.fromkeys([*SHOWN_SETTINGS, *(name for settings in known.values() for name in settings)])
@@ -262,7 +262,7 @@ def _seeds(results: Results, num_labels: int, arm: str) -> list[int]:
 
 
 def _make_row(study: Study, results: Results, tested: Tested, num_labels: int, arm: str) -> dict[str, Any]:
-    """Return means and spreads over the seeds, and comparisons with scratch where it has the same labels and seeds."""
+    """Return means and spreads over the seeds, and comparisons with scratch if it has the same labels and seeds."""
     seeds = _seeds(results, num_labels, arm)
     found = [results[Cell(num_labels, seed, arm)] for seed in seeds]
     minutes = [result["seconds"]["training"] / 60 for result in found if "training" in result.get("seconds", {})]
@@ -296,7 +296,7 @@ def _make_row(study: Study, results: Results, tested: Tested, num_labels: int, a
 def _against_scratch(
     scores: Mapping[Cell, np.ndarray], tested: Tested, num_labels: int, arm: str
 ) -> dict[str, Any] | None:
-    """Compare subject by subject with scratch at the same number of labels, over the seeds that both have."""
+    """Compare with scratch subject by subject at the same number of labels, over the common seeds."""
     seeds = [cell.seed for cell in scores if cell.arm == arm and cell.num_labels == num_labels]
     seeds = sorted(seed for seed in seeds if Cell(num_labels, seed, SCRATCH) in scores)
     if not seeds:
@@ -315,9 +315,11 @@ def _against_scratch(
 def _labels_saved(
     numbers: Sequence[int], scores: Mapping[Cell, np.ndarray], num_labels: int, arm: str
 ) -> dict[str, Any] | None:
-    """Return how many labels scratch needs for the arm's mean score; ``needed`` None: more than its largest number.
+    """Return the number of labels scratch needs for the arm's mean score; ``needed`` None: more than its largest
+    number.
 
-    Only seeds that the arm and scratch at every number of labels have count: means over other seeds would not compare.
+    Only seeds finished for the arm and for scratch at every number of labels count: other means would not be
+    comparable.
     """
     wanted = [(num_labels, arm), *((number, SCRATCH) for number in numbers)]
     everywhere = sorted({cell.seed for cell in scores})
