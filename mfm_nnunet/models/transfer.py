@@ -254,7 +254,6 @@ class _Transfer:
         return None, "new", f"{MISFIT} {tuple(value.shape)} in the checkpoint, {tuple(tensor.shape)} here"
 
     def report(self, decisions: list[_Decision]) -> TransferReport:
-        """Summarise the decisions."""
         of_encoder = [decision for decision in decisions if self.encoder & set(decision.names)]
         total = sum(decision.target.numel() for decision in of_encoder)
         taken = sum(decision.target.numel() for decision in of_encoder if decision.value is not None)

@@ -383,7 +383,6 @@ def _require_file(file: Path, what_to_do: str) -> None:
 
 
 def _gpu_memory_gb() -> float | None:
-    """Return the memory of the first GPU in whole GB; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     return float(round(torch.cuda.get_device_properties(0).total_memory / 2**30))

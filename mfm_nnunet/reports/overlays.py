@@ -117,7 +117,6 @@ def _draw(
 
 
 def _draw_panel(axis: Any, view: _View, mask: np.ndarray, labels: Mapping[str, tuple[int, ...]]) -> None:
-    """Draw the image in grey, ``mask`` as fill, the reference as contour, letters at the edges."""
     low, high = np.percentile(view.image, [1, 99])
     image_options = {"aspect": view.aspect, "interpolation": "nearest"}
     brightest = low + max(1.35 * (high - low), 1e-6)  # dimmed, so that the colours stand out on bright tissue too
@@ -139,7 +138,6 @@ def _draw_panel(axis: Any, view: _View, mask: np.ndarray, labels: Mapping[str, t
 
 
 def _draw_legend(figure: Any, labels: Mapping[str, tuple[int, ...]], max_columns: int) -> None:
-    """Draw the legend below the panels, with predicted labels above reference labels."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
