@@ -61,7 +61,7 @@ CUDA = torch.device("cuda")
 
 
 class MFMTrainer(nnUNetTrainer):
-    """Trains the network of a plan. Set ``pretrained_checkpoint`` before :meth:`initialize`; None is scratch.
+    """Train the network of a plan. Set ``pretrained_checkpoint`` before :meth:`initialize`; None is scratch.
 
     The engine trains with nnU-Net's losses, loaders and transforms (:meth:`make_engine`).
     """

@@ -155,7 +155,7 @@ def lock_folder(folder: Path) -> Iterator[int]:
 
 
 class _Runner:
-    """Runs the steps of cells, each cell in its own slot. It is called from several threads."""
+    """Run the steps of cells, each cell in its own slot. Called from several threads."""
 
     def __init__(self, slots: Sequence[Slot], lock: int | None) -> None:
         self.lock = () if lock is None else (lock,)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 SCRATCH = "scratch"
 LARGEST_COUNT = 1 << 31
 TEST_DRAW = "test"
-"""Takes the place of a seed when the test split is drawn, which is the same for all seeds."""
+"""Used instead of a seed to draw the test split, which is the same for all seeds."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _SETTING = re.compile(r",(?=finetune\.)")
 _RUN_FOLDER = "mfm_pretrain__"
