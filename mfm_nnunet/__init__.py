@@ -1,7 +1,7 @@
 """mfm_nnunet: nnU-Net with weights learned without labels.
 
-The jobs as functions, imported when first used so that ``import mfm_nnunet`` stays fast. They raise exceptions and
-never exit the process.
+The jobs are functions, imported on first use so that ``import mfm_nnunet`` is fast. They raise exceptions and never
+exit the process.
 """
 
 from __future__ import annotations

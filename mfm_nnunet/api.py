@@ -1,4 +1,4 @@
-"""The jobs under the names that they had before; new code calls them on the package: ``mfm_nnunet.train``."""
+"""Earlier names of the jobs; new code uses the package itself, e.g. ``mfm_nnunet.train``."""
 
 from mfm_nnunet.jobs.checkpoint import convert_checkpoint, describe_checkpoint
 from mfm_nnunet.jobs.plan import plan_and_preprocess

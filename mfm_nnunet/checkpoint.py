@@ -1,8 +1,8 @@
-"""Read, write and describe the one checkpoint format.
+"""Read and write the checkpoint format.
 
-A checkpoint is nnU-Net's ``.pth`` layout (``network_weights``) plus the key ``mfm``: tensors and JSON values only, so
-it loads with ``weights_only=True`` and can run no code. It is written to a temporary name beside its target, flushed
-to the disk and renamed, so a killed process never leaves half a file under the final name.
+A checkpoint is nnU-Net's ``.pth`` layout (``network_weights``) plus the key ``mfm``. It holds only tensors and JSON
+values, so it loads with ``weights_only=True`` and cannot run code. It is written to a temporary file, flushed to disk
+and renamed, so a killed process never leaves half a file under the final name.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mfm_nnunet.files import MAX_DEPTH, atomic_write, is_nested_too_deep
 def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write ``content`` (tensors and plain values) to ``path`` atomically.
 
-    Raises AssertionError when ``content`` holds anything that could not be loaded safely, MFMError for a full disk.
+    Raises AssertionError if ``content`` could not be loaded safely, MFMError for a full disk.
     """
     require_plain(content)
     with atomic_write(path) as file:
         try:
             torch.save(dict(content), file)
         except RuntimeError as error:
-            # torch's zip writer turns a failed write of ours into a RuntimeError of its own and hides the cause.
+            # torch's zip writer replaces our write error by a RuntimeError, which hides the cause.
             cause = error.__context__
             if isinstance(cause, OSError):
                 raise cause from error
@@ -41,9 +41,9 @@ def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of a checkpoint, on the CPU, without running any code that the file may carry.
+    """Load a checkpoint on the CPU without running any code in the file.
 
-    Raises MFMError: E_NOT_FOUND, E_EMPTY, E_MODEL_CORRUPT (not a checkpoint, cut off, or a failed checksum),
+    Raises MFMError: E_NOT_FOUND, E_EMPTY, E_MODEL_CORRUPT (not a checkpoint, truncated, or a failed checksum),
     E_MODEL_UNSAFE (it holds objects other than tensors and plain values).
     """
     file = Path(path)
@@ -53,9 +53,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise MFMError("E_EMPTY", f"{file}: the checkpoint is empty. Copy it again.")
     try:
         with _plain_numpy_allowed(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol of a file that is refused anyway
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol of files that are refused anyway
             if _is_archive(file):
-                if get_unsafe_globals_in_checkpoint(file):  # before gigabytes are read for their checksums
+                if get_unsafe_globals_in_checkpoint(file):  # before reading gigabytes for the checksums
                     raise _unsafe(file)
                 _verify_checksums(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -63,7 +63,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         raise _unsafe(file) from error
-    except Exception as error:  # a damaged file can raise anything in its readers
+    except Exception as error:  # damaged files raise arbitrary errors
         raise _damaged(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     if not isinstance(content, dict):
         raise MFMError("E_MODEL_CORRUPT", f"{file}: not a checkpoint (it holds a {type(content).__name__}).")
@@ -73,9 +73,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load a file that must hold ``network_weights``, as :func:`load`.
+    """Load a file that must contain ``network_weights``, as :func:`load`.
 
-    Raises MFMError (E_MODEL_CORRUPT) when the key is missing.
+    Raises MFMError (E_MODEL_CORRUPT) if the key is missing.
     """
     content = load(path)
     if not isinstance(content.get("network_weights"), dict):
@@ -102,7 +102,7 @@ def require_plain(value: Any, name: str = "checkpoint") -> None:
 
 
 def cpu_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict on the CPU in which tensors that share memory still do (nnU-Net has many aliases)."""
+    """Move a state dict to the CPU; tensors that share memory still do so (nnU-Net has many aliases)."""
     copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
     result = {}
     for name, tensor in state.items():
@@ -126,7 +126,7 @@ def _unsafe(file: Path) -> MFMError:
 
 
 def _is_archive(file: Path) -> bool:
-    """Return whether it is torch's zip archive with a whole list of objects, not a bare pickle of torch before 1.6."""
+    """Return True for a complete zip archive of torch, False for a bare pickle from before torch 1.6."""
     if not zipfile.is_zipfile(file):
         with open(file, "rb") as handle:
             start = handle.read(2)
@@ -140,12 +140,12 @@ def _is_archive(file: Path) -> bool:
             raise _damaged(file, "members of the archive are compressed or encrypted, which torch never does")
         for name in archive.namelist():
             if name.endswith("data.pkl"):
-                archive.read(name)  # raises where its checksum does not match
+                archive.read(name)  # raises if the checksum does not match
     return True
 
 
 def _verify_checksums(file: Path) -> None:
-    """Check the CRC of each member of the archive, which torch writes and does not check on loading."""
+    """Check the CRC of each member of the archive; torch writes it but does not check it."""
     with zipfile.ZipFile(file) as archive:
         if broken := archive.testzip():
             raise _damaged(file, f"the checksum of {broken} does not match")
@@ -153,7 +153,7 @@ def _verify_checksums(file: Path) -> None:
 
 @contextlib.contextmanager
 def weights_only_forced() -> Iterator[None]:
-    """Let ``torch.load`` build tensors and plain values only, also where libraries ask for anything."""
+    """Force ``torch.load`` to load tensors and plain values only, even if a library asks for all objects."""
     force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name) for name in (force, allow) if name in os.environ}
     os.environ[force] = "1"
@@ -167,7 +167,7 @@ def weights_only_forced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_numpy_allowed() -> Iterator[None]:
-    """Allow NumPy scalars, which stock nnU-Net checkpoints hold in their log: they carry data and run no code."""
+    """Allow NumPy scalars, which are in the log of stock nnU-Net checkpoints; they cannot run code."""
     import numpy as np
 
     core: Any = np._core if hasattr(np, "_core") else np.core

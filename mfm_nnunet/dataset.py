@@ -1,7 +1,7 @@
-"""nnU-Net's ``dataset.json``: read once, and checked before anything is planned, with all faults in one message.
+"""nnU-Net's ``dataset.json``: read once and checked before planning; a single error lists all faults.
 
-Stock nnU-Net has the same rules and finds a fault late, as an assertion or an index error in the loss; the order of its
-channels is that of the lines, whatever their numbers. Unknown fields are legal.
+Stock nnU-Net has the same rules but finds a fault late, as an assertion or an index error in the loss. It also orders
+channels by line instead of by number. Unknown fields are legal.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mfm_nnunet.files import IMAGE_ENDINGS, is_same, read_json
 
 ADVICE = "See nnU-Net's documentation/dataset_format.md."
 MAX_LABEL = (1 << 15) - 1
-"""Label maps are stored with 16 bits."""
+"""Limit of 16-bit label maps."""
 MAX_CHANNELS = 10_000
-"""Files have four digits for their channel."""
+"""Limit of the four channel digits in file names."""
 _CHANNEL = re.compile(r"_?([0-9]{1,9})")
 _LABEL = re.compile(r"-?[0-9]{1,9}")
 
@@ -28,12 +28,12 @@ SHARED_KEYS = (
     "channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",
     "overwrite_image_reader_writer", "name", "description", "reference", "licence", "license", "release",
 )  # fmt: skip
-"""Keys that go into model folders and checkpoints: nothing that names or locates a case."""
+"""Keys copied into model folders and checkpoints; none of them names or locates a case."""
 
 
 @dataclass(frozen=True)
 class DatasetJson:
-    """A legal dataset.json. ``content`` is the file's, for nnU-Net's own classes; do not change it."""
+    """A valid dataset.json. ``content`` is the file's, for nnU-Net's own classes; do not modify it."""
 
     content: Mapping[str, Any]
 
@@ -41,9 +41,9 @@ class DatasetJson:
     def read(cls, file: Path, advice: str, code: str = "E_FORMAT", of_model: bool = False) -> DatasetJson:
         """Read, check and normalise a dataset.json.
 
-        In the folder of a model (``of_model``) channels with other numbers than 0, 1, 2, ... are legal: stock nnU-Net
-        trained with them in the order of their lines. Raises MFMError: E_NOT_FOUND, else ``code`` with all that is
-        wrong; ``advice``, a sentence, ends the message.
+        In the folder of a model (``of_model``) channels numbered other than 0, 1, 2, ... are legal: stock nnU-Net
+        trained with them in the order of their lines. Raises MFMError: E_NOT_FOUND, else ``code`` with all faults;
+        ``advice``, a sentence, ends the message.
         """
         content = read_json(file, advice, code)
         check_dataset_json(content, file, code, of_model)
@@ -51,12 +51,12 @@ class DatasetJson:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> DatasetJson:
-        """Wrap a dataset.json that was just made or was checked with :func:`check_dataset_json`."""
+        """Wrap a dataset.json that was just created or was checked with :func:`check_dataset_json`."""
         return cls(content)
 
     @classmethod
     def of_checkpoint(cls, init_args: Mapping[str, Any]) -> DatasetJson | None:
-        """Return the dataset.json that a fine-tuned checkpoint holds; None where there is none with labels."""
+        """Return the dataset.json in a fine-tuned checkpoint; None if there is none with labels."""
         content = init_args.get("dataset_json")
         if isinstance(content, Mapping) and isinstance(content.get("labels"), Mapping):
             return cls(content)
@@ -64,23 +64,23 @@ class DatasetJson:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names of the channels in the order of their numbers; old datasets call the field ``modality``."""
+        """Names of the channels, ordered by number; old datasets call the field ``modality``."""
         return tuple(self.content[_channel_key(self.content)].values())
 
     @property
     def labels(self) -> Mapping[str, Any]:
-        """Names of the labels, background and ignore included, and their value or list of values."""
+        """Names of all labels, including background and ignore, with their value or list of values."""
         return self.content["labels"]
 
     @functools.cached_property
     def foreground(self) -> dict[str, tuple[int, ...]]:
-        """Names of the labels and their values, of which a region has several; without background and ignore."""
+        """Names and values of the labels except background and ignore; a region has several values."""
         labels = {name: _as_tuple(value) for name, value in self.labels.items()}
         return {name: values for name, values in labels.items() if name != "ignore" and values != (0,)}
 
     @property
     def has_regions(self) -> bool:
-        """Whether some label is a region, i.e. has several values."""
+        """True if any label is a region, i.e. has several values."""
         return any(isinstance(value, (list, tuple)) and len(value) > 1 for value in self.labels.values())
 
     @property
@@ -95,11 +95,11 @@ class DatasetJson:
         return self.content["file_ending"]
 
     def differences(self, other: DatasetJson) -> list[str]:
-        """Return the names of what decides about the meaning of images and labels and differs."""
+        """Return the names of the differing fields that affect the meaning of images and labels."""
         return [name for name, value in self._meaning.items() if not is_same(value, other._meaning[name])]
 
     def shared(self) -> dict[str, Any]:
-        """Return the part that may leave this computer: without names and paths of cases."""
+        """Return the part that may leave this computer: no names or paths of cases."""
         return {key: self.content[key] for key in SHARED_KEYS if key in self.content}
 
     @property
@@ -109,20 +109,19 @@ class DatasetJson:
         if isinstance(channels, Mapping) and numbers is not None:
             channels = {number: channels[name] for number, name in numbers.items()}
         return {
-            "labels": list(self.labels.items()) if self.has_regions else self.labels,  # the outputs are in this order
+            "labels": list(self.labels.items()) if self.has_regions else self.labels,  # order of the outputs
             "regions_class_order": self.content.get("regions_class_order"),
             "channel_names": channels,
         }
 
 
 def read_dataset_json(file: Path, advice: str, code: str = "E_FORMAT", of_model: bool = False) -> dict[str, Any]:
-    """Read a dataset.json as :meth:`DatasetJson.read`, as nnU-Net's dict."""
+    """Return nnU-Net's dict of a dataset.json, read and checked as by :meth:`DatasetJson.read`."""
     return dict(DatasetJson.read(file, advice, code, of_model).content)
 
 
 def normalise(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a legal dataset.json with its channels in the order of their numbers, "0", "1", ..., and the file ending
-    with its dot."""
+    """Return a valid dataset.json with channels "0", "1", ... in order, and a file ending that starts with a dot."""
     key = _channel_key(content)
     numbers = channel_numbers(content[key])
     channels = content[key] if numbers is None else {str(n): content[key][name] for n, name in sorted(numbers.items())}
@@ -131,14 +130,14 @@ def normalise(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def channel_names(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names of the channels by their numbers as text; old datasets call the field ``modality``."""
+    """Return the channel names by number as text; old datasets call the field ``modality``."""
     return dict(content[_channel_key(content)])
 
 
 def channel_numbers(names: Mapping[Any, Any]) -> dict[int, Any] | None:
     """Return the key of each channel by its number; None unless the numbers are 0 to the number of channels - 1.
 
-    ``0``, ``0000`` and ``_0000``, as the files end, are the same number.
+    ``0``, ``0000`` and ``_0000`` are the same number.
     """
     matches = {name: _CHANNEL.fullmatch(str(name)) for name in names}
     numbers = {int(match[1]): name for name, match in matches.items() if match}
@@ -146,7 +145,7 @@ def channel_numbers(names: Mapping[Any, Any]) -> dict[int, Any] | None:
 
 
 def check_dataset_json(content: Mapping[str, Any], file: Path, code: str = "E_FORMAT", of_model: bool = False) -> None:
-    """Raise MFMError (``code``) with everything that is wrong in a dataset.json; ``file`` is for the message.
+    """Raise MFMError (``code``) with all faults of a dataset.json; ``file`` is for the message.
 
     ``of_model`` is as in :meth:`DatasetJson.read`.
     """
@@ -170,7 +169,7 @@ def _as_tuple(value: Any) -> tuple[int, ...]:
 
 
 def _ending_problems(ending: Any) -> list[str]:
-    """The ending becomes part of the names of written files, so it must be known, in upper or lower case."""
+    """Require a known ending, in upper or lower case, because it becomes part of the names of written files."""
     if not isinstance(ending, str):
         return ["file_ending must be a text such as .nii.gz"]
     if f".{ending.lower().removeprefix('.')}" not in IMAGE_ENDINGS:
@@ -255,5 +254,5 @@ def _case_problems(cases: Any) -> list[str]:
 
 
 def _is_path(path: Any) -> bool:
-    """Return whether a value can be a path; one that is not UTF-8 is a text with surrogates."""
+    """Return whether a value can be a path; surrogates, which stand for bytes that are not UTF-8, are legal."""
     return isinstance(path, str) and bool(path) and "\0" not in path

@@ -1,6 +1,6 @@
-"""The device of a command: which one, in which precision, how much memory, and how many processes read for it.
+"""Choose the device and precision; determine available memory and the number of readers.
 
-torch is imported where it is used: the check of an image file asks for the memory only, and must not wait for torch.
+torch is imported on use: the check of an image file only needs the memory and must not wait for torch.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _MORE_SHARED_MEMORY = (
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the first GPU, else the CPU.
+    """Return the device of this name; "auto" is the first GPU, else the CPU.
 
-    Raises MFMError (E_CONFIG) for an unknown device and for one that this computer lacks.
+    Raises MFMError (E_CONFIG) for an unknown or unavailable device.
     """
     import torch
 
@@ -55,7 +55,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Return the context of mixed precision with ``dtype``; None computes in float32."""
+    """Return the context for mixed precision with ``dtype``; None computes in float32."""
     import torch
 
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
@@ -63,9 +63,9 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 @contextlib.contextmanager
 def default_autocast_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Set the dtype of CUDA's autocast without a dtype, as nnU-Net uses it; None leaves it unchanged.
+    """Set the default dtype of CUDA's autocast, which nnU-Net uses; None leaves it unchanged.
 
-    Numbers above 65504 are infinite in fp16, so a network that was trained in bf16 must not be used in fp16.
+    fp16 overflows above 65504, so a network trained in bf16 must not run in fp16.
     """
     import torch
 
@@ -78,7 +78,7 @@ def default_autocast_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def finetuning_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of ``finetune.precision``, None for float32; auto is nnU-Net's, fp16 is for CUDA only."""
+    """Return the dtype of ``finetune.precision``, None for float32. auto is nnU-Net's; fp16 needs CUDA."""
     import torch
 
     if precision in ("auto", "fp16"):
@@ -87,7 +87,7 @@ def finetuning_dtype(precision: str, device: torch.device) -> torch.dtype | None
 
 
 def require_scaled_fp16(precision: str, device: torch.device) -> None:
-    """Raise MFMError (E_CONFIG) for training in fp16 where nnU-Net does not scale the losses, which fp16 needs."""
+    """Raise MFMError (E_CONFIG) for fp16 training where nnU-Net does not scale the loss, which fp16 needs."""
     if precision == "fp16" and device.type != "cuda":
         raise MFMError(
             "E_CONFIG",
@@ -96,11 +96,11 @@ def require_scaled_fp16(precision: str, device: torch.device) -> None:
 
 
 def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: torch.device, setting: str) -> None:
-    """Raise MFMError (E_CONFIG) where bf16 convolutions on CPUs get the weight gradient of uninitialised memory.
+    """Raise MFMError (E_CONFIG) if bf16 convolutions on CPUs would return wrong weight gradients.
 
-    With torch 2.14 (oneDNN) that is so for 3D kernels longer than 1 on feature maps of two voxels along the first axis;
-    maps of 1, 3 or more are right, and so are 2D ones. ``image_size`` is what the network sees, in voxels; ``setting``
-    is named in the message. Networks without strides per stage (transformers) are not concerned.
+    In torch 2.14 (oneDNN) 3D kernels longer than 1 read uninitialised memory on feature maps of two voxels along the
+    first axis. Maps of 1, 3 or more are right, and so are 2D ones. ``image_size`` is the network's input, in voxels;
+    ``setting`` is named in the message. Networks without strides per stage (transformers) are not affected.
     """
     encoder: Any = getattr(network, "encoder", None)
     if device.type != "cpu" or len(image_size) != 3 or not hasattr(encoder, "strides"):
@@ -115,9 +115,9 @@ def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: to
 
 
 def warn_of_slow_bf16(device: torch.device, setting: str) -> None:
-    """Log a warning where the CPU has no bf16 arithmetic: torch imitates it, which took six times as long with AVX2.
+    """Warn if the CPU has no bf16 arithmetic: torch emulates it, which took six times as long with AVX2.
 
-    Only x86 is checked, and only with a torch that reports capabilities.
+    Only x86 is checked, and only if torch reports capabilities.
     """
     import torch
 
@@ -131,13 +131,13 @@ def warn_of_slow_bf16(device: torch.device, setting: str) -> None:
 
 
 def _halved(size: int, stride: int) -> int:
-    """Size after a padded convolution with this stride."""
+    """Return the size after a padded convolution with this stride."""
     return -(-size // stride)
 
 
 @contextlib.contextmanager
 def out_of_memory_is_an_error(advice: str) -> Iterator[None]:
-    """Raise MFMError (E_OOM) with the reason and ``advice`` when memory runs out inside."""
+    """Raise MFMError (E_OOM) with the reason and ``advice`` if memory runs out inside."""
     try:
         yield
     except Exception as error:
@@ -150,15 +150,15 @@ def out_of_memory_is_an_error(advice: str) -> Iterator[None]:
 
 
 def default_workers(world_size: int = 1) -> int:
-    """Return the background readers per process: none on up to two cores (they would compete), else up to eight."""
+    """Return the number of background readers per process: 0 on up to two cores (they would compete), else up to 8."""
     cores = num_cores() // world_size
     return 0 if cores <= 2 else min(cores - 1, 8)
 
 
 def available_memory() -> int:
-    """Return the bytes of main memory that this process may use: of the computer, or of its container if that is less.
+    """Return the bytes of main memory available to this process: of the computer or, if less, of its container.
 
-    Without an answer of the system the result is ``sys.maxsize``. Memory that other programs use is not subtracted.
+    The result is ``sys.maxsize`` if the system does not report it. Memory of other programs is not subtracted.
     """
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return sys.maxsize
@@ -166,7 +166,7 @@ def available_memory() -> int:
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
-    """Raise MFMError (E_TOO_LARGE) when ``what``, the beginning of a sentence, needs more bytes than may be used."""
+    """Raise MFMError (E_TOO_LARGE) if ``what``, the beginning of a sentence, needs more than the available memory."""
     available = available_memory()
     if needed > available:
         raise MFMError(
@@ -177,7 +177,7 @@ def require_memory(needed: int, what: str, advice: str) -> None:
 
 @functools.cache
 def _memory_limits() -> list[int]:
-    """Return the bytes that the control groups (v2) of this process allow, as containers and schedulers set them."""
+    """Return the memory limits of this process's control groups (v2), which containers and schedulers set."""
     try:
         own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
@@ -185,6 +185,6 @@ def _memory_limits() -> list[int]:
     group = Path(f"{CONTROL_GROUPS}/{own}")
     limits = []
     for folder in (group, *group.parents):
-        with contextlib.suppress(OSError, ValueError):  # no limit is "max"; outside of the groups there is no such file
+        with contextlib.suppress(OSError, ValueError):  # "max" means no limit; outside the groups there is no such file
             limits.append(int((folder / "memory.max").read_text()))
     return limits

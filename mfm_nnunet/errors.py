@@ -1,7 +1,7 @@
-"""Errors that a user can repair, each with a stable code.
+"""Errors that a user can fix, each with a stable code.
 
-A message states what is wrong, which file or setting, why, and what to do. Each is a :class:`ValueError`, so callers of
-the Python API catch one type; the commands print the message without traceback and exit with 2 (or 3).
+A message states the problem, the file or setting, the reason, and the remedy. Each error is a :class:`ValueError`, so
+callers of the Python API catch one type. The commands print the message without traceback and exit with 2 (or 3).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 
 class MFMError(ValueError):
-    """An error that the user can repair.
+    """An error that the user can fix.
 
     ``code`` is one of the codes in ``documentation/reference/errors.md``, e.g. ``E_GZIP_TRUNCATED``.
     """
@@ -26,7 +26,7 @@ class MFMError(ValueError):
         super().__init__(f"{code}  {message}")
 
     def __reduce__(self) -> tuple[type[MFMError], tuple[str, str]]:
-        # Exceptions are sent between processes; the default would call __init__ with one argument.
+        # Pickling between processes: the default would call __init__ with one argument.
         return (type(self), (self.code, self.message))
 
 
@@ -41,9 +41,9 @@ OUT_OF_SHARED_MEMORY_WORDS = ("out of shared memory", "allocate shared memory", 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out: of the computer, of the GPU, or shared memory.
+    """Return whether an error means that main, GPU or shared memory ran out.
 
-    torch has a type for one of these; the others are RuntimeErrors, recognised by their text.
+    torch has an exception type for GPU memory only; other RuntimeErrors are recognised by their text.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -52,7 +52,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def unreadable(file: str | os.PathLike[str], error: OSError) -> MFMError:
-    """Return the error (E_NOT_FOUND, E_PERMISSION) of a file that cannot be opened."""
+    """Return the error (E_NOT_FOUND, E_PERMISSION) for a file that cannot be opened."""
     code = "E_PERMISSION" if error.errno in (errno.EACCES, errno.EPERM) else "E_NOT_FOUND"
     reason = error.strerror or error
     return MFMError(code, f"{os.fspath(file)}: cannot be read ({reason}). Check the path and its permissions.")
@@ -60,22 +60,22 @@ def unreadable(file: str | os.PathLike[str], error: OSError) -> MFMError:
 
 @dataclass(frozen=True)
 class CaseFailure:
-    """A case that was left out: its name, the error code and the reason."""
+    """A case that was skipped: its name, the error code and the reason."""
 
     case: str
     code: str
     reason: str
     details: str = ""
-    """The traceback of an unexpected error, for the log; never on the console."""
+    """Traceback of an unexpected error, for the log; never on the console."""
 
     def __str__(self) -> str:
         return f"{self.case}: {self.code}  {self.reason}"
 
 
 class CasesFailedError(MFMError):
-    """Some cases failed and the others were done (exit code 3); ``failures`` lists them with their reasons.
+    """Error after some cases failed and the others were done (exit code 3).
 
-    ``noun`` names what failed, if not cases.
+    ``failures`` lists them with their reasons. ``noun`` names what failed, if not cases.
     """
 
     def __init__(self, failures: list[CaseFailure], num_cases: int, noun: str = "cases") -> None:
@@ -91,7 +91,7 @@ class CasesFailedError(MFMError):
 
 
 def dataset_refused(name: str, failures: list[CaseFailure], num_cases: int, what_for: str) -> MFMError:
-    """Return the error of a labelled dataset with bad cases; ``what_for`` follows "cannot be used" in the message."""
+    """Return the error for a labelled dataset with bad cases; ``what_for`` follows "cannot be used" in the message."""
     shown = "\n".join(f"  {failure}" for failure in failures[:20])
     more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
     code = failures[0].code if len({failure.code for failure in failures}) == 1 else "E_FORMAT"
@@ -104,7 +104,7 @@ def dataset_refused(name: str, failures: list[CaseFailure], num_cases: int, what
 
 @contextlib.contextmanager
 def about(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Put the name of ``file`` before the message of an MFMError raised inside, unless the message has it."""
+    """Prefix an MFMError raised inside with the name of ``file``, unless its message contains it."""
     try:
         yield
     except MFMError as error:
@@ -114,10 +114,10 @@ def about(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class StoppedError(BaseException):
-    """The work was stopped by a signal; ``exit_code`` is 128 + its number, e.g. 130 (Ctrl-C) or 143 (SIGTERM).
+    """Exit after a stop signal; ``exit_code`` is 128 + its number, e.g. 130 (Ctrl-C) or 143 (SIGTERM).
 
-    Like KeyboardInterrupt it is not an Exception: it may come anywhere, and code that catches every error of a reader
-    or of a single case must not take it for a damaged file.
+    Like KeyboardInterrupt it is not an Exception: it can occur anywhere, and code that catches every error of a reader
+    or of a single case must not mistake it for a damaged file.
     """
 
     def __init__(self, exit_code: int, message: str) -> None:

@@ -1,7 +1,7 @@
 """Requests of jobs: a frozen dataclass whose fields are the flags of a command and the parameters in Python.
 
-A field says its default, its flag, its help and its legal values once. Nothing heavy is imported here, so that
-``--help`` answers at once.
+A field defines its default, its flag, its help and its legal values once. Nothing heavy is imported here, so that
+``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of a job. Raises MFMError (E_CONFIG) for a value that is not legal."""
+    """Base of all requests. Raises MFMError (E_CONFIG) for an illegal value."""
 
     _: KW_ONLY
     workspace: str | Path | None = field(default=None, metadata={"help": "where everything lives"})
@@ -46,23 +46,23 @@ class Request:
 
 
 def flag(spellings: str, help_text: str, **details: Any) -> dict[str, Any]:
-    """Return the metadata of a field: the spellings of its flag, separated by spaces, its help, and more.
+    """Return the metadata of a field: its help, and the spellings of its flag, separated by spaces.
 
-    ``check`` turns a value into the legal one or raises ValueError; ``position=True`` also takes the value as a
-    positional argument; ``parts`` are the settings that ``--set`` takes; the others are argparse's.
+    ``check`` converts a value to the legal one or raises ValueError. ``position=True`` also accepts a positional
+    argument. ``parts`` are the settings accepted by ``--set``. Other details are passed to argparse.
     """
     return {"spellings": spellings.split(), "help": help_text, **details}
 
 
 def option(default: Any, spellings: str, help_text: str, **details: Any) -> Any:
-    """Return the field of an optional value; see :func:`flag`."""
+    """Return a dataclass field with a default; see :func:`flag`."""
     return field(default=default, metadata=flag(spellings, help_text, **details))
 
 
 def takes(request: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
-    """Let a job take the fields of its request as parameters: ``train(4, "2d", 0)`` runs ``TrainRequest(4, "2d", 0)``.
+    """Let a job accept the fields of its request: ``train(4, "2d", 0)`` runs ``TrainRequest(4, "2d", 0)``.
 
-    Signature and documentation of the function show all fields.
+    The function's signature and documentation show all fields.
     """
 
     def decorate(job: Callable[[R], T]) -> Callable[P, T]:
@@ -80,7 +80,7 @@ def takes(request: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T
 
 
 def assignments(examples: str, *parts: str) -> Any:
-    """Return the field of ``--set``, which takes these parts of the settings and those that belong to none."""
+    """Return the field of ``--set``, which accepts these parts of the settings and those outside all parts."""
     text = f"change a setting; several may follow, e.g. {examples}"
     return option((), "--set", text, action="append", metavar="NAME=VALUE", parts=parts, check=each(_assignment))
 
@@ -119,7 +119,7 @@ def to_fold(value: Any) -> int | str:
 
 
 def one_of(*legal: str) -> Callable[[Any], str]:
-    """Return a check that names the nearest legal word."""
+    """Return a check for a set of words; its message suggests the nearest one."""
 
     def check(value: Any) -> str:
         if value not in legal:

@@ -1,7 +1,7 @@
-"""Files: names that come out of downloads, JSON, atomic writing, full disks, locks and journals, one of each.
+"""Files: safe names, JSON, atomic writing, full disks, locks and journals.
 
-A dataset, a plan or a checkpoint is what people download, so a name in it may be ``../../.bashrc``. Every path that is
-written goes through :func:`inside`. Files are replaced and never written through a link.
+Datasets, plans and checkpoints are downloaded, so a name in them may be ``../../.bashrc``. Every output path is built
+by :func:`inside`. Files are replaced and never written through a link.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from mfm_nnunet.errors import MFMError
 
 try:
     import fcntl
-except ImportError:  # only POSIX has it; without it leftovers stay, and nobody is kept out of a folder
+except ImportError:  # POSIX only; without it leftovers stay and folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 IMAGE_ENDINGS = (
     *(".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"),
 )
-"""The endings of image files that can be read, in lower case; ``.nii.gz`` before ``.nii``."""
+"""Endings of readable image files, in lower case; ``.nii.gz`` before ``.nii``."""
 MAX_DEPTH = 100
-"""Levels of tables and lists in a file; those of nnU-Net and ours have about ten."""
+"""Nesting limit of tables and lists in a file; nnU-Net's and ours have about ten levels."""
 MAX_BYTES = 255
-"""Longest name of a file, in the bytes that a file system stores."""
+"""Longest file name, in bytes as stored by the file system."""
 _NAME = re.compile(r"\w[\w .,+()=@&~-]*(?<![ .])")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _NO_LETTER = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _HEADER_BYTES = 1 << 16
-"""What a format writes besides the voxels."""
+"""Size of a file's content besides the voxels."""
 
 
 # Names and paths
 
 
 def ending_of(path: Path) -> str:
-    """Return the known ending of an image file's name in lower case, e.g. ``.nii.gz``; empty for an unknown one."""
+    """Return the known ending of an image file's name in lower case, e.g. ``.nii.gz``; "" for an unknown one."""
     name = path.name.lower()
     return next((ending for ending in IMAGE_ENDINGS if name.endswith(ending)), "")
 
@@ -56,7 +56,7 @@ def ending_of(path: Path) -> str:
 def is_name(value: Any) -> bool:
     """Return whether ``value`` can name a dataset, a plan, a configuration or a folder of data.
 
-    Letters of any script, digits, ``_`` and a few signs, beginning with one of the first three; at most 120 characters.
+    Letters of any script, digits, ``_`` and a few signs, starting with one of the first three; at most 120 characters.
     """
     return isinstance(value, str) and len(value) <= 120 and bool(_NAME.fullmatch(value)) and is_file_name(value)
 
@@ -64,7 +64,7 @@ def is_name(value: Any) -> bool:
 def is_file_name(value: Any) -> bool:
     """Return whether ``value`` is the name of one file: no separator, no control character, valid UTF-8.
 
-    Bidirectional marks, which reverse names on the screen, are legal: they change no path.
+    Bidirectional marks, which reverse names on the screen, are legal: they do not change the path.
     """
     if not isinstance(value, str) or value in ("", ".", "..") or not is_unicode(value):
         return False
@@ -72,7 +72,7 @@ def is_file_name(value: Any) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8; names in another encoding reach Python with surrogates."""
+    """Return whether a text can be written as UTF-8; Python represents names in other encodings by surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -81,14 +81,14 @@ def is_unicode(text: str) -> bool:
 
 
 def shown(text: object) -> str:
-    """Return ``text`` as it can be printed and written; what UTF-8 cannot hold becomes e.g. ``\\udcfc``."""
+    """Make ``text`` printable; characters that UTF-8 cannot encode become e.g. ``\\udcfc``."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def inside(folder: Path, *names: str, code: str = "E_CONFIG") -> Path:
-    """Build the path of an output, ``folder/name/...``; each name is the name of one file or folder.
+    """Build the path of an output, ``folder/name/...``; each name is that of one file or folder.
 
-    Raises MFMError (``code``) for a name that would lead out of ``folder`` or that no file can have.
+    Raises MFMError (``code``) for a name that leads out of ``folder`` or is not a legal file name.
     """
     for name in names:
         if not is_file_name(name):
@@ -101,7 +101,7 @@ def inside(folder: Path, *names: str, code: str = "E_CONFIG") -> Path:
 
 
 def require_unicode(path: str | os.PathLike[str], what: str) -> None:
-    """Raise MFMError (E_CONFIG) for a path that is not UTF-8: the libraries that write images end the process on it."""
+    """Raise MFMError (E_CONFIG) for a path that is not UTF-8: libraries that write images would abort on it."""
     if not is_unicode(os.fspath(path)):
         raise MFMError(
             "E_CONFIG", f"{what} {shown(path)}: this path is not UTF-8, so images cannot be written there. Rename it."
@@ -109,18 +109,18 @@ def require_unicode(path: str | os.PathLike[str], what: str) -> None:
 
 
 def whole_number(text: str) -> int | None:
-    """Return the number that up to nine ASCII digits write; None for anything else, such as ``²``, -1 or 1.0."""
+    """Parse up to nine ASCII digits; return None for anything else, such as ``²``, -1 or 1.0."""
     return int(text) if _NUMBER.fullmatch(text) else None
 
 
 def not_regular(file: Path) -> MFMError:
-    """Return the error (E_NOT_REGULAR) of a link, folder, pipe or device where a file is written."""
+    """Return the error (E_NOT_REGULAR) for a link, folder, pipe or device in place of an output file."""
     kind = "a link" if file.is_symlink() else "a folder, pipe or device"
     return MFMError("E_NOT_REGULAR", f"{file}: is {kind} where this command writes a file. Move it away.")
 
 
 def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".txt", ".jsonl")) -> None:
-    """Raise MFMError (E_NOT_REGULAR) for a link among the files that nnU-Net writes through: JSON, logs, plots.
+    """Raise MFMError (E_NOT_REGULAR) for a link among the files that nnU-Net overwrites: JSON, logs, plots.
 
     Checkpoints may be links: they are replaced as a whole.
     """
@@ -133,7 +133,7 @@ def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".tx
 
 
 def is_nested_too_deep(value: Any) -> bool:
-    """Return whether tables and lists are nested deeper than in any file of ours or nnU-Net's: recursion might fail."""
+    """Return whether tables and lists are nested so deep that recursion may fail; see ``MAX_DEPTH``."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [item for entry in level for item in _entries(entry) if isinstance(item, (Mapping, list, tuple))]
@@ -149,10 +149,10 @@ def _entries(value: Any) -> Iterable[Any]:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Return the value that JSON text holds: the only way in which this package reads JSON of files.
+    """Parse JSON text; every JSON file in this package is read through this function.
 
-    A byte order mark is skipped, which editors on Windows write. Raises ValueError for anything that is no JSON, also
-    for what is nested too deep to be worked on.
+    A byte order mark, which Windows editors write, is skipped. Raises ValueError for invalid JSON and for too deep
+    nesting.
     """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content.removeprefix("\ufeff")
     try:
@@ -165,9 +165,9 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def read_json(file: Path, advice: str, code: str = "E_FORMAT") -> dict[str, Any]:
-    """The JSON object in ``file``; ``advice``, a sentence, ends the messages.
+    """Return the JSON object in ``file``; ``advice``, a sentence, ends the messages.
 
-    Raises MFMError: E_NOT_FOUND, or ``code`` when the file cannot be read or holds something else.
+    Raises MFMError: E_NOT_FOUND, or ``code`` if the file cannot be read or holds something else.
     """
     try:
         content = parse_json(file.read_bytes())
@@ -187,9 +187,9 @@ def write_json(file: Path, content: Any, indent: int = 1) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """Return ``value`` with NumPy's scalars and arrays as numbers and lists, paths and devices as text.
+    """Convert NumPy scalars and arrays to numbers and lists, paths and devices to text.
 
-    Tensors stay: checkpoints hold them.
+    Tensors are kept: checkpoints hold them.
     """
     if isinstance(value, Mapping):
         return {(key if isinstance(key, (str, int)) else str(key)): to_plain(item) for key, item in value.items()}
@@ -201,7 +201,7 @@ def to_plain(value: Any) -> Any:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Return whether two values are the same as JSON: keys are text, sequences lists, 1 is 1.0, and NaN is itself."""
+    """Compare two values as JSON: keys are text, sequences are lists, 1 equals 1.0, and NaN equals itself."""
     return bool(_comparable(to_plain(one)) == _comparable(to_plain(other)))
 
 
@@ -214,7 +214,7 @@ def _comparable(value: Any) -> Any:
 
 
 def digest_of(content: Any) -> str:
-    """Return the SHA-256 of a value as JSON, whatever the order of its keys."""
+    """Return the SHA-256 of a value as JSON, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(to_plain(content), sort_keys=True).encode()).hexdigest()
 
 
@@ -234,8 +234,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open ``path`` for writing such that it appears whole or not at all.
 
-    Files that killed processes left beside it are removed. Raises MFMError (E_DISK_FULL) when the disk is full; an
-    older file of that name stays as it was.
+    Leftover files of killed processes beside it are removed. Raises MFMError (E_DISK_FULL) if the disk is full; an
+    existing file of that name is then unchanged.
     """
     target = Path(path)
     remove_leftovers(target.parent)
@@ -250,14 +250,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Open a new file beside ``target``, locked to show others that it is in use; removed at the end."""
+    """Open a new file beside ``target``, locked to mark it as in use; it is removed at the end."""
     while True:
-        # No process number: containers and hosts that share a disk have the same ones.
+        # No process number: containers and hosts that share a disk have colliding ones.
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         with open(temporary, "xb") as file:
             try:
                 if take_lock(file.fileno()) is False or not temporary.exists():
-                    continue  # taken for a leftover by a process that was faster
+                    continue  # another process removed it as a leftover
                 yield temporary, file
                 return
             finally:
@@ -265,7 +265,7 @@ def _temporary(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
+    """Remove temporary files of killed processes from a folder; those of living processes are locked."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             if _TEMPORARY_NAME.fullmatch(name):
@@ -284,7 +284,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable; some network shares cannot."""
+    """Make renames in a folder durable; some network shares do not support this."""
     with contextlib.suppress(OSError):
         sync(folder)
 
@@ -298,16 +298,17 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def disk_full(path: Path) -> MFMError:
-    """Return the error of a full disk; files that were there before are untouched."""
+    """Return the error for a full disk; existing files are unchanged."""
     return MFMError("E_DISK_FULL", f"{path}: the disk is full. Free some space and run the command again.")
 
 
 @contextlib.contextmanager
 def report_full_disk(path: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn the system's errors of a full disk into MFMError (E_DISK_FULL) that names ``path``.
+    """Convert the system's errors of a full disk to MFMError (E_DISK_FULL) that names ``path``.
 
-    Where ``path`` is a folder, the file in it that the error names, if it names one. Libraries often hide the cause:
-    with ``num_bytes``, the size of what they write, other errors count as well if so much cannot be written there.
+    If ``path`` is a folder, the message names the file in it that the error names, if any. Libraries often hide the
+    cause: with ``num_bytes``, the size of their output, other errors count as well if that many bytes cannot be written
+    there.
     """
     try:
         yield
@@ -315,7 +316,7 @@ def report_full_disk(path: Path, num_bytes: int | None = None) -> Iterator[None]
         raise
     except Exception as error:
         if isinstance(error, OSError) and is_disk_full(error):
-            named = error.filename2 or error.filename  # of a copy, the second is the one that was written
+            named = error.filename2 or error.filename  # for a copy, the second name is the output
             is_better = path.is_dir() and isinstance(named, (str, bytes, os.PathLike))
             raise disk_full(Path(os.fsdecode(named)) if is_better else path) from error
         is_hidden = num_bytes is not None and getattr(error, "errno", None) in (None, errno.EIO)
@@ -325,7 +326,7 @@ def report_full_disk(path: Path, num_bytes: int | None = None) -> Iterator[None]
 
 
 def _has_room(folder: Path, num_bytes: int) -> bool:
-    """Return whether so much can be written into a folder; quotas do not show in the free space of a disk."""
+    """Test whether this many bytes can be written into a folder; the free space of a disk does not reflect quotas."""
     if shutil.disk_usage(folder).free < num_bytes:
         return False
     try:
@@ -341,11 +342,12 @@ def _has_room(folder: Path, num_bytes: int) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Lock a file or folder for this process, and yield whether that worked; the system unlocks it for a dead one.
+    """Lock a file or folder for this process, and yield whether that worked.
 
-    It fails where another process holds the lock, and on a file system without locks.
+    It fails if another process holds the lock, and on a file system without locks. The system releases the lock of a
+    dead process.
     """
-    # Never another file than this one, nor a wait for a pipe.
+    # Do not follow links, and do not wait for a pipe.
     safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     handle = os.open(path, safely | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
     try:
@@ -355,7 +357,7 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def take_lock(handle: int) -> bool | None:
-    """Lock an open file until it is closed; False where another process has it, None where there are no locks."""
+    """Lock an open file until it is closed; False if another process holds the lock, None if locks are unsupported."""
     if fcntl is None:
         return None
     try:
@@ -370,7 +372,7 @@ def take_lock(handle: int) -> bool | None:
 def open_to_append(file: Path) -> IO[bytes]:
     """Open a log for reading and appending; the caller closes it.
 
-    Raises MFMError (E_NOT_REGULAR) for a link, which would lead to a file elsewhere, and for a pipe or device.
+    Raises MFMError (E_NOT_REGULAR) for a link, which would lead to another file, and for a pipe or device.
     """
     safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
@@ -388,9 +390,9 @@ def open_to_append(file: Path) -> IO[bytes]:
 
 
 def append_line(handle: IO[bytes], entry: Mapping[str, Any]) -> None:
-    """Append a line of JSON to a journal of :func:`open_to_append`; it is on the disk when this returns.
+    """Append a line of JSON to a journal of :func:`open_to_append` and flush it to disk.
 
-    A line that a killed process left unfinished is ended first. Raises MFMError (E_DISK_FULL).
+    An unfinished line of a killed process is terminated first. Raises MFMError (E_DISK_FULL).
     """
     with report_full_disk(Path(handle.name)):
         handle.seek(max(0, handle.seek(0, os.SEEK_END) - 1))
@@ -401,7 +403,7 @@ def append_line(handle: IO[bytes], entry: Mapping[str, Any]) -> None:
 
 
 def read_lines(file: Path) -> Iterator[Any]:
-    """Yield the values of a journal; lines that are no JSON, such as one that was cut off, are skipped."""
+    """Yield the values of a journal, skipping lines that are not JSON, such as a truncated one."""
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
             value = parse_json(line)

@@ -8,8 +8,8 @@ import numpy as np
 def dice(reference: np.ndarray, predicted: np.ndarray, values: tuple[int, ...], ignore: int | None = None) -> float:
     """Return the Dice of one label, i.e. of the voxels whose value is in ``values``.
 
-    Voxels with the reference value ``ignore`` do not count. A label in neither array has no Dice, NaN; a label in only
-    one of them has 0.
+    Voxels with the reference value ``ignore`` do not count. The result is NaN if neither array has the label, and 0 if
+    only one has it.
     """
     is_counted = np.ones(reference.shape, bool) if ignore is None else reference != ignore
     is_reference = np.isin(reference, values) & is_counted
@@ -19,6 +19,6 @@ def dice(reference: np.ndarray, predicted: np.ndarray, values: tuple[int, ...], 
 
 
 def mean_dice(values: list[float]) -> float:
-    """Return the mean of the Dice values that exist; NaN when none does."""
+    """Return the mean of the defined Dice values; NaN if there are none."""
     existing = [value for value in values if value == value]
     return sum(existing) / len(existing) if existing else float("nan")

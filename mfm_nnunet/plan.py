@@ -1,4 +1,4 @@
-"""The plan: nnU-Net's ``plans.json`` with our block, read, resolved and refused once at the door of a job.
+"""The plan: nnU-Net's ``plans.json`` with our block, read, resolved and checked once at the start of a job.
 
 Sizes are in voxels and spacings in mm, in the plan's axis order (after ``transpose_forward``).
 """
@@ -34,45 +34,46 @@ SHARED_KEYS = (
     *PLAN_KEYS, "original_median_spacing_after_transp", "original_median_shape_after_transp",
     "experiment_planner_used", "label_manager", "mfm",
 )  # fmt: skip
-"""Keys of a plan that leave this computer with a checkpoint."""
+"""Keys of a plan that are copied into checkpoints."""
 PREPROCESSOR = "DefaultPreprocessor"
-"""nnU-Net's class whose work we do; older plans do not name one."""
+"""nnU-Net's class that our preprocessing replaces; older plans do not name one."""
 NORMALISED_BY_CASE = frozenset(NORMALISATIONS) - {CT}
-"""Schemes that need nothing from the fingerprint, so that one more case does not change all others."""
+"""Schemes that do not use the fingerprint, so that a new case does not change the others."""
 
 OF_PLAN = ("transpose_forward",)
 OF_CONFIGURATION = (
     *("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "resampling_fn_seg"),
     *("resampling_fn_data_kwargs", "resampling_fn_seg_kwargs"),
 )
-"""What decides, together with the intensities of CT, how an image becomes voxels: for preprocessing and prediction."""
+"""Fields that, with the CT intensities, determine the voxels of an image in preprocessing and prediction."""
 PREPROCESSING_ONLY = ("image_reader_writer", "preprocessor_name")
-"""Also decides about preprocessed files. A prediction reads by the ending of each file, and is ours in any case."""
+"""Further fields that determine preprocessed files. Prediction chooses readers by file ending, and is always ours."""
 PREDICTION_ONLY = ("patch_size", "previous_stage")
-"""Also decides about predictions. How probabilities return to the image does not: people set a faster way there."""
+"""Further fields that determine predictions. The resampling of probabilities is not one: users may set a faster
+method."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One configuration of a plan, with everything that it inherits; do not change ``values``."""
+    """One configuration of a plan, with inherited values; do not modify ``values``."""
 
     name: str
     values: Mapping[str, Any]
 
     @property
     def patch_size(self) -> tuple[int, ...]:
-        """Voxels that the network sees."""
+        """Size of the network's input in voxels."""
         return tuple(self.values["patch_size"])
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
-        """Lengths in mm; None where the plan names none, or none for each axis."""
+        """Spacing in mm; None if the plan has none, or none for each axis."""
         spacing = self.values.get("spacing")
         return None if spacing is None or None in spacing else tuple(spacing)
 
     @property
     def is_resampled(self) -> bool:
-        """Whether images are brought to one spacing."""
+        """True if images are resampled to one spacing."""
         return self.values.get("resampling_fn_data") != NO_RESAMPLING and self.spacing is not None
 
     @property
@@ -87,17 +88,17 @@ class Configuration:
 
     @property
     def normalization_schemes(self) -> tuple[str, ...]:
-        """nnU-Net's class for each image channel."""
+        """Name of nnU-Net's normalisation class for each image channel."""
         return tuple(self.values["normalization_schemes"])
 
     @property
     def num_channels(self) -> int:
-        """Number of image channels; a cascade's network sees the labels of the previous stage as well."""
+        """Number of image channels; the network of a cascade also gets the labels of the previous stage."""
         return len(self.normalization_schemes)
 
     @property
     def previous_stage(self) -> str | None:
-        """The configuration of a cascade whose predictions this one continues."""
+        """Configuration of a cascade whose predictions this one refines."""
         return self.values.get("previous_stage")
 
     @property
@@ -107,7 +108,7 @@ class Configuration:
 
     @property
     def preprocessor_problem(self) -> str:
-        """The sentence that says why our preprocessing is not the plan's; "" if it is."""
+        """Reason why our preprocessing differs from the plan's, as a sentence; "" if it does not."""
         named = self.values.get("preprocessor_name", PREPROCESSOR)
         if named == PREPROCESSOR:
             return ""
@@ -119,16 +120,16 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan of ours or of stock nnU-Net. ``content`` is the file's, for nnU-Net's own classes; do not change it."""
+    """A plan of ours or of stock nnU-Net. ``content`` is the file's, for nnU-Net's own classes; do not modify it."""
 
     content: Mapping[str, Any]
 
     @classmethod
     def read(cls, file: Path, advice: str, code: str = "E_FORMAT") -> Plan:
-        """Read a plan that holds everything that training and prediction look up in it.
+        """Read a plan and check that it contains everything that training and prediction need.
 
-        Raises MFMError as :func:`mfm_nnunet.files.read_json`, with ``code`` also when something is missing or of
-        another kind; ``advice``, a sentence, ends the message.
+        Raises MFMError as :func:`mfm_nnunet.files.read_json`, with ``code`` also for missing or illegal values;
+        ``advice``, a sentence, ends the message.
         """
         content = read_json(file, advice, code)
         if problem := plan_problem(content) or network_problem(content):
@@ -137,12 +138,12 @@ class Plan:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Plan:
-        """Wrap a plan that was just made or was checked with :func:`mfm_nnunet.plan_rules.plan_problem`."""
+        """Wrap a plan that was just created or was checked with :func:`mfm_nnunet.plan_rules.plan_problem`."""
         return cls(content)
 
     @classmethod
     def of_checkpoint(cls, init_args: Mapping[str, Any]) -> Plan | None:
-        """Return the plan that a fine-tuned checkpoint holds; None where there is none or it is not whole."""
+        """Return the plan in a fine-tuned checkpoint; None if it is missing or incomplete."""
         content = init_args.get("plans")
         return cls(content) if isinstance(content, Mapping) and not plan_problem(content) else None
 
@@ -158,12 +159,12 @@ class Plan:
 
     @functools.cached_property
     def mfm(self) -> MFMBlock:
-        """Our block; the defaults for a stock plan. Raises MFMError (E_CONFIG) for settings that do not exist."""
+        """Our block; the defaults for a stock plan. Raises MFMError (E_CONFIG) for unknown settings."""
         return block_of(self.content)
 
     @property
     def family(self) -> str:
-        """Family of the network, as :mod:`mfm_nnunet.models.families` names it."""
+        """Family of the network, as named in :mod:`mfm_nnunet.models.families`."""
         return self.mfm.network
 
     @property
@@ -172,7 +173,7 @@ class Plan:
         return tuple(self.content.get("configurations", {}))
 
     def configuration(self, name: str) -> Configuration:
-        """Return a configuration, resolved. Raises MFMError (E_CONFIG) with the nearest name if there is none."""
+        """Return a configuration with inherited values. Raises MFMError (E_CONFIG) for an unknown name."""
         if name not in self.configuration_names:
             raise MFMError(
                 "E_CONFIG",
@@ -185,15 +186,15 @@ class Plan:
         return Configuration(name, copy.deepcopy(values))
 
     def shared(self) -> dict[str, Any]:
-        """Return the part that may leave this computer: planners of others add e.g. the path of a checkpoint."""
+        """Return the part that may leave this computer: other planners add e.g. the path of a checkpoint."""
         return {key: value for key, value in self.content.items() if key in SHARED_KEYS}
 
     def preprocessing_digest(self, configuration: str, dataset: DatasetJson) -> str:
-        """Return the SHA-256 of everything but the images that preprocessed files depend on."""
+        """Return the SHA-256 of everything that determines preprocessed files, except the images."""
         return digest_of({"format": 1, **self._preprocessing(configuration, dataset)})
 
     def make_data_identifier(self, configuration: str, dataset: DatasetJson) -> str:
-        """Return ``mfm_<configuration>_<8 hex>``: equal exactly when preprocessing gives the same files."""
+        """Return ``mfm_<configuration>_<8 hex>``; equal exactly if preprocessing gives the same files."""
         content = self._preprocessing(configuration, dataset)
         content["labels"] = [content["labels"], content.pop("regions_class_order")]
         if content["intensities"] is None:
@@ -201,15 +202,15 @@ class Plan:
         return f"mfm_{configuration}_{digest_of(content)[:8]}"
 
     def differences(self, other: Plan, configuration: str) -> list[str]:
-        """Return the names of what decides a prediction and differs: weights of one plan would be wrong for the other.
+        """Return the names of the differing fields that affect predictions.
 
-        Many plans fit one network; with another spacing or normalisation, masks look plausible and are wrong.
+        Many plans fit one network. With another spacing or normalisation, masks look plausible and are wrong.
         """
         own, theirs = self._prediction(configuration), other._prediction(configuration)
         return [name for name, value in own.items() if not is_same(value, theirs[name])]
 
     def _preprocessing(self, configuration: str, dataset: DatasetJson) -> dict[str, Any]:
-        """Collect what preprocessed files depend on. Folders on disk bear digests of this: never change it."""
+        """Collect the values that determine preprocessed files. Folder names contain their digest: never change it."""
         values = self.configuration(configuration).values
         return {
             **{name: self.content.get(name) for name in (*OF_PLAN, "image_reader_writer")},
@@ -227,6 +228,6 @@ class Plan:
         }
 
     def _intensities(self, configuration: str) -> Any:
-        """Return the intensities of the dataset where images are normalised with them, else None."""
+        """Return the dataset's intensities if images are normalised with them, else None."""
         uses_dataset = set(self.configuration(configuration).normalization_schemes) - NORMALISED_BY_CASE
         return self.content[INTENSITIES] if uses_dataset else None

@@ -1,8 +1,8 @@
-"""The rules of a plan: what must be there, which names it may hold, and between which limits its numbers lie.
+"""The rules of a plan: required keys, legal names, and limits of its numbers.
 
-A plan names classes and functions of nnU-Net, folders and sizes, and often comes with a download. Stock nnU-Net imports
-any class of such a name and builds any size. Here names come from a list, and numbers that no computer can handle are
-refused before anything is built.
+A plan names classes and functions of nnU-Net, folders and sizes, and is often downloaded. Stock nnU-Net imports any
+class named there and builds any size. Here names come from a list, and impossible numbers are refused before anything
+is built.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OLD_ARCHITECTURE_KEYS = (
     "UNet_base_num_features", "unet_max_num_features", "n_conv_per_stage_encoder", "n_conv_per_stage_decoder",
     "num_pool_per_axis", "pool_op_kernel_sizes", "conv_kernel_sizes",
 )  # fmt: skip
-"""Keys that the first versions of nnU-Net 2 wrote in place of ``architecture``."""
+"""Keys that the first versions of nnU-Net 2 wrote instead of ``architecture``."""
 OLD_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
 READERS = (
     *("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"),
@@ -38,7 +38,7 @@ LABEL_MANAGERS = ("LabelManager",)
 CT = "CTNormalization"
 NORMALISATIONS = (*("ZScoreNormalization", CT, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"),)
 NO_RESAMPLING = "no_resampling_hack"
-"""nnU-Net's resampling function that returns its input as it is."""
+"""nnU-Net's resampling function that returns its input unchanged."""
 _SPLINE = ("is_seg", "force_separate_z", "separate_z_anisotropy_threshold")
 RESAMPLING_FUNCTIONS: dict[str, tuple[str, ...]] = {
     "resample_data_or_seg_to_shape": (*_SPLINE, "order", "order_z"),
@@ -47,17 +47,17 @@ RESAMPLING_FUNCTIONS: dict[str, tuple[str, ...]] = {
     ),
     NO_RESAMPLING: (),
 }  # fmt: skip
-"""nnU-Net's functions, and the arguments that a plan may give each."""
+"""nnU-Net's functions, and the arguments that a plan may set for each."""
 SPACING_LIMITS_MM = (1e-3, 1e3)
 MAX_EDGE, MAX_PATCH_VOXELS = 1 << 14, 1 << 30
-"""Voxels along an edge of a patch, and in a patch: the largest hold a few GB per channel."""
+"""Limits of voxels along a patch edge, and in a patch: the largest takes a few GB per channel."""
 MAX_BATCH = 1 << 16
 MAX_ARGUMENT, MAX_ARGUMENTS = 1 << 13, 1 << 10
-"""Largest number among the arguments of a network (published ones have at most 1,728), and how many a list has."""
+"""Limits of numbers among network arguments (published ones have at most 1,728), and of the length of a list."""
 
 
 def plan_problem(plans: Mapping[str, Any]) -> str:
-    """Return what is missing or impossible in a plan, as the end of a sentence; "" if nothing is."""
+    """Return the first missing or impossible value of a plan, as the end of a sentence; "" if there is none."""
     if lacking := [key for key in PLAN_KEYS if key not in plans]:
         return f"this plan has no '{lacking[0]}'"
     if is_nested_too_deep(plans):
@@ -66,9 +66,9 @@ def plan_problem(plans: Mapping[str, Any]) -> str:
 
 
 def network_problem(plans: Mapping[str, Any]) -> str:
-    """Return what a plan without other problems lacks to build its networks from, as the end of a sentence.
+    """Return what a valid plan lacks for building its networks, as the end of a sentence; "" if nothing.
 
-    Plans in checkpoints of others may lack it: their networks are read off the tensors.
+    Plans in checkpoints of other programs may lack it: their networks are derived from the tensors.
     """
     for name in plans["configurations"]:
         resolved, _ = resolve_inheritance(plans["configurations"], name)
@@ -77,7 +77,7 @@ def network_problem(plans: Mapping[str, Any]) -> str:
             return f"configuration '{name}' names the unknown network {_shown(resolved['UNet_class_name'])}"
         is_whole = architecture is not None and "." not in str(
             architecture["network_class_name"]
-        )  # a name for all of it
+        )  # one name for the whole network
         keys = OLD_ARCHITECTURE_KEYS if architecture is None else () if is_whole else ARCHITECTURE_KEYS
         lacking = [key for key in keys if (resolved if architecture is None else architecture).get(key) is None]
         if lacking:
@@ -118,7 +118,7 @@ def _axes_problems(forward: Any, backward: Any) -> Iterator[str]:
 
 
 def _configuration_problems(plans: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield the faults of a configuration, each as the end of a sentence that begins with its name."""
+    """Yield the faults of a configuration, each as the end of a sentence that starts with its name."""
     if not is_name(name):
         yield "has a name that can name no folder"
         return
@@ -137,7 +137,7 @@ def _configuration_problems(plans: Mapping[str, Any], name: str) -> Iterator[str
 
 
 def resolve_inheritance(configurations: Mapping[str, Any], name: str) -> tuple[dict[str, Any], Any]:
-    """Return a configuration with everything that it inherits, and the parent that the plan lacks, if any."""
+    """Return a configuration with all inherited values, and the missing parent, if any."""
     resolved: dict[str, Any] = {}
     visited: list[str] = []
     place: Any = name
@@ -152,7 +152,7 @@ def resolve_inheritance(configurations: Mapping[str, Any], name: str) -> tuple[d
 
 
 def _wrong_values(resolved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the names of single values that are impossible, and why."""
+    """Yield the key of the first impossible value, and the reason."""
     patch, spacing, batch = resolved["patch_size"], resolved["spacing"], resolved["batch_size"]
     rules: list[tuple[str, Callable[[], bool], str]] = [
         ("patch_size", lambda: _are_sizes(patch) and len(patch) in (2, 3), "not two or three whole numbers"),
@@ -188,7 +188,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _is_spacing(spacing: Any) -> bool:
-    """None, or None for each axis, stands for images that are not resampled."""
+    """Return whether a value is a legal spacing; None, or None per axis, means images are not resampled."""
     low, high = SPACING_LIMITS_MM
     if spacing is None or (_is_row(spacing) and set(map(type, spacing)) == {type(None)}):
         return True
@@ -216,7 +216,7 @@ def _normalisation_problems(resolved: Mapping[str, Any], intensities: Mapping[st
 
 
 def _is_ct(known: Any) -> bool:
-    """Return whether a channel has the intensities that CT is clipped and scaled with."""
+    """Return whether a channel has the intensities for clipping and scaling CT."""
     names = ("mean", "std", "percentile_00_5", "percentile_99_5")
     return isinstance(known, dict) and all(_is_finite(known.get(name)) for name in names)
 
@@ -247,7 +247,7 @@ def _is_argument(name: str, value: Any) -> bool:
 def _architecture_problems(resolved: Mapping[str, Any], num_axes: int) -> Iterator[str]:
     architecture = resolved.get("architecture")
     if architecture is None:
-        if "UNet_class_name" not in resolved:  # written by older nnU-Nets
+        if "UNet_class_name" not in resolved:  # written by older versions of nnU-Net
             yield "has no 'architecture'"
         named: Any = {key: resolved[key] for key in OLD_ARCHITECTURE_KEYS if key in resolved}
     else:
@@ -268,7 +268,7 @@ def _architecture_problems(resolved: Mapping[str, Any], num_axes: int) -> Iterat
 
 
 def _is_small(value: Any) -> bool:
-    """Return whether all numbers of an argument, also in lists and tables, are of a size that a network can have."""
+    """Return whether all numbers of an argument, including nested ones, are of a possible size."""
     if isinstance(value, dict):
         return all(map(_is_small, value.values()))
     if _is_row(value):
@@ -277,7 +277,7 @@ def _is_small(value: Any) -> bool:
 
 
 def _stride_problems(arguments: Mapping[str, Any], num_axes: int) -> Iterator[str]:
-    """Yield arguments that divide the patch and are not whole numbers, one for each axis."""
+    """Yield arguments that divide the patch but are not whole numbers, one for each axis."""
     for name in ("strides", "pool_op_kernel_sizes", "patch_embed_size", "input_shape"):
         value = arguments.get(name)
         if value is None:
@@ -295,7 +295,7 @@ def _unknown(key: str, value: Any, known: Mapping[str, Any] | tuple[str, ...]) -
 
 
 def _place_of_nonfinite(value: Any, place: str = "") -> str:
-    """Return the dotted name of a number that is NaN or infinite; "" if there is none."""
+    """Return the dotted name of a NaN or infinite number; "" if there is none."""
     if isinstance(value, dict):
         names = ((item, f"{place}.{key}" if place else str(key)) for key, item in value.items())
     elif _is_row(value):

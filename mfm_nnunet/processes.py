@@ -1,4 +1,4 @@
-"""Several processes: one for each GPU, and the errors of child processes as they were raised.
+"""Multi-process runs: one process per GPU, and errors of child processes re-raised in the parent.
 
 torch is imported where it is used.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 SECONDS_TO_SAVE = 600
-"""How long child processes that were stopped may take, e.g. to end a probe and to save, before they are killed."""
+"""Time that stopped child processes get, e.g. to end a probe and to save, before they are killed."""
 
 
 # Several GPUs
@@ -41,7 +41,7 @@ SECONDS_TO_SAVE = 600
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process among ``size`` processes."""
+    """Rank of this process among ``size`` processes."""
 
     rank: int = 0
     size: int = 1
@@ -49,7 +49,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
 
@@ -57,7 +57,7 @@ ALONE = World()
 
 
 def join_world(device: torch.device) -> World:
-    """Join the process group that torchrun announced in the environment, if it did."""
+    """Join the process group that torchrun announced in the environment, if any."""
     import torch.distributed as dist
 
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -68,11 +68,11 @@ def join_world(device: torch.device) -> World:
 
 
 def leave_world(world: World) -> None:
-    """Leave the process group; a module that was wrapped for it must be released before."""
+    """Leave the process group; a module wrapped for it must be released before."""
     import torch.distributed as dist
 
     if world.size > 1 and dist.is_initialized():
-        # A wrapper left in a reference cycle keeps the group's threads beyond the interpreter's end, which aborts.
+        # A wrapper in a reference cycle would keep the group's threads alive at exit, and the interpreter would abort.
         gc.collect()
         dist.destroy_process_group()
 
@@ -89,7 +89,7 @@ def mean(value: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def gather(values: torch.Tensor, world: World) -> torch.Tensor:
-    """Join the values of all processes along the first axis; each has equally many."""
+    """Concatenate the values of all processes along the first axis; all have the same shape."""
     import torch
     import torch.distributed as dist
 
@@ -113,7 +113,7 @@ def largest(value: int, world: World, device: torch.device) -> int:
 
 
 def any_true(flag: bool, world: World, device: torch.device) -> bool:
-    """Return whether ``flag`` holds in any process, so that all processes decide alike."""
+    """Return whether ``flag`` is true in any process, so that all processes decide alike."""
     return bool(largest(int(flag), world, device))
 
 
@@ -121,7 +121,7 @@ def any_true(flag: bool, world: World, device: torch.device) -> bool:
 
 
 def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``function`` in a child process and note in ``folder`` an error that the user should see."""
+    """Call ``function`` in a child process, and record errors for the user in ``folder``."""
     try:
         with terminal.escaped_streams():
             terminal.configure_logging()
@@ -134,15 +134,15 @@ def call_recorded(folder: str, function: Callable[..., Any], *arguments: Any) ->
             note["exit_code"] = error.exit_code
         (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(note))
         if isinstance(error, StoppedError):
-            raise SystemExit(error.exit_code) from error  # the end of a process without a traceback
+            raise SystemExit(error.exit_code) from error  # exit without a traceback
         raise
 
 
 def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], number: int) -> None:
-    """Call ``function(*arguments)`` in ``number`` processes that :func:`join_world` joins, and wait for them.
+    """Call ``function(*arguments)`` in ``number`` processes connected by :func:`join_world`, and wait for them.
 
-    Raises the error that a process noted. Whatever ends the wait, such as a signal, ends the processes too: each gets
-    the same signal and may save, for as long as ``SECONDS_TO_SAVE``. A second signal kills them.
+    Raises the error that a process recorded. An interruption, such as a signal, is passed on to the processes, which
+    get ``SECONDS_TO_SAVE`` to save. A second signal kills them.
     """
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
@@ -169,7 +169,7 @@ def run_processes(function: Callable[..., Any], arguments: tuple[Any, ...], numb
 def _run_child(
     rank: int, number: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    """Name this process as torchrun would, and run its part; nothing of it is printed to stdout."""
+    """Set torchrun's variables and call the function; stdout is redirected to stderr."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with contextlib.redirect_stdout(sys.stderr):
@@ -178,7 +178,7 @@ def _run_child(
 
 @contextlib.contextmanager
 def no_child_left() -> Iterator[None]:
-    """Kill the ``multiprocessing`` children of this block that are left at its end, e.g. after a second signal."""
+    """At exit, kill remaining ``multiprocessing`` children of this block, e.g. after a second signal."""
     before = multiprocessing.active_children()
     try:
         yield
@@ -190,7 +190,6 @@ def no_child_left() -> Iterator[None]:
 
 
 def _end(processes: Iterable[BaseProcess], number: int) -> None:
-    """Send a signal to processes and give them time to save."""
     until = time.monotonic() + SECONDS_TO_SAVE
     for process in processes:
         if process.pid is not None and process.is_alive():
@@ -200,9 +199,9 @@ def _end(processes: Iterable[BaseProcess], number: int) -> None:
 
 
 def raise_recorded(folder: str, exit_code: int | None = None) -> None:
-    """Raise in the parent what a child noted in ``folder``, if any did: an error rather than a stop that followed it.
+    """Re-raise an error that a child recorded in ``folder``, if any; errors take precedence over stops.
 
-    ``exit_code`` is that of the signal which ended the parent, where one did: a child may have got another one first.
+    ``exit_code`` belongs to the signal that ended the parent, if any: a child may have received another one first.
     """
     notes = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
     for note in sorted(notes, key=lambda note: "exit_code" in note):

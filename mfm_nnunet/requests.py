@@ -1,4 +1,4 @@
-"""The requests: what a user may ask of each job. See :mod:`mfm_nnunet.fields`."""
+"""Requests: the arguments of each job. See :mod:`mfm_nnunet.fields`."""
 
 # ruff: noqa: RUF009 (option makes a dataclass field)
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mfm_nnunet.fields import (
 from mfm_nnunet.files import is_file_name, whole_number
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
-"""All that nnU-Net ever plans; which of them a dataset gets is known only after its images were read."""
+"""All configurations of nnU-Net; those of a dataset are known only after reading its images."""
 SPACINGS = ("median", "onemm", "original")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -137,7 +137,7 @@ class PlanRequest(Request):
 
 @dataclass(frozen=True)
 class RunRequest(Request):
-    """What pretraining and training have in common."""
+    """Base of the pretraining and training requests."""
 
     dataset: str | int = field(metadata=flag(*DATASET, metavar="DATASET", position=True))
     configuration: str = field(metadata=flag(*CONFIGURATION, metavar="CONFIG", position=True))

@@ -1,6 +1,6 @@
 """Settings of a run: frozen dataclasses, read from and written as JSON, and changed by ``--set name=value``.
 
-Each field says its type, its legal range and what it does. ``plans["mfm"]`` in a plans file is :class:`MFMBlock`. An
+Each field defines its type, its legal range and its meaning. ``plans["mfm"]`` in a plans file is :class:`MFMBlock`. An
 unknown name is an error that suggests the nearest legal one.
 """
 
@@ -30,9 +30,9 @@ REMOVED = {
     "pretrain.anatomy_fraction": "It was removed: crops are drawn from anywhere in the image.",
     "pretrain.balance_temperature": "It was removed: pretrain.balance_by draws all groups equally often.",
 }
-"""Advice for settings, or values of settings, of earlier versions."""
+"""Advice about settings, or values of settings, of earlier versions."""
 NEUTRAL = {"pretrain.anatomy_fraction": 0.0, "pretrain.balance_temperature": None}
-"""Removed settings that plans and runs made before may hold, with the value that had no effect."""
+"""Removed settings in older plans and runs, with the value that had no effect."""
 
 Settings = TypeVar("Settings")
 
@@ -60,9 +60,9 @@ class Range:
 def ranged(
     default: Any, low: float, high: float, *, above: bool = False, below: bool = False, ascending: bool = False
 ) -> Any:
-    """Make a dataclass field with a legal range, for each number of a tuple; None, where it is the default, is legal.
+    """Make a dataclass field with a legal range, also for each number of a tuple.
 
-    ``ascending``: of several numbers the smaller ones come first.
+    None is legal if it is the default. ``ascending``: the numbers must be in ascending order.
     """
     return field(default=default, metadata={"range": Range(low, high, above, below), "ascending": ascending})
 
@@ -191,21 +191,21 @@ class MFMBlock:
 
 
 def resolved_warmup(warmup_epochs: int | None, epochs: int) -> int:
-    """Return the length of the warm-up in epochs: the setting, or 5 % of 300 and more epochs, or 10 % of fewer."""
+    """Return the warm-up in epochs: the setting, or 5 % of 300 and more epochs, or 10 % of fewer."""
     if warmup_epochs is not None:
         return warmup_epochs
     return round(epochs * (0.05 if epochs >= 300 else 0.1))
 
 
 def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
-    """Return the length of the sawtooth's first phase in epochs; the setting itself for the other schedule."""
+    """Return the epochs of the sawtooth's first phase; the setting itself for the other schedule."""
     if settings.schedule != "sawtooth" or settings.decoder_epochs is not None:
         return settings.decoder_epochs
     return max(2, resolved_warmup(None, settings.epochs))
 
 
 def require_in_range(settings: Any, prefix: str = "") -> None:
-    """Raise MFMError (E_CONFIG) that names the first number in a settings dataclass which is out of its range."""
+    """Raise MFMError (E_CONFIG) for the first number of a settings dataclass outside its range."""
     for item in dataclasses.fields(settings):
         value, name = getattr(settings, item.name), f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
@@ -221,7 +221,7 @@ def require_in_range(settings: Any, prefix: str = "") -> None:
 
 
 def require_legal(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
-    """Raise MFMError (E_CONFIG) that names the first setting that is out of its range or conflicts with another."""
+    """Raise MFMError (E_CONFIG) for the first setting that is out of range or conflicts with another."""
     require_in_range(settings, prefix)
     epochs, warmup = settings.epochs, resolved_warmup(settings.warmup_epochs, settings.epochs)
     name, problem = "", ""
@@ -268,7 +268,7 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
 
 
 def _is_removed(name: str, value: Any, where: str) -> bool:
-    """Return whether a stored setting of pretraining was removed since; warn where it had an effect."""
+    """Return whether a stored pretraining setting no longer exists; warn if it had an effect."""
     own = f"pretrain.{name}"
     if own in NEUTRAL and value != NEUTRAL[own]:
         logger.warning("%s%s=%s is ignored. %s", where, name, value, REMOVED[own])
@@ -276,7 +276,7 @@ def _is_removed(name: str, value: Any, where: str) -> bool:
 
 
 def block_of(plans: Mapping[str, Any]) -> MFMBlock:
-    """Read ``plans["mfm"]``; a stock plan, which has no such block, gives the defaults."""
+    """Read ``plans["mfm"]``; a stock plan without this block gives the defaults."""
     block = from_dict(MFMBlock, plans.get("mfm", {}), "mfm.")
     if block.format != FORMAT:
         raise MFMError(
@@ -289,7 +289,7 @@ def block_of(plans: Mapping[str, Any]) -> MFMBlock:
 def override(settings: Settings, assignments: Iterable[str]) -> Settings:
     """Apply ``name=value`` strings, typed by the fields; nested names are dotted (``pretrain.epochs=3``).
 
-    Raises MFMError (E_CONFIG) that names the nearest legal setting.
+    Raises MFMError (E_CONFIG) that suggests the nearest legal setting.
     """
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
@@ -301,7 +301,7 @@ def override(settings: Settings, assignments: Iterable[str]) -> Settings:
 
 
 def setting_names(settings: Any, prefix: str = "") -> list[str]:
-    """List all names that ``--set`` accepts for ``settings``, dotted."""
+    """List all dotted names that ``--set`` accepts for ``settings``."""
     names: list[str] = []
     for name, value in vars(settings).items():
         is_nested = dataclasses.is_dataclass(value)
@@ -355,7 +355,6 @@ def _parse(value: Any, hint: Any, name: str) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    """Name a type for messages."""
     if get_origin(hint) is tuple:
         arguments = get_args(hint)
         return "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"

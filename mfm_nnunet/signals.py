@@ -1,8 +1,8 @@
 """Stop signals (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1): how a process reacts and what it prints.
 
-A training notes the first one, ends its step, saves and raises StoppedError; everything else raises StoppedError at
-once. The exit code is 128 plus the number of the signal. A thread acknowledges the signal within a second, also while
-the main thread is inside a long call of a library. The second signal ends the process at once.
+After the first signal, training ends its step, saves and raises StoppedError; everything else raises StoppedError at
+once. The exit code is 128 plus the number of the signal. A thread acknowledges the signal within a second, even while
+the main thread is inside a long library call. The second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ STOP_SIGNALS = tuple(
 )
 _KEPT = [*STOP_SIGNALS, *(getattr(signal, name) for name in ("SIGQUIT",) if hasattr(signal, name))]
 SAME_STOP_SECONDS = 2.0
-"""Ctrl-C and schedulers signal a whole group of processes, and their parent passes the signal on: that is one stop."""
+"""Signals within this time are one stop: Ctrl-C and schedulers signal a whole group, and the parent passes it on."""
 SAME_STOP_SECONDS_ALONE = 0.5
-"""The same for a process that no parent of ours passes signals on to; ``timeout`` sends SIGTERM twice."""
+"""The same for a process whose parent does not pass signals on; ``timeout`` sends SIGTERM twice."""
 SECONDS_WITHOUT_A_WORD = 0.5
-"""A process that ends sooner prints only why it ended."""
+"""A process that ends sooner prints only the reason why it ended."""
 SECONDS_TO_END = 5.0
-"""How long after the second signal the main thread may stay inside a call of a library."""
+"""Time that a library call in the main thread gets after the second signal."""
 
 
 def name_of(number: int) -> str:
@@ -49,24 +49,24 @@ class StopFlag:
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self.after = "this step"
-        """Work that is still finished after the first signal, for the message."""
+        """Work that is finished after the first signal, for the message."""
         self._since = 0.0
         self._message_at_once: str | None = None
         self._process = os.getpid()
 
     @property
     def is_of_this_process(self) -> bool:
-        """Return whether it was made in this process, not before a fork."""
+        """True if the flag was created in this process, not before a fork."""
         return os.getpid() == self._process
 
     @property
     def is_raising(self) -> bool:
-        """Return whether a signal raises StoppedError at once."""
+        """True if a signal raises StoppedError at once."""
         return self._message_at_once is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal, in the main thread."""
-        if self.is_raising and not self.is_of_this_process:  # in a fork, which has nothing to clean up
+        if self.is_raising and not self.is_of_this_process:  # a fork has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -82,7 +82,7 @@ class StopFlag:
             raise StoppedError(128 + number, message)
 
     def note_arrival(self, moment: float) -> None:
-        """Note when the first signal arrived: the main thread may be late to handle it."""
+        """Record when the first signal arrived: the main thread may handle it late."""
         self._since = moment
 
     def is_same_stop(self, seconds: float) -> bool:
@@ -91,7 +91,7 @@ class StopFlag:
 
     @contextlib.contextmanager
     def at_once(self, message: str = "") -> Iterator[None]:
-        """Let a signal raise StoppedError with ``message`` inside: for work that does not check the flag."""
+        """Make a signal raise StoppedError with ``message`` inside: for work that does not check the flag."""
         before, self._message_at_once = self._message_at_once, message
         try:
             yield
@@ -100,7 +100,7 @@ class StopFlag:
 
     @contextlib.contextmanager
     def noted(self, after: str) -> Iterator[None]:
-        """Let a signal set the flag and raise nothing inside; ``after`` names what is still finished then."""
+        """Make a signal only set the flag inside; ``after`` names the work that is finished first."""
         before = self._message_at_once, self.after
         self._message_at_once, self.after = None, after
         try:
@@ -110,21 +110,21 @@ class StopFlag:
 
 
 _active: StopFlag | None = None
-"""The flag whose handlers are installed in this process."""
+"""Flag whose handlers are installed in this process."""
 
 
 @contextlib.contextmanager
 def stop_on_signal(after: str = "this step") -> Iterator[StopFlag]:
-    """Note stop signals for the duration of a run (in the main thread only); ``after`` names what it finishes."""
+    """Set the yielded flag on stop signals (main thread only); ``after`` names the work that is finished first."""
     with _flag() as flag, flag.noted(after):
         yield flag
 
 
 @contextlib.contextmanager
 def raise_on_signal(is_command: bool = False) -> Iterator[StopFlag]:
-    """Raise StoppedError on stop signals, so that half-written files are cleaned up (only in the main thread).
+    """Raise StoppedError on stop signals, so that half-written files are cleaned up (main thread only).
 
-    With ``is_command`` the process is ended when its main thread does not answer a second signal.
+    With ``is_command`` the process is ended if its main thread does not answer a second signal.
     """
     with _flag(is_command) as flag, flag.at_once():
         yield flag
@@ -132,7 +132,7 @@ def raise_on_signal(is_command: bool = False) -> Iterator[StopFlag]:
 
 @contextlib.contextmanager
 def _flag(is_command: bool = False) -> Iterator[StopFlag]:
-    """Yield the flag of this process; all parts of a command share it, so they agree which signal was the first."""
+    """Yield the flag of this process. All parts of a command share it, so they agree on the first signal."""
     if threading.current_thread() is not threading.main_thread():
         yield StopFlag()
     elif _active is not None and _active.is_of_this_process:
@@ -147,8 +147,8 @@ def _flag(is_command: bool = False) -> Iterator[StopFlag]:
 def signal_handlers_kept() -> Iterator[None]:
     """Restore this process's signal handlers afterwards.
 
-    torchrun's agent replaces some and leaves its own, which the next child process would inherit and raise on a plain
-    terminate().
+    torchrun's agent replaces some handlers and leaves them installed. The next child process would inherit them and
+    raise on a plain terminate().
     """
     before = {number: signal.getsignal(number) for number in _KEPT}
     try:
@@ -160,7 +160,7 @@ def signal_handlers_kept() -> Iterator[None]:
 
 
 def stop_signals_ignored() -> None:
-    """Ignore all stop signals but SIGTERM, for a worker process: its parent decides when it ends."""
+    """Ignore all stop signals except SIGTERM in a worker process, which its parent ends."""
     for number in STOP_SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
@@ -168,7 +168,7 @@ def stop_signals_ignored() -> None:
 
 @contextlib.contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Hide stop signals except SIGTERM from processes that start inside; in this process they are only late."""
+    """Block stop signals except SIGTERM for processes started inside; this process receives them afterwards."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -180,18 +180,18 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def start_resource_tracker() -> None:
-    """Start Python's resource tracker with signals blocked: otherwise it would die of SIGHUP and SIGUSR1."""
+    """Start Python's resource tracker with signals blocked: SIGHUP and SIGUSR1 would kill it."""
     with stop_signals_blocked():
         resource_tracker.ensure_running()
 
 
 def handled_signals() -> list[int]:
-    """Return the stop signals that this process answers; under ``nohup`` it ignores SIGHUP."""
+    """Return the stop signals that this process handles; under ``nohup`` it ignores SIGHUP."""
     return [n for n in STOP_SIGNALS if not (name_of(n) == "SIGHUP" and signal.getsignal(n) is signal.SIG_IGN)]
 
 
 def end_despite_threads(exit_code: int) -> None:
-    """End a stopped command whose threads are still working: the interpreter would wait for them."""
+    """End a stopped command with running threads, for which the interpreter would wait."""
     main = threading.main_thread()
     left = [thread for thread in threading.enumerate() if thread is not main and not thread.daemon]
 
@@ -208,14 +208,13 @@ def end_despite_threads(exit_code: int) -> None:
 
 @contextlib.contextmanager
 def _installed(flag: StopFlag, is_command: bool) -> Iterator[None]:
-    """Install the handlers of a flag and the thread that answers signals."""
     global _active
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     answers = threading.Thread(target=_answer, args=(flag, reading, is_command), daemon=True, name="stop signals")
     with signal_handlers_kept():
         before, _active = _active, flag
-        # The interpreter writes the number of each signal there at once, wherever the main thread is.
+        # The interpreter writes signal numbers to it immediately, whatever the main thread is doing.
         other = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         answers.start()
         try:
@@ -225,7 +224,7 @@ def _installed(flag: StopFlag, is_command: bool) -> Iterator[None]:
         finally:
             _active = before
             signal.set_wakeup_fd(other)
-            os.write(writing, b"\0")  # not closed alone: forked processes hold it open too
+            os.write(writing, b"\0")  # closing is not enough: forked processes hold it open too
             answers.join()
             os.close(reading)
             os.close(writing)
@@ -234,7 +233,7 @@ def _installed(flag: StopFlag, is_command: bool) -> Iterator[None]:
 def _answer(flag: StopFlag, reading: int, is_command: bool) -> None:
     """Acknowledge a signal; after a second one, end a command whose main thread does not.
 
-    Ends when it reads a zero from the pipe ``reading``.
+    Returns when it reads a zero from the pipe ``reading``.
     """
     first: float | None = None
     last, seconds, is_second = 0, None, False
@@ -260,23 +259,23 @@ def _next_signal(reading: int, seconds: float | None) -> int | None:
 
 
 def _acknowledge(flag: StopFlag, number: int) -> None:
-    if name_of(number) == "SIGHUP":  # the reader of a pipe may have ended a little later than the terminal
+    if name_of(number) == "SIGHUP":  # the reader of a pipe may have ended slightly later than the terminal
         _replace_closed_streams()
-    if _has_parent():  # which prints it for all
+    if _has_parent():  # the parent prints the message for all
         return
     end = "" if flag.is_raising else f" after {flag.after}"
     again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
-    lead = "\n" if sys.stderr.isatty() else ""  # below a progress line that renews itself
+    lead = "\n" if sys.stderr.isatty() else ""  # below a progress line
     logger.warning("%s%s: stopping%s; %s to stop at once", lead, name_of(number), end, again)
 
 
 def _has_parent() -> bool:
-    """Return whether a process of ours, or torchrun, started this one and passes signals on to it."""
+    """Return whether our own parent process, or torchrun, started this one and passes signals on."""
     return multiprocessing.parent_process() is not None or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _replace_closed_streams() -> None:
-    """Discard output where the terminal or the reader of a pipe is gone: a message must not make the save fail."""
+    """Discard output if the terminal or pipe is closed: a message must not make the save fail."""
     if not hasattr(select, "poll"):
         return
     for stream in (1, 2):

@@ -1,8 +1,8 @@
-"""Text for people, on a terminal, in a log or a report, with control characters escaped.
+"""Output for terminals, logs and reports, with control characters escaped.
 
-Names of files, and words in them, come from strangers. A name may hold sequences that move the cursor, recolour or
-retitle a terminal, change the direction of the text, or break the line and imitate a message; bytes that are not UTF-8
-cannot be printed at all.
+File names and file contents are untrusted. A name may contain sequences that move the cursor, recolour or retitle a
+terminal, change the direction of the text, or break the line and imitate a message. Bytes that are not UTF-8 cannot be
+printed at all.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from typing import Any, TextIO, cast
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-"""Control characters except tab and line feed, marks of direction, line breaks, and bytes that are not UTF-8."""
+"""Control characters except tab and line feed, direction marks, line breaks, and bytes that are not UTF-8."""
 _STRAY_BREAK = re.compile(r"\n(?!  |\Z)")
 _PROGRESS = re.compile(r"\r(\x1b\[2K)?|\n*(\x1b\[A)+\Z")
-"""The beginning of a write that renews a line or moves up to one: progress bars, never names."""
+"""Start of a write that redraws a line or moves up to one: progress bars, never names."""
 
 
 def escaped(text: str) -> str:
-    """Return ``text`` with each character that steers a terminal as Python writes it, e.g. ``\\x1b``."""
+    """Escape each control character of ``text`` as Python writes it, e.g. ``\\x1b``."""
     return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_message(text: str) -> str:
-    """Return an error or a line of a log, :func:`escaped`, with line breaks of names as ``\\n``.
+    """Escape an error or a log line as :func:`escaped`, and line breaks of names as ``\\n``.
 
-    Messages of several lines indent all but the first, so any other line break is part of a name.
+    Multi-line messages indent all lines but the first, so any other line break is part of a name.
     """
     return _STRAY_BREAK.sub(r"\\n", escaped(text))
 
 
 def in_markdown(text: str) -> str:
-    """Return foreign words for a line or cell of Markdown: without HTML, links, table borders and line breaks."""
+    """Escape foreign text for a line or cell of Markdown: no HTML, links, table borders or line breaks."""
     line = re.sub(r"\s*\n\s*", " ", escaped(text))
     return line.replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
 
 
 def print_path(path: Path) -> None:
-    """Print a path as a line of stdout: byte by byte for a program that reads it, escaped on a terminal."""
+    """Print a path to stdout: raw bytes for a program that reads it, escaped on a terminal."""
     stream = sys.stdout.stream if isinstance(sys.stdout, _Escaping) else sys.stdout
     buffer = getattr(stream, "buffer", None)
     if buffer is None or stream.isatty():
@@ -58,7 +58,7 @@ def print_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def escaped_streams() -> Iterator[None]:
-    """Escape everything that this process prints through Python, also by libraries."""
+    """Escape everything that Python prints in this process, including libraries."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast("TextIO", _Escaping(stream)) for stream in before)
     try:
@@ -84,7 +84,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Escaping:
-    """A text stream that escapes everything that is written to it."""
+    """Text stream that escapes everything written to it."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream

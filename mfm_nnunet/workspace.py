@@ -1,7 +1,7 @@
-"""Where everything lives, and nnU-Net's global state around a call.
+"""Locations of all data, and nnU-Net's environment variables during a call.
 
-With no environment variable set, everything is in one workspace folder; ``nnUNet_raw``, ``nnUNet_preprocessed`` and
-``nnUNet_results`` win where they are set. :func:`use` and :func:`use_only` are the only places that write them.
+Without environment variables, everything is in one workspace folder. ``nnUNet_raw``, ``nnUNet_preprocessed`` and
+``nnUNet_results`` take precedence if set. Only :func:`use` and :func:`use_only` write them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Workspace:
     preprocessed: Path
     results: Path
     root: Path | None = None
-    """The workspace, with all folders that no environment variable names."""
+    """Workspace folder; it contains all folders that no environment variable sets."""
     variables: tuple[str, ...] = ()
-    """The environment variables that name a folder, e.g. ``nnUNet_raw``."""
+    """Environment variables that set a folder, e.g. ``nnUNet_raw``."""
 
     def where_else(self, part: Literal["raw", "preprocessed", "results"]) -> str:
-        """Return the advice for something missing in a folder: where that folder's place comes from."""
+        """Return advice about something missing in a folder, which explains how that folder was chosen."""
         variable, folder = f"nnUNet_{part}", getattr(self, part)
         if variable in self.variables:
             state = "" if folder.is_dir() else ", which is no folder"
@@ -51,7 +51,7 @@ class Workspace:
     def dataset_name(self, name_or_id: str | int) -> str:
         """Return ``DatasetXXX_Name`` for a name or a number.
 
-        Raises MFMError (E_NOT_FOUND) for an unknown one, with the nearest that exists.
+        Raises MFMError (E_NOT_FOUND) for an unknown one, with the nearest existing name.
         """
         names, wanted = self.dataset_names(), str(name_or_id)
         if wanted in names:
@@ -67,14 +67,14 @@ class Workspace:
         raise MFMError("E_NOT_FOUND", f"there is no dataset {wanted} in {self.raw}. {advice}")
 
     def raw_folder(self, dataset_name: str) -> Path:
-        """Return the folder of a dataset's images; MFMError (E_NOT_FOUND) names the place that was searched."""
+        """Return the folder of a dataset's images. Raises MFMError (E_NOT_FOUND) with the searched folder."""
         folder = self.raw / dataset_name
         if not folder.is_dir():
             raise MFMError("E_NOT_FOUND", f"{folder}: no such folder of raw data. {self.where_else('raw')}")
         return folder
 
     def plans_file(self, dataset_name: str, plans_name: str) -> Path:
-        """Return the plans file; MFMError (E_NOT_FOUND) with the nearest existing plan when it is missing."""
+        """Return the plans file. Raises MFMError (E_NOT_FOUND) with the nearest existing plan."""
         folder = self.preprocessed / dataset_name
         file = inside(folder, f"{plans_name}.json")
         if file.is_file():
@@ -92,7 +92,7 @@ class Workspace:
 def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
     """Set nnU-Net's environment variables for the duration of a call, and yield the workspace.
 
-    Raises MFMError (E_EXISTS) where a file is in the place of the workspace.
+    Raises MFMError (E_EXISTS) if the workspace is a file.
     """
     root = Path(workspace or DEFAULT).absolute()
     names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -105,7 +105,7 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
     plugins = [p for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p and Path(p) != PLUGIN_FOLDER]
     values["nnUNet_extTrainer"] = os.pathsep.join([*plugins, str(PLUGIN_FOLDER)])
     values["nnUNet_def_n_proc"] = os.environ.get("nnUNet_def_n_proc") or str(num_cores())
-    # Planning crashes with 0 and stock counts all cores of the machine, also those that are not ours.
+    # Planning crashes with 0, and stock counts all cores of the machine, even those that this process may not use.
     values["nnUNet_n_proc_DA"] = os.environ.get("nnUNet_n_proc_DA") or str(num_cores())
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -122,7 +122,7 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
 
 @contextlib.contextmanager
 def use_only(root: str | os.PathLike[str]) -> Iterator[Workspace]:
-    """Use ``root`` for everything, also where nnUNet_raw and the like are set."""
+    """Use ``root`` for everything, even if nnUNet_raw and the like are set."""
     names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

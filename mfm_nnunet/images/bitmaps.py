@@ -1,6 +1,6 @@
-"""Check that PNG, JPEG and BMP files are whole and of a kind that nnU-Net's readers return unchanged.
+"""Check that PNG, JPEG and BMP files are complete and that nnU-Net's readers return them unchanged.
 
-The rows of a PNG file are counted. The others are decoded, because their headers promise too little.
+The rows of a PNG file are counted. Other files are decoded, because their headers do not state enough.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _BLOCK = 1 << 20
-"""Bytes of inflated rows that are held at once."""
+"""Bytes of inflated rows held in memory at once."""
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""First column, first row and steps of the seven passes of an interlaced PNG file."""
+"""First column, first row, column step and row step of the seven passes of an interlaced PNG file."""
 _NO_MARKER = b"\x55\xa3" * 64
 
 
 def num_bytes(path: Path) -> int:
-    """Return the number of bytes that the pixels of a picture take, by its header."""
+    """Return the size of the pixels of a picture in bytes, from its header."""
     if path.suffix.lower() == ".png":
         with open(path, "rb") as file:
             header = _PngHeader.read(path, file)
@@ -38,14 +38,12 @@ def num_bytes(path: Path) -> int:
 
 
 def count_bands(path: Path) -> int:
-    """Return the number of channels of a picture by its header; colours of a palette are looked up by nnU-Net."""
+    """Return the number of channels of a picture from its header; nnU-Net replaces palette indices by their colours."""
     with _open_picture(path) as picture:
         return len(picture.palette.mode if picture.palette and picture.mode == "P" else picture.getbands())
 
 
 class _PngHeader(NamedTuple):
-    """The first chunk of a PNG file."""
-
     width: int
     height: int
     depth: int
@@ -56,7 +54,7 @@ class _PngHeader(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, file: IO[bytes]) -> _PngHeader:
-        """Read the header, and leave the file behind it."""
+        """Read the header; the file position is then after it."""
         file.seek(8)
         start = file.read(25)
         if len(start) < 25:
@@ -68,17 +66,17 @@ class _PngHeader(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Return the number of values of a stored pixel."""
+        """Number of values per stored pixel."""
         return _PNG_CHANNELS[self.colour]
 
     @property
     def is_palette(self) -> bool:
-        """Return whether a pixel is the number of a colour."""
+        """True if pixels are palette indices."""
         return self.colour == 3
 
     @property
     def num_stored(self) -> int:
-        """Return the number of bytes of all rows, each with the byte that names its filter, before compression."""
+        """Number of bytes of all rows before compression, including the filter byte of each row."""
         bits, total = self.channels * self.depth, 0
         for x, y, step_x, step_y in _ADAM7 if self.interlace else [(0, 0, 1, 1)]:
             width, height = -(-(self.width - x) // step_x), -(-(self.height - y) // step_y)
@@ -109,12 +107,12 @@ def check_png(path: Path) -> None:
             if kind == b"IDAT":
                 rows.count(body)
     rows.require_all()
-    with _open_picture(path):  # the reader decodes it; whatever could be missing was counted
+    with _open_picture(path):  # the reader will decode it; missing data would have been found above
         pass
 
 
 def _require_png_kind(path: Path, header: _PngHeader) -> None:
-    """Refuse kinds of pixels that nnU-Net's reader does not return as they are."""
+    """Refuse pixel formats that nnU-Net's reader does not return unchanged."""
     if header.colour == 4:
         raise MFMError(
             "E_DATATYPE",
@@ -129,14 +127,14 @@ def _require_png_kind(path: Path, header: _PngHeader) -> None:
 
 
 class _Rows:
-    """Counts the bytes in the compressed rows of a PNG file, and never holds more than a block of them."""
+    """Counter of the decompressed bytes of a PNG file, which holds at most one block of them."""
 
     def __init__(self, path: Path, expected: int) -> None:
         self.path, self.expected, self.seen = path, expected, 0
         self.decoder = zlib.decompressobj()
 
     def count(self, data: bytes) -> None:
-        """Count another part of the stream."""
+        """Count another part of the compressed stream."""
         while data and not self.decoder.eof:
             try:
                 self.seen += len(self.decoder.decompress(data, _BLOCK))
@@ -151,7 +149,7 @@ class _Rows:
             data = self.decoder.unconsumed_tail
 
     def require_all(self) -> None:
-        """Raise MFMError (E_SHORT_DATA) when rows are missing."""
+        """Raise MFMError (E_SHORT_DATA) if rows are missing."""
         self.seen += len(self.decoder.flush())
         if self.seen < self.expected:
             raise MFMError(
@@ -170,9 +168,9 @@ def check_picture(path: Path) -> None:
 
 
 def _require_jpeg_rows(path: Path, picture: Image.Image) -> None:
-    """Notice rows that are missing before the end mark of a JPEG file, which every decoder fills in.
+    """Detect missing rows before the end mark of a JPEG file, which every decoder fills in.
 
-    A decoder that has all rows ignores what is before the end mark; one that lacks rows takes it for pixels.
+    A decoder that has all rows ignores extra bytes before the end mark; one that lacks rows decodes them as pixels.
     """
     from PIL import ImageChops
 
@@ -182,7 +180,7 @@ def _require_jpeg_rows(path: Path, picture: Image.Image) -> None:
 
 
 def with_more(jpeg: bytes) -> bytes:
-    """Return a JPEG stream with bytes before its end mark that belong to no row."""
+    """Insert bytes that belong to no row before the end mark of a JPEG stream."""
     end = jpeg.rfind(b"\xff\xd9")
     return jpeg[:end] + _NO_MARKER + jpeg[end:] if end >= 0 else jpeg
 
@@ -199,12 +197,12 @@ def _open_picture(path: Path, content: io.BytesIO | None = None) -> Iterator[Ima
         raise
     except Image.DecompressionBombError as error:
         raise MFMError("E_TOO_LARGE", f"{path}: {error}. Cut the picture into tiles.") from error
-    except Exception as error:  # Pillow raises whatever its decoders raise.
+    except Exception as error:  # Pillow's decoders raise arbitrary errors.
         raise damaged(path, error) from error
 
 
 def check_bmp(path: Path) -> None:
-    """Compare the length with the header and decode."""
+    """Compare the file size with the header, then decode the picture."""
     with open(path, "rb") as file:
         start = file.read(34)
     if len(start) < 34 or path.stat().st_size < struct.unpack("<I", start[2:6])[0]:
@@ -212,7 +210,7 @@ def check_bmp(path: Path) -> None:
     check_picture(path)
     first_pixel, kind, width, height, _, bits, compression = struct.unpack("<IIiiHHI", start[10:34])
     row = (width * bits + 31) // 32 * 4
-    # Longer headers than the usual one have a colour profile behind the pixels.
+    # Headers longer than usual may have a colour profile after the pixels.
     if kind == 40 and compression == 0 and path.stat().st_size >= first_pixel + row * (abs(height) + 1):
         raise MFMError(
             "E_HEADER", f"{path}: holds more rows than the {abs(height)} that its header describes. Export it again."

@@ -1,7 +1,7 @@
-"""Decode images in a child process: the input gate, then nnU-Net's reader, then a comparison of both.
+"""Decode images in a child process: the input gate, nnU-Net's reader, and a comparison of both results.
 
-:mod:`mfm_nnunet.images.decoder` starts the process and asks. Shapes: C channels, D H W voxels in the reader's axis
-order (2D images have D = 1).
+:mod:`mfm_nnunet.images.decoder` starts the process and sends requests. Shapes: C channels, D H W voxels in the reader's
+axis order (2D images have D = 1).
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from mfm_nnunet.plan_rules import READERS
 
 PROCESSOR_SECONDS = 8
 BYTES_PER_PROCESSOR_SECOND = 15_000_000
-"""A file may take that many seconds, and one more for each that many bytes that reading it takes."""
+"""The time limit per file is ``PROCESSOR_SECONDS`` plus one second per this many bytes to read."""
 BYTES_READ_BESIDE = 12 << 20
-"""Larger files are read while they are checked; smaller ones afterwards, so that no reader gets what is damaged."""
+"""Larger files are read while they are checked; smaller ones afterwards, so readers get no damaged file."""
 SPARE_BYTES = 1 << 30
 MEMORY_FACTOR = 3
-"""Readers may take that many times the bytes that they are expected to take, and :data:`SPARE_BYTES` more."""
+"""The memory limit of a reader is this multiple of its expected bytes, plus :data:`SPARE_BYTES`."""
 KEPT_BYTES = 1 << 28
-"""So much memory for voxels is kept for the next file."""
+"""Largest voxel memory that is kept for the next file."""
 LARGEST_VALUE = 1e20
-"""Beyond it, and beyond what 64 bits count, squares are infinite in float32."""
+"""Squares of larger values would be infinite in float32."""
 VALUE_TOLERANCE = 1e-5
-"""Relative difference between a stored value and the reader's that is rounding to float32."""
+"""Relative difference between stored and read values that is due to rounding to float32."""
 _ITK_READERS = {
     **dict.fromkeys((".nii", ".nii.gz"), "NiftiImageIO"),
     **dict.fromkeys((".nrrd", ".nhdr"), "NrrdImageIO"),
@@ -58,13 +58,13 @@ _ITK_READERS = {
 
 @dataclass(frozen=True)
 class Decoded:
-    """One image: ``array`` (C, D, H, W) float32, nnU-Net's properties, and the range of values of each channel."""
+    """A decoded image: ``array`` (C, D, H, W) float32, nnU-Net's properties, and the value range of each channel."""
 
     array: np.ndarray
     properties: dict[str, Any]
     ranges: list[tuple[float, float]]
     contradiction: str
-    """Description of a header that puts the image in two places; empty for any other."""
+    """Description of contradictory positions in the header; "" if there are none."""
 
 
 def decode_file(
@@ -74,10 +74,10 @@ def decode_file(
     work_folder: Path | None = None,
     memory: Memory | None = None,
 ) -> Decoded:
-    """Check an image file, read it with nnU-Net's reader and compare what both found; C > 1 only for colour pictures.
+    """Check an image file, read it with nnU-Net's reader and compare the results. Only colour pictures have C > 1.
 
-    Label maps and masks (``is_map``) have a method of their own in the readers, which takes the spacing of a TIFF stack
-    from a file named after the case. ``work_folder`` is for links, ``memory`` for the voxels.
+    Label maps and masks (``is_map``) use the reader's own method, which looks for the spacing of a TIFF stack under
+    another file name. ``work_folder`` is for links, ``memory`` for the voxels.
     """
     declared = integrity.declared_by(file)
     _limit(declared.reading_bytes)
@@ -91,7 +91,7 @@ def decode_file(
     else:
         with ThreadPoolExecutor(1) as beside:
             reading = beside.submit(read)
-            voxels = integrity.check_content(file, declared)  # where both fail, this names the better reason
+            voxels = integrity.check_content(file, declared)  # if both fail, this error is the more helpful one
         array, properties = reading.result()
     if array.ndim != 4 or (len(array) > 1 and reader_name != "NaturalImage2DIO"):
         raise MFMError(
@@ -104,7 +104,7 @@ def decode_file(
     else:
         with np.errstate(over="ignore"):
             ranges = [(float(np.float32(voxels.lowest)), float(np.float32(voxels.highest)))]
-    # The minimum and the maximum are NaN or infinite as soon as one voxel is.
+    # The minimum or the maximum is NaN or infinite as soon as one voxel is.
     if not np.all(np.isfinite(ranges)):
         raise non_finite(file, array.size - int(np.count_nonzero(np.isfinite(array))))
     if (largest := max(map(abs, sum(ranges, ())))) > LARGEST_VALUE:
@@ -135,7 +135,7 @@ def _read_voxels(
             return reader.read_seg(str(place)) if is_map else reader.read_images((str(place),))
     except MemoryError:
         raise
-    except Exception as error:  # Readers raise whatever their libraries raise.
+    except Exception as error:  # Readers raise arbitrary errors of their libraries.
         raise _reader_failed(file, reader_name, error) from error
 
 
@@ -147,7 +147,7 @@ def name_reader(file: Path) -> str:
 
 
 def find_channels(file: Path) -> int:
-    """Return the number of channels that nnU-Net's reader makes of a picture, by its header."""
+    """Return the number of channels that nnU-Net's reader will return for a picture, from its header."""
     _limit(0)
     declared = integrity.declared_by(file)
     return tiff.count_samples(file) if declared.ending in (".tif", ".tiff") else bitmaps.count_bands(file)
@@ -155,13 +155,13 @@ def find_channels(file: Path) -> int:
 
 @functools.cache
 def find_reader_class(name: str) -> Any:
-    """Return nnU-Net's reader class of that name."""
+    """Return nnU-Net's reader class of this name."""
     import SimpleITK as sitk
     from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
-    # ITK warns on stderr about headers that are refused or accepted here on purpose.
+    # ITK warns on stderr about headers that are deliberately refused or accepted here.
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    if name not in READERS:  # nnU-Net would take whatever its modules hold under that name
+    if name not in READERS:  # nnU-Net would accept any object of that name in its modules
         raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. {nearest(name, READERS)}")
     return recursive_find_reader_writer_by_name(name)
 
@@ -169,7 +169,7 @@ def find_reader_class(name: str) -> Any:
 def _require_same_voxels(file: Path, reader_name: str, voxels: Voxels, array: np.ndarray) -> None:
     """Compare the reader's voxels with those that the gate found in the file.
 
-    Readers that lose their place in a file return the neighbours' values, or whatever was in memory, without a word.
+    A reader that loses its position in a file silently returns neighbouring voxels or uninitialised memory.
     """
     is_same = voxels.num_voxels == array.size
     if is_same and "Reorient" in reader_name:  # the same voxels in another order
@@ -189,11 +189,11 @@ def _require_same_voxels(file: Path, reader_name: str, voxels: Voxels, array: np
 
 
 def _limit(reading_bytes: int) -> None:
-    """Limit the processor time and the memory that this process may use for a file that takes so much to read."""
+    """Limit the processor time and memory of this process to what reading ``reading_bytes`` may need."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     allowed = PROCESSOR_SECONDS + reading_bytes // BYTES_PER_PROCESSOR_SECOND
     _set_limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime) + allowed)
-    with contextlib.suppress(OSError):  # other systems than Linux do not say how large a process is
+    with contextlib.suppress(OSError):  # only Linux reports the size of a process here
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         _set_limit(resource.RLIMIT_AS, in_use + SPARE_BYTES + MEMORY_FACTOR * reading_bytes)
 
@@ -201,16 +201,16 @@ def _limit(reading_bytes: int) -> None:
 def _set_limit(kind: int, value: int) -> None:
     _, highest = resource.getrlimit(kind)
     value = value if highest == resource.RLIM_INFINITY else min(value, highest)
-    with contextlib.suppress(OSError, ValueError, OverflowError):  # a limit that the system does not know
+    with contextlib.suppress(OSError, ValueError, OverflowError):  # not supported by this system
         resource.setrlimit(kind, (value, highest))
 
 
 @contextlib.contextmanager
 def _readable(file: Path, reader_name: str, is_map: bool, folder: Path | None) -> Iterator[Path]:
-    """Yield ``file``, or a link to it where the reader would abort or read another file.
+    """Yield ``file``, or a link to it if the reader would abort or read another file.
 
-    For x.nii.gz SimpleITK takes the header from x.nii.gz and the voxels from x.nii, if there is one in the same folder.
-    A name that is not UTF-8, as old archives have, ends the whole process.
+    For x.nii.gz SimpleITK takes the header from x.nii.gz but the voxels from x.nii, if both exist in one folder. A name
+    that is not UTF-8, as in old archives, aborts the whole process.
     """
     is_beside = ending_of(file) == ".nii.gz" and reader_name.startswith("SimpleITK") and os.path.lexists(str(file)[:-3])
     if not is_beside and is_unicode(str(file)):
@@ -234,10 +234,10 @@ def _readable(file: Path, reader_name: str, is_map: bool, folder: Path | None) -
 
 @contextlib.contextmanager
 def _lean(file: Path, memory: Memory | None) -> Iterator[None]:
-    """Replace three functions that nnU-Net's readers call, so that they do less for the same result.
+    """Replace three functions used by nnU-Net's readers by faster ones with the same result.
 
-    SimpleITK decodes with the reader of the file's own format, where it would try twenty, each on any content; its
-    voxels are not copied before they become float32; and these are put into ``memory`` at once.
+    SimpleITK uses the reader of the file's own format instead of trying twenty; its voxels are not copied before the
+    conversion to float32; the results are written directly into ``memory``.
     """
     import SimpleITK as sitk
 
@@ -253,7 +253,6 @@ def _lean(file: Path, memory: Memory | None) -> Iterator[None]:
 
 
 def _stack(memory: Memory, stack: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], **words: Any) -> np.ndarray:
-    """Do what ``np.vstack`` does, for a single image in ``memory``."""
     if len(arrays) != 1 or words != {"dtype": np.float32, "casting": "unsafe"}:
         return stack(arrays, **words)
     result = memory.empty_like(arrays[0])
@@ -275,16 +274,16 @@ def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
 
 
 _OF_HEADERS = {"name_reader": name_reader, "count_channels": find_channels}
-"""Requests that decode nothing."""
+"""Requests that need only the header."""
 
 
 def serve(descriptor: str, work_folder: str) -> None:
-    """Answer requests until the parent is gone or asks nothing for a while."""
+    """Answer requests until the parent exits or is idle for too long."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"):  # the parent decides when a child ends
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     _set_limit(resource.RLIMIT_CORE, 0)
-    _set_limit(resource.RLIMIT_FSIZE, sys.maxsize)  # it also counts for memory that is shared
-    with contextlib.suppress(OSError):  # if memory runs out, the system should end this process and not its parent
+    _set_limit(resource.RLIMIT_FSIZE, sys.maxsize)  # this limit also applies to shared memory
+    with contextlib.suppress(OSError):  # if memory runs out, the system should kill this process, not its parent
         Path("/proc/self/oom_score_adj").write_text("500")
     find_reader_class("SimpleITKIO")
     with socket.socket(fileno=int(descriptor)) as channel, contextlib.suppress(OSError, EOFError):
@@ -325,22 +324,22 @@ def _answer_request(channel: socket.socket, request: dict[str, Any], work_folder
 
 
 class Memory:
-    """Memory without a name that another process maps too; nnU-Net's reader puts its voxels there at once.
+    """Anonymous memory shared with the parent process, into which nnU-Net's reader writes its voxels directly.
 
-    It is kept for the next file: to be given pages takes the system longer than to copy what is in them.
+    It is reused for the next file: getting new pages from the system takes longer than copying their content.
     """
 
     def __init__(self) -> None:
         self.descriptor: int | None = None
         self.is_new = False
-        """True until the other process has it."""
+        """True until the parent process has mapped it."""
         self._content: mmap.mmap | None = None
         self._array: np.ndarray | None = None
 
     def empty_like(self, array: np.ndarray) -> np.ndarray:
-        """Return a float32 array of the same shape and order of axes in memory; earlier ones are overwritten.
+        """Return a float32 array of the same shape and memory order in this memory; overwrites earlier ones.
 
-        The order is kept, because sums over an array are rounded in the order of its memory.
+        The order is kept, because it determines the rounding of sums over the array.
         """
         order = _order_of(array)
         content = self._content
@@ -351,13 +350,13 @@ class Memory:
         return self._array
 
     def describe(self, array: np.ndarray) -> dict[str, Any]:
-        """Make sure that the memory holds ``array``; returns its shape and the order of its axes in memory."""
+        """Make sure that the memory holds ``array``; return its shape and the order of its axes in memory."""
         if array is not self._array:
             self.empty_like(array)[...] = array
         return {"shape": array.shape, "order": _order_of(array)}
 
     def release(self) -> None:
-        """Give back what is too large to be kept."""
+        """Free memory beyond :data:`KEPT_BYTES`."""
         self._array = None
         if self._content is not None and len(self._content) > KEPT_BYTES:
             self._replace(KEPT_BYTES)
@@ -379,7 +378,7 @@ class Memory:
 
 
 def _order_of(array: np.ndarray) -> list[int]:
-    """Return the axes from the one with the largest steps in memory to that with the smallest; first those of one."""
+    """Return the axes sorted by decreasing stride; axes of length 1 come first."""
     return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, -abs(array.strides[axis])))
 
 
@@ -389,7 +388,7 @@ def _unnamed_file() -> int:  # for systems without memfd_create
 
 
 def to_json(value: Any) -> Any:
-    """Return nnU-Net's properties as JSON values from which :func:`from_json` makes the same types again."""
+    """Convert nnU-Net's properties to JSON values; :func:`from_json` restores the same types."""
     if isinstance(value, dict):
         return {"dict": {key: to_json(item) for key, item in value.items()}}
     if isinstance(value, tuple):
@@ -404,7 +403,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Return what :func:`to_json` was given."""
+    """Restore a value converted by :func:`to_json`."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):

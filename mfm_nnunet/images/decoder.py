@@ -1,10 +1,9 @@
-"""Decode images in child processes, so that nothing in a file can hang, abort or exhaust this one.
+"""Decode images in child processes, so that no file can hang, abort or exhaust this one.
 
-The libraries that decode images are large and are fed with files of strangers. A child
-(:mod:`mfm_nnunet.images.decode`) checks and decodes one file at a time under limits of processor time and memory. It
-stays for the next file, which then costs a fraction of a millisecond more than a call. Voxels come back through shared
-memory, everything else as JSON; nothing from a child is ever unpickled. One child serves one thread; an idle one ends
-by itself.
+Image libraries are large and are fed with untrusted files. A child (:mod:`mfm_nnunet.images.decode`) checks and decodes
+one file at a time under limits of processor time and memory. It is reused for the next file, which then costs a
+fraction of a millisecond more than a direct call. Voxels come back through shared memory, everything else as JSON;
+nothing from a child is ever unpickled. One child serves one thread; an idle child exits.
 """
 
 from __future__ import annotations
@@ -34,11 +33,12 @@ from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.signals import stop_signals_blocked
 
 IDLE_SECONDS = 60.0
-"""Time that a child waits for the next file before it ends."""
+"""Time after which an idle child exits."""
 WALL_SECONDS = 300.0
-"""Time that a child may take for a file, plus the next constant; its processor time has a lower limit (decode)."""
+"""Time limit per file, plus the time for its bytes at ``BYTES_PER_SECOND``; the limit of processor time (decode) is
+lower."""
 BYTES_PER_SECOND = 500_000
-"""The slowest network share that is waited for."""
+"""Speed of the slowest supported network share."""
 _LENGTH = struct.Struct(">Q")
 _CHUNK = 1 << 16
 _START = "import sys; sys.path[:] = sys.argv[3:]; from mfm_nnunet.images.decode import serve; serve(*sys.argv[1:3])"
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class Reply(NamedTuple):
-    """The answer of a child: plain values, and the voxels in the order of its memory if there are any."""
+    """Answer of a child: plain values, and the voxels, if any, in the order of its memory."""
 
     content: dict[str, Any]
     voxels: np.ndarray | None
@@ -56,8 +56,8 @@ class Reply(NamedTuple):
 def call(file: Path, request: dict[str, Any]) -> Reply:
     """Send ``request`` about ``file`` to a child and return its answer.
 
-    Raises the MFMError that the child found, and E_READER_CRASH, E_READER_TIMEOUT and E_READER_MEMORY when the file
-    ended the child; StoppedError when :func:`end_all` did.
+    Raises the MFMError that the child reports; E_READER_CRASH, E_READER_TIMEOUT or E_READER_MEMORY if the file ended
+    the child; StoppedError if :func:`end_all` did.
     """
     while True:
         child = _take()
@@ -81,27 +81,25 @@ def call(file: Path, request: dict[str, Any]) -> Reply:
 
 
 def warm() -> None:
-    """Start a child that imports its libraries while this process does something else."""
+    """Start a child that imports its libraries in the background."""
     child = _take()
     with _lock:
         _idle.append(child)
 
 
 def end_all() -> None:
-    """End all children at once, also those at work. The threads that wait for them get StoppedError."""
+    """Kill all children at once, including busy ones. Threads that wait for them get StoppedError."""
     with _lock:
         idle, at_work = list(_idle), _living - set(_idle)
         _idle.clear()
     for child in (*idle, *at_work):
         child.is_stopped = True
         child.process.kill()
-    for child in idle:  # whoever waits for one at work ends it
+    for child in idle:  # a busy child is ended by the thread that waits for it
         child.end()
 
 
 class _Child:
-    """One child process and the socket to it."""
-
     def __init__(self) -> None:
         self.is_stopped = self.is_ready = False
         self.memory: mmap.mmap | None = None
@@ -113,9 +111,9 @@ class _Child:
         self.socket, other = socket.socketpair()
         with other:
             stdout, stderr = self.printed.values()
-            # The search path is handed over, because "python -m" would put the current folder in front of it.
+            # Pass the search path explicitly: "python -m" would put the current folder in front of it.
             command = [sys.executable, "-c", _START, str(other.fileno()), self.folder, *sys.path]
-            with stop_signals_blocked():  # a terminal signals all processes; this one decides when a child ends
+            with stop_signals_blocked():  # a terminal signals all processes, but the parent decides when a child ends
                 self.process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, pass_fds=(other.fileno(),)
                 )
@@ -124,14 +122,14 @@ class _Child:
 
     @property
     def was_idle(self) -> bool:
-        """Return whether the child ended by itself because nothing was asked of it for a while."""
+        """True if the child exited because it was idle."""
         return self.is_ready and not self.is_stopped and self.process.returncode == 0
 
     def ask(self, request: dict[str, Any], seconds: float) -> Reply:
-        """Return the answer to a request. Raises EOFError when the child ended, TimeoutError when it takes too long."""
+        """Return the answer to a request. Raises EOFError if the child exited, TimeoutError if it takes too long."""
         self.socket.settimeout(seconds)
         if not self.is_ready:
-            receive(self.socket)  # a child says that its libraries are imported
+            receive(self.socket)  # sent when the child has imported its libraries
             self.is_ready = True
         send(self.socket, request)
         content, descriptor = receive(self.socket)
@@ -144,17 +142,17 @@ class _Child:
         return Reply(content, np.frombuffer(self.memory, np.float32, math.prod(content["shape"])).copy())
 
     def log_printed(self, file: Path) -> None:
-        """Log what the libraries printed: as warnings from stdout, where nnU-Net writes, else for the curious."""
+        """Log the output of the libraries: stdout, where nnU-Net writes, as warnings, and stderr at debug level."""
         for level in self.printed:
             if text := " ".join(self.take_printed(level).split()):
                 log.log(level, "%s: %s", file, text)
 
     def take_printed(self, level: int) -> str:
-        """Return and forget what was printed on stdout (WARNING) or stderr (DEBUG)."""
+        """Return and clear the output on stdout (WARNING) or stderr (DEBUG)."""
         stream = self.printed[level]
         if os.fstat(stream.fileno()).st_size == 0:
             return ""
-        # The position is shared with the child, which therefore continues at the beginning.
+        # The file position is shared with the child, which then continues at the beginning.
         stream.seek(0)
         text = stream.read().decode(errors="replace")
         stream.seek(0)
@@ -162,7 +160,7 @@ class _Child:
         return text
 
     def explain(self, file: Path, error: Exception) -> BaseException:
-        """Return the error of a file that ended the child."""
+        """Return the error for a file that ended the child."""
         status = self.process.returncode
         if self.is_stopped:
             return StoppedError(128 + signal.SIGTERM, "stopped while an image was read.")
@@ -189,11 +187,11 @@ class _Child:
         )
 
     def end(self) -> None:
-        """End the child and give back what belonged to it."""
+        """End the child and release its resources."""
         with _lock:
             _living.discard(self)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.2)  # one that ends by itself does so now, and its reason counts
+            self.process.wait(0.2)  # if it is exiting by itself, keep its own exit status
         self.process.kill()
         self.process.wait()
         self.last_words = self.take_printed(logging.DEBUG)
@@ -201,7 +199,7 @@ class _Child:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def forget(self) -> None:
-        """Close this process's ends."""
+        """Close this process's file descriptors."""
         self.socket.close()
         for stream in self.printed.values():
             stream.close()
@@ -237,8 +235,8 @@ def _forget_all() -> None:
 
 
 def send(channel: socket.socket, content: dict[str, Any], descriptor: int | None = None) -> None:
-    """Write a message of plain values, and with it a file descriptor."""
-    body = json.dumps(content).encode("ascii")  # names that are no UTF-8 are escaped
+    """Send a message of plain values, optionally with a file descriptor."""
+    body = json.dumps(content).encode("ascii")  # escapes names that are not UTF-8
     data = _LENGTH.pack(len(body)) + body
     if descriptor is None:
         channel.sendall(data)
@@ -249,7 +247,7 @@ def send(channel: socket.socket, content: dict[str, Any], descriptor: int | None
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], int | None]:
-    """Read a message, and a file descriptor that came with it. Raises EOFError at the end."""
+    """Receive a message, and a file descriptor if there is one. Raises EOFError at the end."""
     data, descriptors, _, _ = socket.recv_fds(channel, _CHUNK, 1)
     while len(data) < _LENGTH.size or len(data) < _LENGTH.size + _LENGTH.unpack(data[: _LENGTH.size])[0]:
         more = channel.recv(_CHUNK)

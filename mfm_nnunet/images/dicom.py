@@ -1,4 +1,4 @@
-"""Recognise DICOM, also without an ending or in a zip archive. It is not read, and messages say so."""
+"""Recognise DICOM, even without an ending or in a zip archive, to explain that it must be converted first."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import IO
 CONVERT = "Convert DICOM to NIfTI first: pip install dcm2niix; dcm2niix -z y -o nifti dicom/"
 _ENDINGS = (".dcm", ".ima")
 _MOST_FILES = 1000
-"""So many files are looked into at most; a folder of another kind may hold millions."""
+"""Limit of files to examine; a folder of another kind may hold millions."""
 
 
 def find_dicom(place: Path) -> str:
-    """Return the name of a DICOM file: ``place`` itself, one below that folder, or one in that zip archive; "" if none.
+    """Return the name of a DICOM file: ``place`` itself, or one in that folder or zip archive; "" if there is none.
 
-    Only the first files of a large folder or archive are looked into.
+    Only the first files of a large folder or archive are examined.
     """
     if os.path.isfile(place) and zipfile.is_zipfile(place):
         return _find_in_archive(place)
@@ -30,7 +30,7 @@ def find_dicom(place: Path) -> str:
 
 
 def advice(place: Path) -> str:
-    """Return sentences about the DICOM files that a place holds instead of images, with a blank behind; "" if none."""
+    """Return sentences about DICOM files found in ``place``, with a trailing blank; "" if there are none."""
     found = find_dicom(place)
     return f"It holds DICOM, e.g. {found}, which is not read. {CONVERT} " if found else ""
 
@@ -44,7 +44,7 @@ def _files(place: Path) -> Iterator[Path]:
 
 
 def _is_dicom(file: Path) -> bool:
-    """Return whether a plain file has the mark of DICOM; pipes and devices are not opened."""
+    """Return whether a regular file has the DICOM mark; pipes and devices are not opened."""
     try:
         if not file.is_file():
             return False
@@ -66,5 +66,5 @@ def _find_in_archive(archive: Path) -> str:
                 if not entry.is_dir() and (is_named or _has_mark(content.open(entry))):
                     return f"{archive}: {entry.filename}"
     except (OSError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zipfile.LargeZipFile):
-        pass  # damaged, or with a password: what is in it is not known
+        pass  # damaged or encrypted: its content is unknown
     return ""

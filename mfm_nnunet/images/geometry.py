@@ -1,6 +1,6 @@
-"""Geometry: the place of an image's voxels in space, and the comparison of two images.
+"""Position of an image's voxels in space, and the comparison of two images.
 
-Taken from the properties of nnU-Net's readers; lengths in mm. Pictures (PNG, TIFF) have no geometry but a spacing.
+Read from the properties of nnU-Net's readers; lengths in mm. Pictures (PNG, TIFF) have only a spacing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from mfm_nnunet.errors import MFMError
 
 SPACING_LIMITS_MM = (1e-3, 100.0)
-"""Voxel sizes outside of this are an error of unit or a damaged header."""
+"""Voxel sizes outside these limits come from a wrong unit or a damaged header."""
 SPACING_TOLERANCE = 1e-3
-"""Relative difference of two spacings that are the same but for rounding."""
+"""Relative difference of two spacings that counts as rounding."""
 ORIGIN_TOLERANCE = 0.1
-"""Distance of two origins, in units of the smallest voxel edge, that is rounding."""
+"""Distance of two origins, in units of the smallest voxel edge, that counts as rounding."""
 DIRECTION_TOLERANCE = 1e-3
-"""Difference of two direction cosines that is rounding."""
+"""Difference of two direction cosines that counts as rounding."""
 ANGLE_TOLERANCE = 2e-3
-"""Cosine of the angle between two axes that were perpendicular before their cosines were rounded to three digits."""
+"""Largest cosine between two perpendicular axes whose direction cosines were rounded to three digits."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Geometry:
 
 
 def geometry_of(properties: Mapping[str, Any]) -> Geometry:
-    """Return the geometry in nnU-Net's properties; pictures have nothing but a spacing.
+    """Return the geometry in nnU-Net's properties; pictures have only a spacing.
 
-    Readers check nothing of the spacing that a file beside a TIFF stack holds; what is no number there is NaN here.
+    Readers do not check the spacing in a file beside a TIFF stack; values that are not numbers become NaN.
     """
     spacing = np.array([_to_float(value) for value in properties["spacing"]])
     if itk := properties.get("sitk_stuff"):
@@ -53,9 +53,9 @@ def geometry_of(properties: Mapping[str, Any]) -> Geometry:
 
 
 def properties_for(reader_name: str, properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nnU-Net's properties of a NIfTI file in the form of ``reader_name``, where another reader stood in for it.
+    """Convert nnU-Net's properties of a NIfTI file to the form of ``reader_name``, if another reader read it.
 
-    Spacing stays as it is. The world coordinates of SimpleITK and nibabel differ in the sign of the first two.
+    The spacing is unchanged. The world coordinates of SimpleITK and nibabel differ in the sign of the first two.
     """
     spacing = np.array(properties["spacing"][::-1], dtype=float)
     if reader_name == "SimpleITKIO" and "nibabel_stuff" in properties:
@@ -83,7 +83,7 @@ def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
     low, high = SPACING_LIMITS_MM
     is_legal = (geometry.spacing >= low) & (geometry.spacing <= high)
     if len(is_legal) == 3:
-        # The size of a single voxel says nothing: nnU-Net's readers give a 2D image 999 times the largest spacing.
+        # Ignore the size along an axis of length 1: nnU-Net's readers give a 2D image 999 times the largest spacing.
         is_legal |= (np.array(array.shape[1:]) == 1) & (geometry.spacing > 0) & np.isfinite(geometry.spacing)
     if len(is_legal) != 3 or not np.all(is_legal):
         raise MFMError(
@@ -99,7 +99,7 @@ def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
 
 
 def difference(one: Geometry, other: Geometry) -> str:
-    """Describe how two geometries differ beyond rounding; empty when they are the same."""
+    """Describe how two geometries differ beyond rounding; "" if they agree."""
     if not np.allclose(one.spacing, other.spacing, rtol=SPACING_TOLERANCE, atol=0):
         return (
             f"spacing {show_numbers(one.spacing)} against {show_numbers(other.spacing)} mm "

@@ -1,7 +1,7 @@
-"""Read headers of volumes: shape, type of the voxels and the place of their bytes.
+"""Read headers of volumes: shape, voxel type and the position of the voxel data.
 
 NRRD (attached and detached), MetaImage (MHA, MHD) and GIPL are read here, NIfTI in :mod:`mfm_nnunet.images.nifti`. Only
-facts that decide whether a file is complete are taken; the voxels are decoded by nnU-Net's readers.
+facts that decide whether a file is complete are read; nnU-Net's readers decode the voxels.
 
 Formats: https://teem.sourceforge.net/nrrd/format.html, https://itk.org/Wiki/MetaIO/Documentation
 """
@@ -20,7 +20,7 @@ import numpy as np
 from mfm_nnunet.errors import MFMError
 
 HEADER_BYTES = 1 << 16
-"""As much of a file as a text header may take."""
+"""Longest text header that is read."""
 
 _NRRD_TYPES = {
     **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
@@ -50,10 +50,10 @@ _META_TYPES = {
 }
 _OFFSETS = ("offset", "position", "origin")
 _MATRICES = ("transformmatrix", "orientation", "rotation")
-"""The names that MetaIO knows for the place of the first voxel, and for the direction of the axes."""
+"""MetaIO's names for the position of the first voxel, and for the direction of the axes."""
 _META_LINE = re.compile(r"([^=:]*)[=:](.*)")
 _NRRD_LINE = re.compile(r"(?!#)([^:]*):(?!=)(.*)")
-"""``key:=value`` is a remark of a program and no field."""
+"""``key:=value`` is a program's own key/value pair, not a field."""
 _INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _SET_SPACING = "Write the true voxel size in mm into the header."
@@ -62,7 +62,7 @@ _GIPL_TYPES = {7: "i1", 8: "u1", 15: "i2", 16: "u2", 31: "u4", 32: "i4", 64: "f4
 
 @dataclass(frozen=True)
 class VolumeHeader:
-    """Shape (fastest axis first), voxel type, and where the voxels are.
+    """Shape (fastest axis first), voxel type, and the position of the voxel data.
 
     ``file_offset`` counts bytes in ``data_file``, ``stream_offset`` bytes after decompression. A negative
     ``file_offset`` means "the last bytes of the file". The value of a voxel is ``slope * stored + inter``.
@@ -79,7 +79,7 @@ class VolumeHeader:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all voxels, uncompressed."""
+        """Number of bytes of all voxels, uncompressed."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -118,14 +118,14 @@ def nrrd_header(path: Path) -> VolumeHeader:
 
 
 def _require_nrrd_geometry(path: Path, fields: _Fields, num_axes: int) -> None:
-    """Refuse what teem and ITK replace without a word: a voxel size that is missing or NaN by 1, other units by mm."""
+    """Refuse what teem and ITK replace silently: a missing or NaN voxel size by 1, other units by mm."""
     vectors = fields.text("spacedirections")
     if vectors:
         for axis in _vectors(path, "space directions", vectors, num_axes):
             if not any(axis):
                 raise refuse("E_SPACING", path, f"an axis has no direction and no voxel size ({vectors})", _SET_SPACING)
     else:
-        # The size of an axis behind the third, of one sample, may be unknown.
+        # The size of further axes, which have one sample, may be unknown.
         _require_spacing(path, fields.numbers("spacings", code="E_SPACING", most=num_axes), num_axes, "spacings")
     if fields.text("spaceorigin", default="none").lower() != "none":
         _vectors(path, "space origin", fields.text("spaceorigin"), 1)
@@ -135,7 +135,7 @@ def _require_nrrd_geometry(path: Path, fields: _Fields, num_axes: int) -> None:
 
 
 def _vectors(path: Path, name: str, text: str, at_least: int) -> list[tuple[float, ...]]:
-    """Parse vectors such as ``(1,0,0) (0,1,0) none``; ``none`` is zeros. Only the first may not be ``none``."""
+    """Parse vectors such as ``(1,0,0) (0,1,0) none``; ``none`` is zeros, and not allowed as the first."""
     found = re.findall(r"none|\([^()]*\)", text)
     vectors: list[tuple[float, ...]] = []
     for vector in found:
@@ -178,10 +178,10 @@ def meta_header(path: Path) -> VolumeHeader:
 
 
 def _meta_volume(path: Path, fields: _Fields, local: VolumeHeader) -> VolumeHeader:
-    """Return where the voxels are; ``local`` is the answer when they follow the header.
+    """Complete the header with the position of the voxels; ``local`` is the header for voxels that follow it.
 
-    ITK returns random memory where a compressed stream is cut by its declared size, and the header's own text as voxels
-    where HeaderSize counts from the start of the file.
+    ITK returns random memory if the declared size truncates a compressed stream, and the header's own text as voxels if
+    HeaderSize counts from the start of the file.
     """
     name = fields.text("elementdatafile")
     if not name:
@@ -206,7 +206,7 @@ def _meta_volume(path: Path, fields: _Fields, local: VolumeHeader) -> VolumeHead
 
 
 def _require_meta_geometry(path: Path, fields: _Fields, num_axes: int) -> None:
-    """Refuse what ITK replaces without a word: what is no number by 0, a missing voxel size by 1, units by mm."""
+    """Refuse what ITK replaces silently: non-numbers by 0, a missing voxel size by 1, other units by mm."""
     for number, names in ((num_axes, _OFFSETS), (num_axes**2, _MATRICES)):
         values = fields.numbers(*names, code="E_GEOMETRY")
         if values and len(values) != number:
@@ -249,7 +249,7 @@ def gipl_header(path: Path) -> VolumeHeader:
 
 
 def require_volume(path: Path, shape: tuple[int, ...]) -> None:
-    """Refuse what is neither 2D nor 3D (E_DIM, E_HEADER); trailing axes of length 1 are legal."""
+    """Refuse anything but 2D or 3D (E_DIM, E_HEADER); trailing axes of length 1 are legal."""
     size = " x ".join(map(str, shape))
     if any(n <= 0 for n in shape):
         raise refuse("E_HEADER", path, f"the header says a size of {size}")
@@ -263,21 +263,21 @@ def require_volume(path: Path, shape: tuple[int, ...]) -> None:
 
 
 class _Fields:
-    """The lines of a text header: keys in lower case, without blanks.
+    """Fields of a text header; keys are in lower case, without blanks.
 
-    Programs disagree about which of two lines with one key counts, so a key that is asked for may stand there once.
+    Programs disagree about which of two lines with one key counts, so a requested key must be unique.
     """
 
     def __init__(self, path: Path, text: bytes, line: re.Pattern[str]) -> None:
         self.path = path
         self.lines: dict[str, list[str]] = {}
-        # File names in a header are bytes of the file system; no other character than a line feed ends a line.
+        # File names in a header are raw bytes, so only a line feed ends a line.
         for found in map(line.match, text.decode("utf-8", "surrogateescape").split("\n")):
             if found:
                 self.lines.setdefault("".join(found[1].lower().split()), []).append(found[2].strip())
 
     def text(self, *names: str, default: str = "") -> str:
-        """Return the value of a key that has one or more names."""
+        """Return the value of a key; ``names`` are its spellings."""
         values = [value for name in names for value in self.lines.get(name, [])]
         if any(len(self.lines.get(name, [])) > 1 for name in names) or len(set(values)) > 1:
             raise refuse("E_HEADER", self.path, f"the header says {names[0]} twice ({', '.join(values)})")
@@ -293,7 +293,7 @@ class _Fields:
     def numbers(
         self, *names: str, default: str = "", code: str = "E_HEADER", most: int | None = None
     ) -> tuple[float, ...]:
-        """Return finite numbers, the first ``most``; none for a key that is not there."""
+        """Return the first ``most`` finite numbers; empty for a missing key."""
         text = self.text(*names, default=default)
         numbers = [_decimal(part) for part in text.split()[:most]]
         if any(number is None for number in numbers) or (not numbers and any(name in self.lines for name in names)):
@@ -301,7 +301,7 @@ class _Fields:
         return tuple(number for number in numbers if number is not None)
 
     def flag(self, *names: str, default: str) -> bool:
-        """Return whether a key is true; as in MetaIO, the first letter decides."""
+        """Return whether a key is true; the first letter decides, as in MetaIO."""
         text = self.text(*names, default=default)
         if text[:1].lower() not in ("t", "1", "f", "0"):
             raise refuse("E_HEADER", self.path, f"the header says '{names[0]}: {text}', neither true nor false")
@@ -309,7 +309,7 @@ class _Fields:
 
 
 def _decimal(text: str) -> float | None:
-    """Return a finite number, or None. Python would also take 1_000 and the digits of other scripts."""
+    """Return a finite number, or None. ``float`` alone would also accept 1_000 and digits of other scripts."""
     value = float(text) if _DECIMAL.fullmatch(text) else math.nan
     return value if math.isfinite(value) else None
 
@@ -321,7 +321,6 @@ def _voxel_dtype(path: Path, table: dict[str, str], name: str, big_endian: bool)
 
 
 def _sibling(path: Path, name: str) -> Path:
-    """Return the data file that a header names, relative to the header."""
     pattern = name.split()[0].upper() == "LIST" or "%" in name
     if pattern or (len(name.split()) > 1 and not (path.parent / name).exists()):
         raise refuse("E_FORMAT", path, f"the voxels are in several files ({name})", "Save the volume as one file.")
@@ -332,5 +331,5 @@ def _sibling(path: Path, name: str) -> Path:
 
 
 def refuse(code: str, path: Path, reason: str, advice: str = "Export the image again.") -> MFMError:
-    """Return the error of a refused file: which one, why, and what to do."""
+    """Return the error for a refused file: which file, why, and what to do."""
     return MFMError(code, f"{path}: {reason}. {advice}")

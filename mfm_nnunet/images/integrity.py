@@ -1,7 +1,7 @@
-"""Check in one pass over its bytes that an image file is whole, before a reader fills what is missing with zeros.
+"""Check in one pass over its bytes that an image file is complete, before a reader fills gaps with zeros.
 
-nnU-Net's default reader accepts a .nii.gz that was cut anywhere and returns zeros for the rest. Here the whole
-compressed stream is read with its checksum and its length is compared with what the header promises.
+nnU-Net's default reader accepts a truncated .nii.gz and returns zeros for the rest. Here the whole compressed stream is
+read with its checksum, and its length is compared with the header.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
 from mfm_nnunet.images import bitmaps, headers, nifti, tiff
 
 BLOCK = 1 << 20
-"""Bytes that are held at once, compressed and decompressed alike."""
+"""Bytes held in memory at once, compressed and decompressed alike."""
 HEADER_BYTES = 540
-"""The larger of the two NIfTI headers."""
+"""Size of the larger of the two NIfTI headers."""
 NUM_SAMPLES = 4096
-"""Voxels, evenly spaced over a volume, that are compared with the reader's."""
+"""Number of voxels, evenly spaced over a volume, that are compared with the reader's."""
 MAX_DEFLATE_RATIO = 1040
-"""No stream of gzip or zlib holds more than this many times its size."""
+"""Upper limit of the compression ratio of gzip and zlib."""
 READING_BYTES_PER_VOXEL, READING_BYTES_PER_BYTE = 12, 6
-"""Memory that nnU-Net's readers take at their peak: the stored voxels, a copy, and the float32 array."""
+"""Peak memory of nnU-Net's readers: the stored voxels, a copy, and the float32 array."""
 
 _MAGIC = {
     ".nii.gz": (b"\x1f\x8b",),
@@ -63,47 +63,47 @@ _OTHER_CONTENT = {
 
 
 _CHECKS = {".png": bitmaps.check_png, ".bmp": bitmaps.check_bmp, ".tif": tiff.check_tiff, ".tiff": tiff.check_tiff}
-"""Checks of the content of pictures, by ending; :func:`bitmaps.check_picture` for the others."""
+"""Checks of the content of pictures by ending; :func:`bitmaps.check_picture` for all others."""
 
 
 @dataclass(frozen=True)
 class Declared:
-    """Facts that the first bytes of a file state: the header of a volume, and the memory that reading will take."""
+    """Facts from the first bytes of a file: the header of a volume, and the memory needed to read it."""
 
     ending: str
     header: headers.VolumeHeader | None
     """None for a picture."""
     reading_bytes: int
     start: bytes = b""
-    """The header of a NIfTI file as it stands there."""
+    """First bytes of a NIfTI file, decompressed; they contain its header."""
 
 
 @dataclass(frozen=True)
 class Voxels:
-    """A summary of the voxels in a file, in their order there, to compare with what a reader returns."""
+    """Summary of the voxels of a file, in storage order, for comparison with the reader's result."""
 
     num_voxels: int
     lowest: float
     highest: float
     samples: np.ndarray
-    """The values of every ``step``-th voxel, and of the last."""
+    """Values of every ``step``-th voxel, and of the last one."""
     step: int
     rounded_from: float
-    """The largest number that took part in their computation, of which rounding errors are a share."""
+    """Largest number in the computation of the values; rounding errors are relative to it."""
 
 
 def check_image_file(path: Path) -> Voxels | None:
     """Check that ``path`` is a regular, complete image file of a known format; None for a picture.
 
     Raises MFMError: E_NOT_FOUND, E_NOT_REGULAR, E_EMPTY, E_FORMAT, E_GZIP_TRUNCATED, E_GZIP_CRC, E_HEADER, E_DIM,
-    E_DATATYPE, E_SHORT_DATA, E_NONFINITE, E_SPACING, E_GEOMETRY, E_TOO_LARGE. Memory stays at a few megabytes for
-    volumes; pictures are decoded. Nothing is read from a FIFO or device.
+    E_DATATYPE, E_SHORT_DATA, E_NONFINITE, E_SPACING, E_GEOMETRY, E_TOO_LARGE. Volumes need only a few megabytes of
+    memory; pictures are decoded. FIFOs and devices are not read.
     """
     return check_content(path, declared_by(path))
 
 
 def declared_by(path: Path) -> Declared:
-    """Read what a file declares, and refuse what cannot be held in memory before any of it is decompressed."""
+    """Read the declared contents of a file; refuse too large ones before anything is decompressed."""
     ending = require_regular(path)
     with _access(path):
         _require_content(path, ending)
@@ -129,7 +129,7 @@ def declared_by(path: Path) -> Declared:
 
 
 def check_content(path: Path, declared: Declared) -> Voxels | None:
-    """Check that a file holds what it declares."""
+    """Check that a file contains what it declares."""
     with _access(path):
         header = declared.header
         if header is None:
@@ -156,7 +156,7 @@ def _access(path: Path) -> Iterator[None]:
 
 
 def _first_bytes(path: Path, ending: str) -> bytes:
-    """Return as much of a NIfTI file, decompressed, as its header may take; less of a file that is shorter."""
+    """Return the decompressed header bytes of a NIfTI file; fewer if the file is shorter."""
     start = b""
     for block in _gunzip(path, most=HEADER_BYTES) if ending == ".nii.gz" else _read_blocks(path):
         start += block[:HEADER_BYTES]
@@ -166,17 +166,17 @@ def _first_bytes(path: Path, ending: str) -> bytes:
 
 
 def files_of(path: Path, is_label: bool = False) -> list[Path]:
-    """List the file of an image and those that belong to it: voxels of a detached header, spacing of a TIFF stack.
+    """List the file of an image and its further files: voxels of a detached header, spacing of a TIFF stack.
 
-    nnU-Net's Tiff3DIO takes the latter from CASE.json, for images named CASE_0000.tif and for labels named CASE.tif.
-    What is missing or cannot be read is left out: :func:`check_image_file` says why.
+    nnU-Net's Tiff3DIO takes the spacing from CASE.json, for images named CASE_0000.tif and for labels named CASE.tif.
+    Missing or unreadable files are skipped: :func:`check_image_file` reports them.
     """
     ending = ending_of(path)
     files = [path]
     if ending in (".tif", ".tiff"):
         spacing = Path(str(path)[: -len(ending if is_label else f"_0000{ending}")] + ".json")
         files += [spacing] if os.path.isfile(spacing) else []
-    elif ending in (".nrrd", ".nhdr", ".mha", ".mhd") and os.path.isfile(path):  # opening a pipe would wait for ever
+    elif ending in (".nrrd", ".nhdr", ".mha", ".mhd") and os.path.isfile(path):  # opening a pipe would block for ever
         with contextlib.suppress(MFMError, OSError):
             read = headers.nrrd_header if ending in (".nrrd", ".nhdr") else headers.meta_header
             voxels = read(path).data_file
@@ -185,7 +185,7 @@ def files_of(path: Path, is_label: bool = False) -> list[Path]:
 
 
 def require_regular(path: Path) -> str:
-    """Return the ending of a file; refuse one that is missing, empty, no plain file or no image."""
+    """Return the ending of an image file; refuse missing, empty, irregular and other files."""
     try:
         info = os.stat(path)
     except PermissionError as error:
@@ -205,11 +205,11 @@ def require_regular(path: Path) -> str:
 
 
 def _require_content(path: Path, ending: str) -> None:
-    """Refuse a file that does not start as files of its ending do, and say what it seems to be."""
+    """Refuse a file whose first bytes do not match its ending, and name the apparent format."""
     with open(path, "rb") as file:
         start = file.read(512)
     known = next((what for magic, what in _OTHER_CONTENT.items() if start.startswith(magic)), "")
-    if b"" in _MAGIC[ending]:  # MetaImage and GIPL have no magic at the start; a foreign one is recognised.
+    if b"" in _MAGIC[ending]:  # MetaImage and GIPL have no magic bytes; those of other formats are recognised.
         if not known:
             return
     elif start.startswith(_MAGIC[ending]):
@@ -223,7 +223,7 @@ def _require_content(path: Path, ending: str) -> None:
 
 
 def _count_voxels(path: Path, header: headers.VolumeHeader, blocks: Iterable[bytes]) -> Voxels:
-    """Compare the bytes that are there with the promised number, count voxels that are not finite, and take samples.
+    """Compare the number of bytes with the header, count voxels that are not finite, and take samples.
 
     Floats are checked here and not only in the array, because SimpleITK turns NaN in a NIfTI file into 0.
     """
@@ -267,7 +267,6 @@ def _count_voxels(path: Path, header: headers.VolumeHeader, blocks: Iterable[byt
 def _summary(
     header: headers.VolumeHeader, num_voxels: int, ranges: list[tuple[Any, Any]], samples: np.ndarray, step: int
 ) -> Voxels:
-    """Scale stored values as the header says."""
     limits = float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
     lowest, highest = sorted(limit * header.slope + header.inter for limit in limits)
     rounded_from = max(*(abs(limit * header.slope) for limit in limits), abs(header.inter))
@@ -275,7 +274,7 @@ def _summary(
 
 
 def non_finite(path: Path, num_voxels: int) -> MFMError:
-    """Return the error of an image with NaN or infinite voxels."""
+    """Return the error for an image with NaN or infinite voxels."""
     return MFMError(
         "E_NONFINITE",
         f"{path}: {num_voxels} voxels are NaN or infinite. One of them would spread over the whole volume when it is "
@@ -284,7 +283,7 @@ def non_finite(path: Path, num_voxels: int) -> MFMError:
 
 
 def _require_possible(path: Path, header: headers.VolumeHeader, is_compressed: bool) -> None:
-    """Refuse a file that is too small for what its header describes, however well it is compressed."""
+    """Refuse a file too small for its header, even at the best possible compression."""
     present = header.data_file.stat().st_size
     most = present * MAX_DEFLATE_RATIO if is_compressed else present
     if most < header.num_bytes:
@@ -302,9 +301,9 @@ def _read_blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
 
 
 def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False, most: int | None = None) -> Iterator[bytes]:
-    """Yield decompressed blocks of at most ``most`` (default: BLOCK) bytes; checksums are verified.
+    """Yield decompressed blocks of at most ``most`` (default: BLOCK) bytes, verifying checksums.
 
-    Several gzip members in a row are one stream, and zeros after the last are padding, as for gzip itself.
+    As in gzip, consecutive members form one stream, and zeros after the last are padding.
     """
     wbits = 47 if any_zlib else 31
     with open(path, "rb") as file:
@@ -320,7 +319,7 @@ def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False, most: int | Non
                     data = block.lstrip(b"\0")
                 if not data:
                     return
-                if any_zlib:  # ITK stops after the first and leaves the rest of the voxels to chance
+                if any_zlib:  # ITK stops after the first and leaves the other voxels uninitialised
                     raise MFMError("E_HEADER", f"{path}: holds several compressed streams in a row. Save it again.")
                 decoder = zlib.decompressobj(wbits)
                 continue

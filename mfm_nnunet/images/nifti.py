@@ -1,4 +1,4 @@
-"""The NIfTI-1 and NIfTI-2 header: what it promises, whether its statements agree, and which reader takes it as meant.
+"""Parse NIfTI-1 and NIfTI-2 headers, check their consistency, and choose the reader that interprets them correctly.
 
 Format: https://nifti.nimh.nih.gov
 """
@@ -21,15 +21,15 @@ from mfm_nnunet.images.geometry import ANGLE_TOLERANCE, Geometry, difference, sh
 from mfm_nnunet.images.headers import VolumeHeader, refuse, require_volume
 
 SCALE_TOLERANCE = 1e-3
-"""Relative difference between two statements of the voxel size in one header that is rounding and no contradiction."""
+"""Relative difference between two statements of the voxel size in one header that counts as rounding."""
 ITK_TOLERANCE = 0.99e-4
-"""ITK reads a sform whose axes, times their transpose, are the identity to 1e-4 in float32; a little less is sure."""
+"""ITK accepts a sform whose axes, times their transpose, are the identity to 1e-4 in float32; slightly less is safe."""
 NIBABEL_TOLERANCE = 3.5e-7
-"""Nibabel reads a quaternion that is longer than 1 by no more than this."""
+"""Largest excess over length 1 of a quaternion that nibabel accepts."""
 SMALLEST_SLOPE = 1e-15
-"""ITK takes a smaller scale factor for none."""
+"""ITK treats a smaller scale factor as missing."""
 SAME_PLACE_MM = 1e-6
-"""Closer than what any tolerance allows, whatever the voxel size."""
+"""Below any tolerance, whatever the voxel size."""
 MAX_WARNINGS = 20
 _LENGTH_UNITS = {1: "metres", 3: "micrometres"}
 """Codes of xyzt_units that ITK converts to mm and nibabel does not; all others are read as mm."""
@@ -45,7 +45,7 @@ _warned: set[Path] = set()
 
 
 class _Start(NamedTuple):
-    """The fields of a header as they stand there, their byte order, and the number of bytes that they take."""
+    """Fields of a header as stored, their byte order, and the size of the header in bytes."""
 
     fields: Any
     order: Literal["<", ">"]
@@ -53,7 +53,7 @@ class _Start(NamedTuple):
 
 
 def nifti_header(path: Path, start: bytes) -> VolumeHeader:
-    """Return the header of a NIfTI file from the first (decompressed) bytes of it.
+    """Return the header of a NIfTI file from its first (decompressed) bytes.
 
     Big-endian files, NIfTI-2, trailing axes of length 1, a scale factor of 0 or NaN and missing orientations (codes 0)
     are legal.
@@ -67,9 +67,9 @@ def nifti_header(path: Path, start: bytes) -> VolumeHeader:
 
 
 def read_start(path: Path) -> bytes:
-    """Return the first bytes of a NIfTI file, decompressed: the header, or less of a shorter file.
+    """Return the header bytes of a NIfTI file, decompressed; fewer if the file is shorter.
 
-    Raises OSError, EOFError and zlib.error for what cannot be opened or decompressed.
+    Raises OSError, EOFError and zlib.error for files that cannot be opened or decompressed.
     """
     with open(path, "rb") as file:
         start = file.read(nifti2.header_dtype.itemsize)
@@ -80,13 +80,12 @@ def read_start(path: Path) -> bytes:
 
 
 def choose_nifti_reader(path: Path, reader_name: str, start: bytes | None = None) -> str:
-    """Return ``reader_name``, or the other of nnU-Net's two readers for NIfTI where only that reads the file as meant.
+    """Return ``reader_name``, or nnU-Net's other NIfTI reader if only that one reads the file correctly.
 
-    SimpleITKIO cannot read NIfTI-2 and axes that were rounded to a few digits. NibabelIO reads
-    nothing but three axes, takes every length for mm, and refuses a quaternion that is a little too long. Raises
-    MFMError (E_SPACING) where ``reader_name`` would read a voxel size wrongly and the other cannot read the file. For
-    what is no NIfTI file ``reader_name`` is returned; the gate says what is wrong with it. ``start`` are the first
-    bytes where they are known.
+    SimpleITKIO cannot read NIfTI-2 or axes rounded to a few digits. NibabelIO reads exactly three axes, takes every
+    length as mm, and refuses a quaternion that is slightly too long. Raises MFMError (E_SPACING) if ``reader_name``
+    would read a wrong voxel size and the other cannot read the file. If the file is not NIfTI, ``reader_name`` is
+    returned and the gate reports the problem. ``start`` are the first bytes, if known.
     """
     found = _parse_file(path) if start is None else _parse(start)
     if found is None or _is_able(found, reader_name):
@@ -103,7 +102,7 @@ def choose_nifti_reader(path: Path, reader_name: str, start: bytes | None = None
 
 
 def contradiction(start: bytes) -> str:
-    """Describe how qform and sform in a header put a file in different places; empty where they agree or lack."""
+    """Describe how the qform and sform in a header disagree about the position; "" if they do not."""
     found = _parse(start)
     if found is None:
         return ""
@@ -118,13 +117,13 @@ def contradiction(start: bytes) -> str:
     rotation[:, 2] *= -1 if fields["pixdim"][0] < 0 else 1
     offset = np.array([fields[f"qoffset_{letter}"] for letter in "xyz"], dtype=float)
     if np.all(np.abs(np.c_[rotation * fields["pixdim"][1:4], offset] - rows) <= SAME_PLACE_MM):
-        return ""  # as nearly always, and found faster than below
+        return ""  # the usual case, and faster than the comparison below
     axes = rows[:, :num_axes] / np.linalg.norm(rows[:, :num_axes], axis=0)
     return difference(Geometry(spacing, offset, rotation[:, :num_axes]), Geometry(spacing, rows[:, 3], axes))
 
 
 def warn_of_contradiction(path: Path, words: str) -> None:
-    """Log, once for a file, the :func:`contradiction` in its header, if there is one."""
+    """Log the :func:`contradiction` in a header, if any, once per file."""
     if not words or path in _warned or len(_warned) == MAX_WARNINGS:
         return
     _warned.add(path)
@@ -163,9 +162,9 @@ def _is_able(found: _Start, reader_name: str) -> bool:
 
 
 def _is_rounded(found: _Start) -> bool:
-    """Return whether ITK refuses axes that are perpendicular but for rounding; with a qform beside it takes that.
+    """Return whether ITK refuses the axes although they are perpendicular up to rounding.
 
-    Programs that write direction cosines with three digits make such files.
+    Programs that write direction cosines with three digits make such files. If there is a qform, ITK uses that.
     """
     fields = found.fields
     if fields["sform_code"] <= 0 or fields["qform_code"] > 0 or fields["dim"][0] < 3:
@@ -211,7 +210,7 @@ def _volume(path: Path, fields: Any, order: str, first_voxel: int) -> VolumeHead
 
 
 def _scaling(path: Path, slope: float, inter: float) -> tuple[float, float]:
-    """Return slope and intercept. Without a slope ITK adds an intercept to integers and nibabel does not."""
+    """Return slope and intercept; refuse an intercept without a slope: ITK adds it to integers, nibabel does not."""
     is_scaled = math.isfinite(slope) and slope != 0
     if is_scaled and abs(slope) >= SMALLEST_SLOPE and math.isfinite(inter):
         return slope, inter
@@ -230,13 +229,13 @@ def _require_geometry(path: Path, fields: Any, num_axes: int) -> None:
         raise refuse("E_SPACING", path, f"the voxel size (pixdim) is {show_numbers(spacing)}; it must be positive")
     for name in ("qform_code", "sform_code"):
         if not 0 <= fields[name] <= LARGEST_CODE:
-            # ITK uses what has any code; nibabel takes an unknown code for 0.
+            # ITK uses the form with any code; nibabel treats an unknown code as 0.
             raise refuse("E_HEADER", path, f"{name} is {fields[name]}; legal are 0 to {LARGEST_CODE}")
     if fields["qform_code"] > 0:
         quaternion = np.append(_quaternion(fields), [fields[f"qoffset_{letter}"] for letter in "xyz"])
         if not np.all(np.isfinite(quaternion)) or np.sum(quaternion[:3] ** 2) > 1 + SCALE_TOLERANCE:
             raise refuse("E_GEOMETRY", path, "the qform is not a rotation", "Set the orientation again.")
-        if fields["pixdim"][0] < 0 and fields["pixdim"][0] != -1:  # mirrored for ITK, not for nibabel
+        if fields["pixdim"][0] < 0 and fields["pixdim"][0] != -1:  # ITK mirrors the image, nibabel does not
             raise refuse("E_GEOMETRY", path, f"qfac (pixdim[0]) is {fields['pixdim'][0]:g}; legal are 1 and -1")
     if fields["sform_code"] > 0:
         rows = _sform_rows(fields)
@@ -244,7 +243,7 @@ def _require_geometry(path: Path, fields: Any, num_axes: int) -> None:
 
 
 def _require_sform(path: Path, axes: np.ndarray, origin: np.ndarray, spacing: np.ndarray) -> None:
-    """Check ``axes`` (3, n), the vector of one voxel along each axis, against ``spacing``, the voxel size by pixdim."""
+    """Check ``axes`` (3, n), the vector of one voxel along each axis, against ``spacing``, the size by pixdim."""
     scales = np.linalg.norm(axes, axis=0)
     if not np.all(np.isfinite(axes)) or not np.all(np.isfinite(origin)) or np.any(scales == 0):
         raise refuse("E_GEOMETRY", path, "the sform holds NaN or an axis without direction", "Set the sform again.")

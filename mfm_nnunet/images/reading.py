@@ -1,7 +1,7 @@
-"""The input gate: a volume that is complete, finite and of known geometry, or a refusal that names file and reason.
+"""The input gate: return a complete, finite volume of known geometry, or refuse with the file and the reason.
 
-Pixels are decoded by nnU-Net's own reader classes, so arrays and properties are those of nnU-Net; everything around
-them is checked here. Shapes: C channels, D H W voxels in the reader's axis order (2D images have D = 1); spacing in mm.
+Pixels are decoded by nnU-Net's own reader classes, so arrays and properties are nnU-Net's; everything else is checked
+here. Shapes: C channels, D H W voxels in the reader's axis order (2D images have D = 1); spacing in mm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Item(NamedTuple):
-    """One file: ``array`` (C, D, H, W), nnU-Net's properties, its place, and the range of values of each channel."""
+    """One file: ``array`` (C, D, H, W), nnU-Net's properties, its geometry, and the value range of each channel."""
 
     array: np.ndarray
     properties: dict[str, Any]
@@ -33,7 +33,7 @@ class _Item(NamedTuple):
 
 
 def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str:
-    """Return the name of nnU-Net's reader class: what dataset.json demands, else what stock nnU-Net would take.
+    """Return the name of nnU-Net's reader class: the one in dataset.json, else the one stock nnU-Net would choose.
 
     JPEG, MHD and NHDR, which stock nnU-Net does not list, get the reader that can read them. Raises MFMError (E_FORMAT)
     for an unknown ending, and for a TIFF file that is missing or cannot be opened.
@@ -57,7 +57,7 @@ def reader_for(file: Path, dataset_json: Mapping[str, Any] | None = None) -> str
 
 
 def count_channels(file: Path) -> int:
-    """Return the number of channels that a picture holds, by its header; more than 1 for colours.
+    """Return the number of channels of a picture from its header; more than 1 for colours.
 
     Raises MFMError as :func:`mfm_nnunet.images.integrity.declared_by`.
     """
@@ -66,15 +66,14 @@ def count_channels(file: Path) -> int:
 
 @functools.cache
 def _warn_of_reader(name: str) -> None:
-    """Warn once, not for every case."""
     _log.warning("dataset.json demands the unknown reader '%s'; choosing by the file ending instead", name)
 
 
 def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Read the channels of one case as (C, D, H, W) float32, with nnU-Net's properties (``spacing`` in mm and more).
 
-    Raises MFMError as :func:`integrity.check_image_file`, and E_NONFINITE, E_CONSTANT (nothing but one value),
-    E_CHANNELS (shapes differ), E_GEOMETRY (the channels lie differently in space), E_SPACING, E_CONFIG.
+    Raises MFMError as :func:`integrity.check_image_file`, and E_NONFINITE, E_CONSTANT (a single value), E_CHANNELS
+    (shapes differ), E_GEOMETRY (the channels lie differently in space), E_SPACING, E_CONFIG.
     """
     assert files, "a case without files"
     first, *others = (_read_file(Path(file), reader_name) for file in files)
@@ -143,9 +142,9 @@ def check_label(
     dataset_json: Mapping[str, Any],
     name: str,
 ) -> None:
-    """Return when ``label`` (1, D, H, W) fits ``image`` (C, D, H, W) and holds only values that dataset.json names.
+    """Check that ``label`` (1, D, H, W) fits ``image`` (C, D, H, W) and has only values named in dataset.json.
 
-    A label without foreground is legal. Raises MFMError: E_LABEL_GEOMETRY, E_LABEL_VALUE; ``name`` is the case.
+    A label without foreground is legal. ``name`` is the case. Raises MFMError: E_LABEL_GEOMETRY, E_LABEL_VALUE.
     """
     if label.shape[1:] != image.shape[1:]:
         raise MFMError(
@@ -175,7 +174,7 @@ def check_mask(
     image_properties: dict[str, Any],
     file: Path,
 ) -> None:
-    """Return when a mask lies on the grid of its image. Raises MFMError (E_GEOMETRY); ``file`` is the mask's."""
+    """Check that a mask lies on the grid of its image, else raise MFMError (E_GEOMETRY); ``file`` is the mask's."""
     differs = difference(geometry_of(mask_properties), geometry_of(image_properties))
     if mask_1DHW.shape[1:] != image_CDHW.shape[1:]:
         differs = f"{_grid(mask_1DHW)} against {_grid(image_CDHW)} voxels"
@@ -188,7 +187,7 @@ def check_mask(
 
 
 def known_labels(dataset_json: Mapping[str, Any]) -> set[int]:
-    """Return all values that ``labels`` in dataset.json names: classes, members of regions, the ignore label."""
+    """Return all values named by ``labels`` in dataset.json: classes, members of regions, the ignore label."""
     values = dataset_json["labels"].values()
     return {int(item) for value in values for item in (value if isinstance(value, (list, tuple)) else [value])}
 
@@ -206,7 +205,6 @@ def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
 
 
 def _read_map(file: Path, reader_name: str, what: str) -> _Item:
-    """Read a file with one value per voxel."""
     item = _read_file(file, reader_name, is_map=True)
     if len(item.array) != 1:
         raise MFMError(
@@ -218,7 +216,7 @@ def _read_map(file: Path, reader_name: str, what: str) -> _Item:
 
 
 def _label_values(label: np.ndarray) -> list[int]:
-    """Return the values in a label map of whole numbers, sorted; counting is faster than sorting a large volume."""
+    """Return the sorted values of a label map of whole numbers; counting is faster than sorting a large volume."""
     low, high = int(label.min()), int(label.max())
     if high - low >= 1 << 20:
         return [int(value) for value in np.unique(label)]

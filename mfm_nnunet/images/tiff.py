@@ -1,7 +1,7 @@
-"""Check that a TIFF file is whole and one volume: its pages are read without decoding, with a bound, then decoded.
+"""Check that a TIFF file is complete and holds one volume: walk its pages without decoding, then decode.
 
-tifffile follows a chain of pages as long as it leads somewhere, also in a circle, fills what is missing with zeros and
-only logs it. Here the chain is walked first. Format: TIFF 6.0, and BigTIFF (https://www.awaresystems.be/imaging/tiff).
+tifffile follows a chain of pages even in a circle, fills missing data with zeros and only logs it. So the chain is
+walked first, within a limit. Format: TIFF 6.0, and BigTIFF (https://www.awaresystems.be/imaging/tiff).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import tifffile
 
 _INTEGERS = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
-"""Types of a tag's values that are whole numbers."""
+"""Types of tag values that are whole numbers."""
 _TILED, _STRIPED = (324, 325), (273, 279)
-"""Tags of the places and of the lengths of the parts of a page."""
+"""Tags of the offsets and of the lengths of the parts of a page."""
 _REAL = {1: "unsigned", 2: "signed", 3: "floating point"}
 MAX_TAGS = 4096
 _DESCRIBED = ("ome", "imagej", "shaped")
@@ -36,11 +36,11 @@ _DESCRIBED = ("ome", "imagej", "shaped")
 
 @dataclass(frozen=True)
 class Page:
-    """One page: the size of its picture, the kind of its values, how they are stored, and where."""
+    """One page: the size of its picture, the type and storage of its values, and their positions."""
 
     offset: int
     shape: tuple[int, int, int]
-    """Depth, height, width; the depth is 1 but in files of very few programs."""
+    """Depth, height, width; very few programs write a depth other than 1."""
     samples: int
     bits: int
     sample_format: int
@@ -48,22 +48,22 @@ class Page:
     """Compression, predictor, planar configuration, and the shape of a tile or strip."""
     is_planar: bool
     places: np.ndarray
-    """First byte and number of bytes of each part (n, 2)."""
+    """Offset and length in bytes of each part (n, 2)."""
     num_parts: int
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """Return what pages of one volume have in common."""
+        """Properties that all pages of one volume share."""
         return (self.shape, self.samples, self.bits, self.sample_format, self.is_planar)
 
     @property
     def num_bytes(self) -> int:
-        """Return the number of bytes of the decoded page."""
+        """Number of bytes of the decoded page."""
         return math.prod(self.shape) * self.samples * max(-(-self.bits // 8), 1)
 
 
 def read_pages(path: Path) -> list[Page]:
-    """Return the pages that a TIFF file declares, in their order."""
+    """Return the pages that a TIFF file declares, in order."""
     with open(path, "rb") as file:
         reader = _Reader(path, file)
         offset, seen = reader.first, set()
@@ -81,13 +81,13 @@ def read_pages(path: Path) -> list[Page]:
 
 
 def num_decoded_bytes(path: Path) -> int:
-    """Return the number of bytes that the pixels of all pages take."""
-    # Slices may also follow the only page without pages of their own; they are not compressed then.
+    """Return the number of bytes of the pixels of all pages."""
+    # Uncompressed slices may also follow a single page, without pages of their own.
     return max(sum(page.num_bytes for page in read_pages(path)), path.stat().st_size)
 
 
 def _require_parts(path: Path, pages: list[Page]) -> None:
-    """Refuse pages whose parts are not all there (E_SHORT_DATA), or hold anything but real numbers (E_DATATYPE)."""
+    """Refuse pages with missing parts (E_SHORT_DATA), or with anything but real numbers (E_DATATYPE)."""
     size = os.stat(path).st_size
     for number, page in enumerate(pages):
         if page.sample_format not in _REAL:
@@ -128,7 +128,7 @@ def _page(path: Path, offset: int, tags: dict[int, np.ndarray], reader: _Reader)
     places = _TILED if is_tiled and _TILED[0] in tags else _STRIPED
     starts, lengths = (tags.get(tag, np.zeros(0, np.uint64)) for tag in places)
     bits = max((int(value) for value in tags.get(258, ())), default=1)
-    if not len(lengths) and len(starts) == 1:  # old programs leave the length of a single strip out
+    if not len(lengths) and len(starts) == 1:  # old programs omit the length of a single strip
         lengths = np.array([min(math.prod(shape) * samples * bits // 8, reader.size)], np.uint64)
     count = min(len(starts), len(lengths))
     return Page(
@@ -148,7 +148,7 @@ _USED = {256, 257, 258, 259, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 3
 
 
 class _Reader:
-    """Reads tags, in both byte orders and both sizes of TIFF, and no byte of the file for two pages."""
+    """Reader of tags, in both byte orders and both sizes of TIFF, with a limit on the bytes read."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
@@ -160,10 +160,10 @@ class _Reader:
             raise refuse("E_FORMAT", path, "does not start as a TIFF file", "Export it again.")
         self.first = int(struct.unpack(self.order + kind, where)[0])
         self.budget = 2 * self.size
-        """Bytes that may still be read: tags, and once more what they point at."""
+        """Bytes that may still be read: the file once for tags, and once for the values they point to."""
 
     def read_tags(self, offset: int, number: int) -> tuple[dict[int, np.ndarray], int]:
-        """Return the values of the tags of a page that matter here, and where the next page is."""
+        """Return the used tags of a page and the offset of the next page."""
         head, kind = ("Q", "Q") if self.is_big else ("H", "I")
         inline = 8 if self.is_big else 4
         count = struct.unpack(self.order + head, self._read(offset, struct.calcsize(head), number))[0]
@@ -201,7 +201,7 @@ class _Reader:
 
 
 def check_tiff(path: Path) -> None:
-    """Check that all pages of a TIFF file are there, belong together and can be decoded."""
+    """Check that all pages of a TIFF file are present, belong together and can be decoded."""
     pages = {page.offset: page for page in read_pages(path)}
     _require_parts(path, list(pages.values()))
     with _open_tiff(path) as file:
@@ -214,7 +214,7 @@ def check_tiff(path: Path) -> None:
 
 
 def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int, Page]) -> None:
-    """Refuse pages that are missing, in other files, or of another kind. tifffile zeroes them, or leaves them out."""
+    """Refuse pages that are missing, in other files, or of another kind: tifffile zeroes or skips them."""
     volume, *others = file.series
     described = [kind for kind in _DESCRIBED if getattr(file, f"is_{kind}")]
     if described and volume.kind not in described:
@@ -236,7 +236,7 @@ def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int,
         if page.parent is not file:
             raise refuse("E_FORMAT", path, f"page {number} is in another file", "Save the volume as one file.")
         own = pages.get(page.offset)
-        # A page after the first is decoded as if its header said the same.
+        # tifffile decodes later pages as if they had the header of the first.
         if (
             first
             and own
@@ -250,7 +250,7 @@ def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int,
 
 
 def is_2d(path: Path) -> bool:
-    """Return whether a TIFF file is one grey or RGB(A) picture, and not a stack of slices."""
+    """Return whether a TIFF file is one grey or RGB(A) picture, not a stack of slices."""
     shape = _shape(path)
     return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
 
@@ -269,7 +269,7 @@ def _shape(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
-    """Open a TIFF file whose pages were walked. No other file is opened, whatever this one names."""
+    """Open a TIFF file whose pages were already walked; files that it names are not opened."""
     import tifffile
 
     try:
@@ -279,12 +279,12 @@ def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
         raise
     except MemoryError as error:
         raise MFMError("E_TOO_LARGE", f"{path}: the picture does not fit into memory.") from error
-    except Exception as error:  # tifffile and its codecs have no common base class of errors.
+    except Exception as error:  # tifffile and its codecs have no common error class.
         raise damaged(path, error) from error
 
 
 def _require_rows(path: Path, file: Any) -> None:
-    """Notice rows that are missing in a strip or tile that is a JPEG stream of its own."""
+    """Detect missing rows in strips or tiles that are JPEG streams."""
     for page in file.series[0].pages:
         segments = file.filehandle.read_segments(page.dataoffsets, page.databytecounts)
         for data, index in segments:
