@@ -58,7 +58,7 @@ class Split:
 
 
 def split_template(folder: Path) -> Split:
-    """Cut the template into blocks and write them to ``folder`` as NIfTI; every second one is labelled or for testing."""
+    """Cut the template into NIfTI blocks in ``folder``; every second one has labels or is for testing."""
     import nibabel
 
     maps: list[Any] = [nibabel.load(find_template(name)) for name in ("t1", "gm", "wm")]
