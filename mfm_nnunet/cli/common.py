@@ -119,7 +119,7 @@ def make_parser(name: str, description: str, default_workspace: str | None = Non
 def options_of(request: type[Request], arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the values of a request's fields by name, as parameters of its job.
 
-    Raises MFMError (E_CONFIG) like the request, before heavy libraries are imported.
+    Invalid values are refused here, before heavy libraries are imported.
     """
     values = vars(arguments)
     options: dict[str, Any] = {

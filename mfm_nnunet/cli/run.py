@@ -66,7 +66,6 @@ def _run_command(job: Callable[[argparse.Namespace], None], arguments: argparse.
 
 
 def _report(error: BaseException, arguments: argparse.Namespace) -> int:
-    """Print an error message for the user and return the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     exit_code, message = _classify(error)
@@ -84,7 +83,6 @@ def _report(error: BaseException, arguments: argparse.Namespace) -> int:
 
 
 def _classify(error: BaseException) -> tuple[int, str]:
-    """Return the exit code and message of an error."""
     if isinstance(error, CasesFailedError):
         return 3, str(error)
     if isinstance(error, StoppedError):

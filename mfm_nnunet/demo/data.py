@@ -58,10 +58,7 @@ class Split:
 
 
 def split_template(folder: Path) -> Split:
-    """Cut the template into blocks and write them to ``folder`` as NIfTI; every second one is labelled or a test case.
-
-    Raises MFMError (E_NOT_FOUND) when nilearn is not installed.
-    """
+    """Cut the template into NIfTI blocks in ``folder``; every second one has labels or is for testing."""
     import nibabel
 
     maps: list[Any] = [nibabel.load(find_template(name)) for name in ("t1", "gm", "wm")]
@@ -82,10 +79,7 @@ def split_template(folder: Path) -> Split:
 
 
 def find_template(name: str) -> Path:
-    """Find the file of a map (``t1``, ``gm``, ``wm``) in the installed nilearn without importing it.
-
-    Raises MFMError (E_NOT_FOUND) when nilearn is not installed.
-    """
+    """Find the file of a map (``t1``, ``gm``, ``wm``) in the installed nilearn without importing it."""
     spec = importlib.util.find_spec("nilearn")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         file = Path(folder) / "datasets" / "data" / TEMPLATE.format(name)
@@ -120,8 +114,7 @@ def tissue_labels(grey: np.ndarray, white: np.ndarray) -> np.ndarray:
 def split_folder(folder: Path) -> Split:
     """Split a labelled dataset in nnU-Net's raw format: every fifth case by name tests, the others train.
 
-    The training cases are also the corpus. Raises MFMError: E_NOT_FOUND without dataset.json, E_CONFIG with fewer than
-    three labelled cases, and those of :func:`read_raw_dataset`.
+    The training cases are also the corpus.
     """
     if not (folder / "dataset.json").is_file():
         raise MFMError(

@@ -84,7 +84,7 @@ class Optimisation:
 
 
 class Engine:
-    """Trains ``task`` with the data of ``run`` and the ``optimisation``, starting from ``state``.
+    """Train ``task`` with the data of ``run`` and the ``optimisation``, starting from ``state``.
 
     ``module`` is the callable: the task itself (default), or the task wrapped in DistributedDataParallel.
     """

@@ -50,10 +50,7 @@ class Pretraining:
     _last_plot: float = field(default=-math.inf, init=False)
 
     def __post_init__(self) -> None:
-        """Prepare everything up to the first step.
-
-        Raises MFMError (E_CONFIG) when the settings ask for recomputed activations or bf16 and these are not available.
-        """
+        """Prepare everything up to the first step."""
         settings, task = self.settings, self.task.to(self.device)
         if settings.activation_checkpointing:
             task.backbone.recompute_activations()

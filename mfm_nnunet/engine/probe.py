@@ -214,7 +214,7 @@ def _choose(cases: Sequence[corpus.Case], max_cases: int, seed: int) -> list[cor
 def prepare(probe: Probe, world: World) -> None:
     """Preprocess the cases with the pretraining plan, in the main process, and reuse existing ones.
 
-    Raises MFMError: E_EXISTS when the folder holds data of another plan, and E_DISK_FULL. Bad cases are all listed,
+    Raises MFMError: E_EXISTS when the folder contains data of another plan, and E_DISK_FULL. Bad cases are all listed,
     under their common code or E_FORMAT.
     """
     with others_waiting(world):

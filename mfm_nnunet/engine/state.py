@@ -51,11 +51,7 @@ def save_state(folder: Path, state: RunState, modules: Mapping[str, Any], settin
 
 
 def load_state(folder: Path, settings: Mapping[str, Any]) -> tuple[RunState, dict[str, Any]]:
-    """Load the newest state that verifies. Return it with the state dicts.
-
-    Raises MFMError: E_NOT_FOUND without any state, E_MODEL_CORRUPT when none verifies, E_CONFIG when the settings
-    differ from those of the run.
-    """
+    """Load the newest state that verifies. Return it with the state dicts."""
     files = [folder / name for name in STATE_FILES if (folder / name).exists()]
     if not files:
         raise MFMError("E_NOT_FOUND", f"{folder}: there is no run to continue. Start it without --c.")

@@ -117,7 +117,7 @@ class FoldRun:
         return lines
 
     def save_early(self) -> str:
-        """Save nothing: nnU-Net's checkpoints hold whole epochs."""
+        """Save nothing: nnU-Net's checkpoints contain whole epochs."""
         if not self._trainer.current_epoch:
             return "no epoch was finished, so nothing is saved. Start it again."
         return f"all finished epochs are saved in {self._trainer.output_folder}. Continue with --c."

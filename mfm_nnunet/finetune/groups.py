@@ -124,7 +124,7 @@ def rate_factor(epoch: int, phases: Phases, waits: bool) -> float:
 
 
 class EpochSchedule:
-    """Sets the learning rate of every group of the optimizer. ``peak`` is the largest rate."""
+    """Set the learning rate of every group of the optimizer. ``peak`` is the largest rate."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], peak: float, phases: Phases) -> None:
         assert len(groups) == len(optimizer.param_groups), "one description for each group"

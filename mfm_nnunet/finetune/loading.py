@@ -51,10 +51,7 @@ Loaded = tuple[Any, Any, Any, dict[str, Any]]
 
 @dataclass(frozen=True)
 class SeededBatches(Dataset):
-    """The endless stream of a loader, indexed; each batch is drawn under its own seed.
-
-    Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a preprocessed file that cannot be read.
-    """
+    """The endless stream of a loader, indexed; each batch is drawn under its own seed."""
 
     loader: nnUNetDataLoader
     seed: int
@@ -185,10 +182,7 @@ class CheckedBlosc2(nnUNetDatasetBlosc2):
     """A folder of ``.b2nd`` files."""
 
     def load_case(self, identifier: str) -> Loaded:
-        """Open a case. Voxels are read, and damage to them is found, when the arrays are sliced.
-
-        Raises MFMError: E_SHORT_DATA, E_DATA_UNSAFE.
-        """
+        """Open a case. Voxels are read, and damage to them is found, when the arrays are sliced."""
         folder, before = Path(self.source_folder), self.folder_with_segs_from_previous_stage
         image, labels = (open_array(str(folder / f"{identifier}{ending}")) for ending in (".b2nd", "_seg.b2nd"))
         previous = None if before is None else open_array(str(Path(before) / f"{identifier}.b2nd"), VALIDATE_AGAIN)
@@ -209,7 +203,7 @@ class CheckedNumpy(nnUNetDatasetNumpy):
     """A folder of ``.npz`` files, nnU-Net's older layout, next to unpacked ``.npy`` files."""
 
     def load_case(self, identifier: str) -> Loaded:
-        """Read a case. Raises MFMError: E_SHORT_DATA, E_DATA_UNSAFE."""
+        """Read a case."""
         folder, before = Path(self.source_folder), self.folder_with_segs_from_previous_stage
         packed = folder / f"{identifier}.npz"
         image = _read_stored(folder / f"{identifier}.npy", packed, "data")
@@ -222,7 +216,7 @@ class CheckedNumpy(nnUNetDatasetNumpy):
 
     @staticmethod
     def unpack_dataset(folder: str, *args: Any, **kwargs: Any) -> None:
-        """Unpack like nnU-Net. Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a file that cannot be read."""
+        """Unpack like nnU-Net."""
         try:
             nnUNetDatasetNumpy.unpack_dataset(folder, *args, **kwargs)
         except Exception:

@@ -20,7 +20,7 @@ _MIDDLE = ".parametrizations.weight."
 
 
 class Adapter(nn.Module):
-    """Adds ``scale * up @ down`` to a weight of (outputs, inputs)."""
+    """Add ``scale * up @ down`` to a weight of (outputs, inputs)."""
 
     def __init__(self, outputs: int, inputs: int, rank: int, scale: float) -> None:
         super().__init__()

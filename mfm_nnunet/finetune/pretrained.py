@@ -32,7 +32,7 @@ from mfm_nnunet.plan import Configuration
 
 
 def has_decoder(reading: Reading, network: nn.Module) -> bool:
-    """Check if a checkpoint holds weights of the decoder of ``network``."""
+    """Check if a checkpoint contains weights of the decoder of ``network``."""
     names, family = without_wrapper_prefixes(reading.content["network_weights"]), family_of(network)
     return any(family.part_of(name) == "decoder" for name in names)
 
@@ -42,7 +42,7 @@ def transfer_into(
 ) -> TransferReport:
     """Run :func:`transfer` on the network of an initialized trainer and log the result.
 
-    ``transfer.json`` in the run's folder holds the whole report, with the file's name, hash, licence and papers.
+    ``transfer.json`` in the run's folder contains the whole report, with the file's name, hash, licence and papers.
     """
     dataset = re.sub(r"Dataset0*(\d+)_.*", r"\1", trainer.plans_manager.dataset_name)
     configuration = "2d" if len(trainer.configuration_manager.patch_size) == 2 else "3d_fullres"

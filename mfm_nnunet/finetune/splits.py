@@ -65,8 +65,7 @@ def ensure_splits(
 ) -> list[Split]:
     """Read the folds in ``splits_final.json``; write the file first if there is none.
 
-    ``subjects`` maps a case to its subject. Other cases count as a subject each. Raises MFMError (E_CONFIG) for a
-    single case or subject, which cannot be split, and for a malformed file.
+    ``subjects`` maps a case to its subject. Other cases count as a subject each.
     """
     file = preprocessed_folder / "splits_final.json"
     if not file.is_file():
@@ -94,10 +93,7 @@ def _case_names(names: object) -> list[str]:
 
 
 def make_splits(cases: Sequence[str], subjects: Mapping[str, str]) -> list[Split]:
-    """Make nnU-Net's own folds for five or more subjects, else one fold per subject.
-
-    Raises MFMError (E_CONFIG) for a single subject.
-    """
+    """Make nnU-Net's own folds for five or more subjects, else one fold per subject."""
     groups: dict[str, list[str]] = {}
     for case in sorted(cases):
         groups.setdefault(subjects.get(case, case), []).append(case)

@@ -43,7 +43,7 @@ def collect_weights(
 
 
 def require_state(content: Mapping[str, Any], settings: FinetuneSettings, folder: str) -> None:
-    """Raise MFMError (E_MODEL_CORRUPT) unless a checkpoint holds the whole state of a run with these settings."""
+    """Raise MFMError (E_MODEL_CORRUPT) unless a checkpoint contains the whole state of a run with these settings."""
     wanted = {"network_weights", "optimizer_state", "logging", "_best_ema", "current_epoch", "init_args"}
     wanted |= {"trained_weights"} if ships_other_weights(settings) else set()
     wanted |= {"averaged_weights"} if settings.ema_decay is not None else set()

@@ -61,7 +61,7 @@ CUDA = torch.device("cuda")
 
 
 class MFMTrainer(nnUNetTrainer):
-    """Trains the network of a plan. Set ``pretrained_checkpoint`` before :meth:`initialize`; None is scratch.
+    """Train the network of a plan. Set ``pretrained_checkpoint`` before :meth:`initialize`; None is scratch.
 
     The engine trains with nnU-Net's losses, loaders and transforms (:meth:`make_engine`).
     """
@@ -106,11 +106,7 @@ class MFMTrainer(nnUNetTrainer):
             self.print_to_log_file("deep supervision is off: this network has no decoder pyramid")
 
     def initialize(self) -> None:
-        """Build the network under the seed, then transfer the pretrained weights into it.
-
-        Raises MFMError when the checkpoint cannot be read or belongs to another network, when bf16 is not available,
-        and when the settings do not fit the network or the checkpoint.
-        """
+        """Build the network under the seed, then transfer the pretrained weights into it."""
         seed_everything(seed_of(self.block.seed, "network", 0))
         super().initialize()
         self.dataset_class: Any = find_dataset_class(self.preprocessed_dataset_folder, self.dataset_class)
@@ -217,10 +213,7 @@ class MFMTrainer(nnUNetTrainer):
             family_of(network).set_deep_supervision(network, enabled)
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return the training and validation cases among the dataset's current cases; the same throughout a run.
-
-        Raises MFMError (E_CONFIG) for a fold that does not exist, and those of :func:`choose_split`.
-        """
+        """Return the training and validation cases among the dataset's current cases; the same throughout a run."""
         if self.split is None:  # not chosen yet: stock nnU-Net's command
             raw = Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
             base = Path(self.preprocessed_dataset_folder_base)

@@ -45,10 +45,7 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
 def predict_cases(
     trainer: nnUNetTrainer, cases: Iterable[str], output_folder: Path, save_probabilities: bool
 ) -> Iterable[str]:
-    """Predict preprocessed cases with the trainer's network and write their masks. Yield each name once written.
-
-    Raises MFMError (E_SHORT_DATA, E_DATA_UNSAFE) naming a preprocessed file that cannot be read.
-    """
+    """Predict preprocessed cases with the trainer's network and write their masks. Yield each name once written."""
     axes = trainer.inference_allowed_mirroring_axes
     model = Model(
         trainer.network, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, trainer.device,
@@ -80,10 +77,7 @@ def predict_cases(
 
 
 def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Path) -> dict[str, Any]:
-    """Compute metrics of the predicted ``cases`` against ``gt_segmentations`` and write ``summary.json``.
-
-    Raises MFMError (E_NOT_FOUND) when a reference segmentation is missing.
-    """
+    """Compute metrics of the predicted ``cases`` against ``gt_segmentations`` and write ``summary.json``."""
     ending, labels = trainer.dataset_json["file_ending"], trainer.label_manager
     reference = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations"
     names = [case + ending for case in sorted(cases)]

@@ -179,11 +179,7 @@ def _content(file: Path) -> Any:
 
 
 def read_source(path: Path) -> Template:
-    """Read the checkpoint that a plan must fit, in any layout that :func:`read_checkpoint` supports.
-
-    Raises MFMError: those of that function, E_MODEL_MISMATCH when its plan is incomplete or lacks the intensities for
-    normalising CT, E_MODEL_UNSAFE when its plan names anything but networks and layers.
-    """
+    """Read the checkpoint that a plan must fit, in any layout that :func:`read_checkpoint` supports."""
     from mfm_nnunet.interchange.foreign import require_plan
     from mfm_nnunet.interchange.read import read_checkpoint
     from mfm_nnunet.models.networks import check_architecture
@@ -207,10 +203,7 @@ def read_source(path: Path) -> Template:
 
 
 def check_request(request: PlanRequest) -> Template | None:
-    """Refuse an unknown network before reading a dataset, and return the checkpoint that the plan must fit.
-
-    Raises MFMError: E_CONFIG, and those of :func:`read_source`.
-    """
+    """Refuse an unknown network before reading a dataset, and return the checkpoint that the plan must fit."""
     from mfm_nnunet.models.families import family_named
 
     family_named(request.network)

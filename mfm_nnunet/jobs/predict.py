@@ -332,7 +332,7 @@ class _Run:
             failure = replace(failure, reason=reason)
         logger.debug("%s", failure)
         self.report.failures.append(failure)
-        # The journal is shared together with the masks, so it holds file names but no folders.
+        # The journal is shared together with the masks, so it contains file names but no folders.
         reason = failure.reason.replace(f"{self.source}{os.sep}", "").replace(f"{self.folder}{os.sep}", "")
         fields = {"code": failure.code, "reason": reason, "seconds": round(seconds, 3)}
         self.journal.write(failure.case, "failed", **self.identity, **fields)

@@ -174,11 +174,7 @@ def _pretrain(job: Job, device: torch.device, world: World) -> Path:
 def select_cases(
     here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str
 ) -> tuple[Selection, dict[str, Path]]:
-    """Return the corpus's current cases and the preprocessed volume of each for a configuration.
-
-    Raises MFMError: E_CONFIG for an unknown configuration, E_NOT_FOUND when nothing was preprocessed for this plan,
-    E_SHORT_DATA when a file is damaged, and those of :func:`mfm_nnunet.data.corpus.select`.
-    """
+    """Return the corpus's current cases and the preprocessed volume of each for a configuration."""
     if configuration not in plans["configurations"]:
         raise MFMError(
             "E_CONFIG",
@@ -246,7 +242,6 @@ def _corpus_hash(cases: list[Case], files: dict[str, Path], num_inputs: int) -> 
 
 
 def _prepare(job: Job, configuration: str, device: torch.device, world: World) -> tuple[Pretraining, list[str]]:
-    """Make the run, and notes for the user about its data."""
     plans, task_class, resolved = job.plans, job.task_class, job.resolved
     cases, files = job.selection.cases, job.files
     patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])

@@ -179,7 +179,6 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
 
 
 def _pick_device(request: TrainRequest) -> torch.device:
-    """Return the training device, and refuse one that cannot be used."""
     used = pick_device("cuda" if request.num_gpus > 1 else request.device)
     if used.index:
         raise MFMError(
@@ -262,10 +261,7 @@ def _check_data(
 
 
 def _check_previous_stage(plans: dict[str, Any], configuration: str, dataset_folder: Path) -> None:
-    """Refuse to train a cascade without the predictions of its first stage.
-
-    ``dataset_folder`` is the dataset's folder among the results.
-    """
+    """Refuse to train a cascade without its first stage's predictions; ``dataset_folder`` is among the results."""
     stage = PlansManager(plans).get_configuration(configuration).previous_stage_name
     if stage is None:
         return
@@ -336,7 +332,6 @@ def _resolve_settings(
 
 
 def _require_a_crop_each(block: MFMBlock, plans: dict[str, Any], configuration: str, num_gpus: int) -> None:
-    """Refuse a batch whose crops cannot be divided among the GPUs."""
     manager = PlansManager(plans).get_configuration(configuration)
     batch_size = block.finetune.batch_size or manager.batch_size
     if batch_size < num_gpus:

@@ -62,7 +62,7 @@ def write_mask(
     target: Path,
     header: nibabel.Nifti1Header | None = None,
 ) -> None:
-    """Write a mask, in the axes of nnU-Net's reader, to ``target``. Raises as :func:`write_case`.
+    """Write a mask, in the axes of nnU-Net's reader, to ``target``.
 
     ``target`` is not replaced atomically: pass a file in a folder of :func:`staging`.
     """

@@ -27,10 +27,7 @@ def is_nifti(file: Path) -> bool:
 
 
 def read_header(file: Path) -> nibabel.Nifti1Header:
-    """Return the unmodified header of a NIfTI-1 or NIfTI-2 file (nibabel's loader would repair it).
-
-    Raises MFMError (E_HEADER) when the file is not a NIfTI file.
-    """
+    """Return the unmodified header of a NIfTI-1 or NIfTI-2 file (nibabel's loader would repair it)."""
     start = read_start(file)
     for header_class in (nibabel.Nifti1Header, nibabel.Nifti2Header):
         size = header_class.template_dtype.itemsize
@@ -48,7 +45,6 @@ def write_like(mask_XYZ: np.ndarray, header: nibabel.Nifti1Header, target: Path)
 
     Shape, affines, codes, spacing and units keep their bytes; scaling, display range, intent and free text (which may
     contain a person's name) are reset. Header extensions are not copied. ``target`` is compressed if it ends with .gz.
-    Raises MFMError (E_GEOMETRY) when the header has another shape.
     """
     shape = tuple(int(size) for size in header.get_data_shape())
     if _without_trailing_ones(mask_XYZ.shape) != _without_trailing_ones(shape):

@@ -100,7 +100,6 @@ def _require_model_folder(folder: Path) -> None:
 
 
 def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the plan and the dataset.json of a model folder."""
     advice = f"{_MODEL_FOLDER} Copy it again."
     plans = dict(Plan.read(folder / "plans.json", advice, "E_MODEL_CORRUPT").content)
     dataset = DatasetJson.read(folder / "dataset.json", advice, "E_MODEL_CORRUPT", of_model=True)

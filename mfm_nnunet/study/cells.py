@@ -139,10 +139,7 @@ def share_computer(num_jobs: int, gpus: Sequence[str]) -> list[Slot]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[int]:
-    """Lock the study folder; yield the lock's file. Commands inherit it, so orphans of a killed study keep the lock.
-
-    Raises MFMError (E_EXISTS) while another study works there.
-    """
+    """Lock the study folder; yield the lock's file. Commands inherit it, so orphans of a killed study keep the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as handle:
         is_locked = take_lock(handle.fileno())
@@ -158,7 +155,7 @@ def lock_folder(folder: Path) -> Iterator[int]:
 
 
 class _Runner:
-    """Runs the steps of cells, each cell in its own slot. It is called from several threads."""
+    """Run the steps of cells, each cell in its own slot. Called from several threads."""
 
     def __init__(self, slots: Sequence[Slot], lock: int | None) -> None:
         self.lock = () if lock is None else (lock,)

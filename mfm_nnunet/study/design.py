@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 SCRATCH = "scratch"
 LARGEST_COUNT = 1 << 31
 TEST_DRAW = "test"
-"""Takes the place of a seed when the test split is drawn, which is the same for all seeds."""
+"""Used instead of a seed to draw the test split, which is the same for all seeds."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _SETTING = re.compile(r",(?=finetune\.)")
 _RUN_FOLDER = "mfm_pretrain__"
@@ -62,11 +62,7 @@ def is_arm_name(name: Any) -> bool:
 
 
 def parse_arms(words: Sequence[str]) -> dict[str, Arm]:
-    """Parse the arms of a request, in the given order.
-
-    Raises MFMError: E_CONFIG (no arm, a name that is not valid for a folder, a duplicate name), E_NOT_FOUND (no such
-    checkpoint).
-    """
+    """Parse the arms of a request, in the given order."""
     if not words:
         raise MFMError("E_CONFIG", "--arms: there is nothing to compare. Give at least one: scratch, or a checkpoint.")
     arms: dict[str, Arm] = {}
@@ -114,10 +110,7 @@ def _name_after(file: Path) -> str:
 
 
 def read_subjects(file: str | Path | None, cases: Sequence[Case]) -> dict[str, str]:
-    """Return the subject of every case: from a CSV with the columns ``case`` and ``subject``, else from its name.
-
-    Raises MFMError: E_NOT_FOUND (no such file), E_FORMAT (no such columns), E_CONFIG (a case with no subject or two).
-    """
+    """Return the subject of every case: from a CSV with the columns ``case`` and ``subject``, else from its name."""
     if file is None:
         return {case.name: case.subject for case in cases}
     if not Path(file).is_file():
@@ -152,9 +145,7 @@ def shuffle(subjects: Iterable[str], seed: int | str) -> list[str]:
 def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
     """Draw the test cases and return them sorted; ``subjects`` maps every case to its subject.
 
-    ``wanted`` is a share of the subjects (``20%``), a number of them, or a file of case names. Raises MFMError:
-    E_CONFIG for an invalid share or number, an empty split or one that leaves no training cases, unknown cases, and a
-    subject with only some cases in the file; E_NOT_FOUND for a missing file.
+    ``wanted`` is a share of the subjects (``20%``), a number of them, or a file of case names.
     """
     everybody = set(subjects.values())
     if wanted.endswith("%") or wanted.lstrip("-").isdigit():
@@ -179,10 +170,7 @@ def draw_subset(subjects: Mapping[str, str], test: Collection[str], num_labels: 
 
 
 def count_labels(wanted: Sequence[str], num_subjects: int) -> list[int]:
-    """Parse ``--labels`` into ascending numbers of labelled subjects out of ``num_subjects`` in the pool.
-
-    Raises MFMError (E_CONFIG) for no value, one that is not a number or share, out of range, or a duplicate.
-    """
+    """Parse ``--labels`` into ascending numbers of labelled subjects out of ``num_subjects`` in the pool."""
     if not wanted:
         raise MFMError("E_CONFIG", "--labels: give at least one number of labels, e.g. --labels 5 10 20 100%.")
     counts: dict[int, str] = {}

@@ -34,7 +34,7 @@ RESULT = "result.json"
 
 
 def require_library() -> dict[str, str]:
-    """Return name and version of the library for surface metrics. Raises MFMError (E_NOT_FOUND) without it."""
+    """Return name and version of the library for surface metrics, or refuse to run without it."""
     if importlib.util.find_spec("surface_distance") is None:
         raise MFMError(
             "E_NOT_FOUND",
@@ -98,10 +98,7 @@ def length_unit(reader: str, references: Sequence[Path]) -> str:
 
 
 def evaluate_cell(study: Study, folder: Path) -> None:
-    """Score the masks in a cell's folder against the references of the test cases, and write ``result.json``.
-
-    Raises MFMError for a mask or reference that cannot be read.
-    """
+    """Score the masks in a cell's folder against the references of the test cases, and write ``result.json``."""
     reader = str(read_json(folder / "masks" / "plans.json", "Run mfm_study again.").get("image_reader_writer"))
     labels, references = study.dataset.foreground, {name: Path(case.label) for name, case in study.test_cases.items()}
     scores, in_reference = {}, {}

@@ -168,7 +168,6 @@ class Study:
 
 
 def _as_json(value: Any) -> Any:
-    """Convert dataclasses to JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -177,7 +176,7 @@ def _as_json(value: Any) -> Any:
 
 
 def read_study(folder: Path) -> Study:
-    """Read ``study.json``. Raises MFMError: E_NOT_FOUND, or E_FORMAT when it is damaged."""
+    """Read ``study.json``."""
     file = folder / RECORD
     content = read_json(file, f"Is this the folder of a study? {_ADVICE}")
     try:
@@ -215,8 +214,7 @@ def begin_study(
 ) -> tuple[Study, list[Cell]]:
     """Design a study, or extend the study ``before``. Return it with the cells of this call. Nothing is written.
 
-    ``plans`` names the plan as in :class:`Question`. Raises MFMError: those of the splits, and E_CONFIG if the study
-    before has another question.
+    ``plans`` names the plan as in :class:`Question`.
     """
     if request.seeds < 1:
         raise MFMError("E_CONFIG", f"--seeds {request.seeds}: at least one training per arm is needed.")
@@ -269,7 +267,7 @@ def begin_study(
 
 
 def find_begun(folder: Path) -> Study | None:
-    """Return the study in a folder, None if nothing was trained yet. Raises MFMError (E_EXISTS) for other content."""
+    """Return the study in a folder, None if nothing was trained yet; refuse a folder with other content."""
     if folder.exists() and not folder.is_dir():
         raise MFMError("E_EXISTS", f"{folder}: this is a file. Give -o another folder.")
     if (folder / RECORD).is_file():
@@ -351,7 +349,7 @@ def write_study_folder(study: Study, dataset: RawDataset) -> None:
 def _test_links(study: Study) -> dict[Path, Path]:
     """Map links in the folder of test images to the images and their companion files.
 
-    Raises MFMError (E_CONFIG) if two images need different files of one name, or a file outside their folder.
+    Refuse two images that need different files of one name, or a file outside their folder.
     """
     links: dict[Path, Path] = {}
     for case in study.linked_cases():

@@ -194,7 +194,6 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _notes(study: Study) -> list[str]:
-    """Explain every column in a list."""
     libraries, unit = study.results["libraries"] or ["{name} {version}".format(**study.library)], _compared_unit(study)
     mixed = " (mfm_study scores all cells again with one of them)" if len(libraries) > 1 else ""
     smallest, largest = _limits(study)

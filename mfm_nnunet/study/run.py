@@ -96,7 +96,7 @@ def study_folder(output: str | Path | None, root: str | Path | None) -> Path:
 
 
 def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
-    """Read a labelled dataset. Raises MFMError: E_CONFIG (nothing is labelled), E_NOT_FOUND (a missing file)."""
+    """Read a labelled dataset."""
     raw = here.raw_folder(here.dataset_name(dataset))
     found = read_raw_dataset(raw)
     unlabelled = [case.name for case in found.cases if case.label is None]

@@ -124,7 +124,7 @@ class Tested:
 
     @classmethod
     def of(cls, results: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) -> Tested:
-        """Build from the results of finished cells. Raises MFMError (E_FORMAT) if their cases or labels differ."""
+        """Build from the results of finished cells, and refuse results whose cases or labels differ."""
         first: Mapping[str, Mapping[str, Any]] = results[0]["scores"] if results else {}
         names = {case: set(labels) for case, labels in first.items()}
         if any({case: set(labels) for case, labels in result["scores"].items()} != names for result in results):
@@ -175,7 +175,7 @@ def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, An
 
 
 def read_result(cell_folder: Path) -> dict[str, Any]:
-    """Read ``result.json`` of a finished cell. Raises MFMError (E_FORMAT) when it is damaged."""
+    """Read ``result.json`` of a finished cell."""
     file, advice = cell_folder / RESULT, "Remove it and run mfm_study again: the cell is then scored anew."
     result = read_json(file, advice)
     try:
