@@ -176,7 +176,7 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class MFMBlock:
-    """``plans["mfm"]``: everything of ours that a plan decides."""
+    """Our settings in a plan, ``plans["mfm"]``."""
 
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)

@@ -29,7 +29,7 @@ NIBABEL_TOLERANCE = 3.5e-7
 SMALLEST_SLOPE = 1e-15
 """ITK treats a smaller scale factor as missing."""
 SAME_PLACE_MM = 1e-6
-"""Below any tolerance, whatever the voxel size."""
+"""Difference that is below every tolerance, for any voxel size."""
 MAX_WARNINGS = 20
 _LENGTH_UNITS = {1: "metres", 3: "micrometres"}
 """Codes of xyzt_units that ITK converts to mm and nibabel does not; all others are read as mm."""
