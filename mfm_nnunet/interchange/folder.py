@@ -49,10 +49,7 @@ def is_folder_checkpoint(place: Path) -> bool:
 
 
 def write_hub_folder(content: Mapping[str, Any], folder: Path) -> None:
-    """Write ``model.safetensors``, ``config.json`` (the ``mfm`` key) and ``README.md`` (a model card) into ``folder``.
-
-    Raises MFMError: E_EXISTS if the folder is not empty, E_DISK_FULL.
-    """
+    """Write ``model.safetensors``, ``config.json`` (the ``mfm`` key) and a model card into ``folder``."""
     from safetensors.torch import save
 
     if folder.exists() and any(folder.iterdir()):
@@ -72,10 +69,7 @@ def write_hub_folder(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """Load the checkpoint in a folder, with the content that :func:`mfm_nnunet.checkpoint.load` returns for files.
-
-    Raises MFMError (E_MODEL_CORRUPT) for a damaged or incomplete folder.
-    """
+    """Load the checkpoint in a folder, with the content that :func:`mfm_nnunet.checkpoint.load` returns for files."""
     file = folder / WEIGHTS
     config = read_json(folder / CONFIG, "Copy the folder again.", "E_MODEL_CORRUPT")
     mfm, digest = config.get("mfm"), config.get(_DIGEST)

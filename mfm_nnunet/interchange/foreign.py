@@ -99,10 +99,7 @@ def require_plan(reading: Reading, *keys: str) -> None:
 
 
 def ours(content: Mapping[str, Any]) -> Reading:
-    """Validate a checkpoint written by this package; notes are those of its import.
-
-    Raises MFMError: E_MODEL_MISMATCH for a newer format, E_MODEL_CORRUPT for an invalid entry.
-    """
+    """Validate a checkpoint written by this package; notes are those of its import."""
     mfm = content["mfm"]
     if not isinstance(mfm, Mapping):
         raise _no_description("mfm", mfm)
@@ -134,11 +131,7 @@ def _no_description(name: str, value: Any) -> MFMError:
 
 
 def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
-    """Convert a file of nnssl or OpenMind, with or without an adaptation plan.
-
-    Raises MFMError: E_MODEL_MISMATCH for an unsupported network or Primus weights with unknown token order,
-    E_MODEL_CORRUPT for an invalid plan.
-    """
+    """Convert a file of nnssl or OpenMind, with or without an adaptation plan."""
     said = raw.get(nnssl.KEY)
     init_args = raw.get("init_args")
     trained_with = nnssl.plan_of_training(init_args)
@@ -176,10 +169,7 @@ def _note_of_missing_plan(trained_with: Mapping[str, Any]) -> str:
 
 
 def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
-    """Convert a supervised model of nnU-Net or of our fine-tuning.
-
-    Raises MFMError: those of :func:`from_nnssl`, and E_MODEL_UNSAFE if its plan names anything but networks and layers.
-    """
+    """Convert a supervised model of nnU-Net or of our fine-tuning."""
     init_args = raw["init_args"]
     plans, configuration = init_args["plans"], str(init_args.get("configuration"))
     problem = plan_problem(plans) if isinstance(plans, dict) else "it has no plan"

@@ -51,8 +51,6 @@ def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = N
     """Parse an adaptation plan; missing preprocessing fields and patch are taken from ``trained_with``.
 
     ``trained_with`` is the result of :func:`plan_of_training`.
-
-    Raises MFMError (E_MODEL_CORRUPT) for a field of the wrong type.
     """
     if not isinstance(raw, Mapping):
         raise _wrong(KEY, raw)

@@ -25,10 +25,7 @@ TRAINER = "mfm_nnunet"
 
 
 def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
-    """Write ``checkpoint_final.pth``, ``adaptation_plan.json``, ``config.json`` and a model card into ``folder``.
-
-    Raises MFMError: E_EXISTS if the folder is not empty, E_CONFIG for a network that the layout cannot express.
-    """
+    """Write ``checkpoint_final.pth``, ``adaptation_plan.json``, ``config.json`` and a model card into ``folder``."""
     mfm = content["mfm"]
     plan = adaptation_plan(mfm)
     if folder.exists() and any(folder.iterdir()):

@@ -30,11 +30,7 @@ class Parts:
 
 
 def take_apart(state: Mapping[str, Tensor], key_to_encoder: str | None = None, key_to_stem: str | None = None) -> Parts:
-    """Find encoder, stem and decoder in ``state``. The keys are the names that the file itself gives, if any.
-
-    Raises MFMError (E_MODEL_MISMATCH) if no known encoder is found, if it is not where the file says, or if there are
-    several and the file does not choose one.
-    """
+    """Find encoder, stem and decoder in ``state``. The keys are the names that the file itself gives, if any."""
     tensors = unwrap_names(state)
     family, layout, prefix = _find_encoder(tensors, unwrapped_name(key_to_encoder) if key_to_encoder else None)
     renamed = layout.renaming(prefix, unwrapped_name(key_to_stem) if key_to_stem else None)

@@ -80,8 +80,9 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
 
     ``token_order`` is for Primus weights of other programs whose file does not specify it.
 
-    Raises MFMError: those of :func:`mfm_nnunet.checkpoint.load` and of the conversions, E_MODEL_CORRUPT for an unknown
-    layout.
+    Raises MFMError: those of :func:`mfm_nnunet.checkpoint.load`, E_MODEL_CORRUPT for an unknown layout or an invalid
+    entry, E_MODEL_MISMATCH for a newer format, an unsupported network or Primus weights with unknown token order,
+    E_MODEL_UNSAFE if a plan names anything but networks and layers.
     """
     if place.is_dir():
         content = read_folder(place)
@@ -119,8 +120,8 @@ def convert(
 
     For foreign checkpoints the origin (file name, SHA-256, ``hub_address``) and the assumptions and repairs are stored.
 
-    Raises MFMError: those of :func:`read_checkpoint` and of writing, E_EXISTS if the output exists, E_CONFIG if
-    ``licence`` differs from the checkpoint's.
+    Raises MFMError: those of :func:`read_checkpoint`, E_EXISTS if the output exists, E_CONFIG if ``licence`` differs
+    from the checkpoint's or ``layout`` cannot express the network, E_DISK_FULL.
     """
     if layout == "pth" and output.exists():
         raise MFMError("E_EXISTS", f"{output}: this file is there already. Choose another name.")

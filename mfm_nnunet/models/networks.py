@@ -20,7 +20,7 @@ from mfm_nnunet.plan import ARCHITECTURE_KEYS
 _DNA = "dynamic_network_architectures"
 
 MAX_PARAMETERS = 4_000_000_000
-"""Equals 16 GB of weights. Published segmentation networks have less than one billion."""
+"""16 GB of weights. Published segmentation networks have less than one billion."""
 
 _PARTS = re.compile(
     r"torch\.nn\.(modules\.(conv|instancenorm|batchnorm|dropout|activation)\.)?"

@@ -51,7 +51,7 @@ STEM_FEATURES: dict[int, tuple[int, ...]] = {2: (32, 32, 64, 128, 256, 512), 3: 
 """Published widths by version: at full size, then after each halving; extended for tokens above 8 voxels."""
 
 SKIP_SCALE = 1e-5
-"""Initial scale of the skip projections of V3: close to none at the start of training."""
+"""Initial scale of V3's skip projections, which contribute almost nothing at the start of training."""
 
 NEGATIVE_SLOPE = 1e-2
 """Slope assumed by the He initialisation, as in nnU-Net."""

@@ -67,9 +67,7 @@ def fit_budget(
     """Return the first trial that fits with batch 2, and the batch size that fills the budget.
 
     Trials of the same size must be sorted by falling memory. ``memory_bytes(size, patch, batch)`` is the memory of a
-    training step.
-
-    Raises MFMError (E_CONFIG) if not even the last trial fits.
+    training step. Raises MFMError (E_CONFIG) if not even the last trial fits.
     """
     budget = budget_gb * 2**30
     for _, group in itertools.groupby(trials, key=lambda trial: trial[0]):

@@ -254,7 +254,7 @@ class UNetFamily(NetworkFamily):
         return True
 
     def has_pyramid(self, kwargs: Mapping[str, Any]) -> bool:
-        # With two stages there is one output, whose loss weight nnU-Net sets to zero: 0 / 0.
+        # With two stages there is one output, whose loss weight nnU-Net sets to zero, so normalising it gives 0 / 0.
         return len(kwargs.get("strides", ())) > 2
 
     def set_deep_supervision(self, network: Any, enabled: bool) -> None:

@@ -239,10 +239,7 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
 def select_configurations(
     configurations: Mapping[str, dict[str, Any]], wanted: Sequence[str] | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the ``wanted`` configurations and those they inherit from or continue (None: all).
-
-    Raises MFMError (E_CONFIG) for a configuration that does not exist for this dataset.
-    """
+    """Return the ``wanted`` configurations and those they inherit from or continue (None: all)."""
     if wanted is None:
         return dict(configurations)
     kept: set[str] = set()

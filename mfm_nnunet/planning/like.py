@@ -80,8 +80,6 @@ def plan_like(target_plans: Mapping[str, Any], source: Template) -> dict[str, An
 
     Network, resampling, normalisation (for CT with its intensities), batch size and, if the images are large enough,
     the patch are copied from the checkpoint. ``target_plans`` must already use the checkpoint's axes and spacing.
-
-    Raises MFMError (E_MODEL_MISMATCH) if the channels of checkpoint and dataset cannot be matched.
     """
     theirs, name = source.trained.values, source.configuration
     plans = copy.deepcopy(dict(target_plans))

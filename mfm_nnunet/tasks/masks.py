@@ -63,7 +63,6 @@ class MaskedRestoration(PretextTask):
 
     @classmethod
     def resolve(cls, config: Any, geometry: Geometry) -> Any:
-        """Fill in ``cell_size`` and check it together with ``mask_ratio``."""
         config = super().resolve(config, geometry)
         cell = resolve_cell_size(config.cell_size, geometry)
         require_mask_ratio(config.mask_ratio, cell, geometry.patch_size)

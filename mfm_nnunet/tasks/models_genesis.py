@@ -70,7 +70,6 @@ class ModelsGenesis(PretextTask):
 
     @classmethod
     def resolve(cls, config: ModelsGenesisConfig, geometry: Geometry) -> ModelsGenesisConfig:
-        """Refuse settings that corrupt nothing."""
         config = super().resolve(config, geometry)
         if not (config.shuffle_probability or config.curve_probability or config.paint_probability):
             raise illegal_setting("paint_probability", config.paint_probability, "nothing is corrupted")

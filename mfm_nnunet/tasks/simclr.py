@@ -63,7 +63,6 @@ class SimCLR(ViewComparison):
 
     @classmethod
     def resolve(cls, config: SimCLRConfig, geometry: Geometry) -> SimCLRConfig:
-        """Fill in sizes and rotation."""
         config = super().resolve(config, geometry)
         assert config.crop_size is not None
         region = _resolve_region(config.region_size, config.crop_size, geometry.patch_size)

@@ -114,7 +114,6 @@ class SwinUNETR(PretextTask):
 
     @classmethod
     def resolve(cls, config: SwinUNETRConfig, geometry: Geometry) -> SwinUNETRConfig:
-        """Choose the plane of rotation, and check the combination of settings."""
         config = super().resolve(config, geometry)
         plane, patch_size = config.rotation_plane, geometry.patch_size
         if plane and not is_square(plane, patch_size):
@@ -144,7 +143,6 @@ class SwinUNETR(PretextTask):
 
     @classmethod
     def volumes_per_item(cls, config: SwinUNETRConfig) -> int:
-        """Return two with ``pretext.mix``, else one."""
         return 2 if config.mix else 1
 
     def forward(self, batch: dict[str, Tensor]) -> TaskOutput:

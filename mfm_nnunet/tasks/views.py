@@ -57,7 +57,6 @@ class ViewComparison(PretextTask):
 
     @classmethod
     def resolve(cls, config: Any, geometry: Geometry) -> Any:
-        """Fill in size and rotation of the crops."""
         config = super().resolve(config, geometry)
         crop = resolve_crop_size(config.crop_size, geometry)
         return dataclasses.replace(config, crop_size=crop, quarter_turn=resolve_quarter_turn(config.quarter_turn, crop))

@@ -72,7 +72,6 @@ class VoCo(ViewComparison):
 
     @classmethod
     def resolve(cls, config: VoCoConfig, geometry: Geometry) -> VoCoConfig:
-        """Fill in sizes, grid and rotation."""
         config = super().resolve(config, geometry)
         assert config.crop_size is not None
         return dataclasses.replace(config, grid=_resolve_grid(config.grid, config.crop_size, geometry.patch_size))
