@@ -118,7 +118,7 @@ class PlanRequest(Request):
         "-pl --plans-name",
         "name of the plan (default: mfmPlans, mfmPrimusPlans, mfmPrimusV2Plans ..., or after the checkpoint)",
         metavar="NAME",
-        check=matching(r"mfm[A-Za-z0-9_-]*", "names of our plans are mfm and then letters, digits, _ or -"),
+        check=matching(r"mfm[A-Za-z0-9_-]*", "start with 'mfm', e.g. mfmPlans; then letters, digits, _ or -"),
     )
     num_processes: int | None = option(
         None, "-np --num-processes", "number of processes (default: the CPU cores)", metavar="N", check=at_least_one

@@ -93,11 +93,12 @@ def test_a_pickle_that_is_exchanged_after_the_check(site: Site, mark: Path, monk
     files = list(site.data().glob("*.pkl"))
     bad = crafted.pickles(mark)["protocol 4"][:-1]
 
-    def exchange(*args: Any) -> None:
+    def exchange(*args: Any) -> dict[str, Any]:
         for file in files:
             file.write_bytes(bad.ljust(file.stat().st_size - 1, b"N") + b".")
+        return {}
 
-    monkeypatch.setattr("mfm_nnunet.finetune.trainer.forget_cases", exchange)
+    monkeypatch.setattr("mfm_nnunet.finetune.trainer.read_fingerprint", exchange)
     refused(site.train(1), "E_DATA_UNSAFE", ".pkl")
 
 

@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
 def test_describe_says_what_it_is_and_names_nobody(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", str(file.parent)]) == 0
     out = capsys.readouterr().out
-    for text in ("mae", "PrimusSeg, width 72", "spacing 1 x 1 x 1 mm", "ZScoreNormalization", "Doe, J. (2022)", "nnssl",
+    for text in ("mae", "Primus 72 wide", "spacing 1 x 1 x 1 mm", "ZScoreNormalization", "Doe, J. (2022)", "nnssl",
                  "token order repaired", "names the subjects", "decoder, mask_token"):  # fmt: skip
         assert text in out
     assert foreign.SUBJECT not in out

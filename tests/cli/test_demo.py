@@ -171,7 +171,7 @@ def test_planes_are_shown_the_radiological_way(tmp_path: Path) -> None:
     for axes in ([0, 1, 2], [2, 0, 1]):
         file = tmp_path / "image.nii.gz"
         nibabel.save(nibabel.Nifti1Image(volume.transpose(axes), affine[:, [*axes, 3]]), file)
-        array, spacing = overlays._read(file, is_label=False)
+        array, spacing = overlays._read_image(file, is_label=False)
         views = [overlays._cut(axis, array, [np.ones_like(array)], spacing) for axis in range(3)]
         assert array.shape == (8, 7, 6)
         assert array[3, 3, 5] == 10

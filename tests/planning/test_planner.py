@@ -289,7 +289,7 @@ def test_a_missing_fingerprint_or_data_set_is_named(tmp_path: Path) -> None:
 def test_wrong_requests_are_explained(tmp_path: Path) -> None:
     for request, message in (
         ({"network": "resnec"}, "Did you mean 'resenc'"),
-        ({"memory_gb": -1.0}, "positive"),
+        ({"memory_gb": -1.0}, "above 0"),
         ({"plans_name": "nnUNetPlans"}, "start with 'mfm'"),
         ({"plans_name": "mfm/../x"}, "letters"),
     ):

@@ -160,7 +160,7 @@ def test_the_commands_of_a_cell(tmp_path: Path) -> None:
     settings = ["finetune.validation_iterations=1", "finetune.epochs=5", "finetune.parts=encoder", "seed=0"]
     assert arguments.settings == settings
     arguments = read("predict", predict[3:])
-    assert (arguments.input, arguments.output) == (str(study.test_folder), f"{folder}/masks")
+    assert (arguments.input_folder, arguments.output_folder) == (str(study.test_folder), f"{folder}/masks")
     assert arguments.resume
     assert score == ["python", "-m", "mfm_nnunet.study.evaluation", str(study.folder), str(folder)]
     assert "finetune.parts" not in all_steps(study, Cell(2, 0, "scratch"), "cpu")[0].line

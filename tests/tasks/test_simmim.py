@@ -141,7 +141,7 @@ def test_cells_are_whole_tokens(cell: tuple[int, ...] | None, expected: tuple[in
 
 
 def test_unets_are_refused() -> None:
-    with pytest.raises(MFMError, match="simmim works on primus"):
+    with pytest.raises(MFMError, match="simmim needs a network with tokens"):
         SimMIM(SimMIMConfig(cell_size=TOKENS), tiny_backbone("resenc", PATCH))
 
 
