@@ -16,8 +16,8 @@ from setup_scripts.figures import Sources, figures, find_cycles
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 26_300,
-    "spine lines": 15_250,
+    "package lines": 26_050,
+    "spine lines": 15_100,
     "files": 146,
     "files with one importer": 30,
     "modules over 420 lines": 0,
