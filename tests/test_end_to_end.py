@@ -166,6 +166,7 @@ def test_one_bad_case_costs_no_other(model: Path, volumes: Site, tmp_path: Path)
 
 
 @pytest.mark.long  # tests/finetune/test_resume.py kills a smaller run
+@pytest.mark.timeout(900)  # several commands one after the other, each with its own limit
 def test_train_killed_and_continued_equals_unbroken(model: Path, volumes: Site) -> None:
     """From Volume Fusion, killed with SIGKILL in the second epoch; the unbroken run is trained beside it."""
     weights = pretrained(volumes, "volume_fusion")
@@ -194,6 +195,7 @@ def test_train_killed_and_continued_equals_unbroken(model: Path, volumes: Site) 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_scratch_on_primus(volumes: Site) -> None:
     """The other network family through the same commands, pretrained, fine-tuned and predicted."""
     volumes.run("mfm_plan_and_preprocess", "-d", 701, "-c", "3d_fullres", "--network", "primus")
@@ -213,6 +215,7 @@ def test_scratch_on_primus(volumes: Site) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_two_dimensional_pictures(shared_data: Path, tmp_path: Path) -> None:
     """Chest X-rays: unlabelled PNG files as corpus, labelled ones to fine-tune, masks as PNG of the same size."""
     source = shared_data / "Dataset057_CXRLung"
