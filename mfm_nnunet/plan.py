@@ -102,6 +102,12 @@ class Configuration:
         return self.values.get("previous_stage")
 
     @property
+    def next_stages(self) -> tuple[str, ...]:
+        """Configurations of a cascade that are trained on the predictions of this one."""
+        stages = self.values.get("next_stage") or ()
+        return (stages,) if isinstance(stages, str) else tuple(stages)
+
+    @property
     def architecture(self) -> Mapping[str, Any]:
         """Class and arguments of the network; empty in the plans of nnU-Net 2.0 and 2.1, which wrote other keys."""
         return self.values.get("architecture") or {}

@@ -97,7 +97,7 @@ class PlanRequest(Request):
         "--memory-gb -gpu_memory_target",
         "memory that training may take (default: the GPU's, or a small preset for the CPU)",
         metavar="G",
-        check=number_between(0, 1e6, "of GB above 0"),
+        check=number_between(0, 1e6, "of GB above 0 and at most 1000000"),
     )
     spacing: Literal["median", "onemm", "original"] | tuple[float, float, float] = option(
         "median",
@@ -136,11 +136,17 @@ class PlanRequest(Request):
 
 
 @dataclass(frozen=True)
-class RunRequest(Request):
-    """Base of the pretraining and training requests."""
+class ConfigurationRequest(Request):
+    """Base of the requests that train one configuration of a dataset."""
 
     dataset: str | int = field(metadata=flag(*DATASET, metavar="DATASET", position=True))
     configuration: str = field(metadata=flag(*CONFIGURATION, metavar="CONFIG", position=True))
+
+
+@dataclass(frozen=True)
+class RunRequest(ConfigurationRequest):
+    """Base of the pretraining and training requests."""
+
     _: KW_ONLY
     plans_name: str = option("mfmPlans", *PLANS, metavar="PLANS")
     recipe: str | Path | None = option(
@@ -290,11 +296,9 @@ class PredictRequest(Request):
 
 
 @dataclass(frozen=True)
-class StudyRequest(Request):
+class StudyRequest(ConfigurationRequest):
     """Train every arm with every number of labels and seed, and test all on one fixed split."""
 
-    dataset: str | int = field(metadata=flag(*DATASET, metavar="DATASET", position=True))
-    configuration: str = field(metadata=flag(*CONFIGURATION, metavar="CONFIG", position=True))
     _: KW_ONLY
     labels: Sequence[str | int] = field(
         metadata=flag(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,11 +16,21 @@ from pathlib import Path
 
 import pytest
 
+from mfm_nnunet.signals import STOP_SIGNALS
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ROOT / "tests" / "packages"
 """Packages as if they were installed: one with a network of its own."""
 sys.path.append(str(PACKAGES))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(PACKAGES)]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_in_a_terminal() -> None:
+    """Stop ignoring signals that the parent ignored, as nohup does: this process and its children react to them."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

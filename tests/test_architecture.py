@@ -29,19 +29,8 @@ CEILINGS = {
 }
 """The names are those of ``setup_scripts/figures.py``, which prints what is behind a number."""
 LEAVES = {
-    *(
-        "errors",
-        "version",
-        "workspace",
-        "checkpoint",
-        "signals",
-        "plan",
-        "plan_rules",
-        "dataset",
-        "settings",
-    ),
-    *("processes", "signals", "device", "metrics", "terminal", "files"),
-    *("fields", "requests"),
+    *("errors", "version", "workspace", "checkpoint", "plan", "plan_rules", "dataset", "settings"),
+    *("fields", "requests", "processes", "signals", "device", "metrics", "terminal", "files"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 
@@ -57,45 +46,13 @@ ALLOWED: dict[str, set[str]] = {
     "prediction": {"data", "images", "models"},
     "finetune": {"engine", "tasks", "models", "data", "images", "prediction", "interchange"},
     "jobs": {
-        "data",
-        "images",
-        "planning",
-        "models",
-        "tasks",
-        "engine",
-        "finetune",
-        "prediction",
-        "interchange",
-        "reports",
+        *("data", "images", "planning", "models", "tasks"),
+        *("engine", "finetune", "prediction", "interchange", "reports"),
     },
+    "api": {"jobs"},
     "study": {"jobs"},
-    "api": {
-        "jobs",
-        "data",
-        "images",
-        "planning",
-        "models",
-        "tasks",
-        "engine",
-        "finetune",
-        "prediction",
-        "interchange",
-    },
     "demo": {"jobs", "reports"},
-    "cli": {
-        "api",
-        "jobs",
-        "data",
-        "images",
-        "planning",
-        "models",
-        "tasks",
-        "engine",
-        "finetune",
-        "prediction",
-        "demo",
-        "study",
-    },
+    "cli": {"images", "models", "tasks", "study", "demo"},
 }
 """Leaves and the own package come on top."""
 

@@ -23,7 +23,7 @@ from mfm_nnunet.engine.pretraining import Pretraining
 from mfm_nnunet.engine.probe import Probe, make_probe, prepare
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.engine.streams import Corpus, make_streams
-from mfm_nnunet.errors import MFMError, about, nearest
+from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, remove_leftovers
 from mfm_nnunet.models.backbone import make_backbone
@@ -108,7 +108,7 @@ class Job:
 
     request: PretrainRequest
     dataset_name: str
-    plans: dict[str, Any]
+    plan: Plan
     selection: Selection
     files: dict[str, Path]
     task_class: type[PretextTask]
@@ -122,11 +122,11 @@ def check(here: Workspace, request: PretrainRequest) -> Job:
     """Check the requested run without writing anything. Raises MFMError for errors the user can fix."""
     dataset_name, configuration = here.dataset_name(request.dataset), request.configuration
     plans_file = here.plans_file(dataset_name, request.plans_name)
-    plans = dict(Plan.read(plans_file, f"Plan {dataset_name} again.").content)
-    selection, files = select_cases(here, dataset_name, plans, configuration)
+    plan = Plan.read(plans_file, f"Plan {dataset_name} again.")
+    selection, files = select_cases(here, dataset_name, plan, configuration)
     task_class = find_task(request.pretext)
     with about(plans_file):
-        block = mfm_settings.block_of(plans)
+        block = plan.mfm
     resolved = mfm_settings.override(
         PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), request.settings
     )
@@ -136,9 +136,9 @@ def check(here: Workspace, request: PretrainRequest) -> Job:
     )
     folder = inside(here.results, dataset_name, name)
     _require_free(folder, request.continue_training)
-    probe = make_probe(here, request.probe, Plan.of(plans), configuration, resolved.probe, resolved.seed)
+    probe = make_probe(here, request.probe, plan, configuration, resolved.probe, resolved.seed)
     device = pick_device(request.device)
-    return Job(request, dataset_name, plans, selection, files, task_class, resolved, folder, device, probe)
+    return Job(request, dataset_name, plan, selection, files, task_class, resolved, folder, device, probe)
 
 
 def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
@@ -172,17 +172,11 @@ def _pretrain(job: Job, device: torch.device, world: World) -> Path:
 
 
 def select_cases(
-    here: Workspace, dataset_name: str, plans: dict[str, Any], configuration: str
+    here: Workspace, dataset_name: str, plan: Plan, configuration: str
 ) -> tuple[Selection, dict[str, Path]]:
     """Return the corpus's current cases and the preprocessed volume of each for a configuration."""
-    if configuration not in plans["configurations"]:
-        raise MFMError(
-            "E_CONFIG",
-            f"plan {plans['plans_name']} has no configuration '{configuration}'. "
-            f"{nearest(configuration, plans['configurations'])}",
-        )
-    identifier = plans["configurations"][configuration].get("data_identifier")
-    if identifier is None:
+    identifier = plan.configuration(configuration).data_identifier
+    if "data_identifier" not in plan.content["configurations"][configuration]:
         raise MFMError("E_CONFIG", f"{configuration} is a cascade stage; pretrain 3d_fullres instead.")
     beside = inside(here.preprocessed, dataset_name)
     folder = inside(beside, identifier)
@@ -190,8 +184,8 @@ def select_cases(
     if not selection.cases:
         raise MFMError(
             "E_NOT_FOUND",
-            f"{dataset_name} has no preprocessed data for {configuration} of plan {plans['plans_name']}. "
-            f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}",
+            f"{dataset_name} has no preprocessed data for {configuration} of plan {plan.name}. "
+            f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plan.name}",
         )
     # Crops are drawn in the order of the files, so that runs started by an earlier version resume identically.
     selection = dataclasses.replace(selection, cases=sorted(selection.cases, key=lambda case: f"{case.name}.b2nd"))
@@ -242,14 +236,14 @@ def _corpus_hash(cases: list[Case], files: dict[str, Path], num_inputs: int) -> 
 
 
 def _prepare(job: Job, configuration: str, device: torch.device, world: World) -> tuple[Pretraining, list[str]]:
-    plans, task_class, resolved = job.plans, job.task_class, job.resolved
+    plan, task_class, resolved = job.plan, job.task_class, job.resolved
     cases, files = job.selection.cases, job.files
-    patch_size = tuple(int(size) for size in plans["configurations"][configuration]["patch_size"])
-    num_inputs = len(plans["configurations"][configuration]["normalization_schemes"])
+    patch_size = tuple(int(size) for size in plan.configuration(configuration).patch_size)
+    num_inputs = plan.configuration(configuration).num_channels
     torch.manual_seed(resolved.seed)
     num_outputs = task_class.num_outputs(resolved.pretext, num_inputs)
-    with about(f"{plans['plans_name']}.json"):
-        network = build_network(plans, configuration, num_inputs, num_outputs)
+    with about(f"{plan.name}.json"):
+        network = build_network(plan.content, configuration, num_inputs, num_outputs)
     backbone = make_backbone(network, patch_size, task_class.restoring)
     config = task_class.resolve(resolved.pretext, backbone.geometry())
     task = task_class(config, backbone)
@@ -267,7 +261,7 @@ def _prepare(job: Job, configuration: str, device: torch.device, world: World) -
         "pretext_config": mfm_settings.to_dict(config),
         "pretrain": mfm_settings.to_dict(resolved.pretrain),
         "seed": resolved.seed,
-        "plans": Plan.of(plans).shared(),
+        "plans": plan.shared(),
         "configuration": configuration,
         "patch_size": list(patch_size),
         "num_inputs": num_inputs,

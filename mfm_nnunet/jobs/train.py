@@ -222,14 +222,8 @@ def _check_data(
     """Check the configuration and its preprocessed data, and return the fold's training and validation cases."""
     dataset_name = plans["dataset_name"]
     again = f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plans['plans_name']}"
-    if configuration not in plans["configurations"]:
-        raise MFMError(
-            "E_CONFIG",
-            f"plan {plans['plans_name']} has no configuration '{configuration}'. "
-            f"{nearest(configuration, plans['configurations'])}",
-        )
-    resolved = PlansManager(plans).get_configuration(configuration)
-    for stage in resolved.next_stage_names or ():
+    resolved = Plan.of(plans).configuration(configuration)
+    for stage in resolved.next_stages:
         if stage not in plans["configurations"]:  # nnU-Net only looks it up after training
             raise MFMError(
                 "E_CONFIG",

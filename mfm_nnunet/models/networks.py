@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from mfm_nnunet.errors import MFMError, is_out_of_memory, nearest
+from mfm_nnunet.errors import MFMError, is_out_of_memory
 from mfm_nnunet.models.families import NetworkFamily, all_families, families_by_class
-from mfm_nnunet.plan import ARCHITECTURE_KEYS
+from mfm_nnunet.plan import ARCHITECTURE_KEYS, Plan
 
 _DNA = "dynamic_network_architectures"
 
@@ -41,9 +41,7 @@ def build_network(
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    known = plans.get("configurations", {})
-    if configuration not in known:
-        raise MFMError("E_CONFIG", f"the plan has no configuration '{configuration}'. {nearest(configuration, known)}")
+    Plan.of(plans).configuration(configuration)  # refused here if there is none of that name
     manager = PlansManager(dict(plans)).get_configuration(configuration)
     name, kwargs = manager.network_arch_class_name, manager.network_arch_init_kwargs
     to_import, patch_size = manager.network_arch_init_kwargs_req_import, manager.patch_size

@@ -22,33 +22,14 @@ from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.memory import num_parameters, training_memory_bytes
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus_family import primus_architecture
+from tests.builders.architectures import resenc
 
 NUM_OUTPUTS = 3
 
 
 def resenc_architecture(base: int, largest: int, blocks: tuple[int, ...], num_axes: int) -> dict:
     """A plan's ResEnc U-Net with isotropic strides, one stage per entry of ``blocks``."""
-    num_stages = len(blocks)
-    return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-        "arch_kwargs": {
-            "n_stages": num_stages,
-            "features_per_stage": [min(largest, base * 2**stage) for stage in range(num_stages)],
-            "conv_op": f"torch.nn.modules.conv.Conv{num_axes}d",
-            "kernel_sizes": [[3] * num_axes] * num_stages,
-            "strides": [[1] * num_axes] + [[2] * num_axes] * (num_stages - 1),
-            "n_blocks_per_stage": list(blocks),
-            "n_conv_per_stage_decoder": [1] * (num_stages - 1),
-            "conv_bias": True,
-            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{num_axes}d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
+    return resenc(num_axes, [min(largest, base * 2**stage) for stage in range(len(blocks))], blocks)
 
 
 SMALL, STANDARD = (1, 2, 2, 2), (1, 3, 4, 6, 6, 6)

@@ -616,8 +616,6 @@ def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, t
 def test_a_signal_stops_after_the_step(
     here: Workspace, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip("this signal is ignored here, as under nohup")
     step, calls = Engine.step, []
 
     def take_step(self: Engine, batch: Any, at: int) -> float:
