@@ -152,20 +152,6 @@ def _verify_checksums(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def weights_only_forced() -> Iterator[None]:
-    """Force ``torch.load`` to load tensors and plain values only, even if a library asks for all objects."""
-    force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-    before = {name: os.environ.pop(name) for name in (force, allow) if name in os.environ}
-    os.environ[force] = "1"
-    try:
-        with _plain_numpy_allowed():
-            yield
-    finally:
-        del os.environ[force]
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
 def _plain_numpy_allowed() -> Iterator[None]:
     """Allow NumPy scalars, which are in the log of stock nnU-Net checkpoints; they cannot run code."""
     import numpy as np

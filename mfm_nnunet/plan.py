@@ -46,7 +46,7 @@ OF_CONFIGURATION = (
     *("resampling_fn_data_kwargs", "resampling_fn_seg_kwargs"),
 )
 """Fields that, with the CT intensities, determine the voxels of an image in preprocessing and prediction."""
-PREPROCESSING_ONLY = ("image_reader_writer", "preprocessor_name")
+READER, PREPROCESSOR_NAME = "image_reader_writer", "preprocessor_name"
 """Further fields that determine preprocessed files. Prediction chooses readers by file ending, and is always ours."""
 PREDICTION_ONLY = ("patch_size", "previous_stage")
 """Further fields that determine predictions. The resampling of probabilities is not one: users may set a faster
@@ -115,7 +115,7 @@ class Configuration:
     @property
     def preprocessor_problem(self) -> str:
         """Reason why our preprocessing differs from the plan's, as a sentence; "" if it does not."""
-        named = self.values.get("preprocessor_name", PREPROCESSOR)
+        named = self.values.get(PREPROCESSOR_NAME, PREPROCESSOR)
         if named == PREPROCESSOR:
             return ""
         return (
@@ -219,8 +219,8 @@ class Plan:
         """Collect the values that determine preprocessed files. Folder names contain their digest: never change it."""
         values = self.configuration(configuration).values
         return {
-            **{name: self.content.get(name) for name in (*OF_PLAN, "image_reader_writer")},
-            **{name: values.get(name) for name in (*OF_CONFIGURATION, "preprocessor_name")},
+            **{name: self.content.get(name) for name in (*OF_PLAN, READER)},
+            **{name: values.get(name) for name in (*OF_CONFIGURATION, PREPROCESSOR_NAME)},
             **{name: dataset.content.get(name) for name in ("labels", "regions_class_order")},
             "intensities": self._intensities(configuration),
         }

@@ -188,12 +188,10 @@ class Pretraining:
         self._save_weights("checkpoint_latest.pth")
 
     def _save_weights(self, name: str) -> None:
-        backbone = self.task.backbone
         epoch = self._engine.state.step // self.settings.iterations_per_epoch
         with self._optimisation.averaged():
-            state = backbone.network.state_dict() if self.task.trains_decoder else backbone.encoder_state()
             content = {
-                "network_weights": checkpoint.cpu_weights(state),
+                "network_weights": checkpoint.cpu_weights(self.task.shipped_weights()),
                 "mfm": {**self.description, "epoch": epoch},
             }
             checkpoint.save(content, self.folder / name)
