@@ -18,6 +18,8 @@ from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import inside, require_unicode, whole_number
 
 DEFAULT = "mfm_workspace"
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+"""Folders of a workspace, and the environment variables of nnU-Net that place them elsewhere."""
 PLUGIN_FOLDER = Path(__file__).parent / "finetune" / "nnunet_plugin"
 
 
@@ -95,11 +97,10 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
     Raises MFMError (E_EXISTS) if the workspace is a file.
     """
     root = Path(workspace or DEFAULT).absolute()
-    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    given = tuple(name for name in names if os.environ.get(name))
-    if len(given) < len(names) and root.exists() and not root.is_dir():
+    given = tuple(name for name in FOLDERS if os.environ.get(name))
+    if len(given) < len(FOLDERS) and root.exists() and not root.is_dir():
         raise MFMError("E_EXISTS", f"--workspace {root}: this is a file, and the workspace is a folder. Give a folder.")
-    values = {name: os.environ.get(name) or str(root / name) for name in names}
+    values = {name: os.environ.get(name) or str(root / name) for name in FOLDERS}
     for name, path in values.items():
         require_unicode(path, name)
     plugins = [p for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p and Path(p) != PLUGIN_FOLDER]
@@ -110,7 +111,7 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
-        raw, preprocessed, results = (Path(values[name]) for name in names)
+        raw, preprocessed, results = (Path(values[name]) for name in FOLDERS)
         yield Workspace(raw, preprocessed, results, root, given)
     finally:
         for name, value in before.items():
@@ -123,8 +124,7 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
 @contextlib.contextmanager
 def use_only(root: str | os.PathLike[str]) -> Iterator[Workspace]:
     """Use ``root`` for everything, even if nnUNet_raw and the like are set."""
-    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    before = {name: os.environ.pop(name) for name in FOLDERS if name in os.environ}
     try:
         with use(root) as here:
             yield here

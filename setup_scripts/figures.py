@@ -17,7 +17,7 @@ SPINE = {
     "List the scans": "jobs.plan data.sources data.cases data.corpus data.labelled data.loops",
     "Let them in": "images.reading images.decoder images.decode images.integrity images.headers images.nifti "
     "images.geometry",
-    "Plan": "planning.request planning.fingerprint planning.planner planning.derive planning.like dataset plan "
+    "Plan": "planning.fingerprint planning.planner planning.derive planning.like dataset plan "
     "plan_rules settings models.networks models.families models.unet models.sizing models.memory",
     "Preprocess": "data.preprocess data.sizes data.resampling data.storage data.volumes",
     "Draw crops": "jobs.pretrain data.crops data.loading",

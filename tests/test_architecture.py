@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from setup_scripts.figures import Sources, figures, find_cycles
+from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
@@ -77,6 +77,11 @@ MODULES = SOURCES.files
 def test_sizes(title: str) -> None:
     number, places = figures(SOURCES)[title]
     assert number <= CEILINGS[title], places
+
+
+def test_the_modules_of_the_spine_exist() -> None:
+    """A module that was renamed would silently count as none."""
+    assert not set(spine_modules()) - set(SOURCES.files)
 
 
 def test_every_figure_has_a_ceiling() -> None:

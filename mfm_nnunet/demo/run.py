@@ -46,7 +46,6 @@ DATASET_ID, DATASET_NAME = 902, "DemoLabelled"
 FOLD = 0
 RECORD = "demo.json"
 """File that marks the folder as a demo's. It is written first, and again at the end with the results."""
-NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def run_demo(
     if source is None:
         demo_data.find_template("t1")
     prepare_folder(folder, overwrite)
-    if ignored := [name for name in NNUNET_FOLDERS if name in os.environ]:  # they contain the user's real data
+    if ignored := [name for name in workspace.FOLDERS if name in os.environ]:  # they contain the user's real data
         logger.info("%s: set, but the demo uses its own folder", ", ".join(ignored))
     result = DemoResult()
     with workspace.use_only(folder) as here:
@@ -157,7 +156,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
                 "Choose another folder with --workspace DIR.",
             )
         datasets = (f"Dataset{CORPUS_ID}_{CORPUS_NAME}", f"Dataset{DATASET_ID}_{DATASET_NAME}")
-        own = [f"{root}/{dataset}" for root in NNUNET_FOLDERS for dataset in datasets]
+        own = [f"{root}/{dataset}" for root in workspace.FOLDERS for dataset in datasets]
         for name in ("scans", "test_images", "predictions", "overlays", *own):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "corpus.csv").unlink(missing_ok=True)
