@@ -71,8 +71,7 @@ def call(file: Path, request: dict[str, Any]) -> Reply:
                 continue
             raise child.explain(file, error) from error
         child.log_printed(file)
-        with _lock:
-            _idle.append(child)
+        _give_back(child)
         if "error" in reply.content:
             raise MFMError(*reply.content["error"])
         if "internal" in reply.content:
@@ -82,9 +81,7 @@ def call(file: Path, request: dict[str, Any]) -> Reply:
 
 def warm() -> None:
     """Start a child that imports its libraries in the background."""
-    child = _take()
-    with _lock:
-        _idle.append(child)
+    _give_back(_take())
 
 
 def end_all() -> None:
@@ -92,9 +89,9 @@ def end_all() -> None:
     with _lock:
         idle, at_work = list(_idle), _living - set(_idle)
         _idle.clear()
-    for child in (*idle, *at_work):
-        child.is_stopped = True
-        child.process.kill()
+        for child in (*idle, *at_work):
+            child.is_stopped = True
+            child.process.kill()
     for child in idle:  # a busy child is ended by the thread that waits for it
         child.end()
 
@@ -215,6 +212,14 @@ def _take() -> _Child:
         if _idle:
             return _idle.pop()
     return _Child()
+
+
+def _give_back(child: _Child) -> None:
+    with _lock:
+        if not child.is_stopped:
+            _idle.append(child)
+            return
+    child.end()  # end_all killed it after its last answer
 
 
 def _file_size(file: Path) -> int:

@@ -249,3 +249,13 @@ def test_memory_is_kept_for_the_next_file_and_given_back_where_it_is_large(
         np.testing.assert_array_equal(array[0], expected.T)
     assert len(decoder._living) == 1
     decoder.end_all()
+
+
+def test_a_child_that_is_killed_after_its_answer_serves_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = nifti(tmp_path / "x_0000.nii.gz")
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder._Child, "log_printed", lambda *_: decoder.end_all())
+        read_image([file], "SimpleITKIO")
+    read_image([file], "SimpleITKIO")
