@@ -96,7 +96,8 @@ def _compare(job: Job, spaces: dict[Path, Path], rounds: int) -> None:
     first, second = (_digests(space.glob(job.results), space) for space in spaces.values())
     same = sum(first.get(name) == digest for name, digest in second.items())
     print(
-        f"| {job.name} | {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} | {statistics.median(cpu):.2f} | "
+        f"| {job.name} | {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} | "
+        f"{statistics.median(cpu):.2f} | "
         f"{statistics.median(a[0] for a in old):.1f} | {statistics.median(b[0] for b in new):.1f} | "
         f"{same} of {len(first)} files equal |",
         flush=True,
