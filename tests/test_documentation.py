@@ -102,6 +102,7 @@ def test_error_codes_are_those_raised() -> None:
     rows = rows_with(TEXTS[REFERENCE / "errors.md"], "code", "what happened", "typical cause", "what to do")
     assert [row["code"].strip("`") for row in rows] == error_codes()
     assert all(all(row.values()) for row in rows)
+    assert set(error_codes()) <= set(error_codes(ROOT / "tests")), "some test reaches each code"
 
 
 # Commands and settings in the text
