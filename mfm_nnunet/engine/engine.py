@@ -23,7 +23,7 @@ from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.processes import World, any_true, gather, largest, mean
 from mfm_nnunet.reports.progress import Progress
-from mfm_nnunet.settings import FinetuneSettings, PretrainSettings
+from mfm_nnunet.settings import PretrainSettings, TrainingSettings
 from mfm_nnunet.signals import StopFlag, name_of, stop_on_signal
 from mfm_nnunet.tasks.base import Task, TaskOutput
 
@@ -38,8 +38,10 @@ class Run(Protocol):
     ``end_epoch`` records whole epochs only; ``save_early`` may save the steps after the last one.
     """
 
-    settings: Any
-    """:class:`PretrainSettings` or :class:`FinetuneSettings`."""
+    @property
+    def settings(self) -> TrainingSettings:
+        """Return the settings of the run."""
+
     device: torch.device
 
     def training_batches(self, first_step: int) -> Iterator[Batch]:
@@ -101,8 +103,8 @@ class Engine:
         self.state = state or RunState()
         self._task, self._run, self._optimisation, self._world = task, run, optimisation, world
         self._module = module if module is not None else task
-        self._settings: PretrainSettings | FinetuneSettings = run.settings
-        self._section = "finetune" if isinstance(run.settings, FinetuneSettings) else "pretrain"
+        self._settings = run.settings
+        self._section = "pretrain" if isinstance(run.settings, PretrainSettings) else "finetune"
         self._total_steps = run.settings.epochs * run.settings.iterations_per_epoch
 
     def train(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mfm_nnunet.finetune.settings import advise, advise_as_begun, require_effect
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.families import family_named, family_of
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
-from mfm_nnunet.workspace import Workspace, use
+from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
 from tests.builders.tiny import run_training
 from tests.builders.tiny_plans import tiny_network
@@ -33,13 +33,6 @@ from tests.builders.training import (
     train,
 )
 from tests.models.test_transfer import primus, resenc
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Iterator[Workspace]:
-    tiny.make(tmp_path)
-    with use(tmp_path) as workspace:
-        yield workspace
 
 
 def names_of(network: nn.Module) -> set[str]:
@@ -56,27 +49,6 @@ def test_the_default_is_one_group_in_the_networks_order(make: Any) -> None:
         assert (group.waits, group.scale) == (False, 1.0)
 
 
-@pytest.mark.parametrize("make", [resenc, primus])
-def test_who_learns(make: Any) -> None:
-    network = make()
-    encoder = family_of(network).encoder_names(network)
-    assert groups.trained_names(network, "decoder") == names_of(network) - encoder
-    assert groups.trained_names(network, "head") == family_of(network).head_names(network)
-    new = family_of(network).head_names(network)
-    first, second = groups.group_parameters(network, FinetuneSettings(schedule="sawtooth"), new)
-    assert (set(first.names), set(second.names)) == (new, names_of(network) - new)
-    assert (first.waits, second.waits) == (False, True)
-
-
-def test_the_decoder_of_a_u_net_is_what_is_not_encoder() -> None:
-    """``network.decoder`` of nnU-Net holds the encoder too; published code froze nothing for that reason."""
-    network = resenc()
-    assert {id(p) for p in network.encoder.parameters()} <= {id(p) for p in network.decoder.parameters()}
-    learning = groups.trained_names(network, "decoder")
-    parameters = dict(network.named_parameters())
-    assert not {id(parameters[name]) for name in learning} & {id(p) for p in network.encoder.parameters()}
-
-
 def test_layer_decay_of_primus() -> None:
     network = primus()
     decayed = groups.group_parameters(network, FinetuneSettings(layer_decay=0.5), None)
@@ -87,7 +59,9 @@ def test_layer_decay_of_primus() -> None:
     assert scales["eva.norm.weight"] == scales["up_projection.decode.0.0.weight"] == 1
     assert [group.scale for group in decayed] == [1, 0.5, 0.25]
     deep = tiny_network("primus", (16, 16, 16), eva_depth=4)
-    assert [groups.layer_scale(f"eva.blocks.{i}.norm", deep, 0.5) for i in range(4)] == [0.5**4, 0.5**3, 0.5**2, 0.5]
+    assert [g.scale for g in groups.group_parameters(deep, FinetuneSettings(layer_decay=0.5), None)] == [
+        0.5**i for i in range(6)
+    ]
 
 
 def test_holding_still() -> None:
@@ -197,21 +171,14 @@ def test_a_probe_of_a_decoder_that_did_not_travel_is_refused(here: Workspace, tm
 
 
 def test_each_gpu_needs_a_crop(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And equally large batches for a Dice over all GPUs: nnU-Net gathers sums into tensors of its own batch's size."""
     monkeypatch.setattr("mfm_nnunet.jobs.train.pick_device", lambda name: torch.device(name))
-    overrides = ("finetune.batch_size=3",)
-    call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=overrides, num_gpus=4)  # noqa: E731
-    refused("E_CONFIG", "finetune.batch_size=3: -num_gpus 4", call)
+    for num_gpus, message in ((4, "finetune.batch_size=3: -num_gpus 4"), (2, "a multiple of -num_gpus 2")):
+        options: dict[str, Any] = {"overrides": ("finetune.batch_size=3",), "num_gpus": num_gpus}
+        call = functools.partial(run_training, here, tiny.NAME, "3d_fullres", 0, **options)
+        refused("E_CONFIG", message, call)
     call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, device="cuda:1")  # noqa: E731
     refused("E_CONFIG", "CUDA_VISIBLE_DEVICES", call)
-
-
-def test_a_dice_over_all_gpus_needs_batches_of_one_size(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nnU-Net gathers the sums of all processes into tensors of its own batch's size."""
-    monkeypatch.setattr("mfm_nnunet.jobs.train.pick_device", lambda name: torch.device(name))
-    plans = here.preprocessed / tiny.NAME / "mfmPlans.json"
-    plans.write_text(plans.read_text().replace('"batch_dice": false', '"batch_dice": true'))
-    call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=("finetune.batch_size=3",), num_gpus=2)  # noqa: E731
-    refused("E_CONFIG", "a multiple of -num_gpus 2", call)
 
 
 # Smaller settings
@@ -313,15 +280,17 @@ def test_what_a_continued_run_leaves_open_again_is_as_it_began() -> None:
 def test_what_was_open_is_printed_with_its_reason_and_saved(
     here: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a stock plan, which says no rate either."""
+    (here.preprocessed / tiny.NAME / "mfmPlans.json").write_text(json.dumps(tiny.plans()))
     file = pretrained_file(tmp_path)
     content = checkpoint.load(file)
     weights = {name: tensor for name, tensor in content["network_weights"].items() if name.startswith("encoder.")}
     checkpoint.save({**content, "network_weights": weights}, file)
     monkeypatch.setattr(MFMTrainer, "run_training", lambda self: self._start())
-    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
     with caplog.at_level("INFO"):
         folder = train(here, "finetune.layer_decay=1.0", pretrained_weights=file)
     assert "finetune.parts=encoder: mae left no weights of a decoder" in caplog.text
+    assert "finetune.learning_rate=0.001: the published rate of resenc with sgd from a checkpoint" in caplog.text
     assert "finetune.layer_decay=1.0:" not in caplog.text  # it was given
     assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["parts"] == "encoder"
     (log,) = folder.glob("training_log*.txt")
@@ -350,20 +319,3 @@ def test_an_open_learning_rate_that_nobody_published_is_refused() -> None:
     block = MFMBlock(network="primus", finetune=FinetuneSettings(optimizer="sgd"))
     refused("E_CONFIG", "Set finetune.learning_rate", lambda: resolve(block, (), None))
     assert resolve(block, ("finetune.learning_rate=0.1",), None).finetune.learning_rate == 0.1
-
-
-def test_from_a_checkpoint_a_plan_that_is_not_like_it_has_the_rate_for_it_too(
-    here: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A stock plan, or the dataset's own: neither says a rate."""
-    (here.preprocessed / tiny.NAME / "stockPlans.json").write_text(json.dumps(tiny.plans("stockPlans")))
-    short = (
-        "finetune.epochs=1",
-        "finetune.iterations_per_epoch=1",
-        "finetune.validation_iterations=1",
-        "num_workers=0",
-    )
-    with caplog.at_level("INFO"):
-        folder = train(here, *short, plans_name="stockPlans", pretrained_weights=pretrained_file(tmp_path))
-    assert "finetune.learning_rate=0.001: the published rate of resenc with sgd from a checkpoint" in caplog.text
-    assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["learning_rate"] == 1e-3

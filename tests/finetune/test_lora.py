@@ -14,10 +14,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.finetune import lora
+from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.families import family_of
-from mfm_nnunet.prediction.predictor import load_model
+from mfm_nnunet.prediction.model import load_model
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
@@ -46,10 +46,10 @@ EMA = ("finetune.ema_decay=0.5",)
 def with_adapters(seed: int = 3) -> torch.nn.Module:
     """A Primus whose adapters are not at their start."""
     network = primus()
-    lora.add_adapters(network, 2, 4.0)
+    groups.add_adapters(network, 2, 4.0)
     torch.manual_seed(seed)
     parameters = dict(network.named_parameters())
-    for name in sorted(lora.adapter_names(network)):
+    for name in sorted(groups.adapter_names(network)):
         torch.nn.init.normal_(parameters[name], std=0.2)
     return network.eval()
 
@@ -60,13 +60,13 @@ def with_adapters(seed: int = 3) -> torch.nn.Module:
 def test_at_first_the_network_is_the_pretrained_one() -> None:
     x, network = torch.randn(1, 1, 16, 16, 16), primus().eval()
     before = network(x)
-    lora.add_adapters(network, 2, 4.0)
+    groups.add_adapters(network, 2, 4.0)
     assert torch.equal(network(x), before)
 
 
 def test_merged_weights_are_the_adapted_network_under_its_own_names() -> None:
     adapted, plain = with_adapters(), primus(seed=9).eval()
-    merged = lora.merged_state(adapted)
+    merged = groups.merged_state(adapted)
     assert merged.keys() == plain.state_dict().keys()
     plain.load_state_dict(merged)
     x = torch.randn(1, 1, 16, 16, 16)
@@ -89,11 +89,11 @@ def test_mixed_precision_does_not_round_what_is_added() -> None:
 
 def test_attention_and_mlp_have_adapters_and_nothing_else() -> None:
     network = with_adapters()
-    layers = {name.partition(".parametrizations")[0] for name in lora.adapter_names(network)}
+    layers = {name.partition(".parametrizations")[0] for name in groups.adapter_names(network)}
     attention = {f"eva.blocks.0.attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "proj")}
     assert attention < layers
     assert {name.rpartition(".")[2] for name in layers - attention} == {"fc1_g", "fc1_x", "fc2"}
-    assert lora.adapter_names(primus()) == set()
+    assert groups.adapter_names(primus()) == set()
 
 
 def trainer_with(tmp_path: Path, **changes: Any) -> MFMTrainer:
@@ -111,7 +111,7 @@ def test_only_adapters_and_decoder_learn(here: Workspace, tmp_path: Path) -> Non
     for _ in range(2):  # with B at zero, A has no gradient in the first step
         take_step(trainer, batch)
     moved = {name for name, p in trainer.network.named_parameters() if not torch.equal(before[name], p)}
-    adapters = lora.adapter_names(trainer.network)
+    adapters = groups.adapter_names(trainer.network)
     of_encoder = family_of(trainer.network).encoder_names(trainer.network)
     assert moved & of_encoder <= adapters
     assert moved - of_encoder == before.keys() - of_encoder
@@ -131,9 +131,7 @@ def run(here: Workspace, *settings: str, configuration: str = "primus", **option
     return train(here, *settings, configuration=configuration, **options)
 
 
-@pytest.mark.parametrize(
-    ("settings", "configuration"), [(LORA, "primus"), (EMA, "3d_fullres"), ((*LORA, *EMA), "primus")]
-)
+@pytest.mark.parametrize(("settings", "configuration"), [(EMA, "3d_fullres"), ((*LORA, *EMA), "primus")])
 def test_resuming_is_exact(
     here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], configuration: str
 ) -> None:
