@@ -98,10 +98,7 @@ def test_a_run_that_is_older_than_a_setting_is_resumed(here: Workspace) -> None:
 
 @pytest.mark.parametrize(
     ("configuration", "settings", "more"),
-    [
-        ("3d_fullres", (), set()),
-        ("primus", ("finetune.ema_decay=0.9",), {"trained_weights", "averaged_weights"}),
-    ],
+    [("3d_fullres", (), set()), ("primus", ("finetune.ema_decay=0.9",), {"trained_weights", "averaged_weights"})],
 )
 def test_the_layout_is_that_of_runs_begun_before(
     here: Workspace, configuration: str, settings: tuple[str, ...], more: set[str]
