@@ -105,7 +105,7 @@ class Engine:
         self._module = module if module is not None else task
         self._settings = run.settings
         self._section = "pretrain" if isinstance(run.settings, PretrainSettings) else "finetune"
-        self._total_steps = run.settings.epochs * run.settings.iterations_per_epoch
+        self.total_steps = run.settings.epochs * run.settings.iterations_per_epoch
 
     def train(self) -> None:
         """Train to the end.
@@ -116,9 +116,9 @@ class Engine:
         run, state, settings = self._run, self.state, self._settings
         first, per_epoch = state.step, settings.iterations_per_epoch
         stream = run.training_batches(first)
-        progress = Progress(self._total_steps, first, is_silent=not self._world.is_main)
+        progress = Progress(self.total_steps, first, is_silent=not self._world.is_main)
         with stop_on_signal("this step, or the validation of this epoch") as stop:
-            for step in range(first, self._total_steps):
+            for step in range(first, self.total_steps):
                 start = time.monotonic()
                 epoch, in_epoch = divmod(step, per_epoch)
                 if in_epoch == 0 or step == first:
@@ -134,7 +134,7 @@ class Engine:
                 progress.step(state.step, where, state.loss_sum / state.loss_count)
                 if in_epoch + 1 == per_epoch:
                     self._end_epoch(epoch, progress)
-                if state.step < self._total_steps:
+                if state.step < self.total_steps:
                     self._stop_if_asked(stop)
 
     def step(self, batch: Batch, number: int) -> float:
@@ -163,7 +163,7 @@ class Engine:
         how.scaler.update()
         if how.scaler.get_scale() < SMALLEST_LOSS_SCALE:  # too many steps in a row were skipped
             self._require_finite(norm, "gradient", number, batch)
-        self._task.after_step((number + 1) / self._total_steps)
+        self._task.after_step((number + 1) / self.total_steps)
         if how.average is not None:
             how.average.update(number)
         return sum(loss.item() for loss in losses) / len(losses)

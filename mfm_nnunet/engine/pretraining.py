@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
@@ -32,6 +30,7 @@ from mfm_nnunet.engine.optim import WeightAverage, learning_rate_factor, make_op
 from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import MFMError, is_out_of_memory
+from mfm_nnunet.files import digest_of, to_plain
 from mfm_nnunet.processes import ALONE, World
 from mfm_nnunet.reports import progress as reports
 from mfm_nnunet.settings import PretrainSettings, resolved_warmup
@@ -101,15 +100,11 @@ class Pretraining:
             (self.folder / "resume_previous.pth").unlink(missing_ok=True)
         return final
 
-    @property
-    def _total_steps(self) -> int:
-        return self.settings.epochs * self.settings.iterations_per_epoch
-
     # The Run protocol
 
     def training_batches(self, first_step: int, num_workers: int | None = None) -> Iterator[Batch]:
         """Return the batches of all steps from ``first_step`` on."""
-        return self._batches(self.training, first_step, self._total_steps, num_workers)
+        return self._batches(self.training, first_step, self._engine.total_steps, num_workers)
 
     def validation_batches(self, epoch: int) -> Iterator[Batch]:
         """Return the same batches of held-out subjects in every epoch, so that epochs can be compared."""
@@ -155,7 +150,7 @@ class Pretraining:
         """Save the state within an epoch."""
         if self.world.is_main:
             self._save()
-        return f"saved at step {self._engine.state.step} of {self._total_steps}. Continue with --c."
+        return f"saved at step {self._engine.state.step} of {self._engine.total_steps}. Continue with --c."
 
     def name_cases(self, step: int, batch: Batch) -> Iterator[str]:
         """Yield the names of the cases in the batch of a step."""
@@ -225,17 +220,17 @@ class Pretraining:
                 "this run back, or move the folder away and start anew.",
             ) from error
         self._engine.state = state
-        logger.info("continuing at step %d of %d", state.step, self._total_steps)
+        logger.info("continuing at step %d of %d", state.step, self._engine.total_steps)
 
     def _resume_settings(self) -> dict[str, Any]:
         """Collect the settings that a resumed run must share; the number of workers and the device may change."""
         about = self.description
         described = {name: about[name] for name in ("pretext", "pretext_config", "corpus", "pretrain")}
-        plan = hashlib.sha256(json.dumps(about["plans"]["configurations"], sort_keys=True).encode()).hexdigest()
+        plan = digest_of(about["plans"]["configurations"])
         others = {"seed": self.seed, "world_size": self.world.size, "plan_sha256": plan}
         if self.probe is not None:
             others["probe"] = self.probe.description()
-        return json.loads(json.dumps({**described, **others}))
+        return to_plain({**described, **others})
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -8,8 +8,6 @@ schedules, and we measured nothing ourselves.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from torch import nn
 
 from mfm_nnunet.engine.state import flat, require_same_settings
 from mfm_nnunet.errors import MFMError, about, nearest
-from mfm_nnunet.files import read_json, write_json
+from mfm_nnunet.files import digest_of, read_json, write_json
 from mfm_nnunet.finetune.pretrained import has_decoder
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
@@ -201,7 +199,7 @@ def format_settings(block: MFMBlock) -> str:
 def plan_hash(plans: Mapping[str, Any]) -> str:
     """Return the SHA-256, in hex, of a plan without our block."""
     stock = {key: value for key, value in plans.items() if key not in ("mfm", "continue_training")}
-    return hashlib.sha256(json.dumps(stock, sort_keys=True).encode()).hexdigest()
+    return digest_of(stock)
 
 
 def _require_of_training(name: str, block: MFMBlock) -> None:

@@ -74,7 +74,7 @@ class Model:
     @property
     def num_channels(self) -> int:
         """Number of image channels per case, without a cascade's previous stage."""
-        return len(self.dataset_json.get("modality") or self.dataset_json["channel_names"])
+        return len(DatasetJson.of(self.dataset_json).channels)
 
     @property
     def managers(self) -> Managers:
@@ -215,6 +215,7 @@ def load_model(
         raise MFMError("E_MODEL_MISMATCH", f"{folder / 'plans.json'}: {problem} {advice}")
     _require_one_model(trained, plan, dataset)
     plans_manager, dataset_json = PlansManager(dict(plan.content)), dict(dataset.content)
+    described = [folder / "plans.json", folder / "dataset.json", *files]
     model = Model(
         network=_build(first.trainer, plans_manager, configuration, dataset_json),
         plans_manager=plans_manager,
@@ -225,7 +226,7 @@ def load_model(
         weights=[fold.weights for fold in trained],
         folds=tuple(chosen),
         autocast_dtype=torch.bfloat16 if first.precision == "bf16" else torch.float16,
-        sha256=_digest([folder / "plans.json", folder / "dataset.json", *files]),
+        sha256=hashlib.sha256("".join(map(sha256, described)).encode()).hexdigest(),
     )
     for fold in trained:
         try:
@@ -369,7 +370,3 @@ def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, d
     if "plans_manager" in inspect.signature(build).parameters:
         return build(plans_manager, configuration_manager, num_inputs, num_outputs, enable_deep_supervision=False)
     return build(*architecture, num_inputs, num_outputs, enable_deep_supervision=False)
-
-
-def _digest(files: list[Path]) -> str:
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()

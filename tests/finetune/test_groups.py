@@ -26,6 +26,7 @@ from tests.builders.tiny_plans import tiny_network
 from tests.builders.training import (
     WITHOUT_LOSS,
     first_batches,
+    initialised,
     make_trainer,
     pretrained_file,
     refused,
@@ -91,10 +92,7 @@ def test_on_several_gpus_gradients_of_the_still_are_dropped_before_clipping(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
     for keep in (False, True):
-        settings = dataclasses.replace(tiny.FINETUNE, train="decoder", gradient_clip=0.01, weight_decay=0.1)
-        trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-        trainer.pretrained_checkpoint = pretrained_file(tmp_path)
-        trainer.initialize()
+        trainer = initialised(file=pretrained_file(tmp_path), train="decoder", gradient_clip=0.01, weight_decay=0.1)
         trained = trainer.lr_scheduler.trained_names(0)
         trainer.optimisation.frozen = groups.freeze(trainer.network, trained, keep)
         for _ in range(2):
@@ -109,10 +107,9 @@ def test_on_several_gpus_gradients_of_the_still_are_dropped_before_clipping(
 )
 def test_what_is_frozen_never_moves(here: Workspace, tmp_path: Path, train: str, configuration: str) -> None:
     architecture = tiny.drop_path_primus() if configuration == "primus" else None
-    settings = dataclasses.replace(tiny.FINETUNE, train=train, weight_decay=0.1, ema_decay=0.5)
-    trainer = make_trainer(configuration, block=MFMBlock(finetune=settings, num_workers=0))
-    trainer.pretrained_checkpoint = pretrained_file(tmp_path, architecture)
-    trainer.initialize()
+    trainer = initialised(
+        configuration, file=pretrained_file(tmp_path, architecture), train=train, weight_decay=0.1, ema_decay=0.5
+    )
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
     take_step(trainer)
     after = dict(trainer.network.named_parameters())
@@ -185,9 +182,7 @@ def test_each_gpu_needs_a_crop(here: Workspace, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_batch_size_and_mirroring(here: Workspace) -> None:
-    settings = dataclasses.replace(tiny.FINETUNE, batch_size=3, mirroring=False)
-    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-    trainer.initialize()
+    trainer = initialised(batch_size=3, mirroring=False)
     loader = first_batches(trainer)
     assert next(loader)["data"].shape[0] == 3
     assert trainer.inference_allowed_mirroring_axes is None
@@ -197,25 +192,21 @@ def test_batch_size_and_mirroring(here: Workspace) -> None:
         return " ".join(type(t).__name__ for t in make_loaders(trainer)[0].transforms.transforms)
 
     assert "MirrorTransform" not in transforms(trainer)
-    stock = make_trainer()
-    stock.initialize()
+    stock = initialised()
     assert "MirrorTransform" in transforms(stock)
     assert stock.inference_allowed_mirroring_axes == (0, 1, 2)
 
 
 def test_a_batch_of_one_crop_sees_foreground_by_chance(here: Workspace) -> None:
     """nnU-Net rounds the share of such crops to none there; a third of them it is in larger batches too."""
-    settings = dataclasses.replace(tiny.FINETUNE, batch_size=1)
-    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-    trainer.initialize()
+    trainer = initialised(batch_size=1)
     loader = make_loaders(trainer)[0]
     with seeded(5):
         chosen = [loader.get_do_oversample(0) for _ in range(300)]
     with seeded(5):
         assert chosen == [loader.get_do_oversample(0) for _ in range(300)]
     assert 70 < sum(chosen) < 130
-    pair = make_trainer()
-    pair.initialize()
+    pair = initialised()
     assert [make_loaders(pair)[0].get_do_oversample(index) for index in (0, 1)] == [False, True]  # as nnU-Net's
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.prediction.model import load_model
-from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
 from tests.builders.training import (
     Killed,
     first_batches,
+    initialised,
     kill_at,
-    make_trainer,
     pretrained_file,
     refused,
     require_equal,
@@ -97,11 +95,8 @@ def test_attention_and_mlp_have_adapters_and_nothing_else() -> None:
 
 
 def trainer_with(tmp_path: Path, **changes: Any) -> MFMTrainer:
-    settings = dataclasses.replace(tiny.FINETUNE, learning_rate=1e-2, optimizer="adamw", **changes)
-    trainer = make_trainer("primus", block=MFMBlock(finetune=settings, num_workers=0))
-    trainer.pretrained_checkpoint = pretrained_file(tmp_path, tiny.drop_path_primus())
-    trainer.initialize()
-    return trainer
+    file = pretrained_file(tmp_path, tiny.drop_path_primus())
+    return initialised("primus", file, learning_rate=1e-2, optimizer="adamw", **changes)
 
 
 def test_only_adapters_and_decoder_learn(here: Workspace, tmp_path: Path) -> None:
@@ -119,8 +114,7 @@ def test_only_adapters_and_decoder_learn(here: Workspace, tmp_path: Path) -> Non
     encoder = sum(before[name].numel() for name in of_encoder - adapters)
     assert sum(before[name].numel() for name in adapters) < 0.5 * encoder
     shipped = trainer.make_checkpoint()["network_weights"]
-    plain = make_trainer("primus")
-    plain.initialize()
+    plain = initialised("primus")
     assert shipped.keys() == plain.network.state_dict().keys()
 
 
@@ -185,9 +179,7 @@ def first(weights: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_the_average_is_validated_and_shipped(here: Workspace, tmp_path: Path) -> None:
-    settings = dataclasses.replace(tiny.FINETUNE, ema_decay=0.9)
-    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-    trainer.initialize()
+    trainer = initialised(ema_decay=0.9)
     weight = next(trainer.network.parameters())
     expected = weight.detach().clone()
     training, engine = first_batches(trainer), trainer.make_engine()

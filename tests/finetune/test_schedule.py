@@ -26,6 +26,7 @@ from tests.builders.training import (
     WITHOUT_LOSS,
     Killed,
     first_batches,
+    initialised,
     kill_at,
     make_trainer,
     pretrained_file,
@@ -324,8 +325,7 @@ def test_validation_by_nnunet_computes_as_training_does(here: Workspace, monkeyp
     stock = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer.perform_actual_validation"
     monkeypatch.setattr(stock, lambda *_: seen.append(torch.get_autocast_dtype("cuda")))
     monkeypatch.setattr(MFMTrainer, "perform_actual_validation", VALIDATION)
-    trainer = make_trainer()
-    trainer.initialize()
+    trainer = initialised()
     trainer.is_cascaded, trainer.autocast_dtype = True, dtype
     trainer.perform_actual_validation()
     assert (seen, torch.get_autocast_dtype("cuda")) == ([dtype], torch.float16)

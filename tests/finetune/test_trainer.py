@@ -42,7 +42,17 @@ from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
 from tests.builders.architectures import resenc
 from tests.builders.tiny import run_training
-from tests.builders.training import CPU, STEM, first_batches, make_trainer, pretrained_file, refused, take_step, train
+from tests.builders.training import (
+    CPU,
+    STEM,
+    first_batches,
+    initialised,
+    make_trainer,
+    pretrained_file,
+    refused,
+    take_step,
+    train,
+)
 
 SHORT = ("finetune.epochs=1", "finetune.iterations_per_epoch=1")
 
@@ -94,8 +104,7 @@ def test_stock_plan_trains_with_the_defaults(here: Workspace) -> None:
 def test_networks_without_pyramid_train_without_deep_supervision(here: Workspace, configuration: str) -> None:
     configurations = tiny.plans()["configurations"]
     configurations["two_stages"] = tiny.configuration(resenc(features=(4, 8)))
-    trainer = make_trainer(configuration, configurations=configurations)
-    trainer.initialize()
+    trainer = initialised(configuration, plan={"configurations": configurations})
     assert not trainer.enable_deep_supervision
     trainer.set_deep_supervision_enabled(True)
     log = Path(trainer.log_file).read_text()
@@ -108,9 +117,7 @@ def test_networks_without_pyramid_train_without_deep_supervision(here: Workspace
 def test_gradients_are_clipped_as_the_settings_say(here: Workspace) -> None:
     norms = []
     for clip in (0.01, 100.0):
-        settings = dataclasses.replace(tiny.FINETUNE, gradient_clip=clip)
-        trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-        trainer.initialize()
+        trainer = initialised(gradient_clip=clip)
         take_step(trainer)
         gradients = [p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None]
         norms.append(float(torch.linalg.vector_norm(torch.cat(gradients))))
@@ -120,8 +127,7 @@ def test_gradients_are_clipped_as_the_settings_say(here: Workspace) -> None:
 
 def test_scaled_losses_that_stay_nonfinite_end_the_training(here: Workspace) -> None:
     """As on GPUs, where nnU-Net's scaler skips such steps, for ever if need be."""
-    trainer = make_trainer()
-    trainer.initialize()
+    trainer = initialised()
     trainer.optimisation.scaler = torch.amp.GradScaler("cpu")
     before = next(trainer.network.parameters()).detach().clone()
     batch = next(first_batches(trainer))
@@ -151,9 +157,7 @@ def test_fp16_is_refused_where_losses_are_not_scaled(here: Workspace, device: st
 
 
 def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace, tmp_path: Path) -> None:
-    trainer = make_trainer()
-    trainer.pretrained_checkpoint = pretrained_file(tmp_path)
-    trainer.initialize()
+    trainer = initialised(file=pretrained_file(tmp_path))
     source = checkpoint.load_weights(trainer.pretrained_checkpoint)["network_weights"]
     state = trainer.network.state_dict()
     assert all(torch.equal(state[name], source[name]) for name in state if "seg_layers" not in name)
@@ -179,9 +183,7 @@ def test_what_the_plan_has_otherwise_than_the_checkpoint_is_told(here: Workspace
     plans["foreground_intensity_properties_per_channel"] = {"0": intensities}
     plans["configurations"]["pretrained"] |= {"spacing": [3.0, 1.0, 1.0], "normalization_schemes": ["CTNormalization"]}
     checkpoint.save(content, file)
-    trainer = make_trainer()
-    trainer.pretrained_checkpoint = file
-    trainer.initialize()
+    trainer = initialised(file=file)
     notes = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())["notes"]
     assert [note.split(":")[1].strip() for note in notes] == ["spacing in mm", "normalisation", "order of the axes"]
     assert "[3.0, 1.0, 1.0] in the checkpoint's" in notes[0]
@@ -190,8 +192,7 @@ def test_what_the_plan_has_otherwise_than_the_checkpoint_is_told(here: Workspace
 
 def test_weights_from_stocks_command_are_warned_of(here: Workspace, tmp_path: Path) -> None:
     for file in (None, pretrained_file(tmp_path)):
-        trainer = make_trainer()
-        trainer.initialize()
+        trainer = initialised()
         if file is not None:
             load_pretrained_weights(trainer.network, str(file))
         trainer._start()
@@ -202,8 +203,7 @@ def test_primus_of_dna_trains(here: Workspace) -> None:
     """Its classes know nothing of deep supervision, which nnU-Net's trainer passes to all."""
     architecture = tiny.drop_path_primus()
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.primus.Primus"
-    trainer = make_trainer(configurations={"3d_fullres": tiny.configuration(architecture)})
-    trainer.initialize()
+    trainer = initialised(plan={"configurations": {"3d_fullres": tiny.configuration(architecture)}})
     loss = take_step(trainer)
     assert np.isfinite(loss)
 
@@ -213,9 +213,7 @@ def test_primus_positions_use_the_checkpoints_patch(here: Workspace, tmp_path: P
     content = checkpoint.load(file)
     content["mfm"]["plans"]["configurations"]["pretrained"]["patch_size"] = [24, 8, 16]
     checkpoint.save(content, file)
-    trainer = make_trainer("primus")
-    trainer.pretrained_checkpoint = file
-    trainer.initialize()
+    trainer = initialised("primus", file=file)
     report = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())
     assert [entry["name"] for entry in report["adapted"]] == ["eva.pos_embed"]
 
@@ -230,8 +228,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.fixture
 def source(here: Workspace) -> SeededBatches:
-    trainer = make_trainer()
-    trainer.initialize()
+    trainer = initialised()
     return SeededBatches(make_loaders(trainer)[0], 5, "training 0")
 
 
@@ -491,8 +488,7 @@ def test_a_signal_stops_a_validation_by_nnunet_too(here: Workspace, monkeypatch:
             finished.append(0)
 
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", predicting)
-    trainer = make_trainer()
-    trainer.initialize()
+    trainer = initialised()
     trainer.is_cascaded = True
     with stop_on_signal() as flag:
         with pytest.raises(StoppedError, match="final validation") as caught:
