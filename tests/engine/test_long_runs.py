@@ -263,18 +263,18 @@ def test_compiled_blocks_give_the_same_gradients(name: str, family: str) -> None
     assert list(task.state_dict()) == names
 
 
+def compile_with(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile blocks with a backend that needs no compiler."""
+    torch._dynamo.reset()
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend=backend, **words))
+
+
 def test_blocks_really_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, and a backend that fails is not passed over in silence."""
-    torch._dynamo.reset()
     backbone = tiny_backbone("resenc", PATCH, restoring="none")
     graphs: list[Any] = []
-    compile_ = nn.Module.compile
-
-    def counting(graph: Any, examples: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend=counting, **words))
+    compile_with(lambda graph, examples: (graphs.append(graph), graph.forward)[1], monkeypatch)
     names = list(backbone.state_dict())
     expected = backbone(torch.ones(1, 1, *PATCH))
     backbone.compile_blocks()
@@ -287,10 +287,8 @@ def test_blocks_really_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiled_run_trains_validates_and_computes_again(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a backend that needs no compiler: every mode of the blocks is traced whole, and results are the same."""
-    torch._dynamo.reset()
-    compile_ = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend="eager", **words))
+    """Every mode of the blocks is traced whole, and results are the same."""
+    compile_with("eager", monkeypatch)
     here, settings = prepare(tmp_path, family), (*ONE_EPOCH, "pretrain.ema_decay=0.9")
     plain = run(here, settings=settings, run_name="plain")
     settings += ("pretrain.compile=true", "pretrain.activation_checkpointing=true")
@@ -302,9 +300,8 @@ def test_a_missing_compiler_is_one_clear_error(tmp_path: Path, monkeypatch: pyte
     def broken(graph: Any, examples: Any) -> Any:
         raise RuntimeError("no working C++ compiler")
 
-    compile_, steps = nn.Module.compile, []
-    torch._dynamo.reset()
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend=broken, **words))
+    steps: list[int] = []
+    compile_with(broken, monkeypatch)
     monkeypatch.setattr(Engine, "step", lambda *_: steps.append(1))
     with pytest.raises(MFMError, match=r"pretrain\.compile=true.*no working C\+\+ compiler") as caught:
         run(prepare(tmp_path), settings=(*ONE_EPOCH, "pretrain.compile=true"))
