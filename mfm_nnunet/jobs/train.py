@@ -108,7 +108,7 @@ def read_inputs(here: Workspace, request: TrainRequest) -> Inputs:
         other = shown(request.trainer)
         raise MFMError(
             "E_NOT_FOUND",
-            f"--trainer {other}: mfm_train has only 'MFMTrainer'. Another one trains through nnU-Net: "
+            f"--trainer {other}: mfm_train has only 'MFMTrainer'. Train with another in nnU-Net: "
             f"nnUNetv2_train {dataset_name} {configuration} {request.fold} -p {request.plans_name} -tr {other}",
         )
     plans_file = here.plans_file(dataset_name, request.plans_name)
@@ -202,7 +202,7 @@ def _pick_device(request: TrainRequest) -> torch.device:
     used = pick_device("cuda" if request.num_gpus > 1 else request.device)
     if used.index:
         raise MFMError(
-            "E_CONFIG", f"-device {used}: training takes the first GPU that is seen. Set CUDA_VISIBLE_DEVICES instead."
+            "E_CONFIG", f"-device {used}: training uses the first visible GPU. Choose it with CUDA_VISIBLE_DEVICES."
         )
     return used
 
@@ -212,8 +212,8 @@ def _read_plan(file: Path, dataset_name: str) -> Plan:
     if plan.dataset_name != dataset_name:  # nnU-Net uses the folders of the plan's dataset
         raise MFMError(
             "E_CONFIG",
-            f"{file}: this plan is of {plan.dataset_name}, so {plan.dataset_name} would be trained. Plan "
-            f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
+            f"{file}: this plan belongs to {plan.dataset_name}. Plan {dataset_name} again, or correct 'dataset_name' "
+            "and preprocess.",
         )
     return plan
 
@@ -228,8 +228,8 @@ def _read_dataset(here: Workspace, dataset_name: str) -> DatasetJson:
     if not dataset.foreground:
         raise MFMError(
             "E_CONFIG",
-            f"{dataset_name} names no structure to segment ({file}, 'labels'). A corpus without labels can only be "
-            "pretrained on: mfm_pretrain.",
+            f"{dataset_name} has no labels to segment ({file}, 'labels'). A corpus without labels is only for "
+            "pretraining: mfm_pretrain.",
         )
     return dataset
 
@@ -258,8 +258,8 @@ def _check_data(here: Workspace, plan: Plan, configuration: str, fold: int | str
     if stale := stale_cases(data, selection.names, plan.preprocessing_digest(configuration, dataset)):
         raise MFMError(
             "E_CONFIG",
-            f"{data}: {len(stale)} cases were preprocessed for another plan or dataset.json than those that are there "
-            f"now (labels, spacing or intensities differ), e.g. {stale[0]}. {again}",
+            f"{data}: {len(stale)} cases were preprocessed with another plan or dataset.json (labels, spacing or "
+            f"intensities differ), e.g. {stale[0]}. {again}",
         )
     read_fingerprint(folder)
     return choose_split(fold, folder, selection)
@@ -276,8 +276,8 @@ def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path
         if not predicted.is_dir():
             raise MFMError(
                 "E_NOT_FOUND",
-                f"{configuration} is trained on the predictions of {stage}, and {predicted} does not exist. Train all "
-                f"folds of {stage} first, with the same plan; their validation writes it.",
+                f"{configuration} needs the predictions of {stage}, but {predicted} does not exist. First train all "
+                f"folds of {stage} with the same plan: their validation writes it.",
             )
     folder = inside(results, f"{model}{configuration}", f"fold_{request.fold}")
     for written in (folder, folder.parent, folder / "validation"):
@@ -286,14 +286,14 @@ def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path
     is_finished = existing is not None and existing.name == FINAL
     if request.only_validate and not is_finished:
         raise MFMError(
-            "E_NOT_FOUND", f"{folder} holds no finished training ({FINAL}). Train first, or continue it with --c."
+            "E_NOT_FOUND", f"{folder}: no finished training here ({FINAL}). Train first, or continue with --c."
         )
     if request.continue_training and existing is None:
-        raise MFMError("E_NOT_FOUND", f"{folder} holds no checkpoint to continue from. Start without --c.")
+        raise MFMError("E_NOT_FOUND", f"{folder}: no checkpoint to continue from. Start without --c.")
     if existing is not None and not (request.continue_training or request.only_validate):
         raise MFMError(
             "E_EXISTS",
-            f"{folder} holds {'a finished' if is_finished else 'an unfinished'} training, which is not overwritten. "
+            f"{folder}: {'a finished' if is_finished else 'an unfinished'} training is here and is not overwritten. "
             "Continue it with --c, use another plan name (-p), or move the folder away.",
         )
     return folder, existing
@@ -307,7 +307,7 @@ def _require_a_crop_each(block: MFMBlock, configuration: Configuration, num_gpus
         raise MFMError(
             "E_CONFIG",
             f"finetune.batch_size={batch_size}: -num_gpus {num_gpus} needs at least one crop per GPU. Use fewer GPUs, "
-            "or raise it.",
+            "or a larger batch.",
         )
     if configuration.values.get("batch_dice") and batch_size % num_gpus:
         raise MFMError(

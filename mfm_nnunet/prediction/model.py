@@ -106,8 +106,8 @@ class Model:
         if not all(torch.isfinite(logits_DHW).all() for logits_DHW in total):  # one class at a time, to save memory
             raise MFMError(
                 "E_NONFINITE",
-                "the network's output holds NaN or infinite values for this image. Look at its intensities; if they "
-                "are as usual, the weights are damaged.",
+                "the network's output has NaN or infinite values for this image. Check its intensities; if they "
+                "look normal, the weights are damaged.",
             )
         return total
 
@@ -301,13 +301,14 @@ class _Fold:
         except (KeyError, TypeError, ValueError) as error:
             raise MFMError(
                 "E_MODEL_MISMATCH",
-                f"{file}: holds weights but no trainer and configuration, so it is not a fine-tuned model (a "
+                f"{file}: there are weights but no trainer and configuration, so it is not a fine-tuned model (a "
                 "pretrained checkpoint has no segmentation head). Fine-tune it first: mfm_train.",
             ) from error
         axes = content.get("inference_allowed_mirroring_axes") or ()
         if not isinstance(axes, (list, tuple)) or not all(type(axis) is int and 0 <= axis <= 2 for axis in axes):
             raise MFMError(
-                "E_MODEL_CORRUPT", f"{file}: it says that images may be mirrored along {str(axes)[:60]}. Copy it again."
+                "E_MODEL_CORRUPT",
+                f"{file}: its mirroring axes are {str(axes)[:60]}, which is not possible. Copy it again.",
             )
         ours: Any = content.get("mfm")
         settings = ours.get("finetune") if isinstance(ours, dict) else None
@@ -365,7 +366,7 @@ def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, d
         raise MFMError(
             "E_MODEL_MISMATCH",
             f"the model was trained with '{trainer_name}', which this installation of nnU-Net does not have. Install "
-            "the package that it comes from and name its folder in nnUNet_extTrainer.",
+            "its package, and set nnUNet_extTrainer to its folder.",
         ) from error
     if "plans_manager" in inspect.signature(build).parameters:
         return build(plans_manager, configuration_manager, num_inputs, num_outputs, enable_deep_supervision=False)

@@ -84,10 +84,10 @@ def test_a_bad_part_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.
     assert same(kept[0], kept[1])
 
 
-@pytest.mark.parametrize(("accumulation", "num_gpus", "of"), [(3, 1, "accumulation=3"), (2, 3, "the 3 processes")])
+@pytest.mark.parametrize(("accumulation", "num_gpus", "of"), [(3, 1, "accumulation=3"), (2, 3, "3 processes")])
 def test_a_batch_must_be_shared_evenly(tmp_path: Path, accumulation: int, num_gpus: int, of: str) -> None:
     settings = ("pretrain.batch_size=4", f"pretrain.accumulation={accumulation}")
-    with pytest.raises(MFMError, match=rf"batch_size=4: must be a multiple of .*{of}") as caught:
+    with pytest.raises(MFMError, match=rf"batch_size=4: not a multiple of .*{of}") as caught:
         pretrain.launch(prepare(tmp_path), request("mae", settings, num_gpus=num_gpus))
     assert caught.value.code == "E_CONFIG"
     assert not run_folder(tmp_path).exists()
@@ -103,7 +103,7 @@ class _TwoAtLeast(MAE):
 
 def test_a_batch_too_small_to_compare_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "find_task", lambda name: _TwoAtLeast)
-    for size, parts, message in ((2, 1, "Take a larger batch."), (4, 2, "smaller pretrain.accumulation")):
+    for size, parts, message in ((2, 1, "Use a larger batch."), (4, 2, "smaller pretrain.accumulation")):
         settings = (f"pretrain.batch_size={size}", f"pretrain.accumulation={parts}")
         refused("E_CONFIG", message, functools.partial(run, prepare(tmp_path), settings=settings))
         assert not run_folder(tmp_path).exists()
