@@ -15,6 +15,7 @@ from typing import Any
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import digest_of, is_same, read_json
+from mfm_nnunet.modalities import has_window, kind_of, rule_for
 from mfm_nnunet.plan_rules import (
     ARCHITECTURE_KEYS,
     CT,
@@ -35,6 +36,8 @@ SHARED_KEYS = (
     "experiment_planner_used", "label_manager", "mfm",
 )  # fmt: skip
 """Keys of a plan that are copied into checkpoints."""
+CORPUS_SETTINGS = ("slices", "colour")
+"""Settings of a corpus, ``mfm`` in its dataset.json, that determine preprocessed files."""
 PREPROCESSOR = "DefaultPreprocessor"
 """nnU-Net's class that our preprocessing replaces; older plans do not name one."""
 NORMALISED_BY_CASE = frozenset(NORMALISATIONS) - {CT}
@@ -191,6 +194,38 @@ class Plan:
             raise MFMError("E_CONFIG", f"configuration '{name}' inherits from '{missing_parent}'. Plan again.")
         return Configuration(name, copy.deepcopy(values))
 
+    @property
+    def modalities(self) -> Mapping[str, Any]:
+        """Normalisation of each kind of image in a corpus of several; empty for other plans."""
+        block = self.content.get("mfm")
+        return (block.get("modalities") if isinstance(block, Mapping) else None) or {}
+
+    def for_modality(self, modality: str, own_intensities: Mapping[str, Any] | None = None) -> Plan:
+        """Return the plan for images of one modality, in the form that stock nnU-Net reads; itself without a table.
+
+        ``own_intensities`` serve for a kind with a window that the corpus did not have. Raises MFMError (E_CONFIG) for
+        an unknown modality, and for such a kind without them.
+        """
+        if not self.modalities:
+            return self
+        kind = kind_of(modality)
+        if not kind or (kind not in self.modalities and has_window(kind) and not own_intensities):
+            here = f"'{modality}' is none of these" if kind else "that of these images is not known"
+            raise MFMError(
+                "E_CONFIG",
+                f"plan {self.name} normalises by modality ({', '.join(self.modalities)}), and {here}. Give it with "
+                "--modality when you plan, or in the column 'modality' of a CSV.",
+            )
+        rule = self.modalities.get(kind) or rule_for(kind, own_intensities or {})
+        content = {**copy.deepcopy(dict(self.content)), INTENSITIES: copy.deepcopy(rule.get("intensities") or {})}
+        content[INTENSITIES] = content[INTENSITIES] or self.content[INTENSITIES]
+        del content["mfm"]["modalities"]
+        for own in content["configurations"].values():
+            if "normalization_schemes" in own:
+                own["normalization_schemes"] = [rule["scheme"]] * len(own["normalization_schemes"])
+                own["use_mask_for_norm"] = [mask and rule["scheme"] != CT for mask in own["use_mask_for_norm"]]
+        return Plan.of(content)
+
     def shared(self) -> dict[str, Any]:
         """Return the part that may leave this computer: other planners add e.g. the path of a checkpoint."""
         return {key: value for key, value in self.content.items() if key in SHARED_KEYS}
@@ -223,6 +258,8 @@ class Plan:
             **{name: values.get(name) for name in (*OF_CONFIGURATION, PREPROCESSOR_NAME)},
             **{name: dataset.content.get(name) for name in ("labels", "regions_class_order")},
             "intensities": self._intensities(configuration),
+            **({"modalities": self.modalities} if self.modalities else {}),
+            **{name: value for name, value in dataset.content.get("mfm", {}).items() if name in CORPUS_SETTINGS},
         }
 
     def _prediction(self, configuration: str) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def _problems(plans: Mapping[str, Any]) -> Iterator[str]:
     rest = {key: value for key, value in plans.items() if key != INTENSITIES}
     if place := _place_of_nonfinite(rest):
         yield f"'{place}' is not finite"
+    if isinstance(plans.get("mfm"), dict):
+        yield from _modality_problems(plans["mfm"].get("modalities"))
     for name in configurations:
         yield from (f"configuration {_shown(name)} {problem}" for problem in _configuration_problems(plans, name))
 
@@ -213,6 +215,18 @@ def _normalisation_problems(resolved: Mapping[str, Any], intensities: Mapping[st
         known = intensities.get(str(channel))
         if scheme == CT and intensities and not _is_ct(known):
             yield f"normalises channel {channel} with {CT}, and '{INTENSITIES}' has no finite numbers for that"
+
+
+def _modality_problems(table: Any) -> Iterator[str]:
+    if table is not None and not isinstance(table, dict):
+        yield f"'mfm.modalities' is {_shown(table)}, no table of modalities"
+        return
+    for kind, rule in (table or {}).items():
+        known = rule.get("intensities") if isinstance(rule, dict) else None
+        if not isinstance(rule, dict) or rule.get("scheme") not in NORMALISATIONS:
+            yield f"'mfm.modalities' has no normalisation of nnU-Net's for '{kind}'"
+        elif rule["scheme"] == CT and not (isinstance(known, dict) and known and all(map(_is_ct, known.values()))):
+            yield f"'mfm.modalities' has no finite intensities for '{kind}'"
 
 
 def _is_ct(known: Any) -> bool:

@@ -3,7 +3,7 @@
 # ruff: noqa: RUF009 (option makes a dataclass field)
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from mfm_nnunet.fields import (
     to_fold,
 )
 from mfm_nnunet.files import is_file_name, whole_number
+from mfm_nnunet.settings import SliceSettings, override, to_dict
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """All configurations of nnU-Net; those of a dataset are known only after reading its images."""
@@ -47,6 +48,16 @@ def _spacing(value: Any) -> str | tuple[float, ...]:
     if len(lengths) != 3 or not all(1e-3 <= length <= 1e3 for length in lengths):
         raise ValueError("expected median, onemm, original or three lengths in mm")
     return lengths
+
+
+def _slices(value: Any) -> dict[str, Any]:
+    words = [f"{key}={word}" for key, word in value.items()] if isinstance(value, Mapping) else list(value)
+    if any("=" not in word for word in words):
+        raise ValueError("expected axis=0, 1 or 2, every=N and foreground=SHARE, or nothing")
+    try:
+        return to_dict(override(SliceSettings(), words))
+    except MFMError as error:
+        raise ValueError(error.message) from None
 
 
 def _checkpoint_name(value: str) -> str:
@@ -79,6 +90,29 @@ class PlanRequest(Request):
         metavar="SOURCE",
     )
     name: str | None = option(None, "--name", "name of the corpus that --images registers (default: Corpus)")
+    modality: str | None = option(
+        None,
+        "--modality",
+        "CT, MR, PET, Xray, US or another word: the modality of scans of --images whose source names none, or of a "
+        "labelled dataset; its images are then normalised by modality",
+        metavar="WORD",
+        check=matching(r"[A-Za-z0-9][A-Za-z0-9 _-]*", "expected a word like CT, MR, PET, Xray or US"),
+    )
+    slices: Sequence[str] | Mapping[str, Any] | None = option(
+        None,
+        "--slices",
+        "register a corpus for 2D plans, which may mix volumes and pictures: axis=0, every=1 and foreground=0 decide "
+        "which slices of volumes are taken; pictures keep their size",
+        nargs="*",
+        metavar="NAME=VALUE",
+        check=_slices,
+    )
+    colour: Literal["grey", "rgb"] | None = option(
+        None,
+        "--colour",
+        "register a corpus of one channel (grey: colours become luminance) or three (rgb: grey images are repeated)",
+        choices=("grey", "rgb"),
+    )
     configurations: Sequence[str] | None = option(
         None,
         "-c --configuration",
@@ -131,6 +165,8 @@ class PlanRequest(Request):
             raise MFMError("E_CONFIG", "--images registers one corpus: give exactly one -d ID with it.")
         if self.images is None and self.name is not None:
             raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
+        if self.images is None and (self.slices is not None or self.colour is not None):
+            raise MFMError("E_CONFIG", "--slices and --colour belong to --images: they are settings of a new corpus.")
         if self.like is not None and self.spacing != "median":
             raise MFMError("E_CONFIG", "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out.")
 

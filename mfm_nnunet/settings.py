@@ -168,6 +168,18 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
+class SliceSettings:
+    """Slices that a corpus for 2D plans takes out of its volumes (``--slices``)."""
+
+    axis: int = ranged(0, 0, 2)
+    """Axis that is cut into slices, in the order of nnU-Net's readers: 0 is Z of a NIfTI file, 1 is Y, 2 is X."""
+    every: int = ranged(1, 1, 10**6)
+    """Every n-th slice."""
+    foreground: float = ranged(0.0, 0, 1)
+    """Smallest share of a slice's voxels that must be brighter than the mean of its volume."""
+
+
+@dataclass(frozen=True)
 class MFMBlock:
     """Our settings in a plan, ``plans["mfm"]``."""
 
@@ -178,6 +190,11 @@ class MFMBlock:
     seed: int = ranged(0, 0, 2**32 - 1)
     num_workers: int | None = ranged(None, 0, 1024)
     """Background processes that read and augment. None: by the number of CPU cores."""
+    modalities: dict[str, Any] | None = None
+    """Normalisation of each kind of image, in a corpus of several: {"ct": {"scheme", "intensities"}, ...}. A plan made
+    ``--like`` its checkpoint contains the normalisation of its own kind alone."""
+    corpus: dict[str, Any] | None = None
+    """Settings of the corpus: {"slices": :class:`SliceSettings`, "colour": "grey" or "rgb"}, where it has them."""
     network: str = "resenc"
     """Family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT

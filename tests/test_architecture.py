@@ -30,7 +30,7 @@ CEILINGS = {
 """The names are those of ``setup_scripts/figures.py``, which prints what is behind a number."""
 LEAVES = {
     *("errors", "version", "workspace", "checkpoint", "plan", "plan_rules", "dataset", "settings"),
-    *("fields", "requests", "processes", "signals", "device", "metrics", "terminal", "files"),
+    *("fields", "requests", "modalities", "processes", "signals", "device", "metrics", "terminal", "files"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
 

@@ -31,21 +31,29 @@ _OPTIONAL = ("modality", "dataset", "anonymisation_mask")
 _log = logging.getLogger(__name__)
 
 
-def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channel_names: list[str]) -> Path:
+def register_corpus(
+    raw_root: Path,
+    dataset_name: str,
+    cases: list[Case],
+    channel_names: list[str],
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
     """Write ``dataset.json`` and ``corpus.json`` of a corpus into ``raw_root/dataset_name``; return the folder.
 
     A corpus may be registered again if the new cases include all its existing scans. New scans are added, known ones
     keep their names, and deleted ones are dropped.
 
     Raises MFMError: E_EXISTS (the folder holds a labelled dataset or other scans), E_CONFIG (a name other than
-    DatasetXXX_Name), E_CHANNELS (a case without one file per channel name), E_FORMAT (volumes and pictures mixed),
+    DatasetXXX_Name), E_CHANNELS (a case without one file per channel name), E_FORMAT (volumes and pictures mixed
+    without the setting ``slices``),
     E_NOT_FOUND (no cases).
     """
     if not re.fullmatch(r"Dataset\d{3}_[A-Za-z0-9_.+-]+", dataset_name):
         raise MFMError("E_CONFIG", f"{dataset_name}: the name must be like Dataset701_Name (letters, digits, _ . + -).")
     if not cases:
         raise MFMError("E_NOT_FOUND", f"{dataset_name}: there is no image to register.")
-    _require_equal_channels(cases, len(channel_names))
+    settings = dict(settings or {})
+    _require_equal_channels(cases, 1 if "colour" in settings else len(channel_names))
     folder = raw_root / dataset_name
     if is_corpus(folder):
         cases = _update(folder, cases)
@@ -55,7 +63,8 @@ def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channe
         "channel_names": {str(index): name for index, name in enumerate(channel_names)},
         "labels": {"background": 0},
         "numTraining": len(cases),
-        **_file_format(cases),
+        **_file_format(cases, "slices" in settings),
+        **({"mfm": settings} if settings else {}),
     }
     folders = [os.path.dirname(file) for case in cases for file in case.images]
     corpus = {"format": FORMAT, "source": os.path.commonpath(folders), "cases": [_entry(case) for case in cases]}
@@ -63,6 +72,11 @@ def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channe
     write_json(folder / "corpus.json", corpus)
     write_json(folder / "dataset.json", dataset_json)
     return folder
+
+
+def read_settings(dataset_folder: Path) -> dict[str, Any]:
+    """Return the settings of a registered corpus, ``mfm`` in its dataset.json; empty without a corpus."""
+    return dict(read_dataset_json(dataset_folder).get("mfm", {})) if is_corpus(dataset_folder) else {}
 
 
 def load_cases(dataset_folder: Path, need_mapped_files: bool = True) -> list[Case]:
@@ -195,7 +209,7 @@ def _update(folder: Path, cases: list[Case]) -> list[Case]:
     return result
 
 
-def _file_format(cases: Sequence[Case]) -> dict[str, str]:
+def _file_format(cases: Sequence[Case], may_mix: bool) -> dict[str, str]:
     """Choose the most common ``file_ending``, and a reader if stock nnU-Net would not find one for all files."""
     endings = Counter(ending_of(file) for case in cases for file in case.images)
     unknown = [str(file) for case in cases for file in case.images if not ending_of(file)]
@@ -209,14 +223,14 @@ def _file_format(cases: Sequence[Case]) -> dict[str, str]:
     elif set(endings) <= PICTURES:
         if (len(endings) > 1 and not set(endings) <= {".tif", ".tiff"}) or set(endings) & {".jpg", ".jpeg"}:
             result["overwrite_image_reader_writer"] = "NaturalImage2DIO"
-    else:
+    elif not may_mix:
         counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
         rarest = endings.most_common()[-1][0]
         files = [str(file) for case in cases for file in case.images if ending_of(file) == rarest]
         raise MFMError(
             "E_FORMAT",
-            f"volumes and pictures are mixed ({counts}), e.g. {files[0]}. Register them as two corpora, or move the "
-            f"{rarest} files out of the source.",
+            f"volumes and pictures are mixed ({counts}), e.g. {files[0]}. Register them as two corpora, move the "
+            f"{rarest} files out of the source, or add --slices, which plans in 2D for slices and pictures together.",
         )
     return result
 

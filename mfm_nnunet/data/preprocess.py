@@ -26,10 +26,12 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import attempt, in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.resampling import resampling_function
 from mfm_nnunet.data.sizes import Sizes, require_preprocessable
+from mfm_nnunet.data.slices import as_in_corpus, at_natural_size, choose_slices, reader_of
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.files import inside, report_full_disk, to_plain
 from mfm_nnunet.images import reading
+from mfm_nnunet.modalities import kind_of, kind_of_channel
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.plan_rules import CT
 
@@ -186,7 +188,8 @@ class PreprocessJob:
             storage.copy_label(case.label, inside(folder, "gt_segmentations", name), self.stage)
 
     def _read(self, case: Case) -> _Scan:
-        reader = json.loads(self.plans)["image_reader_writer"]
+        settings = self._corpus_settings(case)
+        reader = reader_of(case, json.loads(self.plans)["image_reader_writer"], settings)
         image_CDHW, properties = reading.read_image(case.images, reader)
         label = None
         if case.label is not None:
@@ -197,27 +200,43 @@ class PreprocessJob:
         if case.anonymisation_mask is not None:
             mask_1DHW, own = reading.read_mask(case.anonymisation_mask, reader)
             reading.check_mask(mask_1DHW, own, image_CDHW, properties, case.anonymisation_mask)
+            mask_1DHW, _ = as_in_corpus(mask_1DHW, properties, case, {**settings, "colour": None})
+        if settings:
+            image_CDHW, properties = as_in_corpus(image_CDHW, properties, case, settings)
         return _Scan(image_CDHW, properties, label, mask_1DHW)
 
+    def _corpus_settings(self, case: Case) -> dict[str, Any]:
+        return json.loads(self.dataset_json).get("mfm", {}) if case.label is None else {}
+
     def _write(self, scan: _Scan, configuration: str, case: Case) -> None:
-        plans_manager, configuration_manager = _managers(self.plans, configuration)
+        modality = case.modality
+        if case.label is not None:
+            modality = kind_of_channel(DatasetJson.of(json.loads(self.dataset_json)).channels[0])
         with about(case.images[0]):
+            plans_manager, configuration_manager = _managers(self.plans, configuration, kind_of(modality))
+            settings = self._corpus_settings(case)
+            if "slices" in settings:
+                target = configuration_manager.spacing
+                scan = scan._replace(properties=at_natural_size(scan.properties, target))
             data_CDHW, seg, properties = preprocess_case_npy(
                 *scan[:3], plans_manager, configuration_manager, json.loads(self.dataset_json)
             )
             mask = scan.mask_1DHW
             if mask is not None:
                 mask = preprocess_mask(mask, properties, data_CDHW.shape[1:], plans_manager, configuration_manager)
+            if "slices" in settings:
+                chosen = choose_slices(scan.image_CDHW, properties["bbox_used_for_cropping"][0], settings)
+                data_CDHW, mask = data_CDHW[:, chosen], None if mask is None else mask[:, chosen]
         content = storage.Content(data_CDHW, seg, properties, mask)
         patch_size = tuple(configuration_manager.patch_size)
         storage.store_case(self.stage, self.folders[configuration], case.name, content, patch_size)
 
 
-@functools.lru_cache(8)
-def _managers(plans_text: str, configuration: str) -> tuple[PlansManager, ConfigurationManager]:
+@functools.lru_cache(32)
+def _managers(plans_text: str, configuration: str, kind: str) -> tuple[PlansManager, ConfigurationManager]:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    plans_manager = PlansManager(json.loads(plans_text))
+    plans_manager = PlansManager(dict(Plan.of(json.loads(plans_text)).for_modality(kind).content))
     return plans_manager, plans_manager.get_configuration(configuration)
 
 

@@ -30,6 +30,7 @@ from mfm_nnunet.data.cases import (
 )
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
+from mfm_nnunet.modalities import kind_of_folder
 
 CONVERT_DICOM = "Convert DICOM to NIfTI first: pip install dcm2niix; dcm2niix -z y -o nifti dicom/"
 _DICOM_ENDINGS = (".dcm", ".ima")
@@ -40,12 +41,13 @@ _LABEL_FOLDERS = {"labelsTr", "labelsTs"}
 _log = logging.getLogger(__name__)
 
 
-def index_source(source: Path) -> list[Case]:
+def index_source(source: Path, with_pictures: bool = False) -> list[Case]:
     """List the cases of a source of images: absolute paths, sorted; no image is opened.
 
     * A folder tree: each image file is a case; hidden files are left out, and so are, with a message, those that are
-      named as masks (:func:`is_named_mask`), DICOM files, and a few pictures among volumes. ``sub-XX``
-      in a path names the subject.
+      named as masks (:func:`is_named_mask`), DICOM files, and, unless ``with_pictures``, a few pictures among
+      volumes. ``sub-XX`` in a path names the subject, and a folder named ``CT``, ``MR``, ``PET``, ``Xray`` or ``US``
+      the modality.
     * A BIDS dataset, or a folder that holds several.
     * A folder with ``imagesTr`` or ``imagesTs`` (or one of these itself): nnU-Net's ``_0000`` names.
     * A CSV table or nnssl's ``pretrain_data.json`` (:mod:`mfm_nnunet.data.listings`), also a folder that holds the
@@ -59,7 +61,7 @@ def index_source(source: Path) -> list[Case]:
     """
     source = Path(os.path.abspath(os.path.expanduser(source)))
     if source.is_dir():
-        cases = _folder(source)
+        cases = _folder(source, with_pictures)
     elif not source.exists():
         raise MFMError("E_NOT_FOUND", f"{source}: no such folder or file. Check the path.")
     elif source.suffix.lower() == ".csv":
@@ -113,7 +115,7 @@ def _each_once(source: Path, cases: list[Case]) -> list[Case]:
     return list(first.values())
 
 
-def _folder(source: Path) -> list[Case]:
+def _folder(source: Path, with_pictures: bool) -> list[Case]:
     if (source / listings.NNSSL_FILE).is_file():
         return listings.read_nnssl(source / listings.NNSSL_FILE)
     there = [source / name for name in _RAW_FOLDERS if (source / name).is_dir()]
@@ -126,11 +128,20 @@ def _folder(source: Path) -> list[Case]:
     places = [file for file in files if not _LABEL_FOLDERS & set(file.relative_to(images).parts)]
     if roots := _bids_folders(images, places):
         return _bids_cases(images, files, roots)
-    files = _without_stray_pictures(images, _without_masks(images, files))
+    files = _without_masks(images, files)
+    if not with_pictures:
+        files = _without_stray_pictures(images, files)
     if files and (found := _find_dicom(images)):
         _log.warning("%s: DICOM files are left out, e.g. %s. %s", images, found, CONVERT_DICOM)
     _warn_of_channels(files)
-    return named([file.relative_to(images) for file in files], [(file,) for file in files])
+    cases = named([file.relative_to(images) for file in files], [(file,) for file in files])
+    return [dataclasses.replace(case, modality=_kind_of_folders(file, images)) for case, file in zip(cases, files)]
+
+
+def _kind_of_folders(file: Path, source: Path) -> str:
+    """Return the modality that the nearest folder above a file names, such as ``CT``; "" if none does."""
+    kinds = map(kind_of_folder, (*file.relative_to(source).parts[-2::-1], source.name))
+    return next(filter(None, kinds), "")
 
 
 def _without_masks(source: Path, files: list[Path]) -> list[Path]:

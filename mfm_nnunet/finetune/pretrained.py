@@ -28,7 +28,7 @@ from mfm_nnunet.models.transfer import (
     unwrapped,
     without_wrapper_prefixes,
 )
-from mfm_nnunet.plan import Configuration
+from mfm_nnunet.plan import Configuration, Plan
 
 
 def has_decoder(reading: Reading, network: nn.Module) -> bool:
@@ -101,7 +101,9 @@ def _note_differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
     pairs = []
     if Configuration("", theirs).is_resampled and len(theirs["spacing"]) == len(own.spacing):
         pairs.append(("spacing in mm", np.round(own.spacing, 3).tolist(), np.round(theirs["spacing"], 3).tolist()))
-    if schemes := theirs.get("normalization_schemes"):
+    by_modality = {rule["scheme"] for rule in Plan.of(reading.mfm.get("plans") or {}).modalities.values()}
+    schemes = theirs.get("normalization_schemes")
+    if schemes and not set(own.normalization_schemes) <= by_modality:
         pairs.append(("normalisation", sorted(set(own.normalization_schemes)), sorted(set(map(str, schemes)))))
     order = (reading.mfm.get("plans") or {}).get("transpose_forward")
     if order and len(own.patch_size) == 3:

@@ -8,31 +8,37 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import PICTURES, Case
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.preprocess import preprocess_dataset
+from mfm_nnunet.data.slices import as_in_corpus, reader_of
 from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import ending_of, parse_json, whole_number, write_json
 from mfm_nnunet.images import decoder
-from mfm_nnunet.images.reading import count_channels
+from mfm_nnunet.images.reading import count_channels, read_image
 from mfm_nnunet.interchange.foreign import require_plan
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.modalities import kind_of
 from mfm_nnunet.models.families import family_named
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
 from mfm_nnunet.planning import like
 from mfm_nnunet.planning.derive import Decision, format_table
-from mfm_nnunet.planning.fingerprint import extract_fingerprint
+from mfm_nnunet.planning.fingerprint import extract_fingerprint, kinds_of
 from mfm_nnunet.planning.like import Template
 from mfm_nnunet.planning.planner import MFMPlanner
+from mfm_nnunet.reports import corpus as reports
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
 
@@ -63,9 +69,11 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     results, failures, num_cases = [], [], 0
     with places.use(request.workspace) as here:
         for dataset in request.datasets:
-            dataset_name = register(here, dataset, request.images, request.name)
+            dataset_name = register(here, dataset, request)
             cases, failed = fingerprint(here, dataset_name, request.num_processes)
             num_cases += len(cases) + len(failed)
+            if corpus.is_corpus(here.raw_folder(dataset_name)):
+                report(here, dataset_name, cases, failed)
             result = plan(here, dataset_name, request, source)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
@@ -78,35 +86,41 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     return results
 
 
-def register(here: Workspace, dataset: str | int, images: str | Path | None, name: str | None) -> str:
-    """Return the dataset's name; if ``images`` is given, register the corpus first."""
-    if images is None:
-        return here.dataset_name(dataset)
+def register(here: Workspace, dataset: str | int, request: PlanRequest) -> str:
+    """Return the dataset's name; if the request has images, register the corpus first."""
+    if request.images is None:
+        dataset_name = here.dataset_name(dataset)
+        if request.modality is not None and corpus.is_corpus(here.raw_folder(dataset_name)):
+            raise MFMError("E_CONFIG", "--modality of a corpus belongs to --images: register it again with both.")
+        return dataset_name
     number = whole_number(str(dataset))
     if number is None or not 1 <= number <= 999:
         raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus needs a number from 1 to 999.")
-    dataset_name = f"Dataset{number:03d}_{name or 'Corpus'}"
+    dataset_name = f"Dataset{number:03d}_{request.name or 'Corpus'}"
     others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
     if others:
         raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
-    cases = index_source(Path(images))
-    corpus.register_corpus(here.raw, dataset_name, cases, _channel_names(cases))
+    given = {"modality": request.modality, "slices": request.slices, "colour": request.colour}
+    known = corpus.read_settings(here.raw / dataset_name)
+    settings = known | {name: value for name, value in given.items() if value is not None}
+    cases = index_source(Path(request.images), "slices" in settings)
+    cases = [replace(case, modality=case.modality or settings.get("modality", "")) for case in cases]
+    corpus.register_corpus(here.raw, dataset_name, cases, _channel_names(cases, settings), settings)
     return dataset_name
 
 
-def _channel_names(cases: list[Case]) -> list[str]:
-    """Name the channels, as nnU-Net normalises by name: Hounsfield units are kept if every case is a CT.
-
-    In a mixed corpus one network sees all modalities, so each image is normalised by itself.
-    """
-    is_ct = all(case.modality.casefold() == "ct" for case in cases)
-    return ["CT" if is_ct else f"channel{number}" for number in range(_num_channels(cases))]
+def _channel_names(cases: list[Case], settings: Mapping[str, Any]) -> list[str]:
+    """Name the channels, as nnU-Net normalises by name: Hounsfield units are kept if every case is a CT."""
+    is_ct = all(kind_of(case.modality) == "ct" for case in cases)
+    return ["CT" if is_ct else f"channel{number}" for number in range(_num_channels(cases, settings))]
 
 
-def _num_channels(cases: list[Case]) -> int:
+def _num_channels(cases: list[Case], settings: Mapping[str, Any]) -> int:
     """Return the number of channels of most cases, from their headers; a colour image has several in one file."""
-    if ending_of(cases[0].images[0]) not in PICTURES:
-        return len(cases[0].images)
+    if colour := settings.get("colour"):
+        return {"grey": 1, "rgb": 3}[colour]
+    if volumes := [case for case in cases if ending_of(case.images[0]) not in PICTURES]:
+        return len(volumes[0].images)
     found: Counter[int] = Counter()
     for case in cases[:: max(1, len(cases) // _MOST_PICTURES)][:_MOST_PICTURES]:
         with contextlib.suppress(MFMError):  # planning refuses it and gives the reason
@@ -132,6 +146,10 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
     known = _known_fingerprint(file)
     # The rules for labels and channels are included: a corrected dataset.json must be checked against all labels.
     rules = {name: dataset_json.get(name) for name in ("labels", "channel_names", "overwrite_image_reader_writer")}
+    if kinds := kinds_of(cases, dataset_json):
+        rules["modalities"] = kinds
+    if settings := dataset_json.get("mfm"):
+        rules["mfm"] = settings
     signature = hashlib.sha256((corpus.signature(cases) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
     if known.get("signature") == signature:
         failures = [CaseFailure(*failure) for failure in known["failures"]]
@@ -158,6 +176,28 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
             write_json(preprocessed / name, beside)
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
+
+
+def report(here: Workspace, dataset_name: str, cases: list[Case], failures: list[CaseFailure]) -> None:
+    """Describe a corpus in ``corpus_report.json`` and ``corpus_report.png``, with an example of each modality."""
+    folder = here.preprocessed / dataset_name
+    file = folder / "corpus_report.json"
+    measured = folder / "dataset_fingerprint.json"
+    if file.is_file() and file.with_suffix(".png").is_file() and file.stat().st_mtime >= measured.stat().st_mtime:
+        return
+    fingerprint, settings = _content(measured), corpus.read_settings(here.raw / dataset_name)
+    kinds = {case.name: kind_of(case.modality) for case in cases}
+    content = reports.describe_corpus(fingerprint, kinds, failures, file)
+    examples: dict[str, np.ndarray] = {}
+    for case in cases:
+        kind = kinds[case.name] or reports.UNNAMED
+        if kind not in examples:
+            with contextlib.suppress(MFMError):  # a file that vanished meanwhile is reported by preprocessing
+                reader = reader_of(case, fingerprint["mfm"]["reader"], settings)
+                image_CDHW, _ = as_in_corpus(*read_image(case.images, reader), case, settings)
+                examples[kind] = image_CDHW[0, image_CDHW.shape[1] // 2]
+    reports.draw_corpus(content, dict(sorted(examples.items())), file.with_suffix(".png"))
+    logger.info("%s\n%s\nreport: %s", dataset_name, "\n".join(reports.summarise_corpus(content)), file)
 
 
 def _known_fingerprint(file: Path) -> dict[str, Any]:
@@ -237,7 +277,7 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: 
     target = in_mm[request.spacing] if isinstance(request.spacing, str) else [float(mm) for mm in request.spacing]
     planner = MFMPlanner(dataset_name, request.memory_gb, plans_name=name, overwrite_target_spacing=target)
     planner.family, planner.variant = family, source.variant if source else request.network
-    planner.spacing, planner.source = request.spacing, source
+    planner.spacing, planner.source, planner.modality = request.spacing, source, request.modality or ""
     planner.wanted = tuple(request.configurations) if request.configurations else None
     own = Plan.of(planner.plan_experiment())
     if source:

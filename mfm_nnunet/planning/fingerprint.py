@@ -20,9 +20,11 @@ from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 from mfm_nnunet.data.cases import require_scan
 from mfm_nnunet.data.loops import in_threads, with_progress
 from mfm_nnunet.data.preprocess import find_nonzero
+from mfm_nnunet.data.slices import as_in_corpus, reader_of
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 from mfm_nnunet.images import reading
+from mfm_nnunet.modalities import kind_of
 
 if TYPE_CHECKING:
     from mfm_nnunet.data.cases import Case
@@ -75,6 +77,7 @@ def extract_fingerprint(
     statistics: list[CaseStatistics] = []
     failures: list[CaseFailure] = []
     pool = _Pool(num_channels)
+    pools = {kind: _Pool(num_channels) for kind in kinds_of(cases, dataset_json)}
     reader = choose_reader(cases, dataset_json, num_processes)
     work = functools.partial(_analyse, reader=reader, dataset_json=dataset_json, num_channels=num_channels)
     outcomes = in_threads(work, cases, num_processes)
@@ -85,6 +88,8 @@ def extract_fingerprint(
                 continue
             used.append(case)
             pool.add(outcome.channels)
+            if pools:
+                pools[kind_of(case.modality)].add(outcome.channels)
             statistics.append(replace(outcome, channels=None))
     if not used:
         raise CasesFailedError(failures, len(cases))
@@ -94,10 +99,10 @@ def extract_fingerprint(
             f"none of the {len(used)} label files marks any foreground: every voxel is 0. Check that the labels belong "
             "to these images and that dataset.json names their values.",
         )
-    fingerprint = {
+    fingerprint: dict[str, Any] = {
         "spacings": [item.spacing for item in statistics],
         "shapes_after_crop": [item.shape_after_crop for item in statistics],
-        "foreground_intensity_properties_per_channel": {str(c): pool.properties(c) for c in range(num_channels)},
+        "foreground_intensity_properties_per_channel": pool.all_properties(),
         "median_relative_size_after_cropping": float(np.median([item.relative_size for item in statistics])),
         "mfm": {
             "case_names": [case.name for case in used],
@@ -107,7 +112,30 @@ def extract_fingerprint(
             "percentiles_exact": pool.exact,
         },
     }
+    if pools:
+        fingerprint["mfm"]["modalities"] = {k: own.all_properties() for k, own in pools.items() if own.has_foreground}
     return fingerprint, failures
+
+
+def kinds_of(cases: Sequence[Case], dataset_json: Mapping[str, Any]) -> list[str]:
+    """List the kinds of images of a corpus that is normalised by modality; empty for others.
+
+    This is a corpus of several kinds, and one that was registered with ``--modality``. Raises MFMError (E_CONFIG) if
+    the kind of one of its images is not known.
+    """
+    kinds = Counter(kind_of(case.modality) for case in cases)
+    is_asked = "modality" in dataset_json.get("mfm", {})
+    if any(case.label is not None for case in cases) or not (is_asked or len(set(kinds) - {""}) > 1):
+        return []
+    if kinds[""]:
+        example = next(case for case in cases if not kind_of(case.modality))
+        raise MFMError(
+            "E_CONFIG",
+            f"{example.images[0]}: its modality is not known, nor that of {kinds[''] - 1} other images, and this "
+            f"corpus of {', '.join(sorted(set(kinds) - {''}))} is normalised by modality. Register it again with "
+            "--modality for these, a CSV with a column 'modality', or folders named CT, MR, PET, Xray or US.",
+        )
+    return sorted(kinds)
 
 
 def choose_reader(cases: Sequence[Case], dataset_json: Mapping[str, Any], num_processes: int = 1) -> str:
@@ -132,9 +160,11 @@ def _readers_of(case: Case, *, dataset_json: Mapping[str, Any]) -> set[str]:
 
 
 def _analyse(case: Case, *, reader: str, dataset_json: dict[str, Any], num_channels: int) -> CaseStatistics:
-    image_CDHW, properties = reading.read_image(case.images, reader)
+    settings = dataset_json.get("mfm", {}) if case.label is None else {}
+    image_CDHW, properties = reading.read_image(case.images, reader_of(case, reader, settings))
     if case.label is None:
         require_scan(case.images[0], image_CDHW)
+        image_CDHW, properties = as_in_corpus(image_CDHW, properties, case, settings)
     if len(image_CDHW) != num_channels and case.label is None and len(case.images) == 1:
         raise MFMError("E_CHANNELS", _other_colours(case, len(image_CDHW), num_channels))
     if len(image_CDHW) != num_channels:
@@ -167,7 +197,8 @@ def _other_colours(case: Case, found: int, wanted: int) -> str:
     is_kind, wanted_kind = kinds.get(found, "of another kind"), kinds.get(wanted, "of another kind")
     return (
         f"{case.images[0]}: is {is_kind} ({found} channels), and this corpus is {wanted_kind} ({wanted} channels). "
-        f"Save it as the others are, or register the pictures that are {is_kind} as a corpus of their own."
+        f"Save it as the others are, register the pictures that are {is_kind} as a corpus of their own, or make all of "
+        "one kind with --colour grey or --colour rgb."
     )
 
 
@@ -224,8 +255,12 @@ class _Pool:
         self._values = [[_thin(item, int(limit)) for item in values] for values in self._values]
         self._num_values = sum(len(item) for values in self._values for item in values)
 
+    def all_properties(self) -> dict[str, dict[str, float]]:
+        """Return nnU-Net's ``foreground_intensity_properties_per_channel``."""
+        return {str(channel): self.properties(channel) for channel in range(len(self._values))}
+
     def properties(self, channel: int) -> dict[str, float]:
-        """Return nnU-Net's ``foreground_intensity_properties_per_channel`` of one channel."""
+        """Return the statistics of one channel."""
         cases = [case[channel] for case in self._cases]
         means = np.array([case.mean for case in cases])
         mean = float(means.mean())

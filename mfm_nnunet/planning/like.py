@@ -10,9 +10,10 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mfm_nnunet.data.slices import is_picture
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import NetworkFamily, families_by_class, family_named
 from mfm_nnunet.models.sizing import pad_to_multiple
@@ -56,6 +57,10 @@ class Template:
         stem = re.sub(r"[^A-Za-z0-9_-]", "", self.plan.name).removeprefix("mfm").removeprefix("Like")
         return f"mfmLike{stem.removesuffix('Plans')}Plans"
 
+    def for_dataset(self, modality: str, intensities: Mapping[str, Any]) -> Template:
+        """Return the template for a dataset of one modality; ``intensities`` are the dataset's own."""
+        return replace(self, plan=self.plan.for_modality(modality, intensities))
+
     @property
     def axes(self) -> list[int]:
         """Axis order (``transpose_forward``)."""
@@ -64,9 +69,12 @@ class Template:
     def spacing(self, own_spacing: Sequence[float], slice_axis: int | None) -> list[float]:
         """Return the target spacing for a dataset; ``own_spacing`` is its own. Both are before transposing.
 
-        A checkpoint without resampling keeps the dataset's spacing; a 2D checkpoint keeps that of the slice axis.
+        A checkpoint without resampling keeps the dataset's spacing; a 2D checkpoint keeps that of the slice axis. A
+        checkpoint of slices and pictures keeps the size of pictures, as in its corpus.
         """
         theirs = self.trained.spacing
+        if "slices" in (self.plan.mfm.corpus or {}) and is_picture(own_spacing):
+            return [float(value) for value in own_spacing]
         if not self.trained.is_resampled or theirs is None:
             return [float(value) for value in own_spacing]
         axes = self.axes if slice_axis is None else slices_first(slice_axis)
@@ -80,7 +88,7 @@ def plan_like(target_plans: Mapping[str, Any], source: Template) -> dict[str, An
     Network, resampling, normalisation (for CT with its intensities), batch size and, if the images are large enough,
     the patch are copied from the checkpoint. ``target_plans`` must already use the checkpoint's axes and spacing.
     """
-    theirs, name = source.trained.values, source.configuration
+    theirs, name = source.plan.configuration(source.trained.name).values, source.configuration
     plans = copy.deepcopy(dict(target_plans))
     own = plans["configurations"][name]
     num_channels = len(own["normalization_schemes"])

@@ -27,11 +27,12 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import parse_json, to_plain, write_json
+from mfm_nnunet.modalities import kind_of, kind_of_channel, rule_for
 from mfm_nnunet.models.families import NetworkFamily, Sizing, families_by_class, family_named
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.sizing import MIN_EDGE, too_little_memory
-from mfm_nnunet.plan import INTENSITIES, Plan
+from mfm_nnunet.plan import CORPUS_SETTINGS, INTENSITIES, Plan
 from mfm_nnunet.planning import derive, like
 from mfm_nnunet.planning.derive import Decision, times
 from mfm_nnunet.planning.fingerprint import choose_reader
@@ -85,10 +86,13 @@ class MFMPlanner(ResEncUNetPlanner):
         self.wanted: tuple[str, ...] | None = None
         self.planned: tuple[str, ...] = ()
         self.source: like.Template | None = None
+        self.modality = ""
         shapes = np.array(self.dataset_fingerprint["shapes_after_crop"])
         if not len(shapes):
             raise MFMError("E_EMPTY", f"{fingerprint_file}: the fingerprint has no cases. Make it again.")
-        self.slice_axis = derive.find_slice_axis(shapes, self.dataset_name)
+        self.settings: dict[str, Any] = self.dataset_json.get("mfm", {}) if self.is_corpus else {}
+        self._is_sliced = "slices" in self.settings
+        self.slice_axis = 0 if self._is_sliced else derive.find_slice_axis(shapes, self.dataset_name)
         self._apply(derive.resenc_preset(self.budget.memory_gb))
 
     @property
@@ -112,6 +116,9 @@ class MFMPlanner(ResEncUNetPlanner):
                 [target[axis] if axis in fixed else own[axis] for axis in range(3)] for own in measured["spacings"]
             ]
             self.dataset_fingerprint = {**measured, "spacings": spacings}
+        if self._is_sliced:
+            self.dataset_fingerprint = derive.as_slices(measured, target, not self.is_original_spacing)
+            self.dataset_json["numTraining"] = derive.count_slices(measured, self.settings["slices"]["every"])
         output = io.StringIO()
         try:
             with contextlib.redirect_stdout(output):
@@ -148,7 +155,9 @@ class MFMPlanner(ResEncUNetPlanner):
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
         """Return the target spacing in mm before transposing; the slice axis of 2D images keeps its median."""
-        target = super().determine_fullres_target_spacing().astype(float)
+        target: Any = super().determine_fullres_target_spacing().astype(float)
+        if self._is_sliced and self.overwrite_target_spacing is None:
+            target = derive.spacing_of_volumes(self.dataset_fingerprint["spacings"])
         if self.source:
             target = np.array(self.source.spacing(target, self.slice_axis))
         if self.slice_axis is not None:
@@ -216,13 +225,15 @@ class MFMPlanner(ResEncUNetPlanner):
         plans["original_median_spacing_after_transp"] = [float(value) for value in np.median(spacings, 0)]
         if self.source:
             plans = self._like(plans, self.source)
+        elif self.modality and not self.is_corpus:
+            plans = derive.normalise_by(plans, kind_of(self.modality))
         plans["configurations"] = derive.select_configurations(plans["configurations"], self.wanted)
         derive.require_two_stages(plans["configurations"])
         dataset = DatasetJson.of(self.dataset_json)
+        plans["mfm"] = to_dict(self._block(plans))
         for name, configuration in plans["configurations"].items():
             if "data_identifier" in configuration:
                 configuration["data_identifier"] = Plan.of(plans).make_data_identifier(name, dataset)
-        plans["mfm"] = to_dict(self._block(plans))
         self.planned = tuple(plans["configurations"])
         if self.plans_file.is_file():
             self._merge(plans)
@@ -236,14 +247,32 @@ class MFMPlanner(ResEncUNetPlanner):
                 f"{source.entry['name']} was pretrained in 3D and {self.dataset_name} has only 2D images. "
                 "Use a checkpoint pretrained with the configuration 2d.",
             )
+        if not self._modalities:
+            channel = kind_of_channel(DatasetJson.of(self.dataset_json).channels[0])
+            source = source.for_dataset(self.modality or channel, plans[INTENSITIES])
         return like.plan_like(plans, source)
+
+    @property
+    def _modalities(self) -> dict[str, Any]:
+        """Normalisation of each kind of image in a corpus of several; the checkpoint's, and its own for other kinds."""
+        measured = self.dataset_fingerprint.get("mfm", {}).get("modalities") or {}
+        own = {kind: rule_for(kind, intensities) for kind, intensities in measured.items()}
+        theirs = self.source.plan.modalities if self.source and self.is_corpus else {}
+        return {**own, **theirs} if theirs or not self.source else {}
 
     def _block(self, plans: Mapping[str, Any]) -> MFMBlock:
         configurations = plans["configurations"]
         main = configurations["3d_fullres" if "3d_fullres" in configurations else next(iter(configurations))]
         is_cpu = self.budget.memory_gb is None
         pretrain, finetune = derive.settings_for(self.family.name, is_cpu, main["batch_size"])
-        return MFMBlock(pretrain, finetune, self.source.entry if self.source else None, network=self.family.name)
+        return MFMBlock(
+            pretrain,
+            finetune,
+            self.source.entry if self.source else None,
+            modalities=self._modalities or None,
+            corpus={name: self.settings[name] for name in CORPUS_SETTINGS if name in self.settings} or None,
+            network=self.family.name,
+        )
 
     def _merge(self, plans: dict[str, Any]) -> None:
         """Keep other configurations of an existing plan file, and warn about changes."""
@@ -318,6 +347,8 @@ class MFMPlanner(ResEncUNetPlanner):
         for channel, name in enumerate(DatasetJson.of(self.dataset_json).channels):
             reason = derive.explain_normalisation(first, channel, name, bool(self.source))
             decisions.append(Decision(f"channel {channel}", first.normalization_schemes[channel], reason))
+        if own.modalities:
+            decisions[-len(first.normalization_schemes) :] = derive.explain_modalities(own.modalities)
         for name in self.planned:
             decisions += self._explain_configuration(own, name)
         return decisions + derive.explain_schedules(own.mfm, self.budget)
