@@ -31,6 +31,7 @@ from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
@@ -78,7 +79,7 @@ class Job:
 
 @takes(TrainRequest)
 def train(request: TrainRequest) -> Path:
-    """Train a segmentation network, from a pretrained checkpoint or from scratch on the same schedule.
+    """Train a segmentation network or a classifier, from a pretrained checkpoint or from scratch on the same schedule.
 
     Returns the fold's folder inside nnU-Net's model folder. Raises MFMError for bad input (also when less than half of
     the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and FloatingPointError when the
@@ -109,6 +110,8 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
         block = block_of(plans)
         overrides = (*apply_recipe(request.recipe, block, block.network), *overrides)
     dataset_json = _read_dataset_json(workspace, dataset_name)
+    if _has_image_labels(dataset_json, request):
+        return train_classifier(workspace, request, Plan.of(plans), overrides, pretrained_weights)
     split = _check_data(workspace, plans, configuration, fold, dataset_json)
     results = workspace.results / dataset_name
     _check_previous_stage(plans, configuration, results)
@@ -207,13 +210,27 @@ def _read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any
         raise MFMError("E_NOT_FOUND", f"{files[0]}: there is no dataset.json. Run mfm_plan_and_preprocess.")
     advice = f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}"
     dataset_json = dataset_jsons.read_dataset_json(file, advice)
-    if not set(dataset_json["labels"]) - {"background", "ignore"}:
+    task = dataset_jsons.DatasetJson.of(dataset_json).task
+    if task == "segmentation" and not set(dataset_json["labels"]) - {"background", "ignore"}:
         raise MFMError(
             "E_CONFIG",
             f"{dataset_name} names no structure to segment ({file}, 'labels'). A corpus without labels can only be "
             "pretrained on: mfm_pretrain.",
         )
     return dataset_json
+
+
+def _has_image_labels(dataset_json: dict[str, Any], request: TrainRequest) -> bool:
+    """Return whether images have labels as a whole. A head for them is refused where they have masks."""
+    if dataset_jsons.DatasetJson.of(dataset_json).task in dataset_jsons.IMAGE_TASKS:
+        return True
+    if request.head is not None:
+        raise MFMError(
+            "E_CONFIG",
+            f"--head {request.head}: the dataset has masks. Heads are for datasets with labels.csv and a task in "
+            "dataset.json (documentation/how_to/classify.md).",
+        )
+    return False
 
 
 def _check_data(

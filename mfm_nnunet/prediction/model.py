@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -25,6 +26,7 @@ from torch import nn
 from mfm_nnunet.data.loops import progress
 from mfm_nnunet.data.sizes import sliding_windows
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.prediction.classification import HeadInfo
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ class Model:
     """Mixed precision on CUDA: half like stock nnU-Net, or bf16 for models trained in it."""
     sha256: str = ""
     """Hash of weights, plan and labels together."""
+    heads: tuple[HeadInfo, ...] = ()
+    """What each fold of a classifier states about its outputs; empty for a segmentation model."""
     oom_steps: list[str] = field(default_factory=list)
     """Measures taken for lack of memory since the list was last cleared."""
 
@@ -93,6 +97,23 @@ class Model:
                 "are as usual, the weights are damaged.",
             )
         return total
+
+    @torch.inference_mode()
+    def predict_labels(self, x_CDHW: torch.Tensor) -> np.ndarray:
+        """Return the probabilities (K), or the number, of a preprocessed image: the mean over the folds."""
+        predicted = []
+        for fold, head in enumerate(self.heads):
+            self._use_fold(fold)
+            views = head.views(x_CDHW, self.configuration_manager.patch_size)
+            with _gpu_settings(self.device, self.autocast_dtype):
+                z_NE = self.network.embed_views(views)  # type: ignore[operator]
+            logits_1K = self.network.head(z_NE[None])  # type: ignore[operator]
+            if not torch.isfinite(logits_1K).all():
+                raise MFMError(
+                    "E_NONFINITE", "the network's output is not finite for this image. Look at its intensities."
+                )
+            predicted.append(head.probabilities(logits_1K.double().cpu().numpy())[0])
+        return np.mean(predicted, axis=0)
 
     def _use_fold(self, fold: int) -> None:
         if self.weights and self._loaded != fold:

@@ -26,6 +26,7 @@ from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import sha256, whole_number
 from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.plan import Plan
+from mfm_nnunet.prediction.classification import HeadInfo, build_classifier, head_weights, read_head
 from mfm_nnunet.prediction.model import Model
 
 __all__ = ["Model", "load_model"]
@@ -62,7 +63,7 @@ def load_model(
     _require_one_model(trained, plans, dataset_json)
     plans_manager = PlansManager(plans)
     model = Model(
-        network=_build(first.trainer, plans_manager, configuration, dataset_json),
+        network=_build(first, plans_manager, configuration, dataset_json),
         plans_manager=plans_manager,
         configuration_manager=plans_manager.get_configuration(configuration),
         dataset_json=dataset_json,
@@ -72,6 +73,7 @@ def load_model(
         folds=tuple(chosen),
         autocast_dtype=torch.bfloat16 if first.precision == "bf16" else torch.float16,
         sha256=_digest([folder / "plans.json", folder / "dataset.json", *files]),
+        heads=tuple(fold.head for fold in trained if fold.head is not None),
     )
     for fold in trained:
         _require_match(fold.file, fold.weights, model.network)
@@ -136,6 +138,8 @@ class _Fold:
     precision: str
     init_args: dict[str, Any]
     weights: dict[str, torch.Tensor]
+    head: HeadInfo | None
+    """Of a classifier."""
 
 
 def _read_fold(file: Path) -> _Fold:
@@ -158,7 +162,9 @@ def _read_fold(file: Path) -> _Fold:
         )
     mirror_axes = tuple(axes) or None
     precision = _precision(content.get("mfm"))
-    return _Fold(file, trainer, configuration, mirror_axes, precision, init_args, content["network_weights"])
+    head = read_head(content, file)
+    weights = content["network_weights"] | ({} if head is None else head_weights(content))
+    return _Fold(file, trainer, configuration, mirror_axes, precision, init_args, weights, head)
 
 
 def _require_one_model(folds: list[_Fold], plans: dict[str, Any], dataset_json: dict[str, Any]) -> None:
@@ -201,8 +207,11 @@ def _precision(mfm: Any) -> str:
     return str(settings.get("precision", "auto")) if isinstance(settings, dict) else "auto"
 
 
-def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> nn.Module:
+def _build(fold: _Fold, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> nn.Module:
     """Build the network like the trainer did, without deep supervision."""
+    trainer_name = fold.trainer
+    if fold.head is not None:
+        return build_classifier(fold.head, plans_manager.plans, configuration)
     configuration_manager = plans_manager.get_configuration(configuration)
     num_inputs = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
     num_outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
