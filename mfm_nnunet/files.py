@@ -96,7 +96,7 @@ def inside(folder: Path, *names: str, code: str = "E_CONFIG") -> Path:
             raise MFMError(
                 code,
                 f"{shown(name)!r} cannot be the name of a file in {shown(folder)}: a name has no / or \\, no control "
-                f"characters, is UTF-8 and at most {MAX_BYTES} bytes long. Rename what is called so.",
+                f"characters, is UTF-8 and at most {MAX_BYTES} bytes long. Rename it.",
             )
     return folder.joinpath(*names)
 
@@ -117,7 +117,7 @@ def whole_number(text: str) -> int | None:
 def not_regular(file: Path) -> MFMError:
     """Return the error (E_NOT_REGULAR) for a link, folder, pipe or device in place of an output file."""
     kind = "a link" if file.is_symlink() else "a folder, pipe or device"
-    return MFMError("E_NOT_REGULAR", f"{file}: is {kind} where this command writes a file. Move it away.")
+    return MFMError("E_NOT_REGULAR", f"{file}: this is {kind}, but the command writes a file here. Move it away.")
 
 
 def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".txt", ".jsonl")) -> None:
@@ -135,18 +135,13 @@ def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".tx
 
 def is_nested_too_deep(value: Any) -> bool:
     """Return whether tables and lists are nested so deep that recursion may fail; see ``MAX_DEPTH``."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [item for entry in level for item in _entries(entry) if isinstance(item, (Mapping, list, tuple))]
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        items = (item for entry in level for item in (entry.values() if isinstance(entry, Mapping) else entry))
+        level = [item for item in items if isinstance(item, (Mapping, list, tuple))]
         if not level:
             return False
     return True
-
-
-def _entries(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else ()
 
 
 def parse_json(content: bytes | str) -> Any:

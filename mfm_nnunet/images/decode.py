@@ -98,7 +98,7 @@ def decode_file(
             "E_DIM", f"{file}: holds several volumes (read as {array.shape}). Split it into one file per channel."
         )
     if array.size == 0:
-        raise MFMError("E_HEADER", f"{file}: holds no voxel. Export it again.")
+        raise MFMError("E_HEADER", f"{file}: there are no voxels in it. Export it again.")
     if voxels is None:
         ranges = [(float(x_DHW.min()), float(x_DHW.max())) for x_DHW in array]
     else:
@@ -110,7 +110,7 @@ def decode_file(
     if (largest := max(map(abs, sum(ranges, ())))) > LARGEST_VALUE:
         raise MFMError(
             "E_NONFINITE",
-            f"{file}: holds values up to {largest:g}, whose squares are infinite in float32, so it cannot be "
+            f"{file}: it has values up to {largest:g}, whose squares are infinite in float32, so it cannot be "
             "normalised. Replace them, or export the image again.",
         )
     if voxels is not None:
@@ -183,8 +183,8 @@ def _require_same_voxels(file: Path, reader_name: str, voxels: Voxels, array: np
     if not is_same:
         raise MFMError(
             "E_FORMAT",
-            f"{file}: nnU-Net's {reader_name} decodes other voxels than the file holds, because its header is read "
-            "differently there. Export it again.",
+            f"{file}: nnU-Net's {reader_name} reads other voxels than the file has, because it interprets the header "
+            "differently. Export it again.",
         )
 
 
@@ -286,7 +286,8 @@ def serve(descriptor: str, work_folder: str) -> None:
     with contextlib.suppress(OSError):  # if memory runs out, the system should kill this process, not its parent
         Path("/proc/self/oom_score_adj").write_text("500")
     find_reader_class("SimpleITKIO")
-    with socket.socket(fileno=int(descriptor)) as channel, contextlib.suppress(OSError, EOFError):
+    channel = socket.socket(fileno=int(descriptor))
+    with contextlib.suppress(OSError, EOFError):
         channel.settimeout(IDLE_SECONDS)
         send(channel, {"ready": True})
         memory = Memory()
@@ -294,6 +295,9 @@ def serve(descriptor: str, work_folder: str) -> None:
             request, _ = receive(channel)
             _answer_request(channel, request, Path(work_folder), memory)
     shutil.rmtree(work_folder, ignore_errors=True)
+    # The parent must not see the end of the channel before the exit code, so both end at once. A Python exit takes long
+    # enough on a busy machine for the parent to take an idle child for one that the system killed.
+    os._exit(0)
 
 
 def _answer_request(channel: socket.socket, request: dict[str, Any], work_folder: Path, memory: Memory) -> None:

@@ -64,6 +64,12 @@ _OTHER_CONTENT = {
 
 _CHECKS = {".png": bitmaps.check_png, ".bmp": bitmaps.check_bmp, ".tif": tiff.check_tiff, ".tiff": tiff.check_tiff}
 """Checks of the content of pictures by ending; :func:`bitmaps.check_picture` for all others."""
+_HEADERS = {
+    **dict.fromkeys((".nrrd", ".nhdr"), headers.nrrd_header),
+    **dict.fromkeys((".mha", ".mhd"), headers.meta_header),
+    ".gipl": headers.gipl_header,
+}
+"""Readers of the headers of volumes by ending; NIfTI has its own."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +117,13 @@ def declared_by(path: Path) -> Declared:
         if ending in (".nii", ".nii.gz"):
             start = _first_bytes(path, ending)
             header = nifti.nifti_header(path, start)
-        elif ending in (".nrrd", ".nhdr"):
-            header = headers.nrrd_header(path)
-        elif ending in (".mha", ".mhd"):
-            header = headers.meta_header(path)
-        elif ending == ".gipl":
-            header = headers.gipl_header(path)
-        if header is not None:
-            _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
+        elif ending in _HEADERS:
+            header = _HEADERS[ending](path)
         if header is None:
             count = tiff.num_decoded_bytes if ending in (".tif", ".tiff") else bitmaps.num_bytes
             reading_bytes = READING_BYTES_PER_BYTE * count(path)
         else:
+            _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
             reading_bytes = READING_BYTES_PER_VOXEL * math.prod(header.shape)
         require_memory(reading_bytes, f"{path}: reading the image", "Crop it.")
     return Declared(ending, header, reading_bytes, start)
@@ -176,10 +177,9 @@ def files_of(path: Path, is_label: bool = False) -> list[Path]:
     if ending in (".tif", ".tiff"):
         spacing = Path(str(path)[: -len(ending if is_label else f"_0000{ending}")] + ".json")
         files += [spacing] if os.path.isfile(spacing) else []
-    elif ending in (".nrrd", ".nhdr", ".mha", ".mhd") and os.path.isfile(path):  # opening a pipe would block for ever
+    elif ending in _HEADERS and os.path.isfile(path):  # opening a pipe would block for ever
         with contextlib.suppress(MFMError, OSError):
-            read = headers.nrrd_header if ending in (".nrrd", ".nhdr") else headers.meta_header
-            voxels = read(path).data_file
+            voxels = _HEADERS[ending](path).data_file
             files += [voxels] if voxels != path else []
     return files
 
@@ -218,7 +218,8 @@ def _require_content(path: Path, ending: str) -> None:
         is_page = start.lstrip()[:1] == b"<"
         known = "a web page; download the image itself" if is_page else "text; copy or export the image itself"
     raise MFMError(
-        "E_FORMAT", f"{path}: the name ends with {ending}, the content is {known or 'something else; export it again'}."
+        "E_FORMAT",
+        f"{path}: the name ends with {ending}, but the content is {known or 'something else; export it again'}.",
     )
 
 
@@ -240,7 +241,7 @@ def _count_voxels(path: Path, header: headers.VolumeHeader, blocks: Iterable[byt
         if seen > promised:
             raise MFMError(
                 "E_HEADER",
-                f"{path}: holds more data than the {promised} bytes that its header describes, so the header or the "
+                f"{path}: more data than the {promised} bytes that its header describes, so the header or the "
                 "data is wrong. Export the image again.",
             )
         rest = rest + block[skip:] if rest or skip else block
@@ -257,7 +258,7 @@ def _count_voxels(path: Path, header: headers.VolumeHeader, blocks: Iterable[byt
         last = values[-1:].copy()
     if seen < promised:
         raise MFMError(
-            "E_SHORT_DATA", f"{path}: holds {seen} of the {promised} bytes that its header describes. Copy it again."
+            "E_SHORT_DATA", f"{path}: only {seen} of the {promised} bytes that its header describes. Copy it again."
         )
     if num_bad:
         raise non_finite(path, num_bad)
@@ -289,7 +290,7 @@ def _require_possible(path: Path, header: headers.VolumeHeader, is_compressed: b
     if most < header.num_bytes:
         raise MFMError(
             "E_SHORT_DATA",
-            f"{path}: its {present} bytes cannot hold the {header.num_bytes} that its header describes. Copy it again.",
+            f"{path}: it has {present} bytes, but its header describes {header.num_bytes}. Copy it again.",
         )
 
 
@@ -320,7 +321,7 @@ def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False, most: int | Non
                 if not data:
                     return
                 if any_zlib:  # ITK stops after the first and leaves the other voxels uninitialised
-                    raise MFMError("E_HEADER", f"{path}: holds several compressed streams in a row. Save it again.")
+                    raise MFMError("E_HEADER", f"{path}: several compressed streams in a row. Save it again.")
                 decoder = zlib.decompressobj(wbits)
                 continue
             data = decoder.unconsumed_tail or file.read(BLOCK // 16)

@@ -1,7 +1,8 @@
 """Network families: a :class:`NetworkFamily` holds everything that depends on the kind of network.
 
-To add a network, write one file with its module and its family, and register it in :data:`BUILT_IN` or in the entry
-points of your own package (``documentation/how_to/add_a_network.md``). No other code checks the kind of a network.
+To add a network, write one file with its module and its family, and register it in :data:`BUILT_IN` (and
+:data:`MEETING`) or in the entry points of your own package (``documentation/how_to/add_a_network.md``). No other code
+checks the kind of a network.
 
 Importing this module is cheap: families, and with them torch, are loaded on first use.
 """
@@ -41,6 +42,13 @@ NnsslName = tuple[str, "dict[str, Any] | None", "list[str] | None"]
 Part = Literal["encoder", "decoder", "other"]
 Need = Literal["any", "tokens", "sparse encoder"]
 """Requirement of a pretext task: none, tokens, or an encoder that can run sparsely."""
+
+MEETING: dict[Need, tuple[str, ...]] = {
+    "any": ("resenc", "primus"),
+    "tokens": ("primus",),
+    "sparse encoder": ("resenc",),
+}
+"""Built-in families that meet each need. Written down because ``mfm_pretrain --list`` must not load torch."""
 
 
 @dataclass(frozen=True)
@@ -365,7 +373,7 @@ def family_of(network: nn.Module) -> NetworkFamily:
             return family
     raise MFMError(
         "E_MODEL_MISMATCH",
-        f"{type(network).__name__} is none of the networks of mfm_nnunet. Use the network of a plan made by "
+        f"{type(network).__name__} is not a network of mfm_nnunet. Use the network of a plan made by "
         f"mfm_plan_and_preprocess --network {' or '.join(network_names())}.",
     )
 

@@ -33,8 +33,8 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.sizing import MIN_EDGE, too_little_memory
 from mfm_nnunet.plan import INTENSITIES, Plan
 from mfm_nnunet.planning import derive, like
+from mfm_nnunet.planning.derive import Decision, times
 from mfm_nnunet.planning.fingerprint import choose_reader
-from mfm_nnunet.planning.table import Decision, times
 from mfm_nnunet.settings import MFMBlock, to_dict
 
 logger = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ class MFMPlanner(ResEncUNetPlanner):
         try:
             old = Plan.read(self.plans_file, "").content
         except MFMError:
-            logger.warning("%s is no plan and is replaced", self.plans_file)
+            logger.warning("%s is not a plan and is replaced", self.plans_file)
             return
         # If everything is planned, stock decides whether there is a 3d_lowres. Drop that of an older plan.
         ours = STOCK_CONFIGURATIONS if self.wanted is None else set(plans["configurations"])

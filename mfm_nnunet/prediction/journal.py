@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mfm_nnunet.data.storage import STAGING_PREFIX
 from mfm_nnunet.errors import MFMError, unreadable
 from mfm_nnunet.files import append_line, ending_of, is_file_name, open_to_append, read_lines, sha256, take_lock
-from mfm_nnunet.prediction.export import STAGING_PREFIX
 from mfm_nnunet.requests import PredictRequest
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def warn_of_others(folder: Path, masks: set[str]) -> None:
     others = sorted(name for name in others if name not in masks and not name.startswith("."))
     if others:
         logger.warning(
-            "%s: %d masks stay that are not of this input (%s%s); dataset.json beside them is now that of this model",
+            "%s: %d masks of other inputs were kept (%s%s); dataset.json beside them now belongs to this model",
             folder, len(others), ", ".join(others[:3]), ", ..." if len(others) > 3 else "",
         )  # fmt: skip
 
