@@ -6,7 +6,7 @@ Legend: N cases, K classes or outputs, T targets of a case.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,16 @@ def evaluate_labels(
         chosen, labels = probability_NK.argmax(1), range(len(classes))
         result["confusion_matrix"] = confusion_matrix(target_NT[:, 0].astype(int), chosen, labels=labels).tolist()
     return result
+
+
+def describe_scores(result: Mapping[str, Any]) -> list[str]:
+    """Describe the result of :func:`evaluate_labels`, a line per score."""
+    lines = [f"validation on {result['num_cases']} cases of {result['num_subjects']} subjects (95 % intervals):"]
+    for name, score in result.items():
+        if isinstance(score, Mapping) and "low" in score:
+            numbers = [f"{score[key]:.3f}" if score[key] is not None else "-" for key in ("value", "low", "high")]
+            lines.append(f"  {name.replace('_', ' ')} {numbers[0]} ({numbers[1]} to {numbers[2]})")
+    return lines
 
 
 def draw_subjects(target_NT: np.ndarray, subjects: Sequence[str], draws: int, seed: int) -> list[np.ndarray]:

@@ -364,19 +364,9 @@ def write_model(
     else:
         bins = metrics.reliability(table.task, target, predicted)
         reports.plot_reliability(bins, folder / "reliability.png", folder.parent.name)
-    for line in describe_metrics(result):
+    for line in metrics.describe_scores(result):
         logger.info("%s", line)
     return result
-
-
-def describe_metrics(result: Mapping[str, Any]) -> list[str]:
-    """Describe the scores, a line each."""
-    lines = [f"validation on {result['num_cases']} cases of {result['num_subjects']} subjects (95 % intervals):"]
-    for name, score in result.items():
-        if isinstance(score, Mapping) and "low" in score:
-            numbers = [f"{score[key]:.3f}" if score[key] is not None else "-" for key in ("value", "low", "high")]
-            lines.append(f"  {name.replace('_', ' ')} {numbers[0]} ({numbers[1]} to {numbers[2]})")
-    return lines
 
 
 def _write_checkpoint(

@@ -160,6 +160,8 @@ class _Run:
     """One pass over the cases of a folder. The methods follow the life of a case."""
 
     def __init__(self, model: Model, source: Path, folder: Path, request: PredictRequest) -> None:
+        if model.heads:  # a classifier's output is its probabilities
+            request = replace(request, save_probabilities=False)
         self.model, self.source, self.folder, self.request = model, source, folder, request
         self.ending: str = LABELS_ENDING if model.heads else model.dataset_json["file_ending"]
         self.prefix = f"{STAGING_PREFIX}{request.part_id}of{request.num_parts}_"
