@@ -23,7 +23,6 @@ from mfm_nnunet.tasks.base import Augmentation, CropRequest, PatchTransform, Pre
 from mfm_nnunet.tasks.image_operations import apply_gamma, jitter, map_percentiles, resize_linear, standardise
 from mfm_nnunet.tasks.losses import cross_entropy, soft_dice
 from mfm_nnunet.tasks.masks import draw_boxes, draw_lattice
-from mfm_nnunet.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ class VolumeFusion(PretextTask):
     name = "volume_fusion"
     Config = VolumeFusionConfig
     Transform = VolumeFusionTransform
-    citations = TASKS["volume_fusion"].citations
 
     @classmethod
     def volumes_per_item(cls, config: VolumeFusionConfig) -> int:
