@@ -19,7 +19,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import sha256, shown
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.parts import Parts, take_apart, unwrap_names
-from mfm_nnunet.models.families import Converted, Stated, families_by_class
+from mfm_nnunet.models.families import Converted, ForeignLayout, Stated, families_by_class
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, NO_RESAMPLING, Plan, plan_problem
 from mfm_nnunet.plan_rules import MAX_ARGUMENT, MAX_EDGE
@@ -223,9 +223,9 @@ def _started_from(ours: Any) -> dict[str, Any]:
 
 
 def _parts_of_nnunet(state: Mapping[str, Tensor], planned: Mapping[str, Any]) -> Parts:
-    """Split the weights, or keep them as they are if the plan's family has no foreign layouts."""
+    """Split the weights, or keep them as they are if no foreign layout of the plan's family has our names."""
     family = families_by_class().get(str((planned.get("architecture") or {}).get("network_class_name")))
-    if family is None or family.layouts:
+    if family is None or any(layout.keeps_names for layout in family.layouts):
         return take_apart(state)
     return Parts(family, None, unwrap_names(state), {})
 
@@ -256,14 +256,15 @@ def _plans(parts: Parts, plan: nnssl.AdaptationPlan, converted: Converted, notes
     if len(patch) != num_axes:
         raise MFMError("E_MODEL_MISMATCH", f"its network is {num_axes}D and its plan's patch is {patch}.")
     normalization = list(plan.normalization) or ["ZScoreNormalization"]
+    assumed = parts.layout.assumed if parts.layout else ForeignLayout.assumed
     if unknown := [name for name in normalization if name not in NORMALIZATIONS]:
         raise MFMError("E_MODEL_MISMATCH", f"it was pretrained with {unknown[0]}, which cannot be repeated here.")
     if not plan.normalization:
-        notes.append("normalisation: z-score, as OpenMind's; the file does not say")
+        notes.append(f"normalisation: z-score, {assumed}; the file does not say")
     if plan.spacing is None and plan.is_resampled:
-        notes.append(f"spacing: {PUBLISHED_SPACING:g} mm, as OpenMind's; the file does not say")
+        notes.append(f"spacing: {PUBLISHED_SPACING:g} mm, {assumed}; the file does not say")
     if plan.transpose_forward is None:
-        notes.append("axes: in the order of the files, as OpenMind's; the file does not say")
+        notes.append(f"axes: in the order of the files, {assumed}; the file does not say")
     resampling = "resample_data_or_seg_to_shape" if plan.is_resampled else NO_RESAMPLING
     forward = list(plan.transpose_forward or range(3))
     configuration = {

@@ -31,6 +31,7 @@ BUILT_IN = {
     "primus": "mfm_nnunet.models.primus_family",
     "primus_v2": "mfm_nnunet.models.primus_family",
     "primus_v3": "mfm_nnunet.models.primus_family",
+    "pctnet": "mfm_nnunet.models.pctnet_family",
 }
 """Modules of the families by ``--network`` name."""
 
@@ -126,6 +127,10 @@ class ForeignLayout(ABC):
     """Part of the names under which a file repeats the encoder's tensors."""
     has_token_order: ClassVar[bool] = False
     """True if conversion needs the order in which tokens are flattened."""
+    keeps_names: ClassVar[bool] = True
+    """False if such files share no name with ours, so that a model of nnU-Net with this class is not in this layout."""
+    assumed: ClassVar[str] = "as OpenMind's"
+    """Origin of what a file does not say about its preprocessing."""
     keys: Mapping[str, Any]
     """nnssl's key_to_encoder, key_to_stem, keys_to_in_proj and key_to_lpe."""
 
@@ -178,6 +183,8 @@ class NetworkFamily(ABC):
     """True if ``network.encoder`` has only convolutions and instance norms, and ``network.decoder`` takes its maps."""
     is_sized_by_nnunet: ClassVar[bool] = False
     """True if nnU-Net's own planner sizes the network, False if :meth:`plan_network` does."""
+    supervises_all_outputs: ClassVar[bool] = False
+    """True if deep supervision weights also the coarsest output, and is used in Volume Fusion, as published."""
     fewest_cells: ClassVar[int] = 1
     """Smallest patch along at least one axis, in multiples of :meth:`steps`."""
     layouts: ClassVar[tuple[ForeignLayout, ...]] = ()

@@ -16,6 +16,13 @@ _WALD_2025 = (
 )
 
 
+REASONS: dict[Need, str] = {
+    "tokens": "it replaces hidden tokens, and convolutions have none: use mae, which fills hidden voxels",
+    "sparse encoder": "it computes at visible places alone, and attention and tokens have no such form: use mae",
+}
+"""Why a pretext task runs on some networks only."""
+
+
 @dataclass(frozen=True)
 class TaskInfo:
     """Facts about a built-in pretext task."""
@@ -36,7 +43,7 @@ class TaskInfo:
     @property
     def backbones(self) -> tuple[str, ...]:
         """Built-in network families that the task supports."""
-        return {"any": ("resenc", "primus"), "tokens": ("primus",), "sparse encoder": ("resenc",)}[self.needs]
+        return {"any": ("resenc", "primus", "pctnet"), "tokens": ("primus",), "sparse encoder": ("resenc",)}[self.needs]
 
     @property
     def citations(self) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def test_names_are_known_without_torch() -> None:
 def test_a_network_is_planned_under_its_name(network: str) -> None:
     family = family_named(network)
     assert family_named(family.name) is family
-    expected = {"resenc": "mfmPlans", "primus": "mfmPrimusPlans"}
+    expected = {"resenc": "mfmPlans", "primus": "mfmPrimusPlans", "pctnet": "mfmPctnetPlans"}
     assert family.plans_name(network) == expected.get(network, f"mfmPrimusV{network[-1]}Plans")
 
 
