@@ -1,11 +1,10 @@
 """PCT-Net: convolutions and window attention in parallel, in 3D and 2D (arXiv 2306.16925).
 
 Levels 0 and 1 are convolutional. At each deeper level a convolutional block and two Swin blocks see the same map, and
-their outputs are added. The attention is torchvision's; in 2D, maps have a flat first axis. Unlike in the published
-code, every relative position has its own row of the table, padding is not attended to, tiles of any size predict, and
-only layers that are used are built.
+their outputs are added. Unlike in the published code, every relative position has its own row of the table, padding is
+not attended to, tiles of any size predict, and only layers that are used are built.
 
-Shapes: B batch, C channels, D H W places of a map, E embedding, N places of a window, K outputs; in 2D there is no D.
+Shapes: B batch, C channels, D H W voxels, or places of a map, E embedding, K outputs; in 2D there is no D.
 """
 
 from __future__ import annotations
@@ -18,16 +17,14 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torchvision.models.video.swin_transformer import shifted_window_attention_3d
+
+from mfm_nnunet.models.windows import SwinBlock, WindowAttention
 
 NUM_CONVOLUTIONAL = 2
 """Levels without attention."""
 MAX_WINDOW = 512
 """Most places of a window. The memory of attention grows with their square."""
-HIDDEN = -1e4
-"""Added to the attention to padding. Finite, because queries of padding may have no other place to attend to."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,16 @@ class ParallelBlock(nn.Module):
         super().__init__()
         self.conv = conv
         self.dropout = nn.Dropout(options.dropout)
-        self.attention = nn.ModuleList(SwinBlock(level, shifts, options) for shifts in (False, level.is_shifted))
+        self.attention = nn.ModuleList(
+            SwinBlock(
+                WindowAttention(
+                    level.width, level.num_heads, level.window, is_shifted, options.dropout, options.attends_to_padding
+                ),
+                options.drop_path,
+                options.dropout,
+            )
+            for is_shifted in (False, level.is_shifted)
+        )
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         is_flat = x_BCDHW.dim() == 4
@@ -163,78 +169,6 @@ class ParallelBlock(nn.Module):
             x_BDHWE = block(x_BDHWE)
         attended_BCDHW = x_BDHWE.movedim(-1, 1)
         return self.conv(x_BCDHW) + (attended_BCDHW[:, :, 0] if is_flat else attended_BCDHW)
-
-
-class SwinBlock(nn.Module):
-    """Attention in windows, then an MLP, each on normalised places and added to its input (arXiv 2103.14030)."""
-
-    def __init__(self, level: _Level, is_shifted: bool, options: PCTOptions) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(level.width)
-        self.attn = WindowAttention(level, is_shifted, options)
-        self.drop_path = DropPath(options.drop_path)
-        self.norm2 = nn.LayerNorm(level.width)
-        self.mlp = Mlp(level.width, 4 * level.width, drop=options.dropout)
-
-    def forward(self, x_BDHWE: Tensor) -> Tensor:
-        x_BDHWE = x_BDHWE + self.drop_path(self.attn(self.norm1(x_BDHWE)))
-        return x_BDHWE + self.drop_path(self.mlp(self.norm2(x_BDHWE)))
-
-
-class WindowAttention(nn.Module):
-    """Attention within windows of a map of any size, with a learned bias for each relative position."""
-
-    def __init__(self, level: _Level, is_shifted: bool, options: PCTOptions) -> None:
-        super().__init__()
-        self.window = (1,) * (3 - len(level.window)) + level.window
-        self.num_heads, self.is_shifted, self.options = level.num_heads, is_shifted, options
-        num_offsets = math.prod(2 * size - 1 for size in self.window)
-        self.relative_position_bias_table = nn.Parameter(torch.empty(num_offsets, level.num_heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv = nn.Linear(level.width, 3 * level.width)
-        self.proj = nn.Linear(level.width, level.width)
-
-    def forward(self, x_BDHWE: Tensor) -> Tensor:
-        size = x_BDHWE.shape[1:4]
-        window = [min(pair) for pair in zip(self.window, size)]
-        shift = [step // 2 if self.is_shifted and edge > step else 0 for edge, step in zip(size, window)]
-        bias = self.position_bias(window)
-        if any(edge % step for edge, step in zip(size, window)) and not self.options.attends_to_padding:
-            # torchvision pads and has no argument for a mask, but its bias may differ between windows.
-            bias = bias + hide_padding(size, window, shift, x_BDHWE.device).repeat(len(x_BDHWE), 1, 1, 1)
-        rates = {"attention_dropout": self.options.dropout, "dropout": self.options.dropout, "training": self.training}
-        return shifted_window_attention_3d(
-            x_BDHWE, self.qkv.weight, self.proj.weight, bias, window, self.num_heads, shift,
-            qkv_bias=self.qkv.bias, proj_bias=self.proj.bias, **rates,
-        )  # fmt: skip
-
-    def position_bias(self, window: Sequence[int]) -> Tensor:
-        """Return the bias (1, heads, N, N) between the places of a window, which may be smaller than planned."""
-        table = self.relative_position_bias_table
-        rows_NN = table_rows(self.window, window, table.device)
-        return table[rows_NN].permute(2, 0, 1)[None]
-
-
-def table_rows(planned: Sequence[int], window: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Return the row (N, N) of the table for each pair of places; ``planned`` is the window that the table is for.
-
-    Rows are the offsets (dz, dy, dx), dx running fastest, from the most negative ones on.
-    """
-    steps = [math.prod(2 * size - 1 for size in planned[axis + 1 :]) for axis in range(3)]
-    places = [torch.arange(size, device=device) * step for size, step in zip(window, steps)]
-    code_N = (places[0][:, None, None] + places[1][:, None] + places[2]).flatten()
-    centre = sum((size - 1) * step for size, step in zip(planned, steps))
-    return code_N[:, None] - code_N + centre
-
-
-def hide_padding(size: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
-    """Return the bias (windows, 1, 1, N) that hides the places added to fill the last windows, after the shift."""
-    added = [(0, -edge % step) for edge, step in zip(size, window)]
-    flat = [number for pair in reversed(added) for number in pair]
-    bias_DHW = nn.functional.pad(torch.zeros(tuple(size), device=device), flat, value=HIDDEN)
-    bias_DHW = bias_DHW.roll([-step for step in shift], (0, 1, 2))
-    cells = [number for edge, step in zip(bias_DHW.shape, window) for number in (edge // step, step)]
-    return bias_DHW.reshape(cells).permute(0, 2, 4, 1, 3, 5).reshape(-1, 1, 1, math.prod(window))
 
 
 class _Layers:
