@@ -19,6 +19,8 @@ The last line printed is the path of the pretrained checkpoint. Ctrl-C, SIGTERM,
 continues."""
 
 LIST_WIDTH = 120
+REASONS = {"tokens": "tokens to replace", "sparse encoder": "an encoder of convolutions alone"}
+"""Why a task does not work on every network."""
 
 
 def build_parser() -> common.StrictParser:
@@ -50,7 +52,7 @@ def _list_tasks(arguments: argparse.Namespace) -> None:
     """Print a table of at most ``LIST_WIDTH`` columns of text; the third column wraps if necessary."""
     import textwrap
 
-    from mfm_nnunet.tasks.registry import REASONS, list_tasks
+    from mfm_nnunet.tasks.registry import list_tasks
 
     rows = [("task", "networks", "hidden or mixed", "published", "paper")]
     rows += [(task.name, ", ".join(task.backbones), task.hides, task.recipe, task.paper) for task in list_tasks()]
@@ -60,7 +62,6 @@ def _list_tasks(arguments: argparse.Namespace) -> None:
         for number, line in enumerate(textwrap.wrap(row[2], widths[2]) or [""]):
             cells = (row[0], row[1], line, row[3], row[4]) if number == 0 else ("", "", line)
             print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
-    for task in list_tasks():
-        if task.needs in REASONS:
-            print(f"{task.name} is for {', '.join(task.backbones)} only: {REASONS[task.needs]}")
+    needs = [f"{task.name} needs {REASONS[task.needs]}" for task in list_tasks() if task.needs in REASONS]
+    print(f"{'; '.join(needs)}.")
     print("published: batch x patch of the published recipe. Settings: documentation/reference/pretext_tasks.md")

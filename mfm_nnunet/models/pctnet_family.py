@@ -84,7 +84,7 @@ class MISFMLayout(ForeignLayout):
     first_block = r"convtrans_e2\.conv\."
     stem = "encoder.project."
     head = "decoder.heads."
-    assumed = "an assumption"
+    origin = "an assumption"
     keeps_names = False
 
     def __init__(self) -> None:

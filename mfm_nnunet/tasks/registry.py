@@ -8,19 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mfm_nnunet.models.families import Need
+from mfm_nnunet.models.families import MEETING, Need
 
 _WALD_2025 = (
     "Wald, T., Ulrich, C., Lukyanenko, S., Goncharov, A., Paderno, A., Miller, M., Maerkisch, L., Jaeger, P., & "
     "Maier-Hein, K. (2025). Revisiting MAE Pre-training for 3D Medical Image Segmentation. CVPR, 5186-5196."
 )
-
-
-REASONS: dict[Need, str] = {
-    "tokens": "it replaces hidden tokens, and convolutions have none: use mae, which fills hidden voxels",
-    "sparse encoder": "it computes at visible places alone, and attention and tokens have no such form: use mae",
-}
-"""Why a pretext task runs on some networks only."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class TaskInfo:
     @property
     def backbones(self) -> tuple[str, ...]:
         """Built-in network families that the task supports."""
-        return {"any": ("resenc", "primus", "pctnet"), "tokens": ("primus",), "sparse encoder": ("resenc",)}[self.needs]
+        return MEETING[self.needs]
 
     @property
     def citations(self) -> list[dict[str, Any]]:
