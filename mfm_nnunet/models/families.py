@@ -411,11 +411,8 @@ def _load(module_name: str) -> NetworkFamily:
         raise MFMError(
             "E_CONFIG", f"the network of {module_name} cannot be imported ({error}). Repair or uninstall that package."
         ) from error
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, NetworkFamily) and value.__module__ == module_name
-    ]
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module_name]
+    found = [value for value in classes if issubclass(value, NetworkFamily)]
     if len(found) != 1:
         raise MFMError(
             "E_CONFIG", f"{module_name} defines {len(found)} classes derived from NetworkFamily, and one is needed."

@@ -90,7 +90,7 @@ class PCTNet(nn.Module):
                 zip(features_per_stage, strides, kernel_sizes, attention)
             )
         ]
-        _require_legal(levels)
+        _check_levels(levels)
         layers = _Layers(len(levels[0].stride), own)
         self.encoder = Encoder(layers, input_channels, levels)
         self.decoder = Decoder(layers, num_classes, levels)
@@ -208,7 +208,7 @@ class _Layers:
         return ParallelBlock(conv, level, self.options) if level.num_heads else conv
 
 
-def _require_legal(levels: Sequence[_Level]) -> None:
+def _check_levels(levels: Sequence[_Level]) -> None:
     num_axes = len(levels[0].stride)
     if num_axes not in (2, 3) or any(len(row) != num_axes for level in levels for row in (level.stride, level.kernel)):
         raise ValueError("strides and kernel_sizes need 2 or 3 axes, all the same number")
