@@ -26,7 +26,6 @@ from mfm_nnunet.tasks.base import Augmentation, CropRequest, PatchTransform, Pre
 from mfm_nnunet.tasks.image_operations import apply_gamma, jitter, map_percentiles, resize_linear, standardise
 from mfm_nnunet.tasks.losses import class_shares, cross_entropy, halving_weights, soft_dice
 from mfm_nnunet.tasks.masks import draw_boxes, draw_lattice
-from mfm_nnunet.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,6 @@ class VolumeFusion(PretextTask):
     name = "volume_fusion"
     Config = VolumeFusionConfig
     Transform = VolumeFusionTransform
-    citations = TASKS["volume_fusion"].citations
 
     def __init__(self, config: VolumeFusionConfig, backbone: AbstractBackbone) -> None:
         super().__init__(config, backbone)

@@ -144,12 +144,6 @@ def test_model_with_the_plan_of_another(site: Site) -> None:
     refused(site.run("train", 5, "3d_fullres", 0, "--c"), "E_CONFIG", "was changed after this run began")
 
 
-def test_pretrained_checkpoint_is_no_model(site: Site) -> None:
-    final = site.model / "fold_0" / "checkpoint_final.pth"
-    final.write_bytes(site.pretrained.read_bytes())
-    refused(site.predict(site.test_images, site.folder / "out"), "E_MODEL_MISMATCH", final, "mfm_train")
-
-
 def test_stock_checkpoint_starts_a_training_and_a_plan(site: Site) -> None:
     """nnU-Net's own files hold NumPy scalars in their log and no plan block."""
     content = torch.load(site.model / "fold_0" / "checkpoint_final.pth", weights_only=True)
@@ -162,11 +156,6 @@ def test_stock_checkpoint_starts_a_training_and_a_plan(site: Site) -> None:
     del content["init_args"]["plans"]["configurations"]["3d_fullres"]["spacing"]
     torch.save(content, file)
     refused(site.plan("-d", 5, "--like", file, "-pl", "mfmOther"), "E_MODEL_MISMATCH", file, "spacing")
-
-
-def test_an_address_without_a_commit(site: Site) -> None:
-    for call in (site.train(1, "-pretrained_weights", "hf://a/b"), site.plan("-d", 5, "--like", "hf://a/b")):
-        refused(call, "E_CONFIG", "hf://a/b", "40 hex digits")
 
 
 def test_a_primus_of_unknown_token_order(site: Site) -> None:

@@ -216,27 +216,3 @@ def test_crafted_lines(site: Site, kind: str, monkeypatch: pytest.MonkeyPatch) -
             if problem := problem_of(outcome, time.monotonic() - start):
                 problems.append(f"{what}: {problem}")
     assert not problems, "\n".join(problems)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("ending", [".b2nd", "_seg.b2nd", ".pkl"])
-def test_damaged_preprocessed_files(site: Site, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that were changed, cut or exchanged end in a code, whichever file of a case holds them."""
-    file = site.data() / f"case1{ending}"
-    healthy, content, problems = contents_of(site), file.read_bytes(), []
-    with guarded(site, monkeypatch):
-        for index in range(PER_FILE):
-            rng = random.Random(f"{SEED}/{ending}/{index}")
-            changed = bytearray(content)
-            for _ in range(rng.randint(1, 8)):
-                changed[rng.randrange(min(len(changed), rng.choice((100, 1 << 30))))] = rng.randrange(256)
-            if index % 4 == 0:
-                del changed[rng.randrange(len(changed)) :]
-            restore(site, healthy)
-            file.write_bytes(bytes(changed))
-            start = time.monotonic()
-            outcome = _train(site)
-            if problem := problem_of(outcome, time.monotonic() - start):
-                problems.append(f"{index}: {problem}")
-    assert not problems, "\n".join(problems)

@@ -213,8 +213,7 @@ def test_meta_images_that_itk_reads_rightly(tmp_path: Path, header: bytes, voxel
     require_read(file)
 
 
-@pytest.mark.parametrize("name", ["x.mha", "x.nrrd", "x.mhd", "x.nhdr"])
-@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(("name", "compress"), [("x.mha", True), ("x.nrrd", False), ("x.mhd", False), ("x.nhdr", True)])
 def test_what_itk_writes_with_tags_of_a_scanner(tmp_path: Path, name: str, compress: bool) -> None:
     image = sitk.GetImageFromArray(VOXELS)
     image.SetSpacing((1, 1.5, 2))
