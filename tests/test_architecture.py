@@ -16,9 +16,9 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 28_150,
+    "package lines": 28_850,
     "spine lines": 15_250,
-    "files": 154,
+    "files": 157,
     "files with one importer": 32,
     "modules over 420 lines": 0,
     "functions with over 8 parameters": 0,

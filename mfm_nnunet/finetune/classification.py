@@ -26,7 +26,7 @@ from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
 from mfm_nnunet.engine.state import STATE_FILES, RunState, load_state, save_state
 from mfm_nnunet.errors import MFMError, is_out_of_memory
 from mfm_nnunet.files import digest_of, to_plain, write_csv, write_json
-from mfm_nnunet.finetune import groups, lora
+from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.groups import EpochSchedule, Group, Phases
 from mfm_nnunet.finetune.loading import make_deterministic, seed_everything, seed_of, seeded
 from mfm_nnunet.finetune.splits import Split
@@ -310,7 +310,7 @@ def _groups(task: ClassificationTask, block: MFMBlock, new: set[str] | None) -> 
     if settings.train == "head":
         return [head]
     encoder = task.classifier.backbone.family.encoder_names(network)
-    kept = lora.adapter_names(network) if settings.train == "lora" else encoder
+    kept = groups.adapter_names(network) if settings.train == "lora" else encoder
     found = [head]
     for group in groups.group_parameters(network, settings, new):
         if names := tuple(
@@ -380,7 +380,7 @@ def _write_checkpoint(
     """Write the model: readable as pretrained encoder, and as classifier by ``mfm_predict``."""
     states = classifier.backbone.encoder_state()
     names = {name.replace(".parametrizations.weight.original", ".weight") for name in states}
-    merged = lora.merged_state(classifier.backbone.network)
+    merged = groups.merged_state(classifier.backbone.network)
     content = {
         "network_weights": checkpoint.cpu_weights({name: merged[name] for name in merged if name in names}),
         "head_weights": checkpoint.cpu_weights(classifier.head.state_dict()),

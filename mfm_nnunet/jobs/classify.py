@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.data.label_table import LabelTable, find_label_table, read_label_table
@@ -20,7 +21,7 @@ from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_d
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.files import atomic_write, digest_of, inside, refuse_links, remove_leftovers, report_full_disk
-from mfm_nnunet.finetune import groups, lora
+from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.classification import (
     FINAL,
@@ -41,7 +42,7 @@ from mfm_nnunet.models.classifier import Classifier
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.requests import TrainRequest
-from mfm_nnunet.settings import MFMBlock, block_of
+from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.tasks.classification import ClassificationTask
 from mfm_nnunet.workspace import Workspace, num_cores
@@ -66,13 +67,18 @@ class Job:
 
 
 def train_classifier(
-    here: Workspace, request: TrainRequest, plan: Plan, overrides: Sequence[str], weights: Path | None
+    here: Workspace,
+    request: TrainRequest,
+    plan: Plan,
+    dataset: DatasetJson,
+    overrides: Sequence[str],
+    weights: Path | None,
 ) -> Path:
     """Train and validate a fold and return its folder. ``weights`` is the initial checkpoint.
 
     Raises MFMError for errors the user can fix, StoppedError after a stop signal.
     """
-    job = _check(here, request, plan, overrides, weights)
+    job = _check(here, request, plan, dataset, overrides, weights)
     job.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(job.folder)
     logger.info("run folder: %s", job.folder)
@@ -89,13 +95,19 @@ def train_classifier(
     return job.folder
 
 
-def _check(here: Workspace, request: TrainRequest, plan: Plan, overrides: Sequence[str], weights: Path | None) -> Job:
+def _check(
+    here: Workspace,
+    request: TrainRequest,
+    plan: Plan,
+    dataset: DatasetJson,
+    overrides: Sequence[str],
+    weights: Path | None,
+) -> Job:
     """Check everything before anything is written."""
     head, configuration = request.head or "linear", request.configuration
     if request.num_gpus > 1:
         raise MFMError("E_CONFIG", f"-num_gpus {request.num_gpus}: classifiers train on one GPU. Leave it out.")
-    dataset_name = str(plan.content["dataset_name"])
-    dataset = _read_dataset(here, dataset_name)
+    dataset_name = plan.dataset_name
     selection, files = select_cases(here, dataset_name, plan, configuration)
     data = next(iter(files.values())).parent
     if stale := stale_cases(data, selection.names, plan.preprocessing_digest(configuration, dataset)):
@@ -114,8 +126,13 @@ def _check(here: Workspace, request: TrainRequest, plan: Plan, overrides: Sequen
     is_resumed = _is_resumed(folder, request, head)
     device = pick_device(request.device)
     pretrained = read_checkpoint(weights) if weights is not None and not is_resumed else None
-    block = _resolve(plan, folder, overrides, pretrained, is_resumed, table)
-    _require_fitting(block, head, device)
+    network = build_network(plan.content, configuration, plan.configuration(configuration).num_channels, 1)
+    planned = _mirror_no_sides(plan.mfm, table)
+    if is_resumed:
+        block = run_settings.resolve_resumed(planned, overrides, None, folder, plan.content)
+    else:
+        block = run_settings.resolve_new(planned, overrides, pretrained, network, len(split["train"]))
+    _require_fitting(block, head, device, network)
     patch_size = tuple(int(size) for size in plan.configuration(configuration).patch_size)
     images = LabelledImages(table, split, files, patch_size, "tiles" if head == "mil" else "whole")
     init_args = {
@@ -129,12 +146,6 @@ def _check(here: Workspace, request: TrainRequest, plan: Plan, overrides: Sequen
     logger.info("%s", table.describe())
     logger.info("%d training and %d validation cases", len(split["train"]), len(split["val"]))
     return Job(head, plan, images, block, folder, device, init_args, pretrained)
-
-
-def _read_dataset(here: Workspace, dataset_name: str) -> DatasetJson:
-    files = [root / dataset_name / "dataset.json" for root in (here.preprocessed, here.raw)]
-    file = next((file for file in files if file.is_file()), files[0])
-    return DatasetJson.read(file, f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}")
 
 
 def _labels(
@@ -170,31 +181,17 @@ def _is_resumed(folder: Path, request: TrainRequest, head: str) -> bool:
     return resumed
 
 
-def _resolve(
-    plan: Plan,
-    folder: Path,
-    overrides: Sequence[str],
-    pretrained: Reading | None,
-    is_resumed: bool,
-    table: LabelTable,
-) -> MFMBlock:
-    """Resolve the settings. Mirroring is off where a class names a side."""
-    saved = run_settings.load_settings(folder, plan.content) if is_resumed else None
-    base = saved or dataclasses.replace(
-        block_of(plan.content), finetune=dataclasses.replace(block_of(plan.content).finetune, checkpoint=None)
-    )
-    advice = run_settings.advise_as_begun(saved.finetune) if saved is not None else []
-    block = run_settings.resolve(base, overrides, pretrained.origin if pretrained is not None else None, advice)
-    if block.finetune.mirroring and table.has_sides:
-        logger.info("finetune.mirroring=False: a class is named after a side")
-        block = dataclasses.replace(block, finetune=dataclasses.replace(block.finetune, mirroring=False))
-    if saved is not None:
-        run_settings.require_same(run_settings.resolve(saved, (), None), block, folder)
-    return block
+def _mirror_no_sides(block: MFMBlock, table: LabelTable) -> MFMBlock:
+    """Switch mirroring off where a class names a side."""
+    if not (block.finetune.mirroring and table.has_sides):
+        return block
+    logger.info("finetune.mirroring=False: a class is named after a side")
+    return dataclasses.replace(block, finetune=dataclasses.replace(block.finetune, mirroring=False))
 
 
-def _require_fitting(block: MFMBlock, head: str, device: torch.device) -> None:
+def _require_fitting(block: MFMBlock, head: str, device: torch.device, network: nn.Module) -> None:
     settings = block.finetune
+    groups.require_fitting(settings, network, False)
     require_scaled_fp16(settings.precision, device)
     if settings.train == "decoder":
         raise MFMError("E_CONFIG", "finetune.train=decoder: a classifier has no decoder. Use finetune.train=head.")
@@ -222,7 +219,6 @@ def _build_classifier(job: Job) -> tuple[Classifier, set[str] | None]:
     configuration = job.init_args["configuration"]
     with about(f"{job.plan.name}.json"):
         network = build_network(job.plan.content, configuration, job.plan.configuration(configuration).num_channels, 1)
-    groups.require_fitting(settings, network, False)
     classifier = Classifier(make_backbone(network, images.patch_size, "none"), job.head, images.table.num_outputs)
     new = None
     if job.pretrained is not None:
@@ -233,7 +229,7 @@ def _build_classifier(job: Job) -> tuple[Classifier, set[str] | None]:
         new = groups.first_names(network, settings, untrained_names(report, network))
     if settings.train == "lora":
         seed_everything(seed_of(job.block.seed, "adapters", 0))
-        lora.add_adapters(network, settings.lora_rank, settings.lora_alpha)
+        groups.add_adapters(network, settings.lora_rank, settings.lora_alpha)
     return classifier, new
 
 
