@@ -166,7 +166,7 @@ def make_probe(
     """
     if dataset is None:
         if changed := [name for name, value in to_dict(settings).items() if value != getattr(ProbeSettings(), name)]:
-            problem = f"probe.{changed[0]} is set, but there is no probe. Name its labelled dataset with"
+            problem = f"probe.{changed[0]} is set, but there is no probe. Give its labelled dataset with"
             raise MFMError("E_CONFIG", f"{problem} --probe DATASET.")
         return None
     name, resolved = here.dataset_name(dataset), plan.configuration(configuration)

@@ -321,7 +321,7 @@ class _Run:
         names = _output_names(failure.case, self.ending, self.request.save_probabilities)
         stale = [name for name in names if os.path.exists(self.folder / name)]
         if stale and failure.code != "E_CHANGED":
-            reason = f"{failure.reason} Attention: {stale[0]} in the output folder is from an earlier run."
+            reason = f"{failure.reason} Note: {stale[0]} in the output folder is from an earlier run."
             failure = replace(failure, reason=reason)
         logger.debug("%s", failure)
         self.report.failures.append(failure)

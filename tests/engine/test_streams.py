@@ -92,7 +92,7 @@ def test_anonymised_voxels_are_left_out_in_every_item_of_both_streams(tmp_path: 
 def test_masks_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     corpus = volumes(tmp_path)
     fusion = streams(corpus, VolumeFusion, VolumeFusionConfig())
-    assert fusion.notes == ["the anonymisation masks of 2 cases are not used: volume_fusion has no use for them"]
+    assert fusion.notes == ["the anonymisation masks of 2 cases are not used: volume_fusion does not use them"]
     off = streams(corpus, leave_out_anonymised=False)
     assert "pretrain.leave_out_anonymised=false" in off.notes[0]
     assert "valid" not in off.training[0]
