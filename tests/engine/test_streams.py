@@ -122,7 +122,7 @@ def test_balance_that_is_impossible(tmp_path: Path) -> None:
     corpus = volumes(tmp_path, num_masked=0)
     assert "Did you mean 'modality'" in refusal("E_CONFIG", corpus, balance_by=("modalities",))
     nameless = dataclasses.replace(corpus, cases=[dataclasses.replace(c, dataset="") for c in corpus.cases])
-    assert "names no dataset" in refusal("E_CONFIG", nameless, balance_by=("dataset",))
+    assert "no dataset for any case" in refusal("E_CONFIG", nameless, balance_by=("dataset",))
 
 
 # --- volumes that are too small -----------------------------------------------------------------------------------
