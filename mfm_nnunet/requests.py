@@ -228,10 +228,7 @@ class PredictRequest(Request):
     output_folder: str | Path = field(metadata=flag("-o --output", "folder for the masks", metavar="OUT"))
     _: KW_ONLY
     model_folder: str | Path | None = option(
-        None,
-        "-m --model",
-        "model folder, with fold_* in it; or give -d -c -f instead",
-        metavar="MODEL_FOLDER",
+        None, "-m --model", "model folder, with fold_* in it; or give -d -c -f instead", metavar="MODEL_FOLDER"
     )
     dataset: str | int | None = option(None, *DATASET, metavar="DATASET")
     configuration: str | None = option(None, *CONFIGURATION, metavar="CONFIG")
