@@ -188,31 +188,3 @@ def restore(site: Site, healthy: dict[Path, bytes]) -> None:
         if not file.is_file() or file.read_bytes() != content:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["journal", "manifest"])
-def test_crafted_lines(site: Site, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of a log of ours that is no line of ours is passed over, or the file is refused."""
-    accepted(_predict(site))
-    folder = site.data()
-    file = (
-        site.folder / "masks" / "cases.jsonl"
-        if kind == "journal"
-        else folder.with_name(f"{folder.name}.manifest.jsonl")
-    )
-    healthy, lines = contents_of(site), file.read_text().splitlines()
-    problems = []
-    with guarded(site, monkeypatch) as outside:
-        for index, (what, content) in enumerate(crafted(lines[-1], 2 * PER_FILE, kind, outside)):
-            restore(site, healthy)
-            place = index % (len(lines) + 1)
-            changed = [line.encode() for line in lines]
-            changed[place : place + index % 2] = [content]
-            file.write_bytes(b"\n".join(changed) + b"\n")
-            start = time.monotonic()
-            outcome = _predict(site, "--resume") if kind == "journal" else site.plan("-d", 5, "-c", "3d_fullres")
-            if problem := problem_of(outcome, time.monotonic() - start):
-                problems.append(f"{what}: {problem}")
-    assert not problems, "\n".join(problems)

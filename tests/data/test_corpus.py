@@ -200,22 +200,6 @@ def test_a_new_name_never_takes_that_of_a_registered_scan(tmp_path: Path) -> Non
     assert {case.subject for case in load_cases(folder)} == set(found.values())
 
 
-def test_another_source_does_not_replace_a_corpus(tmp_path: Path) -> None:
-    touch(tmp_path, "one/a.nii.gz", "two/b.nii.gz")
-    folder = register_corpus(tmp_path, NAME, index_source(tmp_path / "one"), ["MR"])
-    before = (folder / "corpus.json").read_bytes()
-    message = refusal("E_EXISTS", register_corpus, tmp_path, NAME, index_source(tmp_path / "two"), ["MR"])
-    assert str(tmp_path / "one") in message
-    assert (folder / "corpus.json").read_bytes() == before
-
-
-def test_a_labelled_dataset_is_never_overwritten(tmp_path: Path) -> None:
-    cases = index_source(touch(tmp_path, "a.nii.gz")[0])
-    touch(tmp_path / NAME, "dataset.json")
-    refusal("E_EXISTS", register_corpus, tmp_path, NAME, cases, ["MR"])
-    assert (tmp_path / NAME / "dataset.json").read_text() == "dataset.json"
-
-
 @pytest.mark.parametrize("name", ["Dataset1_X", "Corpus", "Dataset701_", "Dataset701_a/b", "Dataset701_a b"])
 def test_dataset_names(tmp_path: Path, name: str) -> None:
     refusal("E_CONFIG", register_corpus, tmp_path, name, index_source(touch(tmp_path, "a.nii")[0]), ["MR"])

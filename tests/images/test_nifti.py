@@ -41,12 +41,10 @@ def stock(file: Path, reader: str) -> tuple[np.ndarray, dict]:
     ("fields", "code"),
     [
         ({"scl_slope": 0, "scl_inter": 5}, "E_HEADER"),
-        ({"scl_slope": -0.0, "scl_inter": -1024}, "E_HEADER"),
         ({"scl_slope": np.nan, "scl_inter": 5}, "E_HEADER"),
         ({"scl_slope": 1e-20, "scl_inter": 0}, "E_HEADER"),
         ({"vox_offset": 0}, "E_HEADER"),
         ({"sform_code": -1}, "E_HEADER"),
-        ({"sform_code": 123}, "E_HEADER"),
         ({"qform_code": 99, "sform_code": 0}, "E_HEADER"),
         ({"qform_code": 1, "sform_code": 0, "pixdim": [-3, 1, 1.5, 2, 0, 0, 0, 0]}, "E_GEOMETRY"),
     ],
@@ -63,18 +61,14 @@ def test_fields_that_itk_and_nibabel_take_differently(tmp_path: Path, fields: di
     [
         {"scl_slope": 0, "scl_inter": 0},
         {"scl_slope": np.nan, "scl_inter": np.nan},
-        {"scl_slope": 0, "scl_inter": np.nan},
         {"scl_slope": -2, "scl_inter": 3},
-        {"scl_slope": 1, "scl_inter": -1024},
         {"scl_slope": 1e-6, "scl_inter": 0},
         {"qform_code": 1, "sform_code": 0, "pixdim": [5, 1, 1.5, 2, 0, 0, 0, 0]},
         {"qform_code": 1, "sform_code": 0, "pixdim": [-1, 1, 1.5, 2, 0, 0, 0, 0]},
         {"qform_code": 0, "sform_code": 0},
-        {"sform_code": 5},
         {"qform_code": 0, "quatern_b": np.nan, "qoffset_x": np.nan},
         {"qform_code": 1, "sform_code": 0, "srow_x": [np.nan] * 4},
         {"toffset": np.nan, "cal_max": np.inf, "slice_end": 99, "xyzt_units": 26},
-        {"xyzt_units": 0},
     ],
 )
 def test_both_readers_agree_about_what_passes(tmp_path: Path, fields: dict[str, Any]) -> None:
@@ -277,10 +271,8 @@ def warn(file: Path) -> None:
 
 CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "5 mm": {"qoffset_x": 5},
-    "50 mm": {"qoffset_z": -50},
     "mirrored": {"srow_x": [-1, 0, 0, 0]},
     "qfac": {"pixdim": [-1, *SIZES, 0, 0, 0, 0]},
-    "90 degrees": {"quatern_b": np.sqrt(0.5)},
     "180 degrees": {"quatern_c": 1},
     "5 degrees": {"quatern_d": np.sin(np.radians(2.5))},
 }

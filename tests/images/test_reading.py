@@ -120,18 +120,6 @@ def test_every_truncation_of_a_real_scan_is_refused(real_nifti: Path, tmp_path: 
         assert code_of(lambda: read_image([broken], "SimpleITKIO")) == "E_GZIP_TRUNCATED"
 
 
-def test_every_single_bit_flip_in_the_data_of_a_real_scan_is_refused(real_nifti: Path, tmp_path: Path) -> None:
-    # Written anew because the gzip header of the original holds a file name and a time, which change nothing.
-    data = gzip.compress(gzip.decompress(real_nifti.read_bytes()), 6, mtime=0)
-    broken = tmp_path / "flip.nii.gz"
-    rng = np.random.default_rng(1)
-    for offset in [*rng.integers(10, len(data), 15), *range(len(data) - 8, len(data))]:
-        flipped = bytearray(data)
-        flipped[offset] ^= 1 << int(rng.integers(8))
-        broken.write_bytes(flipped)
-        refused(broken)
-
-
 # --- what is no image ---------------------------------------------------------------------------------------------
 
 
@@ -181,19 +169,14 @@ def test_wrong_and_unknown_endings(tmp_path: Path) -> None:
 
 DAMAGE = [
     ("E_HEADER", {"dim": [0, 9, 8, 7, 1, 1, 1, 1]}),
-    ("E_HEADER", {"dim": [8, 9, 8, 7, 1, 1, 1, 1]}),
     ("E_HEADER", {"dim": [3, 9, -8, 7, 1, 1, 1, 1]}),
-    ("E_HEADER", {"dim": [3, 9, 0, 7, 1, 1, 1, 1]}),
     ("E_SHORT_DATA", {"dim": [3, 32767, 32767, 32767, 1, 1, 1, 1]}),
     ("E_SHORT_DATA", {"dim": [3, 9, 8, 8, 1, 1, 1, 1]}),
     ("E_HEADER", {"dim": [3, 9, 8, 6, 1, 1, 1, 1]}),
     ("E_DIM", {"dim": [1, 504, 1, 1, 1, 1, 1, 1]}),
     ("E_DIM", {"dim": [4, 9, 8, 1, 7, 1, 1, 1]}),
-    ("E_DIM", {"dim": [5, 9, 8, 1, 1, 7, 1, 1]}),
     ("E_DATATYPE", {"datatype": 128, "bitpix": 24}),
-    ("E_DATATYPE", {"datatype": 2304, "bitpix": 32}),
     ("E_DATATYPE", {"datatype": 32, "bitpix": 64}),
-    ("E_DATATYPE", {"datatype": 1536, "bitpix": 128}),
     ("E_DATATYPE", {"datatype": 12345}),
     ("E_HEADER", {"bitpix": 8}),
     ("E_HEADER", {"vox_offset": np.nan}),
@@ -201,19 +184,15 @@ DAMAGE = [
     ("E_SHORT_DATA", {"vox_offset": 1e9}),
     ("E_HEADER", {"magic": b"ni1"}),
     ("E_HEADER", {"sizeof_hdr": 349}),
-    ("E_HEADER", {"magic": b""}),
     ("E_HEADER", {"scl_slope": np.inf}),
     ("E_HEADER", {"scl_slope": 2, "scl_inter": np.nan}),
     ("E_SPACING", {"pixdim": [1, 0, 1.5, 2, 0, 0, 0, 0]}),
     ("E_SPACING", {"pixdim": [1, np.nan, 1.5, 2, 0, 0, 0, 0]}),
-    ("E_SPACING", {"pixdim": [1, -1, 1.5, 2, 0, 0, 0, 0]}),
     ("E_GEOMETRY", {"pixdim": [1, 1, 1, 1, 0, 0, 0, 0], "qform_code": 0}),
     ("E_GEOMETRY", {"pixdim": [1, 1, 1.5, 2.1, 0, 0, 0, 0], "qform_code": 1, "sform_code": 1}),
     ("E_GEOMETRY", {"srow_x": [np.nan, 0, 0, 0]}),
-    ("E_GEOMETRY", {"srow_x": [0, 0, 0, 0]}),
     ("E_GEOMETRY", {"srow_x": [1, 0, 0, np.inf]}),
     ("E_GEOMETRY", {"srow_x": [1, 0.04, 0, 0]}),
-    ("E_GEOMETRY", {"quatern_b": np.nan, "qform_code": 1}),
     ("E_GEOMETRY", {"quatern_b": 5, "qform_code": 1}),
 ]
 
@@ -288,14 +267,6 @@ def test_header_extension_and_gzip_members(tmp_path: Path) -> None:
     assert refused(file) == "E_GZIP_TRUNCATED"
 
 
-def test_trailing_axes_of_length_1_with_a_reader_that_cannot(tmp_path: Path) -> None:
-    file = save_nifti(tmp_path / "x.nii.gz", volume(shape=(*SHAPE, 1)))
-    image, properties = read_image([file], "NibabelIO")  # SimpleITK stands in
-    np.testing.assert_array_equal(image, stock(file, "SimpleITKIO")[0])
-    np.testing.assert_array_equal(properties["nibabel_stuff"]["original_affine"], affine())
-    assert code_of(lambda: read_image([file], "NibabelIOWithReorient")) == "E_DIM"
-
-
 def test_a_gzip_bomb_is_stopped_at_the_size_that_the_header_promises(tmp_path: Path) -> None:
     file = save_nifti(tmp_path / "x.nii", volume())
     bomb = tmp_path / "bomb.nii.gz"
@@ -309,13 +280,6 @@ def test_a_gzip_bomb_is_stopped_at_the_size_that_the_header_promises(tmp_path: P
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
-
-
-def test_a_volume_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = save_nifti(tmp_path / "x.nii.gz", volume())
-    real = os.sysconf
-    monkeypatch.setattr(os, "sysconf", lambda name: 0 if name == "SC_PHYS_PAGES" else real(name))
-    assert refused(file) == "E_TOO_LARGE"
 
 
 # --- NRRD, MetaImage, GIPL ----------------------------------------------------------------------------------------
@@ -484,38 +448,6 @@ def test_a_tiff_label_has_its_spacing_beside_it(tmp_path: Path) -> None:
     image, label = read_image(files[:1], "Tiff3DIO"), read_label(files[1], "Tiff3DIO")
     assert tuple(label[1]["spacing"]) == (2, 1, 1)
     check_label(*label, *image, {"labels": {"background": 0, "a": 1}}, "case")
-
-
-MUTANTS = {
-    "a.nii": lambda file: save_nifti(file, volume("float32")),
-    "a.nii.gz": lambda file: save_nifti(file, volume()),
-    **{name: lambda file: save_itk(file, volume()) for name in ("a.nrrd", "a.mha", "a.gipl")},
-    **{f"z{name}": lambda file: save_itk(file, volume(), True) for name in ("a.nrrd", "a.mha")},
-    **{name: lambda file: save_picture(file, PICTURE) for name in ("a.png", "a.jpg", "a.bmp", "a.tif")},
-    "3d.tif": lambda file: save_picture(file, volume("uint8")),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_random_damage_gives_a_code_or_an_image(tmp_path: Path, name: str) -> None:
-    file = MUTANTS[name](tmp_path / name)
-    data = file.read_bytes()
-    rng = np.random.default_rng(5)
-    messages = []
-    for trial in range(30):
-        mutant = bytearray(data)
-        for offset in rng.integers(0, min(len(data), 600) if trial % 2 else len(data), rng.integers(1, 5)):
-            mutant[offset] = rng.integers(256)
-        file.write_bytes(mutant[: int(rng.integers(1, len(data)))] if trial % 5 == 0 else mutant)
-        try:
-            array, _ = read_image([file], reader_for(file))
-        except MFMError as error:
-            messages.append(error.message)
-        else:
-            assert array.ndim == 4
-            assert np.isfinite(array).all()
-    assert messages
-    assert all(str(file) in message for message in messages)
 
 
 # --- content and geometry -----------------------------------------------------------------------------------------

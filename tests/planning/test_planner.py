@@ -352,15 +352,6 @@ def test_a_plan_holds_no_path_and_preprocessing_is_shared_by_equal_plans(tmp_pat
         assert other[name]["data_identifier"] != configuration["data_identifier"]
 
 
-def test_stock_prints_go_to_the_debug_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.DEBUG, logger=planner.__name__):
-        make(tmp_path, HIPPOCAMPUS)
-    assert capsys.readouterr().out == ""
-    assert "2D U-Net configuration" in caplog.text
-
-
 def test_the_table_names_each_decision_with_its_reason(tmp_path: Path) -> None:
     decisions = make(tmp_path, HIPPOCAMPUS, memory_gb=8).decisions
     names = [item.name.strip() for item in decisions]
@@ -380,10 +371,3 @@ def test_the_plan_names_the_reader_of_the_fingerprint(tmp_path: Path) -> None:
         file = here.preprocessed / NAME / "dataset_fingerprint.json"
         write_json(file, {**json.loads(file.read_text()), "mfm": {"reader": "NibabelIO"}})
         assert plan(here, NAME, PlanRequest([NAME])).plans["image_reader_writer"] == "NibabelIO"
-
-
-@pytest.mark.parametrize("network", ["resenc", "primus"])
-def test_the_printed_memory_is_within_the_budget(tmp_path: Path, network: str) -> None:
-    for item in make(tmp_path, HIPPOCAMPUS, memory_gb=1, network=network, configurations=("3d_fullres",)).decisions:
-        if item.name.strip() == "memory":
-            assert 0.1 < float(item.value.split()[1]) <= 1
