@@ -90,7 +90,8 @@ class PlanRequest(Request):
     network: str = option(
         "resenc",
         "--network",
-        "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), or your own",
+        "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), PCT-Net "
+        "(convolutions and window attention in parallel), or your own",
     )
     memory_gb: float | None = option(
         None,

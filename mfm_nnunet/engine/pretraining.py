@@ -324,7 +324,7 @@ def _use_masks(corpus: Corpus, task_class: type[PretextTask], settings: Pretrain
     if not num_masks:
         return False, []
     if not task_class.uses_valid or not settings.leave_out_anonymised:
-        reason = f"{task_class.name} has no use for them"
+        reason = f"{task_class.name} does not use them"
         if task_class.uses_valid:
             reason = "pretrain.leave_out_anonymised=false"
         return False, [f"the anonymisation masks of {num_masks} cases are not used: {reason}"]

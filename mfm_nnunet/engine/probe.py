@@ -162,7 +162,7 @@ def make_probe(
     """
     if dataset is None:
         if changed := [name for name, value in to_dict(settings).items() if value != getattr(ProbeSettings(), name)]:
-            advice = "Name its labelled dataset with --probe DATASET."
+            advice = "Give its labelled dataset with --probe DATASET."
             raise MFMError("E_CONFIG", f"probe.{changed[0]} is set, but there is no probe. {advice}")
         return None
     name, resolved = here.dataset_name(dataset), plan.configuration(configuration)

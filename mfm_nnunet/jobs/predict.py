@@ -317,7 +317,7 @@ class _Run:
     def _fail(self, failure: CaseFailure, seconds: float = 0.0) -> None:
         stale = [name for name in self._output_names(failure.case) if os.path.exists(self.folder / name)]
         if stale and failure.code != "E_CHANGED":
-            reason = f"{failure.reason} Attention: {stale[0]} in the output folder is from an earlier run."
+            reason = f"{failure.reason} Note: {stale[0]} in the output folder is from an earlier run."
             failure = replace(failure, reason=reason)
         self.report.failures.append(failure)
         # The journal is shared together with the masks, so it contains file names but no folders.

@@ -310,7 +310,7 @@ class MFMPlanner(ResEncUNetPlanner):
         budget: tuple[str, str] = (str(self.budget), self.budget.reason)
         if self.source:
             entry = self.source.entry
-            text = f"planned like {entry['name']} ({entry['pretext']}), whose network and patch are taken over"
+            text = f"planned like {entry['name']} ({entry['pretext']}), with its network and patch"
             budget = (derive.CHECKPOINTS, text)
         axes = " ".join(map(str, own.content["transpose_forward"]))
         decisions = [Decision("budget", *budget), Decision("axis order", axes, self._choose_axis_order()[1])]

@@ -211,7 +211,7 @@ def load_model(
         reason = f"there is no configuration '{configuration}', with which the checkpoint was trained"
         raise _mismatch(folder / "plans.json", reason)
     if problem := plan.configuration(configuration).preprocessor_problem:
-        advice = "Predict with the program that the model was trained with."
+        advice = "Predict with the program that trained the model."
         raise MFMError("E_MODEL_MISMATCH", f"{folder / 'plans.json'}: {problem} {advice}")
     _require_one_model(trained, plan, dataset)
     plans_manager, dataset_json = PlansManager(dict(plan.content)), dict(dataset.content)
@@ -254,7 +254,7 @@ def _require_model_folder(folder: Path) -> None:
     elif not place.is_dir():
         problem = f"this is a file. {_MODEL_FOLDER} Give that folder."
     elif below:
-        problem = f"holds models, and is none. Give one of them: {', '.join(below)}."
+        problem = f"this folder has models in it, but is not one. Give one of them: {', '.join(below)}."
     if problem:
         raise MFMError("E_NOT_FOUND", f"{folder}: {problem}")
 

@@ -112,7 +112,7 @@ def test_the_default_length_of_the_first_phase(epochs: int, expected: int) -> No
         ({"schedule": "sawtooth", "decoder_epochs": 1}, "decoder_epochs=1: must be at least 2"),
         ({"schedule": "sawtooth", "epochs": 2}, "the first phase (2 epochs)"),
         ({"schedule": "sawtooth", "epochs": 10, "decoder_epochs": 6, "warmup_epochs": 5}, "finetune.epochs=10"),
-        ({"decoder_epochs": 5}, "only finetune.schedule=sawtooth"),
+        ({"decoder_epochs": 5}, "needs finetune.schedule=sawtooth"),
         ({"schedule": "sawtooth", "train": "decoder"}, "finetune.train=all"),
     ],
 )
