@@ -172,8 +172,8 @@ class Pretraining:
 
     def _measure_probe(self, epoch: int) -> dict[str, float | None]:
         """Probe the shipped weights and return the columns for the log; empty when no probe is due."""
-        probe = self.probe
-        if probe is None or not probe.is_due(epoch, self.settings.epochs):
+        probe, done = self.probe, epoch + 1
+        if probe is None or (done % probe.settings.every and done != self.settings.epochs):
             return {}
         with others_waiting(self.world), self._optimisation.averaged():
             backbone, dtype = self.task.backbone, self._optimisation.dtype

@@ -116,10 +116,6 @@ class Probe:
         data = {"dataset": self.name, "num_cases": len(cases), "hash": corpus.corpus_hash(cases)}
         return {**data, **to_dict(self.settings), **RETIRED}
 
-    def is_due(self, epoch: int, epochs: int) -> bool:
-        """Return True if the weights are probed at the end of ``epoch`` (0-based)."""
-        return (epoch + 1) % self.settings.every == 0 or epoch + 1 == epochs
-
     def measure(
         self, backbone: AbstractBackbone, device: torch.device, dtype: torch.dtype | None = None
     ) -> dict[str, float | None]:
