@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-Z_SCORE, WINDOW = "ZScoreNormalization", "CTNormalization"
+from mfm_nnunet.plan_rules import CT as WINDOW
+from mfm_nnunet.plan_rules import INTENSITIES
+
+Z_SCORE = "ZScoreNormalization"
 _WORDS = {
     "ct": "ct cta cbct ldct cect ncct computedtomography",
     "mr": "mr mri mra t1 t1w t1ce t1gd t1c t1rho t2 t2w t2star t2starw flair pd pdw pdt2 inplanet1 inplanet2 angio "
@@ -27,19 +31,19 @@ def kind_of(word: str) -> str:
 
     Any other word is a kind of its own, e.g. ``fundus``; "" if there is no word.
     """
-    return kind_of_channel(word) or _plain(word)
+    return kind_of_channel(word) or _letters(word)
 
 
 def kind_of_channel(name: str) -> str:
     """Return the kind that a channel's name in dataset.json means, e.g. ``CT`` or ``MR T1``; "" for other names."""
     words = re.findall(r"[^\W_]+", name.casefold())
-    named = {_KINDS.get(word) for word in (_plain(name), *words, *map("".join, itertools.pairwise(words)))} - {None}
+    named = {_KINDS.get(word) for word in (_letters(name), *words, *map("".join, itertools.pairwise(words)))} - {None}
     return str(named.pop()) if len(named) == 1 else ""
 
 
 def kind_of_folder(name: str) -> str:
     """Return the kind that a folder's whole name means, such as ``CT`` or ``X-ray``; "" for other names."""
-    return _FOLDERS.get(_plain(name), "")
+    return _FOLDERS.get(_letters(name), "")
 
 
 def has_window(kind: str) -> bool:
@@ -54,5 +58,23 @@ def rule_for(kind: str, intensities: Mapping[str, Any]) -> dict[str, Any]:
     return {"scheme": WINDOW, "intensities": dict(intensities)}
 
 
-def _plain(word: str) -> str:
+def with_rule(plans: Mapping[str, Any], rule: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plan in which all images have one rule, as stock nnU-Net reads it, and no table of kinds."""
+    content = copy.deepcopy(dict(plans))
+    del content["mfm"]["modalities"]
+    if rule.get("intensities"):
+        content[INTENSITIES] = copy.deepcopy(rule["intensities"])
+    for own in content["configurations"].values():
+        if "normalization_schemes" in own:
+            own["normalization_schemes"] = [rule["scheme"]] * len(own["normalization_schemes"])
+            own["use_mask_for_norm"] = [mask and rule["scheme"] != WINDOW for mask in own["use_mask_for_norm"]]
+    return content
+
+
+def kind_of_path(folders: Sequence[str]) -> str:
+    """Return the kind that the last of the ``folders`` with a known name means; "" if none has one."""
+    return next(filter(None, map(kind_of_folder, reversed(folders))), "")
+
+
+def _letters(word: str) -> str:
     return re.sub(r"[\W_]+", "", word.casefold())

@@ -15,7 +15,7 @@ from typing import Any
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import digest_of, is_same, read_json
-from mfm_nnunet.modalities import has_window, kind_of, rule_for
+from mfm_nnunet.modalities import has_window, kind_of, rule_for, with_rule
 from mfm_nnunet.plan_rules import (
     ARCHITECTURE_KEYS,
     CT,
@@ -217,14 +217,7 @@ class Plan:
                 "--modality when you plan, or in the column 'modality' of a CSV.",
             )
         rule = self.modalities.get(kind) or rule_for(kind, own_intensities or {})
-        content = {**copy.deepcopy(dict(self.content)), INTENSITIES: copy.deepcopy(rule.get("intensities") or {})}
-        content[INTENSITIES] = content[INTENSITIES] or self.content[INTENSITIES]
-        del content["mfm"]["modalities"]
-        for own in content["configurations"].values():
-            if "normalization_schemes" in own:
-                own["normalization_schemes"] = [rule["scheme"]] * len(own["normalization_schemes"])
-                own["use_mask_for_norm"] = [mask and rule["scheme"] != CT for mask in own["use_mask_for_norm"]]
-        return Plan.of(content)
+        return Plan.of(with_rule(self.content, rule))
 
     def shared(self) -> dict[str, Any]:
         """Return the part that may leave this computer: other planners add e.g. the path of a checkpoint."""

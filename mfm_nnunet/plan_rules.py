@@ -105,7 +105,7 @@ def _problems(plans: Mapping[str, Any]) -> Iterator[str]:
     rest = {key: value for key, value in plans.items() if key != INTENSITIES}
     if place := _place_of_nonfinite(rest):
         yield f"'{place}' is not finite"
-    if isinstance(plans.get("mfm"), dict):
+    if isinstance(plans.get("mfm"), dict) and plans["mfm"].get("modalities") is not None:
         yield from _modality_problems(plans["mfm"].get("modalities"))
     for name in configurations:
         yield from (f"configuration {_shown(name)} {problem}" for problem in _configuration_problems(plans, name))
@@ -218,10 +218,7 @@ def _normalisation_problems(resolved: Mapping[str, Any], intensities: Mapping[st
 
 
 def _modality_problems(table: Any) -> Iterator[str]:
-    if table is not None and not isinstance(table, dict):
-        yield f"'mfm.modalities' is {_shown(table)}, no table of modalities"
-        return
-    for kind, rule in (table or {}).items():
+    for kind, rule in table.items() if isinstance(table, dict) else [("", table)]:
         known = rule.get("intensities") if isinstance(rule, dict) else None
         if not isinstance(rule, dict) or rule.get("scheme") not in NORMALISATIONS:
             yield f"'mfm.modalities' has no normalisation of nnU-Net's for '{kind}'"

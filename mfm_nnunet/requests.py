@@ -28,6 +28,8 @@ CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """All configurations of nnU-Net; those of a dataset are known only after reading its images."""
 SPACINGS = ("median", "onemm", "original")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+HEADS = ("linear", "attentive", "mil", "probe")
+"""Heads of classifiers."""
 
 # Flags of several commands: their spellings and help
 DEVICE = "-device --device", "auto (default) uses a GPU if there is one; choose it with CUDA_VISIBLE_DEVICES"
@@ -51,13 +53,11 @@ def _spacing(value: Any) -> str | tuple[float, ...]:
 
 
 def _slices(value: Any) -> dict[str, Any]:
-    words = [f"{key}={word}" for key, word in value.items()] if isinstance(value, Mapping) else list(value)
-    if any("=" not in word for word in words):
-        raise ValueError("expected axis=0, 1 or 2, every=N and foreground=SHARE, or nothing")
+    words = [f"{key}={word}" for key, word in value.items()] if isinstance(value, Mapping) else value
     try:
         return to_dict(override(SliceSettings(), words))
     except MFMError as error:
-        raise ValueError(error.message) from None
+        raise ValueError(error.message.removeprefix("--set ")) from None
 
 
 def _checkpoint_name(value: str) -> str:
@@ -93,16 +93,15 @@ class PlanRequest(Request):
     modality: str | None = option(
         None,
         "--modality",
-        "CT, MR, PET, Xray, US or another word: the modality of scans of --images whose source names none, or of a "
-        "labelled dataset; its images are then normalised by modality",
+        "modality (CT, MR, PET, Xray, US ...) of scans whose source names none, or of a labelled dataset; decides how "
+        "they are normalised",
         metavar="WORD",
         check=matching(r"[A-Za-z0-9][A-Za-z0-9 _-]*", "expected a word like CT, MR, PET, Xray or US"),
     )
     slices: Sequence[str] | Mapping[str, Any] | None = option(
         None,
         "--slices",
-        "register a corpus for 2D plans, which may mix volumes and pictures: axis=0, every=1 and foreground=0 decide "
-        "which slices of volumes are taken; pictures keep their size",
+        "register a corpus for 2D plans, which may mix volumes and pictures; axis=0 every=1 foreground=0 choose slices",
         nargs="*",
         metavar="NAME=VALUE",
         check=_slices,
@@ -124,7 +123,8 @@ class PlanRequest(Request):
     network: str = option(
         "resenc",
         "--network",
-        "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), or your own",
+        "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), PCT-Net "
+        "(convolutions and window attention in parallel), or your own",
     )
     memory_gb: float | None = option(
         None,
@@ -163,10 +163,9 @@ class PlanRequest(Request):
         super().__post_init__()
         if self.images is not None and len(self.datasets) != 1:
             raise MFMError("E_CONFIG", "--images registers one corpus: give exactly one -d ID with it.")
-        if self.images is None and self.name is not None:
-            raise MFMError("E_CONFIG", "--name belongs to --images: it names a new corpus.")
-        if self.images is None and (self.slices is not None or self.colour is not None):
-            raise MFMError("E_CONFIG", "--slices and --colour belong to --images: they are settings of a new corpus.")
+        for name in ("name", "slices", "colour"):
+            if self.images is None and getattr(self, name) is not None:
+                raise MFMError("E_CONFIG", f"--{name} belongs to --images: it is of a new corpus.")
         if self.like is not None and self.spacing != "median":
             raise MFMError("E_CONFIG", "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out.")
 
@@ -223,13 +222,21 @@ class PretrainRequest(RunRequest):
 
 @dataclass(frozen=True)
 class TrainRequest(RunRequest):
-    """Train and validate one fold of a labelled dataset."""
+    """Train and validate one fold of a labelled dataset: masks, or labels of whole images."""
 
     fold: int | str = field(
         metadata=flag("-f --fold", "number of the fold, or all", metavar="FOLD", position=True, check=to_fold)
     )
     _: KW_ONLY
     trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
+    head: str | None = option(
+        None,
+        "--head",
+        "for a dataset with labels.csv: linear (default), attentive, mil (volumes larger than the patch), or probe "
+        "(frozen encoder and logistic regression: seconds)",
+        metavar="HEAD",
+        check=one_of(*HEADS),
+    )
     pretrained_weights: str | Path | None = option(
         None,
         "-pretrained_weights --pretrained-weights",

@@ -30,7 +30,7 @@ from mfm_nnunet.data.cases import (
 )
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
-from mfm_nnunet.modalities import kind_of_folder
+from mfm_nnunet.modalities import kind_of_path
 
 CONVERT_DICOM = "Convert DICOM to NIfTI first: pip install dcm2niix; dcm2niix -z y -o nifti dicom/"
 _DICOM_ENDINGS = (".dcm", ".ima")
@@ -135,13 +135,8 @@ def _folder(source: Path, with_pictures: bool) -> list[Case]:
         _log.warning("%s: DICOM files are left out, e.g. %s. %s", images, found, CONVERT_DICOM)
     _warn_of_channels(files)
     cases = named([file.relative_to(images) for file in files], [(file,) for file in files])
-    return [dataclasses.replace(case, modality=_kind_of_folders(file, images)) for case, file in zip(cases, files)]
-
-
-def _kind_of_folders(file: Path, source: Path) -> str:
-    """Return the modality that the nearest folder above a file names, such as ``CT``; "" if none does."""
-    kinds = map(kind_of_folder, (*file.relative_to(source).parts[-2::-1], source.name))
-    return next(filter(None, kinds), "")
+    folders = [(images.name, *file.relative_to(images).parts[:-1]) for file in files]
+    return [dataclasses.replace(case, modality=kind_of_path(names)) for case, names in zip(cases, folders)]
 
 
 def _without_masks(source: Path, files: list[Path]) -> list[Path]:
@@ -151,8 +146,8 @@ def _without_masks(source: Path, files: list[Path]) -> list[Path]:
     if len(masks) == len(files):
         raise MFMError(
             "E_MASK",
-            f"{source}: all {len(files)} images in it are named as masks, e.g. {masks[0].relative_to(source)}. If they "
-            "are scans, give the folder that holds them directly, or list them in a CSV with a column 'image'.",
+            f"{source}: all {len(files)} images in it have names of masks, e.g. {masks[0].relative_to(source)}. If "
+            "they are scans, give the folder that holds them directly, or list them in a CSV with a column 'image'.",
         )
     text = "%s: %d images are left out, because their names or folders are those of masks, e.g. %s"
     _log.warning(text, source, len(masks), masks[0].relative_to(source))

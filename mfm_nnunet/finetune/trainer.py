@@ -52,6 +52,7 @@ from mfm_nnunet.plan import Plan
 from mfm_nnunet.processes import ALONE, World, largest
 from mfm_nnunet.settings import FORMAT, block_of, to_dict
 from mfm_nnunet.signals import stop_on_signal
+from mfm_nnunet.tasks.losses import halving_weights
 from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.workspace import num_cores
 
@@ -148,6 +149,13 @@ class MFMTrainer(nnUNetTrainer):
 
     def _do_i_compile(self) -> bool:
         return self.settings.compile and super()._do_i_compile()
+
+    def _build_loss(self) -> Any:
+        """Build nnU-Net's loss, which leaves out the coarsest output, or weight all outputs if published so."""
+        loss = super()._build_loss()
+        if self.enable_deep_supervision and _family(self.configuration_manager).supervises_all_outputs:
+            loss.weight_factors = tuple(halving_weights(len(loss.weight_factors)))
+        return loss
 
     def _transfer(self) -> set[str]:
         """Transfer the pretrained weights into the network, report it, and return the names of parameters that learn

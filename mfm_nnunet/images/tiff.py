@@ -194,10 +194,7 @@ class _Reader:
         if self.budget < 0:
             raise refuse("E_FORMAT", self.path, "its pages lie on top of each other", "Export it again.")
         self.file.seek(offset)
-        data = self.file.read(length)
-        if len(data) < length:
-            raise refuse("E_SHORT_DATA", self.path, f"page {number} is not there completely", "Copy the file again.")
-        return data
+        return self.file.read(length)
 
 
 def check_tiff(path: Path) -> None:
@@ -224,7 +221,7 @@ def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int,
         )  # fmt: skip
     if volume.kind in (*_DESCRIBED, "generic", "uniform") and any(not other.keyframe.is_reduced for other in others):
         raise refuse(
-            "E_DIM", path, f"holds {len(file.series)} images of different kinds or sizes; the first would be read",
+            "E_DIM", path, f"{len(file.series)} images of different kinds or sizes; only the first would be read",
             "Split it into one file each.",
         )  # fmt: skip
     first = pages.get(volume.keyframe.offset)

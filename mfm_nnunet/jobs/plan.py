@@ -13,32 +13,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import PICTURES, Case
+from mfm_nnunet.data.label_table import FILE as TABLE
+from mfm_nnunet.data.label_table import read_label_table
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.preprocess import preprocess_dataset
-from mfm_nnunet.data.slices import as_in_corpus, reader_of
 from mfm_nnunet.data.sources import index_source
+from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import ending_of, parse_json, whole_number, write_json
+from mfm_nnunet.files import atomic_write, ending_of, parse_json, whole_number, write_json
 from mfm_nnunet.images import decoder
-from mfm_nnunet.images.reading import count_channels, read_image
+from mfm_nnunet.images.reading import count_channels
 from mfm_nnunet.interchange.foreign import require_plan
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.jobs.report import report_corpus
 from mfm_nnunet.modalities import kind_of
 from mfm_nnunet.models.families import family_named
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
 from mfm_nnunet.planning import like
 from mfm_nnunet.planning.derive import Decision, format_table
-from mfm_nnunet.planning.fingerprint import extract_fingerprint, kinds_of
+from mfm_nnunet.planning.fingerprint import extract_fingerprint
 from mfm_nnunet.planning.like import Template
+from mfm_nnunet.planning.mixed import kinds_of
 from mfm_nnunet.planning.planner import MFMPlanner
-from mfm_nnunet.reports import corpus as reports
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
 
@@ -73,7 +74,7 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
             cases, failed = fingerprint(here, dataset_name, request.num_processes)
             num_cases += len(cases) + len(failed)
             if corpus.is_corpus(here.raw_folder(dataset_name)):
-                report(here, dataset_name, cases, failed)
+                report_corpus(here, dataset_name, cases, failed)
             result = plan(here, dataset_name, request, source)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
@@ -174,30 +175,18 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
         beside = dataset_json if name == "dataset.json" else _content(raw / name)
         if _content(preprocessed / name) != beside:
             write_json(preprocessed / name, beside)
+    if DatasetJson.of(dataset_json).task in IMAGE_TASKS:
+        _keep_labels(raw, preprocessed, dataset_json, cases)
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
 
 
-def report(here: Workspace, dataset_name: str, cases: list[Case], failures: list[CaseFailure]) -> None:
-    """Describe a corpus in ``corpus_report.json`` and ``corpus_report.png``, with an example of each modality."""
-    folder = here.preprocessed / dataset_name
-    file = folder / "corpus_report.json"
-    measured = folder / "dataset_fingerprint.json"
-    if file.is_file() and file.with_suffix(".png").is_file() and file.stat().st_mtime >= measured.stat().st_mtime:
-        return
-    fingerprint, settings = _content(measured), corpus.read_settings(here.raw / dataset_name)
-    kinds = {case.name: kind_of(case.modality) for case in cases}
-    content = reports.describe_corpus(fingerprint, kinds, failures, file)
-    examples: dict[str, np.ndarray] = {}
-    for case in cases:
-        kind = kinds[case.name] or reports.UNNAMED
-        if kind not in examples:
-            with contextlib.suppress(MFMError):  # a file that vanished meanwhile is reported by preprocessing
-                reader = reader_of(case, fingerprint["mfm"]["reader"], settings)
-                image_CDHW, _ = as_in_corpus(*read_image(case.images, reader), case, settings)
-                examples[kind] = image_CDHW[0, image_CDHW.shape[1] // 2]
-    reports.draw_corpus(content, dict(sorted(examples.items())), file.with_suffix(".png"))
-    logger.info("%s\n%s\nreport: %s", dataset_name, "\n".join(reports.summarise_corpus(content)), file)
+def _keep_labels(raw: Path, preprocessed: Path, dataset_json: dict[str, Any], cases: list[Case]) -> None:
+    """Describe the labels of whole images, and keep the table with the data."""
+    table = read_label_table(raw / TABLE, DatasetJson.of(dataset_json), {case.name for case in cases})
+    logger.info("%s", table.describe())
+    with atomic_write(preprocessed / TABLE) as file:
+        file.write((raw / TABLE).read_bytes())
 
 
 def _known_fingerprint(file: Path) -> dict[str, Any]:

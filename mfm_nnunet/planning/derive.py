@@ -16,17 +16,15 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mfm_nnunet.data.slices import is_picture
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.modalities import rule_for
-from mfm_nnunet.models.families import family_named
+from mfm_nnunet.models.families import NetworkFamily, family_named
 from mfm_nnunet.models.memory import MemoryEstimate
-from mfm_nnunet.plan import INTENSITIES, Configuration, Plan
+from mfm_nnunet.plan import Configuration
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, PretrainSettings, resolved_warmup
 
 SMALL_NETWORK_BELOW_GB = 6.0
@@ -119,35 +117,6 @@ def find_slice_axis(shapes: np.ndarray, dataset_name: str) -> int | None:
     return axis
 
 
-def spacing_of_volumes(spacings: Sequence[Sequence[float]]) -> np.ndarray:
-    """Return the median spacing, before transposing, of a corpus of slices; pictures have none, and do not count."""
-    return np.median([own for own in spacings if not is_picture(own)] or spacings, 0)
-
-
-def as_slices(fingerprint: Mapping[str, Any], target: Sequence[float], is_resampled: bool) -> dict[str, Any]:
-    """Return the fingerprint of a corpus of slices as one of 2D images, as large as the ``target`` makes them.
-
-    Pictures keep their size.
-    """
-    shapes = []
-    for own, shape in zip(fingerprint["spacings"], fingerprint["shapes_after_crop"]):
-        is_same = is_picture(own) or not is_resampled
-        factors = [1.0 if is_same else have / want for have, want in zip(own[1:], target[1:])]
-        shapes.append([1, *(max(1, round(size * factor)) for size, factor in zip(shape[1:], factors))])
-    return {**fingerprint, "spacings": [list(target)] * len(shapes), "shapes_after_crop": shapes}
-
-
-def count_slices(fingerprint: Mapping[str, Any], every: int) -> int:
-    """Return the number of slices of a corpus, which nnU-Net takes for its number of cases."""
-    return sum(math.ceil(shape[0] / every) for shape in fingerprint["shapes_after_crop"])
-
-
-def normalise_by(plans: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the plan of a labelled dataset with the normalisation of the kind of image that was asked for."""
-    table = {kind: rule_for(kind, plans[INTENSITIES])}
-    return {**Plan.of({**plans, "mfm": {"modalities": table}}).for_modality(kind).content}
-
-
 def explain_spacing(own: Configuration, mode: str | Sequence[float], num_cases: int, is_like: bool) -> str:
     """Explain the spacing of a configuration; ``mode`` is the requested one."""
     if not own.is_resampled:
@@ -173,18 +142,6 @@ def explain_normalisation(own: Configuration, channel: int, name: str, is_like: 
     if own.values["use_mask_for_norm"][channel]:
         reason += "; over the non-zero region, because cropping to it removes more than a quarter"
     return reason
-
-
-def explain_modalities(table: Mapping[str, Any]) -> list[Decision]:
-    """Explain the normalisation of each kind of image in a corpus of several."""
-    decisions = []
-    for kind, rule in table.items():
-        reason = "no fixed intensity scale: each image to mean 0, std 1"
-        if windows := list((rule.get("intensities") or {}).values()):
-            low, high = windows[0]["percentile_00_5"], windows[0]["percentile_99_5"]
-            reason = f"fixed scale: clip to {low:.4g} ... {high:.4g} (0.5 and 99.5 percentiles), then mean 0, std 1"
-        decisions.append(Decision(f"modality {kind}", rule["scheme"], reason))
-    return decisions
 
 
 def explain_patch(own: Configuration, unit: str, is_like: bool) -> str:
@@ -298,6 +255,14 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
     )
 
 
+def for_classifier(settings: FinetuneSettings, family: NetworkFamily, is_cpu: bool) -> FinetuneSettings:
+    """Return the settings of a classifier: AdamW as published for them, and on GPUs a tenth of the epochs."""
+    changes: dict[str, Any] = {} if is_cpu else {"epochs": 100}
+    if "adamw" in family.rates:
+        changes |= {"optimizer": "adamw", "weight_decay": 1e-2, "learning_rate": None}
+    return replace(settings, deep_supervision=False, compile=False, **changes)
+
+
 def select_configurations(
     configurations: Mapping[str, dict[str, Any]], wanted: Sequence[str] | None
 ) -> dict[str, dict[str, Any]]:
@@ -348,7 +313,7 @@ def explain_schedules(block: MFMBlock, budget: Budget) -> list[Decision]:
         decisions += [
             Decision(
                 name,
-                f"{settings.epochs} epochs of {settings.iterations_per_epoch}",
+                f"{settings.epochs} epochs of {settings.iterations_per_epoch} steps",
                 f"{length}; {warmup} epochs of warm-up; change it with --set",
             ),
             Decision(

@@ -25,6 +25,7 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 from mfm_nnunet.images import reading
 from mfm_nnunet.modalities import kind_of
+from mfm_nnunet.planning.mixed import kinds_of
 
 if TYPE_CHECKING:
     from mfm_nnunet.data.cases import Case
@@ -115,27 +116,6 @@ def extract_fingerprint(
     if pools:
         fingerprint["mfm"]["modalities"] = {k: own.all_properties() for k, own in pools.items() if own.has_foreground}
     return fingerprint, failures
-
-
-def kinds_of(cases: Sequence[Case], dataset_json: Mapping[str, Any]) -> list[str]:
-    """List the kinds of images of a corpus that is normalised by modality; empty for others.
-
-    This is a corpus of several kinds, and one that was registered with ``--modality``. Raises MFMError (E_CONFIG) if
-    the kind of one of its images is not known.
-    """
-    kinds = Counter(kind_of(case.modality) for case in cases)
-    is_asked = "modality" in dataset_json.get("mfm", {})
-    if any(case.label is not None for case in cases) or not (is_asked or len(set(kinds) - {""}) > 1):
-        return []
-    if kinds[""]:
-        example = next(case for case in cases if not kind_of(case.modality))
-        raise MFMError(
-            "E_CONFIG",
-            f"{example.images[0]}: its modality is not known, nor that of {kinds[''] - 1} other images, and this "
-            f"corpus of {', '.join(sorted(set(kinds) - {''}))} is normalised by modality. Register it again with "
-            "--modality for these, a CSV with a column 'modality', or folders named CT, MR, PET, Xray or US.",
-        )
-    return sorted(kinds)
 
 
 def choose_reader(cases: Sequence[Case], dataset_json: Mapping[str, Any], num_processes: int = 1) -> str:

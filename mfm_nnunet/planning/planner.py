@@ -27,13 +27,13 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import parse_json, to_plain, write_json
-from mfm_nnunet.modalities import kind_of, kind_of_channel, rule_for
+from mfm_nnunet.modalities import kind_of, kind_of_channel
 from mfm_nnunet.models.families import NetworkFamily, Sizing, families_by_class, family_named
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.sizing import MIN_EDGE, too_little_memory
 from mfm_nnunet.plan import CORPUS_SETTINGS, INTENSITIES, Plan
-from mfm_nnunet.planning import derive, like
+from mfm_nnunet.planning import derive, like, mixed
 from mfm_nnunet.planning.derive import Decision, times
 from mfm_nnunet.planning.fingerprint import choose_reader
 from mfm_nnunet.settings import MFMBlock, to_dict
@@ -96,6 +96,11 @@ class MFMPlanner(ResEncUNetPlanner):
         self._apply(derive.resenc_preset(self.budget.memory_gb))
 
     @property
+    def has_masks(self) -> bool:
+        """False for a dataset whose images have labels as a whole."""
+        return DatasetJson.of(self.dataset_json).task == "segmentation"
+
+    @property
     def is_original_spacing(self) -> bool:
         """True if images are not resampled."""
         return not self.source.trained.is_resampled if self.source else self.spacing == "original"
@@ -103,7 +108,7 @@ class MFMPlanner(ResEncUNetPlanner):
     def plan_experiment(self) -> dict[str, Any]:
         """Plan all configurations, write the plan file and return the plan. Stock's output goes to the debug log."""
         is_stock = self.family.is_sized_by_nnunet and not self.source
-        if self.is_corpus or self.is_original_spacing or not is_stock:
+        if self.is_corpus or not self.has_masks or self.is_original_spacing or not is_stock:
             self.lowres_creation_threshold = 0  # a low resolution needs labels, resampling and stock's network
         if not is_stock:
             self._apply(_without_limit(self.preset))  # stock's U-Net is discarded, so it need not fit the budget
@@ -117,8 +122,8 @@ class MFMPlanner(ResEncUNetPlanner):
             ]
             self.dataset_fingerprint = {**measured, "spacings": spacings}
         if self._is_sliced:
-            self.dataset_fingerprint = derive.as_slices(measured, target, not self.is_original_spacing)
-            self.dataset_json["numTraining"] = derive.count_slices(measured, self.settings["slices"]["every"])
+            self.dataset_fingerprint = mixed.as_slices(measured, target, not self.is_original_spacing)
+            self.dataset_json["numTraining"] = mixed.count_slices(measured, self.settings["slices"]["every"])
         output = io.StringIO()
         try:
             with contextlib.redirect_stdout(output):
@@ -157,7 +162,7 @@ class MFMPlanner(ResEncUNetPlanner):
         """Return the target spacing in mm before transposing; the slice axis of 2D images keeps its median."""
         target: Any = super().determine_fullres_target_spacing().astype(float)
         if self._is_sliced and self.overwrite_target_spacing is None:
-            target = derive.spacing_of_volumes(self.dataset_fingerprint["spacings"])
+            target = mixed.spacing_of_volumes(self.dataset_fingerprint["spacings"])
         if self.source:
             target = np.array(self.source.spacing(target, self.slice_axis))
         if self.slice_axis is not None:
@@ -226,7 +231,7 @@ class MFMPlanner(ResEncUNetPlanner):
         if self.source:
             plans = self._like(plans, self.source)
         elif self.modality and not self.is_corpus:
-            plans = derive.normalise_by(plans, kind_of(self.modality))
+            plans = mixed.normalise_by(plans, kind_of(self.modality))
         plans["configurations"] = derive.select_configurations(plans["configurations"], self.wanted)
         derive.require_two_stages(plans["configurations"])
         dataset = DatasetJson.of(self.dataset_json)
@@ -247,29 +252,23 @@ class MFMPlanner(ResEncUNetPlanner):
                 f"{source.entry['name']} was pretrained in 3D and {self.dataset_name} has only 2D images. "
                 "Use a checkpoint pretrained with the configuration 2d.",
             )
-        if not self._modalities:
-            channel = kind_of_channel(DatasetJson.of(self.dataset_json).channels[0])
-            source = source.for_dataset(self.modality or channel, plans[INTENSITIES])
+        if not (self.is_corpus and source.plan.modalities):
+            modality = self.modality or kind_of_channel(DatasetJson.of(self.dataset_json).channels[0])
+            source = source.for_dataset(modality, plans[INTENSITIES])
         return like.plan_like(plans, source)
-
-    @property
-    def _modalities(self) -> dict[str, Any]:
-        """Normalisation of each kind of image in a corpus of several; the checkpoint's, and its own for other kinds."""
-        measured = self.dataset_fingerprint.get("mfm", {}).get("modalities") or {}
-        own = {kind: rule_for(kind, intensities) for kind, intensities in measured.items()}
-        theirs = self.source.plan.modalities if self.source and self.is_corpus else {}
-        return {**own, **theirs} if theirs or not self.source else {}
 
     def _block(self, plans: Mapping[str, Any]) -> MFMBlock:
         configurations = plans["configurations"]
         main = configurations["3d_fullres" if "3d_fullres" in configurations else next(iter(configurations))]
         is_cpu = self.budget.memory_gb is None
         pretrain, finetune = derive.settings_for(self.family.name, is_cpu, main["batch_size"])
+        if not self.has_masks:
+            finetune = derive.for_classifier(finetune, self.family, is_cpu)
         return MFMBlock(
             pretrain,
             finetune,
             self.source.entry if self.source else None,
-            modalities=self._modalities or None,
+            modalities=mixed.modalities_of(self.dataset_fingerprint, self.source and self.source.plan, self.is_corpus),
             corpus={name: self.settings[name] for name in CORPUS_SETTINGS if name in self.settings} or None,
             network=self.family.name,
         )
@@ -339,7 +338,7 @@ class MFMPlanner(ResEncUNetPlanner):
         budget: tuple[str, str] = (str(self.budget), self.budget.reason)
         if self.source:
             entry = self.source.entry
-            text = f"planned like {entry['name']} ({entry['pretext']}), whose network and patch are taken over"
+            text = f"planned like {entry['name']} ({entry['pretext']}), with its network and patch"
             budget = (derive.CHECKPOINTS, text)
         axes = " ".join(map(str, own.content["transpose_forward"]))
         decisions = [Decision("budget", *budget), Decision("axis order", axes, self._choose_axis_order()[1])]
@@ -348,7 +347,7 @@ class MFMPlanner(ResEncUNetPlanner):
             reason = derive.explain_normalisation(first, channel, name, bool(self.source))
             decisions.append(Decision(f"channel {channel}", first.normalization_schemes[channel], reason))
         if own.modalities:
-            decisions[-len(first.normalization_schemes) :] = derive.explain_modalities(own.modalities)
+            decisions[-len(first.normalization_schemes) :] = mixed.explain_modalities(own.modalities)
         for name in self.planned:
             decisions += self._explain_configuration(own, name)
         return decisions + derive.explain_schedules(own.mfm, self.budget)
@@ -378,7 +377,9 @@ class MFMPlanner(ResEncUNetPlanner):
             Decision("  batch size", str(own.batch_size), derive.explain_batch(self.budget, is_like)),
             Decision("  network", family.describe(own.architecture), why_network),
             Decision(
-                "  parameters", f"{num_parameters(network) / 1e6:.1f} M", f"{num_inputs} input, {num_outputs} outputs"
+                "  parameters",
+                f"{num_parameters(network) / 1e6:.1f} M",
+                f"channels: {num_inputs} in, {num_outputs} out",
             ),
             derive.explain_memory(memory, is_half),
         ]

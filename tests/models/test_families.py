@@ -25,6 +25,7 @@ from mfm_nnunet.models.memory import estimate_training_memory
 from mfm_nnunet.models.networks import build_architecture, build_network
 from mfm_nnunet.models.unet import OLD_RESENC
 from mfm_nnunet.tasks.masks import draw_hidden
+from tests.builders.architectures import resenc
 from tests.builders.tiny_plans import CONFIGURATION, NETWORKS, tiny_backbone, tiny_network, tiny_plans
 
 PACKAGE = Path(families.__file__).parent.parent
@@ -143,15 +144,15 @@ SIZED = [
     (name, shape, memory_gb)
     for name in BUILT_IN
     if not family_named(name).is_sized_by_nnunet
-    for shape, memory_gb in (((36.0, 50.0, 35.0), None), ((50.0, 35.0), None), ((50.0, 35.0), 4.0))
+    for shape, memory_gb in (((36.0, 50.0, 35.0), None), ((50.0, 35.0), None), ((50.0, 35.0), 80.0))
     if memory_gb is None or family_named(name).name == name
 ]
 
 
 @pytest.mark.parametrize(("name", "shape", "memory_gb"), SIZED)
 def test_what_is_planned_can_be_built(name: str, shape: tuple[float, ...], memory_gb: float | None) -> None:
-    family = family_named(name)
-    planned = family.plan_network(Sizing(name, shape, (1.0,) * len(shape), memory_gb, 2, 3, stock={}))
+    family, stock = family_named(name), {"architecture": resenc(len(shape), (8, 8, 8, 8))}
+    planned = family.plan_network(Sizing(name, shape, (1.0,) * len(shape), memory_gb, 2, 3, stock))
     architecture = planned.architecture
     assert family.patch_problem(architecture["arch_kwargs"], planned.patch_size) == ""
     assert family.variant(architecture) == name
