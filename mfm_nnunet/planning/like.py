@@ -10,7 +10,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mfm_nnunet.data.slices import is_picture
@@ -56,10 +56,6 @@ class Template:
         """Name of the new plan: mfmPlans -> mfmLikePlans, mfmPrimusPlans -> mfmLikePrimusPlans."""
         stem = re.sub(r"[^A-Za-z0-9_-]", "", self.plan.name).removeprefix("mfm").removeprefix("Like")
         return f"mfmLike{stem.removesuffix('Plans')}Plans"
-
-    def for_dataset(self, modality: str, intensities: Mapping[str, Any]) -> Template:
-        """Return the template for a dataset of one modality; ``intensities`` are the dataset's own."""
-        return replace(self, plan=self.plan.for_modality(modality, intensities))
 
     @property
     def axes(self) -> list[int]:

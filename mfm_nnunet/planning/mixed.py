@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.slices import is_picture
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.modalities import kind_of, rule_for
+from mfm_nnunet.modalities import kind_of, kind_of_channel, rule_for
 from mfm_nnunet.plan import INTENSITIES, Plan
 from mfm_nnunet.planning.derive import Decision
+from mfm_nnunet.planning.like import Template
 
 
 def spacing_of_volumes(spacings: Sequence[Sequence[float]]) -> np.ndarray:
@@ -40,16 +43,27 @@ def count_slices(fingerprint: Mapping[str, Any], every: int) -> int:
     return sum(math.ceil(shape[0] / every) for shape in fingerprint["shapes_after_crop"])
 
 
-def modalities_of(fingerprint: Mapping[str, Any], source: Plan | None, is_corpus: bool) -> dict[str, Any] | None:
+def modalities_of(fingerprint: Mapping[str, Any], source: Template | None, is_corpus: bool) -> dict[str, Any] | None:
     """Return the normalisation of each kind of image in a corpus of several, else None.
 
-    A plan that must fit the one of a checkpoint, ``source``, has the checkpoint's, and its own for other kinds.
+    A plan that must fit a checkpoint, ``source``, has the checkpoint's, and its own for other kinds.
     """
     measured = fingerprint.get("mfm", {}).get("modalities") or {}
     own = {kind: rule_for(kind, intensities) for kind, intensities in measured.items()}
     if source is not None:
-        own = {**own, **source.modalities} if is_corpus and source.modalities else {}
+        own = {**own, **source.plan.modalities} if is_corpus and source.plan.modalities else {}
     return own or None
+
+
+def for_dataset(
+    source: Template, modality: str, dataset_json: Mapping[str, Any], intensities: Mapping[str, Any]
+) -> Template:
+    """Return the checkpoint's template for a dataset of one modality: the given one, else that of its first channel.
+
+    ``intensities`` are the dataset's own. Raises MFMError (E_CONFIG) if the template needs a modality that is not known.
+    """
+    modality = modality or kind_of_channel(DatasetJson.of(dataset_json).channels[0])
+    return replace(source, plan=source.plan.for_modality(modality, intensities))
 
 
 def normalise_by(plans: Mapping[str, Any], kind: str) -> dict[str, Any]:

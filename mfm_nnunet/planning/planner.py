@@ -27,7 +27,7 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import parse_json, to_plain, write_json
-from mfm_nnunet.modalities import kind_of, kind_of_channel
+from mfm_nnunet.modalities import kind_of
 from mfm_nnunet.models.families import NetworkFamily, Sizing, families_by_class, family_named
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
 from mfm_nnunet.models.networks import build_network
@@ -253,8 +253,7 @@ class MFMPlanner(ResEncUNetPlanner):
                 "Use a checkpoint pretrained with the configuration 2d.",
             )
         if not (self.is_corpus and source.plan.modalities):
-            modality = self.modality or kind_of_channel(DatasetJson.of(self.dataset_json).channels[0])
-            source = source.for_dataset(modality, plans[INTENSITIES])
+            source = mixed.for_dataset(source, self.modality, self.dataset_json, plans[INTENSITIES])
         return like.plan_like(plans, source)
 
     def _block(self, plans: Mapping[str, Any]) -> MFMBlock:
@@ -268,7 +267,7 @@ class MFMPlanner(ResEncUNetPlanner):
             pretrain,
             finetune,
             self.source.entry if self.source else None,
-            modalities=mixed.modalities_of(self.dataset_fingerprint, self.source and self.source.plan, self.is_corpus),
+            modalities=mixed.modalities_of(self.dataset_fingerprint, self.source, self.is_corpus),
             corpus={name: self.settings[name] for name in CORPUS_SETTINGS if name in self.settings} or None,
             network=self.family.name,
         )
