@@ -192,12 +192,13 @@ def test_each_task_has_a_page_of_the_fixed_form(task: str) -> None:
 
 def test_the_page_of_all_tasks_says_what_the_list_says() -> None:
     text = TEXTS[REFERENCE / "pretext_tasks.md"]
-    rows = {row["task"].partition("]")[0][1:]: row for row in rows_with(text, "task", "ResEnc", "Primus")}
+    rows = {row["task"].partition("]")[0][1:]: row for row in rows_with(text, "task", "ResEnc", "Primus", "Swin")}
     assert list(rows) == [task.name for task in list_tasks()]
     for task in list_tasks():
         row = rows[task.name]
         assert (row["hidden or mixed"], row["published"], row["paper"]) == (task.hides, task.recipe, task.paper)
-        assert [row["ResEnc"], row["Primus"]] == ["x" if f in task.backbones else "-" for f in ("resenc", "primus")]
+        for family in ("ResEnc", "Primus", "Swin"):
+            assert row[family] == ("x" if family.lower() in task.backbones else "-"), (task.name, family)
     for line in re.findall(r"^\* .*$", text, re.MULTILINE):
         for name in names_in(line.partition(": ")[2]):
             assert find_task(name).trains_decoder == line.startswith("* encoder and decoder"), name

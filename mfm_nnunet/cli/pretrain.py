@@ -19,6 +19,8 @@ The last line printed is the path of the pretrained checkpoint. Ctrl-C, SIGTERM,
 continues."""
 
 LIST_WIDTH = 120
+REASONS = {"tokens": "tokens to replace", "sparse encoder": "an encoder of convolutions alone"}
+"""Why a task does not work on every network."""
 
 
 def build_parser() -> common.StrictParser:
@@ -60,4 +62,6 @@ def _list_tasks(arguments: argparse.Namespace) -> None:
         for number, line in enumerate(textwrap.wrap(row[2], widths[2]) or [""]):
             cells = (row[0], row[1], line, row[3], row[4]) if number == 0 else ("", "", line)
             print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+    needs = [f"{task.name} needs {REASONS[task.needs]}" for task in list_tasks() if task.needs in REASONS]
+    print(f"{'; '.join(needs)}.")
     print("published: batch x patch of the published recipe. Settings: documentation/reference/pretext_tasks.md")

@@ -251,7 +251,7 @@ def _convert_parts(parts: Parts, stated: Stated, token_order: TokenOrder | None)
 
 def _plans(parts: Parts, plan: nnssl.AdaptationPlan, converted: Converted, notes: list[str]) -> dict[str, Any]:
     """Build a complete plan around the network, with nnU-Net's defaults for what pretraining leaves open."""
-    num_axes = len(converted.patch_size)
+    num_axes, origin = len(converted.patch_size), parts.layout.origin if parts.layout else ""
     patch = list(plan.recommended_patch or converted.patch_size)
     if len(patch) != num_axes:
         raise MFMError("E_MODEL_MISMATCH", f"its network is {num_axes}D and its plan's patch is {patch}.")
@@ -259,11 +259,11 @@ def _plans(parts: Parts, plan: nnssl.AdaptationPlan, converted: Converted, notes
     if unknown := [name for name in normalization if name not in NORMALIZATIONS]:
         raise MFMError("E_MODEL_MISMATCH", f"it was pretrained with {unknown[0]}, which cannot be repeated here.")
     if not plan.normalization:
-        notes.append("normalisation: z-score, as OpenMind's; the file does not say")
+        notes.append(f"normalisation: z-score, {origin}; the file does not say")
     if plan.spacing is None and plan.is_resampled:
-        notes.append(f"spacing: {PUBLISHED_SPACING:g} mm, as OpenMind's; the file does not say")
+        notes.append(f"spacing: {PUBLISHED_SPACING:g} mm, {origin}; the file does not say")
     if plan.transpose_forward is None:
-        notes.append("axes: in the order of the files, as OpenMind's; the file does not say")
+        notes.append(f"axes: in the order of the files, {origin}; the file does not say")
     resampling = "resample_data_or_seg_to_shape" if plan.is_resampled else NO_RESAMPLING
     forward = list(plan.transpose_forward or range(3))
     configuration = {

@@ -45,7 +45,8 @@ FILE = "checkpoint_final.pth"
 SIDE_PLAN = "adaptation_plan.json"
 KNOWN = (
     "mfm_nnunet (network_weights and mfm; or a folder with model.safetensors and config.json), nnssl and OpenMind "
-    "(network_weights, nnssl_adaptation_plan), nnU-Net (network_weights, init_args), network_weights alone"
+    "(network_weights, nnssl_adaptation_plan), nnU-Net (network_weights, init_args), VISION-MAE (model), "
+    "network_weights alone"
 )
 
 
@@ -157,6 +158,8 @@ def _require_same_licence(known: str | None, given: str) -> None:
 
 
 def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | None) -> Reading:
+    if "network_weights" not in raw and isinstance(raw.get("model"), dict):  # as VISION-MAE's scripts save
+        raw = {"network_weights": raw["model"]}
     if not isinstance(raw.get("network_weights"), dict):
         keys = ", ".join(map(str, list(raw)[:5])) or "nothing"
         raise MFMError(

@@ -31,6 +31,7 @@ BUILT_IN = {
     "primus": "mfm_nnunet.models.primus_family",
     "primus_v2": "mfm_nnunet.models.primus_family",
     "primus_v3": "mfm_nnunet.models.primus_family",
+    "swin": "mfm_nnunet.models.swin_family",
 }
 """Modules of the families by ``--network`` name."""
 
@@ -126,6 +127,8 @@ class ForeignLayout(ABC):
     """Part of the names under which a file repeats the encoder's tensors."""
     has_token_order: ClassVar[bool] = False
     """True if conversion needs the order in which tokens are flattened."""
+    origin: ClassVar[str] = "as OpenMind's"
+    """Reason for normalisation, spacing and axes that a file does not have."""
     keys: Mapping[str, Any]
     """nnssl's key_to_encoder, key_to_stem, keys_to_in_proj and key_to_lpe."""
 
@@ -203,6 +206,10 @@ class NetworkFamily(ABC):
         if steps and (len(steps) != len(patch_size) or any(size % step for size, step in zip(patch_size, steps))):
             return f"the network needs multiples of {' x '.join(map(str, steps))}"
         return ""
+
+    def legal_patch(self, kwargs: Mapping[str, Any], patch_size: Sequence[int]) -> list[int]:
+        """Enlarge a patch of whole :meth:`steps` to the next that the network takes; by default it takes all."""
+        return list(patch_size)
 
     def with_patch(self, architecture: Mapping[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
         """Return the ``architecture`` for another patch size; unchanged if it does not depend on the patch."""

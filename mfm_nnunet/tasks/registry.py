@@ -36,7 +36,11 @@ class TaskInfo:
     @property
     def backbones(self) -> tuple[str, ...]:
         """Built-in network families that the task supports."""
-        return {"any": ("resenc", "primus"), "tokens": ("primus",), "sparse encoder": ("resenc",)}[self.needs]
+        return {
+            "any": ("resenc", "primus", "swin"),
+            "tokens": ("primus", "swin"),
+            "sparse encoder": ("resenc",),
+        }[self.needs]
 
     @property
     def citations(self) -> list[dict[str, Any]]:

@@ -55,3 +55,20 @@ def primus(patch_size: Sequence[int], embed_dim: int = 48, **changes: Any) -> di
         },
         "_kw_requires_import": [],
     }
+
+
+def swin(num_axes: int = 3, **changes: Any) -> dict[str, Any]:
+    """A Swin U-Net of three stages, with tokens of two voxels and windows of four tokens."""
+    kwargs = {
+        "embed_dim": 12,
+        "depths": [2, 2, 2],
+        "num_heads": [1, 2, 4],
+        "stem": [2] * num_axes,
+        "merging": [[2] * num_axes] * 2,
+        "window": [4] * num_axes,
+    }
+    return {
+        "network_class_name": "mfm_nnunet.models.swin.SwinUNet",
+        "arch_kwargs": kwargs | changes,
+        "_kw_requires_import": [],
+    }

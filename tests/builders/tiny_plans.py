@@ -1,4 +1,4 @@
-"""Plans of networks so small that a training step takes milliseconds, for both families, in 3D and 2D."""
+"""Plans of networks so small that a training step takes milliseconds, for each family, in 3D and 2D."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import nn
 
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring, make_backbone
 from mfm_nnunet.models.networks import build_network
-from tests.builders.architectures import primus, resenc
+from tests.builders.architectures import primus, resenc, swin
 
 CONFIGURATION = "3d_fullres"
 ARCHITECTURES: dict[str, Callable[[Sequence[int]], dict[str, Any]]] = {
     "resenc": lambda patch: resenc(len(patch), (8, 16, 16)),
     "primus": primus,
+    "swin": lambda patch: swin(len(patch)),
     "small": lambda patch: small_network.architecture("small", len(patch)),
 }
 """The ``architecture`` of a tiny plan by family; "small" is the network of tests/packages."""

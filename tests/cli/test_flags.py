@@ -219,7 +219,7 @@ def test_pretrain_lists_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     starts = [lines[0].index(column) for column in columns]
     words: dict[str, list[list[str]]] = {}
     name = ""
-    for line in lines[1:-1]:
+    for line in lines[1:-2]:
         assert all(start == 0 or line[start - 2 : start].strip() == "" for start in starts), "columns are aligned"
         cells = [line[a:b].split() for a, b in zip(starts, [*starts[1:], None])]
         name = cells[0][0] if cells[0] else name
@@ -228,6 +228,7 @@ def test_pretrain_lists_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
         expected = (task.name, ", ".join(task.backbones), task.hides, task.recipe, task.paper)
         assert words.pop(task.name) == [text.split() for text in expected]
     assert not words
+    assert all(f"{task.name} needs" in lines[-2] for task in list_tasks() if task.needs != "any")
 
 
 def test_the_list_loads_nothing_heavy() -> None:

@@ -30,7 +30,7 @@ def test_names_are_known_without_torch() -> None:
 def test_a_network_is_planned_under_its_name(network: str) -> None:
     family = family_named(network)
     assert family_named(family.name) is family
-    expected = {"resenc": "mfmPlans", "primus": "mfmPrimusPlans"}
+    expected = {"resenc": "mfmPlans", "primus": "mfmPrimusPlans", "swin": "mfmSwinPlans"}
     assert family.plans_name(network) == expected.get(network, f"mfmPrimusV{network[-1]}Plans")
 
 
@@ -74,7 +74,7 @@ def test_the_classes_of_families_are_distinct_and_exist() -> None:
 def test_nothing_else_asks_what_a_network_is() -> None:
     """Names of parts and of classes stand in the files of the families alone."""
     words = ('"eva', "eva.", "up_projection", "down_projection", "seg_layers", "decoder.encoder", "PrimusSeg", 'UNet"')
-    homes = {"unet.py", "primus.py", "primus_family.py", "tokens.py"}
+    homes = {"unet.py", "primus.py", "primus_family.py", "tokens.py", "swin.py", "swin_family.py"}
     wrong = [
         f"{file.relative_to(PACKAGE)}: {word}"
         for file in PACKAGE.rglob("*.py")

@@ -36,7 +36,7 @@ def test_the_file_name_is_the_name_and_the_list_agrees_with_the_class() -> None:
         assert issubclass(found, PretextTask)
         assert found.name == task.name
         assert (found.needs, found.citations) == (task.needs, task.citations)
-        built_in = {name: family_named(name) for name in ("resenc", "primus")}
+        built_in = {name: family_named(name) for name in ("resenc", "primus", "swin")}
         assert task.backbones == tuple(name for name, family in built_in.items() if family.meets(task.needs))
 
 
