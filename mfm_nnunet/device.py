@@ -105,7 +105,8 @@ def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: to
     encoder: Any = getattr(network, "encoder", None)
     if device.type != "cpu" or len(image_size) != 3 or not hasattr(encoder, "strides"):
         return
-    sizes = itertools.accumulate((int(stride[0]) for stride in encoder.strides), _halved, initial=image_size[0])
+    strides = (int(stride[0]) for stride in encoder.strides)
+    sizes = itertools.accumulate(strides, lambda size, stride: -(-size // stride), initial=image_size[0])
     if any(size == 2 and kernel[0] > 1 for size, kernel in zip(list(sizes)[1:], encoder.kernel_sizes)):
         raise MFMError(
             "E_CONFIG",
@@ -128,11 +129,6 @@ def warn_of_slow_bf16(device: torch.device, setting: str) -> None:
             "%s=bf16: this CPU has neither AVX512-BF16 nor AMX, so bf16 is imitated; %s=fp32 is probably faster",
             *(setting, setting),
         )
-
-
-def _halved(size: int, stride: int) -> int:
-    """Return the size after a padded convolution with this stride."""
-    return -(-size // stride)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -134,18 +134,13 @@ def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".tx
 
 def is_nested_too_deep(value: Any) -> bool:
     """Return whether tables and lists are nested so deep that recursion may fail; see ``MAX_DEPTH``."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [item for entry in level for item in _entries(entry) if isinstance(item, (Mapping, list, tuple))]
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        items = (item for entry in level for item in (entry.values() if isinstance(entry, Mapping) else entry))
+        level = [item for item in items if isinstance(item, (Mapping, list, tuple))]
         if not level:
             return False
     return True
-
-
-def _entries(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else ()
 
 
 def parse_json(content: bytes | str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
@@ -19,10 +18,6 @@ import pytest
 from mfm_nnunet.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ROOT / "tests" / "packages"
-"""Packages as if they were installed: one with a network of its own."""
-sys.path.append(str(PACKAGES))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(PACKAGES)]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,6 +24,7 @@ from mfm_nnunet.cli.common import options_of
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.jobs.plan import read_source
+from mfm_nnunet.models.families import BUILT_IN, family_named
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.prediction.predictor import load_model
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, override, setting_names
@@ -101,6 +102,7 @@ def test_error_codes_are_those_raised() -> None:
     rows = rows_with(TEXTS[REFERENCE / "errors.md"], "code", "what happened", "typical cause", "what to do")
     assert [row["code"].strip("`") for row in rows] == error_codes()
     assert all(all(row.values()) for row in rows)
+    assert set(error_codes()) <= set(error_codes(ROOT / "tests")), "some test reaches each code"
 
 
 # Commands and settings in the text
@@ -192,13 +194,13 @@ def test_each_task_has_a_page_of_the_fixed_form(task: str) -> None:
 
 def test_the_page_of_all_tasks_says_what_the_list_says() -> None:
     text = TEXTS[REFERENCE / "pretext_tasks.md"]
-    rows = {row["task"].partition("]")[0][1:]: row for row in rows_with(text, "task", "ResEnc", "Primus", "Swin")}
+    families = {family.title.split()[0]: family.name for family in map(family_named, BUILT_IN)}
+    rows = {row["task"].partition("]")[0][1:]: row for row in rows_with(text, "task", *families)}
     assert list(rows) == [task.name for task in list_tasks()]
     for task in list_tasks():
         row = rows[task.name]
         assert (row["hidden or mixed"], row["published"], row["paper"]) == (task.hides, task.recipe, task.paper)
-        for family in ("ResEnc", "Primus", "Swin"):
-            assert row[family] == ("x" if family.lower() in task.backbones else "-"), (task.name, family)
+        assert [row[title] for title in families] == ["x" if f in task.backbones else "-" for f in families.values()]
     for line in re.findall(r"^\* .*$", text, re.MULTILINE):
         for name in names_in(line.partition(": ")[2]):
             assert find_task(name).trains_decoder == line.startswith("* encoder and decoder"), name

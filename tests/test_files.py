@@ -304,9 +304,9 @@ CASE = {"name": "a", "images": ["/a.nii.gz"], "subject": "a"}
 @pytest.mark.parametrize(
     "entry",
     [
-        {**CASE, "name": "../a"}, {**CASE, "name": 3}, {**CASE, "images": [3]}, {**CASE, "images": []},
-        {**CASE, "images": "/a"}, {**CASE, "images": ["a\0"]}, {**CASE, "subject": None}, {**CASE, "modality": 3},
-        {**CASE, "anonymisation_mask": ["x"]}, 3,
+        {**CASE, "name": "../a"}, {**CASE, "name": "a_seg"}, {**CASE, "name": 3}, {**CASE, "images": [3]},
+        {**CASE, "images": []}, {**CASE, "images": "/a"}, {**CASE, "images": ["a\0"]}, {**CASE, "subject": None},
+        {**CASE, "modality": 3}, {**CASE, "anonymisation_mask": ["x"]}, 3,
     ],
 )  # fmt: skip
 def test_corpora_of_other_kinds(entry: object, tmp_path: Path) -> None:

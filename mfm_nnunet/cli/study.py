@@ -47,7 +47,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from mfm_nnunet.study import run
 
     if arguments.table:
-        folder = run.renew_study(arguments.output, arguments.workspace)
+        folder = run.study_folder(arguments.output, arguments.workspace)
+        run.renew(folder)
     else:
         request = StudyRequest(**common.options_of(StudyRequest, arguments))
         with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints progress; stdout gets the result

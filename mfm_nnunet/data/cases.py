@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import ending_of, is_file_name, shown
+from mfm_nnunet.files import ending_of, is_file_name
 
 ROOM_FOR_ENDING = 40
 """Bytes of a file name reserved for endings and for the names of unfinished files."""
@@ -129,20 +130,11 @@ def subject_of(path: PurePath) -> str:
     return next((match[0] for match in matches if match), "")
 
 
-def is_case_name(name: str) -> bool:
-    """Return whether a name can be the stem of nnU-Net's files; NAME_seg.b2nd is the label map of NAME."""
-    is_file = is_file_name(f"{name}{'':_<{ROOM_FOR_ENDING}}")
-    return bool(name) and is_file and not name.endswith("_seg") and not name.startswith(".")
-
-
-def check_case_name(case: str) -> None:
-    """Raise MFMError (E_CONFIG) for a name that cannot be the stem of nnU-Net's files."""
-    if not is_case_name(case):
-        raise MFMError(
-            "E_CONFIG",
-            f"'{shown(case)}' cannot be the name of a case: nnU-Net would take its file for a label map or not find "
-            "it. Rename the image.",
-        )
+def is_case_name(name: Any) -> bool:
+    """Return whether a value can be the stem of nnU-Net's files; NAME_seg.b2nd is the label map of NAME."""
+    if not isinstance(name, str) or not name or name.endswith("_seg") or name.startswith("."):
+        return False
+    return is_file_name(f"{name}{'':_<{ROOM_FOR_ENDING}}")
 
 
 def spelling_of(name: str) -> str:

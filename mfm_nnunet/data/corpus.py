@@ -19,10 +19,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mfm_nnunet import dataset as dataset_jsons
-from mfm_nnunet.data.cases import PICTURES, Case, is_named_mask, subject_of, with_digest
+from mfm_nnunet.data.cases import PICTURES, Case, is_case_name, is_named_mask, subject_of, with_digest
 from mfm_nnunet.data.labelled import IMAGES, raw_cases
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import atomic_write, ending_of, is_file_name, read_json
+from mfm_nnunet.files import ending_of, read_json, write_json
 
 FORMAT = 1
 """Version of corpus.json."""
@@ -58,14 +58,10 @@ def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channe
         **_file_format(cases),
     }
     folders = [os.path.dirname(file) for case in cases for file in case.images]
-    corpus = {
-        "format": FORMAT,
-        "source": os.path.commonpath(folders),
-        "cases": [_entry(case) for case in cases],
-    }
+    corpus = {"format": FORMAT, "source": os.path.commonpath(folders), "cases": [_entry(case) for case in cases]}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "corpus.json", corpus)
-    _write_json(folder / "dataset.json", dataset_json)
+    write_json(folder / "corpus.json", corpus)
+    write_json(folder / "dataset.json", dataset_json)
     return folder
 
 
@@ -257,15 +253,10 @@ def _read_corpus(folder: Path) -> dict[str, Any]:
 
 def _is_case_entry(entry: Any) -> bool:
     """Return whether a case in corpus.json is well formed; preprocessed files are named after its name."""
-    if not isinstance(entry, dict) or not is_file_name(entry.get("name")) or not isinstance(entry.get("images"), list):
+    if not isinstance(entry, dict) or not is_case_name(entry.get("name")) or not isinstance(entry.get("images"), list):
         return False
     texts = [*entry["images"], entry.get("subject"), *(entry.get(key, "") for key in _OPTIONAL)]
     return bool(entry["images"]) and all(isinstance(text, str) and "\0" not in text for text in texts)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    with atomic_write(file) as handle:
-        handle.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 FINGERPRINT = "dataset_fingerprint.json"

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -78,13 +78,8 @@ class StreamSettings:
     """Pass a validity mask to the transform. Constant within a run, even for volumes without a mask."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A volume of an item: its voxels (C, D, H, W), its mask and its slice.
-
-    ``anonymised`` is the mask (1, D, H, W) or None. ``slice`` is the index along the first axis for two-dimensional
-    crops.
-    """
+class _Source(NamedTuple):
+    """A volume (C, D, H, W) of an item, its mask (1, D, H, W) or None, and its slice for two-dimensional crops."""
 
     volume: Any
     anonymised: Any
@@ -144,14 +139,14 @@ class CropStream(Dataset):
     def _choose(self, rng: np.random.Generator) -> np.ndarray:
         return rng.choice(len(self.files), self.settings.num_volumes, replace=False, p=self.weights)
 
-    def _sources(self, rng: np.random.Generator) -> list[Source]:
+    def _sources(self, rng: np.random.Generator) -> list[_Source]:
         files = [self.files[i] for i in self._choose(rng)]
         volumes = [open_volume(file) for file in files]
         slices = [int(rng.integers(volume.shape[1])) for volume in volumes]
         masks = [anonymised_of(file) if self.settings.with_valid else None for file in files]
-        return [Source(*parts) for parts in zip(volumes, masks, slices)]
+        return [_Source(*parts) for parts in zip(volumes, masks, slices)]
 
-    def _crop(self, source: Source, request: CropRequest, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _crop(self, source: _Source, request: CropRequest, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Read a crop (C, *size) and its validity (1, *size), which is empty unless requested."""
         is_slice = len(request.size) == source.volume.ndim - 2
         leading = (source.slice,) if is_slice else ()
@@ -163,14 +158,11 @@ class CropStream(Dataset):
         lower = [start - (more - want) // 2 for start, more, want in zip(lower, read, size)]
         crop = apply_spatial(read_box(source.volume, lower, read, leading), parameters, size)
         if not self.settings.with_valid:
-            return crop, _NOTHING
+            return crop, np.zeros(0, bool)
         if source.anonymised is None:
             return crop, np.ones((1, *size), bool)
         hidden = apply_spatial(read_box(source.anonymised, lower, read, leading), parameters, size, order=0)
         return crop, hidden == 0
-
-
-_NOTHING = np.zeros(0, bool)
 
 
 def _lower(shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:

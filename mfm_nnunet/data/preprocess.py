@@ -22,7 +22,7 @@ import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
 from mfm_nnunet.data import storage
-from mfm_nnunet.data.cases import Case, check_case_name
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import attempt, in_processes, in_threads, source_signature, unchanged, with_progress
 from mfm_nnunet.data.resampling import resampling_function
 from mfm_nnunet.data.sizes import Sizes, require_preprocessable
@@ -34,7 +34,6 @@ from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.plan_rules import CT
 
 if TYPE_CHECKING:
-    from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 POOL_MIN_BYTES = 20_000_000
@@ -74,16 +73,15 @@ def preprocess_dataset(
     for case in cases:
         missing = tuple(name for name, target in targets.items() if not target.holds(case))
         groups.setdefault(missing, []).append(case)
-    with storage.staging_folder(preprocessed_folder) as staging:
-        job = PreprocessJob(
-            json.dumps(to_plain(plans)), json.dumps(to_plain(dataset_json)),
-            {name: target.folder for name, target in targets.items()}, staging,
-        )  # fmt: skip
+    storage.remove_dead_stages(preprocessed_folder)
+    with storage.staging(preprocessed_folder) as stage:
+        folders = {name: target.folder for name, target in targets.items()}
+        job = PreprocessJob(json.dumps(to_plain(plans)), json.dumps(to_plain(dataset_json)), folders, stage)
         for case in groups.pop((), []):
             job.copy_label(case)
         for missing, todo in groups.items():
-            folders = {name: job.folders[name] for name in missing}
-            _preprocess_all(replace(job, folders=folders), todo, [targets[name] for name in missing], num_processes)
+            part = replace(job, folders={name: folders[name] for name in missing})
+            _preprocess_all(part, todo, [targets[name] for name in missing], num_processes)
     for target in targets.values():
         target.report.done.sort()
         target.report.failures.sort(key=lambda failure: failure.case)
@@ -167,11 +165,10 @@ class PreprocessJob:
     dataset_json: str
     folders: dict[str, Path]
     """Folder of each configuration."""
-    staging: Path
+    stage: Path
 
     def __call__(self, case: Case) -> dict[str, list[list[Any]] | CaseFailure]:
         """Read a case once, then preprocess and store it for each configuration; return its source signature."""
-        check_case_name(case.name)
         with unchanged(case) as signature:
             scan = self._read(case)
         self.copy_label(case)
@@ -186,7 +183,7 @@ class PreprocessJob:
         if case.label is not None:
             name = case.name + json.loads(self.dataset_json)["file_ending"]
             folder = next(iter(self.folders.values())).parent
-            storage.copy_label(case.label, inside(folder, "gt_segmentations", name), self.staging)
+            storage.copy_label(case.label, inside(folder, "gt_segmentations", name), self.stage)
 
     def _read(self, case: Case) -> _Scan:
         reader = json.loads(self.plans)["image_reader_writer"]
@@ -213,7 +210,7 @@ class PreprocessJob:
                 mask = preprocess_mask(mask, properties, data_CDHW.shape[1:], plans_manager, configuration_manager)
         content = storage.Content(data_CDHW, seg, properties, mask)
         patch_size = tuple(configuration_manager.patch_size)
-        storage.store_case(self.staging, self.folders[configuration], case.name, content, patch_size)
+        storage.store_case(self.stage, self.folders[configuration], case.name, content, patch_size)
 
 
 @functools.lru_cache(8)
@@ -241,11 +238,11 @@ def preprocess_case_npy(
     is called with the shapes before resampling, and raises for a case that is too large.
     """
     order = plans_manager.transpose_forward
-    _check_case(image_CDHW, label, properties["spacing"], order, configuration_manager)
+    _check_case(image_CDHW, properties["spacing"], order, configuration_manager)
     axes = [0, *(i + 1 for i in order)]
     spacing = [properties["spacing"][i] for i in order]
     transposed_CDHW = image_CDHW.transpose(axes)
-    box = get_bbox_from_mask(_nonzero(transposed_CDHW))
+    box = get_bbox_from_mask(find_nonzero(transposed_CDHW))
     inside = (slice(None), *bounding_box_to_slice(box))
     data_CDHW = np.array(transposed_CDHW[inside], dtype=np.float32)
     seg = None if label is None else _signed(label.transpose(axes)[inside])
@@ -302,20 +299,13 @@ def _target_spacing(configuration_manager: ConfigurationManager, spacing: Sequen
 
 
 def _check_case(
-    image_CDHW: np.ndarray,
-    label: np.ndarray | None,
-    spacing: Sequence[float],
-    order: Sequence[int],
-    configuration_manager: ConfigurationManager,
+    image_CDHW: np.ndarray, spacing: Sequence[float], order: Sequence[int], configuration_manager: ConfigurationManager
 ) -> None:
     """Refuse a case that does not fit the plan. ``spacing`` is the file's, ``order`` the plan's order of axes."""
     expected, num_axes = len(configuration_manager.normalization_schemes), len(configuration_manager.spacing)
     if len(image_CDHW) != expected:
         text = f"the image has {len(image_CDHW)} channels, the plan expects {expected}. Check the files."
         raise MFMError("E_CHANNELS", text)
-    if label is not None and label.shape[1:] != image_CDHW.shape[1:]:
-        text = f"the label has {label.shape[1:]} voxels, the image {image_CDHW.shape[1:]}. They must be on one grid."
-        raise MFMError("E_LABEL_GEOMETRY", text)
     # nnU-Net's readers set the missing spacing of a 2D image to 999 times the others: in 3D it becomes 999 slices.
     if num_axes == 3 and spacing[0] >= 998 * max(spacing[1:]):
         raise MFMError("E_DIM", "the image is 2D, the plan's configuration is 3D. Use a 2D plan, or leave it out.")
@@ -328,7 +318,7 @@ def _check_case(
         )
 
 
-def _nonzero(x_CDHW: np.ndarray) -> np.ndarray:
+def find_nonzero(x_CDHW: np.ndarray) -> np.ndarray:
     """Return a mask (D, H, W) of the voxels where any channel is not zero."""
     mask_DHW = x_CDHW[0] != 0
     for channel in x_CDHW[1:]:
@@ -345,7 +335,7 @@ def _mark_outside(data_CDHW: np.ndarray, seg: np.ndarray | None) -> np.ndarray:
     """Set label 0 to -1 outside the filled non-zero region, as nnU-Net; without a label map, start from zeros."""
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
-    if _nonzero(data_CDHW).all():
+    if find_nonzero(data_CDHW).all():
         return np.zeros((1, *data_CDHW.shape[1:]), dtype=np.int8) if seg is None else seg
     # The image is already cropped, so this only fills holes and marks. A box has the same holes as the whole image.
     return crop_to_nonzero(data_CDHW, seg)[1]
@@ -370,27 +360,17 @@ def _normalise(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
 ) -> None:
+    from nnunetv2.preprocessing.normalization import default_normalization_schemes
+
     intensities = plans_manager.foreground_intensity_properties_per_channel
     for c, scheme in enumerate(configuration_manager.normalization_schemes):
         known = intensities.get(str(c))
         if scheme == CT and not known:
             raise MFMError("E_CONFIG", f"the plan has no intensities of channel {c}, and {CT} needs them. Plan again.")
-        normaliser = _normaliser_class(scheme)(
+        normaliser = getattr(default_normalization_schemes, scheme)(
             use_mask_for_norm=configuration_manager.use_mask_for_norm[c], intensityproperties=known
         )
         data_CDHW[c] = normaliser.run(data_CDHW[c], None if seg is None else seg[0])
-
-
-@functools.lru_cache(16)
-def _normaliser_class(scheme: str) -> type[ImageNormalization]:
-    """Find nnU-Net's class by name. Cached, because nnU-Net imports a whole package for every search."""
-    from nnunetv2.preprocessing import normalization
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    found = recursive_find_python_class(normalization.__path__[0], scheme, normalization.__name__)
-    if found is None:
-        raise MFMError("E_CONFIG", f"the plan names the normalisation '{scheme}', which nnU-Net does not have.")
-    return found
 
 
 def _resampler(configuration_manager: ConfigurationManager, name: str) -> Callable[..., np.ndarray]:

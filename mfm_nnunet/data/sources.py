@@ -1,15 +1,20 @@
-"""Sources of a corpus: a folder tree, a BIDS tree, a table, nnssl's index, an nnU-Net raw folder, one image."""
+"""Sources of a corpus: a folder tree, a BIDS tree, a table, nnssl's index, an nnU-Net raw folder, one image.
+
+DICOM is recognised, even without an ending or in a zip archive, to explain that it must be converted first.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
+from typing import IO
 
 from mfm_nnunet.data import listings
 from mfm_nnunet.data.cases import (
@@ -25,8 +30,11 @@ from mfm_nnunet.data.cases import (
 )
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
-from mfm_nnunet.images import dicom
 
+CONVERT_DICOM = "Convert DICOM to NIfTI first: pip install dcm2niix; dcm2niix -z y -o nifti dicom/"
+_DICOM_ENDINGS = (".dcm", ".ima")
+_MOST_FILES = 1000
+"""Limit of files to examine for DICOM; a folder of another kind may hold millions."""
 _RAW_FOLDERS = ("imagesTr", "imagesTs")
 _LABEL_FOLDERS = {"labelsTr", "labelsTs"}
 _log = logging.getLogger(__name__)
@@ -71,8 +79,8 @@ def index_source(source: Path) -> list[Case]:
 def _unknown_source(source: Path) -> MFMError:
     if not os.path.isfile(source):
         return MFMError("E_FORMAT", f"{source}: is a pipe or device. Give a folder, a listing or an image.")
-    if found := dicom.find_dicom(source):
-        return MFMError("E_FORMAT", f"{found}: is DICOM, which is not read. {dicom.CONVERT}")
+    if found := _find_dicom(source):
+        return MFMError("E_FORMAT", f"{found}: is DICOM, which is not read. {CONVERT_DICOM}")
     if zipfile.is_zipfile(source):
         return MFMError("E_FORMAT", f"{source}: is a zip archive. Unpack it and give the folder.")
     endings = " ".join(IMAGE_ENDINGS)
@@ -83,7 +91,7 @@ def _unknown_source(source: Path) -> MFMError:
 
 def _what_else(source: Path) -> str:
     """Describe in sentences what a folder without images contains instead; "" if nothing is recognised."""
-    if advice := dicom.advice(source):
+    if advice := advise_dicom(source):
         return advice
     if not source.is_dir():
         return ""
@@ -119,8 +127,8 @@ def _folder(source: Path) -> list[Case]:
     if roots := _bids_folders(images, places):
         return _bids_cases(images, files, roots)
     files = _without_stray_pictures(images, _without_masks(images, files))
-    if files and (found := dicom.find_dicom(images)):
-        _log.warning("%s: DICOM files are left out, e.g. %s. %s", images, found, dicom.CONVERT)
+    if files and (found := _find_dicom(images)):
+        _log.warning("%s: DICOM files are left out, e.g. %s. %s", images, found, CONVERT_DICOM)
     _warn_of_channels(files)
     return named([file.relative_to(images) for file in files], [(file,) for file in files])
 
@@ -251,3 +259,56 @@ def _described(case: Case, root: Path, several: bool) -> Case:
 
 def _suffix(file: PurePath) -> str:
     return stem_of(file).rpartition("_")[2]
+
+
+def advise_dicom(place: Path) -> str:
+    """Return sentences about DICOM files found in ``place``, with a trailing blank; "" if there are none."""
+    found = _find_dicom(place)
+    return f"It holds DICOM, e.g. {found}, which is not read. {CONVERT_DICOM} " if found else ""
+
+
+def _find_dicom(place: Path) -> str:
+    """Return the name of a DICOM file: ``place`` itself, or one in that folder or zip archive; "" if there is none.
+
+    Only the first files of a large folder or archive are examined.
+    """
+    if os.path.isfile(place) and zipfile.is_zipfile(place):
+        return _find_in_archive(place)
+    for file in itertools.islice(_all_files(place), _MOST_FILES):
+        if file.suffix.lower() in _DICOM_ENDINGS or _is_dicom(file):
+            return str(file)
+    return ""
+
+
+def _all_files(place: Path) -> Iterator[Path]:
+    if not place.is_dir():
+        yield place
+    for folder, folders, names in os.walk(place):
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _is_dicom(file: Path) -> bool:
+    try:
+        if not file.is_file():  # pipes and devices are not opened
+            return False
+        with open(file, "rb") as stream:
+            return _has_mark(stream)
+    except OSError:
+        return False
+
+
+def _has_mark(stream: IO[bytes]) -> bool:
+    return stream.read(132)[128:] == b"DICM"
+
+
+def _find_in_archive(archive: Path) -> str:
+    try:
+        with zipfile.ZipFile(archive) as content:
+            for entry in content.infolist()[:_MOST_FILES]:
+                is_named = entry.filename.lower().endswith(_DICOM_ENDINGS)
+                if not entry.is_dir() and (is_named or _has_mark(content.open(entry))):
+                    return f"{archive}: {entry.filename}"
+    except (OSError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zipfile.LargeZipFile):
+        pass  # damaged or encrypted: its content is unknown
+    return ""

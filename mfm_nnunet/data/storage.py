@@ -11,9 +11,8 @@ import contextlib
 import logging
 import os
 import pickle
-import platform
-import re
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,65 +21,44 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from mfm_nnunet.data.volumes import (
-    mask_file,
-    open_array,
-    read_properties,
-)
+from mfm_nnunet.data.volumes import mask_file, open_array, read_properties
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import (
     append_line,
     atomic_write,
     inside,
     is_file_name,
+    locked,
     open_to_append,
     read_lines,
     report_full_disk,
-    whole_number,
 )
 
 ENDINGS = (".pkl", "_seg.b2nd", ".b2nd")
 """Files of a case in the order in which they are moved into place; for nnU-Net the last marks the case as present."""
+STAGING_PREFIX = ".partial_"
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def staging_folder(preprocessed_folder: Path) -> Iterator[Path]:
-    """Make a temporary folder for unfinished files; also remove those that dead processes left here.
-
-    Folders of other hosts and containers are kept: their processes may be alive.
-    """
-    prefix = f".partial-{_process_space()}-"
-    for left in preprocessed_folder.glob(f"{prefix}*"):
-        number = whole_number(left.name.removeprefix(prefix))
-        if number is not None and (number == os.getpid() or not _is_alive(number)):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = preprocessed_folder / f"{prefix}{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
+def staging(folder: Path, prefix: str = STAGING_PREFIX) -> Iterator[Path]:
+    """Make a hidden folder for unfinished files inside ``folder``, and so on the same disk."""
+    with report_full_disk(folder):
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     try:
-        yield folder
+        with locked(stage):
+            yield stage
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
-def _process_space() -> str:
-    """Return a name of the scope in which process numbers are unique: the host and the container's namespace."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return re.sub(r"[^A-Za-z0-9]", "", f"{platform.node()}{namespace}")
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+def remove_dead_stages(folder: Path) -> None:
+    """Remove the staging folders that killed processes left in ``folder``; those of living ones are locked."""
+    for stage in folder.glob(f"{STAGING_PREFIX}*"):
+        with contextlib.suppress(OSError), locked(stage) as is_free:
+            if is_free:
+                shutil.rmtree(stage, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -209,17 +187,11 @@ def _is_readable(file: Path) -> bool:
     return True
 
 
-def store_case(
-    staging: Path,
-    folder: Path,
-    case: str,
-    content: Content,
-    patch_size: tuple[int, ...],
-) -> None:
-    """Write a case to ``staging`` and move it to ``folder``, where it appears atomically."""
+def store_case(stage: Path, folder: Path, case: str, content: Content, patch_size: tuple[int, ...]) -> None:
+    """Write a case to ``stage`` and move it to ``folder``, where it appears atomically."""
     optional = {"_seg.b2nd": content.seg_1DHW, "anonymised": content.anonymised}
     kinds = {".pkl", ".b2nd", *(kind for kind, array in optional.items() if array is not None)}
-    staged = {key: staging / f"{key.strip('.')}~{case}" for key in case_files(folder, case) if key in kinds}
+    staged = {key: stage / f"{key.strip('.')}~{case}" for key in case_files(folder, case) if key in kinds}
     with atomic_write(staged[".pkl"]) as file:
         pickle.dump(content.properties, file)
     if content.seg_1DHW is not None:
@@ -252,12 +224,12 @@ def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> 
         stream.write(packed.to_cframe())
 
 
-def copy_label(label: Path, target: Path, staging: Path) -> None:
+def copy_label(label: Path, target: Path, stage: Path) -> None:
     """Copy a label file to nnU-Net's ``gt_segmentations``, unless an identical copy exists."""
     status = label.stat()
     if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns):
         return
-    temporary = staging / f"label_{target.name}"
+    temporary = stage / f"label_{target.name}"
     with report_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(label, temporary)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside
+from mfm_nnunet.files import inside, write_json
 from mfm_nnunet.jobs.preflight import Case, read_raw_dataset
 
 TEMPLATE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
@@ -87,7 +86,7 @@ def find_template(name: str) -> Path:
             return file
     raise MFMError(
         "E_NOT_FOUND",
-        "the demo's own data comes with the package nilearn, which is not installed (or lacks the template). "
+        "the demo needs the brain template of the package nilearn, which is not installed or lacks it. "
         "Run: pip install 'mfm_nnunet[demo]', or use your own data with --data DIR.",
     )
 
@@ -96,12 +95,10 @@ def template_blocks(affine: np.ndarray) -> list[tuple[str, tuple[int, int, int],
     """List hemisphere, grid position and voxels of all blocks; i counts from the side towards the midline."""
     assert affine[0, 0] > 0, "the template's first axis must point to the right"
     blocks = []
-    for i, j, k in np.ndindex(NUM_BLOCKS):
-        low = [start + size * place for start, size, place in zip(START, BLOCK, (i, j, k))]
-        left, rest = slice(low[0], low[0] + BLOCK[0]), [slice(low[a], low[a] + BLOCK[a]) for a in (1, 2)]
+    for place in np.ndindex(NUM_BLOCKS):
+        left, y, z = (slice(s + size * p, s + size * (p + 1)) for s, size, p in zip(START, BLOCK, place))
         right = slice(2 * MIDLINE - left.stop + 1, 2 * MIDLINE - left.start + 1)
-        blocks.append(("left", (i, j, k), (left, rest[0], rest[1])))
-        blocks.append(("right", (i, j, k), (right, rest[0], rest[1])))
+        blocks += [("left", place, (left, y, z)), ("right", place, (right, y, z))]
     return blocks
 
 
@@ -117,9 +114,7 @@ def split_folder(folder: Path) -> Split:
     The training cases are also the corpus.
     """
     if not (folder / "dataset.json").is_file():
-        raise MFMError(
-            "E_NOT_FOUND", f"--data {folder}: no dataset.json. Give a dataset folder in nnU-Net's raw format."
-        )
+        raise MFMError("E_NOT_FOUND", f"--data {folder}: no dataset.json. Give a dataset in nnU-Net's raw format.")
     dataset = read_raw_dataset(folder)
     cases = sorted((case for case in dataset.cases if case.label is not None), key=lambda case: case.name)
     if len(cases) < 3:
@@ -147,7 +142,7 @@ def write_dataset(split: Split, folder: Path) -> None:
         if case.label is not None
     }
     content = {**split.dataset_json, "numTraining": len(entries), "dataset": entries}
-    (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_json(folder / "dataset.json", content, 2)
 
 
 def write_test_folder(split: Split, folder: Path) -> None:

@@ -7,7 +7,6 @@ one folder. The demo shows that the steps work together; one seed on a short sch
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.demo import data as demo_data
 from mfm_nnunet.demo.data import Split
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import atomic_write, inside
+from mfm_nnunet.files import inside, write_json
 from mfm_nnunet.metrics import dice, mean_dice
 from mfm_nnunet.reports.overlays import draw_overlay
 from mfm_nnunet.settings import MFMBlock, override
@@ -48,21 +47,9 @@ RECORD = "demo.json"
 """File that marks the folder as a demo's. It is written first, and again at the end with the results."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """An arm of the fine-tuning. nnU-Net names result folders after the plan, so each arm has its own plan."""
-
-    key: str
-    title: str
-    pretext: str | None
-    plans_name: str
-
-
-ARMS = (
-    Start("scratch", "from scratch", None, "mfmDemoScratchPlans"),
-    Start("mae", "MAE", "mae", "mfmDemoMaePlans"),
-    Start("volume_fusion", "Volume Fusion", "volume_fusion", "mfmDemoVolumeFusionPlans"),
-)
+SCRATCH = "scratch"
+ARMS = {SCRATCH: "from scratch", "mae": "MAE", "volume_fusion": "Volume Fusion"}
+"""Title of each arm; all but the first are named after their pretext task."""
 
 
 @dataclass
@@ -104,7 +91,7 @@ def run_demo(
         demo_data.find_template("t1")
     prepare_folder(folder, overwrite)
     if ignored := [name for name in workspace.FOLDERS if name in os.environ]:  # they contain the user's real data
-        logger.info("%s: set, but the demo uses its own folder", ", ".join(ignored))
+        logger.info("%s: ignored, the demo uses its own folder", ", ".join(ignored))
     result = DemoResult()
     with workspace.use_only(folder) as here:
         with result.timed("data"):
@@ -118,14 +105,14 @@ def run_demo(
         checkpoints = _pretrain_starts(result, folder, configuration, schedule, device)
         _plan_labelled(result, folder, split, configuration, checkpoints)
         for arm in ARMS:
-            logger.info("\n== Fine-tune: %s", arm.title)
-            with result.timed(f"train {arm.key}"):
+            logger.info("\n== Fine-tune: %s", ARMS[arm])
+            with result.timed(f"train {arm}"):
                 fold_folder = mfm_nnunet.train(
                     DATASET_ID,
                     configuration,
                     FOLD,
-                    plans_name=arm.plans_name,
-                    pretrained_weights=checkpoints.get(arm.key),
+                    plans_name=_plans_name(arm),
+                    pretrained_weights=checkpoints.get(arm),
                     settings=[setting for setting in schedule if not setting.startswith("pretrain.")],
                     device=device,
                     workspace=folder,
@@ -133,28 +120,27 @@ def run_demo(
             _predict(result, arm, folder, fold_folder, device)
         with result.timed("pictures"):
             compare(result, split, folder / "overlays")
-    scores = {arm: {name: _without_nan(of) for name, of in labels.items()} for arm, labels in result.dice.items()}
+    scores = {
+        arm: {label: {case: None if s != s else s for case, s in of.items()} for label, of in labels.items()}
+        for arm, labels in result.dice.items()
+    }
     _write_record(folder, {"schedule": schedule, "seconds": result.seconds, "dice": scores})
     return result
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
     """Make an empty folder and mark it as the demo's; ``overwrite`` removes only files of an earlier demo."""
+    reason = ""
     if folder.exists() and not folder.is_dir():
-        raise MFMError("E_EXISTS", f"{folder}: this is a file. Choose another folder with --workspace DIR.")
-    if folder.is_dir() and any(folder.iterdir()):
+        reason = "this is a file"
+    elif folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
-            raise MFMError(
-                "E_EXISTS",
-                f"{folder}: this folder is not empty and was left as it is. Start anew with --overwrite, which removes "
-                "only what an earlier demo made there, or choose another folder with --workspace DIR.",
-            )
-        if not (folder / RECORD).is_file():
-            raise MFMError(
-                "E_EXISTS",
-                f"{folder}: no demo made this folder ({RECORD} is missing), so --overwrite removes nothing there. "
-                "Choose another folder with --workspace DIR.",
-            )
+            reason = "this folder is not empty. Remove the files of an earlier demo with --overwrite"
+        elif not (folder / RECORD).is_file():
+            reason = f"no demo made this folder ({RECORD} is missing), so --overwrite removes nothing in it"
+    if reason:
+        raise MFMError("E_EXISTS", f"{folder}: {reason}, or choose another folder with --workspace DIR.")
+    if overwrite:
         datasets = (f"Dataset{CORPUS_ID}_{CORPUS_NAME}", f"Dataset{DATASET_ID}_{DATASET_NAME}")
         own = [f"{root}/{dataset}" for root in workspace.FOLDERS for dataset in datasets]
         for name in ("scans", "test_images", "predictions", "overlays", *own):
@@ -170,29 +156,29 @@ def _pretrain_starts(
     """Plan the corpus, pretrain, and return the checkpoint of each arm that has one."""
     with result.timed("plan"):
         logger.info("\n== Plan and preprocess the images without labels")
+        images, only = folder / "corpus.csv", [configuration]
         (plan,) = mfm_nnunet.plan_and_preprocess(
-            [CORPUS_ID],
-            images=folder / "corpus.csv",
-            name=CORPUS_NAME,
-            configurations=[configuration],
-            workspace=folder,
+            [CORPUS_ID], images=images, name=CORPUS_NAME, configurations=only, workspace=folder
         )
     checkpoints = {}
-    for arm in ARMS:
-        if arm.pretext is None:
-            continue
-        logger.info("\n== Pretrain: %s", arm.title)
-        with result.timed(f"pretrain {arm.key}"):
-            checkpoints[arm.key] = mfm_nnunet.pretrain(
+    for arm in (arm for arm in ARMS if arm != SCRATCH):
+        logger.info("\n== Pretrain: %s", ARMS[arm])
+        with result.timed(f"pretrain {arm}"):
+            checkpoints[arm] = mfm_nnunet.pretrain(
                 CORPUS_ID,
                 configuration,
                 plans_name=plan.file.stem,
-                pretext=arm.pretext,
+                pretext=arm,
                 settings=[setting for setting in schedule if not setting.startswith("finetune.")],
                 device=device,
                 workspace=folder,
             )
     return checkpoints
+
+
+def _plans_name(arm: str) -> str:
+    """Return the name of an arm's own plan: nnU-Net names result folders after the plan."""
+    return f"mfmDemo{arm.title().replace('_', '')}Plans"
 
 
 def _plan_labelled(
@@ -209,8 +195,8 @@ def _plan_labelled(
                 (plan,) = mfm_nnunet.plan_and_preprocess(
                     [DATASET_ID],
                     configurations=[configuration],
-                    like=checkpoints.get(arm.key, first),
-                    plans_name=arm.plans_name,
+                    like=checkpoints.get(arm, first),
+                    plans_name=_plans_name(arm),
                     workspace=folder,
                 )
                 package.setLevel(logging.WARNING)  # the other plans would only repeat it
@@ -218,17 +204,16 @@ def _plan_labelled(
             package.setLevel(level)
     # One case validates during training; nnU-Net's own split would hold out a fifth and predict it at the end.
     names = [case.name for case in split.labelled]
-    with atomic_write(plan.file.parent / "splits_final.json") as handle:
-        handle.write(json.dumps([{"train": names[:-1], "val": names[-1:]}]).encode())
+    write_json(plan.file.parent / "splits_final.json", [{"train": names[:-1], "val": names[-1:]}])
 
 
-def _predict(result: DemoResult, arm: Start, folder: Path, fold_folder: Path, device: str) -> None:
-    logger.info("\n== Predict: %s", arm.title)
-    result.folders[arm.key] = folder / "predictions" / arm.key
-    with result.timed(f"predict {arm.key}"):
+def _predict(result: DemoResult, arm: str, folder: Path, fold_folder: Path, device: str) -> None:
+    logger.info("\n== Predict: %s", ARMS[arm])
+    result.folders[arm] = folder / "predictions" / arm
+    with result.timed(f"predict {arm}"):
         mfm_nnunet.predict(
             folder / "test_images",
-            result.folders[arm.key],
+            result.folders[arm],
             model_folder=fold_folder.parent,
             folds=[FOLD],
             mirroring=False,  # eight times faster in 3D, and the same for all arms
@@ -242,18 +227,18 @@ def compare(result: DemoResult, split: Split, folder: Path) -> None:
     dataset = DatasetJson.of(split.dataset_json)
     labels, ignore = dataset.foreground, dataset.ignore
     folder.mkdir(exist_ok=True)
-    result.dice = {arm.key: {label: {} for label in labels} for arm in ARMS}
+    result.dice = {arm: {label: {} for label in labels} for arm in ARMS}
     for case in split.test:
         assert case.label is not None
         reference, predictions = _read_voxels(case.label), {}
-        for arm in ARMS:
-            file = inside(result.folders[arm.key], f"{case.name}{split.dataset_json['file_ending']}")
+        for arm, arm_title in ARMS.items():
+            file = inside(result.folders[arm], f"{case.name}{split.dataset_json['file_ending']}")
             mask = _read_voxels(file)
             scores = {label: dice(reference, mask, values, ignore) for label, values in labels.items()}
             for label, score in scores.items():
-                result.dice[arm.key][label][case.name] = score
+                result.dice[arm][label][case.name] = score
             result.masks.append(file)
-            predictions[f"{arm.title}, Dice {mean_dice(list(scores.values())):.2f}"] = file
+            predictions[f"{arm_title}, Dice {mean_dice(list(scores.values())):.2f}"] = file
         overlay = inside(folder, f"{case.name}.png")
         title = f"{case.name}: predicted and reference labels"
         draw_overlay(overlay, title, case.images[0], case.label, predictions, labels)
@@ -262,17 +247,17 @@ def compare(result: DemoResult, split: Split, folder: Path) -> None:
 
 def format_result(result: DemoResult) -> str:
     """Format times and Dice per label and arm as a table."""
-    scores = result.dice[ARMS[0].key]
+    scores = result.dice[SCRATCH]
     num_cases = len(next(iter(scores.values())))
     rows = [["start", *scores, "mean", "pretraining", "fine-tuning", "predicting"]]
-    for arm in ARMS:
-        values = [f"{result.mean(arm.key, label):.3f}" for label in [*scores, None]]
-        times = [result.seconds.get(f"{stage} {arm.key}") for stage in ("pretrain", "train", "predict")]
-        rows.append([arm.title, *values, *("-" if seconds is None else f"{seconds:.0f} s" for seconds in times)])
+    for arm, title in ARMS.items():
+        values = [f"{result.mean(arm, label):.3f}" for label in [*scores, None]]
+        times = [result.seconds.get(f"{stage} {arm}") for stage in ("pretrain", "train", "predict")]
+        rows.append([title, *values, *("-" if seconds is None else f"{seconds:.0f} s" for seconds in times)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     others = ", ".join(f"{name} {result.seconds[name]:.0f} s" for name in ("data", "plan", "pictures"))
-    total = f"In all {sum(result.seconds.values()):.0f} s ({others}, and what the table says)."
+    total = f"Total {sum(result.seconds.values()):.0f} s ({others}, and the times in the table)."
     return "\n".join([f"Mean Dice over {num_cases} test cases", lines[0], "-" * len(lines[0]), *lines[1:], total])
 
 
@@ -282,10 +267,5 @@ def _read_voxels(file: Path) -> Any:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
-def _without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
-    return {case: None if score != score else score for case, score in scores.items()}
-
-
 def _write_record(folder: Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(folder / RECORD) as handle:
-        handle.write(json.dumps({"made_by": f"mfm_demo {mfm_nnunet.__version__}", **content}, indent=1).encode())
+    write_json(folder / RECORD, {"made_by": f"mfm_demo {mfm_nnunet.__version__}", **content})

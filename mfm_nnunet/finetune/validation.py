@@ -18,12 +18,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.data.loops import progress
+from mfm_nnunet.data.storage import remove_dead_stages, staging
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, report_full_disk
 from mfm_nnunet.finetune.loading import require_geometry
 from mfm_nnunet.images.reading import read_label
-from mfm_nnunet.prediction.export import export_validation_case, publish, remove_dead_stages, require_space, staging
+from mfm_nnunet.prediction.export import export_validation_case, publish, require_space
 from mfm_nnunet.prediction.predictor import Model
 
 Label = int | tuple[int, ...]

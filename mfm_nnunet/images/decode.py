@@ -286,7 +286,8 @@ def serve(descriptor: str, work_folder: str) -> None:
     with contextlib.suppress(OSError):  # if memory runs out, the system should kill this process, not its parent
         Path("/proc/self/oom_score_adj").write_text("500")
     find_reader_class("SimpleITKIO")
-    with socket.socket(fileno=int(descriptor)) as channel, contextlib.suppress(OSError, EOFError):
+    channel = socket.socket(fileno=int(descriptor))
+    with contextlib.suppress(OSError, EOFError):
         channel.settimeout(IDLE_SECONDS)
         send(channel, {"ready": True})
         memory = Memory()
@@ -294,6 +295,9 @@ def serve(descriptor: str, work_folder: str) -> None:
             request, _ = receive(channel)
             _answer_request(channel, request, Path(work_folder), memory)
     shutil.rmtree(work_folder, ignore_errors=True)
+    # The parent must not see the end of the channel before the exit code, so both end at once. A Python exit takes long
+    # enough on a busy machine for the parent to take an idle child for one that the system killed.
+    os._exit(0)
 
 
 def _answer_request(channel: socket.socket, request: dict[str, Any], work_folder: Path, memory: Memory) -> None:

@@ -64,6 +64,12 @@ _OTHER_CONTENT = {
 
 _CHECKS = {".png": bitmaps.check_png, ".bmp": bitmaps.check_bmp, ".tif": tiff.check_tiff, ".tiff": tiff.check_tiff}
 """Checks of the content of pictures by ending; :func:`bitmaps.check_picture` for all others."""
+_HEADERS = {
+    **dict.fromkeys((".nrrd", ".nhdr"), headers.nrrd_header),
+    **dict.fromkeys((".mha", ".mhd"), headers.meta_header),
+    ".gipl": headers.gipl_header,
+}
+"""Readers of the headers of volumes by ending; NIfTI has its own."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +117,13 @@ def declared_by(path: Path) -> Declared:
         if ending in (".nii", ".nii.gz"):
             start = _first_bytes(path, ending)
             header = nifti.nifti_header(path, start)
-        elif ending in (".nrrd", ".nhdr"):
-            header = headers.nrrd_header(path)
-        elif ending in (".mha", ".mhd"):
-            header = headers.meta_header(path)
-        elif ending == ".gipl":
-            header = headers.gipl_header(path)
-        if header is not None:
-            _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
+        elif ending in _HEADERS:
+            header = _HEADERS[ending](path)
         if header is None:
             count = tiff.num_decoded_bytes if ending in (".tif", ".tiff") else bitmaps.num_bytes
             reading_bytes = READING_BYTES_PER_BYTE * count(path)
         else:
+            _require_possible(path, header, is_compressed=ending == ".nii.gz" or header.compression != "none")
             reading_bytes = READING_BYTES_PER_VOXEL * math.prod(header.shape)
         require_memory(reading_bytes, f"{path}: reading the image", "Crop it.")
     return Declared(ending, header, reading_bytes, start)
@@ -176,10 +177,9 @@ def files_of(path: Path, is_label: bool = False) -> list[Path]:
     if ending in (".tif", ".tiff"):
         spacing = Path(str(path)[: -len(ending if is_label else f"_0000{ending}")] + ".json")
         files += [spacing] if os.path.isfile(spacing) else []
-    elif ending in (".nrrd", ".nhdr", ".mha", ".mhd") and os.path.isfile(path):  # opening a pipe would block for ever
+    elif ending in _HEADERS and os.path.isfile(path):  # opening a pipe would block for ever
         with contextlib.suppress(MFMError, OSError):
-            read = headers.nrrd_header if ending in (".nrrd", ".nhdr") else headers.meta_header
-            voxels = read(path).data_file
+            voxels = _HEADERS[ending](path).data_file
             files += [voxels] if voxels != path else []
     return files
 

@@ -146,16 +146,11 @@ def check_label(
 
     A label without foreground is legal. ``name`` is the case. Raises MFMError: E_LABEL_GEOMETRY, E_LABEL_VALUE.
     """
-    if label.shape[1:] != image.shape[1:]:
+    if differs := _grids_differ(label, label_properties, image, image_properties):
         raise MFMError(
             "E_LABEL_GEOMETRY",
-            f"{name}: the label has size {_grid(label)}, its image {_grid(image)}. Resample the label to the image.",
-        )
-    if differs := difference(geometry_of(label_properties), geometry_of(image_properties)):
-        raise MFMError(
-            "E_LABEL_GEOMETRY",
-            f"{name}: the label lies differently in space than its image: {differs}. Resample the label to the "
-            "image, or copy the image's geometry into its header if only the header is wrong.",
+            f"{name}: the label does not lie on the grid of its image: {differs}. Resample it to the image, or copy "
+            "the image's geometry into its header if only the header is wrong.",
         )
     known = known_labels(dataset_json)
     unknown = [value for value in _label_values(label) if value not in known]
@@ -175,15 +170,19 @@ def check_mask(
     file: Path,
 ) -> None:
     """Check that a mask lies on the grid of its image, else raise MFMError (E_GEOMETRY); ``file`` is the mask's."""
-    differs = difference(geometry_of(mask_properties), geometry_of(image_properties))
-    if mask_1DHW.shape[1:] != image_CDHW.shape[1:]:
-        differs = f"{_grid(mask_1DHW)} against {_grid(image_CDHW)} voxels"
-    if differs:
+    if differs := _grids_differ(mask_1DHW, mask_properties, image_CDHW, image_properties):
         raise MFMError(
             "E_GEOMETRY",
             f"{file}: the mask does not lie on the grid of its image: {differs}. Resample it to the image, or take it "
             "out of the source.",
         )
+
+
+def _grids_differ(one: np.ndarray, properties: dict, other: np.ndarray, other_properties: dict) -> str:
+    """Describe how the grids of two images differ; "" if they do not."""
+    if one.shape[1:] != other.shape[1:]:
+        return f"{_grid(one)} against {_grid(other)} voxels"
+    return difference(geometry_of(properties), geometry_of(other_properties))
 
 
 def known_labels(dataset_json: Mapping[str, Any]) -> set[int]:

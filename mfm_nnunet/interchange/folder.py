@@ -52,8 +52,6 @@ def write_hub_folder(content: Mapping[str, Any], folder: Path) -> None:
     """Write ``model.safetensors``, ``config.json`` (the ``mfm`` key) and a model card into ``folder``."""
     from safetensors.torch import save
 
-    if folder.exists() and any(folder.iterdir()):
-        raise MFMError("E_EXISTS", f"{folder}: the folder is not empty. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _once(content["network_weights"])
     weights = save(tensors, metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
@@ -75,7 +73,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     mfm, digest = config.get("mfm"), config.get(_DIGEST)
     if digest is not None and sha256(file) != digest:
         raise MFMError(
-            "E_MODEL_CORRUPT", f"{file}: not the weights that {CONFIG} is for (SHA-256). Copy the folder again."
+            "E_MODEL_CORRUPT", f"{file}: the SHA-256 differs from the one in {CONFIG}. Copy the folder again."
         )
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
@@ -87,7 +85,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     if not isinstance(mfm, dict) or mfm.get("kind") != "pretrained":
         raise MFMError(
             "E_MODEL_CORRUPT",
-            f"{folder / CONFIG}: no description of a checkpoint of ours. Export the checkpoint again.",
+            f"{folder / CONFIG}: does not describe a checkpoint of mfm_nnunet. Export the checkpoint again.",
         )
     return {"network_weights": weights, "mfm": mfm}
 
@@ -169,9 +167,9 @@ def describe_text(reading: Reading) -> str:
     found += [("note", note) for note in reading.notes]
     if reading.others:
         kinds = sorted({name.partition(".")[0] for name in reading.others})
-        found.append(("not used", f"{len(reading.others)} tensors that no network of ours has: {', '.join(kinds)}"))
+        found.append(("not used", f"{len(reading.others)} tensors of parts that are not used here: {', '.join(kinds)}"))
     if reading.names_subjects:
-        found.append(("warning", "the file names the subjects of its corpus; import it to get one without them"))
+        found.append(("warning", "the file names the subjects of its corpus; mfm_checkpoint import leaves them out"))
     return "\n".join(f"{name:<22}{value}" for name, value in found)
 
 
@@ -202,8 +200,8 @@ mfm_train DATASET {planned} 0 -p PLANS -pretrained_weights THIS_FOLDER
 {rows}
 
 {_without_us(mfm, layout)}
-The folder holds no names of subjects or files and no images. It is research software and not a medical device: a start
-for fine-tuning, and what comes of it is to be tested on data like yours.
+The folder contains no names of subjects or files and no images. This is research software and not a medical device.
+Fine-tune the weights, and test the result on data like yours.
 
 ## Cite
 

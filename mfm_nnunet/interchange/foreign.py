@@ -94,7 +94,7 @@ def require_plan(reading: Reading, *keys: str) -> None:
     if problem:
         raise MFMError(
             "E_MODEL_MISMATCH",
-            f"it lacks the plan that its network was built from ({problem}). Pretrain again.",
+            f"it lacks the plan of its network ({problem}). Pretrain again.",
         )
 
 
@@ -127,7 +127,7 @@ def ours(content: Mapping[str, Any]) -> Reading:
 
 
 def _no_description(name: str, value: Any) -> MFMError:
-    return MFMError("E_MODEL_CORRUPT", f"it says {name} = {str(value)[:60]!r}, which cannot be. Copy it again.")
+    return MFMError("E_MODEL_CORRUPT", f"its value {name} = {str(value)[:60]!r} is not possible. Copy it again.")
 
 
 def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Reading:
@@ -161,10 +161,10 @@ def from_nnssl(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readin
 
 def _note_of_missing_plan(trained_with: Mapping[str, Any]) -> str:
     if not trained_with:
-        return "the file has no plan: the network is read off the tensors"
+        return "the file has no plan: the network is inferred from the tensors"
     return (
-        "the file has no adaptation plan: the network is read off the tensors; what is known of spacing, "
-        "normalisation, axes and patch is from the plan of its training"
+        "the file has no adaptation plan: the network is inferred from the tensors; spacing, normalisation, axes and "
+        "patch are taken from the plan of its training, as far as it has them"
     )
 
 
@@ -176,8 +176,8 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
     if problem or configuration not in plans["configurations"]:
         raise MFMError(
             "E_MODEL_MISMATCH",
-            f"the plan in it is not whole ({problem or 'no configuration ' + configuration}). Use a checkpoint that "
-            "nnU-Net or mfm_nnunet wrote.",
+            f"its plan is incomplete ({problem or 'no configuration ' + configuration}). Use a checkpoint written by "
+            "nnU-Net or mfm_nnunet.",
         )
     planned = dict(Plan.of(plans).configuration(configuration).values)
     planned.pop("inherits_from", None)
@@ -201,7 +201,7 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
 def report_unused(token_order: TokenOrder | None) -> None:
     """Log that a token order was given for a network without tokens or for one of ours."""
     if token_order is not None:
-        logger.info("--token-order %s has no effect: it is for the Primus of other programs", token_order)
+        logger.info("--token-order %s has no effect: it is only for Primus weights of other programs", token_order)
 
 
 def _papers(said: Any, notes: list[str]) -> list[Any]:
@@ -238,7 +238,7 @@ def _converted_of_nnunet(parts: Parts, planned: Mapping[str, Any], token_order: 
         report_unused(token_order)
         return Converted(parts.weights, architecture, patch, parts.others, [])
     converted = _convert_parts(parts, Stated(class_name, patch_size=patch, token_order=token_order), token_order)
-    notes = ["the plan does not name this network: it is read off the tensors", *converted.notes]
+    notes = ["the plan does not name this network: it is inferred from the tensors", *converted.notes]
     return Converted(converted.weights, converted.architecture, patch, converted.others, notes)
 
 
@@ -254,10 +254,10 @@ def _plans(parts: Parts, plan: nnssl.AdaptationPlan, converted: Converted, notes
     num_axes, origin = len(converted.patch_size), parts.layout.origin if parts.layout else ""
     patch = list(plan.recommended_patch or converted.patch_size)
     if len(patch) != num_axes:
-        raise MFMError("E_MODEL_MISMATCH", f"its network is {num_axes}D and its plan's patch is {patch}.")
+        raise MFMError("E_MODEL_MISMATCH", f"its network is {num_axes}D, but the patch in its plan is {patch}.")
     normalization = list(plan.normalization) or ["ZScoreNormalization"]
     if unknown := [name for name in normalization if name not in NORMALIZATIONS]:
-        raise MFMError("E_MODEL_MISMATCH", f"it was pretrained with {unknown[0]}, which cannot be repeated here.")
+        raise MFMError("E_MODEL_MISMATCH", f"it was pretrained with {unknown[0]}, which is not supported here.")
     if not plan.normalization:
         notes.append(f"normalisation: z-score, {origin}; the file does not say")
     if plan.spacing is None and plan.is_resampled:
@@ -301,7 +301,7 @@ def _description(
     stem = next((tensor for name, tensor in weights.items() if name.startswith(prefix) and tensor.ndim > 3), None)
     if stem is None:
         raise MFMError(
-            "E_MODEL_MISMATCH", f"no convolution of its stem ({prefix[0]}*) is among the weights: no whole encoder."
+            "E_MODEL_MISMATCH", f"the encoder is incomplete: its stem ({prefix[0]}*) is not among the weights."
         )
     head = (layout.head,) if layout else family.head
     biases = [tensor for name, tensor in weights.items() if name.startswith(head) and name.endswith(".bias")]

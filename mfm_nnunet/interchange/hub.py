@@ -44,7 +44,7 @@ def fetch(address: str | Path) -> Path:
         except ValueError as error:
             raise MFMError("E_CONFIG", f"{text}: not an address ({error}). Give file:///PATH or a path.") from error
         if parsed.netloc not in ("", "localhost"):
-            raise MFMError("E_CONFIG", f"{text}: a file of another computer. Give file:///PATH or a path.")
+            raise MFMError("E_CONFIG", f"{text}: the file is on another computer. Give file:///PATH or a path.")
         return Path(unquote(parsed.path))
     if page := _PAGE.fullmatch(text):
         raise MFMError(
@@ -60,8 +60,8 @@ def fetch(address: str | Path) -> Path:
     if not _COMMIT.fullmatch(match["commit"] or ""):
         raise MFMError(
             "E_CONFIG",
-            f"{text}: name the commit, hf://{match['repo']}@ and 40 hex digits (the hub's page lists them): a branch "
-            "or tag may be moved, and the weights with it.",
+            f"{text}: add the commit: hf://{match['repo']}@ and 40 hex digits, listed on the hub's page. A branch or "
+            "tag may move, and the weights with it.",
         )
     return _snapshot(match["repo"], match["commit"])
 
@@ -76,7 +76,7 @@ def _snapshot(repository: str, commit: str) -> Path:
     try:
         return _download(where, repository, commit)
     except HFValidationError as error:
-        raise MFMError("E_CONFIG", f"{where}: this cannot be a repository ({error}). Check owner and name.") from error
+        raise MFMError("E_CONFIG", f"{where}: not a valid repository ({error}). Check owner and name.") from error
     except HfHubHTTPError as error:
         raise _refused(where, error.response.status_code if error.response is not None else 0) from error
     except Exception as error:
@@ -84,7 +84,7 @@ def _snapshot(repository: str, commit: str) -> Path:
         if is_of_client or isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)):
             return _cached(where, repository, commit, error)
         if isinstance(error, OSError) and error.errno is None:  # not a disk error
-            raise MFMError("E_NETWORK", f"{where}: the download was cut short ({error}). Try again.") from error
+            raise MFMError("E_NETWORK", f"{where}: the download was interrupted ({error}). Try again.") from error
         raise
 
 
@@ -101,7 +101,7 @@ def _download(where: str, repository: str, commit: str) -> Path:
     files, wrong = [], []
     for name in (*(name for name in BESIDE if name in listed), weights):
         if not _HASH.fullmatch(listed[name] or ""):
-            raise MFMError("E_NETWORK", f"{where}: the hub lists no hash of {name}, so it cannot be trusted.")
+            raise MFMError("E_NETWORK", f"{where}: the hub lists no hash of {name}, so it cannot be verified.")
         files.append(Path(hf_hub_download(repository, name, revision=commit)))
         if not _has_hash(files[-1], str(listed[name])):
             wrong.append(name)
@@ -111,7 +111,7 @@ def _download(where: str, repository: str, commit: str) -> Path:
     if wrong:
         raise MFMError(
             "E_MODEL_CORRUPT",
-            f"{where}: {', '.join(wrong)}: not what the hub lists (the hash differs). Removed; fetch it again.",
+            f"{where}: {', '.join(wrong)}: the hash differs from the hub's. Removed; run the command again.",
         )
     return files[0].parent
 
@@ -125,8 +125,8 @@ def _cached(where: str, repository: str, commit: str, error: Exception) -> Path:
     if not files.keys() & set(WEIGHTS):
         raise MFMError(
             "E_NETWORK",
-            f"{where}: the hub cannot be reached and this checkpoint was not fetched before. Connect, or copy the "
-            "repository's files into a folder and give its path.",
+            f"{where}: the hub cannot be reached, and this checkpoint was not downloaded before. Connect to the "
+            "internet, or copy the files of the repository into a folder and give its path.",
         ) from error
     if missing := [name for name in BESIDE if name not in files]:
         logger.info("%s: the hub cannot be reached; not in the cache, if it has them: %s", where, ", ".join(missing))
@@ -144,8 +144,8 @@ def _refused(where: str, status: int) -> MFMError:
     if status in (401, 403):
         return MFMError(
             "E_NOT_FOUND",
-            f"{where}: the hub does not show it to everybody ({status}). Check owner and name; accept the model's "
-            "conditions on its page, and log in with: hf auth login.",
+            f"{where}: the hub denies access ({status}). Check owner and name, accept the model's conditions on its "
+            "page, and log in with: hf auth login.",
         )
     if status in (0, 408, 429) or status >= 500:
         return MFMError("E_NETWORK", f"{where}: the hub answered {status or 'nothing'}. Try again later.")

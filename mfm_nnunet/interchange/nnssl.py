@@ -59,23 +59,23 @@ def read_plan(raw: Mapping[str, Any], trained_with: Mapping[str, Any] | None = N
     configuration = {**_first_configuration(trained_with or {}), **_first_configuration(pretrain)}
     if plain(configuration.get("spacing")) in ([None] * 2, [None] * 3):  # None for each axis means None
         configuration = {**configuration, "spacing": None}
-    order = _whole(pretrain, "transpose_forward")
+    order = _row(pretrain, "transpose_forward", int)
     if order is not None and sorted(order) != list(range(len(order))):
         raise _wrong("transpose_forward", order)
     return AdaptationPlan(
-        class_name=_read_text(architecture, "arch_class_name"),
+        class_name=_read(architecture, "arch_class_name", str),
         arch_kwargs={key: plain(value) for key, value in _table(architecture, "arch_kwargs").items()},
         num_inputs=_read_number(raw, "pretrain_num_input_channels"),
         # Prefer the newer field: contrastive tasks train on crops, but older files store the corpus' patch.
-        patch_size=_whole(raw, "pretrain_patch_size") or _whole(configuration, "patch_size"),
-        recommended_patch=_whole(raw, "recommended_downstream_patchsize"),
+        patch_size=_row(raw, "pretrain_patch_size", int) or _row(configuration, "patch_size", int),
+        recommended_patch=_row(raw, "recommended_downstream_patchsize", int),
         spacing=_row(configuration, "spacing", float),
         is_resampled="spacing" not in configuration or configuration["spacing"] is not None,
         normalization=_row(configuration, "normalization_schemes", str) or (),
         use_mask_for_norm=_row(configuration, "use_mask_for_norm", bool) or (),
         transpose_forward=order,
-        key_to_encoder=_read_text(raw, "key_to_encoder"),
-        key_to_stem=_read_text(raw, "key_to_stem"),
+        key_to_encoder=_read(raw, "key_to_encoder", str),
+        key_to_stem=_read(raw, "key_to_stem", str),
     )
 
 
@@ -123,38 +123,28 @@ def plain(value: Any) -> Any:
 
 
 def _first_configuration(pretrain: Mapping[str, Any]) -> Mapping[str, Any]:
-    configuration: Any = next(iter(_table(pretrain, "configurations").values()), {})
-    if not isinstance(configuration, Mapping):
-        raise _wrong("configurations", configuration)
-    return configuration
+    configurations = _table(pretrain, "configurations")
+    return _table(configurations, next(iter(configurations), ""))
 
 
 def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = values.get(name)
-    if found is None:
-        return {}
-    if not isinstance(found, Mapping):
-        raise _wrong(name, found)
-    return found
+    found: Mapping[str, Any] | None = _read(values, name, Mapping)
+    return found or {}
 
 
-def _read_text(values: Mapping[str, Any], name: str) -> str | None:
+def _read(values: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """Return a value of the right type, None if it is missing."""
     found = values.get(name)
-    if found is not None and not isinstance(found, str):
+    if found is not None and (not isinstance(found, kind) or isinstance(found, bool)):
         raise _wrong(name, found)
     return found
 
 
 def _read_number(values: Mapping[str, Any], name: str) -> int | None:
-    found = plain(values.get(name))
-    is_number = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1 << 31
-    if found is not None and not is_number:
+    found = _read({name: plain(values.get(name))}, name, (int, float))
+    if found is not None and not abs(found) < 1 << 31:
         raise _wrong(name, found)
     return None if found is None else int(found)
-
-
-def _whole(values: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-    return _row(values, name, int)
 
 
 def _row(values: Mapping[str, Any], name: str, kind: type) -> tuple[Any, ...] | None:
@@ -168,4 +158,6 @@ def _row(values: Mapping[str, Any], name: str, kind: type) -> tuple[Any, ...] | 
 
 
 def _wrong(name: str, value: Any) -> MFMError:
-    return MFMError("E_MODEL_CORRUPT", f"its {KEY} says {name} = {str(value)[:60]!r}, which cannot be. Copy it again.")
+    return MFMError(
+        "E_MODEL_CORRUPT", f"its {KEY} has {name} = {str(value)[:60]!r}, which is not possible. Copy it again."
+    )

@@ -28,8 +28,6 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     """Write ``checkpoint_final.pth``, ``adaptation_plan.json``, ``config.json`` and a model card into ``folder``."""
     mfm = content["mfm"]
     plan = adaptation_plan(mfm)
-    if folder.exists() and any(folder.iterdir()):
-        raise MFMError("E_EXISTS", f"{folder}: the folder is not empty. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
     weights = checkpoint.cpu_weights(with_all_names(content))  # readers load strictly
     num_parameters = sum({id(tensor): tensor.numel() for tensor in weights.values()}.values())
@@ -63,7 +61,7 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
     if len(configuration["patch_size"]) != 3:
         raise _cannot("2D networks")
     if configuration.get("previous_stage"):
-        raise _cannot("a cascade's second stage, whose stem takes labels beside the image")
+        raise _cannot("the second stage of a cascade")
     architecture = configuration["architecture"]
     family = families_by_class().get(architecture["network_class_name"])
     layout = family.layout(architecture["network_class_name"]) if family else None
@@ -113,6 +111,6 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
 def _cannot(what: str) -> MFMError:
     return MFMError(
         "E_CONFIG",
-        f"nnssl's layout cannot express {what}: it has 3D ResEnc and plain U-Nets and Primus S, B, M and L, of "
-        "images alone. Export as a folder of safetensors, which mfm_nnunet reads.",
+        f"nnssl's layout cannot store {what}, only 3D ResEnc and plain U-Nets, and Primus S, B, M and L. "
+        "Export as a folder of safetensors instead (--layout folder).",
     )

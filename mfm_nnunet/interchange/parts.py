@@ -66,8 +66,8 @@ def _find_encoder(tensors: Mapping[str, Tensor], wanted: str | None) -> tuple[Ne
                 return family, layout, wanted
         raise MFMError(
             "E_MODEL_MISMATCH",
-            f"the file says that its encoder is '{wanted}', and no encoder of {networks} is there; the weights begin "
-            f"with {shown}. Only these networks can be used.",
+            f"the file names its encoder '{wanted}', but there is no encoder of {networks} under this name; the "
+            f"weights begin with {shown}. Only these networks are supported.",
         )
     found = {
         match["prefix"]: (family, layout)
@@ -81,11 +81,11 @@ def _find_encoder(tensors: Mapping[str, Tensor], wanted: str | None) -> tuple[Ne
     if not found:
         raise MFMError(
             "E_MODEL_MISMATCH",
-            f"no encoder of {networks} is among the weights; they begin with {shown}. Only these networks can be used.",
+            f"the weights have no encoder of {networks}; they begin with {shown}. Only these networks are supported.",
         )
     raise MFMError(
         "E_MODEL_MISMATCH",
-        f"the weights hold several encoders ({', '.join(found)}) and the file does not say which one is meant. Keep "
+        f"the weights have several encoders ({', '.join(found)}), and the file does not say which one to use. Keep "
         "the one that was trained, and remove the others from the file.",
     )
 

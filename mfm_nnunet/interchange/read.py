@@ -65,14 +65,14 @@ def find_checkpoint(address: str | Path) -> Path:
     if (place / WEIGHTS).is_file():
         raise MFMError(
             "E_NOT_FOUND",
-            f"{place / WEIGHTS}: weights without our {CONFIG} beside them; nothing else tells their network. Export "
-            "the checkpoint again (mfm_checkpoint export), or give a .pth file.",
+            f"{place / WEIGHTS}: there is no {CONFIG} of mfm_nnunet beside it, so the network is unknown. Export the "
+            "checkpoint again (mfm_checkpoint export), or give a .pth file.",
         )
     below = sorted(place.glob(f"fold_*/{FILE}"))
     advice = f" Give one of its folders, e.g. {below[0].parent}." if below else ""
     raise MFMError(
         "E_NOT_FOUND",
-        f"{place}: no checkpoint in this folder. It is searched for {WEIGHTS} with {CONFIG}, and {FILE}.{advice}",
+        f"{place}: no checkpoint in this folder (neither {WEIGHTS} with {CONFIG}, nor {FILE}).{advice}",
     )
 
 
@@ -124,8 +124,8 @@ def convert(
     Raises MFMError: those of :func:`read_checkpoint`, E_EXISTS if the output exists, E_CONFIG if ``licence`` differs
     from the checkpoint's or ``layout`` cannot express the network, E_DISK_FULL.
     """
-    if layout == "pth" and output.exists():
-        raise MFMError("E_EXISTS", f"{output}: this file is there already. Choose another name.")
+    if output.exists() and (layout == "pth" or not output.is_dir() or any(output.iterdir())):
+        raise MFMError("E_EXISTS", f"{output}: this already exists. Choose another name.")
     reading = read_checkpoint(place, token_order)
     require_plan(reading, *DESCRIBED)
     content = {"network_weights": reading.content["network_weights"], "mfm": {**reading.mfm}}
@@ -152,8 +152,7 @@ def _require_same_licence(known: str | None, given: str) -> None:
         raise MFMError(
             "E_CONFIG",
             f"its licence is {known}, and --licence {given} would replace it. Leave --licence out: converted weights "
-            "keep their licence. If it is wrong, correct the card beside the original, or start from a file without "
-            "one.",
+            "keep their licence. If it is wrong, correct the model card beside the original.",
         )
 
 
@@ -164,8 +163,7 @@ def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | N
         keys = ", ".join(map(str, list(raw)[:5])) or "nothing"
         raise MFMError(
             "E_MODEL_CORRUPT",
-            f"not a checkpoint of a layout that we know: there is no 'network_weights', only {keys}. Known are: "
-            f"{KNOWN}.",
+            f"unknown checkpoint layout: there is no 'network_weights', only {keys}. Known layouts: {KNOWN}.",
         )
     mfm, init_args = raw.get("mfm"), raw.get("init_args")
     if isinstance(mfm, dict) and mfm.get("kind") == "pretrained":
@@ -173,9 +171,7 @@ def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | N
     if raw.get(nnssl.KEY) is None and isinstance(init_args, Mapping) and isinstance(init_args.get("plans"), Mapping):
         return from_nnunet(raw, token_order)
     if isinstance(mfm, dict):
-        raise MFMError(
-            "E_MODEL_MISMATCH", "this file of mfm_nnunet lacks the plan that its network was built from. Copy it again."
-        )
+        raise MFMError("E_MODEL_MISMATCH", "this file of mfm_nnunet lacks the plan of its network. Copy it again.")
     return from_nnssl(_with_side_plan(raw, place), token_order)
 
 

@@ -38,7 +38,7 @@ def require_complete(content: Mapping[str, Any]) -> None:
             )
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise MFMError("E_NONFINITE", f"the tensor {name} holds NaN or infinity. Use another checkpoint.")
+            raise MFMError("E_NONFINITE", f"the tensor {name} contains NaN or infinity. Use another checkpoint.")
 
 
 def with_all_names(content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
+    from mfm_nnunet.planning.derive import Decision
     from mfm_nnunet.planning.like import Template
-    from mfm_nnunet.planning.table import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     """
     decoder.warm()
     from mfm_nnunet.interchange.read import find_checkpoint
-    from mfm_nnunet.planning.table import format_table
+    from mfm_nnunet.planning.derive import format_table
 
     if request.like is not None:
         request = replace(request, like=find_checkpoint(request.like))

@@ -27,6 +27,7 @@ import torch
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import progress, reader_threads
+from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import (
@@ -41,13 +42,7 @@ from mfm_nnunet.files import (
 )
 from mfm_nnunet.images import decoder
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
-from mfm_nnunet.prediction.export import (
-    STAGING_PREFIX,
-    publish,
-    require_space,
-    staging,
-    write_case,
-)
+from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, warn_of_others
 from mfm_nnunet.prediction.predictor import Model, load_model
 from mfm_nnunet.requests import PredictRequest

@@ -1,7 +1,8 @@
 """Network families: a :class:`NetworkFamily` holds everything that depends on the kind of network.
 
-To add a network, write one file with its module and its family, and register it in :data:`BUILT_IN` or in the entry
-points of your own package (``documentation/how_to/add_a_network.md``). No other code checks the kind of a network.
+To add a network, write one file with its module and its family, and register it in :data:`BUILT_IN` (and
+:data:`MEETING`) or in the entry points of your own package (``documentation/how_to/add_a_network.md``). No other code
+checks the kind of a network.
 
 Importing this module is cheap: families, and with them torch, are loaded on first use.
 """
@@ -42,6 +43,13 @@ NnsslName = tuple[str, "dict[str, Any] | None", "list[str] | None"]
 Part = Literal["encoder", "decoder", "other"]
 Need = Literal["any", "tokens", "sparse encoder"]
 """Requirement of a pretext task: none, tokens, or an encoder that can run sparsely."""
+
+MEETING: dict[Need, tuple[str, ...]] = {
+    "any": ("resenc", "primus", "swin"),
+    "tokens": ("primus", "swin"),
+    "sparse encoder": ("resenc",),
+}
+"""Built-in families that meet each need. Written down because ``mfm_pretrain --list`` must not load torch."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ plan's axis order (after ``transpose_forward``) unless a name says otherwise. Bu
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,6 @@ from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.families import family_named
 from mfm_nnunet.models.memory import MemoryEstimate
 from mfm_nnunet.plan import Configuration
-from mfm_nnunet.planning.table import Decision, times
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, PretrainSettings, resolved_warmup
 
 SMALL_NETWORK_BELOW_GB = 6.0
@@ -39,6 +39,35 @@ MEASURED = "a real step on a CPU took 0.9 to 1.9 times this"
 """Accuracy of the memory estimate, see ``tests/benchmarks/memory_estimate.py``."""
 CHECKPOINTS = "the checkpoint's"
 """Reason for values copied from a checkpoint."""
+
+
+class Decision(NamedTuple):
+    """One decision of a plan with its reason."""
+
+    name: str
+    value: str
+    reason: str
+
+
+def format_table(decisions: Sequence[Decision], width: int = 120) -> str:
+    """Format decisions as a table of three columns with wrapped text."""
+    names = max([len(item.name) for item in decisions] + [8])
+    values = min(max([len(item.value) for item in decisions] + [5]), 46)
+    columns = (names, values, max(width - names - values - 4, 30))
+    lines = []
+    for cells in (("decision", "value", "reason"), *decisions):
+        wrapped = [textwrap.wrap(cell, size) or [""] for cell, size in zip(cells, columns)]
+        for row in range(max(map(len, wrapped))):
+            texts = [cell[row] if row < len(cell) else "" for cell in wrapped]
+            lines.append("  ".join(text.ljust(size) for text, size in zip(texts, columns)).rstrip())
+        if cells[0] == "decision":
+            lines.append("  ".join("-" * size for size in columns))
+    return "\n".join(lines)
+
+
+def times(values: Sequence[float], unit: str = "") -> str:
+    """Format sizes or spacings, e.g. "32 x 40 x 32" or "1 x 0.8 x 0.8 mm"."""
+    return " x ".join(f"{value:.4g}" for value in values) + unit
 
 
 @dataclass(frozen=True)
@@ -213,27 +242,17 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
     """
     defaults = family_named(network).defaults(is_cpu)
     epochs, iterations, validation = (20, 50, 5) if is_cpu else (1000, 250, 50)
-    pretrain = PretrainSettings(
-        epochs=epochs,
-        iterations_per_epoch=iterations,
-        validation_iterations=validation,
-        batch_size=batch_size,
-        learning_rate=defaults.learning_rate,
-        optimizer=defaults.optimizer,
-        weight_decay=defaults.weight_decay,
-        gradient_clip=defaults.gradient_clip,
+    shared: dict[str, Any] = {
+        "epochs": epochs,
+        "iterations_per_epoch": iterations,
+        "validation_iterations": validation,
+        **{name: getattr(defaults, name) for name in ("optimizer", "weight_decay", "gradient_clip")},
+    }
+    finetune_rate = defaults.learning_rate if is_cpu else None
+    return (
+        PretrainSettings(**shared, batch_size=batch_size, learning_rate=defaults.learning_rate),
+        FinetuneSettings(**shared, learning_rate=finetune_rate, deep_supervision=defaults.deep_supervision),
     )
-    finetune = FinetuneSettings(
-        epochs=epochs,
-        iterations_per_epoch=iterations,
-        validation_iterations=validation,
-        learning_rate=defaults.learning_rate if is_cpu else None,
-        optimizer=defaults.optimizer,
-        weight_decay=defaults.weight_decay,
-        gradient_clip=defaults.gradient_clip,
-        deep_supervision=defaults.deep_supervision,
-    )
-    return pretrain, finetune
 
 
 def select_configurations(

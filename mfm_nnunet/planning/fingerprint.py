@@ -19,6 +19,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 
 from mfm_nnunet.data.cases import require_scan
 from mfm_nnunet.data.loops import in_threads, with_progress
+from mfm_nnunet.data.preprocess import find_nonzero
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 from mfm_nnunet.images import reading
@@ -146,9 +147,7 @@ def _analyse(case: Case, *, reader: str, dataset_json: dict[str, Any], num_chann
     if case.label is not None:
         label, label_properties = reading.read_label(case.label, reader)
         reading.check_label(label, label_properties, image_CDHW, properties, dataset_json, case.name)
-    nonzero_DHW = image_CDHW[0] != 0
-    for channel in image_CDHW[1:]:
-        nonzero_DHW |= channel != 0
+    nonzero_DHW = find_nonzero(image_CDHW)
     # nnU-Net fills holes before it computes the box, but this cannot change the box.
     box = bounding_box_to_slice(get_bbox_from_mask(nonzero_DHW))
     foreground_DHW = nonzero_DHW[box] if label is None else label[0][box] > 0

@@ -17,8 +17,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import NetworkFamily, families_by_class, family_named
 from mfm_nnunet.models.sizing import pad_to_multiple
 from mfm_nnunet.plan import INTENSITIES, Configuration, Plan
-from mfm_nnunet.planning.derive import slices_first
-from mfm_nnunet.planning.table import times
+from mfm_nnunet.planning.derive import slices_first, times
 
 MAX_GROWTH = 4.0
 """Growth in voxels through resampling above which a warning is given."""

@@ -33,8 +33,8 @@ from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.sizing import MIN_EDGE, too_little_memory
 from mfm_nnunet.plan import INTENSITIES, Plan
 from mfm_nnunet.planning import derive, like
+from mfm_nnunet.planning.derive import Decision, times
 from mfm_nnunet.planning.fingerprint import choose_reader
-from mfm_nnunet.planning.table import Decision, times
 from mfm_nnunet.settings import MFMBlock, to_dict
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from mfm_nnunet.data.cases import Case, spelling_of
 from mfm_nnunet.data.loops import unchanged
 from mfm_nnunet.data.preprocess import preprocess_case_npy
 from mfm_nnunet.data.sizes import Sizes, count_windows, require_predictable
+from mfm_nnunet.data.sources import advise_dicom
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError, about, unreadable
 from mfm_nnunet.files import ending_of, inside, is_unicode, sha256, shown
-from mfm_nnunet.images import dicom
 from mfm_nnunet.images.integrity import files_of
 from mfm_nnunet.images.reading import check_label, read_image, read_label
 from mfm_nnunet.prediction import geometry
@@ -68,7 +68,7 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
         raise MFMError(
             "E_NOT_FOUND",
             f"{folder}: no file ends with '{ending}', which this model reads (<case>_0000{ending}). {other} "
-            f"{dicom.advice(folder)}",
+            f"{advise_dicom(folder)}",
         )
     channels, plain = _group(matching, ending)
     if not channels:

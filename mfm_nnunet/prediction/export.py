@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel
@@ -19,14 +16,13 @@ from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from mfm_nnunet.data.storage import staging
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import disk_full, locked, report_full_disk, sync, sync_folder
+from mfm_nnunet.files import disk_full, report_full_disk, sync, sync_folder
 from mfm_nnunet.prediction import geometry
 from mfm_nnunet.prediction.logits import logits_to_mask, logits_to_probabilities
 
 logger = logging.getLogger(__name__)
-
-STAGING_PREFIX = ".partial_"
 
 
 def write_case(
@@ -118,26 +114,6 @@ def export_validation_case(
             logits_KDHW.cpu(), properties, managers, stage / target.name, ending, save_probabilities=save_probabilities
         )
         publish(stage, target.parent)
-
-
-@contextlib.contextmanager
-def staging(folder: Path, prefix: str = STAGING_PREFIX) -> Iterator[Path]:
-    """Make a hidden folder for unfinished files inside ``folder``, and so on the same disk."""
-    with report_full_disk(folder):
-        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-    try:
-        with locked(stage):
-            yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def remove_dead_stages(folder: Path) -> None:
-    """Remove the staging folders that killed processes left in ``folder``."""
-    for stage in folder.glob(f"{STAGING_PREFIX}*"):
-        with locked(stage) as is_free:
-            if is_free:
-                shutil.rmtree(stage, ignore_errors=True)
 
 
 def publish(stage: Path, folder: Path) -> None:

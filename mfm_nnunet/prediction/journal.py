@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mfm_nnunet.data.storage import STAGING_PREFIX
 from mfm_nnunet.errors import MFMError, unreadable
 from mfm_nnunet.files import append_line, ending_of, is_file_name, open_to_append, read_lines, sha256, take_lock
-from mfm_nnunet.prediction.export import STAGING_PREFIX
 from mfm_nnunet.requests import PredictRequest
 
 logger = logging.getLogger(__name__)

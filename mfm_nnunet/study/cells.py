@@ -51,12 +51,8 @@ class Step:
 
     def __str__(self) -> str:
         """Return the command as a shell line, including environment variables."""
-        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.environment.items()), self.line])
-
-    @property
-    def line(self) -> str:
-        """Return the words, quoted for a shell."""
-        return shlex.join(self.words)
+        variables = (f"{name}={shlex.quote(value)}" for name, value in self.environment.items())
+        return " ".join([*variables, shlex.join(self.words)])
 
     @property
     def program(self) -> list[str]:
@@ -146,11 +142,10 @@ def lock_folder(folder: Path) -> Iterator[int]:
         if is_locked is False:
             raise MFMError(
                 "E_EXISTS",
-                f"{folder}: another mfm_study, or a training that it began, is at work there. Wait until it has "
-                "ended, or end it.",
+                f"{folder}: another mfm_study, or a training it started, is running in this folder. Wait, or stop it.",
             )
         if is_locked is None:
-            logger.warning("%s: this file system has no locks: run one mfm_study in it at a time", folder)
+            logger.warning("%s: this file system has no locks: run only one mfm_study in it at a time", folder)
         yield handle.fileno()
 
 
@@ -172,7 +167,7 @@ class _Runner:
         try:
             if slot.cores and hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, slot.cores)  # for this thread; its commands inherit it
-            logger.info("%s  begun: %s", time.strftime("%H:%M:%S"), cell)
+            logger.info("%s  started: %s", time.strftime("%H:%M:%S"), cell)
             seconds = {}
             for step in steps:
                 start, offset = time.monotonic(), log.stat().st_size if log.exists() else 0
@@ -190,7 +185,7 @@ class _Runner:
         if slot.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
         with report_full_disk(log), open(log, "ab") as handle:
-            handle.write(f"$ {step.line}\n".encode("utf-8", "surrogateescape"))
+            handle.write(f"$ {shlex.join(step.words)}\n".encode("utf-8", "surrogateescape"))
             handle.flush()
             with self.guard:
                 if self.is_stopping:
@@ -212,7 +207,7 @@ class _Runner:
             running = [process for process in self.processes if process.poll() is None]
         if not running:
             return
-        logger.info("ending the trainings that run, each after its current step")
+        logger.info("stopping the running trainings, each after its current step")
         deadline = time.monotonic() + SECONDS_TO_STOP
         try:
             for process in running:
@@ -261,8 +256,7 @@ def run_cells(
                     remaining = format_time_left(durations, len(left), len(slots))
                     logger.info("%s  %s; %s", time.strftime("%H:%M:%S"), text, remaining)
                 if flag.exit_code is not None:
-                    message = "stopped; what is finished is kept, and the same command continues."
-                    raise StoppedError(flag.exit_code, message)
+                    raise StoppedError(flag.exit_code, "stopped. Finished work is kept; the same command continues.")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             runner.stop()
@@ -286,7 +280,7 @@ def _explain(cell: Cell, step: Step, exit_code: int, log: Path, offset: int) -> 
         lines = [line for line in handle.read().decode(errors="replace").splitlines() if line.strip()]
     where = f"{step.title}, see {log}"
     if exit_code > 128 or exit_code < 0:
-        return CaseFailure(str(cell), "E_INTERNAL", f"{where}: it was ended from outside (exit code {exit_code}).")
+        return CaseFailure(str(cell), "E_INTERNAL", f"{where}: killed by another process (exit code {exit_code}).")
     found = [match for line in lines if (match := _CODE.search(line))]
     if found:
         return CaseFailure(str(cell), found[-1][1], f"{where}: {found[-1][2]}")

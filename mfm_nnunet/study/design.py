@@ -63,17 +63,14 @@ def is_arm_name(name: Any) -> bool:
 
 def parse_arms(words: Sequence[str]) -> dict[str, Arm]:
     """Parse the arms of a request, in the given order."""
-    if not words:
-        raise MFMError("E_CONFIG", "--arms: there is nothing to compare. Give at least one: scratch, or a checkpoint.")
     arms: dict[str, Arm] = {}
-    for word in words:
-        name, arm = _parse_arm(word)
+    for name, arm in map(_parse_arm, words):
         # Folders are named after arms, and some file systems ignore case.
-        if name.casefold() in {other.casefold() for other in arms}:
-            raise MFMError(
-                "E_CONFIG", f"--arms: two arms are named '{name}'. Give each a name of its own: NAME=CHECKPOINT."
-            )
+        if name.casefold() in map(str.casefold, arms):
+            raise MFMError("E_CONFIG", f"--arms: two arms are named '{name}'. Name one differently: NAME=CHECKPOINT.")
         arms[name] = arm
+    if not arms:
+        raise MFMError("E_CONFIG", "--arms: nothing to compare. Give at least one arm: scratch, or a checkpoint.")
     return arms
 
 
@@ -87,16 +84,12 @@ def _parse_arm(word: str) -> tuple[str, Arm]:
     if not place.exists():
         raise MFMError(
             "E_NOT_FOUND",
-            f"--arms {word}: there is no file {place}. An arm is the word {SCRATCH}, a checkpoint, or NAME=CHECKPOINT.",
+            f"--arms {word}: there is no file {place}. Give {SCRATCH}, a checkpoint, or NAME=CHECKPOINT.",
         )
-    if not is_named:
-        name = _name_after(place)
+    name = name if is_named else _name_after(place)
     if name == SCRATCH or not is_arm_name(name):
-        raise MFMError(
-            "E_CONFIG",
-            f"--arms {word}: '{name}' cannot be the name of an arm with a checkpoint. Take letters, digits and "
-            f"_ . + -, and not {SCRATCH}.",
-        )
+        advice = f"Use letters, digits and _ . + -, and not {SCRATCH}."
+        raise MFMError("E_CONFIG", f"--arms {word}: a checkpoint's arm cannot be named '{name}'. {advice}")
     return name, Arm(str(place), hash_checkpoint(place), tuple(settings))
 
 
@@ -113,27 +106,24 @@ def read_subjects(file: str | Path | None, cases: Sequence[Case]) -> dict[str, s
     """Return the subject of every case: from a CSV with the columns ``case`` and ``subject``, else from its name."""
     if file is None:
         return {case.name: case.subject for case in cases}
+    flag = f"--subjects {file}"
     if not Path(file).is_file():
-        raise MFMError("E_NOT_FOUND", f"--subjects {file}: no such file. Give a CSV with the columns case and subject.")
+        raise MFMError("E_NOT_FOUND", f"{flag}: no such file. Give a CSV with the columns case and subject.")
     try:
         with open(file, newline="", encoding="utf-8-sig") as handle:
-            pairs = {
-                (row["case"].strip(), row["subject"].strip()) for row in csv.DictReader(handle, skipinitialspace=True)
-            }
+            rows = list(csv.DictReader(handle, skipinitialspace=True))
+        pairs = {(row["case"].strip(), row["subject"].strip()) for row in rows}
     except (KeyError, AttributeError, ValueError, csv.Error) as error:
-        raise MFMError("E_FORMAT", f"--subjects {file}: expected a CSV with the columns case and subject.") from error
+        raise MFMError("E_FORMAT", f"{flag}: expected a CSV with the columns case and subject.") from error
     subject_of = dict(sorted(pairs))
     if len(subject_of) < len(pairs):
         case = min(case for case, subject in pairs if subject_of[case] != subject)
         subjects = " and ".join(sorted(subject for other, subject in pairs if other == case))
-        raise MFMError("E_CONFIG", f"--subjects {file}: case {case} is of {subjects}. Leave one line for each case.")
+        raise MFMError("E_CONFIG", f"{flag}: case {case} has the subjects {subjects}. Keep one line per case.")
     if missing := [case.name for case in cases if not subject_of.get(case.name)]:
-        raise MFMError(
-            "E_CONFIG",
-            f"--subjects {file}: {len(missing)} cases have no subject, e.g. {missing[0]}. Add a line for each.",
-        )
+        raise MFMError("E_CONFIG", f"{flag}: {len(missing)} cases have no subject, e.g. {missing[0]}. Add them.")
     if others := sorted(set(subject_of) - {case.name for case in cases}):
-        logger.warning("--subjects %s: %d cases are not in the dataset, e.g. %s", file, len(others), others[0])
+        logger.warning("%s: %d cases are not in the dataset, e.g. %s", flag, len(others), others[0])
     return {case.name: subject_of[case.name] for case in cases}
 
 
@@ -155,11 +145,8 @@ def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
     if not chosen:
         raise MFMError("E_CONFIG", f"--test {wanted}: the test split would be empty. Give at least one subject.")
     if chosen == everybody:
-        raise MFMError(
-            "E_CONFIG",
-            f"--test {wanted}: all {len(everybody)} subjects would test and none would be left to train on. "
-            "Give a smaller share or number.",
-        )
+        reason = f"all {len(everybody)} subjects would be test subjects, none left for training. Give fewer."
+        raise MFMError("E_CONFIG", f"--test {wanted}: {reason}")
     return _cases_of(subjects, chosen)
 
 
@@ -176,14 +163,9 @@ def count_labels(wanted: Sequence[str], num_subjects: int) -> list[int]:
     counts: dict[int, str] = {}
     for text in wanted:
         count = _parse_count(text, num_subjects, "--labels")
-        if count < 1:
-            raise MFMError("E_CONFIG", f"--labels {text}: at least one label is needed to train.")
-        if count > num_subjects:
-            raise MFMError(
-                "E_CONFIG",
-                f"--labels {text}: without the test split there are {num_subjects} subjects with labels. Give at most "
-                f"{num_subjects}, or 100% for all of them.",
-            )
+        if not 1 <= count <= num_subjects:
+            reason = f"without the test split there are {num_subjects} subjects"
+            raise MFMError("E_CONFIG", f"--labels {text}: {reason}. Give 1 to {num_subjects}, or 100% for all.")
         if count in counts:
             raise MFMError("E_CONFIG", f"--labels {counts[count]} and {text} are both {count}. Give one of them.")
         counts[count] = text
@@ -196,39 +178,32 @@ def _cases_of(subjects: Mapping[str, str], chosen: Collection[str]) -> list[str]
 
 def _parse_count(text: str, total: int, flag: str) -> int:
     """Parse a number, or a share of ``total`` (at least one if the share is above zero)."""
-    number = text.removesuffix("%")
+    is_share = text.endswith("%")
     try:
-        value = float(number) if text.endswith("%") else int(number)
+        value = float(text[:-1]) if is_share else int(text)
     except ValueError as error:
         raise MFMError("E_CONFIG", f"{flag} {text}: expected a number such as 10, or a share such as 20%.") from error
-    if not text.endswith("%"):
+    if not is_share:
         return max(0, int(value))
     if not 0 <= value <= 100:
-        raise MFMError("E_CONFIG", f"{flag} {text}: a share is from 0% to 100%.")
+        raise MFMError("E_CONFIG", f"{flag} {text}: expected a share from 0% to 100%.")
     return max(1, round(total * value / 100)) if value else 0
 
 
 def _subjects_in_file(subjects: Mapping[str, str], file: Path) -> set[str]:
     """Return the subjects of the case names in a file, one name per line."""
     if not file.is_file():
-        raise MFMError(
-            "E_NOT_FOUND", f"--test {file}: no such file. Give a share (20%), a number, or a file of case names."
-        )
+        advice = "Give a share (20%), a number, or a file of case names."
+        raise MFMError("E_NOT_FOUND", f"--test {file}: no such file. {advice}")
     try:
         named = {line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
     except ValueError as error:
-        raise MFMError("E_FORMAT", f"--test {file}: not a text of one case name per line ({error}).") from error
+        raise MFMError("E_FORMAT", f"--test {file}: expected a text file with one case name per line.") from error
     if unknown := sorted(named - set(subjects)):
-        raise MFMError(
-            "E_CONFIG",
-            f"--test {file}: {len(unknown)} names are no labelled cases, e.g. {unknown[0]}. "
-            f"{nearest(unknown[0], subjects)}",
-        )
+        reason = f"{len(unknown)} names are not labelled cases, e.g. {unknown[0]}. {nearest(unknown[0], subjects)}"
+        raise MFMError("E_CONFIG", f"--test {file}: {reason}")
     chosen = {subjects[case] for case in named}
     if left := [case for case in _cases_of(subjects, chosen) if case not in named]:
-        raise MFMError(
-            "E_CONFIG",
-            f"--test {file}: case {left[0]} is of subject {subjects[left[0]]}, and other cases of this subject test. "
-            "Name all cases of a subject or none.",
-        )
+        reason = f"case {left[0]} is missing, but other cases of its subject {subjects[left[0]]} are listed"
+        raise MFMError("E_CONFIG", f"--test {file}: {reason}. List all cases of a subject or none.")
     return chosen

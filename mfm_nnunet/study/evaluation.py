@@ -38,8 +38,7 @@ def require_library() -> dict[str, str]:
     if importlib.util.find_spec("surface_distance") is None:
         raise MFMError(
             "E_NOT_FOUND",
-            f"the study measures surfaces with the package {LIBRARY}, which is not installed. "
-            "Run: pip install 'mfm_nnunet[study]'",
+            f"a study needs the package {LIBRARY}, which is not installed. Run: pip install 'mfm_nnunet[study]'",
         )
     return {"name": LIBRARY, "version": importlib.metadata.version(LIBRARY)}
 

@@ -41,7 +41,7 @@ OWN, LIKE = "own", "like"
 """First words of ``Question.plans`` for such a plan."""
 STUDY_SETTINGS = ("finetune.validation_iterations=1",)
 """Settings put before ``--set``: the final checkpoint is tested, so validation during training would only cost time."""
-_ADVICE = "Give -o another folder, or remove this one to begin anew."
+_ADVICE = "Give -o another folder, or remove this one to start again."
 
 
 @dataclass(frozen=True)
@@ -162,17 +162,10 @@ class Study:
     def write(self) -> None:
         """Write ``study.json``."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+        content = dataclasses.asdict(self)
+        del content["folder"]
         derived = {"labels": self.labels, "seeds": self.seeds, "compared": self.compared}
-        write_json(self.folder / RECORD, _as_json({"made_by": f"mfm_study {__version__}", **content, **derived}))
-
-
-def _as_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+        write_json(self.folder / RECORD, {"made_by": f"mfm_study {__version__}", **content, **derived})
 
 
 def read_study(folder: Path) -> Study:
@@ -193,18 +186,13 @@ def read_study(folder: Path) -> Study:
             results={**content.get("results", {})},
         )
     except (MFMError, KeyError, TypeError, AttributeError) as error:
-        raise MFMError("E_FORMAT", f"{file}: not as mfm_study writes it ({error}). {_ADVICE}") from error
+        raise MFMError("E_FORMAT", f"{file}: mfm_study did not write it like this ({error}). {_ADVICE}") from error
     # These names become folders (arms, cells) and files (cases).
-    names = [name for name in (*study.arms, *study.compared) if not is_arm_name(name)]
-    names += [name for name in study.test_cases if not is_file_name(name)]
-    counts = [count for cell in study.asked for count in (cell.num_labels, cell.seed)]
-    subjects = study.question.subjects.values()
-    if (
-        names
-        or not all(0 <= count < LARGEST_COUNT for count in counts)
-        or not all(isinstance(s, str) for s in subjects)
-    ):
-        raise MFMError("E_FORMAT", f"{file}: not as mfm_study writes it ({names or 'subjects, cells'}). {_ADVICE}")
+    is_legal = all(map(is_arm_name, (*study.arms, *study.compared))) and all(map(is_file_name, study.test_cases))
+    is_legal &= all(0 <= count < LARGEST_COUNT for cell in study.asked for count in (cell.num_labels, cell.seed))
+    is_legal &= all(isinstance(subject, str) for subject in study.question.subjects.values())
+    if not is_legal:
+        raise MFMError("E_FORMAT", f"{file}: mfm_study did not write it like this. {_ADVICE}")
     check_dataset_json(study.dataset_json, file)
     return study
 
@@ -216,12 +204,10 @@ def begin_study(
 
     ``plans`` names the plan as in :class:`Question`.
     """
-    if request.seeds < 1:
-        raise MFMError("E_CONFIG", f"--seeds {request.seeds}: at least one training per arm is needed.")
     if not 0 <= request.tolerance_mm < float("inf"):
         raise MFMError("E_CONFIG", f"--tolerance-mm {request.tolerance_mm}: expected a length in mm, 0 or more.")
     if any(setting.partition("=")[0].strip() == "seed" for setting in request.settings):
-        raise MFMError("E_CONFIG", "--set seed: the study sets the seed of every cell. Say how many with --seeds.")
+        raise MFMError("E_CONFIG", "--set seed: the study sets the seed of each cell. Give their number with --seeds.")
     subjects = read_subjects(request.subjects, dataset.cases)
     test = draw_test(subjects, str(request.test))
     num_subjects = len(set(subjects.values())) - len({subjects[case] for case in test})
@@ -252,13 +238,9 @@ def begin_study(
     )
     if before:
         _require_same_question(before, study)
-        study = dataclasses.replace(
-            study,
-            arms={**before.arms, **arms},
-            asked=tuple(dict.fromkeys([*before.asked, *cells])),
-            folds=before.folds,  # their numbers must not change
-            plan_sha256=before.plan_sha256,
-            results=before.results,
+        asked = tuple(dict.fromkeys([*before.asked, *cells]))
+        study = dataclasses.replace(  # the numbers of the folds must not change
+            before, arms={**before.arms, **arms}, asked=asked, test_cases=study.test_cases
         )
     known = {(fold.labels, fold.seed) for fold in study.folds}
     new = dict.fromkeys((cell.num_labels, cell.seed) for cell in cells if (cell.num_labels, cell.seed) not in known)
@@ -274,30 +256,26 @@ def find_begun(folder: Path) -> Study | None:
         study = read_study(folder)
         return study if (folder / CELLS).is_dir() else None  # e.g. because a bad case had to be repaired first
     if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise MFMError("E_EXISTS", f"{folder}: is not empty and holds no study. Give -o another folder.")
+        raise MFMError("E_EXISTS", f"{folder}: not empty, and not the folder of a study. Give -o another folder.")
     return None
 
 
 def _require_same_question(before: Study, now: Study) -> None:
     """Refuse a call whose cells cannot be compared with the existing ones."""
     if differences := _list_differences(before, now):
-        raise MFMError(
-            "E_CONFIG", f"{now.folder}: holds a study that asks something else: {'; '.join(differences)}. {_ADVICE}"
-        )
+        reason = f"this folder has a study of another question: {'; '.join(differences)}"
+        raise MFMError("E_CONFIG", f"{now.folder}: {reason}. {_ADVICE}")
     known = {name.casefold(): name for name in before.arms}
     for name, arm in now.arms.items():
+        old, reason = before.arms.get(name, arm), ""
         # Folders are named after arms, and some file systems ignore case.
         if (other := known.get(name.casefold(), name)) != name:
-            raise MFMError(
-                "E_CONFIG",
-                f"{now.folder}: holds an arm '{other}'. Name '{name}' the same, or differently: NAME=CHECKPOINT.",
-            )
-        old = before.arms.get(name, arm)
-        if (old.sha256, old.settings) != (arm.sha256, arm.settings):
-            kind = "was another checkpoint" if old.sha256 != arm.sha256 else "was trained with other settings"
-            raise MFMError(
-                "E_CONFIG", f"{now.folder}: arm '{name}' {kind}. Name this one differently: NAME=CHECKPOINT."
-            )
+            reason = f"already has an arm '{other}'"
+        elif (old.sha256, old.settings) != (arm.sha256, arm.settings):
+            kind = "had another checkpoint" if old.sha256 != arm.sha256 else "was trained with other settings"
+            reason = f"arm '{name}' {kind}"
+        if reason:
+            raise MFMError("E_CONFIG", f"{now.folder}: {reason}. Name '{name}' differently: NAME=CHECKPOINT.")
 
 
 def _list_differences(before: Study, now: Study) -> list[str]:
@@ -337,13 +315,12 @@ def write_study_folder(study: Study, dataset: RawDataset) -> None:
     content = {**dataset.content, "numTraining": len(pool), "dataset": pool}
     # A fold validates on one of its own training cases: nnU-Net requires one, and other labels must remain unseen.
     splits = [{"train": list(fold.train), "val": list(fold.train[:1])} for fold in study.folds]
-    for folder, file_name, value in (
-        ("nnUNet_raw", "dataset.json", content),
-        ("nnUNet_preprocessed", "splits_final.json", splits),
+    for file, value in (
+        (study.workspace / "nnUNet_raw" / name / "dataset.json", content),
+        (study.workspace / "nnUNet_preprocessed" / name / "splits_final.json", splits),
     ):
-        place = study.workspace / folder / name
-        place.mkdir(parents=True, exist_ok=True)
-        write_json(place / file_name, value)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, value)
 
 
 def _test_links(study: Study) -> dict[Path, Path]:
@@ -364,7 +341,7 @@ def _test_links(study: Study) -> dict[Path, Path]:
             if ".." in link.parts or links.setdefault(link, file) != file:
                 raise MFMError(
                     "E_CONFIG",
-                    f"{file}: belongs to test case {case.name}, and cannot be beside the other test images because of "
-                    "its name. Save the test images as single files, e.g. .nrrd, .mha or .nii.gz.",
+                    f"{file}: this file of test case {case.name} has the name of another test image's file. Save "
+                    "the test images as single files, e.g. .nrrd, .mha or .nii.gz.",
                 )
     return links

@@ -30,10 +30,9 @@ def make_table(study: Study) -> str:
         *(line for caution in list_cautions(study) for line in ("", caution)),
     ]
     num_empty = num_tested - summary["num_cases_with_labels"]
-    if num_finished and num_empty == num_tested:
-        lines += ["", "No reference of a test case holds any label, so there are no scores. Test on other cases."]
-    elif num_finished and num_empty:
-        lines += ["", f"The references of {num_empty} test cases hold no label, so these cases have no scores."]
+    if num_finished and num_empty:
+        advice = " Test on other cases." if num_empty == num_tested else ""
+        lines += ["", f"{num_empty} test cases have no label in their reference, so they have no scores.{advice}"]
     for metric, title in TITLES.items():
         lines += ["", f"## {_long_title(metric, study)}", ""]
         compared = ("against scratch", "95 %", f"{_compared_unit(study)} better", "seeds better", "p")
@@ -52,13 +51,13 @@ def list_cautions(study: Study) -> list[str]:
     found, num_subjects, seeds = [], _num_subjects(study), study.seeds
     if num_subjects < MIN_CASES:
         found.append(
-            f"There are no 95 % intervals: {num_subjects} test {_compared_unit(study)} are too few for them, they need "
-            f"at least {MIN_CASES} (--test {MIN_CASES})."
+            f"There are no 95 % intervals: {num_subjects} test {_compared_unit(study)} are too few. Test on at least "
+            f"{MIN_CASES} (--test {MIN_CASES})."
         )
     if seeds < MIN_SEEDS:
         found.append(
-            f"With {seeds} {'seed' if seeds == 1 else 'seeds'} it is not known what other subsets and trainings would "
-            f"give: a difference may be chance. Take at least {MIN_SEEDS} (--seeds {MIN_SEEDS})."
+            f"With {seeds} {'seed' if seeds == 1 else 'seeds'} a difference may be chance: other subsets and trainings "
+            f"may give another. Use at least {MIN_SEEDS} (--seeds {MIN_SEEDS})."
         )
     return found
 
@@ -114,9 +113,9 @@ def _draw_arm(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, arm: st
     if not rows:
         return
     numbers, parts = [row["labels"] for row in rows], [row[metric] for row in rows]
-    is_scratch = arm == SCRATCH
-    style = {"color": colour, "marker": "o", "markersize": 4.5, "linewidth": 1.8, "zorder": 2 if is_scratch else 3}
-    axis.plot(numbers, [part["mean"] for part in parts], label=arm, linestyle="--" if is_scratch else "-", **style)
+    style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4.5, "linewidth": 1.8}
+    style |= {"zorder": 2, "linestyle": "--"} if arm == SCRATCH else {"zorder": 3}
+    axis.plot(numbers, [part["mean"] for part in parts], label=arm, **style)
     low, high = ([limit(part["per_seed"]) for part in parts] for limit in (min, max))
     axis.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
     if len(numbers) == 1:  # a band of one point has no width
@@ -173,70 +172,62 @@ def _limits(study: Study) -> tuple[int, int]:
 def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = list(rows[0]["dice"]["per_label"]) if rows else []
     lacking = list(rows[0]["false_positives"]) if rows else []
-    columns = [
-        "labels",
-        "start",
-        *(f"{name}, {title}" for name in names for title in TITLES.values()),
-        *(f"{name}, false positives" for name in lacking),
-        "min of training",
-    ]
-    cells = [
-        [
-            str(row["labels"]),
-            row["arm"],
-            *(_format_score(row[metric]["per_label"][name]) for name in names for metric in TITLES),
-            *("{predicted} of {cases}".format(**row["false_positives"][name]) for name in lacking),
-            "" if row["minutes_of_training"] is None else f"{row['minutes_of_training']:.1f}",
-        ]
-        for row in rows
-    ]
-    return _markdown(columns, cells)
+    columns = [f"{name}, {title}" for name in names for title in TITLES.values()]
+    columns += [f"{name}, false positives" for name in lacking]
+    cells = []
+    for row in rows:
+        minutes = row["minutes_of_training"]
+        scores = [_format_score(row[metric]["per_label"][name]) for name in names for metric in TITLES]
+        scores += ["{predicted} of {cases}".format(**row["false_positives"][name]) for name in lacking]
+        cells.append([str(row["labels"]), row["arm"], *scores, "" if minutes is None else f"{minutes:.1f}"])
+    return _markdown(["labels", "start", *columns, "min of training"], cells)
+
+
+_NOTES = """\
+* labels: labelled subjects used for training. Each seed draws one order of the subjects and takes the first n, so
+  smaller subsets are part of larger ones, subsets differ between seeds, and all starts share them.
+* Dice, NSD: {mean}, then over seeds ± their standard deviation (subsets and training together). Labels absent from a
+  reference are left out, for all starts alike; false positives: in how many of these cases the label was predicted,
+  over all seeds.
+* NSD is the surface Dice of {libraries}; other tools give other numbers.
+* against scratch: {unit} averaged over seeds, minus scratch with the same labels; 95 %: bootstrap over {unit}; {unit},
+  seeds better: those above scratch; p: two-sided Wilcoxon signed-rank test over {unit}, corrected by Holm for all rows.
+  95 % and p ask what other {unit} would say of these trainings. The seeds show how much subsets and trainings differ.
+* scratch needs: the number of labels with which scratch reaches the same score, read off the running maximum of its
+  curve over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over {unit}); nothing is
+  extrapolated below {smallest} or above {largest}. saved: that number minus the row's.
+* The final checkpoint was tested, never the best. All starts share one plan, {plan}.
+* Settings of all: {settings}."""
 
 
 def _notes(study: Study) -> list[str]:
     libraries, unit = study.results["libraries"] or ["{name} {version}".format(**study.library)], _compared_unit(study)
     mixed = " (mfm_study scores all cells again with one of them)" if len(libraries) > 1 else ""
     smallest, largest = _limits(study)
-    case = "a case's mean over the labels that its reference holds"
-    mean = f"{case}, the mean over cases" if unit == "cases" else f"{case}, a subject's over its cases, over subjects"
+    mean = "a case's mean over the labels in its reference"
+    mean += ", the mean over cases" if unit == "cases" else ", a subject's over its cases, the mean over subjects"
     plans = study.question.plans.partition(" ")[0]
     known = {OWN: "made from all images that do not test", LIKE: "made like the first checkpoint that was given"}
-    lines = [
-        "* labels: labelled subjects in the training. Each seed draws one order of the subjects and takes the first n, "
-        "so smaller subsets are inside larger ones, the subsets differ between seeds, and all starts share them.",
-        f"* Dice, NSD: {mean}, then over seeds ± their standard deviation (subsets and training together). Labels that "
-        "a reference does not hold are left out, for all starts alike; false positives: in how many of the cases "
-        "without the label it was predicted all the same, over all seeds.",
-        f"* NSD is the surface Dice of {' and '.join(libraries)}{mixed}; other tools give other numbers.",
-        f"* against scratch: {unit} averaged over seeds, minus scratch with the same labels; 95 %: bootstrap over "
-        f"{unit}; {unit}, seeds better: those above scratch; p: Wilcoxon signed-rank over {unit}, two-sided, "
-        f"corrected by Holm for all rows of the table. 95 % and p are about other {unit}, with these very subsets and "
-        "trainings: what others would change is seen in the seeds.",
-        "* scratch needs: labels with which scratch reaches the same score, from its running maximum, interpolated "
-        f"over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over {unit}); nothing is "
-        f"extrapolated below {smallest} or above {largest}. saved: that number minus the row's.",
-        "* The final checkpoint was tested, never the best. All starts share one plan, "
-        f"{known.get(plans, f'{plans}, which was given with -p')}.",
-        f"* Settings of all: {', '.join(dict.fromkeys(study.question.settings))}.",
-    ]
+    notes = _NOTES.format(
+        mean=mean, unit=unit, libraries=f"{' and '.join(libraries)}{mixed}", smallest=smallest, largest=largest,
+        plan=known.get(plans, f"{plans}, which was given with -p"),
+        settings=", ".join(dict.fromkeys(study.question.settings)),
+    )  # fmt: skip
     of_arms = {name: study.arms[name].settings for name in study.compared}
-    return lines + [f"* Settings of {name} alone: {', '.join(own)}." for name, own in of_arms.items() if own]
+    return [notes, *(f"* Settings of {name} alone: {', '.join(own)}." for name, own in of_arms.items() if own)]
 
 
 def _training(study: Study) -> list[str]:
     """Report the settings each arm was really trained with: open settings are resolved per arm."""
-    training = study.results["training"]
-    arms = {arm: training[arm] for arm in study.compared if arm in training}
-    lines = [
-        f"* {arm} was trained with {', '.join(_format_values(name, values) for name, values in settings.items())}."
-        for arm, settings in arms.items()
-    ]
+    training, lines = study.results["training"], []
     of_setting: dict[str, set[str]] = {}
-    for settings in arms.values():
-        for name, values in settings.items():
+    for arm in (arm for arm in study.compared if arm in training):
+        words = ", ".join(_format_values(name, values) for name, values in training[arm].items())
+        lines.append(f"* {arm} was trained with {words}.")
+        for name, values in training[arm].items():
             of_setting.setdefault(name, set()).add(str([entry["value"] for entry in values]))
     if differing := [f"finetune.{name}" for name, found in of_setting.items() if len(found) > 1 and name != "parts"]:
-        lines.append(f"* So the starts differ not only in their weights, but in {', '.join(differing)}.")
+        lines.append(f"* So the starts differ not only in their weights, but also in {', '.join(differing)}.")
     return lines
 
 

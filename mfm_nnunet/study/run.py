@@ -77,16 +77,6 @@ def run_study(request: StudyRequest) -> Path:
     return folder
 
 
-def renew_study(output: str | Path | None = None, workspace: str | Path | None = None) -> Path:
-    """Rewrite table and picture of a study from its finished cells and return the study folder.
-
-    Raises MFMError (E_NOT_FOUND) when there is no study.
-    """
-    folder = study_folder(output, workspace)
-    renew(folder)
-    return folder
-
-
 def study_folder(output: str | Path | None, root: str | Path | None) -> Path:
     """Return the folder of a study: ``output``, else ``mfm_study`` in the workspace ``root``."""
     return Path(output) if output else Path(root or workspace.DEFAULT) / "mfm_study"
@@ -101,13 +91,10 @@ def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
     found = read_raw_dataset(raw)
     unlabelled = [case.name for case in found.cases if case.label is None]
     if found.is_corpus or len(unlabelled) == len(found.cases) or not DatasetJson.of(found.content).foreground:
-        raise MFMError("E_CONFIG", f"{found.name} has no labels, so there is nothing to learn. Give a labelled one.")
+        raise MFMError("E_CONFIG", f"{found.name} has no labels. Give a labelled dataset.")
     if unlabelled:
-        raise MFMError(
-            "E_NOT_FOUND",
-            f"{raw / 'dataset.json'}: {len(unlabelled)} of {len(found.cases)} cases have no label, e.g. "
-            f"{unlabelled[0]}. Add the labels, or take these cases out.",
-        )
+        reason = f"{len(unlabelled)} of {len(found.cases)} cases have no label, e.g. {unlabelled[0]}"
+        raise MFMError("E_NOT_FOUND", f"{raw / 'dataset.json'}: {reason}. Add the labels, or remove these cases.")
     return found
 
 
@@ -130,17 +117,14 @@ def name_own_plan(configuration: str, arms: Mapping[str, Arm]) -> str:
             raise
         raise MFMError(error.code, f"{error.message} Or name a plan that all arms fit with -p.") from error
     if planned != configuration:
-        raise MFMError(
-            "E_CONFIG",
-            f"-c {configuration}: {like.file} was pretrained for {planned}, so the plan would be of that "
-            f"configuration. Give -c {planned}, or a plan with -p.",
-        )
+        reason = f"{like.file} was pretrained for {planned}. Give -c {planned}, or a plan with -p."
+        raise MFMError("E_CONFIG", f"-c {configuration}: {reason}")
     return f"{LIKE} {like.sha256}" if like.file else OWN
 
 
 def _refuse_cascade(configuration: str) -> None:
     if configuration == "3d_cascade_fullres":
-        raise MFMError("E_CONFIG", "-c 3d_cascade_fullres: a study trains one stage. Take 3d_fullres or 3d_lowres.")
+        raise MFMError("E_CONFIG", "-c 3d_cascade_fullres: a study trains one stage. Use 3d_fullres or 3d_lowres.")
 
 
 def prepare_data(own: Workspace, study: Study, given: Plan | None) -> Plan:
@@ -168,9 +152,9 @@ def prepare_data(own: Workspace, study: Study, given: Plan | None) -> Plan:
             file.unlink()
         raise MFMError(
             "E_CONFIG",
-            f"{file}: is another plan than the one on which this study's cells were trained. A plan that is made again "
-            "follows the GPU and the version of mfm_nnunet: run the study where it was begun, or put the old plan "
-            "back. Otherwise begin anew with -o another folder.",
+            f"{file}: not the plan with which the cells of this study were trained. A new plan depends on the GPU and "
+            "the version of mfm_nnunet: run the study where it began, or put the old plan back, or start again in "
+            "another folder (-o).",
         )
     preprocess_plan(own, plan, configuration)
     return plan
@@ -185,11 +169,8 @@ def _find_like(study: Study) -> Path | None:
     for file in files:
         if file.exists() and hash_checkpoint(file) == wanted:
             return file
-    raise MFMError(
-        "E_NOT_FOUND",
-        f"{study.folder}: the plan of this study is made like a checkpoint that is no longer at "
-        f"{' or '.join(map(str, files))}. Put it back, or give it again as an arm.",
-    )
+    reason = f"the plan of this study fits a checkpoint that is no longer at {' or '.join(map(str, files))}"
+    raise MFMError("E_NOT_FOUND", f"{study.folder}: {reason}. Put it back, or give it again as an arm.")
 
 
 def check_arms(study: Study, arms: Mapping[str, Arm], plan: Plan, fewest_labels: int) -> None:
@@ -203,11 +184,11 @@ def check_arms(study: Study, arms: Mapping[str, Arm], plan: Plan, fewest_labels:
             advice = ""
             if error.code == "E_MODEL_MISMATCH":
                 advice = (
-                    f" All arms share one plan, and this is {plan.name}: name one that all fit with -p, or give the "
-                    "checkpoint that decides first; both in a new folder (-o) once something was trained."
+                    f" All arms share the plan {plan.name}. Give a plan that fits all with -p, or first the checkpoint "
+                    "that it should fit; once something was trained, in a new folder (-o)."
                 )
             elif checkpoint is None:
-                advice = " A setting for the arms with a checkpoint alone follows these: NAME=CHECKPOINT,finetune.X=Y."
+                advice = " To change a setting of one arm only: NAME=CHECKPOINT,finetune.X=Y."
             raise MFMError(error.code, f"arm {name}: {error.message}{advice}") from error
 
 
@@ -231,7 +212,7 @@ def train_cells(study: Study, cells: Sequence[Cell], request: StudyRequest, gpus
     for caution in list_cautions(study):
         logger.warning("%s", caution)
     if again:
-        logger.info("%d finished cells are scored again, with the version of the library that is here", len(again))
+        logger.info("%d finished cells are scored again with the installed version of the library", len(again))
 
     def finish(cell: Cell, seconds: dict[str, float]) -> str:
         folder = study.cell_folder(cell)

@@ -130,8 +130,8 @@ class Tested:
         if any({case: set(labels) for case, labels in result["scores"].items()} != names for result in results):
             raise MFMError(
                 "E_FORMAT",
-                "the results of this study's cells are of different cases or labels, so dataset.json was changed in "
-                "between. Remove the folders of the cells that are of the wrong one, and run mfm_study again.",
+                "the cells of this study were scored on different cases or labels, because dataset.json changed. "
+                "Remove the folders of the outdated cells, and run mfm_study again.",
             )
         in_reference = results[0]["in_reference"] if results else {}
         return cls(in_reference, subjects, tuple(next(iter(first.values()), {})))
@@ -176,13 +176,13 @@ def read_results(folder: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, An
 
 def read_result(cell_folder: Path) -> dict[str, Any]:
     """Read ``result.json`` of a finished cell."""
-    file, advice = cell_folder / RESULT, "Remove it and run mfm_study again: the cell is then scored anew."
+    file, advice = cell_folder / RESULT, "Remove it and run mfm_study again to score the cell again."
     result = read_json(file, advice)
     try:
         scores, held = result["scores"], result["in_reference"]
         metrics = [values[metric] for labels in scores.values() for values in labels.values() for metric in METRICS]
-        is_whole = all(value is None or math.isfinite(value) for value in metrics)
-        is_whole &= all(math.isfinite(seconds) for seconds in result.get("seconds", {}).values())
+        times = result.get("seconds", {}).values()
+        is_whole = all(map(math.isfinite, (*times, *(value for value in metrics if value is not None))))
         # A label in the reference has a score in every cell.
         is_whole &= held.keys() == scores.keys()
         is_whole &= all(scores[case][name][m] is not None for case in held for name in held[case] for m in METRICS)

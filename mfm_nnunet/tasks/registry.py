@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mfm_nnunet.models.families import Need
+from mfm_nnunet.models.families import MEETING, Need
 
 _WALD_2025 = (
     "Wald, T., Ulrich, C., Lukyanenko, S., Goncharov, A., Paderno, A., Miller, M., Maerkisch, L., Jaeger, P., & "
@@ -36,11 +36,7 @@ class TaskInfo:
     @property
     def backbones(self) -> tuple[str, ...]:
         """Built-in network families that the task supports."""
-        return {
-            "any": ("resenc", "primus", "swin"),
-            "tokens": ("primus", "swin"),
-            "sparse encoder": ("resenc",),
-        }[self.needs]
+        return MEETING[self.needs]
 
     @property
     def citations(self) -> list[dict[str, Any]]:

@@ -142,7 +142,7 @@ def test_disk_full_while_preprocessing(size: int, empty: Site) -> None:
     words = ("-d", 5, "-c", "3d_fullres")
     with largest_file(size), unchanged(empty.raw):
         refused(empty.plan(*words), "E_DISK_FULL", "run the command again")
-    assert not list(empty.workspace.rglob(".partial-*"))
+    assert not list(empty.workspace.rglob(".partial_*"))
     assert not list(empty.workspace.rglob("*.tmp"))
     outcome = accepted(empty.plan(*words))
     assert "3 cases preprocessed" in outcome.err
@@ -352,12 +352,12 @@ def test_preprocessing_that_was_killed_goes_on(empty: Site) -> None:
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert list(empty.preprocessed().glob(".partial-*"))
+    assert list(empty.preprocessed().glob(".partial_*"))
     assert [file.name for file in empty.data().glob("*.b2nd") if "_seg" not in file.name] == ["case0.b2nd"]
     with nothing_lost(empty.data()):
         outcome = accepted(empty.plan(*words))
     assert "2 cases preprocessed, 1 reused" in outcome.err
-    assert not list(empty.preprocessed().glob(".partial-*"))
+    assert not list(empty.preprocessed().glob(".partial_*"))
     digests = [{Path(name).name: digest for name, digest in contents(site.data()).items()} for site in (empty, whole)]
     assert digests[0] == digests[1]
 

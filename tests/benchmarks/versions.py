@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--old", type=Path, required=True, help="checkout of the old version")
     parser.add_argument("--data", type=Path, required=True, help="labelled dataset in nnU-Net's raw format")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--jobs", nargs="+", default=[""], help="beginnings of the names of the jobs (default: all)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         spaces = {arguments.old.resolve(): Path(place) / "old", ROOT: Path(place) / "new"}
@@ -60,7 +61,8 @@ def main() -> None:
             _run(version, space, _commands(arguments.data.name)["train"])
         print("| job | wall, old/new | range | CPU, old/new | old s | new s | results |\n|---|---|---|---|---|---|---|")
         for job in _jobs(arguments.data.name):
-            _compare(job, spaces, arguments.rounds)
+            if job.name.startswith(tuple(arguments.jobs)):
+                _compare(job, spaces, arguments.rounds)
 
 
 def _commands(dataset: str) -> dict[str, list[str]]:
@@ -74,9 +76,10 @@ def _jobs(dataset: str) -> list[Job]:
     predict += ["-device", "cpu", "--overwrite"]
     pretrain = ["pretrain", dataset, "3d_fullres", "--device", "cpu", "--set", *PRETRAIN]
     preprocessed = f"nnUNet_preprocessed/{dataset}"
+    run = f"nnUNet_results/{dataset}/mfm_pretrain__mae__mfmPlans__3d_fullres"
     return [
         Job("plan and preprocess", _commands(dataset)["plan"], preprocessed, f"{preprocessed}/*/*.b2nd"),
-        Job(f"pretrain, {STEPS} steps of MAE", pretrain, "mfm_pretrained", "mfm_pretrained/**/checkpoint_final.pth"),
+        Job(f"pretrain, {STEPS} steps of MAE", pretrain, run, f"{run}/checkpoint_final.pth"),
         Job("predict 20 scans with mirroring", predict, "masks", "masks/*.nii.gz"),
         Job("predict 20 scans without mirroring", [*predict, "--disable_tta"], "masks", "masks/*.nii.gz"),
     ]
@@ -96,7 +99,8 @@ def _compare(job: Job, spaces: dict[Path, Path], rounds: int) -> None:
     first, second = (_digests(space.glob(job.results), space) for space in spaces.values())
     same = sum(first.get(name) == digest for name, digest in second.items())
     print(
-        f"| {job.name} | {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} | {statistics.median(cpu):.2f} | "
+        f"| {job.name} | {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} | "
+        f"{statistics.median(cpu):.2f} | "
         f"{statistics.median(a[0] for a in old):.1f} | {statistics.median(b[0] for b in new):.1f} | "
         f"{same} of {len(first)} files equal |",
         flush=True,

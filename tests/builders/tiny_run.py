@@ -1,6 +1,6 @@
 """A whole pretraining run that takes seconds: six small volumes, a plan, the engine; as a script it can be killed.
 
-python -m tests.builders.tiny_run FOLDER TASK FAMILY [--c] [NAME=VALUE ...]
+python -m tests.builders.tiny_run FOLDER TASK NETWORK [--c] [NAME=VALUE ...]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mfm_nnunet.jobs.pretrain import pretrain_here
 from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
-from tests.builders.architectures import primus, resenc
+from tests.builders.tiny_plans import NETWORKS
 
 NAME = "Dataset700_Tiny"
 CONFIGURATION = "3d_fullres"
@@ -26,13 +26,13 @@ SETTINGS = ("pretrain.epochs=3", "pretrain.iterations_per_epoch=6", "pretrain.va
             "pretrain.validation_fraction=0.3")  # fmt: skip
 
 
-def prepare(folder: Path, family: str = "resenc", num_cases: int = 6) -> Workspace:
+def prepare(folder: Path, network: str = "resenc", num_cases: int = 6) -> Workspace:
     """Preprocessed volumes and a plan, as planning and preprocessing leave them."""
     with workspace.use(folder) as here:
         data = here.preprocessed / NAME / "mfm_tiny"
         data.mkdir(parents=True, exist_ok=True)
-        network = resenc(features=(8, 16, 16)) if family == "resenc" else primus((16, 16, 16))
-        plans = tiny.plans(**{CONFIGURATION: tiny.configuration(network)})
+        architecture = NETWORKS[network].architecture((16, 16, 16))
+        plans = tiny.plans(**{CONFIGURATION: tiny.configuration(architecture)})
         plans |= {"dataset_name": NAME, "mfm": {"pretrain": {"epochs": 3}}}
         file = data.parent / "mfmPlans.json"
         if (
@@ -59,9 +59,9 @@ def request(task: str = "mae", settings: tuple[str, ...] = (), **changes: Any) -
 
 
 if __name__ == "__main__":
-    folder, task, family, *rest = sys.argv[1:]
+    folder, task, network, *rest = sys.argv[1:]
     run(
-        prepare(Path(folder), family),
+        prepare(Path(folder), network),
         task,
         tuple(word for word in rest if "=" in word),
         continue_training="--c" in rest,

@@ -16,7 +16,6 @@ from mfm_nnunet.data.corpus import load_cases
 from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.demo import data, run
 from mfm_nnunet.demo.run import ARMS, DemoResult, compare, format_result
-from mfm_nnunet.errors import MFMError
 from mfm_nnunet.metrics import dice, mean_dice
 from mfm_nnunet.reports import overlays
 
@@ -108,13 +107,6 @@ def test_folder_is_split_by_case(tmp_path: Path, num_cases: int, tested: list[st
     assert not {case.name for case in split.corpus} & set(tested)
 
 
-def test_folder_that_is_no_dataset_or_too_small(tmp_path: Path) -> None:
-    with pytest.raises(MFMError, match=r"E_NOT_FOUND.*dataset\.json"):
-        data.split_folder(tmp_path)
-    with pytest.raises(MFMError, match=r"E_CONFIG.*at least three"):
-        data.split_folder(make_dataset(tmp_path / "Dataset001_X", 2))
-
-
 @pytest.mark.parametrize("is_2d", [False, True])
 def test_what_is_written_can_be_read_as_corpus_and_dataset(tmp_path: Path, is_2d: bool) -> None:
     split = data.split_folder(make_dataset(tmp_path / "Dataset001_X", 6, is_2d))
@@ -134,13 +126,11 @@ def test_compare_scores_and_draws(tmp_path: Path, is_2d: bool) -> None:
     split = data.split_folder(make_dataset(tmp_path / "Dataset001_X", 5, is_2d))
     result = DemoResult(seconds={"data": 1, "plan": 2, "pictures": 3, "pretrain mae": 4, "train mae": 5})
     for arm in ARMS:
-        result.folders[arm.key] = tmp_path / arm.key
-        result.folders[arm.key].mkdir()
+        result.folders[arm] = tmp_path / arm
+        result.folders[arm].mkdir()
         for case in split.test:
-            mask = sitk.ReadImage(str(case.label))
-            if arm.key == "mae":
-                mask = mask * 0
-            sitk.WriteImage(mask, str(result.folders[arm.key] / Path(case.label or "").name))
+            mask = sitk.ReadImage(str(case.label)) * (arm != "mae")
+            sitk.WriteImage(mask, str(result.folders[arm] / Path(case.label or "").name))
     compare(result, split, tmp_path / "overlays")
     assert result.mean("scratch") == 1
     assert result.mean("mae") == 0
@@ -216,20 +206,18 @@ def test_overwrite_removes_only_what_the_demo_made(tmp_path: Path) -> None:
     assert not any((folder / name).exists() for name in gone)
 
 
-def test_a_misspelt_setting_is_refused_before_anything_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command.main(["--workspace", str(tmp_path / "ws"), "--set", "finetune.epoch=3"]) == 2
-    assert "Did you mean 'finetune.epochs'?" in capsys.readouterr().err
-    assert not (tmp_path / "ws").exists()
-
-
-def test_nothing_is_written_without_data(
+def test_nothing_is_written_after_wrong_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["--workspace", str(tmp_path / "ws")]
-    assert command.main([*line, "--data", str(tmp_path / "none")]) == 2
-    assert "dataset.json" in capsys.readouterr().err
+    small = make_dataset(tmp_path / "Dataset001_X", 2)
+    for more, hint in (
+        (["--data", str(tmp_path / "none")], "dataset.json"),
+        (["--data", str(small)], "at least three"),
+        (["--set", "finetune.epoch=3"], "'finetune.epochs'?"),
+    ):
+        assert command.main([*line, *more]) == 2
+        assert hint in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command.main(line) == 2
     assert "mfm_nnunet[demo]" in capsys.readouterr().err
@@ -244,7 +232,7 @@ SHORT = [
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", ["template", "3d", "2d"])
+@pytest.mark.parametrize("kind", ["template", "2d"])
 def test_the_whole_way(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "ws"
     line = ["--workspace", str(folder), "-device", "cpu", "--set", *SHORT]
@@ -254,13 +242,13 @@ def test_the_whole_way(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     cases = sorted(file.name.partition("_0000")[0] for file in (folder / "test_images").iterdir())
     assert cases
-    for arm in ARMS:
-        masks = sorted((folder / "predictions" / arm.key).glob("*.png" if kind == "2d" else "*.nii.gz"))
+    for arm, title in ARMS.items():
+        masks = sorted((folder / "predictions" / arm).glob("*.png" if kind == "2d" else "*.nii.gz"))
         assert [mask.name.partition(".")[0] for mask in masks] == cases
         assert all(str(mask) in printed for mask in masks)
-        assert arm.title in printed
+        assert title in printed
     assert sorted(file.stem for file in (folder / "overlays").iterdir()) == cases
     record = json.loads((folder / run.RECORD).read_text())
-    assert set(record["dice"]) == {arm.key for arm in ARMS}
+    assert set(record["dice"]) == set(ARMS)
     assert command.main(line) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -34,6 +34,13 @@ TASKS = {
 }  # fmt: skip
 
 
+def refused(place: Path, code: str, words: str = "") -> None:
+    """Reading is refused with the code; ``words`` are in the message."""
+    with pytest.raises(MFMError, match=words) as caught:
+        read_checkpoint(place)
+    assert caught.value.code == code
+
+
 def network_for(mfm: dict[str, Any], num_inputs: int = 1, num_outputs: int = 3) -> nn.Module:
     """The network that the converted plan describes, untrained, for a labelled dataset."""
     torch.manual_seed(99)
@@ -65,11 +72,7 @@ def test_every_released_layout_gives_the_function_that_was_pretrained(name: str,
     expected = foreign.old_order(released.network, x) if released.is_old_order else encoded(released.network, x)
     torch.testing.assert_close(encoded(target, x), expected, rtol=1e-5, atol=1e-5)
     require_complete(reading.content)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_every_released_layout_can_be_planned_like(name: str, tmp_path: Path) -> None:
-    source = read_source(EVERY[name]().write(tmp_path))
+    source = read_source(file)
     assert source.family.name == ("primus" if name.startswith("Primus") else "resenc")
     assert source.configuration == "3d_fullres"
     assert source.trained.is_resampled == (name != "nnFoundationCNN")
@@ -135,11 +138,10 @@ def test_a_patch_decoder_comes_along_where_both_widths_of_each_layer_are_ours(la
 # Files as they are
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_wrappers_are_stripped(wrapper: str, tmp_path: Path) -> None:
+def test_wrappers_are_stripped(tmp_path: Path) -> None:
     released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
     weights = released.content["network_weights"]
-    released.content["network_weights"] = {f"{wrapper}{name}": tensor for name, tensor in weights.items()}
+    released.content["network_weights"] = {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}
     assert set(read_checkpoint(released.write(tmp_path)).content["network_weights"]) == {
         name for name in weights if not name.startswith("decoder.encoder.")
     }
@@ -158,11 +160,9 @@ def test_an_encoder_of_another_name_is_found_by_the_files_own_words(tmp_path: Pa
     assert all(torch.equal(reading.content["network_weights"][name], tensor) for name, tensor in weights.items())
     assert set(reading.others) == set(teacher)
     plan["key_to_encoder"] = "student.stages"
-    with pytest.raises(MFMError, match=r"encoder is 'student\.stages'"):  # what is there is not what is meant
-        read_checkpoint(released.write(tmp_path))
+    refused(released.write(tmp_path), "E_MODEL_MISMATCH", r"student\.stages")  # what is there is not what is meant
     del released.content["nnssl_adaptation_plan"]
-    with pytest.raises(MFMError, match="several encoders"):
-        read_checkpoint(released.write(tmp_path))
+    refused(released.write(tmp_path), "E_MODEL_MISMATCH", "teacher")
 
 
 def test_the_files_own_words_may_be_any(tmp_path: Path) -> None:
@@ -206,29 +206,28 @@ def test_norms_and_activations_are_those_that_the_file_says(said: dict[str, Any]
     torch.testing.assert_close(encoded(target, x), encoded(network.eval(), x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_spacing_that_is_missing_is_not_one_of_none(tmp_path: Path) -> None:
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "is_resampled", "is_noted"),
+    [
+        (MISSING, True, True),
+        (None, False, False),
+        ((None, None, None), False, False),
+        ([None, None, None], False, False),
+        (torch.tensor([1.0, 1.0, 2.0]), True, False),
+    ],
+)
+def test_a_spacing_may_be_missing_or_none(spacing: Any, is_resampled: bool, is_noted: bool, tmp_path: Path) -> None:
     released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
-    del released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"]["spacing"]
+    configuration = released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"]
+    configuration["spacing"] = spacing
+    if spacing is MISSING:
+        del configuration["spacing"]
     file = released.write(tmp_path)
-    assert any(note.startswith("spacing: 1 mm") for note in read_checkpoint(file).notes)
-    assert read_source(file).trained.is_resampled
-
-
-@pytest.mark.parametrize("spacing", [(None, None, None), [None, None, None]])
-def test_a_spacing_of_none_for_each_axis_is_none(spacing: Any, tmp_path: Path) -> None:
-    released = foreign.OTHERS["nnFoundationCNN"]()
-    released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["noresample"]["spacing"] = spacing
-    file = released.write(tmp_path)
-    assert not any(note.startswith("spacing") for note in read_checkpoint(file).notes)
-    assert not read_source(file).trained.is_resampled
-
-
-@pytest.mark.parametrize("spacing", [(None, 1.0, 1.0), (None,)])
-def test_a_spacing_of_some_axes_is_damaged(spacing: Any, tmp_path: Path) -> None:
-    released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
-    released.content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"]["spacing"] = spacing
-    with pytest.raises(MFMError, match="spacing"):
-        read_checkpoint(released.write(tmp_path))
+    assert read_source(file).trained.is_resampled == is_resampled
+    assert any(note.startswith("spacing: 1 mm") for note in read_checkpoint(file).notes) == is_noted
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
@@ -242,16 +241,14 @@ def test_sequences_of_any_kind(kind: Callable[[Any], Any], tmp_path: Path) -> No
     assert (configuration["patch_size"], configuration["spacing"]) == ([32, 32, 32], [1.0, 1.0, 2.0])
 
 
-@pytest.mark.parametrize("missing", ["key_to_lpe", "architecture_plans", "key_to_encoder", "keys_to_in_proj"])
+@pytest.mark.parametrize("missing", ["architecture_plans", "key_to_encoder"])
 @pytest.mark.parametrize("name", ["ResEncL-OpenMind-MAE", "PrimusM-OpenMind-MAE"])
 def test_fields_may_be_missing(name: str, missing: str, tmp_path: Path) -> None:
     released = foreign.OPENMIND[name]()
     del released.content["nnssl_adaptation_plan"][missing], released.content["citations"]
     file = released.write(tmp_path)
     if name.startswith("Primus") and missing == "architecture_plans":  # how many heads has a width of 72?
-        with pytest.raises(MFMError, match="how many heads") as caught:
-            read_checkpoint(file)
-        assert caught.value.code == "E_MODEL_MISMATCH"
+        refused(file, "E_MODEL_MISMATCH", "how many heads")
         return
     assert read_checkpoint(file).mfm["citations"] == []
 
@@ -365,8 +362,10 @@ def test_the_folder_of_a_run_names_its_fold(tmp_path: Path) -> None:
     assert caught.value.code == "E_NOT_FOUND"
 
 
-@pytest.mark.parametrize("without", [("nnssl_adaptation_plan",), ("nnssl_adaptation_plan", "trainer_name")])
-@pytest.mark.parametrize("is_none", [True, False])
+@pytest.mark.parametrize(
+    ("without", "is_none"),
+    [(("nnssl_adaptation_plan",), True), (("nnssl_adaptation_plan", "trainer_name"), False)],
+)
 def test_the_plan_beside_a_file_is_used(without: tuple[str, ...], is_none: bool, tmp_path: Path) -> None:
     released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
     plan = dict(released.content["nnssl_adaptation_plan"])
@@ -415,9 +414,7 @@ def test_an_unknown_token_order_is_asked_for(trainer: str | None, tmp_path: Path
     if trainer:
         released.content["trainer_name"] = trainer
     file = released.write(tmp_path)
-    with pytest.raises(MFMError, match="--token-order") as caught:
-        read_checkpoint(file)
-    assert caught.value.code == "E_MODEL_MISMATCH"
+    refused(file, "E_MODEL_MISMATCH", "--token-order")
     weights = [read_checkpoint(file, order).content["network_weights"]["eva.pos_embed"] for order in ("whd", "hwd")]
     assert not torch.equal(*weights)
 
@@ -441,9 +438,7 @@ def test_unequal_first_axes_cannot_be_repaired(tmp_path: Path) -> None:
     network = foreign.primus((16, 24, 16))
     plan = foreign.adaptation_plan("PrimusM", (16, 24, 16))
     file = foreign.Released(foreign.full(network.state_dict(), plan, "BaseEvaMAETrainer"), network, (16, 24, 16))
-    with pytest.raises(MFMError, match="first two axes are equal") as caught:
-        read_checkpoint(file.write(tmp_path))
-    assert caught.value.code == "E_MODEL_MISMATCH"
+    refused(file.write(tmp_path), "E_MODEL_MISMATCH", "first two axes")
     file.content["trainer_name"] = "SimMIMEvaTrainer"
     assert read_checkpoint(file.write(tmp_path)).mfm["patch_size"] == [16, 24, 16]
 
@@ -466,46 +461,42 @@ def test_the_position_table_decides_about_its_grid(tmp_path: Path) -> None:
 
 def test_a_layout_nobody_knows_lists_those_that_are_known(tmp_path: Path) -> None:
     torch.save({"model_state_dict": {"a": torch.zeros(1)}, "iteration": 3}, tmp_path / "pymic.pth")
-    with pytest.raises(MFMError) as caught:
-        read_checkpoint(tmp_path / "pymic.pth")
-    assert caught.value.code == "E_MODEL_CORRUPT"
-    for word in ("model_state_dict, iteration", "nnssl_adaptation_plan", "init_args", "model.safetensors", "pymic.pth"):
-        assert word in caught.value.message
+    known = "pymic.pth.*model_state_dict, iteration.*model.safetensors.*nnssl_adaptation_plan.*init_args"
+    refused(tmp_path / "pymic.pth", "E_MODEL_CORRUPT", known)
+
+
+def planned(content: dict[str, Any]) -> dict[str, Any]:
+    return content["nnssl_adaptation_plan"]["pretrain_plan"]
+
+
+def without(content: dict[str, Any], part: str) -> None:
+    content["network_weights"] = {name: w for name, w in content["network_weights"].items() if part not in name}
+
+
+def trained_with(content: dict[str, Any], **changes: Any) -> None:
+    planned(content)["configurations"]["onemmiso"].update(changes)
 
 
 @pytest.mark.parametrize(
     ("edit", "code", "hint"),
     [
         (lambda c: c.update(network_weights={"a": torch.zeros(1)}), "E_MODEL_MISMATCH", "no encoder"),
-        (
-            lambda c: [c["network_weights"].pop(n) for n in list(c["network_weights"]) if "stages.1.blocks.0.c" in n],
-            "E_MODEL_MISMATCH",
-            "stage 1",
-        ),
-        (lambda c: c["nnssl_adaptation_plan"].update(pretrain_plan=3), "E_MODEL_CORRUPT", "pretrain_plan"),
-        (
-            lambda c: [c["network_weights"].pop(n) for n in list(c["network_weights"]) if "encoder.stem" in n],
-            "E_MODEL_MISMATCH",
-            "stem",
-        ),
-        (
-            lambda c: c["nnssl_adaptation_plan"]["pretrain_plan"].update(transpose_forward=[0, 1, 5]),
-            "E_MODEL_CORRUPT",
-            "transpose_forward",
-        ),
+        (lambda c: without(c, "stages.1.blocks.0.c"), "E_MODEL_MISMATCH", "stage 1"),
+        (lambda c: without(c, "encoder.stem"), "E_MODEL_MISMATCH", "stem"),
+        (lambda c: trained_with(c, normalization_schemes=["CTNormalization"]), "E_MODEL_MISMATCH", "CTNormalization"),
+        (lambda c: trained_with(c, spacing=(None, 1.0, 1.0)), "E_MODEL_CORRUPT", "spacing"),
+        (lambda c: trained_with(c, spacing=(None,)), "E_MODEL_CORRUPT", "spacing"),
+        (lambda c: planned(c).update(transpose_forward=[0, 1, 5]), "E_MODEL_CORRUPT", "transpose_forward"),
+        (lambda c: planned(c).update(configurations={"onemmiso": 3}), "E_MODEL_CORRUPT", "onemmiso"),
         (lambda c: c.update(nnssl_adaptation_plan=[1]), "E_MODEL_CORRUPT", "nnssl_adaptation_plan"),
-        (lambda c: c["nnssl_adaptation_plan"].update(key_to_stem=3), "E_MODEL_CORRUPT", "key_to_stem"),
-        (
-            lambda c: c["nnssl_adaptation_plan"].update(recommended_downstream_patchsize="x"),
-            "E_MODEL_CORRUPT",
-            "recommended",
-        ),
-        (
-            lambda c: c["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"].update(
-                normalization_schemes=["CTNormalization"]
-            ),
-            "E_MODEL_MISMATCH",
-            "CTNormalization",
+        *(
+            (lambda c, key=key, value=value: c["nnssl_adaptation_plan"].update({key: value}), "E_MODEL_CORRUPT", key)
+            for key, value in {
+                "pretrain_plan": 3,
+                "key_to_stem": 3,
+                "recommended_downstream_patchsize": "x",
+                "pretrain_num_input_channels": True,
+            }.items()
         ),
     ],
 )
@@ -513,10 +504,7 @@ def test_broken_contents_are_refused(edit: Callable, code: str, hint: str, tmp_p
     released = foreign.OPENMIND["ResEncL-OpenMind-MAE"]()
     edit(released.content)
     file = released.write(tmp_path)
-    with pytest.raises(MFMError, match=re.escape(str(file))) as caught:
-        read_checkpoint(file)
-    assert caught.value.code == code
-    assert hint in caught.value.message
+    refused(file, code, f"{re.escape(str(file))}.*{hint}")
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:

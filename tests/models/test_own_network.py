@@ -15,9 +15,9 @@ from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.models.families import Sizing, family_named, network_names
 from mfm_nnunet.settings import block_of
 from mfm_nnunet.workspace import use_only
+from tests import PACKAGES
 from tests.builders import synthetic
 from tests.builders.tiny_plans import tiny_network
-from tests.conftest import PACKAGES
 
 PAGE = Path(__file__).parents[2] / "documentation" / "how_to" / "add_a_network.md"
 SHORT = ["epochs=1", "iterations_per_epoch=1", "validation_iterations=1"]

@@ -22,8 +22,8 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import to_plain
 from mfm_nnunet.jobs.plan import PlanResult, check_request, plan
 from mfm_nnunet.planning import planner
+from mfm_nnunet.planning.derive import format_table
 from mfm_nnunet.planning.planner import MFMPlanner
-from mfm_nnunet.planning.table import format_table
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.settings import block_of
 from tests.builders.tiny_data import ABDOMEN, BRAIN, HIPPOCAMPUS, XRAY, workspace_with, write_json

@@ -120,7 +120,7 @@ def test_a_failure_without_a_code_reports_the_last_line(study: Study, monkeypatc
     with pytest.raises(CasesFailedError, match=r"E_INTERNAL.*ZeroDivisionError") as failed:
         train_all(study, monkeypatch, "1 / 0")
     assert len(failed.value.failures) == 4
-    with pytest.raises(CasesFailedError, match="ended from outside"):
+    with pytest.raises(CasesFailedError, match="killed by another process"):
         train_all(study, monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
 
 
@@ -163,7 +163,7 @@ def test_the_commands_of_a_cell(tmp_path: Path) -> None:
     assert (arguments.input_folder, arguments.output_folder) == (str(study.test_folder), f"{folder}/masks")
     assert arguments.resume
     assert score == ["python", "-m", "mfm_nnunet.study.evaluation", str(study.folder), str(folder)]
-    assert "finetune.parts" not in all_steps(study, Cell(2, 0, "scratch"), "cpu")[0].line
+    assert "finetune.parts" not in str(all_steps(study, Cell(2, 0, "scratch"), "cpu")[0])
 
 
 def read(name: str, words: list[str]) -> Any:

@@ -247,7 +247,7 @@ def test_settings_that_each_start_was_trained_with(tmp_path: Path) -> None:
     line = f"* mae was trained with finetune.learning_rate=0.001, {same}, finetune.parts=encoder_decoder, {decay}."
     assert line in lines
     differing = "finetune.learning_rate, finetune.layer_decay"
-    assert f"* So the starts differ not only in their weights, but in {differing}." in lines
+    assert f"* So the starts differ not only in their weights, but also in {differing}." in lines
 
 
 ABSENT = {"dice": None, "nsd": None}
@@ -273,7 +273,7 @@ def test_the_references_alone_decide_what_is_averaged() -> None:
         "outer": {"predicted": 3, "cases": 4},
     }
     lines = report.make_table(study).splitlines()
-    assert "The references of 1 test cases hold no label, so these cases have no scores." in lines
+    assert any(line.startswith("1 test cases have no label in their reference") for line in lines)
     columns = "| labels | start | inner, Dice | inner, NSD | outer, Dice | outer, NSD | inner, false positives | outer,"
     assert any(line.startswith(columns) for line in lines)
     assert any(line.startswith("| 5 | mae |") and "| 0 of 2 | 3 of 4 |" in line for line in lines)
@@ -313,7 +313,7 @@ def test_no_reference_holds_a_label(tmp_path: Path) -> None:
     study = summarised(record([5], 2, ["scratch", "mae"], 2), cells)
     assert json.loads(json.dumps(study.results, allow_nan=False)) == study.results
     text = report.make_table(study)
-    assert "No reference of a test case holds any label" in text
+    assert "2 test cases have no label in their reference, so they have no scores. Test on other cases." in text
     assert "| 5 | mae | 2 | - |" in text
     assert "nan" not in text
     report.plot(tmp_path / "study.png", study)
