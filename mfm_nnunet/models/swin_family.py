@@ -26,7 +26,7 @@ from mfm_nnunet.models.families import (
     Stated,
     TrainingDefaults,
 )
-from mfm_nnunet.models.sizing import CPU_VOXELS, MIN_EDGE, Trial, cpu_batch, plan_largest
+from mfm_nnunet.models.sizing import MIN_EDGE, Trial, cpu_batch, plan_largest
 from mfm_nnunet.models.swin import PatchEmbedding, PatchExpanding, PatchMerging, SwinBlock, fit_window, resize_table
 
 SWIN = "mfm_nnunet.models.swin.SwinUNet"
@@ -43,6 +43,8 @@ LARGEST_WINDOW = {2: 8, 3: 6}
 MAX_WINDOW_TOKENS = 512
 """Attention costs memory by the square of it."""
 MAX_VOXELS = {3: 160**3, 2: 1024**2}
+MAX_CPU_VOXELS = {3: 64**3, 2: 192**2}
+"""Of the CPU preset. A 3D step with batch 2 is about 90 GFLOP, as one of its U-Nets."""
 TABLE = "relative_position_bias_table"
 
 
@@ -204,7 +206,7 @@ class SwinFamily(NetworkFamily):
         """
         strides = plan_strides(sizing.median_shape, sizing.spacing)
         patches = list(legal_patches(sizing.median_shape, sizing.spacing, strides))
-        limits = MAX_VOXELS if sizing.memory_gb is not None else CPU_VOXELS
+        limits = MAX_CPU_VOXELS if sizing.memory_gb is None else MAX_VOXELS
         patches = [patch for patch in patches if math.prod(patch) <= limits[len(patch)]] or patches[-1:]
         if sizing.memory_gb is None:
             return PlannedNetwork(swin_architecture(CPU_WIDTH, strides, patches[0]), patches[0], cpu_batch(patches[0]))
