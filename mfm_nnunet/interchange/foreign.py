@@ -251,7 +251,8 @@ def _convert_parts(parts: Parts, stated: Stated, token_order: TokenOrder | None)
 
 def _plans(parts: Parts, plan: nnssl.AdaptationPlan, converted: Converted, notes: list[str]) -> dict[str, Any]:
     """Build a complete plan around the network, with nnU-Net's defaults for what pretraining leaves open."""
-    num_axes, origin = len(converted.patch_size), parts.layout.origin if parts.layout else ""
+    num_axes = len(converted.patch_size)
+    origin = "as OpenMind's" if num_axes == 3 else "our choice"
     patch = list(plan.recommended_patch or converted.patch_size)
     if len(patch) != num_axes:
         raise MFMError("E_MODEL_MISMATCH", f"its network is {num_axes}D, but the patch in its plan is {patch}.")

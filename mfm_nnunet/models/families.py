@@ -1,8 +1,7 @@
 """Network families: a :class:`NetworkFamily` holds everything that depends on the kind of network.
 
-To add a network, write one file with its module and its family, and register it in :data:`BUILT_IN` (and
-:data:`MEETING`) or in the entry points of your own package (``documentation/how_to/add_a_network.md``). No other code
-checks the kind of a network.
+To add a network, write a file with its module and family, and register it in :data:`BUILT_IN` and :data:`MEETING`, or
+in your package's entry points (``documentation/how_to/add_a_network.md``). No other code checks the kind of a network.
 
 Importing this module is cheap: families, and with them torch, are loaded on first use.
 """
@@ -135,8 +134,6 @@ class ForeignLayout(ABC):
     """Part of the names under which a file repeats the encoder's tensors."""
     has_token_order: ClassVar[bool] = False
     """True if conversion needs the order in which tokens are flattened."""
-    origin: ClassVar[str] = "as OpenMind's"
-    """Reason for normalisation, spacing and axes that a file does not have."""
     keys: Mapping[str, Any]
     """nnssl's key_to_encoder, key_to_stem, keys_to_in_proj and key_to_lpe."""
 

@@ -105,7 +105,6 @@ class SwinLayout(ForeignLayout):
     first_block = r"0\.blocks\.0\.attn\."
     stem = "encoder.patch_embed."
     head = "head."
-    origin = "our choice"
 
     def __init__(self) -> None:
         self.keys = {}
