@@ -1,7 +1,8 @@
-"""Backbones: what is hidden has no influence, what is dropped is what the mask says, heads and samples stay apart.
+"""Backbones of tokens and of U-Nets: what is dropped is what the mask says, heads and samples stay apart.
 
 The traps of the published code are tests here: loss mask transposed against the tokens, rotary positions of sample i
-used for head i, drop path on in validation, a mask token that cannot learn.
+used for head i, drop path on in validation, a mask token that cannot learn. ``test_families.py`` has what all backbones
+share.
 """
 
 from __future__ import annotations
@@ -15,59 +16,37 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.models.backbone import make_backbone
-from mfm_nnunet.models.families import family_of
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.tokens import TokenBackbone
-from mfm_nnunet.models.unet import UNetBackbone
 from mfm_nnunet.tasks.masks import draw_hidden
-from tests.builders.tiny_plans import tiny_backbone, tiny_network, tiny_plans
+from tests.builders.tiny_plans import NETWORKS, tiny_backbone, tiny_plans
 
-PATCH = (24, 32, 40)
-"""With tokens of 8 voxels a grid of (3, 4, 5)."""
-CASES = [("resenc", PATCH), ("primus", PATCH), ("resenc", (24, 40)), ("primus", (24, 40))]
+PATCH, FLAT = (24, 32, 40), (24, 40)
+"""With tokens of 8 voxels grids of (3, 4, 5) and (3, 5)."""
+PRIMUS = ["primus", "primus_v2", "primus_v3"]
 
 
 def hidden_mask(patch: tuple[int, ...], batch: int, ratio: float = 0.75) -> Tensor:
     cell = (8,) * len(patch)
-    return torch.stack(
-        [torch.from_numpy(draw_hidden(patch, cell, ratio, np.random.default_rng(i))) for i in range(batch)]
-    )
+    return torch.from_numpy(np.stack([draw_hidden(patch, cell, ratio, np.random.default_rng(i)) for i in range(batch)]))
 
 
-def token_backbone(patch: tuple[int, ...] = PATCH, **changes: int) -> TokenBackbone:
-    backbone = tiny_backbone("primus", patch, **changes)
+def token_backbone(network: str = "primus", patch: tuple[int, ...] = PATCH, **changes: Any) -> TokenBackbone:
+    backbone = tiny_backbone(network, patch, **changes)
     assert isinstance(backbone, TokenBackbone)
     return backbone.eval()
 
 
-@pytest.mark.parametrize(("family", "patch"), CASES)
-@pytest.mark.parametrize("fill_value", [0.0, -3.0])
-def test_what_is_hidden_has_no_influence_at_all(family: str, patch: tuple[int, ...], fill_value: float) -> None:
-    backbone = tiny_backbone(family, patch, num_inputs=2, num_outputs=2).eval()
-    hidden = hidden_mask(patch, 3)
-    x, other = torch.randn(2, 3, 2, *patch)
-    changed = torch.where(hidden, 100 * other, x)
-    with torch.no_grad():
-        a, b = (backbone.restore(image, hidden, fill_value) for image in (x, changed))
-        assert (a - b).abs().max() == 0
-        # ... and what is visible has, else the test above would hold for any constant.
-        seen = torch.where(hidden, x, x + 0.1 * other)
-        assert (backbone.restore(seen, hidden, fill_value) - a).abs().max() > 1e-4
+# Tokens
 
 
-def test_the_fill_value_is_what_convolutions_see() -> None:
-    backbone = tiny_backbone("resenc", PATCH).eval()
-    x, hidden = torch.randn(1, 1, *PATCH), hidden_mask(PATCH, 1)
-    with torch.no_grad():
-        assert torch.equal(backbone.restore(x, hidden, -2.0), backbone(x.masked_fill(hidden, -2.0)))
-        assert not torch.equal(backbone.restore(x, hidden, -2.0), backbone.restore(x, hidden))
-
-
-@pytest.mark.parametrize("patch", [PATCH, (24, 40)])
+@pytest.mark.parametrize("patch", [PATCH, FLAT])
 def test_mask_and_tokens_agree_on_a_non_cubic_grid(patch: tuple[int, ...]) -> None:
-    backbone = token_backbone(patch)
+    backbone = token_backbone(patch=patch)
     hidden = hidden_mask(patch, 3)
     visible = backbone.visible_tokens(hidden)
     grid = tuple(size // 8 for size in patch)
+    assert backbone.mask_cell() == backbone.crop_cell() == (8,) * len(patch)
     places = list(itertools.product(*(range(n) for n in grid)))  # axis 0 outermost, as DNA >= 0.4.3 flattens
     for sample in range(3):
         kept = {places[t] for t in visible[sample].tolist()}
@@ -94,70 +73,74 @@ def test_each_token_comes_from_its_own_voxels() -> None:
         assert changed.nonzero().flatten().tolist() == [token]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch", [1, 2, 3])
 def test_dropping_equals_attention_among_the_visible_of_each_sample_alone(batch: int) -> None:
     """Batch == heads is the case that DNA confuses silently; here each sample gives what it gives on its own."""
     backbone = token_backbone(eva_numheads=2)
     x, hidden = torch.randn(batch, 1, *PATCH), hidden_mask(PATCH, batch)
-    visible = backbone.visible_tokens(hidden)
+    visible, eva = backbone.visible_tokens(hidden), backbone.network.eva
     with torch.no_grad():
         together = backbone.encode(x, visible)
         for i in range(batch):
-            alone = _reference_encode(backbone, x[i : i + 1], visible[i])
-            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+            # The table of rotary positions (V, d) has no batch axis.
+            tokens = backbone.network.down_projection(x[[i]]).flatten(2).transpose(1, 2) + eva.pos_embed
+            tokens = tokens[:, visible[i]]
+            for block in eva.blocks:
+                tokens = block(tokens, rope=eva.rope.get_embed()[visible[i]])
+            torch.testing.assert_close(together[[i]], eva.norm(tokens), rtol=1e-5, atol=1e-5)
 
 
-def _reference_encode(backbone: TokenBackbone, x: Tensor, visible: Tensor) -> Tensor:
-    """The plain encoder on the kept tokens of one sample; its table of rotary positions (V, d) has no batch axis."""
-    eva = backbone.network.eva
-    tokens = backbone.network.down_projection(x).flatten(2).transpose(1, 2) + eva.pos_embed
-    tokens = tokens[:, visible]
-    for block in eva.blocks:
-        tokens = block(tokens, rope=eva.rope.get_embed()[visible])
-    return eva.norm(tokens)
-
-
-@pytest.mark.parametrize("patch", [PATCH, (24, 40)])
-def test_with_nothing_hidden_the_encoder_is_the_plain_one(patch: tuple[int, ...]) -> None:
-    backbone = token_backbone(patch)
-    x = torch.randn(2, 1, *patch)
-    nothing = torch.zeros(2, 1, *patch, dtype=torch.bool)
+@pytest.mark.parametrize("network", PRIMUS)
+@pytest.mark.parametrize("patch", [PATCH, FLAT])
+def test_with_nothing_hidden_the_encoder_is_the_plain_one(network: str, patch: tuple[int, ...]) -> None:
+    dropping, replacing = (token_backbone(network, patch, restoring=kind) for kind in ("drop", "replace"))
+    x, nothing = torch.randn(2, 1, *patch), torch.zeros(2, 1, *patch, dtype=torch.bool)
+    close = {"rtol": 1e-4, "atol": 1e-5}
     with torch.no_grad():
-        network = backbone.network
-        tokens = network.down_projection(x).flatten(2).transpose(1, 2)
-        plain, _ = network.eva(tokens)
-        torch.testing.assert_close(backbone.encode(x, backbone.visible_tokens(nothing)), plain, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(backbone.encode(x), plain, rtol=1e-5, atol=1e-5)
-        grid = plain.transpose(1, 2).reshape(2, -1, *(s // 8 for s in patch))
-        torch.testing.assert_close(backbone.features(x)[0], grid, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(network.up_projection(grid), backbone(x), rtol=1e-5, atol=1e-5)
+        built = dropping.network
+        plain, _ = built.eva(built.down_projection(x).flatten(2).transpose(1, 2))
+        grid = plain.transpose(1, 2).reshape(2, -1, *(size // 8 for size in patch))
+        torch.testing.assert_close(dropping.encode(x, dropping.visible_tokens(nothing)), plain, **close)
+        torch.testing.assert_close(dropping.encode(x), plain, **close)
+        torch.testing.assert_close(dropping.features(x)[0], grid, **close)
+        torch.testing.assert_close(built.up_projection(grid), dropping(x), **close)
+        torch.testing.assert_close(replacing.restore(x, nothing), replacing(x), **close)
 
 
-def test_hidden_places_are_filled_with_the_mask_token_in_the_right_place() -> None:
-    backbone = token_backbone()
-    hidden = hidden_mask(PATCH, 2)
-    seen: list[Tensor] = []
-    backbone.token_decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+@pytest.mark.parametrize("network", PRIMUS)
+def test_hidden_tokens_never_enter_and_are_filled_with_the_mask_token_in_their_places(network: str) -> None:
+    backbone = token_backbone(network)
+    hidden, x = hidden_mask(PATCH, 2), torch.randn(2, 1, *PATCH)
+    entered: list[Tensor] = []
+    for module in (backbone.network.eva.blocks[0], backbone.token_decoder):
+        module.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    filled = x.masked_fill(hidden, 0)
     with torch.no_grad():
-        x = torch.randn(2, 1, *PATCH)
         backbone.restore(x, hidden)
-        encoded = backbone.encode(x, backbone.visible_tokens(hidden))
+        encoded = backbone.encode(filled, backbone.visible_tokens(hidden))
+    assert entered[0].shape[1] == 60 - 45
     is_hidden = hidden[:, 0, ::8, ::8, ::8].flatten(1)
-    assert (seen[0][is_hidden] == backbone.mask_token).all()
-    assert torch.equal(seen[0][~is_hidden], encoded.flatten(0, 1))
+    assert (entered[1][is_hidden] == backbone.mask_token).all()
+    assert torch.equal(entered[1][~is_hidden], encoded.flatten(0, 1))
+    # The stems of V2 and V3 look beyond their token: without filling, the visible would know what is hidden.
+    with torch.no_grad():
+        leak = backbone.encode(torch.where(hidden, 100.0, x), backbone.visible_tokens(hidden)) - encoded
+    assert (leak.abs().max() > 1e-3) == (network != "primus")
 
 
 def test_mask_token_and_every_new_weight_learn() -> None:
     backbone = token_backbone().train()
     backbone.restore(torch.randn(2, 1, *PATCH), hidden_mask(PATCH, 2)).square().mean().backward()
     assert 0 < backbone.mask_token.detach().abs().max() < 1e-4
+    assert len(backbone.token_decoder.blocks) == 2
     for name, weight in backbone.named_parameters():
         assert weight.grad is not None, name
         assert weight.grad.abs().max() > 0, name
 
 
-def test_drop_path_only_in_train_mode() -> None:
-    backbone = tiny_backbone("primus", PATCH, drop_path_rate=0.5)
+@pytest.mark.parametrize("restoring", ["drop", "replace"])
+def test_drop_path_only_in_train_mode(restoring: Any) -> None:
+    backbone = token_backbone(drop_path_rate=0.5, restoring=restoring)
     x, hidden = torch.randn(4, 1, *PATCH), hidden_mask(PATCH, 4)
     for mode, same in ((True, False), (False, True)):
         backbone.train(mode)
@@ -165,54 +148,14 @@ def test_drop_path_only_in_train_mode() -> None:
             assert torch.equal(backbone.restore(x, hidden), backbone.restore(x, hidden)) is same
 
 
-def test_masks_that_tokens_cannot_follow_are_refused() -> None:
+def test_masks_and_crops_that_tokens_cannot_follow_are_refused() -> None:
     backbone = token_backbone()
-    through_tokens = hidden_mask(PATCH, 1).roll(1, dims=2)
     with pytest.raises(AssertionError, match="cuts through"):
-        backbone.visible_tokens(through_tokens)
-    uneven = torch.cat([hidden_mask(PATCH, 1, 0.75), hidden_mask(PATCH, 1, 0.5)])
+        backbone.visible_tokens(hidden_mask(PATCH, 1).roll(1, dims=2))
     with pytest.raises(AssertionError, match="different numbers"):
-        backbone.visible_tokens(uneven)
-
-
-def test_new_weights_are_made_only_when_needed_and_never_part_of_the_network() -> None:
-    plain = make_backbone(tiny_network("primus", PATCH), PATCH, "none")
-    restoring = make_backbone(tiny_network("primus", PATCH), PATCH, "drop")
-    assert {name.split(".")[0] for name, _ in plain.named_parameters()} == {"network"}
-    assert {name.split(".")[0] for name, _ in restoring.named_parameters()} == {
-        "network",
-        "token_decoder",
-        "mask_token",
-    }
-    assert list(plain.network.state_dict()) == list(restoring.network.state_dict())
-    assert len(restoring.token_decoder.blocks) == 2
-
-
-@pytest.mark.parametrize(("family", "patch"), CASES)
-def test_features_fine_to_coarse_mask_cell_and_inputs(family: str, patch: tuple[int, ...]) -> None:
-    backbone = tiny_backbone(family, patch, num_inputs=3)
-    assert backbone.num_inputs == 3
-    assert backbone.family.name == family
-    assert isinstance(backbone, UNetBackbone if family == "resenc" else TokenBackbone)
-    features = backbone.features(torch.randn(2, 3, *patch))
-    strides = [1, 2, 4] if family == "resenc" else [8]
-    assert [tuple(f.shape[2:]) for f in features] == [tuple(s // k for s in patch) for k in strides]
-    assert backbone.mask_cell() == (1 if family == "resenc" else 8,) * len(patch)
-
-
-@pytest.mark.parametrize(("family", "patch"), CASES)
-def test_features_of_a_whole_patch_are_the_plain_encoders(family: str, patch: tuple[int, ...]) -> None:
-    backbone = tiny_backbone(family, patch).eval()
-    network: Any = backbone.network
-    x = torch.randn(2, 1, *patch)
-    with torch.no_grad():
-        if family == "resenc":
-            plain = network.encoder(x)
-        else:
-            tokens, _ = network.eva(network.down_projection(x).flatten(2).transpose(1, 2))
-            plain = [tokens.transpose(1, 2).reshape(2, -1, *(size // 8 for size in patch))]
-        for found, expected in zip(backbone.features(x), plain, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        backbone.visible_tokens(torch.cat([hidden_mask(PATCH, 1, 0.75), hidden_mask(PATCH, 1, 0.5)]))
+    with pytest.raises(AssertionError, match="is not in"):
+        backbone.features(torch.randn(1, 1, 32, 32, 40))
 
 
 @pytest.mark.parametrize(
@@ -221,14 +164,14 @@ def test_features_of_a_whole_patch_are_the_plain_encoders(family: str, patch: tu
         (PATCH, (8, 16, 24), (1, 1, 1)),
         (PATCH, (16, 32, 8), (0, 0, 2)),
         (PATCH, PATCH, (0, 0, 0)),
-        ((24, 40), (8, 16), (1, 1)),
+        (FLAT, (8, 16), (1, 1)),
     ],
 )
 @pytest.mark.parametrize("is_rotary_only", [False, True])
 def test_a_small_crop_is_the_middle_of_a_patch_of_which_the_rest_was_dropped(
     patch: tuple[int, ...], crop: tuple[int, ...], lower: tuple[int, ...], is_rotary_only: bool
 ) -> None:
-    backbone = token_backbone(patch)
+    backbone = token_backbone(patch=patch)
     if is_rotary_only:
         backbone.network.eva.pos_embed = None
     x = torch.randn(3, 1, *patch)
@@ -242,54 +185,36 @@ def test_a_small_crop_is_the_middle_of_a_patch_of_which_the_rest_was_dropped(
     assert features.shape[2:] == tuple(side // 8 for side in crop)
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
-def test_sizes_of_crops_that_features_can_see(family: str) -> None:
-    backbone = tiny_backbone(family, PATCH)
-    assert backbone.crop_cell() == backbone.geometry().crop_cell == ((4,) * 3 if family == "resenc" else (8,) * 3)
-    assert backbone.feature_widths() == [feature.shape[1] for feature in backbone.features(torch.randn(1, 1, *PATCH))]
-    if family == "primus":
-        with pytest.raises(AssertionError, match="is not in"):
-            backbone.features(torch.randn(1, 1, 32, 32, 40))
-
-
-def test_a_frozen_decoder_leaves_the_encoder_to_train() -> None:
-    for family in ("resenc", "primus"):
-        backbone = tiny_backbone(family, PATCH, restoring="none")
-        backbone.freeze_decoder()
-        trained = {name for name, weight in backbone.named_parameters() if weight.requires_grad}
-        assert trained == {f"network.{name}" for name in family_of(backbone.network).encoder_names(backbone.network)}
-        sum(feature.square().mean() for feature in backbone.features(torch.randn(2, 1, *PATCH))).backward()
-        assert all(weight.grad is not None for weight in backbone.parameters() if weight.requires_grad)
-
-
-def test_skips_are_kept_when_restoring() -> None:
-    """With nothing hidden, restoring is the plain U-Net with its skips."""
-    backbone = tiny_backbone("resenc", PATCH).eval()
-    x, nothing = torch.randn(1, 1, *PATCH), torch.zeros(1, 1, *PATCH, dtype=torch.bool)
-    with torch.no_grad():
-        assert torch.equal(backbone.restore(x, nothing), backbone(x))
-
-
-def test_unused_output_layers_are_not_trained() -> None:
-    backbone = tiny_backbone("resenc", PATCH)
-    frozen = {name for name, weight in backbone.network.named_parameters() if not weight.requires_grad}
-    assert frozen == {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
-
-
 @pytest.mark.parametrize("name", ["Primus", "PrimusV2", "PrimusV3"])
 def test_dnas_own_primus_leaks_nothing_either(name: str) -> None:
-    """The stems of V2 and V3 look beyond their token."""
-    from mfm_nnunet.models.networks import build_network
-
-    patch = (16, 24, 16)
+    patch = NETWORKS["primus"].uneven
     plans = tiny_plans("primus", patch)
     plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = (
         f"dynamic_network_architectures.architectures.primus.{name}"
     )
     backbone = make_backbone(build_network(plans, "3d_fullres", 1, 1), patch, "drop").eval()
     assert backbone.mask_cell() == (8, 8, 8)
-    hidden = hidden_mask(patch, 2, 0.5)
-    x = torch.randn(2, 1, *patch)
+    hidden, x = hidden_mask(patch, 2, 0.5), torch.randn(2, 1, *patch)
     with torch.no_grad():
         changed = backbone.restore(torch.where(hidden, x + 5, x), hidden)
         assert torch.equal(backbone.restore(x, hidden), changed)
+
+
+# U-Nets
+
+
+def test_unets_see_the_fill_value_and_keep_their_skips() -> None:
+    backbone = tiny_backbone("resenc", PATCH).eval()
+    x, hidden = torch.randn(1, 1, *PATCH), hidden_mask(PATCH, 1)
+    with torch.no_grad():
+        assert torch.equal(backbone.restore(x, hidden, -2.0), backbone(x.masked_fill(hidden, -2.0)))
+        assert not torch.equal(backbone.restore(x, hidden, -2.0), backbone.restore(x, hidden))
+        assert torch.equal(backbone.restore(x, torch.zeros_like(hidden)), backbone(x))
+        assert all(map(torch.equal, backbone.features(x), backbone.network.encoder(x)))
+    assert (backbone.mask_cell(), backbone.crop_cell()) == ((1, 1, 1), (4, 4, 4))
+
+
+def test_unused_output_layers_are_not_trained() -> None:
+    backbone = tiny_backbone("resenc", PATCH)
+    frozen = {name for name, weight in backbone.network.named_parameters() if not weight.requires_grad}
+    assert frozen == {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}

@@ -45,7 +45,6 @@ def test_token_patches(
 @pytest.mark.parametrize(
     ("budget", "size", "is_whole"),
     [
-        (1e9, "L", True),
         (2.6e6, "L", True),
         (2.5e6, "M", True),
         (1.1e6, "B", True),
