@@ -16,7 +16,7 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 26_050,
+    "package lines": 26_450,
     "spine lines": 15_100,
     "files": 146,
     "files with one importer": 30,
