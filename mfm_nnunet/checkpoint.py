@@ -67,7 +67,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as error:  # damaged files raise arbitrary errors
         raise _damaged(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     if not isinstance(content, dict):
-        raise MFMError("E_MODEL_CORRUPT", f"{file}: not a checkpoint (it holds a {type(content).__name__}).")
+        raise MFMError("E_MODEL_CORRUPT", f"{file}: not a checkpoint (it contains a {type(content).__name__}).")
     if is_nested_too_deep(content):
         raise _damaged(file, f"it is nested more than {MAX_DEPTH} levels deep")
     return content
@@ -121,7 +121,7 @@ def _damaged(file: Path, reason: str) -> MFMError:
 def _unsafe(file: Path) -> MFMError:
     return MFMError(
         "E_MODEL_UNSAFE",
-        f"{file}: the file holds objects other than tensors and plain values, which could run code when loaded. It was "
+        f"{file}: the file has objects other than tensors and plain values, which could run code when loaded. It was "
         "refused. Ask its author for a file of plain tensors.",
     )
 

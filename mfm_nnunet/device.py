@@ -47,7 +47,7 @@ def pick_device(name: str) -> torch.device:
     if kind not in available:
         raise MFMError("E_CONFIG", f"-device {name}: known devices are cpu, cuda and mps.")
     if not available[kind]:
-        raise MFMError("E_CONFIG", f"-device {name}: there is none on this computer. Use -device cpu.")
+        raise MFMError("E_CONFIG", f"-device {name}: this computer has none. Use -device cpu.")
     device = torch.device(name)
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MFMError("E_CONFIG", f"-device {name}: this computer has {torch.cuda.device_count()} GPUs.")
@@ -126,7 +126,7 @@ def warn_of_slow_bf16(device: torch.device, setting: str) -> None:
     has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     if device.type == "cpu" and capabilities.get("architecture") == "x86_64" and not has_bf16:
         logger.warning(
-            "%s=bf16: this CPU has neither AVX512-BF16 nor AMX, so bf16 is imitated; %s=fp32 is probably faster",
+            "%s=bf16: this CPU has neither AVX512-BF16 nor AMX, so bf16 is emulated; %s=fp32 is probably faster",
             *(setting, setting),
         )
 
@@ -142,7 +142,7 @@ def out_of_memory_is_an_error(advice: str) -> Iterator[None]:
         reason = (str(error) or "out of memory").splitlines()[0]
         if any(words in str(error) for words in OUT_OF_SHARED_MEMORY_WORDS):
             advice = _MORE_SHARED_MEMORY
-        raise MFMError("E_OOM", f"training needs more memory than there is ({reason}). {advice}") from error
+        raise MFMError("E_OOM", f"training needs more memory than is available ({reason}). {advice}") from error
 
 
 def default_workers(world_size: int = 1) -> int:
@@ -167,7 +167,7 @@ def require_memory(needed: int, what: str, advice: str) -> None:
     if needed > available:
         raise MFMError(
             "E_TOO_LARGE",
-            f"{what} needs {needed / 1e9:.1f} GB of memory, and only {available / 1e9:.1f} GB may be used. {advice}",
+            f"{what} needs {needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are available. {advice}",
         )
 
 

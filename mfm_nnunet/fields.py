@@ -30,7 +30,7 @@ class Request:
     """Base of all requests. Raises MFMError (E_CONFIG) for an illegal value."""
 
     _: KW_ONLY
-    workspace: str | Path | None = field(default=None, metadata={"help": "where everything lives"})
+    workspace: str | Path | None = field(default=None, metadata={"help": "folder for all data and results"})
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -95,7 +95,7 @@ def inside(folder: Path, *names: str, code: str = "E_CONFIG") -> Path:
             raise MFMError(
                 code,
                 f"{shown(name)!r} cannot be the name of a file in {shown(folder)}: a name has no / or \\, no control "
-                f"characters, is UTF-8 and at most {MAX_BYTES} bytes long. Rename what is called so.",
+                f"characters, is UTF-8 and at most {MAX_BYTES} bytes long. Rename it.",
             )
     return folder.joinpath(*names)
 
@@ -116,7 +116,7 @@ def whole_number(text: str) -> int | None:
 def not_regular(file: Path) -> MFMError:
     """Return the error (E_NOT_REGULAR) for a link, folder, pipe or device in place of an output file."""
     kind = "a link" if file.is_symlink() else "a folder, pipe or device"
-    return MFMError("E_NOT_REGULAR", f"{file}: is {kind} where this command writes a file. Move it away.")
+    return MFMError("E_NOT_REGULAR", f"{file}: this is {kind}, but the command writes a file here. Move it away.")
 
 
 def refuse_links(folder: Path, endings: tuple[str, ...] = (".json", ".png", ".txt", ".jsonl")) -> None:

@@ -29,7 +29,7 @@ SPACINGS = ("median", "onemm", "original")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # Flags of several commands: their spellings and help
-DEVICE = "-device --device", "auto (default) takes a GPU where there is one; CUDA_VISIBLE_DEVICES chooses which"
+DEVICE = "-device --device", "auto (default) uses a GPU if there is one; choose it with CUDA_VISIBLE_DEVICES"
 DATASET = "-d --dataset", "name or number of the dataset"
 CONFIGURATION = "-c --configuration", "configuration, e.g. 3d_fullres or 2d"
 PLANS = "-p --plans", "name of the plan"
@@ -95,7 +95,7 @@ class PlanRequest(Request):
     memory_gb: float | None = option(
         None,
         "--memory-gb -gpu_memory_target",
-        "memory that training may take (default: the GPU's, or a small preset for the CPU)",
+        "memory for training (default: the GPU's, or a small preset for the CPU)",
         metavar="G",
         check=number_between(0, 1e6, "of GB above 0 and at most 1000000"),
     )
@@ -110,7 +110,7 @@ class PlanRequest(Request):
     like: str | Path | None = option(
         None,
         "--like",
-        "take network, spacing, normalisation and axis order of a pretrained checkpoint",
+        "use network, spacing, normalisation and axis order of a pretrained checkpoint",
         metavar="CHECKPOINT",
     )
     plans_name: str | None = option(
@@ -152,11 +152,11 @@ class RunRequest(ConfigurationRequest):
     recipe: str | Path | None = option(
         None,
         "--recipe",
-        "settings of a whole run: the name of a shipped recipe, or a .json file; --set wins over it",
+        "settings of a run: the name of a shipped recipe, or a .json file; --set overrides them",
         metavar="NAME|FILE",
     )
     settings: Sequence[str] = ()
-    continue_training: bool = option(False, "--c", "continue a stopped or killed run where it was")
+    continue_training: bool = option(False, "--c", "resume a stopped or killed run")
     device: str = option("auto", *DEVICE, choices=DEVICES)
     num_gpus: int = option(1, "-num_gpus --num-gpus", "number of GPUs", metavar="N", check=at_least_one)
 
@@ -172,7 +172,7 @@ class PretrainRequest(RunRequest):
     run_name: str | None = option(
         None,
         "--run-name",
-        "end of the run folder's name, which sets the run apart from others of the same task and plan",
+        "suffix of the run folder's name, for several runs of the same task and plan",
         metavar="NAME",
         check=matching(r"[A-Za-z0-9._+-]+", "expected a name of letters, digits, _ . + and -"),
     )
@@ -200,7 +200,7 @@ class TrainRequest(RunRequest):
         "start from these weights (default: from scratch)",
         metavar="CHECKPOINT",
     )
-    only_validate: bool = option(False, "--val", "only validate a run that is finished")
+    only_validate: bool = option(False, "--val", "only validate a finished run")
     save_probabilities: bool = option(False, "--npz", "save the probabilities of the validation")
     settings: Sequence[str] = assignments("finetune.epochs=200 finetune.learning_rate=1e-3 seed=1", "finetune")
 
@@ -230,7 +230,7 @@ class PredictRequest(Request):
     model_folder: str | Path | None = option(
         None,
         "-m --model",
-        "model folder with fold_* in it; or name the model by -d -c -f",
+        "model folder, with fold_* in it; or give -d -c -f instead",
         metavar="MODEL_FOLDER",
     )
     dataset: str | int | None = option(None, *DATASET, metavar="DATASET")
@@ -238,7 +238,7 @@ class PredictRequest(Request):
     folds: Sequence[int | str] | None = option(
         None,
         "-f --folds",
-        "folds whose predictions are averaged, or all (default: those that are there)",
+        "folds whose predictions are averaged, or all (default: all trained folds)",
         nargs="+",
         metavar="FOLD",
         check=each(to_fold),
@@ -267,11 +267,11 @@ class PredictRequest(Request):
     save_probabilities: bool = option(
         False, "--save_probabilities --save-probabilities", "also save the probabilities (.npz)"
     )
-    overwrite: bool = option(False, "--overwrite", "replace the masks that are in OUT")
+    overwrite: bool = option(False, "--overwrite", "replace existing masks in OUT")
     resume: bool = option(
         False,
         "--resume --continue_prediction --c",
-        "keep the masks in OUT that this model made from these images, do the others",
+        "keep masks in OUT that this model made from these images, and predict the rest",
     )
     previous_stage: str | Path | None = option(
         None, "-prev_stage_predictions --previous-stage", "masks of the previous stage, for a cascade", metavar="DIR"
@@ -279,7 +279,7 @@ class PredictRequest(Request):
     num_parts: int = option(
         1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
     )
-    part_id: int = option(0, "-part_id --part-id", "which of them this is, from 0", metavar="I", check=_part)
+    part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=_part)
     device: str = option("auto", *DEVICE, choices=DEVICES)
 
     def __post_init__(self) -> None:
@@ -303,7 +303,7 @@ class StudyRequest(ConfigurationRequest):
     labels: Sequence[str | int] = field(
         metadata=flag(
             "--labels",
-            "numbers of labelled subjects, or shares of those that do not test, e.g. 5 10 20 100%",
+            "numbers of labelled subjects, or shares of all but the test subjects, e.g. 5 10 20 100%",
             nargs="+",
             metavar="N",
             required=False,
@@ -328,26 +328,26 @@ class StudyRequest(ConfigurationRequest):
     test: str | int = option(
         "20%",
         "--test",
-        "who tests: a share of the subjects, a number of them, or a file of case names, one per line",
+        "test subjects: a share, a number, or a file of case names, one per line",
         metavar="SHARE|N|FILE",
     )
     subjects: str | Path | None = option(
         None,
         "--subjects",
-        "CSV with the columns case and subject (default: every case is a subject, unless its name holds sub-XX)",
+        "CSV with the columns case and subject (default: sub-XX in the name, else every case is a subject)",
         metavar="CSV",
     )
     plans_name: str | None = option(
         None,
         "-p --plans",
-        "plan of the dataset that all share (default: one is made like the first checkpoint)",
+        "plan that all arms share (default: a new one that fits the first checkpoint)",
         metavar="PLANS",
     )
     settings: Sequence[str] = assignments("finetune.epochs=200 finetune.learning_rate=1e-3", "finetune")
     tolerance_mm: float = option(
         1.0,
         "--tolerance-mm",
-        "tolerance of the normalised surface distance in mm; in pixels for pictures, which have no mm",
+        "tolerance of the normalised surface distance in mm (in pixels for PNG and similar pictures)",
         metavar="MM",
         check=float,
     )
@@ -355,7 +355,7 @@ class StudyRequest(ConfigurationRequest):
     jobs: int | None = option(
         None,
         "--jobs",
-        "trainings at a time (default: one per GPU, without one per CPU core)",
+        "trainings at a time (default: one per GPU, or one per CPU core without a GPU)",
         metavar="N",
         check=at_least_one,
     )
@@ -373,6 +373,8 @@ class DemoRequest(Request):
     data: str | Path | None = option(
         None, "--data", "a labelled dataset in nnU-Net's raw format (2D or 3D); read in place", metavar="DIR"
     )
-    overwrite: bool = option(False, "--overwrite", "remove what an earlier demo made in the workspace and start anew")
+    overwrite: bool = option(
+        False, "--overwrite", "remove the files of an earlier demo in the workspace and start again"
+    )
     settings: Sequence[str] = assignments("pretrain.epochs=10 finetune.epochs=10 seed=1", "pretrain", "finetune")
     device: str = option("auto", *DEVICE, choices=DEVICES)

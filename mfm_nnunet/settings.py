@@ -281,7 +281,7 @@ def block_of(plans: Mapping[str, Any]) -> MFMBlock:
     if block.format != FORMAT:
         raise MFMError(
             "E_CONFIG",
-            f"the plan block has format {block.format}, this version reads {FORMAT}. Plan again with this version.",
+            f"the plan block has format {block.format}, but this version reads {FORMAT}. Plan again with this version.",
         )
     return block
 

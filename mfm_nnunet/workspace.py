@@ -99,7 +99,7 @@ def use(workspace: str | os.PathLike[str] | None = None) -> Iterator[Workspace]:
     root = Path(workspace or DEFAULT).absolute()
     given = tuple(name for name in FOLDERS if os.environ.get(name))
     if len(given) < len(FOLDERS) and root.exists() and not root.is_dir():
-        raise MFMError("E_EXISTS", f"--workspace {root}: this is a file, and the workspace is a folder. Give a folder.")
+        raise MFMError("E_EXISTS", f"--workspace {root}: this is a file. Give a folder.")
     values = {name: os.environ.get(name) or str(root / name) for name in FOLDERS}
     for name, path in values.items():
         require_unicode(path, name)

@@ -11,7 +11,7 @@ from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
 
 DESCRIPTION = """\
-What a checkpoint is, whether it is whole, and the way from and to other programs.
+Describe and verify pretrained checkpoints, and convert them from and to other programs.
 
   mfm_checkpoint describe CHECKPOINT
   mfm_checkpoint verify CHECKPOINT
@@ -19,7 +19,7 @@ What a checkpoint is, whether it is whole, and the way from and to other program
   mfm_checkpoint import CHECKPOINT -o FILE.pth [--token-order hwd]
 
 CHECKPOINT is a file or folder of mfm_nnunet, nnssl, OpenMind or nnU-Net, a file:// address, or hf://OWNER/NAME@COMMIT.
-Nothing that it holds is run."""
+No code in it is run."""
 ACTIONS = ("describe", "verify", "export", "import")
 
 
@@ -31,9 +31,7 @@ def build_parser() -> common.StrictParser:
     parser.flag("-o --output", "export: a new folder; import: a new .pth file", metavar="PATH")
     text = "export: folder (default) is safetensors, JSON and a model card; nnssl is what nnU-Net's newest code reads"
     parser.flag("--layout", text, choices=("folder", "nnssl"))
-    text = (
-        "the order in which a foreign Primus flattens its tokens, where its file does not say: whd is axis 0 outermost"
-    )
+    text = "order in which a foreign Primus flattens its tokens, if its file does not say: whd is axis 0 outermost"
     parser.flag("--token-order", text, choices=("whd", "hwd"))
     parser.flag("--licence", "import and export: the licence of the weights, e.g. cc-by-4.0", metavar="NAME")
     return parser
@@ -45,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_strictly(argv)
     writes = arguments.action in ("export", "import")
     if writes and arguments.output is None:
-        parser.error(f"{arguments.action} needs -o PATH, where to write.")
+        parser.error(f"{arguments.action} needs -o PATH, the output.")
     if not writes and (arguments.output or arguments.licence):
         parser.error(f"{arguments.action} writes nothing: leave out -o and --licence.")
     if arguments.layout and arguments.action != "export":
@@ -60,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.action in ("describe", "verify"):
         print(describe_checkpoint(address, verify=arguments.action == "verify", token_order=token_order))
         if arguments.action == "verify":
-            print("OK (names, shapes, values, and the checksums that the file has)")
+            print("OK (names, shapes, values, and the checksums in the file)")
         return
     layout: Any = (arguments.layout or "folder") if arguments.action == "export" else "pth"
     options = {"layout": layout, "licence": arguments.licence, "token_order": token_order}

@@ -58,7 +58,7 @@ class StrictParser(argparse.ArgumentParser):
             text = f"{text} (default: {str(default).replace('%', '%%')})"
         if item.metadata.get("position"):
             self.add_argument(item.name, help=text, nargs="?", **details)
-            self.add_argument(*names, help="the same as a flag", dest=f"{item.name}_flag", **details)
+            self.add_argument(*names, help=f"{text} (instead of the argument)", dest=f"{item.name}_flag", **details)
         elif isinstance(default, bool):  # the flag inverts the default
             self.add_argument(*names, help=text, action="store_true", dest=f"no_{item.name}" if default else item.name)
         elif default is MISSING:
@@ -77,7 +77,7 @@ class StrictParser(argparse.ArgumentParser):
             position, flag = getattr(arguments, item.name), getattr(arguments, f"{item.name}_flag")
             name = f"{item.metadata['metavar']} ({item.metadata['spellings'][0]})"
             if position is not None and flag is not None and position != flag:
-                self.error(f"{name} is given twice and differs: {position} and {flag}. Give it once.")
+                self.error(f"{name} is given twice, as {position} and as {flag}. Give it once.")
             value = flag if position is None else position
             if value is None:
                 self.error(f"{name} is missing.")
@@ -107,9 +107,9 @@ class StrictParser(argparse.ArgumentParser):
 def make_parser(name: str, description: str, default_workspace: str | None = None) -> StrictParser:
     """Make a parser with the common flags; with a ``default_workspace``, environment variables are ignored."""
     parser = StrictParser(prog=name, description=description)
-    text = f"where everything lives (default: {default_workspace or workspace.DEFAULT})"
+    text = f"folder for all data and results (default: {default_workspace or workspace.DEFAULT})"
     if default_workspace is None:
-        text += "; nnUNet_raw, nnUNet_preprocessed and nnUNet_results win where they are set"
+        text += "; nnUNet_raw, nnUNet_preprocessed and nnUNet_results override it if set"
     parser.flag("--workspace", text, metavar="DIR", default=default_workspace)
     parser.flag("--debug", "show the traceback of an error", action="store_true")
     parser.flag("--version", "print the version", action="version", version=f"mfm_nnunet {__version__}")

@@ -15,16 +15,16 @@ from mfm_nnunet.requests import DemoRequest
 DESCRIPTION = """\
 Plan, preprocess, pretrain (MAE and Volume Fusion), fine-tune (from scratch and from each) and predict, on real images.
 
-  mfm_demo                                  a brain template cut into blocks: left half to train, right half to test
+  mfm_demo                                  blocks of a brain template: train on the left half, test on the right
   mfm_demo --data DATASET_FOLDER            a labelled dataset in nnU-Net's raw format: every fifth case tests
   mfm_demo --set finetune.epochs=20         a longer schedule
 
 It ends with a table of Dice and times, one overlay picture per predicted case and the paths of the masks.
-It shows the machinery and proves no accuracy."""
+It shows that every step works. It does not measure accuracy."""
 
 NOTES = {
-    "template": "All blocks are of one brain template: this shows that everything works and proves no accuracy.",
-    "data": "One seed on a schedule of minutes: this shows that everything works and proves no accuracy.",
+    "template": "All blocks come from one brain template. This shows that every step works, not how accurate it is.",
+    "data": "One seed and a few minutes of training. This shows that every step works, not how accurate it is.",
 }
 
 

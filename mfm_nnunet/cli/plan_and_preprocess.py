@@ -17,7 +17,7 @@ Fingerprint, plan and preprocess labelled datasets and unlabelled corpora.
   mfm_plan_and_preprocess -d 4                                    a labelled dataset in nnU-Net's raw format
   mfm_plan_and_preprocess -d 4 --like CHECKPOINT                  planned so that a pretrained checkpoint fits
 
-Every decision is shown with its reason. The last lines printed are the paths of the plans."""
+Every decision is printed with its reason. The last lines on stdout are the paths of the plans."""
 
 
 def build_parser() -> common.StrictParser:
@@ -26,7 +26,7 @@ def build_parser() -> common.StrictParser:
     from mfm_nnunet.models.families import network_names  # without torch
 
     parser.add_request(PlanRequest, network=tuple(network_names()))
-    text = "accepted for nnU-Net's scripts: every file is always verified here"
+    text = "ignored, because every file is always verified; accepted for nnU-Net's scripts"
     parser.flag("--verify_dataset_integrity", text, action="store_true")
     return parser
 

@@ -16,7 +16,7 @@ Predict a folder of images; the masks have the geometry of the images.
   mfm_predict -i images/ -o masks/ -m MODEL_FOLDER
   mfm_predict -i images/ -o masks/ -d 4 -c 3d_fullres -f 0
 
-A case that fails is reported and the others are done (exit code 3)."""
+Cases that fail are reported, and all others are predicted (exit code 3)."""
 
 WITHOUT_EFFECT = ("npp", "nps", "not_on_device")
 
@@ -26,8 +26,8 @@ def build_parser() -> common.StrictParser:
     parser = common.make_parser("mfm_predict", DESCRIPTION)
     parser.add_request(PredictRequest)
     parser.flag("--disable_progress_bar", "no progress lines", action="store_true")
-    parser.flag("--verbose", "say more", action="store_true")
-    text = "accepted for nnU-Net's scripts, without effect"
+    parser.flag("--verbose", "print more details", action="store_true")
+    text = "ignored; accepted for nnU-Net's scripts"
     parser.flag("-npp", text, type=int, metavar="N")
     parser.flag("-nps", text, type=int, metavar="N")
     parser.flag("--not_on_device", text, action="store_true")

@@ -16,10 +16,10 @@ DESCRIPTION = """\
 Train from scratch and from checkpoints with few and with many labels, several times, and test all on one fixed split.
 
   mfm_study 4 3d_fullres --labels 5 10 20 100% --arms scratch mae=CHECKPOINT --seeds 3
-  mfm_study -o STUDY --table                renew table and picture from the cells that are finished
+  mfm_study -o STUDY --table                rewrite table and picture from the finished cells
 
-All trainings share one plan, smaller subsets are inside larger ones, and no subject both trains and tests. A study that
-was killed continues with the same command. It ends with the table; the study folder holds table.md, study.png and
+All trainings share one plan, smaller subsets are part of larger ones, and no subject is in both training and test. The
+same command continues a study that was killed. It ends with the table; the study folder holds table.md, study.png and
 study.json."""
 
 
@@ -27,7 +27,7 @@ def build_parser() -> common.StrictParser:
     """Define the flags of the command."""
     parser = common.make_parser("mfm_study", DESCRIPTION)
     parser.add_request(StudyRequest)
-    parser.flag("--table", "only renew table and picture from the cells that are finished", action="store_true")
+    parser.flag("--table", "only rewrite table and picture from the finished cells", action="store_true")
     return parser
 
 

@@ -204,8 +204,8 @@ def require_scan(file: Path, image_CDHW: np.ndarray) -> None:
     if _count_labels(sample) and (number := _count_labels(lines)):
         raise MFMError(
             "E_MASK",
-            f"{file}: is a mask and no scan: its voxels hold {number} whole numbers from 0 on. Take it out of the "
-            "source.",
+            f"{file}: this is a mask, not a scan: its voxels have only {number} different whole values. Remove it "
+            "from the source.",
         )
 
 

@@ -50,7 +50,7 @@ def register_corpus(raw_root: Path, dataset_name: str, cases: list[Case], channe
     if is_corpus(folder):
         cases = _update(folder, cases)
     elif (folder / "dataset.json").exists():
-        raise MFMError("E_EXISTS", f"{folder}: holds a labelled dataset. Choose another number for the corpus.")
+        raise MFMError("E_EXISTS", f"{folder}: this is a labelled dataset. Choose another number for the corpus.")
     dataset_json: dict[str, Any] = {
         "channel_names": {str(index): name for index, name in enumerate(channel_names)},
         "labels": {"background": 0},
@@ -84,7 +84,7 @@ def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
     if twice := _names_given_twice(file):
         raise MFMError(
             "E_FORMAT",
-            f"{file}: '{twice[0]}' is there twice, and only the last of the two would count. Rename or remove one.",
+            f"{file}: '{twice[0]}' appears twice, and only the last one would count. Rename or remove one.",
         )
     return content
 

@@ -296,8 +296,8 @@ def require_legal_balance(kinds: Sequence[str], cases: Sequence[Case]) -> None:
         if not any(getattr(case, kind) for case in cases):
             raise MFMError(
                 "E_CONFIG",
-                f"pretrain.balance_by={kind}: the corpus names no {kind} of any case. Register it again from a source "
-                f"that does, e.g. a CSV with the column '{kind}', or leave {kind} out.",
+                f"pretrain.balance_by={kind}: the corpus has no {kind} for any case. Register it again from a source "
+                f"that has it, e.g. a CSV with the column '{kind}', or leave {kind} out.",
             )
 
 

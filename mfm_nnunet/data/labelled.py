@@ -145,7 +145,7 @@ def _require_images(folder: Path, ending: str, names: Sequence[str]) -> None:
     lines = [f"  {name}_0000{ending}{alike if spelling_of(name) in spellings else ''}" for name in orphans]
     raise MFMError(
         "E_NOT_FOUND",
-        f"{folder}: {len(orphans)} labels have no image in imagesTr. Put the images there or take the labels out:\n"
+        f"{folder}: {len(orphans)} labels have no image in imagesTr. Add the images, or remove the labels:\n"
         + "\n".join(lines),
     )
 
@@ -154,8 +154,8 @@ def _require_names(folder: Path, cases: Sequence[Case]) -> None:
     if impossible := [case.name for case in cases if not is_case_name(case.name)]:
         raise MFMError(
             "E_CONFIG",
-            f"{folder}: {len(impossible)} cases have names that nnU-Net would take for a label map or not find. Rename "
-            "image and label:\n" + "\n".join(f"  {name}" for name in impossible),
+            f"{folder}: {len(impossible)} cases have names that nnU-Net would mistake for label maps, or not find. "
+            "Rename image and label:\n" + "\n".join(f"  {name}" for name in impossible),
         )
     uses = Counter(spelling_of(case.name) for case in cases)
     alike = [case.name for case in cases if uses[spelling_of(case.name)] > 1]
@@ -175,7 +175,7 @@ def _require_files(folder: Path, cases: Sequence[Case]) -> None:
     if labels and missing == labels:
         raise MFMError(
             "E_NOT_FOUND",
-            f"{folder}: {len(cases)} images and no label at all, expected e.g. {labels[0]}. Add the labels; to use the "
+            f"{folder}: {len(cases)} images but no labels, expected e.g. {labels[0]}. Add the labels; to use the "
             "images without labels, register them as a corpus: mfm_plan_and_preprocess -d NUMBER --images FOLDER",
         )
     if missing:

@@ -313,8 +313,8 @@ def _check_case(
     if num_axes == 2 and shape[0] > 1 and min(shape[1:]) == 1:
         raise MFMError(
             "E_DIM",
-            f"in the plan's axis order it has {' x '.join(map(str, shape))} voxels, so its single slice lies "
-            "across those of the 2D plan, which would see lines. Save it with its axes in the order of the others.",
+            f"in the plan's axis order it has {' x '.join(map(str, shape))} voxels, so its single slice is "
+            "along another axis than in the 2D plan. Save it with its axes in the order of the others.",
         )
 
 

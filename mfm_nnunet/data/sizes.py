@@ -56,8 +56,8 @@ def require_predictable(
     if num_windows > MAX_WINDOWS:
         raise MFMError(
             "E_TOO_LARGE",
-            f"{_becomes(sizes)}: the network would look through {num_windows:,} windows, which takes days; the most "
-            f"are {MAX_WINDOWS:,}. {_ADVICE}",
+            f"{_becomes(sizes)}: the network would process {num_windows:,} windows, which takes days; the "
+            f"maximum is {MAX_WINDOWS:,}. {_ADVICE}",
         )
     require_memory(prediction_bytes(sizes, num_classes, num_folds, probabilities), f"{_becomes(sizes)}, which", _ADVICE)
 

@@ -78,11 +78,11 @@ def index_source(source: Path) -> list[Case]:
 
 def _unknown_source(source: Path) -> MFMError:
     if not os.path.isfile(source):
-        return MFMError("E_FORMAT", f"{source}: is a pipe or device. Give a folder, a listing or an image.")
+        return MFMError("E_FORMAT", f"{source}: this is a pipe or device. Give a folder, a table or an image.")
     if found := _find_dicom(source):
         return MFMError("E_FORMAT", f"{found}: is DICOM, which is not read. {CONVERT_DICOM}")
     if zipfile.is_zipfile(source):
-        return MFMError("E_FORMAT", f"{source}: is a zip archive. Unpack it and give the folder.")
+        return MFMError("E_FORMAT", f"{source}: this is a zip archive. Unpack it and give the folder.")
     endings = " ".join(IMAGE_ENDINGS)
     return MFMError(
         "E_FORMAT", f"{source}: expected a folder, a CSV file, a pretrain_data.json or an image ({endings})."

@@ -212,8 +212,8 @@ class Pretraining:
             reason = " ".join(str(error).split())[:200]
             raise MFMError(
                 "E_MODEL_CORRUPT",
-                f"{self.folder}: the saved state is not of this network and task ({reason}). Put the resume.pth of "
-                "this run back, or move the folder away and start anew.",
+                f"{self.folder}: the saved state belongs to another network or task ({reason}). Restore the "
+                "resume.pth of this run, or move the folder away and start again.",
             ) from error
         self._engine.state = state
         logger.info("continuing at step %d of %d", state.step, self._total_steps)

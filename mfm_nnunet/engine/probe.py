@@ -173,12 +173,12 @@ def make_probe(
     raw = here.raw / name
     about = DatasetJson.of(corpus.read_dataset_json(raw))
     if corpus.is_corpus(raw) or not about.foreground:
-        raise MFMError("E_CONFIG", f"--probe {dataset}: {name} has no labels. Name a labelled dataset.")
+        raise MFMError("E_CONFIG", f"--probe {dataset}: {name} has no labels. Give a labelled dataset.")
     if len(about.channels) != resolved.num_channels:
         raise MFMError(
             "E_CHANNELS",
             f"--probe {dataset}: {name} has {len(about.channels)} channels, the pretrained network takes "
-            f"{resolved.num_channels}. Name a dataset with as many.",
+            f"{resolved.num_channels}. Give a dataset with as many.",
         )
     cases = [case for case in corpus.load_cases(raw) if case.label is not None]
     chosen = _choose(cases, settings.max_cases, seed)
@@ -231,8 +231,8 @@ def _preprocess(probe: Probe) -> None:
     if foreign:
         raise MFMError(
             "E_EXISTS",
-            f"{probe.folder}: holds {len(foreign)} cases that were preprocessed with other settings, which a probe "
-            "does not replace. Delete the folder if no plan needs it.",
+            f"{probe.folder}: {len(foreign)} cases here were preprocessed with other settings, and a probe does "
+            "not replace them. Delete the folder if no plan needs it.",
         )
     # Include the cases of other runs; otherwise preprocessing would report them as lost.
     cases = [*used, *(case for case in probe.unused if case.name in stored)]
@@ -243,7 +243,7 @@ def _preprocess(probe: Probe) -> None:
     if failures:
         raise dataset_refused(probe.name, failures, len(used), " for the probe")
     logger.info(
-        "probe on %s: learns from %d cases, measures on %d; %d preprocessed, %d reused",
+        "probe on %s: %d cases to fit, %d to measure; %d preprocessed, %d reused",
         probe.name, len(probe.fit), len(probe.held_out), len(report.done), len(report.reused),
     )  # fmt: skip
 

@@ -84,8 +84,8 @@ def _read_state(content: Mapping[str, Any], file: Path) -> RunState:
 def _not_a_state(file: Path, reason: str) -> MFMError:
     return MFMError(
         "E_MODEL_CORRUPT",
-        f"{file}: {reason}, so no run can be continued from it. Put the {file.name} of this run back (a "
-        "checkpoint_*.pth is none), or move the folder away and start anew.",
+        f"{file}: {reason}, so the run cannot be continued. Restore the {file.name} of this run (a "
+        "checkpoint_*.pth does not work), or move the folder away and start again.",
     )
 
 

@@ -162,7 +162,7 @@ def select_labelled(raw: Path | None, preprocessed_folder: Path, data: Path) -> 
             "E_CONFIG",
             f"{data}: {len(unusable)} of {len(used)} preprocessed cases have no label or are incomplete, e.g. "
             f"{', '.join(unusable[:5])}. A corpus without labels can only be pretrained on (mfm_pretrain); for a "
-            "labelled dataset run mfm_plan_and_preprocess again, which makes what is missing.",
+            "labelled dataset run mfm_plan_and_preprocess again, which adds what is missing.",
         )
     require_whole(data, used)
     return selection

@@ -116,8 +116,8 @@ def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device:
         if settings.train != "lora":
             raise MFMError(
                 "E_CONFIG",
-                f"finetune.{name}={getattr(settings, name)}: only finetune.train=lora has adapters; set that, or leave "
-                "this out.",
+                f"finetune.{name}={getattr(settings, name)}: adapters need finetune.train=lora. Set it, or leave this "
+                "out.",
             )
     for name in sorted(given & {"parts", "transfer"}):
         if settings.checkpoint is None:

@@ -140,7 +140,7 @@ def _keep_current(split: Split, fold: int, selection: Selection, file: Path) -> 
             logger.warning("%s: fold %d names cases more than once under '%s'; each counts once", file, fold, part)
     if both := sorted(set(kept["train"]) & set(kept["val"])):
         logger.warning(
-            "%s: in fold %d %d cases train and validate, e.g. %s: the validation says nothing about these",
+            "%s: in fold %d %d cases train and validate, e.g. %s: their validation scores are meaningless",
             file, fold, len(both), both[0],
         )  # fmt: skip
     return kept

@@ -57,8 +57,8 @@ def require_state(content: Mapping[str, Any], settings: FinetuneSettings, folder
     if reason:
         raise MFMError(
             "E_MODEL_CORRUPT",
-            f"a checkpoint in {folder} is no state of this run: {reason}. Copy it again, or move the folder away and "
-            "train again.",
+            f"a checkpoint in {folder} does not belong to this run: {reason}. Copy it again, or move the folder away "
+            "and train again.",
         )
 
 
@@ -74,7 +74,7 @@ def require_same_groups(before: Mapping[str, Any], now: Mapping[str, Any], folde
     if old != new:
         raise MFMError(
             "E_CONFIG",
-            f"{folder} was trained by a version in which other weights learned ({sum(old)} tensors in {len(old)} "
+            f"{folder} was trained by a version that trained other weights ({sum(old)} tensors in {len(old)} "
             f"groups, here {sum(new)} in {len(new)}), so it cannot be resumed. Use it as it is, or train again under "
             "another plan name.",
         )

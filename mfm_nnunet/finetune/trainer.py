@@ -336,7 +336,7 @@ class MFMTrainer(nnUNetTrainer):
         except (RuntimeError, ValueError, LookupError, AssertionError, TypeError, AttributeError) as error:
             raise MFMError(
                 "E_MODEL_MISMATCH",
-                f"a checkpoint in {self.output_folder} is of another network than the plan: {error}",
+                f"a checkpoint in {self.output_folder} belongs to another network than the plan's: {error}",
             ) from error
         self.my_init_kwargs = content["init_args"]
         self.current_epoch = content["current_epoch"]

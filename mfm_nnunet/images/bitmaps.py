@@ -61,7 +61,7 @@ class _PngHeader(NamedTuple):
             raise MFMError("E_SHORT_DATA", f"{path}: the picture is cut off. Copy it again.")
         header = cls(*struct.unpack(">IIBBBBB", start[8:21]))
         if start[:8] != b"\0\0\0\x0dIHDR" or header.colour not in _PNG_CHANNELS or not header.width * header.height:
-            raise MFMError("E_FORMAT", f"{path}: the picture has no legal PNG header. Copy or export it again.")
+            raise MFMError("E_FORMAT", f"{path}: the picture has no valid PNG header. Copy or export it again.")
         return header
 
     @property
@@ -103,7 +103,7 @@ def check_png(path: Path) -> None:
             if zlib.crc32(body, zlib.crc32(kind)) != struct.unpack(">I", checksum)[0]:
                 raise MFMError("E_FORMAT", f"{path}: the picture is damaged (checksum). Copy it again.")
             if kind == b"acTL":
-                raise MFMError("E_DIM", f"{path}: holds an animation. Save one picture per file.")
+                raise MFMError("E_DIM", f"{path}: this is an animation. Save one picture per file.")
             if kind == b"IDAT":
                 rows.count(body)
     rows.require_all()
@@ -121,7 +121,7 @@ def _require_png_kind(path: Path, header: _PngHeader) -> None:
     if header.depth == 16 and header.channels > 1:
         raise MFMError(
             "E_DATATYPE",
-            f"{path}: its colours have 16 bits, of which nnU-Net's reader drops 8. Save it with 8 bits, or save each "
+            f"{path}: it has 16 bits per colour, of which nnU-Net's reader drops 8. Save it with 8 bits, or save each "
             "colour as a grey picture.",
         )
 

@@ -98,7 +98,7 @@ def decode_file(
             "E_DIM", f"{file}: holds several volumes (read as {array.shape}). Split it into one file per channel."
         )
     if array.size == 0:
-        raise MFMError("E_HEADER", f"{file}: holds no voxel. Export it again.")
+        raise MFMError("E_HEADER", f"{file}: there are no voxels in it. Export it again.")
     if voxels is None:
         ranges = [(float(x_DHW.min()), float(x_DHW.max())) for x_DHW in array]
     else:
@@ -110,7 +110,7 @@ def decode_file(
     if (largest := max(map(abs, sum(ranges, ())))) > LARGEST_VALUE:
         raise MFMError(
             "E_NONFINITE",
-            f"{file}: holds values up to {largest:g}, whose squares are infinite in float32, so it cannot be "
+            f"{file}: it has values up to {largest:g}, whose squares are infinite in float32, so it cannot be "
             "normalised. Replace them, or export the image again.",
         )
     if voxels is not None:
@@ -183,8 +183,8 @@ def _require_same_voxels(file: Path, reader_name: str, voxels: Voxels, array: np
     if not is_same:
         raise MFMError(
             "E_FORMAT",
-            f"{file}: nnU-Net's {reader_name} decodes other voxels than the file holds, because its header is read "
-            "differently there. Export it again.",
+            f"{file}: nnU-Net's {reader_name} reads other voxels than the file has, because it interprets the header "
+            "differently. Export it again.",
         )
 
 

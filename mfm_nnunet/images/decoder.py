@@ -173,7 +173,7 @@ class _Child:
         if status == -signal.SIGKILL:
             return MFMError(
                 "E_READER_MEMORY",
-                f"{file}: the system ended the process that was reading it, as it does when memory runs out. Use fewer "
+                f"{file}: the system killed the process that was reading it, probably for lack of memory. Use fewer "
                 "processes, free some memory, or crop the image.",
             )
         name = signal.Signals(-status).name if status < 0 else f"exit code {status}"

@@ -88,7 +88,7 @@ def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:
     if len(is_legal) != 3 or not np.all(is_legal):
         raise MFMError(
             "E_SPACING",
-            f"{file}: the voxel size is {show_numbers(geometry.spacing)} mm; legal is {low:g} to {high:g} mm. "
+            f"{file}: the voxel size is {show_numbers(geometry.spacing)} mm; expected {low:g} to {high:g} mm. "
             "Correct the spacing or the unit in the header; for a TIFF stack, in the .json file beside it.",
         )
     if geometry.direction is None or geometry.origin is None:

@@ -218,7 +218,8 @@ def _require_content(path: Path, ending: str) -> None:
         is_page = start.lstrip()[:1] == b"<"
         known = "a web page; download the image itself" if is_page else "text; copy or export the image itself"
     raise MFMError(
-        "E_FORMAT", f"{path}: the name ends with {ending}, the content is {known or 'something else; export it again'}."
+        "E_FORMAT",
+        f"{path}: the name ends with {ending}, but the content is {known or 'something else; export it again'}.",
     )
 
 
@@ -240,7 +241,7 @@ def _count_voxels(path: Path, header: headers.VolumeHeader, blocks: Iterable[byt
         if seen > promised:
             raise MFMError(
                 "E_HEADER",
-                f"{path}: holds more data than the {promised} bytes that its header describes, so the header or the "
+                f"{path}: more data than the {promised} bytes that its header describes, so the header or the "
                 "data is wrong. Export the image again.",
             )
         rest = rest + block[skip:] if rest or skip else block
@@ -257,7 +258,7 @@ def _count_voxels(path: Path, header: headers.VolumeHeader, blocks: Iterable[byt
         last = values[-1:].copy()
     if seen < promised:
         raise MFMError(
-            "E_SHORT_DATA", f"{path}: holds {seen} of the {promised} bytes that its header describes. Copy it again."
+            "E_SHORT_DATA", f"{path}: only {seen} of the {promised} bytes that its header describes. Copy it again."
         )
     if num_bad:
         raise non_finite(path, num_bad)
@@ -289,7 +290,7 @@ def _require_possible(path: Path, header: headers.VolumeHeader, is_compressed: b
     if most < header.num_bytes:
         raise MFMError(
             "E_SHORT_DATA",
-            f"{path}: its {present} bytes cannot hold the {header.num_bytes} that its header describes. Copy it again.",
+            f"{path}: it has {present} bytes, but its header describes {header.num_bytes}. Copy it again.",
         )
 
 
@@ -320,7 +321,7 @@ def _gunzip(path: Path, offset: int = 0, any_zlib: bool = False, most: int | Non
                 if not data:
                     return
                 if any_zlib:  # ITK stops after the first and leaves the other voxels uninitialised
-                    raise MFMError("E_HEADER", f"{path}: holds several compressed streams in a row. Save it again.")
+                    raise MFMError("E_HEADER", f"{path}: several compressed streams in a row. Save it again.")
                 decoder = zlib.decompressobj(wbits)
                 continue
             data = decoder.unconsumed_tail or file.read(BLOCK // 16)

@@ -82,20 +82,18 @@ def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dic
             raise MFMError(
                 "E_CHANNELS",
                 f"{file}: has size {_grid(other.array)}, the first channel {files[0]} has {_grid(first.array)}. "
-                "All channels of a case must be on one grid: resample them to the first.",
+                "All channels of a case need the same grid: resample them to the first.",
             )
         if differs := difference(other.geometry, first.geometry):
             raise MFMError(
                 "E_GEOMETRY",
-                f"{file}: lies differently in space than the first channel {files[0]}: {differs}. "
+                f"{file}: its position in space differs from the first channel's, {files[0]}: {differs}. "
                 "Resample it to the first, or correct its header.",
             )
     ranges = [pair for item in (first, *others) for pair in item.ranges]
     constant = [low == high for low, high in ranges]
     if all(constant):
-        raise MFMError(
-            "E_CONSTANT", f"{files[0]}: every voxel is {ranges[0][0]:g}; there is no image in it. Leave the case out."
-        )
+        raise MFMError("E_CONSTANT", f"{files[0]}: every voxel has the value {ranges[0][0]:g}. Remove the case.")
     if any(constant) and len(files) > 1:
         _log.warning("%s: channel %d has the same value everywhere", files[0], constant.index(True))
     image_CDHW = first.array if not others else np.concatenate([first.array, *(other.array for other in others)])
@@ -113,7 +111,7 @@ def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]
     if broken.any():
         raise MFMError(
             "E_LABEL_VALUE",
-            f"{file}: {int(broken.sum())} voxels hold no whole number, e.g. {item.array[broken][0]:g}. Labels must be "
+            f"{file}: {int(broken.sum())} voxels are not whole numbers, e.g. {item.array[broken][0]:g}. Labels must be "
             "resampled by nearest neighbour and saved as integers.",
         )
     return item.array, item.properties
@@ -129,7 +127,7 @@ def read_mask(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]
     lowest = item.ranges[0][0]
     if lowest < 0:
         raise MFMError(
-            "E_LABEL_VALUE", f"{file}: the mask holds {lowest:g}. A mask is 0 outside and above 0 inside; correct it."
+            "E_LABEL_VALUE", f"{file}: the mask has the value {lowest:g}. A mask is 0 outside and above 0 inside."
         )
     return item.array > 0, item.properties
 
@@ -157,7 +155,7 @@ def check_label(
     if unknown:
         raise MFMError(
             "E_LABEL_VALUE",
-            f"{name}: the label holds the values {_list(unknown)}; dataset.json names {_list(sorted(known))}. "
+            f"{name}: the label has the values {_list(unknown)}, but dataset.json lists {_list(sorted(known))}. "
             "Add them to 'labels' in dataset.json, or correct the label map.",
         )
 
@@ -173,8 +171,8 @@ def check_mask(
     if differs := _grids_differ(mask_1DHW, mask_properties, image_CDHW, image_properties):
         raise MFMError(
             "E_GEOMETRY",
-            f"{file}: the mask does not lie on the grid of its image: {differs}. Resample it to the image, or take it "
-            "out of the source.",
+            f"{file}: the mask does not have the grid of its image: {differs}. Resample it to the image, or remove "
+            "it from the source.",
         )
 
 

@@ -126,7 +126,7 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
         raise MFMError(
             "E_NOT_FOUND",
             f"{raw / 'dataset.json'}: {len(unlabelled)} of {len(cases)} cases have no label, e.g. {unlabelled[0]}. Add "
-            "the labels, or take these cases out.",
+            "the labels, or remove these cases.",
         )
     file = preprocessed / "dataset_fingerprint.json"
     known = _known_fingerprint(file)
@@ -194,7 +194,7 @@ def read_source(path: Path) -> Template:
         if "CTNormalization" in trained.normalization_schemes and not own.content[INTENSITIES]:
             raise MFMError(
                 "E_MODEL_MISMATCH",
-                "it was trained on images with CTNormalization, and the plan in it has no intensities for that "
+                "it was trained with CTNormalization, but its plan has no intensity statistics "
                 f"('{INTENSITIES}' is empty). Use a checkpoint whose plan has them.",
             )
         family = own.family
@@ -211,7 +211,7 @@ def check_request(request: PlanRequest) -> Template | None:
     if source and request.network not in ("resenc", source.variant):
         holds = f"a {source.family.title} (--network {source.variant})"
         raise MFMError(
-            "E_CONFIG", f"--network {request.network} and --like: {request.like} holds {holds}. Leave --network out."
+            "E_CONFIG", f"--network {request.network} and --like: {request.like} is {holds}. Leave --network out."
         )
     return source
 

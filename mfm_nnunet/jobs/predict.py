@@ -117,9 +117,7 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
 def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stage: Path | None) -> None:
     """Refuse an input that is not a folder, and an output that is one of the other folders."""
     if source.exists() and not source.is_dir():
-        raise MFMError(
-            "E_NOT_FOUND", f"{source}: this is a file. Put the image into a folder of its own and give that one."
-        )
+        raise MFMError("E_NOT_FOUND", f"{source}: this is a file. Put the image into a folder, and give the folder.")
     if not source.is_dir():
         raise MFMError("E_NOT_FOUND", f"{source}: no such input folder. Check the path.")
     target = folder.resolve()
@@ -131,7 +129,7 @@ def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stag
         raise MFMError("E_CONFIG", f"{folder}: the output folder is the {clash}. Choose another.")
     require_unicode(folder, "the output folder")
     if folder.exists() and not folder.is_dir():
-        raise MFMError("E_EXISTS", f"{folder}: is a file; the masks need a folder.")
+        raise MFMError("E_EXISTS", f"{folder}: this is a file. Give a folder for the masks.")
 
 
 def _check_previous_stage(model: Model, folder: Path | None) -> None:
@@ -143,9 +141,9 @@ def _check_previous_stage(model: Model, folder: Path | None) -> None:
             "and give that folder (-prev_stage_predictions).",
         )
     if needed is None and folder is not None:
-        raise MFMError("E_CONFIG", "-prev_stage_predictions: the model is no cascade and takes no previous stage.")
+        raise MFMError("E_CONFIG", "-prev_stage_predictions: the model takes no previous stage. Leave it out.")
     if folder is not None and not folder.is_dir():
-        raise MFMError("E_NOT_FOUND", f"{folder}: no such folder of masks of the previous stage.")
+        raise MFMError("E_NOT_FOUND", f"{folder}: no such folder. Give the masks of the previous stage.")
 
 
 class _Run:
@@ -185,7 +183,7 @@ class _Run:
                 self._note_stop()
                 raise
         if self.report.warnings:
-            logger.warning("look at the masks of these cases:\n  %s", "\n  ".join(self.report.warnings))
+            logger.warning("check the masks of these cases:\n  %s", "\n  ".join(self.report.warnings))
         return self.report
 
     def _write_copies(self) -> None:

@@ -97,8 +97,8 @@ def require_divisible(batch_size: int, accumulation: int, num_processes: int) ->
     if accumulation < 1 or batch_size < 1 or batch_size % (accumulation * num_processes):
         raise MFMError(
             "E_CONFIG",
-            f"pretrain.batch_size={batch_size}: must be a multiple of pretrain.accumulation={accumulation} x the "
-            f"{num_processes} process{'es' * (num_processes > 1)}, for parts of equal size. Change one of them.",
+            f"pretrain.batch_size={batch_size}: not a multiple of pretrain.accumulation={accumulation} x "
+            f"{num_processes} process{'es' * (num_processes > 1)}. Change one of them.",
         )
 
 
@@ -298,7 +298,7 @@ def _require_enough_items(settings: mfm_settings.PretrainSettings, smallest: int
         raise MFMError(
             "E_CONFIG",
             f"pretrain.batch_size={settings.batch_size}{parts}: this pretext task compares items with each other and "
-            f"needs at least {smallest}. Take a larger batch"
+            f"needs at least {smallest}. Use a larger batch"
             + (" or a smaller pretrain.accumulation." if parts else "."),
         )
 
@@ -309,7 +309,7 @@ def _require_free(folder: Path, continue_training: bool) -> None:
     if not continue_training and any((folder / f).exists() for f in ("resume.pth", "checkpoint_final.pth")):
         raise MFMError(
             "E_EXISTS",
-            f"{folder} holds a pretraining run already. Continue it with --c, or name the new one with --run-name.",
+            f"{folder}: there is already a run here. Continue it with --c, or name the new one with --run-name.",
         )
 
 

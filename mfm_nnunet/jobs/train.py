@@ -99,7 +99,7 @@ def run_training(workspace: Workspace, request: TrainRequest) -> Path:
     if trainer != MFMTrainer.__name__:
         raise MFMError(
             "E_NOT_FOUND",
-            f"--trainer {shown(trainer)}: mfm_train has only 'MFMTrainer'. Another one trains through nnU-Net: "
+            f"--trainer {shown(trainer)}: mfm_train has only 'MFMTrainer'. Train with another in nnU-Net: "
             f"nnUNetv2_train {dataset_name} {configuration} {fold} -p {request.plans_name} -tr {shown(trainer)}",
         )
     plans_file = workspace.plans_file(dataset_name, request.plans_name)
@@ -183,7 +183,7 @@ def _pick_device(request: TrainRequest) -> torch.device:
     if used.index:
         raise MFMError(
             "E_CONFIG",
-            f"-device {used}: training takes the first GPU that is seen. Set CUDA_VISIBLE_DEVICES instead.",
+            f"-device {used}: training uses the first visible GPU. Choose it with CUDA_VISIBLE_DEVICES.",
         )
     return used
 
@@ -193,7 +193,7 @@ def _read_plan(file: Path, dataset_name: str) -> dict[str, Any]:
     if plans["dataset_name"] != dataset_name:  # nnU-Net uses the folders of the plan's dataset
         raise MFMError(
             "E_CONFIG",
-            f"{file}: this plan is of {plans['dataset_name']}, so {plans['dataset_name']} would be trained. Plan "
+            f"{file}: this plan belongs to {plans['dataset_name']}. Plan "
             f"{dataset_name} again, or correct 'dataset_name' and preprocess.",
         )
     return plans
@@ -210,8 +210,8 @@ def _read_dataset_json(workspace: Workspace, dataset_name: str) -> dict[str, Any
     if not set(dataset_json["labels"]) - {"background", "ignore"}:
         raise MFMError(
             "E_CONFIG",
-            f"{dataset_name} names no structure to segment ({file}, 'labels'). A corpus without labels can only be "
-            "pretrained on: mfm_pretrain.",
+            f"{dataset_name} has no labels to segment ({file}, 'labels'). A corpus without labels is only for "
+            "pretraining: mfm_pretrain.",
         )
     return dataset_json
 
@@ -247,8 +247,8 @@ def _check_data(
     ):
         raise MFMError(
             "E_CONFIG",
-            f"{data}: {len(stale)} cases were preprocessed for another plan or dataset.json than those that are there "
-            f"now (labels, spacing or intensities differ), e.g. {stale[0]}. {again}",
+            f"{data}: {len(stale)} cases were preprocessed with another plan or dataset.json (labels, spacing or "
+            f"intensities differ), e.g. {stale[0]}. {again}",
         )
     read_fingerprint(folder)
     return choose_split(fold, folder, selection)
@@ -264,8 +264,8 @@ def _check_previous_stage(plans: dict[str, Any], configuration: str, dataset_fol
     if not folder.is_dir():
         raise MFMError(
             "E_NOT_FOUND",
-            f"{configuration} is trained on the predictions of {stage}, and {folder} does not exist. Train all folds "
-            f"of {stage} first, with the same plan; their validation writes it.",
+            f"{configuration} needs the predictions of {stage}, but {folder} does not exist. First train all folds "
+            f"of {stage} with the same plan: their validation writes it.",
         )
 
 
@@ -275,14 +275,14 @@ def _find_start(folder: Path, continue_training: bool, only_validate: bool) -> P
     is_finished = existing is not None and existing.name == FINAL
     if only_validate and not is_finished:
         raise MFMError(
-            "E_NOT_FOUND", f"{folder} holds no finished training ({FINAL}). Train first, or continue it with --c."
+            "E_NOT_FOUND", f"{folder}: no finished training here ({FINAL}). Train first, or continue with --c."
         )
     if continue_training and existing is None:
-        raise MFMError("E_NOT_FOUND", f"{folder} holds no checkpoint to continue from. Start without --c.")
+        raise MFMError("E_NOT_FOUND", f"{folder}: no checkpoint to continue from. Start without --c.")
     if existing is not None and not (continue_training or only_validate):
         raise MFMError(
             "E_EXISTS",
-            f"{folder} holds {'a finished' if is_finished else 'an unfinished'} training, which is not overwritten. "
+            f"{folder}: {'a finished' if is_finished else 'an unfinished'} training is here and is not overwritten. "
             "Continue it with --c, use another plan name (-p), or move the folder away.",
         )
     return existing
@@ -332,7 +332,7 @@ def _require_a_crop_each(block: MFMBlock, plans: dict[str, Any], configuration: 
         raise MFMError(
             "E_CONFIG",
             f"finetune.batch_size={batch_size}: -num_gpus {num_gpus} needs at least one crop per GPU. Use fewer GPUs, "
-            "or raise it.",
+            "or a larger batch.",
         )
     if manager.batch_dice and batch_size % num_gpus:
         raise MFMError(

@@ -377,7 +377,7 @@ def family_of(network: nn.Module) -> NetworkFamily:
             return family
     raise MFMError(
         "E_MODEL_MISMATCH",
-        f"{type(network).__name__} is none of the networks of mfm_nnunet. Use the network of a plan made by "
+        f"{type(network).__name__} is not a network of mfm_nnunet. Use the network of a plan made by "
         f"mfm_plan_and_preprocess --network {' or '.join(network_names())}.",
     )
 

@@ -96,7 +96,7 @@ def check_architecture(class_name: Any, kwargs: Mapping[str, Any], to_import: An
     if family is None:
         _raise_unsafe(f"network_class_name {class_name!r}")
     if not isinstance(kwargs, Mapping) or not isinstance(to_import, (list, tuple)):
-        raise MFMError("E_CONFIG", f"the plan names {class_name} and has no arguments of it. Plan again.")
+        raise MFMError("E_CONFIG", f"the plan names {class_name} but has no arguments for it. Plan again.")
     for name in to_import:
         value = kwargs.get(name)
         if value is not None and not (isinstance(value, str) and _PARTS.fullmatch(value)):
@@ -114,15 +114,15 @@ def _require_buildable(build: Callable[[], nn.Module], configuration: str) -> No
     if num_parameters > MAX_PARAMETERS:
         raise MFMError(
             "E_TOO_LARGE",
-            f"the plan's network for {configuration} has {num_parameters / 1e9:.3g} billion weights, and at most "
-            f"{MAX_PARAMETERS / 1e9:g} billion are built. Correct the features and blocks in the plan, or plan again.",
+            f"the plan's network for {configuration} has {num_parameters / 1e9:.3g} billion weights; the maximum is "
+            f"{MAX_PARAMETERS / 1e9:g} billion. Correct the features and blocks in the plan, or plan again.",
         )
 
 
 def _raise_unsafe(what: str) -> NoReturn:
     raise MFMError(
         "E_MODEL_UNSAFE",
-        f"the plan's architecture has the {what}, which is none of the networks and layers that mfm_nnunet builds. "
+        f"the plan's architecture has the {what}, which is not a network or layer of mfm_nnunet. "
         "Loading it could run foreign code, so it was not imported. Use a plan with a network of mfm_nnunet "
         f"({', '.join(family.title for family in all_families())}).",
     )

@@ -103,8 +103,8 @@ class PrimusLayout(ForeignLayout):
         if stated.token_order is None:
             raise MFMError(
                 "E_MODEL_MISMATCH",
-                "it holds a Primus, and nothing in it says in which order its tokens are flattened; a guess would "
-                "exchange two axes in silence. If you know it: mfm_checkpoint import FILE -o NEW.pth --token-order "
+                "this Primus does not say in which order its tokens are flattened, and a wrong guess would "
+                "exchange two axes silently. If you know it: mfm_checkpoint import FILE -o NEW.pth --token-order "
                 "whd, or hwd (nnssl's SimMIM, and dynamic-network-architectures 0.4.3 and newer, which nnU-Net 2.8.1 "
                 "needs: whd; nnssl's other tasks, and that package before 0.4.3: hwd).",
             )
@@ -112,8 +112,8 @@ class PrimusLayout(ForeignLayout):
         if embedding is None:
             raise MFMError(
                 "E_MODEL_MISMATCH",
-                "there is no 'down_projection.proj.weight' beside the transformer: it is no Primus of version 1, and "
-                "only those are read from other programs.",
+                "there is no 'down_projection.proj.weight' beside the transformer, so it is not a Primus of version 1, "
+                "the only one that is read from other programs.",
             )
         token = [int(size) for size in embedding.shape[2:]]
         notes: list[str] = []
@@ -350,14 +350,14 @@ def _foreign_grid(
     """Return the tokens per axis: as planned if this matches the rows of the position table, else a cube."""
     table = weights.get("eva.pos_embed")
     if table is None:
-        raise MFMError("E_MODEL_MISMATCH", "it holds a transformer without 'eva.pos_embed': that is no Primus.")
+        raise MFMError("E_MODEL_MISMATCH", "its transformer has no 'eva.pos_embed', so it is not a Primus.")
     rows = table.shape[1]
     grid = _token_grid(rows, tuple(size // step for size, step in zip(patch or (), token)), len(token))
     if grid is None:
         raise MFMError(
             "E_MODEL_MISMATCH",
             f"its position table has {rows} rows, which are neither a cube nor the tokens of the patch "
-            f"{'that its plan names' if patch else '(no plan names one)'}: where a token stands is unknown.",
+            f"{'that its plan names' if patch else '(no plan names one)'}: the positions of the tokens are unknown.",
         )
     if patch is not None and (len(patch) != len(token) or grid != tuple(n // t for n, t in zip(patch, token))):
         notes.append(
@@ -379,8 +379,8 @@ def _num_heads(embed_dim: int, stated: Stated, notes: list[str]) -> int:
             return values["eva_numheads"]
     raise MFMError(
         "E_MODEL_MISMATCH",
-        f"a transformer of width {embed_dim} is none of the published sizes, and the file does not say how many heads "
-        "it has: its attention cannot be rebuilt.",
+        f"a transformer of width {embed_dim} is not a published size, and the file does not say how many heads "
+        "it has, so its attention cannot be rebuilt.",
     )
 
 

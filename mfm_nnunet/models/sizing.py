@@ -108,6 +108,6 @@ def too_little_memory(memory_gb: float, needed_gb: float, network: str, patch: S
     edges = " x ".join(map(str, patch))
     return MFMError(
         "E_CONFIG",
-        f"--memory-gb leaves {memory_gb:.3g} GB for the network, and the smallest {network} (patch {edges}, batch "
+        f"--memory-gb leaves {memory_gb:.3g} GB for the network, but the smallest {network} (patch {edges}, batch "
         f"size 2) needs {needed:.3g} GB. Give more, or leave --memory-gb out for the CPU preset.",
     )

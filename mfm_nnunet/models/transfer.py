@@ -222,7 +222,7 @@ class _Transfer:
             return _Decision(names, sources, tensor, None, "new", reason or "")
         if not torch.isfinite(self.weights[name]).all():
             raise MFMError(
-                "E_NONFINITE", f"the checkpoint's tensor {name} holds NaN or infinity. Use another checkpoint."
+                "E_NONFINITE", f"the checkpoint's tensor {name} has NaN or infinite values. Use another checkpoint."
             )
         value, kind, how = self._fit(self.weights[name], tensor, names, source_patch_size)
         if name not in names and value is not None:

@@ -155,8 +155,8 @@ class UNetLayout(ForeignLayout):
         if missing:
             raise MFMError(
                 "E_MODEL_MISMATCH",
-                f"stage {missing[0]} of its U-Net has no first convolution among the weights: they are not a whole "
-                "encoder, or of an unknown network.",
+                f"stage {missing[0]} of its U-Net has no first convolution among the weights: the encoder is "
+                "incomplete, or of an unknown network.",
             )
         first = [layers[stage, 0] for stage in range(num_stages)]
         num_axes = first[0].ndim - 2

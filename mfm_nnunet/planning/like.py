@@ -110,8 +110,8 @@ def like_patch(patch: Sequence[int], architecture: Mapping[str, Any], median_sha
     if steps is None:
         raise MFMError(
             "E_MODEL_MISMATCH",
-            "the plan in the checkpoint has neither strides nor the size of a token of its network, so no patch can "
-            "be planned for it. Use a checkpoint whose plan is whole.",
+            "the checkpoint's plan has neither the strides nor the token size of its network, so no patch can be "
+            "planned. Use a checkpoint with a complete plan.",
         )
     result = [min(int(p), pad_to_multiple(size, step)) for p, size, step in zip(patch, median_shape, steps)]
     if all(size < family.fewest_cells * step for size, step in zip(result, steps)):
@@ -155,6 +155,6 @@ def _per_channel(values: Sequence[Any], num_channels: int, source: Template) -> 
     raise MFMError(
         "E_MODEL_MISMATCH",
         f"{source.entry['name']} was pretrained on {len(values)} channels with different normalisations "
-        f"({', '.join(map(str, values))}), the dataset has {num_channels}: which is which is unknown. "
-        f"Use a checkpoint of one channel or of {num_channels}.",
+        f"({', '.join(map(str, values))}), the dataset has {num_channels}, so they cannot be matched. "
+        f"Use a checkpoint with one channel or {num_channels}.",
     )

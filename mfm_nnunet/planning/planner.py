@@ -250,7 +250,7 @@ class MFMPlanner(ResEncUNetPlanner):
         try:
             old = Plan.read(self.plans_file, "").content
         except MFMError:
-            logger.warning("%s is no plan and is replaced", self.plans_file)
+            logger.warning("%s is not a plan and is replaced", self.plans_file)
             return
         # If everything is planned, stock decides whether there is a 3d_lowres. Drop that of an older plan.
         ours = STOCK_CONFIGURATIONS if self.wanted is None else set(plans["configurations"])

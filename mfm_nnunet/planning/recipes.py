@@ -54,8 +54,8 @@ class Recipe:
         if self.network not in (None, network):
             raise MFMError(
                 "E_CONFIG",
-                f"{self.file}: this recipe is for {self.network}, the plan's network is {network}. Name a plan of that "
-                "network with -p, or choose another recipe.",
+                f"{self.file}: this recipe is for {self.network}, but the plan's network is {network}. Give a plan of "
+                "that network with -p, or choose another recipe.",
             )
 
 
@@ -74,8 +74,8 @@ def read_recipe(name: str | Path) -> Recipe:
         if str(name) not in shipped_recipes():
             raise MFMError(
                 "E_CONFIG",
-                f"--recipe {name}: there is no such recipe. {nearest(str(name), shipped_recipes())} A recipe of your "
-                "own is a .json file.",
+                f"--recipe {name}: there is no such recipe. {nearest(str(name), shipped_recipes())} Your own "
+                "recipe must be a .json file.",
             )
         file = FOLDER / f"{name}.json"
     content = read_json(file, "A recipe is a JSON file with about, command and settings.", "E_CONFIG")

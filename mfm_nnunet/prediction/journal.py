@@ -183,7 +183,7 @@ def warn_of_others(folder: Path, masks: set[str]) -> None:
     others = sorted(name for name in others if name not in masks and not name.startswith("."))
     if others:
         logger.warning(
-            "%s: %d masks stay that are not of this input (%s%s); dataset.json beside them is now that of this model",
+            "%s: %d masks of other inputs were kept (%s%s); dataset.json beside them now belongs to this model",
             folder, len(others), ", ".join(others[:3]), ", ..." if len(others) > 3 else "",
         )  # fmt: skip
 

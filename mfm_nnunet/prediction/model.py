@@ -89,8 +89,8 @@ class Model:
         if not all(torch.isfinite(logits_DHW).all() for logits_DHW in total):  # one class at a time, to save memory
             raise MFMError(
                 "E_NONFINITE",
-                "the network's output holds NaN or infinite values for this image. Look at its intensities; if they "
-                "are as usual, the weights are damaged.",
+                "the network's output has NaN or infinite values for this image. Check its intensities; if they "
+                "look normal, the weights are damaged.",
             )
         return total
 

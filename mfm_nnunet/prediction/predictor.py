@@ -148,13 +148,13 @@ def _read_fold(file: Path) -> _Fold:
     except (KeyError, TypeError, ValueError) as error:
         raise MFMError(
             "E_MODEL_MISMATCH",
-            f"{file}: holds weights but no trainer and configuration, so it is not a fine-tuned model (a "
+            f"{file}: there are weights but no trainer and configuration, so it is not a fine-tuned model (a "
             "pretrained checkpoint has no segmentation head). Fine-tune it first: mfm_train.",
         ) from error
     axes = content.get("inference_allowed_mirroring_axes") or ()
     if not isinstance(axes, (list, tuple)) or not all(type(axis) is int and 0 <= axis <= 2 for axis in axes):
         raise MFMError(
-            "E_MODEL_CORRUPT", f"{file}: it says that images may be mirrored along {str(axes)[:60]}. Copy it again."
+            "E_MODEL_CORRUPT", f"{file}: its mirroring axes are {str(axes)[:60]}, which is not possible. Copy it again."
         )
     mirror_axes = tuple(axes) or None
     precision = _precision(content.get("mfm"))
@@ -223,7 +223,7 @@ def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, d
         raise MFMError(
             "E_MODEL_MISMATCH",
             f"the model was trained with '{trainer_name}', which this installation of nnU-Net does not have. Install "
-            "the package that it comes from and name its folder in nnUNet_extTrainer.",
+            "its package, and set nnUNet_extTrainer to its folder.",
         ) from error
     if "plans_manager" in inspect.signature(build).parameters:
         return build(plans_manager, configuration_manager, num_inputs, num_outputs, enable_deep_supervision=False)

@@ -61,9 +61,10 @@ def draw_overlay(
 
 
 def largest_cross_section(mask: np.ndarray, axis: int) -> int:
-    """Find the slice along ``axis`` with most voxels of ``mask``; the middle slice if the mask is empty."""
-    counts = mask.sum(axis=tuple(other for other in range(mask.ndim) if other != axis))
-    return int(counts.argmax()) if counts.any() else mask.shape[axis] // 2
+    """Find the slice along ``axis`` with most voxels of ``mask``, or one nearer to the middle with nearly as many."""
+    counts, middle = mask.sum(axis=tuple(other for other in range(mask.ndim) if other != axis)), mask.shape[axis] // 2
+    large = np.flatnonzero(counts >= 0.9 * counts.max())
+    return int(large[np.abs(large - middle).argmin()])
 
 
 def _read_image(path: Path, is_label: bool) -> tuple[np.ndarray, tuple[float, ...]]:

@@ -61,7 +61,7 @@ TASKS = {
         ),
         TaskInfo(
             "models_genesis",
-            hides="voxels shuffled in windows, intensities bent, boxes painted over",
+            hides="shuffled voxels, bent intensities, painted boxes",
             recipe="8 x 160x160x160",
             paper="arXiv 2004.07882",
             method="Models Genesis",
@@ -110,7 +110,7 @@ TASKS = {
         ),
         TaskInfo(
             "swin_unetr",
-            hides="boxes are cut out or mixed in, the patch is rotated, views are told apart",
+            hides="boxes cut out or mixed in, rotation, views told apart",
             recipe="8 x 160x160x160",
             paper="arXiv 2111.14791",
             method="SwinUNETR",

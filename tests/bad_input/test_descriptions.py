@@ -152,7 +152,7 @@ def test_plan_that_is_no_json_object(text: str, site: Site) -> None:
         (site.preprocessed(dataset) / "mfmPlans.json").write_text(text)
     refused(site.train(1), "E_FORMAT", site.preprocessed() / "mfmPlans.json", "Plan Dataset005_Few again")
     refused(site.pretrain("--run-name", "new"), "E_FORMAT", site.preprocessed(CORPUS) / "mfmPlans.json")
-    assert "is no plan and is replaced" in accepted(site.plan("-d", 5, "-c", "3d_fullres")).err
+    assert "is not a plan and is replaced" in accepted(site.plan("-d", 5, "-c", "3d_fullres")).err
 
 
 @pytest.mark.parametrize("name", ["plans.json", "dataset.json"])

@@ -69,7 +69,7 @@ def test_input_that_is_none(site: Site) -> None:
         refused(site.predict(text, site.folder / "out"), "E_NOT_FOUND", text, "notes.txt")
         refused(site.predict(site.folder / "nowhere", site.folder / "out"), "E_NOT_FOUND", "nowhere")
         file = site.test_images / "test0_0000.nii.gz"
-        refused(site.predict(file, site.folder / "out"), "E_NOT_FOUND", file, "this is a file", "folder of its own")
+        refused(site.predict(file, site.folder / "out"), "E_NOT_FOUND", file, "this is a file", "into a folder")
 
 
 def test_masks_that_were_made_or_edited(site: Site) -> None:

@@ -363,7 +363,7 @@ def test_a_case_that_the_map_holds_twice_is_refused(tmp_path: Path) -> None:
     folder = dataset(tmp_path, dataset={"a": {"images": ["1.nii"]}, "z": {"images": ["2.nii"]}})
     file = folder / "dataset.json"
     file.write_text(file.read_text().replace('"z":', '"a":'))
-    assert "'a' is there twice" in refusal("E_FORMAT", load_cases, folder)
+    assert "'a' appears twice" in refusal("E_FORMAT", load_cases, folder)
 
 
 def test_what_dataset_json_and_the_files_disagree_about_is_said(
@@ -385,7 +385,7 @@ def test_no_label_at_all(tmp_path: Path) -> None:
     folder = dataset(tmp_path)
     for file in (folder / "labelsTr").iterdir():
         file.unlink()
-    assert "no label at all" in refusal("E_NOT_FOUND", load_cases, folder)
+    assert "no labels" in refusal("E_NOT_FOUND", load_cases, folder)
 
 
 def test_colour_pictures_hold_their_channels_in_one_file(tmp_path: Path) -> None:

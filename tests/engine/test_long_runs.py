@@ -104,7 +104,7 @@ def test_a_bad_part_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("pretrain.batch_size=4", "pretrain.accumulation=3"), r"batch_size=4: must be a multiple of .*accumulation=3"),
+        (("pretrain.batch_size=4", "pretrain.accumulation=3"), r"batch_size=4: not a multiple of .*accumulation=3"),
         (("pretrain.accumulation=0",), "accumulation=0: must be at least 1"),
         (("pretrain.ema_decay=1",), "ema_decay=1.0: must be between 0 and 1"),
         (("pretrain.ema_decay=0",), "ema_decay=0.0: must be between 0 and 1"),
@@ -121,7 +121,7 @@ def test_illegal_values_are_refused_before_anything_is_written(
 
 def test_a_batch_must_be_shared_evenly_by_the_processes(tmp_path: Path) -> None:
     settings = ("pretrain.batch_size=4", "pretrain.accumulation=2")
-    with pytest.raises(MFMError, match=r"batch_size=4: must be a multiple of .* the 3 processes"):
+    with pytest.raises(MFMError, match=r"batch_size=4: not a multiple of .* 3 processes"):
         pretrain.launch(prepare(tmp_path), request("mae", settings, num_gpus=3))
 
 
@@ -136,7 +136,7 @@ class _TwoAtLeast(MAE):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("pretrain.batch_size=2",), r"pretrain\.batch_size=2: .*needs at least 3. Take a larger batch\."),
+        (("pretrain.batch_size=2",), r"pretrain\.batch_size=2: .*needs at least 3. Use a larger batch\."),
         (
             ("pretrain.batch_size=4", "pretrain.accumulation=2"),
             r"pretrain\.batch_size=4 in 2 parts of 2: .*smaller pretrain\.accumulation",

@@ -382,7 +382,7 @@ def test_split_by_subject(here: Workspace, shared_data: Path, monkeypatch: pytes
 def test_preprocessed_cases_are_reused(here: Workspace, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "mfm_nnunet")
     prepared(here, "probe.max_cases=4")
-    assert "learns from 3 cases, measures on 1; 4 preprocessed, 0 reused" in caplog.text
+    assert "3 cases to fit, 1 to measure; 4 preprocessed, 0 reused" in caplog.text
     prepared(here, "probe.max_cases=3", "seed=2")
     probe = prepared(here, "probe.max_cases=4")
     assert "0 preprocessed, 4 reused" in caplog.messages[-1].replace("0 preprocessed, 5", "0 preprocessed, 4")

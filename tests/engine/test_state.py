@@ -81,7 +81,7 @@ def test_a_checkpoint_is_no_state(content: dict[str, Any], tmp_path: Path) -> No
     with pytest.raises(MFMError) as caught:
         load_state(tmp_path, SETTINGS)
     assert caught.value.code == "E_MODEL_CORRUPT"
-    assert "start anew" in caught.value.message
+    assert "start again" in caught.value.message
     torch.save({"state": asdict(RunState(step=4)), "settings": SETTINGS}, tmp_path / "resume_previous.pth")
     assert load_state(tmp_path, SETTINGS)[0].step == 4
 

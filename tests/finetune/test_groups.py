@@ -159,7 +159,7 @@ def test_what_is_frozen_never_moves(here: Workspace, tmp_path: Path, train: str,
         ("primus", ("finetune.train=lora",), "-pretrained_weights"),
         ("3d_fullres", ("finetune.train=decoder",), "the encoder would stay random"),
         ("3d_fullres", ("finetune.train=head",), "-pretrained_weights"),
-        ("primus", ("finetune.lora_rank=4",), "only finetune.train=lora has adapters"),
+        ("primus", ("finetune.lora_rank=4",), "adapters need finetune.train=lora"),
         ("3d_fullres", ("finetune.schedule=zigzag",), "legal values are warmup, sawtooth"),
     ],
 )

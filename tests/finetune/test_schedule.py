@@ -243,7 +243,7 @@ def test_a_run_in_which_other_weights_learned_does_not_go_on(here: Workspace, tm
     content = trainer.make_checkpoint()
     (group,) = content["optimizer_state"]["param_groups"]
     group["params"] = group["params"][2:]
-    refused("E_CONFIG", "other weights learned", lambda: trainer.load_checkpoint(content))
+    refused("E_CONFIG", "trained other weights", lambda: trainer.load_checkpoint(content))
 
 
 def sawtooth_trainer(

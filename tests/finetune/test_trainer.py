@@ -557,7 +557,7 @@ def test_a_cascade_needs_its_first_stage(here: Workspace) -> None:
     plans = tiny.plans("mfmCascade", **stages)
     (here.preprocessed / tiny.NAME / "mfmCascade.json").write_text(json.dumps(plans))
     cascade = lambda: train(here, configuration="3d_cascade_fullres", plans_name="mfmCascade")  # noqa: E731
-    refused("E_NOT_FOUND", "Train all folds of 3d_lowres first", cascade)
+    refused("E_NOT_FOUND", "all folds of 3d_lowres", cascade)
 
 
 def test_a_plan_that_would_import_foreign_code_is_refused(here: Workspace) -> None:

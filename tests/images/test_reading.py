@@ -754,7 +754,7 @@ def test_label_values(
     file = save_nifti(tmp_path / "label.nii.gz", label_map(*legal))
     check_label(*read_label(file, "SimpleITKIO"), *image, {"labels": labels}, "case")
     file = save_nifti(tmp_path / "label.nii.gz", label_map(*legal, *illegal))
-    with pytest.raises(MFMError, match=f"case: .*{sorted(illegal)[0]}.*dataset.json names .*{legal[-1]}") as error:
+    with pytest.raises(MFMError, match=f"case: .*{sorted(illegal)[0]}.*dataset.json lists .*{legal[-1]}") as error:
         check_label(*read_label(file, "SimpleITKIO"), *image, {"labels": labels}, "case")
     assert error.value.code == "E_LABEL_VALUE"
 

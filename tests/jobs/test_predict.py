@@ -269,7 +269,7 @@ def test_masks_of_two_models_are_not_mixed(
         shutil.copy(scans / name, source)
     with caplog.at_level("WARNING"):
         assert predict_folder(other, source, out, overwrite=True).done == ["a", "b.1"]
-    assert "1 masks stay that are not of this input (c c.nii.gz)" in caplog.text
+    assert "1 masks of other inputs were kept (c c.nii.gz)" in caplog.text
     assert sorted(file.name for file in out.iterdir() if file.suffix in (".npz", ".pkl")) == ["c c.npz", "c c.pkl"]
     assert json.loads((out / "dataset.json").read_text())["labels"] == labels
     assert predict_folder(other, source, out, resume=True).skipped == ["a", "b.1"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import BUILT_IN, family_named
 from mfm_nnunet.tasks.base import PretextTask, find_task, list_tasks
+from mfm_nnunet.tasks.masks import MaskingConfig
+from tests.builders.tiny_plans import tiny_backbone
 
 PRIVATE = """
 from mfm_nnunet.tasks.base import PretextTask
@@ -72,10 +73,9 @@ def test_a_private_task_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.M
             find_task(bad)
 
 
-def test_a_task_refuses_a_network_that_it_cannot_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.builders.tiny_plans import tiny_backbone
-
-    task: Any = find_task("mae")
-    monkeypatch.setattr(task, "needs", "sparse encoder")
-    with pytest.raises(MFMError, match="sparse encoder, the plan's network is primus"):
-        task(task.Config(), tiny_backbone("primus", (16, 16, 16)))
+@pytest.mark.parametrize(
+    ("task", "network", "need"), [("simmim", "resenc", "tokens"), ("spark3d", "primus", "sparse encoder")]
+)
+def test_a_task_refuses_a_network_that_it_cannot_work_on(task: str, network: str, need: str) -> None:
+    with pytest.raises(MFMError, match=f"E_CONFIG.*{task} needs a network with {need}.*network is {network}"):
+        find_task(task)(MaskingConfig(cell_size=(8, 8, 8)), tiny_backbone(network, (16, 16, 16)))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.tasks import models_genesis
 from mfm_nnunet.tasks.image_operations import CURVE_POINTS, UNIT_KNOTS, apply_curve, draw_curve, intensity_knots
 from mfm_nnunet.tasks.models_genesis import (
@@ -22,8 +20,7 @@ from mfm_nnunet.tasks.models_genesis import (
     draw_outpainting,
     draw_shuffle,
 )
-from tests.builders import tiny_run
-from tests.builders.tiny_plans import tiny_backbone
+from tests.builders.tasks import make_task
 
 PATCH = (24, 32, 40)
 SHUFFLE = ModelsGenesisConfig(shuffle_probability=1, curve_probability=0, paint_probability=0)
@@ -41,7 +38,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 # Intensities
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_curve_keeps_range_order_and_distinct_values_of_a_z_scored_image(seed: int) -> None:
     """The published code bends z-scored images as if they lay in [0, 1], so all negative values become one."""
     image, rng = normal(1, *PATCH, seed=seed), np.random.default_rng(seed)
@@ -139,34 +136,6 @@ def test_windows_hold_the_same_share_of_any_patch_and_read_nearby(patch: tuple[i
         distance = np.abs(np.stack(np.unravel_index(source, patch)) - np.stack(np.unravel_index(places, patch)))
         assert (distance.max(1) < limits).all()
     assert np.mean(shares) == pytest.approx(0.7, abs=0.1)
-
-
-def test_ten_thousand_windows_without_a_loop_over_them() -> None:
-    """At 160x160x160, as published; but the generator is asked a few hundred times, not thousands."""
-    calls: Counter[str] = Counter()
-
-    class Counting(np.random.Generator):
-        windows = 0
-
-        def permutation(self, *args: Any, **keywords: Any) -> Any:
-            calls["permutation"] += 1
-            return super().permutation(*args, **keywords)
-
-        def integers(self, *args: Any, size: Any = None, **keywords: Any) -> Any:
-            calls["integers"] += 1
-            Counting.windows += 0 if size is None else int(size)
-            return super().integers(*args, size=size, **keywords)
-
-    draw_shuffle((160, 160, 160), 0.1, 1.5, Counting(np.random.PCG64(0)))
-    assert Counting.windows / 3 == pytest.approx(10_000, rel=1e-3)
-    assert calls == {"permutation": 128, "integers": 128 * 4}
-
-
-def test_windows_overlap_but_always_read_the_uncorrupted_patch() -> None:
-    source = draw_shuffle((20, 20), 0.2, 20.0, np.random.default_rng(0))
-    distance = np.abs(np.stack(np.unravel_index(source, (20, 20))) - np.indices((20, 20)).reshape(2, -1))
-    assert distance.max() < 4, "a window has read what another one has moved"
-    assert len(np.unique(source)) < source.size, "no windows overlap: the test above tells nothing"
 
 
 def test_all_channels_are_shuffled_alike() -> None:
@@ -280,13 +249,12 @@ def test_probabilities_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -
     assert unchanged < 20
 
 
-@pytest.mark.parametrize("patch", [(8, 24, 16), (3, 20, 20), (1, 16, 16), (2, 2, 2), (24, 24), (8, 40), (16, 16, 16)])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_short_axes_and_2d(patch: tuple[int, ...], channels: int) -> None:
+@pytest.mark.parametrize("patch", [(3, 20, 20), (1, 16, 16), (2, 2, 2), (8, 40)])
+def test_short_axes_and_2d(patch: tuple[int, ...]) -> None:
     """In the published code an axis shorter than 10 voxels ends the run."""
-    image = normal(channels, *patch)
+    image = normal(2, *patch)
     for config in (SHUFFLE, CURVE, INPAINT, OUTPAINT, EVERYTHING):
-        results = [corrupt(image, config, np.random.default_rng(seed)) for seed in range(20)]
+        results = [corrupt(image, config, np.random.default_rng(seed)) for seed in range(10)]
         assert all(result.shape == image.shape and np.isfinite(result).all() for result in results)
         assert any(not np.array_equal(result, image) for result in results)
 
@@ -313,14 +281,12 @@ def test_the_target_is_the_crop_and_never_modified() -> None:
 # The network
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
-def test_the_plain_network_restores_the_whole_patch(family: str) -> None:
-    backbone = tiny_backbone(family, PATCH, 2, 2, restoring=ModelsGenesis.restoring)
-    task = ModelsGenesis(ModelsGenesisConfig(), backbone).eval()
+def test_the_plain_network_restores_the_whole_patch() -> None:
+    task = make_task("models_genesis", "resenc", PATCH, 2).eval()
     assert {name.split(".")[1] for name, _ in task.named_parameters()} == {"network"}
     batch = {"image": torch.randn(3, 2, *PATCH), "target": torch.randn(3, 2, *PATCH)}
     outputs: list[torch.Tensor] = []
-    backbone.network.register_forward_hook(lambda module, args, output: outputs.append(output))
+    task.network.register_forward_hook(lambda module, args, output: outputs.append(output))
     output = task(batch)
     outputs[0].retain_grad()
     output.loss.backward()
@@ -338,7 +304,7 @@ def test_the_plain_network_restores_the_whole_patch(family: str) -> None:
 
 
 def test_anonymised_voxels_are_left_out_per_sample() -> None:
-    task = ModelsGenesis(ModelsGenesisConfig(), tiny_backbone("resenc", (16, 16), restoring="none")).eval()
+    task = make_task("models_genesis", "resenc", (16, 16)).eval()
     batch = {"image": torch.randn(2, 1, 16, 16), "target": torch.randn(2, 1, 16, 16)}
     valid = torch.ones(2, 1, 16, 16, dtype=torch.bool)
     valid[0, :, :12] = False
@@ -346,12 +312,3 @@ def test_anonymised_voxels_are_left_out_per_sample() -> None:
         loss = task({**batch, "valid": valid}).loss
         errors = (task.backbone(batch["image"]) - batch["target"]).square()
     assert loss.item() == pytest.approx(((errors[0, :, 12:].mean() + errors[1].mean()) / 2).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("family", ["resenc", "primus"])
-def test_it_starts(family: str, tmp_path: Path) -> None:
-    """On Primus the published one does not."""
-    short = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=1", "num_workers=0")
-    saved = checkpoint.load(tiny_run.run(tiny_run.prepare(tmp_path, family, 3), "models_genesis", short))
-    assert saved["mfm"]["pretext_config"]["window_coverage"] == 1.5
-    assert saved["mfm"]["num_outputs"] == 1

@@ -11,20 +11,14 @@ import pytest
 import torch
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.tasks.image_operations import JITTER, jitter
 from mfm_nnunet.tasks.losses import cosines, nt_xent
 from mfm_nnunet.tasks.simclr import SimCLR, SimCLRConfig, draw_pairs
 from mfm_nnunet.tasks.views import VIEW_JITTER, change_view, resolve_crop_size, side_by_side, tile
-from tests.builders.tiny_plans import tiny_backbone
+from tests.builders.tasks import geometry, make_task
 from tests.builders.tiny_run import prepare, run
 
 PATCH = (24, 32, 32)
-
-
-def geometry(patch: tuple[int, ...], cell: int | tuple[int, ...]) -> Geometry:
-    cells = (cell,) * len(patch) if isinstance(cell, int) else cell
-    return Geometry(patch, (1,) * len(patch), cells)
 
 
 def resolved(patch: tuple[int, ...] = PATCH, cell: int | tuple[int, ...] = 4, **settings: Any) -> SimCLRConfig:
@@ -51,7 +45,7 @@ def test_nt_xent_equals_one_written_by_hand_on_three_pairs() -> None:
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("pairs", [2, 3, 5, 8])
+@pytest.mark.parametrize("pairs", [2, 5])
 def test_equal_embeddings_give_the_logarithm_of_the_others(pairs: int) -> None:
     """Of any number of pairs: no size of a batch is frozen in, so a last, incomplete one works."""
     rows = torch.ones(pairs, 7)
@@ -140,15 +134,17 @@ def test_every_view_is_changed_on_its_own_and_the_region_stays() -> None:
     assert np.array_equal(given, kept), "overlapping crops were changed in their common voxels"
 
 
-def test_changes_of_views_fire_as_often_as_published() -> None:
-    assert {name: VIEW_JITTER[name] for name in JITTER} == {**JITTER, "low resolution": 0.1}
-    assert list(VIEW_JITTER) == list(JITTER)
+@pytest.mark.parametrize(("chances", "low_resolution"), [(JITTER, 0.25), (VIEW_JITTER, 0.1)])
+def test_jitter_fires_as_often_as_published(chances: dict[str, float], low_resolution: float) -> None:
+    """The first for Volume Fusion, the second for views."""
     x = np.random.default_rng(0).normal(size=(1, 6, 6)).astype(np.float32)
     rng = np.random.default_rng(1)
-    unchanged = sum(np.array_equal(jitter(x.copy(), rng, VIEW_JITTER), x) for _ in range(1500)) / 1500
-    expected = math.prod(1 - chance for chance in VIEW_JITTER.values())
-    assert unchanged == pytest.approx(expected, abs=0.04)
-    assert expected > 1.15 * math.prod(1 - chance for chance in JITTER.values())
+    results = [jitter(x.copy(), rng, chances) for _ in range(1500)]
+    assert all(r.shape == x.shape and r.dtype == np.float32 and np.isfinite(r).all() for r in results)
+    unchanged = np.mean([np.array_equal(result, x) for result in results])
+    untouched = 0.9 * 0.8 * 0.85 * 0.85 * (1 - low_resolution) * 0.9 * 0.7
+    assert unchanged == pytest.approx(untouched, abs=0.04)
+    assert math.prod(1 - chance for chance in chances.values()) == pytest.approx(untouched)
 
 
 def test_mirroring_and_quarter_turns_keep_size_and_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,13 +181,11 @@ def test_pictures_of_views_keep_their_places() -> None:
     ("patch", "cell", "crop"),
     [
         ((160, 160, 160), 32, (64, 64, 64)),
-        ((160, 160, 160), 8, (64, 64, 64)),
         ((128, 96, 96), 16, (64, 48, 48)),
         ((16, 320, 320), (4, 64, 64), (8, 64, 64)),
         ((40, 56, 40), 8, (16, 24, 16)),
         ((16, 16, 16), 8, (8, 8, 16)),
         ((8, 24, 16), 8, (8, 16, 8)),
-        ((512, 512), 128, (256, 256)),
         ((512, 256), 128, (256, 128)),
         ((24, 24), 8, (8, 16)),
     ],
@@ -220,8 +214,7 @@ def test_a_plane_that_is_not_square_cannot_be_turned() -> None:
 
 def test_a_step_needs_two_pairs() -> None:
     assert [SimCLR.smallest_batch(SimCLRConfig(num_references=n)) for n in (1, 2, 3)] == [2, 1, 1]
-    backbone = tiny_backbone("resenc", (16, 16, 16))
-    task = SimCLR(SimCLR.resolve(SimCLRConfig(num_references=1, projector_width=8), backbone.geometry()), backbone)
+    task = make_task("simclr", "resenc", (16, 16, 16), 1, ["num_references=1", "projector_width=8"])
     with pytest.raises(AssertionError, match="single pair"):
         task({"image": torch.randn(1, 2, 1, 8, 8, 8)})
 
@@ -234,19 +227,15 @@ def test_a_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) ->
 # The task
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
-def test_the_loss_is_nt_xent_of_the_projected_pooled_features(family: str) -> None:
-    patch = (16, 32, 32)
-    backbone = tiny_backbone(family, patch, restoring=SimCLR.restoring)
-    config = SimCLR.resolve(SimCLRConfig(projector_width=12, temperature=0.3), backbone.geometry())
-    task = SimCLR(config, backbone).eval()
-    assert config.crop_size is not None
+def test_the_loss_is_nt_xent_of_the_projected_pooled_features() -> None:
+    task = make_task("simclr", "resenc", (16, 32, 32), 1, ["projector_width=12", "temperature=0.3"]).eval()
+    config = task.config
     image = torch.randn(3, 4, 1, *config.crop_size)
     with torch.no_grad():
         output = task({"image": image})
         embedded = []
         for item in image:
-            features = [f.flatten(2).mean(2) for f in backbone.features(item)]
+            features = [f.flatten(2).mean(2) for f in task.backbone.features(item)]
             embedded.append(task.projector(torch.cat(features, 1)))
         first, second = (torch.cat([e[part] for e in embedded]) for part in (slice(0, 2), slice(2, 4)))
     assert output.loss.item() == pytest.approx(nt_xent(first, second, 0.3).item(), rel=1e-4)
@@ -256,28 +245,4 @@ def test_the_loss_is_nt_xent_of_the_projected_pooled_features(family: str) -> No
     rows = torch.cat([first, second])
     torch.testing.assert_close(output.pictures["cosines"][0, 0], cosines(rows, rows), rtol=1e-4, atol=1e-5)
     assert 0 <= output.metrics["partner_found"] <= 1
-    assert task.projector[0].in_features == (40 if family == "resenc" else 48)
-
-
-def test_embeddings_are_float32_behind_a_network_in_bf16() -> None:
-    backbone = tiny_backbone("resenc", (16, 16, 16))
-    task = SimCLR(SimCLR.resolve(SimCLRConfig(projector_width=8), backbone.geometry()), backbone)
-    kinds: list[torch.dtype] = []
-    task.projector.register_forward_hook(lambda module, inputs, output: kinds.extend([inputs[0].dtype, output.dtype]))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert backbone.features(torch.randn(1, 1, 8, 8, 8))[0].dtype == torch.bfloat16
-        loss = task({"image": torch.randn(1, 4, 1, 8, 8, 8)}).loss
-    loss.backward()
-    assert {*kinds, loss.dtype} == {torch.float32}
-
-
-def test_only_positions_of_the_patchs_centre_are_used_and_its_table_stays_whole() -> None:
-    """The published code stores the crop as the patch; ours keeps the plan's patch, so that the weights fit it."""
-    patch = (16, 32, 32)
-    backbone: Any = tiny_backbone("primus", patch, restoring="none")
-    config = SimCLR.resolve(SimCLRConfig(projector_width=8), backbone.geometry())
-    task = SimCLR(config, backbone).train()
-    assert config.crop_size == (8, 16, 16)
-    task({"image": torch.randn(2, 4, 1, *config.crop_size)}).loss.backward()
-    gradient = backbone.network.eva.pos_embed.grad[0].abs().sum(1).reshape(2, 4, 4)
-    assert (gradient > 0).nonzero().tolist() == [[0, 1, 1], [0, 1, 2], [0, 2, 1], [0, 2, 2]]
+    assert task.projector[0].in_features == 40

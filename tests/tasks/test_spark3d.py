@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as compute_again
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import family_of
-from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.tasks.masks import MaskingConfig, draw_hidden
 from mfm_nnunet.tasks.spark3d import SparK
-from mfm_nnunet.tasks.sparse import masked_instance_norm, shrink_hidden
-from tests.builders import tiny_run
+from mfm_nnunet.tasks.sparse import Densify, masked_instance_norm, shrink_hidden
 from tests.builders.tiny_plans import tiny_backbone, tiny_network
 
 PATCH, CELL = (16, 24, 16), (4, 6, 4)
@@ -73,12 +68,11 @@ def gradients(task: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("patch", "cell", "changes"), SHAPES)
-@pytest.mark.parametrize("channels", [1, 2])
 def test_what_is_hidden_has_no_influence_at_all(
-    patch: tuple[int, ...], cell: tuple[int, ...], changes: dict[str, Any], channels: int
+    patch: tuple[int, ...], cell: tuple[int, ...], changes: dict[str, Any]
 ) -> None:
-    task = spark(patch, cell, channels, **changes).eval()
-    batch = batch_of(task, channels=channels)
+    task = spark(patch, cell, 2, **changes).eval()
+    batch = batch_of(task, channels=2)
     x, hidden = batch["image"], batch["hidden"]
     with torch.no_grad():
         restored = task.restore(x, hidden)
@@ -117,23 +111,11 @@ def test_the_fill_value_is_what_visible_voxels_see_beside_them() -> None:
     assert not torch.equal(task.restore(batch["image"], batch["hidden"]), before)
 
 
-def test_samples_do_not_see_each_other() -> None:
-    task = spark().eval()
-    batch = batch_of(task)
-    with torch.no_grad():
-        together = task.restore(batch["image"], batch["hidden"])
-        for index in range(2):
-            alone = task.restore(batch["image"][[index]], batch["hidden"][[index]])
-            torch.testing.assert_close(together[[index]], alone, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("patch", "cell", "size"),
     [
         ((8, 8, 8), (2, 2, 2), (8, 8, 8)),
-        ((8, 8, 8), (2, 2, 2), (4, 4, 4)),
         ((8, 8, 8), (2, 2, 2), (2, 2, 2)),
-        ((8, 16, 16), (2, 4, 4), (8, 8, 8)),
         ((8, 16, 16), (2, 4, 4), (8, 4, 4)),
         # Coarser than the cells on the first axis only, and on the others only.
         ((8, 16, 16), (2, 8, 8), (2, 8, 8)),
@@ -168,6 +150,10 @@ def test_the_norm_is_that_of_the_gathered_voxels() -> None:
         found = normed[sample][(~hidden[sample]).expand(4, *PATCH)].reshape(1, 4, -1)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert (normed.masked_select(hidden) == 0).all()
+    low = (x + 100).to(torch.float16)  # computed in float32 whatever comes in
+    normed = masked_instance_norm(low, hidden)
+    assert normed.dtype == torch.float16
+    torch.testing.assert_close(normed.float(), masked_instance_norm(low.float(), hidden), rtol=2e-3, atol=2e-3)
 
 
 def test_the_gradient_of_the_norm_is_that_of_the_gathered_voxels() -> None:
@@ -179,15 +165,6 @@ def test_the_gradient_of_the_norm_is_that_of_the_gathered_voxels() -> None:
     gathered = nn.functional.instance_norm(x[visible].reshape(1, 2, -1)).flatten()
     (wanted,) = torch.autograd.grad((gathered * upstream[visible]).sum(), x)
     torch.testing.assert_close(found, wanted)
-
-
-def test_the_norm_is_computed_in_float32_whatever_comes_in() -> None:
-    x = torch.randn(2, 3, 8, 8, 8) + 100
-    hidden = masks((8, 8, 8), (4, 4, 4))
-    low = x.to(torch.float16)
-    normed = masked_instance_norm(low, hidden)
-    assert normed.dtype == torch.float16
-    torch.testing.assert_close(normed.float(), masked_instance_norm(low.float(), hidden), rtol=2e-3, atol=2e-3)
 
 
 def test_nothing_waits_for_the_device() -> None:
@@ -211,17 +188,9 @@ def test_hidden_places_become_the_mask_token_and_coarser_maps_are_convolved() ->
     token = finest.mask_token.expand_as(dense)
     assert torch.equal(dense.masked_select(hidden), token.masked_select(hidden))
     assert torch.equal(dense.masked_select(~hidden), masked_instance_norm(x, hidden).masked_select(~hidden))
-    assert not torch.equal(finest.mask_token, SparK(task.config, tiny_backbone("resenc", PATCH)).densify[0].mask_token)
-
-
-def test_mask_tokens_start_as_a_narrow_normal() -> None:
-    from mfm_nnunet.tasks.sparse import Densify
-
-    torch.manual_seed(0)
-    token = Densify(5000, 2, has_convolution=False).mask_token
-    assert token.shape == (1, 5000, 1, 1)
-    assert abs(token.mean().item()) < 1e-3
-    assert token.std().item() == pytest.approx(0.02, rel=0.05)
+    fresh = Densify(5000, 2, has_convolution=False).mask_token
+    assert fresh.shape == (1, 5000, 1, 1)
+    assert (fresh.mean().item(), fresh.std().item()) == pytest.approx((0, 0.02), abs=1e-3)
 
 
 # The network stays what it is
@@ -235,9 +204,7 @@ def test_the_network_is_the_plain_one_after_a_training_step() -> None:
     task(batch_of(task)).loss.backward()
     optimizer.step()
     network: Any = task.backbone.network
-    assert list(network.state_dict()) == list(plain.state_dict())
-    assert [n for n, _ in network.encoder.named_parameters()] == [n for n, _ in plain.encoder.named_parameters()]
-    assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert [n for n, _ in network.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert [type(m) for m in network.modules()] == [type(m) for m in plain.modules()]
     blocks = [module for module in network.encoder.modules() if hasattr(module, "all_modules")]
     assert blocks
@@ -281,7 +248,7 @@ def test_outside_of_the_task_the_network_is_dense() -> None:
             task._encode.inactive(PATCH)
 
 
-def test_tasks_do_not_disturb_each_other() -> None:
+def test_tasks_do_not_disturb_each_other_nor_their_copies() -> None:
     one, other = spark(seed=1), spark(seed=2)
     batch = batch_of(one)
     swapped = {**batch, "hidden": batch["hidden"].flip(0)}
@@ -299,50 +266,12 @@ def test_tasks_do_not_disturb_each_other() -> None:
     both.densify.load_state_dict(one.densify.state_dict())
     assert torch.equal(both(batch).loss, alone)
     assert torch.equal(one(batch).loss, alone)
-
-
-def test_a_copy_has_a_mask_of_its_own() -> None:
-    task = spark()
-    batch = batch_of(task)
-    wanted = task(batch).loss
-    other = {**batch, "hidden": batch["hidden"].flip(0)}
-    for twin in (copy.deepcopy(spark()), copy.deepcopy(task)):
-        task(other)
-        assert torch.equal(twin(batch).loss, wanted)
-        assert torch.equal(twin(other).loss, task(other).loss)
-        assert twin._encode is not task._encode
-        twin.load_state_dict(spark(seed=5).state_dict())
-        assert torch.equal(twin(batch).loss, spark(seed=5)(batch).loss)
-        assert torch.equal(task(batch).loss, wanted)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
-    task = spark()
-    batch = batch_of(task)
-    loss = task(batch).loss
-    loss.backward()
-    wanted = gradients(task)
-    task.zero_grad()
-    counted = 0
-
-    def count(*_: Any) -> None:
-        nonlocal counted
-        counted += 1
-
-    for stage in task.backbone.network.encoder.stages:  # type: ignore[union-attr]
-        plain = stage.forward
-        stage.forward = lambda x, plain=plain: compute_again(plain, x, use_reentrant=use_reentrant)
-        stage.blocks.register_forward_pre_hook(count)
-    again = task(batch).loss
-    spark()({**batch, "hidden": batch["hidden"].flip(0)})  # another task works before the backward pass
-    again.backward()
-    assert counted == 2 * 3
-    assert torch.equal(again, loss)
-    found = gradients(task)
-    assert found.keys() == wanted.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-7)
+    twin = copy.deepcopy(one)
+    one(swapped)
+    assert torch.equal(twin(batch).loss, alone)
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin(batch).loss, other(batch).loss)
+    assert torch.equal(one(batch).loss, alone)
 
 
 def test_layers_can_be_traced_whole_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,50 +294,6 @@ def test_layers_can_be_traced_whole_and_computed_again(monkeypatch: pytest.Monke
     torch.compiler.reset()
 
 
-def test_distributed_data_parallel_trains_the_same(tmp_path: Path) -> None:
-    task = spark()
-    batch = batch_of(task)
-    task(batch).loss.backward()
-    wanted = gradients(task)
-    task.zero_grad()
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        nn.parallel.DistributedDataParallel(task)(batch).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    found = gradients(task)
-    assert found.keys() == wanted.keys()
-    assert all(torch.allclose(value, wanted[name], atol=1e-7) for name, value in found.items())
-
-
-def test_mixed_precision_gives_a_float32_loss_and_finite_gradients() -> None:
-    task = spark()
-    batch = batch_of(task)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = task(batch).loss
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(task(batch).loss.item(), rel=0.02)
-    assert all(torch.isfinite(value).all() for value in gradients(task).values())
-
-
-def test_a_run_is_saved_as_a_plain_network_that_transfers_whole(tmp_path: Path) -> None:
-    here = tiny_run.prepare(tmp_path)
-    short = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=2", "pretext.mask_ratio=0.6,0.9")
-    file = tiny_run.run(here, "spark3d", short)
-    loaded = checkpoint.load_weights(file)
-    assert loaded["mfm"]["pretext_config"]["mask_ratio"] == [0.6, 0.9]
-    target = tiny_network("resenc", (16, 16, 16), num_outputs=3)
-    assert set(loaded["network_weights"]) == set(target.state_dict())
-    report = transfer_weights(loaded["network_weights"], target)
-    assert report.encoder_share == 1.0
-    assert not [entry for entry in report.ignored if "seg_layers" not in entry.name]
-    weights = dict(target.named_parameters())
-    assert all(
-        torch.equal(weights[name], loaded["network_weights"][name]) for name in family_of(target).encoder_names(target)
-    )
-
-
 # Settings, items and loss
 
 
@@ -419,5 +304,3 @@ def test_networks_that_cannot_work_sparsely_are_refused() -> None:
     running = {"affine": True, "track_running_stats": True}
     with pytest.raises(MFMError, match=r"E_CONFIG.*InstanceNorm3d"):
         SparK(config, tiny_backbone("resenc", PATCH, norm_op_kwargs=running))
-    with pytest.raises(MFMError, match=r"E_CONFIG.*primus"):
-        SparK(config, tiny_backbone("primus", (16, 24, 16)))

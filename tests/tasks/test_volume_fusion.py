@@ -9,11 +9,11 @@ import pytest
 import scipy.ndimage
 import torch
 
-from mfm_nnunet.tasks.image_operations import apply_gamma, jitter, map_percentiles, resize_linear, standardise
+from mfm_nnunet.tasks.image_operations import apply_gamma, map_percentiles, resize_linear, standardise
 from mfm_nnunet.tasks.losses import soft_dice
 from mfm_nnunet.tasks.masks import cell_limits
 from mfm_nnunet.tasks.volume_fusion import VolumeFusion, VolumeFusionConfig, VolumeFusionTransform, draw_label, fuse
-from tests.builders.tiny_plans import tiny_backbone
+from tests.builders.tasks import make_batch, make_task
 
 PATCH = (24, 32, 40)
 VARIANTS = ("grid", "boxes", "two_image")
@@ -81,7 +81,7 @@ def test_class_frequencies_are_the_published_ones(
 ) -> None:
     rng = np.random.default_rng(0)
     counts = np.zeros(5)
-    for _ in range(200):
+    for _ in range(100):
         counts += np.bincount(draw_label(config_of(variant), patch, rng).ravel(), minlength=5)
     share = counts / counts.sum()
     assert share[0] == pytest.approx(zero, abs=0.02)
@@ -90,7 +90,7 @@ def test_class_frequencies_are_the_published_ones(
 
 @pytest.mark.parametrize("patch", [PATCH, (64, 64, 64), (16, 96)])
 def test_lattice_has_exactly_its_share_of_mixed_cells(patch: tuple[int, ...]) -> None:
-    for seed in range(20):
+    for seed in range(8):
         label = draw_label(config_of("grid"), patch, np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         sides = [int(rng.integers(*cell_limits(size, (8, 32)), endpoint=True)) for size in patch]
@@ -173,7 +173,7 @@ def test_inverting_flips_both_views_or_none() -> None:
     transform = VolumeFusion.transform(config_of("grid"), (8, 8))
     ramp = np.arange(64, dtype=np.float32).reshape(1, 8, 8) ** 2  # most voxels are dark
     inverted = []
-    for seed in range(400):
+    for seed in range(200):
         views = transform.prepare([ramp.copy(), ramp.copy()], np.random.default_rng(seed))
         is_bright = [bool((view > 0.5).mean() > 0.5) for view in views]
         assert is_bright[0] == is_bright[1]
@@ -185,7 +185,7 @@ def test_mirroring_is_independent_per_axis_and_view() -> None:
     transform = VolumeFusion.transform(config_of("grid"), (8, 8))
     ramp = (10 * np.arange(8)[:, None] + np.arange(8)[None] * 1.0).astype(np.float32)[None]
     seen = []
-    for seed in range(400):
+    for seed in range(200):
         views = transform.prepare([ramp.copy(), ramp.copy()], np.random.default_rng(seed))
         # Whether both axes were treated alike can be seen in spite of a possible inversion.
         seen.append(tuple(bool(v[0, 0, 0] > v[0, -1, 0]) == bool(v[0, 0, 0] > v[0, 0, -1]) for v in views))
@@ -241,15 +241,6 @@ def test_gamma_keeps_the_range() -> None:
     assert (y < x - 0.01).mean() > 0.5
 
 
-def test_jitter_fires_as_often_as_published() -> None:
-    x = np.random.default_rng(0).standard_normal((1, 6, 6)).astype(np.float32)
-    rng = np.random.default_rng(1)
-    results = [jitter(x.copy(), rng) for _ in range(1500)]
-    assert all(r.shape == x.shape and r.dtype == np.float32 and np.isfinite(r).all() for r in results)
-    untouched = 0.9 * 0.8 * 0.85 * 0.85 * 0.75 * 0.9 * 0.7
-    assert np.mean([np.array_equal(r, x) for r in results]) == pytest.approx(untouched, abs=0.04)
-
-
 @pytest.mark.parametrize(
     ("variant", "volumes", "augmentation"), [("grid", 1, "none"), ("boxes", 2, "none"), ("two_image", 2, "mirror")]
 )
@@ -263,12 +254,9 @@ def test_what_each_variant_needs(variant: str, volumes: int, augmentation: str) 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_of_each_variant_on_a_batch_of_one_and_two(variant: str) -> None:
-    config = config_of(variant)
-    task = VolumeFusion(config, tiny_backbone("resenc", PATCH, num_outputs=5)).eval()
-    transform = VolumeFusion.transform(config, PATCH)
-    items = [transform(crops_for(transform, rng), rng) for rng in map(np.random.default_rng, (0, 1))]
+    task = make_task("volume_fusion", "resenc", PATCH, settings=[f"variant={variant}"]).eval()
     for batch_size in (1, 2):
-        batch = {key: torch.from_numpy(np.stack([item[key] for item in items[:batch_size]])) for key in items[0]}
+        batch = make_batch(task, batch_size)
         with torch.no_grad():
             output = task(batch)
             logits = task.backbone(batch["image"])
@@ -292,30 +280,3 @@ def test_soft_dice_of_the_perfect_and_the_absent_class() -> None:
     logits = 1000.0 * torch.stack([label == 0, label == 1, torch.zeros_like(label)], 1).float()
     for over_batch in (True, False):
         assert soft_dice(logits, label, over_batch).item() == pytest.approx(1)
-
-
-def test_learning_beats_the_constant_predictor() -> None:
-    torch.manual_seed(0)
-    patch = (32, 32)
-    config = config_of("grid")
-    task = VolumeFusion(config, tiny_backbone("resenc", patch, num_outputs=5)).train()
-    transform = VolumeFusion.transform(config, patch)
-    rng = np.random.default_rng(0)
-    image = scipy.ndimage.gaussian_filter(rng.standard_normal((96, 96)), 1).astype(np.float32)[None]
-    optimizer = torch.optim.AdamW(task.parameters(), 3e-3)
-    losses = []
-    for _ in range(200):
-        items = [transform([_cut(image, r.size, rng) for r in transform.requests(rng)], rng) for _ in range(2)]
-        batch = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
-        output = task(batch)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        losses.append(output.metrics["cross_entropy"].item())
-    constant = 1.5  # nats: the entropy of 46 % background and four classes of 13.5 %
-    assert np.mean(losses[-30:]) < constant - 0.1
-
-
-def _cut(image: np.ndarray, size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    starts = [int(rng.integers(extent - want + 1)) for extent, want in zip(image.shape[1:], size)]
-    return image[(slice(None), *(slice(start, start + want) for start, want in zip(starts, size)))]
