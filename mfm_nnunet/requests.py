@@ -90,7 +90,7 @@ class PlanRequest(Request):
     network: str = option(
         "resenc",
         "--network",
-        "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), or your own",
+        "residual encoder U-Net (default), Primus transformer (V2, V3: convolutional stem), Swin U-Net, or your own",
     )
     memory_gb: float | None = option(
         None,
