@@ -90,7 +90,8 @@ class PlanRequest(Request):
     network: str = option(
         "resenc",
         "--network",
-        "residual encoder U-Net (default), Primus transformer (V2, V3: convolutional stem), Swin U-Net, or your own",
+        "residual encoder U-Net (default), Primus transformer (V2, V3: convolutional stem), Swin U-Net, PCT-Net "
+        "(convolutions and window attention in parallel), or your own",
     )
     memory_gb: float | None = option(
         None,
@@ -228,10 +229,7 @@ class PredictRequest(Request):
     output_folder: str | Path = field(metadata=flag("-o --output", "folder for the masks", metavar="OUT"))
     _: KW_ONLY
     model_folder: str | Path | None = option(
-        None,
-        "-m --model",
-        "model folder, with fold_* in it; or give -d -c -f instead",
-        metavar="MODEL_FOLDER",
+        None, "-m --model", "model folder, with fold_* in it; or give -d -c -f instead", metavar="MODEL_FOLDER"
     )
     dataset: str | int | None = option(None, *DATASET, metavar="DATASET")
     configuration: str | None = option(None, *CONFIGURATION, metavar="CONFIG")

@@ -68,24 +68,32 @@ def ranged(
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
-    """Settings of pretraining. Lengths of warm-up are in epochs; learning rates are peaks.
+class TrainingSettings:
+    """Settings of every training. Lengths of warm-up are in epochs; learning rates are peaks.
 
-    A value of ``None`` is resolved at the start of the run, printed and saved.
+    Open values (None, auto) are resolved at the start of a run, printed and saved.
     """
 
     epochs: int = ranged(1000, 1, 10**6)
     iterations_per_epoch: int = ranged(250, 1, 10**6)
     validation_iterations: int = ranged(50, 1, 10**6)
-    batch_size: int = ranged(2, 1, 2**16)
-    """Items per step over all GPUs together."""
-    learning_rate: float = ranged(1e-2, 0, 10, above=True)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum 0.99, or AdamW with betas (0.9, 0.98)."""
     weight_decay: float = ranged(3e-5, 0, 10)
     warmup_epochs: int | None = ranged(None, 0, 10**6)
     """Linear warm-up. None: 5 % of the epochs from 300 epochs on, else 10 %."""
     gradient_clip: float = ranged(12.0, 0, LARGEST, above=True)
+    ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
+    """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
+
+
+@dataclass(frozen=True)
+class PretrainSettings(TrainingSettings):
+    """Settings of pretraining."""
+
+    batch_size: int = ranged(2, 1, 2**16)
+    """Items per step over all GPUs together."""
+    learning_rate: float = ranged(1e-2, 0, 10, above=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that have it, fp16 with loss scaling on others, fp32 on CPU."""
     augmentation: Literal["spatial", "mirror", "none"] = "spatial"
@@ -97,8 +105,6 @@ class PretrainSettings:
     within a part."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
-    ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
-    """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
     compile: bool = False
     """torch.compile of the network's blocks."""
     leave_out_anonymised: bool = True
@@ -109,22 +115,11 @@ class PretrainSettings:
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
-    """Settings of MFMTrainer, with or without a pretrained checkpoint: the schedule is the same.
+class FinetuneSettings(TrainingSettings):
+    """Settings of MFMTrainer, with or without a pretrained checkpoint: the schedule is the same."""
 
-    Open values (None, auto) are resolved at the start of a run, printed and saved.
-    """
-
-    epochs: int = ranged(1000, 1, 10**6)
-    iterations_per_epoch: int = ranged(250, 1, 10**6)
-    validation_iterations: int = ranged(50, 1, 10**6)
     learning_rate: float | None = ranged(None, 0, 10, above=True)
     """None: the published rate of this network, optimizer and start, see the family's ``rates``."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    weight_decay: float = ranged(3e-5, 0, 10)
-    warmup_epochs: int | None = ranged(None, 0, 10**6)
-    """Linear warm-up. None: 5 % of the epochs from 300 epochs on, else 10 %."""
-    gradient_clip: float = ranged(12.0, 0, LARGEST, above=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: as nnU-Net, fp16 with loss scaling on GPUs, fp32 elsewhere. bf16 pays on CPUs with AVX512-BF16 or AMX."""
     deep_supervision: bool = True
@@ -150,8 +145,6 @@ class FinetuneSettings:
     transfer: Literal["fit", "adapt"] = "fit"
     """fit: the plan was made like the checkpoint. adapt: the dataset keeps a plan of its own, and kernels of another
     size are resized."""
-    ema_decay: float | None = ranged(None, 0, 1, above=True, below=True)
-    """Between 0 and 1: an exponential moving average of the weights is validated and shipped. None: the weights."""
     compile: bool = True
     """torch.compile of the network on CUDA GPUs, as nnU-Net; needs a C compiler."""
     mirroring: bool = True
@@ -220,18 +213,20 @@ def require_in_range(settings: Any, prefix: str = "") -> None:
             raise MFMError("E_CONFIG", f"{name}={shown}: the smaller number comes first.")
 
 
-def require_legal(settings: PretrainSettings | FinetuneSettings, prefix: str) -> None:
+def require_legal(settings: TrainingSettings, prefix: str) -> None:
     """Raise MFMError (E_CONFIG) for the first setting that is out of range or conflicts with another."""
     require_in_range(settings, prefix)
     epochs, warmup = settings.epochs, resolved_warmup(settings.warmup_epochs, settings.epochs)
     name, problem = "", ""
     if warmup > epochs:
         name, problem = "warmup_epochs", f"must be from 0 to {prefix}epochs={epochs}"
-    elif isinstance(settings, FinetuneSettings) and settings.schedule != "sawtooth":
+    elif not isinstance(settings, FinetuneSettings):
+        return
+    elif settings.schedule != "sawtooth":
         if settings.decoder_epochs is not None:
             name = "decoder_epochs"
             problem = "only finetune.schedule=sawtooth has this phase; set that, or leave this out"
-    elif isinstance(settings, FinetuneSettings):
+    else:
         first = resolved_decoder_epochs(settings) or 0
         if first + max(warmup, 1) > epochs:
             name = "decoder_epochs"

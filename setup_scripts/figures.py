@@ -21,12 +21,11 @@ SPINE = {
     "plan_rules settings models.networks models.families models.unet models.sizing models.memory",
     "Preprocess": "data.preprocess data.sizes data.resampling data.storage data.volumes",
     "Draw crops": "jobs.pretrain data.crops data.loading",
-    "Pretrain": "tasks.base tasks.masks tasks.mae tasks.losses models.backbone engine.pretraining engine.streams "
+    "Pretrain": "tasks.base tasks.masks tasks.mae tasks.losses models.backbone engine.pretraining "
     "engine.engine engine.optim engine.state checkpoint",
     "Fine-tune": "jobs.train finetune.pretrained models.transfer finetune.splits finetune.fold finetune.loading "
-    "finetune.settings finetune.groups finetune.state finetune.trainer tasks.segmentation finetune.validation",
-    "Predict": "jobs.predict prediction.cases prediction.predictor prediction.model prediction.logits "
-    "prediction.export prediction.geometry prediction.journal",
+    "finetune.settings finetune.groups finetune.trainer tasks.segmentation finetune.validation",
+    "Predict": "jobs.predict prediction.cases prediction.model prediction.export prediction.journal",
 }
 """The modules that one volume passes with MAE, from scan to mask, in this order, by stage.
 

@@ -16,9 +16,9 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 26_450,
+    "package lines": 27_150,
     "spine lines": 15_100,
-    "files": 146,
+    "files": 151,
     "files with one importer": 30,
     "modules over 420 lines": 0,
     "functions with over 8 parameters": 0,

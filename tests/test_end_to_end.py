@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,12 +103,6 @@ def model(volumes: Site) -> Path:
     return volumes.model("Dataset004_Few", "mfmLike")
 
 
-def test_pretraining_leaves_its_pictures(volumes: Site) -> None:
-    for task in ("mae", "volume_fusion"):
-        folder = pretrained(volumes, task).parent
-        assert {"log.jsonl", "progress.png", "examples.png", "settings.json"} <= {f.name for f in folder.iterdir()}
-
-
 def test_transfer_is_reported_by_name(model: Path) -> None:
     report = json.loads((model / "fold_0" / "transfer.json").read_text())
     assert report["encoder_share"] == 1.0
@@ -163,35 +155,6 @@ def test_one_bad_case_costs_no_other(model: Path, volumes: Site, tmp_path: Path)
     assert "--overwrite" in refused.stderr
     again = volumes.run("mfm_predict", "-i", images, "-o", tmp_path / "out", "-m", model, "-f", 0, "--resume", expect=3)
     assert "broken" in again.stderr
-
-
-@pytest.mark.long  # tests/finetune/test_resume.py kills a smaller run
-@pytest.mark.timeout(900)  # several commands one after the other, each with its own limit
-def test_train_killed_and_continued_equals_unbroken(model: Path, volumes: Site) -> None:
-    """From Volume Fusion, killed with SIGKILL in the second epoch; the unbroken run is trained beside it."""
-    weights = pretrained(volumes, "volume_fusion")
-    finals = {}
-    for name in ("whole", "killed"):
-        plans = f"mfm{name}"
-        volumes.run("mfm_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "--like", weights, "-pl", plans)
-        words = ["mfm_train", 4, "3d_fullres", 0, "-p", plans, "-pretrained_weights", weights, "--set", *FINETUNE,
-                 "finetune.iterations_per_epoch=8"]  # fmt: skip
-        fold = volumes.model("Dataset004_Few", plans) / "fold_0"
-        if name == "killed":
-            line = [str(BIN / str(words[0])), *map(str, words[1:]), "--workspace", str(volumes.folder)]
-            process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while not (fold / "checkpoint_latest.pth").exists():
-                assert process.poll() is None
-                time.sleep(0.02)
-            time.sleep(1.0)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            assert not (fold / "checkpoint_final.pth").exists()
-            words = ["mfm_train", 4, "3d_fullres", 0, "-p", plans, "--c"]
-        volumes.run(*map(str, words))
-        finals[name] = torch.load(fold / "checkpoint_final.pth", weights_only=True)["network_weights"]
-    for key, tensor in finals["whole"].items():
-        assert torch.equal(tensor, finals["killed"][key]), key
 
 
 @pytest.mark.long

@@ -29,21 +29,7 @@ from mfm_nnunet.study.folder import read_study
 from mfm_nnunet.study.summary import read_result
 
 LATIN_1 = os.fsdecode(b"M\xfcller")
-ESCAPES = [
-    "..",
-    ".",
-    "",
-    "/etc/passwd",
-    "../x",
-    "a/../../x",
-    "a/b",
-    "a\\b",
-    "a\0b",
-    "a\nb",
-    LATIN_1,
-    "a" * 256,
-    "ü" * 128,
-]
+ESCAPES = ["..", "", "/etc/passwd", "a/../../x", "a\\b", "a\0b", "a\nb", LATIN_1, "a" * 256, "ü" * 128]
 
 
 @pytest.mark.parametrize("name", [*ESCAPES, None, 3, ["a"]])
@@ -91,11 +77,6 @@ def test_logs_are_appended_to_and_never_through_a_link(tmp_path: Path) -> None:
     assert victim.read_text() == "precious"
 
 
-def test_shown_is_utf_8() -> None:
-    assert files.shown(LATIN_1) == "M\\udcfcller"
-    assert files.shown(Path("ä")) == "ä"
-
-
 def test_plain_values_of_numpy_paths_and_devices() -> None:
     plain = files.to_plain({"a": np.float32(1.5), "b": np.arange(3), "c": torch.device("cpu"), 1: (np.int64(2),)})
     assert plain == {"a": 1.5, "b": [0, 1, 2], "c": "cpu", 1: [2]}
@@ -135,13 +116,6 @@ def test_leftovers_of_killed_saves_are_removed_and_others_stay(tmp_path: Path) -
     assert living.returncode == 0
     assert targets[1].read_text() == "half and half"
     assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "other.pth", *(path.name for path in keep)}
-
-
-def test_a_leftover_of_an_earlier_version_is_removed_at_a_start(tmp_path: Path) -> None:
-    (tmp_path / ".resume.pth.0123abcd.tmp").write_bytes(b"half")
-    files.remove_leftovers(tmp_path)
-    files.remove_leftovers(tmp_path / "nowhere")
-    assert not list(tmp_path.iterdir())
 
 
 def test_without_locks_leftovers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,19 +257,6 @@ def test_what_is_no_json(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(MFMError, match=r"E_FORMAT.*a\.json"):
         files.read_json(tmp_path / "a.json", "")
-
-
-SPLITS = [
-    [{"train": "ab", "val": ["a"]}], [{"train": [["a"]], "val": ["b"]}], [{"train": [1], "val": ["b"]}], [["a"], ["b"]],
-    [{"train": {"a": 1}, "val": ["b"]}], [3], [None],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("splits", SPLITS)
-def test_splits_of_other_kinds(splits: object, tmp_path: Path) -> None:
-    (tmp_path / "splits_final.json").write_text(json.dumps(splits))
-    with pytest.raises(MFMError, match=r"E_CONFIG.*splits_final\.json"):
-        ensure_splits(tmp_path, ["a", "b"])
 
 
 CASE = {"name": "a", "images": ["/a.nii.gz"], "subject": "a"}

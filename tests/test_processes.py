@@ -48,7 +48,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("number", "to_all"),
-    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGHUP, True)],
+    [(signal.SIGTERM, False), (signal.SIGHUP, True)],
 )
 def test_a_stopped_parent_stops_its_processes_which_save_first(
     number: signal.Signals, to_all: bool, tmp_path: Path

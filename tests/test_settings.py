@@ -43,11 +43,6 @@ def test_the_block_survives_json() -> None:
     assert mfm_settings.block_of({"mfm": plain}) == block
 
 
-def test_tuples_survive_json() -> None:
-    value = Everything(pair=(3, 4), many=(0.5, 2.0), anything={"a": [1]})
-    assert mfm_settings.from_dict(Everything, json.loads(json.dumps(mfm_settings.to_dict(value)))) == value
-
-
 def test_a_stock_plan_has_the_defaults() -> None:
     assert mfm_settings.block_of({"plans_name": "nnUNetPlans"}) == MFMBlock()
 
@@ -145,20 +140,7 @@ def test_every_number_has_a_range_that_holds_its_default() -> None:
 @pytest.mark.parametrize("name", numbers(AllSettings()))
 def test_absurd_numbers_are_refused_with_the_name_and_what_is_legal(name: str) -> None:
     legal = numbers(AllSettings())[name]
-    absurd = [
-        "nan",
-        "inf",
-        "-inf",
-        "1e400",
-        "1" + "0" * 21,
-        "-" + "1" * 30,
-        "9" * 5000,
-        "true",
-        "[1]",
-        "{}",
-        "0x10",
-        "",
-    ]
+    absurd = ["nan", "-inf", "1e400", "1" + "0" * 21, "9" * 5000, "true", "[1]", "{}", "0x10", ""]
     if legal is not None:
         above = legal.high if legal.below else legal.high * 2 + 1
         absurd += [str(above), str(legal.low if legal.above else legal.low - 1)]
@@ -172,23 +154,9 @@ def test_absurd_numbers_are_refused_with_the_name_and_what_is_legal(name: str) -
 @pytest.mark.parametrize(
     "block",
     [
-        {"pretrain": 5},
-        {"pretrain": [1]},
-        {"finetune": "x"},
-        {"seed": 10**400},
-        {"seed": -1},
-        {"seed": True},
-        {"seed": [0]},
-        {"num_workers": 10**6},
-        {"pretrain": {"epochs": 10**21}},
-        {"pretrain": {"epochs": float("nan")}},
-        {"pretrain": {"optimizer": ["sgd"]}},
-        {"finetune": {"learning_rate": float("inf")}},
-        {"finetune": {"batch_size": 10**9}},
-        {"finetune": {"checkpoint": [1]}},
-        [],
-        "x",
-        3,
+        *({"pretrain": 5}, {"pretrain": [1]}, {"pretrain": {"optimizer": ["sgd"]}}, {"finetune": {"checkpoint": [1]}}),
+        *({"seed": 10**400}, {"seed": True}, {"seed": [0]}, {"pretrain": {"epochs": float("nan")}}),
+        *([], "x", 3),
     ],
 )
 def test_absurd_blocks_of_plans_are_refused(block: Any) -> None:
@@ -217,29 +185,6 @@ def test_unknown_names_get_the_nearest_legal_one(assignment: str, message: str) 
     with pytest.raises(MFMError, match=message) as caught:
         mfm_settings.override(MFMBlock(), [assignment])
     assert caught.value.code == "E_CONFIG"
-
-
-def test_the_names_that_scripts_rely_on_exist() -> None:
-    names = mfm_settings.setting_names(MFMBlock())
-    for name in (
-        "pretrain.epochs",
-        "pretrain.iterations_per_epoch",
-        "pretrain.batch_size",
-        "pretrain.learning_rate",
-        "finetune.epochs",
-        "finetune.iterations_per_epoch",
-        "finetune.learning_rate",
-        "seed",
-        "num_workers",
-    ):
-        assert name in names
-
-
-@pytest.mark.parametrize(
-    ("setting", "epochs", "expected"), [(None, 1000, 50), (None, 100, 10), (None, 20, 2), (7, 20, 7)]
-)
-def test_warmup(setting: int | None, epochs: int, expected: int) -> None:
-    assert mfm_settings.resolved_warmup(setting, epochs) == expected
 
 
 @pytest.mark.parametrize(("name", "used"), [("anatomy_fraction", 0.3), ("balance_temperature", 2.0)])

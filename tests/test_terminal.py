@@ -25,15 +25,7 @@ STEERING = {
     "separator": ("a\u2028b\x0bc\x85d", r"a\u2028b\x0bc\x85d"),
     "latin-1": ("M\udcfcller", r"M\udcfcller"),
 }
-HARMLESS = [
-    "Müller, Hans (2)",
-    "患者 7",
-    "caf\u0065\u0301",
-    "a\tb",
-    "\U0001f469\u200d\u2695",
-    "\u0645\u06cc\u200c\u062e\u0648",
-    r"a\x1b",
-]
+HARMLESS = ["Müller (2)", "患者", "caf\u0065\u0301", "a\tb", "\U0001f469\u200d\u2695", "\u06cc\u200c\u062e", r"a\x1b"]
 """Other scripts, with joiners that they need, stay as they are."""
 
 

@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     options = common.options_of(PlanRequest, arguments)
+    from mfm_nnunet.images import decoder
+
+    decoder.warm()  # its libraries are imported while this process imports torch
     from mfm_nnunet import plan_and_preprocess
 
     for result in plan_and_preprocess(**options):

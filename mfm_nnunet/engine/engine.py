@@ -23,7 +23,7 @@ from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.processes import World, any_true, gather, largest, mean
 from mfm_nnunet.reports.progress import Progress
-from mfm_nnunet.settings import FinetuneSettings, PretrainSettings
+from mfm_nnunet.settings import PretrainSettings, TrainingSettings
 from mfm_nnunet.signals import StopFlag, name_of, stop_on_signal
 from mfm_nnunet.tasks.base import Task, TaskOutput
 
@@ -38,8 +38,10 @@ class Run(Protocol):
     ``end_epoch`` records whole epochs only; ``save_early`` may save the steps after the last one.
     """
 
-    settings: Any
-    """:class:`PretrainSettings` or :class:`FinetuneSettings`."""
+    @property
+    def settings(self) -> TrainingSettings:
+        """Return the settings of the run."""
+
     device: torch.device
 
     def training_batches(self, first_step: int) -> Iterator[Batch]:
@@ -101,9 +103,9 @@ class Engine:
         self.state = state or RunState()
         self._task, self._run, self._optimisation, self._world = task, run, optimisation, world
         self._module = module if module is not None else task
-        self._settings: PretrainSettings | FinetuneSettings = run.settings
-        self._section = "finetune" if isinstance(run.settings, FinetuneSettings) else "pretrain"
-        self._total_steps = run.settings.epochs * run.settings.iterations_per_epoch
+        self._settings = run.settings
+        self._section = "pretrain" if isinstance(run.settings, PretrainSettings) else "finetune"
+        self.total_steps = run.settings.epochs * run.settings.iterations_per_epoch
 
     def train(self) -> None:
         """Train to the end.
@@ -114,9 +116,9 @@ class Engine:
         run, state, settings = self._run, self.state, self._settings
         first, per_epoch = state.step, settings.iterations_per_epoch
         stream = run.training_batches(first)
-        progress = Progress(self._total_steps, first, is_silent=not self._world.is_main)
+        progress = Progress(self.total_steps, first, is_silent=not self._world.is_main)
         with stop_on_signal("this step, or the validation of this epoch") as stop:
-            for step in range(first, self._total_steps):
+            for step in range(first, self.total_steps):
                 start = time.monotonic()
                 epoch, in_epoch = divmod(step, per_epoch)
                 if in_epoch == 0 or step == first:
@@ -132,7 +134,7 @@ class Engine:
                 progress.step(state.step, where, state.loss_sum / state.loss_count)
                 if in_epoch + 1 == per_epoch:
                     self._end_epoch(epoch, progress)
-                if state.step < self._total_steps:
+                if state.step < self.total_steps:
                     self._stop_if_asked(stop)
 
     def step(self, batch: Batch, number: int) -> float:
@@ -161,7 +163,7 @@ class Engine:
         how.scaler.update()
         if how.scaler.get_scale() < SMALLEST_LOSS_SCALE:  # too many steps in a row were skipped
             self._require_finite(norm, "gradient", number, batch)
-        self._task.after_step((number + 1) / self._total_steps)
+        self._task.after_step((number + 1) / self.total_steps)
         if how.average is not None:
             how.average.update(number)
         return sum(loss.item() for loss in losses) / len(losses)

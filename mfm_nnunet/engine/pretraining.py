@@ -1,32 +1,40 @@
-"""A pretraining run: crops of a corpus, one learning rate, ``resume.pth``, ``log.jsonl``, pictures and checkpoints."""
+"""A pretraining run: streams of crops from a corpus, ``resume.pth``, ``log.jsonl``, pictures and checkpoints."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.data.crops import CropStream, batches
+from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.crops import (
+    CropStream,
+    StreamSettings,
+    batches,
+    case_weights,
+    describe_shares,
+    require_legal_balance,
+)
+from mfm_nnunet.data.volumes import masked_cases, volume_shape
 from mfm_nnunet.device import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.engine.engine import Batch, Engine, Optimisation, Pictures, split
 from mfm_nnunet.engine.optim import WeightAverage, learning_rate_factor, make_optimizer
 from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import MFMError, is_out_of_memory
+from mfm_nnunet.files import digest_of, to_plain
 from mfm_nnunet.processes import ALONE, World
 from mfm_nnunet.reports import progress as reports
 from mfm_nnunet.settings import PretrainSettings, resolved_warmup
-from mfm_nnunet.tasks.base import PretextTask
+from mfm_nnunet.tasks.base import Augmentation, PretextTask
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +100,11 @@ class Pretraining:
             (self.folder / "resume_previous.pth").unlink(missing_ok=True)
         return final
 
-    @property
-    def _total_steps(self) -> int:
-        return self.settings.epochs * self.settings.iterations_per_epoch
-
     # The Run protocol
 
     def training_batches(self, first_step: int, num_workers: int | None = None) -> Iterator[Batch]:
         """Return the batches of all steps from ``first_step`` on."""
-        return self._batches(self.training, first_step, self._total_steps, num_workers)
+        return self._batches(self.training, first_step, self._engine.total_steps, num_workers)
 
     def validation_batches(self, epoch: int) -> Iterator[Batch]:
         """Return the same batches of held-out subjects in every epoch, so that epochs can be compared."""
@@ -146,7 +150,7 @@ class Pretraining:
         """Save the state within an epoch."""
         if self.world.is_main:
             self._save()
-        return f"saved at step {self._engine.state.step} of {self._total_steps}. Continue with --c."
+        return f"saved at step {self._engine.state.step} of {self._engine.total_steps}. Continue with --c."
 
     def name_cases(self, step: int, batch: Batch) -> Iterator[str]:
         """Yield the names of the cases in the batch of a step."""
@@ -216,17 +220,17 @@ class Pretraining:
                 "resume.pth of this run, or move the folder away and start again.",
             ) from error
         self._engine.state = state
-        logger.info("continuing at step %d of %d", state.step, self._total_steps)
+        logger.info("continuing at step %d of %d", state.step, self._engine.total_steps)
 
     def _resume_settings(self) -> dict[str, Any]:
         """Collect the settings that a resumed run must share; the number of workers and the device may change."""
         about = self.description
         described = {name: about[name] for name in ("pretext", "pretext_config", "corpus", "pretrain")}
-        plan = hashlib.sha256(json.dumps(about["plans"]["configurations"], sort_keys=True).encode()).hexdigest()
+        plan = digest_of(about["plans"]["configurations"])
         others = {"seed": self.seed, "world_size": self.world.size, "plan_sha256": plan}
         if self.probe is not None:
             others["probe"] = self.probe.description()
-        return json.loads(json.dumps({**described, **others}))
+        return to_plain({**described, **others})
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -256,3 +260,94 @@ def _compile_network(task: PretextTask, loss: Callable[[], torch.Tensor]) -> Non
             "compiler (on GPUs also Triton), or leave the setting out.",
         ) from error
     task.zero_grad(set_to_none=True)
+
+
+# Streams
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The source of the streams: preprocessed cases, their volumes, and the names of training and validation cases."""
+
+    cases: Sequence[Case]
+    files: Mapping[str, Path]
+    training: set[str]
+    validation: set[str]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Training and validation items, and notes for the user, one line each."""
+
+    training: CropStream
+    validation: CropStream
+    notes: list[str]
+
+
+def make_streams(
+    corpus: Corpus,
+    task_class: type[PretextTask],
+    config: Any,
+    patch_size: tuple[int, ...],
+    settings: PretrainSettings,
+    seed: int,
+) -> Streams:
+    """Make the two streams of a run of ``task_class`` with the resolved ``config``.
+
+    Raises MFMError: E_CONFIG (settings that do not fit the corpus, volumes too small for the task), E_NOT_FOUND (masks
+    registered after the volumes were preprocessed).
+    """
+    balance = settings.balance_by
+    require_legal_balance(balance, corpus.cases)
+    _require_large_enough(corpus.files, task_class.smallest_volume(config))
+    with_valid, notes = _use_masks(corpus, task_class, settings)
+    transform = task_class.transform(config, patch_size)
+    weaker = min(settings.augmentation, task_class.augmentation(config), key=get_args(Augmentation).index)
+    kinds: tuple[Augmentation, ...] = (weaker, "none")
+    streams = []
+    for number, (names, augmentation) in enumerate(zip((corpus.training, corpus.validation), kinds)):
+        drawn = StreamSettings(task_class.volumes_per_item(config), augmentation, seed, number, with_valid)
+        cases = [case for case in corpus.cases if case.name in names]
+        if balance and number == 0:
+            notes.append(describe_shares(cases, balance))
+        weights = case_weights(cases, balance) if balance else None
+        streams.append(CropStream([corpus.files[name] for name in names], transform, drawn, weights))
+    return Streams(streams[0], streams[1], notes)
+
+
+def _use_masks(corpus: Corpus, task_class: type[PretextTask], settings: PretrainSettings) -> tuple[bool, list[str]]:
+    """Decide whether transforms get ``valid``, and describe the use of the corpus's masks in a line, if it has any."""
+    named = {case.name for case in corpus.cases if case.anonymisation_mask is not None}
+    folders = {file.parent for file in corpus.files.values()}
+    there = set(corpus.files) & {name for folder in folders for name in masked_cases(folder)}
+    num_masks = len(there | named)
+    if not num_masks:
+        return False, []
+    if not task_class.uses_valid or not settings.leave_out_anonymised:
+        reason = f"{task_class.name} has no use for them"
+        if task_class.uses_valid:
+            reason = "pretrain.leave_out_anonymised=false"
+        return False, [f"the anonymisation masks of {num_masks} cases are not used: {reason}"]
+    if missing := sorted(named - there):
+        raise MFMError(
+            "E_NOT_FOUND",
+            f"{len(missing)} cases, e.g. {missing[0]}, got anonymisation masks after they were preprocessed. Run "
+            "mfm_plan_and_preprocess again; it makes only what is missing.",
+        )
+    return True, [f"anonymised voxels of {num_masks} cases are left out of the loss"]
+
+
+def _require_large_enough(files: Mapping[str, Path], smallest: tuple[int, ...] | None) -> None:
+    """Check sizes from the file headers alone. In 2D the size of a slice counts."""
+    if smallest is None:
+        return
+    shapes = {name: volume_shape(file)[-len(smallest) :] for name, file in files.items()}
+    small = [name for name, shape in shapes.items() if any(n < least for n, least in zip(shape, smallest))]
+    if small:
+        shown = "".join(f"\n  {name}: {'x'.join(map(str, shapes[name]))}" for name in small[:5])
+        more = f"\n  ... and {len(small) - 5} more" if len(small) > 5 else ""
+        raise MFMError(
+            "E_CONFIG",
+            f"{len(small)} of {len(files)} preprocessed volumes are smaller than the {'x'.join(map(str, smallest))} "
+            f"voxels that this pretext task needs. Lower pretext.crop_size, or leave these scans out:{shown}{more}",
+        )

@@ -166,8 +166,8 @@ def make_probe(
     """
     if dataset is None:
         if changed := [name for name, value in to_dict(settings).items() if value != getattr(ProbeSettings(), name)]:
-            problem = f"probe.{changed[0]} is set, but there is no probe. Name its labelled dataset with"
-            raise MFMError("E_CONFIG", f"{problem} --probe DATASET.")
+            advice = "Name its labelled dataset with --probe DATASET."
+            raise MFMError("E_CONFIG", f"probe.{changed[0]} is set, but there is no probe. {advice}")
         return None
     name, resolved = here.dataset_name(dataset), plan.configuration(configuration)
     raw = here.raw / name
@@ -189,14 +189,12 @@ def make_probe(
             f"--probe {dataset}: {name} has labels of {len(subjects)} subject; a probe needs two, one to fit and one "
             "to measure the Dice on. Add labelled cases.",
         )
-    held_out = set(subjects[2::3] or subjects[-1:])
-    parts = (
-        tuple(case for case in chosen if case.subject not in held_out),
-        tuple(case for case in chosen if case.subject in held_out),
-        tuple(case for case in cases if case not in chosen),
-    )
+    apart = set(subjects[2::3] or subjects[-1:])
+    fit = tuple(case for case in chosen if case.subject not in apart)
+    held_out = tuple(case for case in chosen if case.subject in apart)
+    unused = tuple(case for case in cases if case not in chosen)
     folder = inside(here.preprocessed, name, resolved.data_identifier)
-    return Probe(settings, name, about, plan, configuration, folder, *parts, seed)
+    return Probe(settings, name, about, plan, configuration, folder, fit, held_out, unused, seed)
 
 
 def _choose(cases: Sequence[corpus.Case], max_cases: int, seed: int) -> list[corpus.Case]:
@@ -211,18 +209,12 @@ def _choose(cases: Sequence[corpus.Case], max_cases: int, seed: int) -> list[cor
     return chosen
 
 
-def prepare(probe: Probe, world: World) -> None:
-    """Preprocess the cases with the pretraining plan, in the main process, and reuse existing ones.
+def prepare(probe: Probe) -> None:
+    """Preprocess the cases with the pretraining plan, and reuse existing ones.
 
     Raises MFMError: E_EXISTS when the folder contains data of another plan, and E_DISK_FULL. Bad cases are all listed,
     under their common code or E_FORMAT.
     """
-    with others_waiting(world):
-        if world.is_main:
-            _preprocess(probe)
-
-
-def _preprocess(probe: Probe) -> None:
     settings_hash = probe.plan.preprocessing_digest(probe.configuration, probe.dataset)
     stored, entries = storage.stored_cases(probe.folder), storage.Manifest.read(probe.folder).entries
     used = [*probe.fit, *probe.held_out]

@@ -1,7 +1,4 @@
-"""Choose the parameters that learn in fine-tuning, and their learning rates in each epoch.
-
-Frozen parameters get no gradient, so weight decay, momentum and gradient clipping ignore them. Their optimizer state is
-created when they are unfrozen.
+"""Choose the parameters that learn in fine-tuning, low-rank adapters among them, and their rates in each epoch.
 
 Rates are pure functions of the epoch. ``warmup`` has one phase: linear warm-up, then polynomial decay. ``sawtooth``
 (arXiv 2410.23132) starts with a phase in which the transferred encoder is frozen; the rate rises and then decays in
@@ -10,15 +7,16 @@ each phase.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mfm_nnunet.engine.optim import learning_rate_factor
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune import lora
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.settings import FinetuneSettings, resolved_decoder_epochs, resolved_warmup
 
@@ -39,6 +37,7 @@ def group_parameters(network: nn.Module, settings: FinetuneSettings, new: Collec
 
     ``network`` is unwrapped. ``new`` names the parameters that learn first (:func:`first_names`); None from scratch.
     """
+    family, decay = family_of(network), settings.layer_decay or 1.0
     is_two_phased = settings.schedule == "sawtooth" and new is not None
     # A stem adapted to other channels counts as new: frozen, it could not tell the channels apart.
     learning = trained_names(network, settings.train) | set(new or ())
@@ -46,7 +45,9 @@ def group_parameters(network: nn.Module, settings: FinetuneSettings, new: Collec
     for name, _ in network.named_parameters():
         if name in learning:
             waits = is_two_phased and new is not None and name not in new
-            members.setdefault((waits, layer_scale(name, network, settings.layer_decay or 1.0)), []).append(name)
+            # A smaller share of the rate for early layers of the encoder (arXiv 2106.08254).
+            scale = 1.0 if decay == 1 else decay ** family.layers_after(name, network)
+            members.setdefault((waits, scale), []).append(name)
     ordered = sorted(members, key=lambda key: (key[0], -key[1]))
     return [Group(tuple(members[key]), *key) for key in ordered]
 
@@ -58,7 +59,7 @@ def trained_names(network: nn.Module, train: str) -> set[str]:
         return names
     if train == "head":
         return family_of(network).head_names(network)
-    return (names - family_of(network).encoder_names(network)) | lora.adapter_names(network)
+    return (names - family_of(network).encoder_names(network)) | adapter_names(network)
 
 
 def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[str]) -> set[str]:
@@ -71,13 +72,8 @@ def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[s
     return untrained | {name for name, _ in network.named_parameters()} - family_of(network).encoder_names(network)
 
 
-def layer_scale(name: str, network: nn.Module, decay: float) -> float:
-    """Return a parameter's share of the learning rate, lower for early encoder layers (arXiv 2106.08254)."""
-    return 1.0 if decay == 1 else decay ** family_of(network).layers_after(name, network)
-
-
 def freeze(network: nn.Module, trained: Collection[str], keep_gradients: bool) -> list[nn.Parameter]:
-    """Freeze all parameters except ``trained`` and return the frozen ones.
+    """Freeze all parameters except ``trained`` and return the frozen ones, which weight decay and momentum then ignore.
 
     Frozen norms also keep their running statistics. ``keep_gradients`` is for DistributedDataParallel, which expects a
     gradient of every parameter that had one when it was built: they are computed, and the engine drops them.
@@ -176,7 +172,7 @@ def require_fitting(settings: FinetuneSettings, network: nn.Module, is_distribut
         )
     if is_distributed:
         _refuse("finetune.train=lora: adapters train on one GPU only. Use -num_gpus 1, which they fit.")
-    width = lora.narrowest(network)
+    width = min(min(layer.out_features, layer.in_features) for layer in family.adapted_layers(network))
     if settings.lora_rank > width:
         _refuse(f"finetune.lora_rank={settings.lora_rank}: this network's narrowest layer has a width of {width}.")
 
@@ -208,3 +204,51 @@ def require_no_random_rest(settings: FinetuneSettings, network: nn.Module, new: 
 
 def _refuse(message: str) -> None:
     raise MFMError("E_CONFIG", message)
+
+
+# Low-rank adapters (arXiv 2106.09685): W + (alpha / rank) B A
+
+_MIDDLE = ".parametrizations.weight."
+"""Torch's infix between a layer's name and the names of its original weight ("original") and adapter ("0.*")."""
+
+
+class Adapter(nn.Module):
+    """Add ``scale * up @ down`` to a weight of (outputs, inputs); 0 at the start. Only these two matrices learn."""
+
+    def __init__(self, outputs: int, inputs: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, inputs))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+        self.scale = scale
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight, in float32 even under autocast: the weights trained are exactly those shipped."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(weight, self.up, self.down, alpha=self.scale)
+
+
+def add_adapters(network: nn.Module, rank: int, alpha: float) -> None:
+    """Add adapters to the linear layers named by the network family, initialised from torch's generator."""
+    for layer in family_of(network).adapted_layers(network):
+        adapter = Adapter(layer.out_features, layer.in_features, rank, alpha / rank).to(layer.weight.device)
+        parametrize.register_parametrization(layer, "weight", adapter)
+
+
+def adapter_names(network: nn.Module) -> set[str]:
+    """Return the names (in ``named_parameters``) of the adapters; empty without any."""
+    return {name for name, _ in network.named_parameters() if f"{_MIDDLE}0." in name}
+
+
+def merged_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict with the adapters merged into the weights, under the names without adapters."""
+    state = {}
+    for name, tensor in network.state_dict().items():
+        layer, is_parametrised, rest = name.partition(_MIDDLE)
+        if not is_parametrised:
+            state[name] = tensor
+        elif rest == "original":
+            weight = network.get_submodule(layer).weight
+            assert isinstance(weight, Tensor)
+            state[f"{layer}.weight"] = weight.detach()
+    return state

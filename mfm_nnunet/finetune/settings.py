@@ -8,18 +8,20 @@ schedules, and we measured nothing ourselves.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mfm_nnunet.engine.state import flat, require_same_settings
 from mfm_nnunet.errors import MFMError, about, nearest
-from mfm_nnunet.files import atomic_write, read_json
-from mfm_nnunet.models.families import NetworkFamily, family_named
+from mfm_nnunet.files import digest_of, read_json, write_json
+from mfm_nnunet.finetune.pretrained import has_decoder
+from mfm_nnunet.interchange.foreign import Reading
+from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
 from mfm_nnunet.settings import (
     FinetuneSettings,
     MFMBlock,
@@ -74,6 +76,37 @@ def advise_as_begun(settings: FinetuneSettings) -> list[Advice]:
     names = ("learning_rate", "warmup_epochs", "decoder_epochs", "layer_decay", "parts")
     values = {name: getattr(settings, name) for name in names}
     return [Advice(name, value, "as this run began") for name, value in values.items() if value not in (None, "auto")]
+
+
+def resolve_new(
+    block: MFMBlock, overrides: Sequence[str], reading: Reading | None, network: nn.Module, num_cases: int
+) -> MFMBlock:
+    """Resolve the settings of a new run on ``num_cases`` cases, from scratch or with the checkpoint's advice."""
+    block = dataclasses.replace(block, finetune=dataclasses.replace(block.finetune, checkpoint=None))
+    origin, advice = None, []
+    if reading is not None:
+        origin = reading.origin
+        advice = advise(family_of(network), num_cases, origin["pretext"], has_decoder(reading, network))
+    resolved = resolve(block, overrides, origin, advice)
+    if override(block, overrides).finetune.learning_rate is None:
+        of = block.network, resolved.finetune.optimizer, "scratch" if origin is None else "a checkpoint"
+        rate = resolved.finetune.learning_rate
+        logger.info("finetune.learning_rate=%g: the published rate of %s with %s from %s", rate, *of)
+    return resolved
+
+
+def resolve_resumed(
+    block: MFMBlock, overrides: Sequence[str], reading: Reading | None, folder: Path, plans: Mapping[str, Any]
+) -> MFMBlock:
+    """Resolve the settings of a resumed run, which must be those saved in ``folder``; ``block`` if none were saved."""
+    origin = None if reading is None else reading.origin
+    saved = load_settings(folder, plans)
+    if saved is None:
+        return resolve(block, overrides, origin)
+    resolved = resolve(saved, overrides, origin, advise_as_begun(saved.finetune))
+    # Settings added since the run began are resolved on both sides.
+    require_same(resolve(saved, (), None), resolved, folder)
+    return resolved
 
 
 def resolve(
@@ -131,8 +164,7 @@ def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device:
 def save_settings(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:
     """Write ``settings.json`` into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / FILE) as handle:
-        handle.write(json.dumps({"settings": to_dict(block), "plan_sha256": plan_hash(plans)}, indent=2).encode())
+    write_json(folder / FILE, {"settings": to_dict(block), "plan_sha256": plan_hash(plans)}, indent=2)
 
 
 def load_settings(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
@@ -167,7 +199,7 @@ def format_settings(block: MFMBlock) -> str:
 def plan_hash(plans: Mapping[str, Any]) -> str:
     """Return the SHA-256, in hex, of a plan without our block."""
     stock = {key: value for key, value in plans.items() if key not in ("mfm", "continue_training")}
-    return hashlib.sha256(json.dumps(stock, sort_keys=True).encode()).hexdigest()
+    return digest_of(stock)
 
 
 def _require_of_training(name: str, block: MFMBlock) -> None:

@@ -7,7 +7,6 @@ and resumed ends in the same weights as an uninterrupted one, bit for bit on the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +30,9 @@ from mfm_nnunet.engine.engine import Engine, Optimisation
 from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
 from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import MFMError, StoppedError
-from mfm_nnunet.files import atomic_write, to_plain
-from mfm_nnunet.finetune import groups, lora, state, validation
-from mfm_nnunet.finetune.fold import FoldRun
-from mfm_nnunet.finetune.groups import EpochSchedule, Phases, describe_training
+from mfm_nnunet.files import to_plain, write_json
+from mfm_nnunet.finetune import fold, groups, validation
+from mfm_nnunet.finetune.groups import EpochSchedule, Phases
 from mfm_nnunet.finetune.loading import (
     check_next_stage,
     find_dataset_class,
@@ -54,6 +52,7 @@ from mfm_nnunet.plan import Plan
 from mfm_nnunet.processes import ALONE, World, largest
 from mfm_nnunet.settings import FORMAT, block_of, to_dict
 from mfm_nnunet.signals import stop_on_signal
+from mfm_nnunet.tasks.losses import halving_weights
 from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.workspace import num_cores
 
@@ -122,7 +121,7 @@ class MFMTrainer(nnUNetTrainer):
         new = self._transfer() if self.pretrained_checkpoint is not None else None
         if self.settings.train == "lora":
             seed_everything(seed_of(self.block.seed, "adapters", 0))
-            lora.add_adapters(network, self.settings.lora_rank, self.settings.lora_alpha)
+            groups.add_adapters(network, self.settings.lora_rank, self.settings.lora_alpha)
         self.prepare(new)
         self._first_weight = next(network.parameters()).detach().clone()
 
@@ -150,6 +149,13 @@ class MFMTrainer(nnUNetTrainer):
 
     def _do_i_compile(self) -> bool:
         return self.settings.compile and super()._do_i_compile()
+
+    def _build_loss(self) -> Any:
+        """Build nnU-Net's loss, which leaves out the coarsest output, or weight all outputs if published so."""
+        loss = super()._build_loss()
+        if self.enable_deep_supervision and _family(self.configuration_manager).supervises_all_outputs:
+            loss.weight_factors = tuple(halving_weights(len(loss.weight_factors)))
+        return loss
 
     def _transfer(self) -> set[str]:
         """Transfer the pretrained weights into the network, report it, and return the names of parameters that learn
@@ -239,7 +245,7 @@ class MFMTrainer(nnUNetTrainer):
             world = World(self.local_rank, torch.distributed.get_world_size(), self.local_rank)
         labels, start = self.label_manager, RunState(self.current_epoch * self.settings.iterations_per_epoch)
         task = SegmentationTask(self.network, self.loss, labels.has_regions, labels.ignore_label)
-        return Engine(task, FoldRun(self), self.optimisation, world, start)
+        return Engine(task, fold.FoldRun(self), self.optimisation, world, start)
 
     def _start(self) -> None:
         """Run the last checks, and describe the model in its folder."""
@@ -255,8 +261,7 @@ class MFMTrainer(nnUNetTrainer):
             self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, num_processes=workers, verify=True)
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in contents.items():
-                with atomic_write(folder / f"{name}.json") as file:
-                    file.write(json.dumps(content, indent=4).encode())
+                write_json(folder / f"{name}.json", content, indent=4)
         if self.is_ddp:
             torch.distributed.barrier()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
@@ -267,7 +272,7 @@ class MFMTrainer(nnUNetTrainer):
                 f"this run they are random ones: the learning rate is that from scratch ({self.initial_lr:g}), and no "
                 "transfer is reported. Use mfm_train -pretrained_weights."
             )
-        for line in describe_training(self.lr_scheduler, self.settings, unwrapped(self.network)):
+        for line in groups.describe_training(self.lr_scheduler, self.settings, unwrapped(self.network)):
             self.print_to_log_file(line)
 
     # nnU-Net's checkpoints and validation
@@ -284,8 +289,8 @@ class MFMTrainer(nnUNetTrainer):
         """Return nnU-Net's keys and ours (``mfm``): the state at the end of the current epoch."""
         scaler = self.grad_scaler
         content = {
-            **state.collect_weights(unwrapped(self.network), self.optimisation, self.settings),
-            "optimizer_state": state.to_cpu(self.optimizer.state_dict()),
+            **fold.collect_weights(unwrapped(self.network), self.optimisation, self.settings),
+            "optimizer_state": _to_cpu(self.optimizer.state_dict()),
             "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
             "_best_ema": self._best_ema,
@@ -320,14 +325,14 @@ class MFMTrainer(nnUNetTrainer):
         content = filename_or_checkpoint
         if not isinstance(content, dict):
             content = checkpoint.load_weights(content)
-        state.require_state(content, self.settings, self.output_folder)
-        names = state.names_of_new(content)
+        fold.require_state(content, self.settings, self.output_folder)
+        names = fold.names_of_new(content)
         self.prepare(None if names is None else set(names))
         how = self.optimisation
-        trained = "trained_weights" if state.ships_other_weights(self.settings) else "network_weights"
+        trained = "trained_weights" if fold.ships_other_weights(self.settings) else "network_weights"
         try:
             unwrapped(self.network).load_state_dict(without_wrapper_prefixes(content[trained]))
-            state.require_same_groups(content["optimizer_state"], self.optimizer.state_dict(), self.output_folder)
+            fold.require_same_groups(content["optimizer_state"], self.optimizer.state_dict(), self.output_folder)
             self.optimizer.load_state_dict(content["optimizer_state"])
             if how.average is not None:
                 how.average.load_state_dict(content["averaged_weights"])
@@ -366,6 +371,15 @@ class MFMTrainer(nnUNetTrainer):
                     return
                 for case in validation.validate_fold(self, save_probabilities):
                     self.print_to_log_file(f"validated {case}")
+
+
+def _to_cpu(value: Any) -> Any:
+    """Move the tensors in nested dicts and lists to the CPU, so that any computer can load them."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    return [_to_cpu(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _family(manager: ConfigurationManager) -> NetworkFamily:

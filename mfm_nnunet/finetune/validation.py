@@ -6,6 +6,7 @@ Stock nnU-Net starts two pools of processes for this, which takes longer than th
 from __future__ import annotations
 
 import math
+import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, report_full_disk
 from mfm_nnunet.finetune.loading import require_geometry
 from mfm_nnunet.images.reading import read_label
-from mfm_nnunet.prediction.export import export_validation_case, publish, require_space
-from mfm_nnunet.prediction.predictor import Model
+from mfm_nnunet.prediction.export import publish, require_space, write_case
+from mfm_nnunet.prediction.model import Model
 
 Label = int | tuple[int, ...]
 
@@ -38,16 +39,16 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
     _, cases = trainer.do_split()
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    yield from predict_cases(trainer, cases, folder, save_probabilities)
+    yield from _predict_cases(trainer, cases, folder, save_probabilities)
     trainer.set_deep_supervision_enabled(True)
     trainer.print_to_log_file(format_dice(evaluate(trainer, cases, folder), trainer.dataset_json))
 
 
-def predict_cases(
-    trainer: nnUNetTrainer, cases: Iterable[str], output_folder: Path, save_probabilities: bool
-) -> Iterable[str]:
+def _predict_cases(
+    trainer: nnUNetTrainer, cases: Iterable[str], folder: Path, save_probabilities: bool
+) -> Iterator[str]:
     """Predict preprocessed cases with the trainer's network and write their masks. Yield each name once written."""
-    axes = trainer.inference_allowed_mirroring_axes
+    axes, ending = trainer.inference_allowed_mirroring_axes, trainer.dataset_json["file_ending"]
     model = Model(
         trainer.network, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, trainer.device,
         mirror_axes=tuple(axes) if axes else None,
@@ -56,24 +57,15 @@ def predict_cases(
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     for case in dataset.identifiers:
         data, _, _, properties = dataset.load_case(case)
-        require_geometry(
-            Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl",
-            properties,
-            trainer.plans_manager.plans["image_reader_writer"],
-        )
+        file = Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl"
+        require_geometry(file, properties, trainer.plans_manager.plans["image_reader_writer"])
         image_CDHW = torch.from_numpy(np.array(data[:]))
-        require_space(inside(output_folder, f"{case}{trainer.dataset_json['file_ending']}"), properties)
+        require_space(inside(folder, f"{case}{ending}"), properties)
         logits = model.predict_logits(image_CDHW, what=f"validating {case}")
-        with progress(0, f"{case}: writing the mask"):
-            export_validation_case(
-                logits,
-                properties,
-                trainer.plans_manager,
-                trainer.configuration_manager,
-                trainer.dataset_json,
-                inside(output_folder, case),
-                save_probabilities,
-            )
+        with progress(0, f"{case}: writing the mask"), staging(folder) as stage:
+            target = inside(stage, case)
+            write_case(logits, properties, model.managers, target, ending, save_probabilities=save_probabilities)
+            publish(stage, folder)
         yield case
 
 
@@ -102,17 +94,6 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
     return summary
 
 
-class _CheckedReader:
-    """A label map reader like nnU-Net's of that name, but with our checks of the file."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def read_seg(self, file: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return a label map (1, D, H, W) and its properties."""
-        return read_label(Path(file), self.name)
-
-
 def summarise(
     files: Sequence[tuple[Path, Path]], reader_name: str, labels: Sequence[Label], ignore_label: int | None
 ) -> dict[str, Any]:
@@ -121,7 +102,8 @@ def summarise(
     A label that is in neither masks nor references is NaN, as in nnU-Net. There the foreground mean becomes NaN too;
     here it is the mean over the labels that have a value.
     """
-    reader: Any = _CheckedReader(reader_name)
+    # Instead of nnU-Net's reader of that name, one with our checks of the file.
+    reader: Any = types.SimpleNamespace(read_seg=lambda file: read_label(Path(file), reader_name))
     results = [compute_metrics(str(truth), str(mask), reader, list(labels), ignore_label) for truth, mask in files]
     names = list(results[0]["metrics"][labels[0]])
     with warnings.catch_warnings():

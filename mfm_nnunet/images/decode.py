@@ -1,7 +1,6 @@
 """Decode images in a child process: the input gate, nnU-Net's reader, and a comparison of both results.
 
-:mod:`mfm_nnunet.images.decoder` starts the process and sends requests. Shapes: C channels, D H W voxels in the reader's
-axis order (2D images have D = 1).
+:mod:`mfm_nnunet.images.decoder` starts it. Shapes: C channels, D H W voxels in the reader's axis order, D = 1 in 2D.
 """
 
 from __future__ import annotations
@@ -295,8 +294,7 @@ def serve(descriptor: str, work_folder: str) -> None:
             request, _ = receive(channel)
             _answer_request(channel, request, Path(work_folder), memory)
     shutil.rmtree(work_folder, ignore_errors=True)
-    # The parent must not see the end of the channel before the exit code, so both end at once. A Python exit takes long
-    # enough on a busy machine for the parent to take an idle child for one that the system killed.
+    # A Python exit is slow on a busy machine: the parent would see the channel end first, as if this had been killed.
     os._exit(0)
 
 

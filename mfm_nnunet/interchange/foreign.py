@@ -223,9 +223,9 @@ def _started_from(ours: Any) -> dict[str, Any]:
 
 
 def _parts_of_nnunet(state: Mapping[str, Tensor], planned: Mapping[str, Any]) -> Parts:
-    """Split the weights, or keep them as they are if the plan's family has no foreign layouts."""
+    """Split the weights, or keep them as they are if no foreign layout of the plan's family has our names."""
     family = families_by_class().get(str((planned.get("architecture") or {}).get("network_class_name")))
-    if family is None or family.layouts:
+    if family is None or any(layout.keeps_names for layout in family.layouts):
         return take_apart(state)
     return Parts(family, None, unwrap_names(state), {})
 
@@ -251,8 +251,7 @@ def _convert_parts(parts: Parts, stated: Stated, token_order: TokenOrder | None)
 
 def _plans(parts: Parts, plan: nnssl.AdaptationPlan, converted: Converted, notes: list[str]) -> dict[str, Any]:
     """Build a complete plan around the network, with nnU-Net's defaults for what pretraining leaves open."""
-    num_axes = len(converted.patch_size)
-    origin = "as OpenMind's" if num_axes == 3 else "our choice"
+    num_axes, origin = len(converted.patch_size), parts.layout.origin if parts.layout else ""
     patch = list(plan.recommended_patch or converted.patch_size)
     if len(patch) != num_axes:
         raise MFMError("E_MODEL_MISMATCH", f"its network is {num_axes}D, but the patch in its plan is {patch}.")

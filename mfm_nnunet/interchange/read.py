@@ -43,10 +43,12 @@ logger = logging.getLogger(__name__)
 FILE = "checkpoint_final.pth"
 """File to look for in folders of other programs."""
 SIDE_PLAN = "adaptation_plan.json"
+WEIGHTS_BY_OTHERS = ("model_state_dict", "model")
+"""Keys of the weights in files of PyMIC (MIS-FM) and VISION-MAE, beside ``network_weights`` of nnU-Net and nnssl."""
 KNOWN = (
     "mfm_nnunet (network_weights and mfm; or a folder with model.safetensors and config.json), nnssl and OpenMind "
-    "(network_weights, nnssl_adaptation_plan), nnU-Net (network_weights, init_args), VISION-MAE (model), "
-    "network_weights alone"
+    "(network_weights, nnssl_adaptation_plan), nnU-Net (network_weights, init_args), network_weights alone, "
+    "PyMIC and MIS-FM (model_state_dict), VISION-MAE (model)"
 )
 
 
@@ -157,8 +159,8 @@ def _require_same_licence(known: str | None, given: str) -> None:
 
 
 def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | None) -> Reading:
-    if "network_weights" not in raw and isinstance(raw.get("model"), dict):  # as VISION-MAE's scripts save
-        raw = {"network_weights": raw["model"]}
+    if name := next((name for name in WEIGHTS_BY_OTHERS if isinstance(raw.get(name), dict)), None):
+        raw = {"network_weights": raw[name], **raw}
     if not isinstance(raw.get("network_weights"), dict):
         keys = ", ".join(map(str, list(raw)[:5])) or "nothing"
         raise MFMError(

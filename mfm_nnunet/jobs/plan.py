@@ -10,24 +10,31 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import PICTURES, Case
 from mfm_nnunet.data.labelled import warn_of_differences
+from mfm_nnunet.data.preprocess import preprocess_dataset
 from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import ending_of, parse_json, whole_number, write_json
 from mfm_nnunet.images import decoder
+from mfm_nnunet.images.reading import count_channels
+from mfm_nnunet.interchange.foreign import require_plan
+from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.models.families import family_named
+from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
+from mfm_nnunet.planning import like
+from mfm_nnunet.planning.derive import Decision, format_table
+from mfm_nnunet.planning.fingerprint import extract_fingerprint
+from mfm_nnunet.planning.like import Template
+from mfm_nnunet.planning.planner import MFMPlanner
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.workspace import Workspace
-
-if TYPE_CHECKING:
-    from mfm_nnunet.planning.derive import Decision
-    from mfm_nnunet.planning.like import Template
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +56,6 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     first; then CasesFailedError is raised.
     """
     decoder.warm()
-    from mfm_nnunet.interchange.read import find_checkpoint
-    from mfm_nnunet.planning.derive import format_table
-
     if request.like is not None:
         request = replace(request, like=find_checkpoint(request.like))
     source = check_request(request)  # before hours of reading
@@ -101,8 +105,6 @@ def _channel_names(cases: list[Case]) -> list[str]:
 
 def _num_channels(cases: list[Case]) -> int:
     """Return the number of channels of most cases, from their headers; a colour image has several in one file."""
-    from mfm_nnunet.images.reading import count_channels
-
     if ending_of(cases[0].images[0]) not in PICTURES:
         return len(cases[0].images)
     found: Counter[int] = Counter()
@@ -114,8 +116,6 @@ def _num_channels(cases: list[Case]) -> int:
 
 def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -> tuple[list[Case], list[CaseFailure]]:
     """Update ``dataset_fingerprint.json`` and return the good cases and, for a corpus, the failed ones."""
-    from mfm_nnunet.planning.fingerprint import extract_fingerprint
-
     raw, preprocessed = here.raw_folder(dataset_name), here.preprocessed / dataset_name
     cases, dataset_json = corpus.load_cases(raw), corpus.read_dataset_json(raw)
     is_corpus = corpus.is_corpus(raw)
@@ -180,11 +180,6 @@ def _content(file: Path) -> Any:
 
 def read_source(path: Path) -> Template:
     """Read the checkpoint that a plan must fit, in any layout that :func:`read_checkpoint` supports."""
-    from mfm_nnunet.interchange.foreign import require_plan
-    from mfm_nnunet.interchange.read import read_checkpoint
-    from mfm_nnunet.models.networks import check_architecture
-    from mfm_nnunet.planning.like import Template
-
     reading = read_checkpoint(path)
     with about(path):
         require_plan(reading)
@@ -204,8 +199,6 @@ def read_source(path: Path) -> Template:
 
 def check_request(request: PlanRequest) -> Template | None:
     """Refuse an unknown network before reading a dataset, and return the checkpoint that the plan must fit."""
-    from mfm_nnunet.models.families import family_named
-
     family_named(request.network)
     source = read_source(Path(request.like)) if request.like else None
     if source and request.network not in ("resenc", source.variant):
@@ -237,10 +230,6 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: 
     Raises MFMError: E_NOT_FOUND (no dataset, or no fingerprint yet), E_CONFIG (a request that cannot be met),
     E_MODEL_MISMATCH (a checkpoint that does not fit the data).
     """
-    from mfm_nnunet.models.families import family_named
-    from mfm_nnunet.planning import like
-    from mfm_nnunet.planning.planner import MFMPlanner
-
     assert Path(os.environ.get("nnUNet_raw", "")) == workspace.raw, "plan() must run inside workspace.use()"
     family = source.family if source else family_named(request.network)
     name = request.plans_name or (source.plans_name if source else family.plans_name(request.network))
@@ -283,8 +272,6 @@ def preprocess(
 
     Raises MFMError when cases of a labelled dataset failed: it is refused as a whole, as in fingerprinting.
     """
-    from mfm_nnunet.data.preprocess import preprocess_dataset
-
     raw = here.raw / dataset_name
     is_corpus = corpus.is_corpus(raw)
     reports = preprocess_dataset(

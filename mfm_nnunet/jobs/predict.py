@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import shutil
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,31 +24,24 @@ from typing import Any
 import torch
 
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.loops import progress, reader_threads
+from mfm_nnunet.data.loops import attempt, progress, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, is_out_of_memory, nearest
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import (
-    atomic_write,
-    disk_full,
-    inside,
-    is_disk_full,
-    report_full_disk,
-    require_unicode,
-    sha256,
-    shown,
-)
+from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, warn_of_others
-from mfm_nnunet.prediction.predictor import Model, load_model
+from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import Workspace, use
 
 logger = logging.getLogger(__name__)
 
+PROBABILITIES = (".npz", ".pkl")
+"""Endings of nnU-Net's files of probabilities."""
 STARTS_UNTIL_GIVEN_UP = 2
 """The first crash may have been caused by the case prepared in parallel; the second attempt runs alone."""
 
@@ -116,10 +107,11 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
 
 def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stage: Path | None) -> None:
     """Refuse an input that is not a folder, and an output that is one of the other folders."""
-    if source.exists() and not source.is_dir():
-        raise MFMError("E_NOT_FOUND", f"{source}: this is a file. Put the image into a folder, and give the folder.")
     if not source.is_dir():
-        raise MFMError("E_NOT_FOUND", f"{source}: no such input folder. Check the path.")
+        advice = "this is a file. Put the image into a folder, and give the folder."
+        raise MFMError(
+            "E_NOT_FOUND", f"{source}: {advice if source.exists() else 'no such input folder. Check the path.'}"
+        )
     target = folder.resolve()
     taken = {"model folder": model_folder, "folder of the previous stage's masks": previous_stage}
     clash = next((name for name, other in taken.items() if other is not None and target == other.resolve()), None)
@@ -149,11 +141,22 @@ def _check_previous_stage(model: Model, folder: Path | None) -> None:
 class _Run:
     """One pass over the cases of a folder. The methods follow the life of a case."""
 
+    journal: Journal
+
     def __init__(self, model: Model, source: Path, folder: Path, request: PredictRequest) -> None:
         self.model, self.source, self.folder, self.request = model, source, folder, request
         self.ending: str = model.dataset_json["file_ending"]
         self.prefix = f"{STAGING_PREFIX}{request.part_id}of{request.num_parts}_"
-        self.identity: dict[str, Any] = {"model": model.sha256, "settings": _settings(model, request)}
+        settings = {
+            "folds": list(model.folds),
+            "checkpoint_name": request.checkpoint_name,
+            "step_size": request.step_size,
+            "mirroring": request.mirroring,
+            "save_probabilities": request.save_probabilities,
+            "cascade": request.previous_stage is not None,
+        }
+        self.identity: dict[str, Any] = {"model": model.sha256, "settings": settings}
+        """What determines the masks, besides the images, as JSON values without paths."""
         self.report = PredictReport(output_folder=folder)
         self.begun: list[str] = []
 
@@ -195,8 +198,7 @@ class _Run:
             SETTINGS_FILE: {**self.identity, "device": str(device), "versions": _versions(device)},
         }
         for name, content in copies.items():
-            with atomic_write(self.folder / name) as file:
-                file.write(json.dumps(content, indent=4).encode())
+            write_json(self.folder / name, content, indent=4)
 
     def _is_settled(self, case: Case) -> bool:
         """Check if a case needs no work: it was done before, or its file may not be replaced."""
@@ -211,16 +213,14 @@ class _Run:
             )
             self._fail(CaseFailure(case.name, "E_PROCESS_DIED", reason))
             return True
-        known = case.name in self.journal.last
-        names = _output_names(case.name, self.ending, self.request.save_probabilities)
+        last = self.journal.last.get(case.name)
         try:
-            expected = {**self.identity, "input": hash_inputs(case) if known else {}}
-            is_done = self.journal.is_done(case.name, names, expected)
+            expected = {**self.identity, "input": hash_inputs(case) if last else {}}
+            is_done = self.journal.is_done(case.name, self._output_names(case.name), expected)
         except MFMError as error:
             self._fail(CaseFailure(case.name, error.code, error.message))
             return True
-        if is_done:
-            last = self.journal.last[case.name]
+        if is_done and last:
             if last["status"] != "done":  # killed between renaming and the last line
                 self.journal.write(**{**last, "status": "done"})
             self.report.skipped.append(case.name)
@@ -236,12 +236,14 @@ class _Run:
     def _attempt(self, case: Case, prepared: Future[PreparedCase]) -> str:
         """Predict one case and return a line on the outcome. Only errors that affect all cases are raised."""
         start = time.perf_counter()
-        try:
-            self._predict(case, prepared, start)
-        except Exception as error:
-            failure = self._explain(case.name, error)
-            if failure.code == "E_DISK_FULL":
-                raise MFMError(failure.code, failure.reason) from error
+
+        def work(case: Case) -> None:
+            with report_full_disk(self.folder):
+                self._predict(case, prepared, start)
+
+        failure = attempt(work, case)
+        if failure is not None:
+            failure = self._explain(failure)
             self._fail(failure, time.perf_counter() - start)
             return str(failure)
         with contextlib.suppress(OSError):  # an old report left behind does no harm to the mask
@@ -260,14 +262,9 @@ class _Run:
         )
         with progress(0, f"{case.name}: writing the mask"), staging(self.folder, self.prefix) as stage:
             write_case(
-                logits,
-                ready.properties,
-                model.managers,
-                inside(stage, case.name),
-                self.ending,
-                header=ready.header,
-                save_probabilities=request.save_probabilities,
-            )
+                logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
+                header=ready.header, save_probabilities=request.save_probabilities,
+            )  # fmt: skip
             entry = {
                 **self.identity,
                 "input": ready.input_hashes,
@@ -286,7 +283,7 @@ class _Run:
 
     def _remove_outdated(self, name: str, stage: Path) -> None:
         """Remove old probabilities of a case, which do not match its new mask."""
-        for old in (inside(self.folder, output) for output in _output_names(name, self.ending, True)):
+        for old in (inside(self.folder, f"{name}{ending}") for ending in (self.ending, *PROBABILITIES)):
             if not os.path.isfile(old) or os.path.exists(stage / old.name):
                 continue
             if self.request.overwrite or sha256(old) in self.journal.written.get(old.name, ()):
@@ -295,35 +292,33 @@ class _Run:
     def _warn(self, name: str, warnings: Sequence[str]) -> None:
         self.report.warnings.extend(f"{name}: {warning}" for warning in warnings)
 
-    def _explain(self, name: str, error: Exception) -> CaseFailure:
-        """Return the failure of a case. The traceback of an unexpected error is written to a file."""
-        if isinstance(error, MFMError):
-            return CaseFailure(name, error.code, error.message)
-        if is_out_of_memory(error):
+    def _explain(self, failure: CaseFailure) -> CaseFailure:
+        """Add the remedy for a lack of memory; write the traceback of an unexpected error to a file."""
+        if failure.code == "E_OOM":
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
-            return CaseFailure(name, "E_OOM", "not enough memory for this case. Try -device cpu, or more memory.")
-        if is_disk_full(error):
-            return CaseFailure(name, "E_DISK_FULL", disk_full(self.folder).message)
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        file = inside(self.folder, ERROR_FOLDER, f"{name}.txt")
+            return replace(failure, reason="not enough memory for this case. Try -device cpu, or more memory.")
+        if failure.code != "E_INTERNAL":
+            return failure
+        file = inside(self.folder, ERROR_FOLDER, f"{failure.case}.txt")
         try:
             with report_full_disk(file):
                 file.parent.mkdir(exist_ok=True)
                 with atomic_write(file) as handle:
-                    handle.write(shown(details).encode())
+                    handle.write(shown(failure.details).encode())
         except OSError:  # no permission, or a file in its place; the traceback then goes to the command's log
-            return CaseFailure(name, "E_INTERNAL", reason, details)
-        return CaseFailure(name, "E_INTERNAL", f"{reason} (traceback: {ERROR_FOLDER}/{file.name})")
+            return failure
+        return replace(failure, reason=f"{failure.reason} (traceback: {ERROR_FOLDER}/{file.name})", details="")
+
+    def _output_names(self, case: str) -> list[str]:
+        endings = (self.ending, *(PROBABILITIES if self.request.save_probabilities else ()))
+        return [f"{case}{ending}" for ending in endings]
 
     def _fail(self, failure: CaseFailure, seconds: float = 0.0) -> None:
-        names = _output_names(failure.case, self.ending, self.request.save_probabilities)
-        stale = [name for name in names if os.path.exists(self.folder / name)]
+        stale = [name for name in self._output_names(failure.case) if os.path.exists(self.folder / name)]
         if stale and failure.code != "E_CHANGED":
             reason = f"{failure.reason} Attention: {stale[0]} in the output folder is from an earlier run."
             failure = replace(failure, reason=reason)
-        logger.debug("%s", failure)
         self.report.failures.append(failure)
         # The journal is shared together with the masks, so it contains file names but no folders.
         reason = failure.reason.replace(f"{self.source}{os.sep}", "").replace(f"{self.folder}{os.sep}", "")
@@ -352,22 +347,6 @@ def _one_ahead(
         yield waiting
 
 
-def _settings(model: Model, request: PredictRequest) -> dict[str, Any]:
-    """Return the settings that determine the masks, besides model and images, as JSON values without paths."""
-    return {
-        "folds": list(model.folds),
-        "checkpoint_name": request.checkpoint_name,
-        "step_size": request.step_size,
-        "mirroring": request.mirroring,
-        "save_probabilities": request.save_probabilities,
-        "cascade": request.previous_stage is not None,
-    }
-
-
 def _versions(device: torch.device) -> dict[str, str]:
     names = {"mfm_nnunet": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__}
     return {**names, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-
-
-def _output_names(name: str, ending: str, save_probabilities: bool) -> list[str]:
-    return [f"{name}{ending}", *([f"{name}.npz", f"{name}.pkl"] if save_probabilities else [])]

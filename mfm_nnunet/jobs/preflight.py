@@ -1,7 +1,4 @@
-"""Pre-flight checks for jobs made of other jobs, such as a study: refuse bad input before hours of training.
-
-Heavy libraries are imported by the functions that need them.
-"""
+"""Pre-flight checks for jobs made of other jobs, such as a study: refuse bad input before hours of training."""
 
 from __future__ import annotations
 
@@ -9,32 +6,28 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.loops import in_threads, with_progress
 from mfm_nnunet.errors import CaseFailure, dataset_refused, unreadable
-from mfm_nnunet.interchange.read import find_checkpoint, sha256
+from mfm_nnunet.finetune import groups
+from mfm_nnunet.finetune.pretrained import transfer
+from mfm_nnunet.finetune.settings import resolve, resolve_new
+from mfm_nnunet.images.integrity import files_of
+from mfm_nnunet.images.reading import check_label, read_image, read_label
+from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
+from mfm_nnunet.jobs import plan as preparation
+from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
+from mfm_nnunet.requests import PlanRequest
+from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace
 
-if TYPE_CHECKING:
-    import numpy as np
-
-__all__ = [
-    "Case",
-    "RawDataset",
-    "check_labelled_cases",
-    "check_settings",
-    "check_start",
-    "configuration_of",
-    "find_checkpoint",
-    "hash_checkpoint",
-    "list_companions",
-    "preprocess_plan",
-    "read_label_map",
-    "read_raw_dataset",
-]
+__all__ = ["Case", "find_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +66,12 @@ def hash_checkpoint(place: Path) -> str:
 
 def read_label_map(file: Path, reader: str) -> tuple[np.ndarray, list[float]]:
     """Read a label map (D, H, W) and its spacing in the file's unit; ``reader`` is the name of nnU-Net's reader."""
-    from mfm_nnunet.images.reading import read_label
-
     label, properties = read_label(file, reader)
     return label[0], list(properties["spacing"])
 
 
 def list_companions(file: Path, is_label: bool = False) -> list[Path]:
     """List the files an image depends on: the voxels of a detached header, the spacing of a TIFF stack."""
-    from mfm_nnunet.images.integrity import files_of
-
     return files_of(file, is_label)[1:]
 
 
@@ -91,8 +80,6 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
 
     Raises MFMError listing all unusable cases; ``name`` is the term for the cases in the message.
     """
-    from mfm_nnunet.data.loops import in_threads, with_progress
-    from mfm_nnunet.images.reading import check_label, read_image, read_label
 
     def check(case: Case) -> bool:
         assert case.label is not None
@@ -109,8 +96,6 @@ def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mappi
 
 def preprocess_plan(here: Workspace, plan: Plan, configuration: str) -> None:
     """Preprocess the labelled dataset of a plan for one of its configurations, and reuse finished work."""
-    from mfm_nnunet.jobs import plan as preparation
-
     cases, _ = preparation.fingerprint(here, plan.dataset_name, None)
     result = preparation.PlanResult(dict(plan.content), here.plans_file(plan.dataset_name, plan.name), [])
     preparation.preprocess(here, plan.dataset_name, cases, result, (configuration,), None)
@@ -121,18 +106,12 @@ def configuration_of(checkpoint: Path | None, configuration: str) -> str:
 
     Raises MFMError: E_CONFIG (no such configuration), E_MODEL_MISMATCH (no plan can fit this checkpoint).
     """
-    from mfm_nnunet.jobs.plan import check_request
-    from mfm_nnunet.requests import PlanRequest
-
-    source = check_request(PlanRequest([], like=checkpoint, configurations=(configuration,)))
+    source = preparation.check_request(PlanRequest([], like=checkpoint, configurations=(configuration,)))
     return configuration if source is None else source.configuration
 
 
 def check_settings(settings: Sequence[str]) -> None:
     """Raise MFMError (E_CONFIG) for an unknown fine-tuning setting or an invalid value."""
-    from mfm_nnunet.finetune.settings import resolve
-    from mfm_nnunet.settings import MFMBlock
-
     resolve(MFMBlock(), settings, None)
 
 
@@ -143,22 +122,9 @@ def check_start(
 
     Raises the same MFMError (E_CONFIG, E_MODEL_MISMATCH and others) as the training itself.
     """
-    from mfm_nnunet.finetune import groups
-    from mfm_nnunet.finetune.pretrained import has_decoder, transfer
-    from mfm_nnunet.finetune.settings import advise, resolve
-    from mfm_nnunet.interchange.read import read_checkpoint
-    from mfm_nnunet.models.families import family_of
-    from mfm_nnunet.models.networks import build_network
-
-    num_channels = len(plan.configuration(configuration).normalization_schemes)
-    network = build_network(plan.content, configuration, num_channels, 2)
+    network = build_network(plan.content, configuration, plan.configuration(configuration).num_channels, 2)
     reading = None if checkpoint is None else read_checkpoint(checkpoint)
-    if reading is None:
-        finetune = resolve(plan.mfm, settings, None).finetune
-    else:
-        pretext = reading.origin["pretext"]
-        advice = advise(family_of(network), num_cases, pretext, has_decoder(reading, network))
-        finetune = resolve(plan.mfm, settings, reading.origin, advice).finetune
+    finetune = resolve_new(plan.mfm, settings, reading, network, num_cases).finetune
     groups.require_fitting(finetune, network, is_distributed=False)
     groups.require_pretrained(finetune, is_pretrained=checkpoint is not None)
     if reading is not None:

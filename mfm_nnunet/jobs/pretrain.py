@@ -19,13 +19,12 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
-from mfm_nnunet.engine.pretraining import Pretraining
-from mfm_nnunet.engine.probe import Probe, make_probe, prepare
+from mfm_nnunet.engine.pretraining import Corpus, Pretraining, make_streams
+from mfm_nnunet.engine.probe import Probe, make_probe, others_waiting, prepare
 from mfm_nnunet.engine.state import STATE_FILES
-from mfm_nnunet.engine.streams import Corpus, make_streams
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import atomic_write, inside, remove_leftovers
+from mfm_nnunet.files import inside, remove_leftovers, write_json
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
@@ -63,19 +62,7 @@ def pretrain(request: PretrainRequest) -> Path:
     on a stop signal, FloatingPointError when the loss becomes non-finite.
     """
     with use(request.workspace) as here:
-        request = _with_recipe(here, request)
         return launch(here, request) if request.num_gpus > 1 else pretrain_here(here, request)
-
-
-def _with_recipe(here: Workspace, request: PretrainRequest) -> PretrainRequest:
-    """Prepend the recipe's settings to the request's own."""
-    if request.recipe is None:
-        return request
-    plans_file = here.plans_file(here.dataset_name(request.dataset), request.plans_name)
-    block = Plan.read(plans_file, f"Plan {request.dataset} again.").mfm
-    run = PretrainRun(block.pretrain, find_task(request.pretext).Config(), block.seed, block.num_workers)
-    found = apply_recipe(request.recipe, run, block.network, request.pretext)
-    return dataclasses.replace(request, recipe=None, settings=(*found, *request.settings))
 
 
 def launch(here: Workspace, request: PretrainRequest) -> Path:
@@ -88,13 +75,13 @@ def launch(here: Workspace, request: PretrainRequest) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, num_gpus)
     if job.device.type == "cuda" and torch.cuda.device_count() < num_gpus:
         raise MFMError("E_CONFIG", f"-num_gpus {num_gpus}: this computer has {torch.cuda.device_count()} GPUs.")
-    run_processes(pretrain_here, (here, request), num_gpus)
+    run_processes(pretrain_here, (here, job.request), num_gpus)
     return job.folder / "checkpoint_final.pth"
 
 
 def require_divisible(batch_size: int, accumulation: int, num_processes: int) -> None:
     """Raise MFMError (E_CONFIG) unless a batch divides equally into parts and processes, one item or more each."""
-    if accumulation < 1 or batch_size < 1 or batch_size % (accumulation * num_processes):
+    if batch_size % (accumulation * num_processes):
         raise MFMError(
             "E_CONFIG",
             f"pretrain.batch_size={batch_size}: not a multiple of pretrain.accumulation={accumulation} x "
@@ -107,7 +94,7 @@ class Job:
     """A requested run, checked as far as possible before the data are read."""
 
     request: PretrainRequest
-    dataset_name: str
+    """Its settings include those of the recipe."""
     plan: Plan
     selection: Selection
     files: dict[str, Path]
@@ -127,10 +114,14 @@ def check(here: Workspace, request: PretrainRequest) -> Job:
     task_class = find_task(request.pretext)
     with about(plans_file):
         block = plan.mfm
-    resolved = mfm_settings.override(
-        PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers), request.settings
-    )
-    _require_legal(resolved)
+    run = PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers)
+    if request.recipe is not None:
+        of_recipe = apply_recipe(request.recipe, run, block.network, request.pretext)
+        request = dataclasses.replace(request, recipe=None, settings=(*of_recipe, *request.settings))
+    resolved = mfm_settings.override(run, request.settings)
+    mfm_settings.require_in_range(mfm_settings.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
+    mfm_settings.require_legal(resolved.pretrain, "pretrain.")
+    require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
     name = "__".join(
         filter(None, ("mfm_pretrain", task_class.name, request.plans_name, configuration, request.run_name))
     )
@@ -138,7 +129,7 @@ def check(here: Workspace, request: PretrainRequest) -> Job:
     _require_free(folder, request.continue_training)
     probe = make_probe(here, request.probe, plan, configuration, resolved.probe, resolved.seed)
     device = pick_device(request.device)
-    return Job(request, dataset_name, plan, selection, files, task_class, resolved, folder, device, probe)
+    return Job(request, plan, selection, files, task_class, resolved, folder, device, probe)
 
 
 def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
@@ -159,13 +150,15 @@ def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
 
 def _pretrain(job: Job, device: torch.device, world: World) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
-    run, notes = _prepare(job, job.request.configuration, device, world)
+    run, notes = _prepare(job, device, world)
     if job.probe is not None:
-        prepare(job.probe, world)
+        with others_waiting(world):
+            if world.is_main:
+                prepare(job.probe)
     if world.is_main:
         _announce(run, is_new=not job.request.continue_training)
         for note in job.selection.notes():
-            logger.warning("%s: %s", job.dataset_name, note)
+            logger.warning("%s: %s", job.folder.parent.name, note)
         for note in notes:
             logger.info("%s", note)
     return run.train(job.request.continue_training)
@@ -228,16 +221,10 @@ def _of_subjects(cases: Sequence[Case], subjects: Sequence[str], count: int, see
     return {case.name for case in cases if case.subject in held_out}
 
 
-def _corpus_hash(cases: list[Case], files: dict[str, Path], num_inputs: int) -> str:
-    """Hash the preprocessed corpus, so that a run can resume on a machine without the raw scans."""
-    manifest = Manifest.read(next(iter(files.values())).parent)
-    sizes = {case.name: manifest.source_sizes(case.name, len(case.images) or num_inputs) for case in cases}
-    return corpus.corpus_hash(cases, sizes)
-
-
-def _prepare(job: Job, configuration: str, device: torch.device, world: World) -> tuple[Pretraining, list[str]]:
-    plan, task_class, resolved = job.plan, job.task_class, job.resolved
-    cases, files = job.selection.cases, job.files
+def _prepare(job: Job, device: torch.device, world: World) -> tuple[Pretraining, list[str]]:
+    """Make the run, up to its first step, and the notes on its corpus."""
+    plan, task_class, resolved, cases, files = job.plan, job.task_class, job.resolved, job.selection.cases, job.files
+    configuration = job.request.configuration
     patch_size = tuple(int(size) for size in plan.configuration(configuration).patch_size)
     num_inputs = plan.configuration(configuration).num_channels
     torch.manual_seed(resolved.seed)
@@ -254,6 +241,9 @@ def _prepare(job: Job, configuration: str, device: torch.device, world: World) -
     streams = make_streams(
         Corpus(cases, files, training, validation), task_class, config, patch_size, resolved.pretrain, resolved.seed
     )
+    # Hashed from the preprocessed files, so that a run can resume on a machine without the raw scans.
+    manifest = Manifest.read(next(iter(files.values())).parent)
+    sizes = {case.name: manifest.source_sizes(case.name, len(case.images) or num_inputs) for case in cases}
     description = {
         "format": mfm_settings.FORMAT,
         "kind": "pretrained",
@@ -269,7 +259,7 @@ def _prepare(job: Job, configuration: str, device: torch.device, world: World) -
         "corpus": {
             "num_cases": len(cases),
             "num_subjects": len({case.subject for case in cases}),
-            "hash": _corpus_hash(cases, files, num_inputs),
+            "hash": corpus.corpus_hash(cases, sizes),
         },
         "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
         "citations": list(task_class.citations),
@@ -281,13 +271,6 @@ def _prepare(job: Job, configuration: str, device: torch.device, world: World) -
         resolved.seed, workers, world, job.probe,
     )  # fmt: skip
     return run, streams.notes
-
-
-def _require_legal(resolved: PretrainRun) -> None:
-    """Refuse invalid settings before anything is written."""
-    mfm_settings.require_in_range(mfm_settings.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
-    mfm_settings.require_legal(resolved.pretrain, "pretrain.")
-    require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
 
 
 def _require_enough_items(settings: mfm_settings.PretrainSettings, smallest: int) -> None:
@@ -322,8 +305,7 @@ def _announce(run: Pretraining, is_new: bool) -> None:
     if run.probe is not None:
         values["probe"] = run.probe.description()
     if is_new:
-        with atomic_write(run.folder / "settings.json") as file:
-            file.write(json.dumps(values, indent=2).encode())
+        write_json(run.folder / "settings.json", values, indent=2)
     millions = sum(parameter.numel() for parameter in run.task.backbone.network.parameters()) / 1e6
     logger.info("run folder: %s", run.folder)
     logger.info("settings: %s", json.dumps({name: values[name] for name in (*names[1:4], "num_workers")}))

@@ -105,6 +105,13 @@ class AbstractBackbone(nn.Module, ABC):
         """Return dense outputs (B, K, D, H, W)."""
         return self.network(x_BCDHW)
 
+    def supervise_deeply(self) -> None:
+        """Train the coarser outputs too, if the network was published so."""
+
+    def outputs(self, x_BCDHW: Tensor) -> list[Tensor]:
+        """Return dense outputs, finest first; only one unless :meth:`supervise_deeply` added coarser ones."""
+        return [self(x_BCDHW)]
+
     def mask_cell(self) -> tuple[int, ...]:
         """Return the size in voxels of the smallest block that can be hidden (1 without tokens)."""
         return (1,) * len(self.patch_size)

@@ -32,6 +32,7 @@ BUILT_IN = {
     "primus_v2": "mfm_nnunet.models.primus_family",
     "primus_v3": "mfm_nnunet.models.primus_family",
     "swin": "mfm_nnunet.models.swin_family",
+    "pctnet": "mfm_nnunet.models.pctnet_family",
 }
 """Modules of the families by ``--network`` name."""
 
@@ -44,7 +45,7 @@ Need = Literal["any", "tokens", "sparse encoder"]
 """Requirement of a pretext task: none, tokens, or an encoder that can run sparsely."""
 
 MEETING: dict[Need, tuple[str, ...]] = {
-    "any": ("resenc", "primus", "swin"),
+    "any": ("resenc", "primus", "swin", "pctnet"),
     "tokens": ("primus", "swin"),
     "sparse encoder": ("resenc",),
 }
@@ -134,6 +135,10 @@ class ForeignLayout(ABC):
     """Part of the names under which a file repeats the encoder's tensors."""
     has_token_order: ClassVar[bool] = False
     """True if conversion needs the order in which tokens are flattened."""
+    keeps_names: ClassVar[bool] = True
+    """False if such files share no name with ours, so that a model of nnU-Net with this class is not in this layout."""
+    origin: ClassVar[str] = "as OpenMind's"
+    """Reason for normalisation, spacing and axes that a file does not have."""
     keys: Mapping[str, Any]
     """nnssl's key_to_encoder, key_to_stem, keys_to_in_proj and key_to_lpe."""
 
@@ -186,6 +191,8 @@ class NetworkFamily(ABC):
     """True if ``network.encoder`` has only convolutions and instance norms, and ``network.decoder`` takes its maps."""
     is_sized_by_nnunet: ClassVar[bool] = False
     """True if nnU-Net's own planner sizes the network, False if :meth:`plan_network` does."""
+    supervises_all_outputs: ClassVar[bool] = False
+    """True if deep supervision weights also the coarsest output, and is used in Volume Fusion, as published."""
     fewest_cells: ClassVar[int] = 1
     """Smallest patch along at least one axis, in multiples of :meth:`steps`."""
     layouts: ClassVar[tuple[ForeignLayout, ...]] = ()
@@ -377,8 +384,7 @@ def family_of(network: nn.Module) -> NetworkFamily:
             return family
     raise MFMError(
         "E_MODEL_MISMATCH",
-        f"{type(network).__name__} is not a network of mfm_nnunet. Use the network of a plan made by "
-        f"mfm_plan_and_preprocess --network {' or '.join(network_names())}.",
+        f"{type(network).__name__} is not a network of mfm_nnunet. Plan with --network {' or '.join(network_names())}.",
     )
 
 
@@ -405,16 +411,10 @@ def _load(module_name: str) -> NetworkFamily:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise MFMError(
-            "E_CONFIG", f"the network of {module_name} cannot be imported ({error}). Repair or uninstall that package."
-        ) from error
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, NetworkFamily) and value.__module__ == module_name
-    ]
+        reason = f"the network of {module_name} cannot be imported ({error}). Repair or uninstall that package."
+        raise MFMError("E_CONFIG", reason) from error
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module_name]
+    found = [value for value in classes if issubclass(value, NetworkFamily)]
     if len(found) != 1:
-        raise MFMError(
-            "E_CONFIG", f"{module_name} defines {len(found)} classes derived from NetworkFamily, and one is needed."
-        )
+        raise MFMError("E_CONFIG", f"{module_name} must define one class derived from NetworkFamily, not {len(found)}.")
     return found[0]()

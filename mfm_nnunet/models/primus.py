@@ -190,11 +190,6 @@ class ConvStem(nn.Module):
         return tokens
 
 
-def published_features(version: int, num_stages: int) -> tuple[int, ...]:
-    """Return the published widths of a stem with ``num_stages`` halvings."""
-    return STEM_FEATURES[version][: num_stages + 1]
-
-
 def _residual_block(conv: Any, before: int, after: int, stride: Any, version: int) -> nn.Module:
     return StackedResidualBlocks(
         1,
@@ -255,7 +250,8 @@ def _stem(
     if version == 1:
         return PatchEmbed(tuple(token), input_channels, embed_dim)
     strides = _doublings(token)[::-1]
-    return ConvStem(input_channels, embed_dim, strides, features or published_features(version, len(strides)), version)
+    features = features or STEM_FEATURES[version][: len(strides) + 1]
+    return ConvStem(input_channels, embed_dim, strides, features, version)
 
 
 def _init_transposed(module: nn.Module) -> None:
@@ -274,28 +270,23 @@ def _heads_fit(embed_dim: int, num_heads: int, num_axes: int) -> bool:
 
 
 def _check_stem(version: int, features: Sequence[int] | None, token: Sequence[int], patch: Sequence[int]) -> None:
-    num_stages = len(_doublings(token))
-    problem: str | None = None
+    num_stages, problem = len(_doublings(token)), ""
     if version not in (1, *STEM_FEATURES):
         problem = "version must be 1, 2 or 3"
     elif version == 1 and features is not None:
         problem = "version 1 has no stem_features"
     elif features is not None and (len(features) != num_stages + 1 or min(features) < 1):
         problem = f"with these tokens stem_features needs {num_stages + 1} widths, at least 1 each"
-    elif version > 1 and features is None and len(published_features(version, num_stages)) <= num_stages:
+    elif version > 1 and features is None and len(STEM_FEATURES[version]) <= num_stages:
         problem = "there are no published stem_features for tokens so large"
     elif version > 1 and tuple(patch) == tuple(token):
         problem = "the norms of its stem need more than one token"
-    if problem is not None:
-        raise MFMError(
-            "E_CONFIG",
-            f"Primus with version={version}, stem_features={features}, patch_embed_size={tuple(token)}, "
-            f"input_shape={tuple(patch)}: {problem}. Change these in the plan's architecture, or plan again.",
-        )
+    if problem:
+        raise _misfit(f"version={version}, stem_features={features}", token, patch, problem)
 
 
 def _check_sizes(embed_dim: int, num_heads: int, token: Sequence[int], patch: Sequence[int]) -> None:
-    problem: str | None = None
+    problem = ""
     if len(token) not in (2, 3) or len(patch) != len(token):
         problem = "patch_embed_size and input_shape need 2 or 3 axes each"
     elif any(size < 1 or size & (size - 1) for size in token) or max(token) < 2:
@@ -304,9 +295,13 @@ def _check_sizes(embed_dim: int, num_heads: int, token: Sequence[int], patch: Se
         problem = "each axis of input_shape must be a multiple of the token's"
     elif num_heads < 1 or not _heads_fit(embed_dim, num_heads, len(token)):
         problem = f"embed_dim must be a multiple of {2 * len(token)} x eva_numheads in {len(token)}D"
-    if problem is not None:
-        raise MFMError(
-            "E_CONFIG",
-            f"Primus with embed_dim={embed_dim}, eva_numheads={num_heads}, patch_embed_size={tuple(token)}, "
-            f"input_shape={tuple(patch)}: {problem}. Change these in the plan's architecture, or plan again.",
-        )
+    if problem:
+        raise _misfit(f"embed_dim={embed_dim}, eva_numheads={num_heads}", token, patch, problem)
+
+
+def _misfit(arguments: str, token: Sequence[int], patch: Sequence[int], problem: str) -> MFMError:
+    return MFMError(
+        "E_CONFIG",
+        f"Primus with {arguments}, patch_embed_size={tuple(token)}, input_shape={tuple(patch)}: {problem}. Change "
+        "these in the plan's architecture, or plan again.",
+    )

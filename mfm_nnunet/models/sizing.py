@@ -38,27 +38,33 @@ def pad_to_multiple(size: float, multiple: int) -> int:
 
 
 def largest_patch(
-    median_shape: Sequence[float], spacing: Sequence[float], cell: int, max_voxels: int
+    median_shape: Sequence[float], spacing: Sequence[float], cell: int | Sequence[int], max_voxels: int
 ) -> tuple[int, ...]:
     """Return a patch of whole cells that covers the median image, cut to at most ``max_voxels``.
 
-    The longest axis in mm is cut first, so the patch becomes as cubic as the image allows.
+    ``cell`` is one size or one per axis. The longest axis in mm is cut first, so the patch becomes as cubic as the
+    image allows.
     """
-    patch = tuple(pad_to_multiple(size, cell) for size in median_shape)
-    chain = [patch, *smaller_patches(patch, spacing, cell, cell)]
+    cells = _per_axis(cell, len(median_shape))
+    patch = tuple(pad_to_multiple(size, step) for size, step in zip(median_shape, cells))
+    chain = [patch, *smaller_patches(patch, spacing, cells, cells)]
     return next((cut for cut in chain if math.prod(cut) <= max_voxels), chain[-1])
 
 
 def smaller_patches(
-    patch: tuple[int, ...], spacing: Sequence[float], cell: int, min_edge: int
+    patch: tuple[int, ...], spacing: Sequence[float], cell: int | Sequence[int], min_edge: int | Sequence[int]
 ) -> list[tuple[int, ...]]:
     """Return ever smaller patches, each one cell shorter along the longest axis in mm, down to ``min_edge``."""
-    result = []
-    while axes := [axis for axis, size in enumerate(patch) if size > min_edge]:
+    result, cells, least = [], _per_axis(cell, len(patch)), _per_axis(min_edge, len(patch))
+    while axes := [axis for axis, size in enumerate(patch) if size > max(least[axis], cells[axis])]:
         longest = max(axes, key=lambda axis: patch[axis] * spacing[axis])
-        patch = tuple(size - cell * (axis == longest) for axis, size in enumerate(patch))
+        patch = tuple(size - cells[axis] * (axis == longest) for axis, size in enumerate(patch))
         result.append(patch)
     return result
+
+
+def _per_axis(value: int | Sequence[int], num_axes: int) -> Sequence[int]:
+    return (value,) * num_axes if isinstance(value, int) else value
 
 
 def fit_budget(

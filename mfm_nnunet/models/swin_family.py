@@ -105,6 +105,7 @@ class SwinLayout(ForeignLayout):
     first_block = r"0\.blocks\.0\.attn\."
     stem = "encoder.patch_embed."
     head = "head."
+    origin = "an assumption"
 
     def __init__(self) -> None:
         self.keys = {}

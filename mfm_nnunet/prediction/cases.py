@@ -5,7 +5,6 @@ Legend: C channels, D H W voxels.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from mfm_nnunet.errors import CaseFailure, MFMError, about, unreadable
 from mfm_nnunet.files import ending_of, inside, is_unicode, sha256, shown
 from mfm_nnunet.images.integrity import files_of
 from mfm_nnunet.images.reading import check_label, read_image, read_label
-from mfm_nnunet.prediction import geometry
+from mfm_nnunet.prediction.export import is_nifti, read_header
 from mfm_nnunet.prediction.model import Model
 from mfm_nnunet.requests import PredictRequest
 
@@ -73,26 +72,21 @@ def find_cases(folder: Path, model: Model, previous_stage: Path | None = None) -
     channels, plain = _group(matching, ending)
     if not channels:
         channels, plain = _plain_cases(folder, plain, ending, model), []
+    unnumbered = f"the name has no channel number; expected <case>_0000{ending}."
     found: list[Case | CaseFailure] = [
-        CaseFailure(
-            name, "E_CHANNELS", f"{folder / name}: the name has no channel number; expected <case>_0000{ending}."
-        )
-        for name in plain
+        CaseFailure(name, "E_CHANNELS", f"{folder / name}: {unnumbered}") for name in plain
     ]
     found += _other_images(folder, [name for name in names if name not in matching], ending)
     spellings = Counter(spelling_of(name) for name in channels)
     for name, numbered in channels.items():
-        problem = _channel_problem(sorted(numbered), model)
+        code, problem = "E_CHANNELS", _channel_problem(sorted(numbered), model)
         if not is_unicode(name):  # SimpleITK would crash the process when writing the mask
-            reason = (
-                f"{shown(folder / name)}: the name is not UTF-8, so no mask can be named after it. Rename the files."
-            )
-            found.append(CaseFailure(name, "E_CONFIG", reason))
+            code, problem = "E_CONFIG", "the name is not UTF-8, so no mask can be named after it. Rename the files."
         elif spellings[spelling_of(name)] > 1:
-            reason = f"{folder / name}: another case differs only in letter case or Unicode form. Rename one of them."
-            found.append(CaseFailure(name, "E_CONFIG", reason))
-        elif problem:
-            found.append(CaseFailure(name, "E_CHANNELS", f"{folder / name}: {problem}"))
+            code = "E_CONFIG"
+            problem = "another case differs only in letter case or Unicode form. Rename one of them."
+        if problem:
+            found.append(CaseFailure(name, code, f"{shown(folder / name)}: {problem}"))
         else:
             mask = inside(previous_stage, f"{name}{ending}") if previous_stage is not None else None
             found.append(Case(name, tuple(folder / numbered[k] for k in sorted(numbered)), mask))
@@ -110,7 +104,7 @@ def prepare_case(model: Model, case: Case, request: PredictRequest) -> PreparedC
     with unchanged(case):
         image, properties = read_image(case.images, reader)
         mask, mask_properties = read_label(case.label, reader) if case.label is not None else (None, {})
-        header = geometry.read_header(case.images[0]) if geometry.is_nifti(case.images[0]) else None
+        header = read_header(case.images[0]) if is_nifti(case.images[0]) else None
         input_hashes = hash_inputs(case)
     if len(image) != model.num_channels:
         raise MFMError(
@@ -125,7 +119,14 @@ def prepare_case(model: Model, case: Case, request: PredictRequest) -> PreparedC
     constant = [k for k, channel in enumerate(image) if len(case.images) > 1 and (channel == channel.flat[0]).all()]
     warnings = tuple(f"channel {k} is {image[k].flat[0]:g} everywhere" for k in constant)
     plans_manager, configuration_manager, label_manager = model.managers
-    require_size = functools.partial(_require_predictable, model, request)
+
+    def require_size(sizes: Sizes) -> None:
+        num_heads, num_folds = label_manager.num_segmentation_heads, len(model.weights)
+        num_windows = count_windows(sizes.resampled, configuration_manager.patch_size, request.step_size)
+        require_predictable(
+            sizes, num_heads, num_windows, num_folds=num_folds, probabilities=request.save_probabilities
+        )
+
     with about(case.images[0]):
         x_CDHW, seg, properties = preprocess_case_npy(
             image, properties, mask, plans_manager, configuration_manager, model.dataset_json, require_size
@@ -137,28 +138,15 @@ def prepare_case(model: Model, case: Case, request: PredictRequest) -> PreparedC
     return PreparedCase(torch.from_numpy(x_CDHW), properties, input_hashes, header, warnings)
 
 
-def _require_predictable(model: Model, request: PredictRequest, sizes: Sizes) -> None:
-    """Refuse a case that the model cannot predict in the available memory and time."""
-    require_predictable(
-        sizes,
-        model.label_manager.num_segmentation_heads,
-        count_windows(sizes.resampled, model.configuration_manager.patch_size, request.step_size),
-        num_folds=len(model.weights),
-        probabilities=request.save_probabilities,
-    )
-
-
 def hash_inputs(case: Case) -> dict[str, str]:
     """Return the SHA-256 of each file of a case and its companions, by name; empty if one is not a regular file.
 
     Raises MFMError (E_NOT_FOUND, E_PERMISSION) for a file that cannot be read.
     """
     files = {os.path.relpath(file, image.parent): file for image in case.images for file in files_of(image)}
-    if case.label is not None:
-        files |= {
-            f"previous_stage/{os.path.relpath(file, case.label.parent)}": file
-            for file in files_of(case.label, is_label=True)
-        }
+    if (label := case.label) is not None:
+        of_label = files_of(label, is_label=True)
+        files |= {f"previous_stage/{os.path.relpath(file, label.parent)}": file for file in of_label}
     if not all(os.path.isfile(file) for file in files.values()):
         return {}
     hashes = {}

@@ -1,7 +1,6 @@
 """``cases.jsonl``: one fsynced line per change of a case's state, so that progress survives a kill.
 
-A case is done if the output's SHA-256 matches the journal; an existing file is not enough. The hashes are written
-before the files get their final names, so a run killed in between still recognises its own masks.
+A case is done if the output's SHA-256 matches the journal, which is written before the files get their final names.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FIELDS = (
     "case", "status", "time", "model", "settings", "input", "output", "seconds", "memory_steps", "warnings",
     "versions", "code", "reason",
 )  # fmt: skip
-"""Fields of a line and their types."""
+"""Fields of a line."""
 SETTINGS_FILE = "predict_from_raw_data_args.json"
 """nnU-Net's name of the file with the settings of a prediction."""
 ERROR_FOLDER = "errors"
@@ -60,8 +59,7 @@ class Journal:
         if take_lock(self._handle.fileno()) is False:
             self._handle.close()
             raise MFMError(
-                "E_EXISTS",
-                f"{self.folder}: another run is writing to this folder. Wait for it, or choose another.",
+                "E_EXISTS", f"{self.folder}: another run is writing to this folder. Wait for it, or choose another."
             )
 
     def __enter__(self) -> Journal:
@@ -138,14 +136,12 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
 
 def _is_entry(entry: Mapping[str, Any]) -> bool:
     """Check that the fields of a line have the types that :meth:`Journal.write` gives them."""
-    outputs, settings = entry.get("output", {}), entry.get("settings", {})
-    has_outputs = isinstance(outputs, dict) and all(
-        is_file_name(name) and isinstance(digest, str) for name, digest in outputs.items()
-    )
-    warnings = entry.get("warnings", [])
-    has_warnings = isinstance(warnings, list) and all(isinstance(text, str) for text in warnings)
-    is_known = isinstance(entry.get("case"), str) and entry.get("status") in STATUSES
-    return is_known and has_outputs and has_warnings and isinstance(settings, dict)
+    outputs, warnings = entry.get("output", {}), entry.get("warnings", [])
+    if not (isinstance(outputs, dict) and isinstance(warnings, list) and isinstance(entry.get("settings", {}), dict)):
+        return False
+    texts = [entry.get("case"), *outputs.values(), *warnings]
+    is_plain = all(isinstance(text, str) for text in texts) and all(map(is_file_name, outputs))
+    return is_plain and entry.get("status") in STATUSES
 
 
 def check_output(folder: Path, other_cases: Sequence[str], request: PredictRequest) -> None:

@@ -1,37 +1,54 @@
-"""A trained network with its plan, and sliding-window prediction of an image.
+"""A trained model: loaded from a folder in nnU-Net's layout, and its prediction of an image in sliding windows.
 
-The arithmetic is nnU-Net's, in nnU-Net's order (half accumulators, Gaussian weights, mirrored copies, mean over folds),
-so the masks equal stock nnU-Net's voxel for voxel. Differences: there is no thread that can die and leave the loop
-waiting, only a real out-of-memory error is treated as one, and non-finite logits are refused. Legend: C channels, K
-classes or regions, D H W voxels.
+No code from the model's files is run. Legend: C channels, K classes or regions, D H W voxels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
+import io
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from mfm_nnunet.checkpoint import load_weights
 from mfm_nnunet.data.loops import progress
 from mfm_nnunet.data.sizes import sliding_windows
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.device import autocast, pick_device
+from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.files import sha256, whole_number
+from mfm_nnunet.models.networks import build_network, check_architecture
+from mfm_nnunet.plan import Plan
+from mfm_nnunet.prediction.export import Managers
 
 logger = logging.getLogger(__name__)
+
+_MODEL_FOLDER = "A model folder has plans.json, dataset.json and folders fold_X with a checkpoint."
+PLAIN_TRAINERS = ("MFMTrainer", "nnUNetTrainer")
+"""Trainers that use the plan's network; others build their own."""
 
 
 @dataclass
 class Model:
-    """A network, the weights of its folds and their plan."""
+    """A network, the weights of its folds and their plan.
+
+    The arithmetic is nnU-Net's, in its order (half accumulators, Gaussian weights, mirrored copies, mean over folds),
+    so the masks equal stock nnU-Net's voxel for voxel. But only a real out-of-memory error is treated as one, and
+    non-finite logits are refused.
+    """
 
     network: nn.Module
     plans_manager: PlansManager
@@ -57,10 +74,10 @@ class Model:
     @property
     def num_channels(self) -> int:
         """Number of image channels per case, without a cascade's previous stage."""
-        return len(self.dataset_json.get("modality") or self.dataset_json["channel_names"])
+        return len(DatasetJson.of(self.dataset_json).channels)
 
     @property
-    def managers(self) -> tuple[PlansManager, ConfigurationManager, LabelManager]:
+    def managers(self) -> Managers:
         """The plan objects that :mod:`mfm_nnunet.prediction.export` needs."""
         return self.plans_manager, self.configuration_manager, self.label_manager
 
@@ -161,13 +178,196 @@ class Model:
 @contextlib.contextmanager
 def _gpu_settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Use mixed precision and cuDNN's search on a CUDA device, like stock nnU-Net; restore the settings afterwards."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    before, is_gpu = torch.backends.cudnn.benchmark, device.type == "cuda"
+    torch.backends.cudnn.benchmark = before or is_gpu
     try:
-        with torch.autocast("cuda", dtype):
+        with autocast(device, dtype if is_gpu else None):
             yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def load_model(
+    model_folder: str | Path,
+    folds: Sequence[int | str] | None = None,
+    checkpoint_name: str = "checkpoint_final.pth",
+    device: str | torch.device = "auto",
+) -> Model:
+    """Load the model of a folder in nnU-Net's layout: plans.json, dataset.json, fold_X/<checkpoint_name>.
+
+    ``folds`` None loads all numbered folds that have the checkpoint, or ``all`` if it is the only one. Raises MFMError:
+    E_NOT_FOUND (naming the expected and the existing files), E_MODEL_CORRUPT, E_MODEL_UNSAFE, E_MODEL_MISMATCH.
+    """
+    folder = Path(model_folder)
+    _require_model_folder(folder)
+    advice = f"{_MODEL_FOLDER} Copy it again."
+    plan = Plan.read(folder / "plans.json", advice, "E_MODEL_CORRUPT")
+    dataset = DatasetJson.read(folder / "dataset.json", advice, "E_MODEL_CORRUPT", of_model=True)
+    chosen = _choose_folds(folder, folds, checkpoint_name)
+    files = [folder / f"fold_{fold}" / checkpoint_name for fold in chosen]
+    trained = [_Fold.read(file) for file in files]
+    first, configuration = trained[0], trained[0].configuration
+    if configuration not in plan.configuration_names:
+        reason = f"there is no configuration '{configuration}', with which the checkpoint was trained"
+        raise _mismatch(folder / "plans.json", reason)
+    if problem := plan.configuration(configuration).preprocessor_problem:
+        advice = "Predict with the program that the model was trained with."
+        raise MFMError("E_MODEL_MISMATCH", f"{folder / 'plans.json'}: {problem} {advice}")
+    _require_one_model(trained, plan, dataset)
+    plans_manager, dataset_json = PlansManager(dict(plan.content)), dict(dataset.content)
+    described = [folder / "plans.json", folder / "dataset.json", *files]
+    model = Model(
+        network=_build(first.trainer, plans_manager, configuration, dataset_json),
+        plans_manager=plans_manager,
+        configuration_manager=plans_manager.get_configuration(configuration),
+        dataset_json=dataset_json,
+        device=pick_device(device) if isinstance(device, str) else device,
+        mirror_axes=first.mirror_axes,
+        weights=[fold.weights for fold in trained],
+        folds=tuple(chosen),
+        autocast_dtype=torch.bfloat16 if first.precision == "bf16" else torch.float16,
+        sha256=hashlib.sha256("".join(map(sha256, described)).encode()).hexdigest(),
+    )
+    for fold in trained:
+        try:
+            model.network.load_state_dict(fold.weights)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            reason = f"the weights belong to another network than plans.json describes ({reason})"
+            raise _mismatch(fold.file, reason) from error
+    return model
+
+
+def _require_model_folder(folder: Path) -> None:
+    """Refuse a folder that is not a model folder, and name a nearby folder that is."""
+    place = folder.absolute()
+    if (place / "plans.json").exists():
+        return
+    above = next((near for near in (place.parent, place.parent.parent) if (near / "plans.json").is_file()), None)
+    below = sorted(entry.name for entry in place.glob("*__*__*") if (entry / "plans.json").is_file())
+    beside = [entry.name for entry in place.parent.glob("*__*__*")] if place.parent.is_dir() else []
+    problem = None
+    if not place.exists():
+        problem = f"no such model folder. {nearest(place.name, beside) if beside else 'Check the path.'}"
+    elif above is not None:
+        problem = f"this is a part of a model. Give its folder, {above}, and choose with -f FOLD and -chk FILE."
+    elif not place.is_dir():
+        problem = f"this is a file. {_MODEL_FOLDER} Give that folder."
+    elif below:
+        problem = f"holds models, and is none. Give one of them: {', '.join(below)}."
+    if problem:
+        raise MFMError("E_NOT_FOUND", f"{folder}: {problem}")
+
+
+def _choose_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint_name: str) -> list[int | str]:
+    trained = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint_name}"))
+    numbers = sorted(number for name in trained if (number := whole_number(name)) is not None)
+    existing = [*map(str, numbers), *(name for name in trained if whole_number(name) is None)]
+    if folds is None and (numbers or "all" in trained):
+        return [*numbers] or ["all"]
+    wanted = [str(fold) for fold in folds or ()]
+    if wanted and all(name in existing for name in wanted):
+        return [name if (number := whole_number(name)) is None else number for name in wanted]
+    missing = [name for name in wanted if name not in existing]
+    others = sorted({file.name for file in folder.glob("fold_*/*.pth")} - {checkpoint_name})
+    raise MFMError(
+        "E_NOT_FOUND",
+        f"{folder}: no fold_{missing[0] if missing else 'X'}/{checkpoint_name}. "
+        + (f"Folds with this checkpoint: {', '.join(existing)}. " if existing else "No fold has this checkpoint. ")
+        + (f"Other checkpoints: {', '.join(others)}." if others else "Train the model first, or check the path."),
+    )
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """The description in a checkpoint, and its weights."""
+
+    file: Path
+    trainer: str
+    configuration: str
+    mirror_axes: tuple[int, ...] | None
+    precision: str
+    init_args: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, file: Path) -> _Fold:
+        content = load_weights(file)
+        try:
+            trainer, init_args = str(content["trainer_name"]), dict(content["init_args"])
+            configuration = str(init_args["configuration"])
+            if not trainer.isidentifier():
+                raise ValueError(f"the trainer is called {trainer[:60]!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise MFMError(
+                "E_MODEL_MISMATCH",
+                f"{file}: there are weights but no trainer and configuration, so it is not a fine-tuned model (a "
+                "pretrained checkpoint has no segmentation head). Fine-tune it first: mfm_train.",
+            ) from error
+        axes = content.get("inference_allowed_mirroring_axes") or ()
+        if not isinstance(axes, (list, tuple)) or not all(type(axis) is int and 0 <= axis <= 2 for axis in axes):
+            raise MFMError(
+                "E_MODEL_CORRUPT",
+                f"{file}: its mirroring axes are {str(axes)[:60]}, which is not possible. Copy it again.",
+            )
+        ours: Any = content.get("mfm")
+        settings = ours.get("finetune") if isinstance(ours, dict) else None
+        precision = str(settings.get("precision", "auto")) if isinstance(settings, dict) else "auto"
+        return cls(file, trainer, configuration, tuple(axes) or None, precision, init_args, content["network_weights"])
+
+    def differences(self, plan: Plan, dataset: DatasetJson) -> list[str]:
+        """List differences between the checkpoint's description and the model folder's plan and dataset."""
+        found = []
+        own_plan, own_dataset = Plan.of_checkpoint(self.init_args), DatasetJson.of_checkpoint(self.init_args)
+        if own_plan and self.configuration in own_plan.configuration_names:
+            found += own_plan.differences(plan, self.configuration)
+        return found + (own_dataset.differences(dataset) if own_dataset else [])
+
+
+def _require_one_model(folds: list[_Fold], plan: Plan, dataset: DatasetJson) -> None:
+    """Refuse a fold that belongs to another model than the first, or does not match the folder's plan."""
+    first = folds[0]
+    for fold in folds:
+        for name in ("trainer", "configuration", "mirror_axes"):
+            own, other = getattr(fold, name), getattr(first, name)
+            if own != other:
+                raise _mismatch(fold.file, f"{name} is {own}, and {other} in {first.file.parent.name}")
+        if unequal := ", ".join(fold.differences(plan, dataset)):
+            reason = f"it was trained with other values than plans.json and dataset.json say: {unequal}"
+            raise _mismatch(fold.file, reason)
+
+
+def _mismatch(file: Path, reason: str) -> MFMError:
+    return MFMError(
+        "E_MODEL_MISMATCH",
+        f"{file}: {reason}. Put plans.json, dataset.json and the fold folders of one model together.",
+    )
+
+
+def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> nn.Module:
+    """Build the network like the trainer did, without deep supervision."""
+    configuration_manager = plans_manager.get_configuration(configuration)
+    num_inputs = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
+    num_outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    if trainer_name in PLAIN_TRAINERS:
+        return build_network(plans_manager.plans, configuration, num_inputs, num_outputs, deep_supervision=False)
+    architecture = (
+        configuration_manager.network_arch_class_name,
+        configuration_manager.network_arch_init_kwargs,
+        configuration_manager.network_arch_init_kwargs_req_import,
+    )
+    check_architecture(*architecture)  # the trainer's own builder would import any name in the plan
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            build = recursive_find_trainer_class_by_name(trainer_name).build_network_architecture
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:  # it may find no class at all
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            f"the model was trained with '{trainer_name}', which this installation of nnU-Net does not have. Install "
+            "its package, and set nnUNet_extTrainer to its folder.",
+        ) from error
+    if "plans_manager" in inspect.signature(build).parameters:
+        return build(plans_manager, configuration_manager, num_inputs, num_outputs, enable_deep_supervision=False)
+    return build(*architecture, num_inputs, num_outputs, enable_deep_supervision=False)

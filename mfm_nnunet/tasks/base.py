@@ -32,7 +32,7 @@ from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.backbone import AbstractBackbone, Geometry, Restoring
 from mfm_nnunet.models.families import Need
 from mfm_nnunet.settings import require_in_range
-from mfm_nnunet.tasks.registry import TaskInfo, list_tasks
+from mfm_nnunet.tasks.registry import TASKS, TaskInfo, list_tasks
 
 __all__ = [
     "Augmentation",
@@ -137,6 +137,12 @@ class PretextTask(Task):
     """Treatment of hidden tokens in ``backbone.restore``."""
     uses_valid: ClassVar[bool] = False
     """If True, anonymised voxels are left out of the loss."""
+
+    def __init_subclass__(cls) -> None:
+        """Take the citations and the requirement of a built-in task from its entry in the registry."""
+        super().__init_subclass__()
+        if info := TASKS.get(cls.__module__.removeprefix(f"{__package__}.")):
+            cls.citations, cls.needs = info.citations, info.needs
 
     def __init__(self, config: Any, backbone: AbstractBackbone) -> None:
         """Create the task. Raises MFMError (E_CONFIG) if it does not support this network family."""

@@ -8,6 +8,7 @@ Shapes: B batch, C channels, K classes, D H W voxels; N and M embeddings of widt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,10 +48,14 @@ def explained_variance(squared_error: Tensor, target_BCDHW: Tensor, counted_B1DH
 def soft_dice(logits_BKDHW: Tensor, labels_BDHW: Tensor, over_batch: bool) -> Tensor:
     """Compute soft Dice, averaged over all classes including 0; 1 is perfect.
 
-    ``over_batch``: sum over the whole batch of all processes, else per sample.
+    ``labels_BDHW`` are classes, or shares of each class (B, K, D, H, W). ``over_batch``: sum over the whole batch of
+    all processes, else per sample.
     """
     probabilities = logits_BKDHW.float().softmax(1)
-    is_class = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, labels_BDHW.long()[:, None], True)
+    if labels_BDHW.is_floating_point():
+        is_class = labels_BDHW
+    else:
+        is_class = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, labels_BDHW.long()[:, None], True)
     axes = [axis for axis in range(probabilities.dim()) if axis != 1 and (over_batch or axis != 0)]
     sums = torch.stack([(probabilities * is_class).sum(axes), probabilities.sum(axes), is_class.sum(axes)])
     if over_batch:
@@ -60,8 +65,22 @@ def soft_dice(logits_BKDHW: Tensor, labels_BDHW: Tensor, over_batch: bool) -> Te
 
 
 def cross_entropy(logits_BKDHW: Tensor, labels_BDHW: Tensor) -> Tensor:
-    """Average the cross entropy over all voxels."""
-    return functional.cross_entropy(logits_BKDHW.float(), labels_BDHW.long())
+    """Average the cross entropy over all voxels; ``labels_BDHW`` as in :func:`soft_dice`."""
+    labels = labels_BDHW if labels_BDHW.is_floating_point() else labels_BDHW.long()
+    return functional.cross_entropy(logits_BKDHW.float(), labels)
+
+
+def class_shares(labels_BDHW: Tensor, num_classes: int, size: Sequence[int]) -> Tensor:
+    """Return the share of each class (B, K, *size) in the voxels of a coarser grid."""
+    is_class_BKDHW = functional.one_hot(labels_BDHW.long(), num_classes).movedim(-1, 1).float()
+    pool: Any = functional.adaptive_avg_pool3d if len(size) == 3 else functional.adaptive_avg_pool2d
+    return pool(is_class_BKDHW, tuple(size))
+
+
+def halving_weights(num_outputs: int) -> list[float]:
+    """Return the weights of deep supervision, finest output first: 1, 1/2, 1/4, ... over their sum."""
+    weights = [0.5**level for level in range(num_outputs)]
+    return [weight / sum(weights) for weight in weights]
 
 
 def nt_xent(first_NE: Tensor, second_NE: Tensor, temperature: float) -> Tensor:

@@ -10,14 +10,12 @@ from __future__ import annotations
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.tasks.masks import MaskedRestoration, MaskingConfig
-from mfm_nnunet.tasks.registry import TASKS
 
 
 class MAE(MaskedRestoration):
     """Restore hidden voxels. Tokens of Primus are dropped, so all items of a batch hide the same number."""
 
     name = "mae"
-    citations = TASKS["mae"].citations
     restoring = "drop"
 
     @classmethod

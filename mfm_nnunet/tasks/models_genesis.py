@@ -22,7 +22,6 @@ from mfm_nnunet.settings import ranged
 from mfm_nnunet.tasks.base import Augmentation, PatchTransform, PretextTask, TaskOutput, illegal_setting
 from mfm_nnunet.tasks.image_operations import UNIT_KNOTS, apply_curve, draw_curve, intensity_knots
 from mfm_nnunet.tasks.losses import explained_variance, masked_mse
-from mfm_nnunet.tasks.registry import TASKS
 
 WINDOW_SHAPES = 128
 """Number of different window shapes per item."""
@@ -65,7 +64,6 @@ class ModelsGenesis(PretextTask):
     name = "models_genesis"
     Config = ModelsGenesisConfig
     Transform = ModelsGenesisTransform
-    citations = TASKS["models_genesis"].citations
     uses_valid = True
 
     @classmethod

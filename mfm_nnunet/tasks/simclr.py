@@ -21,7 +21,6 @@ from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.settings import LARGEST, ranged
 from mfm_nnunet.tasks.base import CropRequest, PatchTransform, TaskOutput, illegal_setting
 from mfm_nnunet.tasks.losses import gather_batch, nt_xent, pair_similarity
-from mfm_nnunet.tasks.registry import TASKS
 from mfm_nnunet.tasks.views import ViewComparison, ViewConfig, as_picture, cut_views, side_by_side
 
 
@@ -59,7 +58,6 @@ class SimCLR(ViewComparison):
     name = "simclr"
     Config = SimCLRConfig
     Transform = SimCLRTransform
-    citations = TASKS["simclr"].citations
 
     @classmethod
     def resolve(cls, config: SimCLRConfig, geometry: Geometry) -> SimCLRConfig:

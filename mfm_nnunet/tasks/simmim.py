@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mfm_nnunet.tasks.losses import masked_l1
 from mfm_nnunet.tasks.masks import MaskedRestoration, MaskingConfig
-from mfm_nnunet.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,6 @@ class SimMIM(MaskedRestoration):
 
     name = "simmim"
     Config = SimMIMConfig
-    needs = TASKS["simmim"].needs
-    citations = TASKS["simmim"].citations
     restoring = "replace"
 
     def error(self, restored_BCDHW: Tensor, target_BCDHW: Tensor, counted_B1DHW: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ from mfm_nnunet.tasks.base import CropRequest, PatchTransform, PretextTask, Task
 from mfm_nnunet.tasks.heads import CoarseDecoder, pool
 from mfm_nnunet.tasks.image_operations import TURNS, cut_out, is_square, mix_in, rotate, rotation_plane
 from mfm_nnunet.tasks.losses import cross_entropy, gather_batch, masked_l1, nt_xent
-from mfm_nnunet.tasks.registry import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,6 @@ class SwinUNETR(PretextTask):
     name = "swin_unetr"
     Config = SwinUNETRConfig
     Transform = SwinUNETRTransform
-    citations = TASKS["swin_unetr"].citations
     trains_decoder = False
     uses_valid = True
 

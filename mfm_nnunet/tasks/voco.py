@@ -22,7 +22,6 @@ from mfm_nnunet.models.backbone import Geometry
 from mfm_nnunet.settings import LARGEST, ranged
 from mfm_nnunet.tasks.base import CropRequest, PatchTransform, TaskOutput, illegal_setting
 from mfm_nnunet.tasks.losses import cosines, overlap_loss, spread_loss
-from mfm_nnunet.tasks.registry import TASKS
 from mfm_nnunet.tasks.views import ViewComparison, ViewConfig, as_picture, cut_views, side_by_side, tile
 
 MOST_BASE_CROPS = 64
@@ -68,7 +67,6 @@ class VoCo(ViewComparison):
     name = "voco"
     Config = VoCoConfig
     Transform = VoCoTransform
-    citations = TASKS["voco"].citations
 
     @classmethod
     def resolve(cls, config: VoCoConfig, geometry: Geometry) -> VoCoConfig:

@@ -1,7 +1,8 @@
 """Volume Fusion: two crops are mixed in blocks, and the mixing weight is segmented (arXiv 2306.16925; IEEE TIP 2025).
 
 Each voxel of the patch is a foreground crop with weight l/K plus a background crop with weight 1 - l/K. The label l,
-0 to K, is the class to predict. This is ordinary segmentation, so encoder and decoder are both trained. Variants:
+0 to K, is the class to predict. This is ordinary segmentation, so encoder and decoder are both trained.
+PCT-Net, which was published with it, is supervised at all resolutions. Variants:
 
 * ``grid`` (the authors' code of 2025, our default): both crops from one volume, resized and with changed contrast;
   the blocks form a regular lattice.
@@ -16,14 +17,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from mfm_nnunet.models.backbone import AbstractBackbone
 from mfm_nnunet.settings import LARGEST, ranged
 from mfm_nnunet.tasks.base import Augmentation, CropRequest, PatchTransform, PretextTask, TaskOutput
 from mfm_nnunet.tasks.image_operations import apply_gamma, jitter, map_percentiles, resize_linear, standardise
-from mfm_nnunet.tasks.losses import cross_entropy, soft_dice
+from mfm_nnunet.tasks.losses import class_shares, cross_entropy, halving_weights, soft_dice
 from mfm_nnunet.tasks.masks import draw_boxes, draw_lattice
-from mfm_nnunet.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ class VolumeFusion(PretextTask):
     name = "volume_fusion"
     Config = VolumeFusionConfig
     Transform = VolumeFusionTransform
-    citations = TASKS["volume_fusion"].citations
+
+    def __init__(self, config: VolumeFusionConfig, backbone: AbstractBackbone) -> None:
+        super().__init__(config, backbone)
+        backbone.supervise_deeply()
 
     @classmethod
     def volumes_per_item(cls, config: VolumeFusionConfig) -> int:
@@ -96,12 +101,20 @@ class VolumeFusion(PretextTask):
 
     def forward(self, batch: dict[str, Tensor]) -> TaskOutput:
         image_BCDHW, label_BDHW = batch["image"], batch["label"]
-        logits_BKDHW = self.backbone(image_BCDHW)
+        logits_BKDHW, *coarser = self.backbone.outputs(image_BCDHW)
         is_openmind = self.config.variant == "two_image"
         dice = soft_dice(logits_BKDHW, label_BDHW, over_batch=not is_openmind)
         entropy = cross_entropy(logits_BKDHW, label_BDHW)
+        loss = 1 - dice + entropy
+        if coarser:  # each is compared with the share of every class in its voxels
+            losses, num_classes = [loss], self.config.num_classes + 1
+            for coarse_BKDHW in coarser:
+                shares_BKDHW = class_shares(label_BDHW, num_classes, coarse_BKDHW.shape[2:])
+                coarse_dice = soft_dice(coarse_BKDHW, shares_BKDHW, over_batch=not is_openmind)
+                losses.append(1 - coarse_dice + cross_entropy(coarse_BKDHW, shares_BKDHW))
+            loss = torch.stack(losses).dot(torch.tensor(halving_weights(len(losses)), device=loss.device))
         return self.output(
-            (1 - dice + entropy) * (1.0 if is_openmind else 0.5),
+            loss * (1.0 if is_openmind else 0.5),
             {"soft_dice": dice, "cross_entropy": entropy},
             lambda: {"fused": image_BCDHW[0], "label": label_BDHW[:1], "prediction": logits_BKDHW[:1].argmax(1)},
         )

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mfm_nnunet.models.networks import build_network
-from tests.builders import foreign, tiny
+from tests.builders import tiny
 from tests.builders.architectures import primus, resenc
 from tests.builders.site import PATCH, Site, accepted, edit_json, nothing_lost, refused, unchanged
 
@@ -121,11 +121,6 @@ def test_checkpoint_of_another_network(kind: str, site: Site) -> None:
     accepted(site.train(1, "-pretrained_weights", site.pretrained))
 
 
-def test_primus_checkpoint_for_a_unet_plan(site: Site) -> None:
-    file = foreign.OPENMIND["PrimusM-OpenMind-SimMIM"]().write(site.folder)
-    refused(site.train(1, "-pretrained_weights", file), "E_MODEL_MISMATCH", file, "only 0.0%", "--like")
-
-
 def test_unet_checkpoint_for_a_primus_plan(site: Site) -> None:
     def edit(plans: dict[str, Any]) -> None:
         plans["configurations"]["3d_fullres"].update(architecture=primus((24, 24, 24)), patch_size=[24, 24, 24])
@@ -144,12 +139,6 @@ def test_model_with_the_plan_of_another(site: Site) -> None:
     refused(site.run("train", 5, "3d_fullres", 0, "--c"), "E_CONFIG", "was changed after this run began")
 
 
-def test_pretrained_checkpoint_is_no_model(site: Site) -> None:
-    final = site.model / "fold_0" / "checkpoint_final.pth"
-    final.write_bytes(site.pretrained.read_bytes())
-    refused(site.predict(site.test_images, site.folder / "out"), "E_MODEL_MISMATCH", final, "mfm_train")
-
-
 def test_stock_checkpoint_starts_a_training_and_a_plan(site: Site) -> None:
     """nnU-Net's own files hold NumPy scalars in their log and no plan block."""
     content = torch.load(site.model / "fold_0" / "checkpoint_final.pth", weights_only=True)
@@ -162,17 +151,6 @@ def test_stock_checkpoint_starts_a_training_and_a_plan(site: Site) -> None:
     del content["init_args"]["plans"]["configurations"]["3d_fullres"]["spacing"]
     torch.save(content, file)
     refused(site.plan("-d", 5, "--like", file, "-pl", "mfmOther"), "E_MODEL_MISMATCH", file, "spacing")
-
-
-def test_an_address_without_a_commit(site: Site) -> None:
-    for call in (site.train(1, "-pretrained_weights", "hf://a/b"), site.plan("-d", 5, "--like", "hf://a/b")):
-        refused(call, "E_CONFIG", "hf://a/b", "40 hex digits")
-
-
-def test_a_primus_of_unknown_token_order(site: Site) -> None:
-    file = site.folder / "primus.pth"
-    torch.save({"network_weights": network_weights(primus((24, 24, 24)), (24, 24, 24))}, file)
-    refused(site.plan("-d", 5, "--like", file), "E_MODEL_MISMATCH", file, "mfm_checkpoint import")
 
 
 def edited(site: Site, edit: Callable[[dict[str, Any]], object]) -> Path:
@@ -215,22 +193,3 @@ def test_weights_that_are_not_finite(site: Site) -> None:
     torch.save(content, final)
     refused(site.predict(site.test_images, site.folder / "out"), "2 of 2", "E_NONFINITE", code=3)
     assert not list((site.folder / "out").glob("*.nii.gz"))
-
-
-def test_the_state_saved_before_a_damaged_one_is_used(site: Site) -> None:
-    settings = (
-        "pretrain.epochs=2",
-        "pretrain.iterations_per_epoch=1",
-        "pretrain.validation_iterations=1",
-        "num_workers=0",
-    )
-    accepted(site.pretrain("--run-name", "two", settings=settings))
-    folder = site.run_folder.with_name(f"{site.run_folder.name}__two")
-    finals = [(folder / "checkpoint_final.pth").read_bytes()]
-    (folder / "checkpoint_final.pth").unlink()
-    (folder / "resume_previous.pth").write_bytes((folder / "resume.pth").read_bytes())
-    os.truncate(folder / "resume.pth", 500)
-    outcome = accepted(site.pretrain("--run-name", "two", "--c", settings=settings))
-    assert "trying the state saved before it" in outcome.err
-    finals.append((folder / "checkpoint_final.pth").read_bytes())
-    assert finals[0] == finals[1]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,48 +27,34 @@ def put(**changes: Any) -> Edit:
     return edit
 
 
-DATASET_JSON: dict[str, tuple[str, Edit]] = {
-    "a number of cases as text": ("numTraining", put(numTraining="three")),
-    "no labels": ("labels", put(labels=MISSING)),
-    "no ending": ("file_ending", put(file_ending=MISSING)),
-    "no channels": ("channel_names", put(channel_names=MISSING)),
-    "channels as a list": ("channel_names", put(channel_names=["MRI"])),
-    "labels as a list": ("labels", put(labels=["background", "shell", "core"])),
-    "labels of nnU-Net v1": ("'0'", put(labels={"0": "background", "1": "shell", "2": "core"})),
-    "labels with a gap": ("0, 1, 3", put(labels={"background": 0, "shell": 1, "core": 3})),
-    "no background": ("background", put(labels={"shell": 1, "core": 2})),
-    "another background": ("background", put(labels={"background": 1, "shell": 0, "core": 2})),
-    "ignore in between": ("ignore", put(labels={"background": 0, "ignore": 1, "core": 2})),
-    "regions without order": ("regions_class_order", put(labels={"background": 0, "all": [1, 2], "core": 2})),
-    "regions with a short order": (
-        "regions_class_order",
-        put(labels={"background": 0, "all": [1, 2], "core": 2}, regions_class_order=[1]),
-    ),
-    "ending": (".mha", put(file_ending=".mha")),
-    "cases as a list": ("dataset", put(dataset=["case0"])),
-    "a case without images": ('"images"', put(dataset={"case0": {"label": "labelsTr/case0.nii.gz"}})),
-    "a case without files": ("nowhere.nii.gz", put(dataset={"case0": {"images": ["nowhere.nii.gz"]}})),
-    "one case without label": (
-        "case1",
-        put(dataset={
-            "case0": {"images": ["imagesTr/case0_0000.nii.gz"], "label": "labelsTr/case0.nii.gz"},
-            "case1": {"images": ["imagesTr/case1_0000.nii.gz"]},
-        }),
-    ),
+DATASET_JSON: dict[str, Edit] = {
+    "numTraining": put(numTraining="three"),
+    "file_ending": put(file_ending=MISSING),
+    "channel_names": put(channel_names=["MRI"]),
+    "0, 1, 3": put(labels={"background": 0, "shell": 1, "core": 3}),
+    "regions_class_order": put(labels={"background": 0, "all": [1, 2], "core": 2}),
+    ".mha": put(file_ending=".mha"),
+    "nowhere.nii.gz": put(dataset={"case0": {"images": ["nowhere.nii.gz"]}}),
+    "case1": put(dataset={
+        "case0": {"images": ["imagesTr/case0_0000.nii.gz"], "label": "labelsTr/case0.nii.gz"},
+        "case1": {"images": ["imagesTr/case1_0000.nii.gz"]},
+    }),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", DATASET_JSON)
-def test_dataset_json_that_breaks_the_rules(fault: str, empty: Site) -> None:
+def test_dataset_json_that_breaks_the_rules(empty: Site) -> None:
     write_dataset(empty.raw)
-    hint, edit = DATASET_JSON[fault]
-    edit_json(empty.raw / "dataset.json", edit)
-    with unchanged(empty.raw):
-        refused(empty.plan("-d", 5), empty.raw, hint)
+    file = empty.raw / "dataset.json"
+    good = file.read_bytes()
+    for hint, edit in DATASET_JSON.items():
+        file.write_bytes(good)
+        edit_json(file, edit)
+        with unchanged(empty.raw):
+            refused(empty.plan("-d", 5), empty.raw, hint)
     assert not empty.preprocessed().exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"labels"', "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "[]"])
 def test_dataset_json_that_is_no_json_object(text: str, empty: Site) -> None:
     write_dataset(empty.raw)
     (empty.raw / "dataset.json").write_text(text)
@@ -79,23 +63,17 @@ def test_dataset_json_that_is_no_json_object(text: str, empty: Site) -> None:
     refused(empty.plan("-d", 5), "E_NOT_FOUND", empty.raw / "dataset.json")
 
 
-def test_unknown_fields_are_legal(empty: Site) -> None:
-    write_dataset(empty.raw)
-    edit_json(empty.raw / "dataset.json", put(hospital="St. Elsewhere", converted_by={"tool": [1, 2]}, numTraining=99))
-    accepted(empty.plan("-d", 5, "--no_pp"))
-
-
 def test_an_unknown_reader_is_said_once(empty: Site) -> None:
     write_dataset(empty.raw)
     edit_json(empty.raw / "dataset.json", put(overwrite_image_reader_writer="NoSuchReader_of_the_bad_input_tests"))
     assert accepted(empty.plan("-d", 5, "--no_pp")).err.count("NoSuchReader") == 1
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"format": 1, "source": "x", "cases": [{"name": "a"}]}', '{"format": 9}'])
-def test_broken_corpus_json(text: str, site: Site) -> None:
+def test_broken_corpus_json(site: Site) -> None:
     file = site.workspace / "nnUNet_raw" / CORPUS / "corpus.json"
-    file.write_text(text)
-    refused(site.plan("-d", 701), "E_FORMAT", file)
+    for text in ("{", '{"format": 1, "source": "x", "cases": [{"name": "a"}]}', '{"format": 9}'):
+        file.write_text(text)
+        refused(site.plan("-d", 701), "E_FORMAT", file)
 
 
 def of_configuration(**changes: Any) -> Edit:
@@ -110,43 +88,33 @@ def of_arguments(**changes: Any) -> Edit:
     return lambda plans: put(**changes)(plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"])
 
 
-PLANS: dict[str, tuple[str, Edit]] = {
-    "no name": ("plans_name", put(plans_name=MISSING)),
-    "no dataset": ("dataset_name", put(dataset_name=MISSING)),
-    "no reader": ("image_reader_writer", put(image_reader_writer=MISSING)),
-    "no axis order": ("transpose_backward", put(transpose_backward=MISSING)),
-    "no configurations": ("configurations", put(configurations=MISSING)),
-    "configurations as a list": ("configurations", put(configurations=["3d_fullres"])),
-    "no patch": ("patch_size", of_configuration(patch_size=MISSING)),
-    "no batch": ("batch_size", of_configuration(batch_size=MISSING)),
-    "no resampling": ("resampling_fn_probabilities", of_configuration(resampling_fn_probabilities=MISSING)),
-    "no network": ("architecture", of_configuration(architecture=MISSING)),
-    "no network class": ("network_class_name", of_network(network_class_name=MISSING)),
-    "a patch that is none": ("patch_size", of_configuration(patch_size="large")),
-    "a patch with fractions": ("patch_size", of_configuration(patch_size=[24, 20.5, 24])),
-    "a flat patch": ("patch_size [24, 24]", of_configuration(patch_size=[24, 24])),
-    "a patch that does not fit the strides": ("4 x 4 x 4", of_configuration(patch_size=[24, 22, 24])),
-    "an unknown argument": ("num_layers", of_arguments(num_layers=3)),
-    "too few features": ("3d_fullres", of_arguments(features_per_stage=[4, 8])),
-    "a parent that is none": ("3d_lowres", of_configuration(inherits_from="3d_lowres")),
-    "its own parent": ("3d_fullres", of_configuration(inherits_from="3d_fullres")),
-    "an unknown setting": ("mfm.epochs", lambda plans: plans["mfm"].update(epochs=3)),
-    "a later format": ("format", lambda plans: plans["mfm"].update(format=99)),
-    "foreign code": ("E_MODEL_UNSAFE", of_network(network_class_name="os.system")),
+PLANS: dict[str, Edit] = {
+    "plans_name": put(plans_name=MISSING),
+    "configurations": put(configurations=["3d_fullres"]),
+    "patch_size": of_configuration(patch_size=[24, 20.5, 24]),
+    "architecture": of_configuration(architecture=MISSING),
+    "4 x 4 x 4": of_configuration(patch_size=[24, 22, 24]),
+    "num_layers": of_arguments(num_layers=3),
+    "3d_fullres": of_arguments(features_per_stage=[4, 8]),
+    "mfm.epochs": lambda plans: plans["mfm"].update(epochs=3),
+    "format": lambda plans: plans["mfm"].update(format=99),
+    "E_MODEL_UNSAFE": of_network(network_class_name="os.system"),
 }
 
 
-@pytest.mark.parametrize("fault", PLANS)
-def test_plan_that_was_edited_badly(fault: str, site: Site) -> None:
-    hint, edit = PLANS[fault]
-    for dataset in ("Dataset005_Few", CORPUS):
-        edit_json(site.preprocessed(dataset) / "mfmPlans.json", edit)
-    with unchanged(site.workspace):
-        refused(site.train(1), hint, "mfmPlans.json")
-        refused(site.pretrain("--run-name", "new"), hint, "mfmPlans.json")
+def test_plans_that_were_edited_badly(site: Site) -> None:
+    files = [site.preprocessed(dataset) / "mfmPlans.json" for dataset in ("Dataset005_Few", CORPUS)]
+    good = [file.read_bytes() for file in files]
+    for hint, edit in PLANS.items():
+        for file, content in zip(files, good):
+            file.write_bytes(content)
+            edit_json(file, edit)
+        with unchanged(site.workspace):
+            refused(site.train(1), hint, "mfmPlans.json")
+            refused(site.pretrain("--run-name", "new"), hint, "mfmPlans.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]"])
+@pytest.mark.parametrize("text", ["{", "[]"])
 def test_plan_that_is_no_json_object(text: str, site: Site) -> None:
     for dataset in ("Dataset005_Few", CORPUS):
         (site.preprocessed(dataset) / "mfmPlans.json").write_text(text)
@@ -156,18 +124,17 @@ def test_plan_that_is_no_json_object(text: str, site: Site) -> None:
 
 
 @pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
-@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"labels": {"background": 0}, "file_ending": ".nii.gz"}'])
-def test_model_folder_with_a_broken_description(name: str, text: str | None, site: Site) -> None:
+def test_model_folder_with_a_broken_description(name: str, site: Site) -> None:
     file = site.model / name
     file.unlink()
-    if text is not None:
+    refused(site.predict(site.test_images, site.folder / "out"), "E_NOT_FOUND", file)
+    for text in ("{", "[]", '{"labels": {"background": 0}, "file_ending": ".nii.gz"}'):
         file.write_text(text)
-    code = "E_NOT_FOUND" if text is None else "E_MODEL_CORRUPT"
-    refused(site.predict(site.test_images, site.folder / "out"), code, file)
+        refused(site.predict(site.test_images, site.folder / "out"), "E_MODEL_CORRUPT", file)
     assert not (site.folder / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["{", "{}"])
 def test_broken_copies_are_made_again(text: str, site: Site) -> None:
     """What preprocessing derived is never a reason to stop planning; training says how to get it back."""
     accepted(site.plan("-d", 5, "--no_pp", "-pl", "mfmOther"))  # the fingerprint of this copy of the dataset
@@ -189,32 +156,12 @@ def test_training_without_fingerprint(site: Site) -> None:
     refused(site.train(1), "E_NOT_FOUND", file, "mfm_plan_and_preprocess")
 
 
-SPLITS = [
-    *("{", "{}", "[]", '[{"train": ["case0"]}]'),
-    *('[{"train": ["case0"], "val": ["nobody"]}]', '[{"train": ["case0"], "val": []}]'),
-]
-
-
-@pytest.mark.parametrize("text", SPLITS)
-def test_broken_splits(text: str, site: Site) -> None:
-    file = site.preprocessed() / "splits_final.json"
-    shutil.rmtree(site.model)
-    file.write_text(text)
-    with unchanged(site.preprocessed()):
-        refused(site.train(0), "E_CONFIG", file, "delete")
-
-
-def damage(file: Path, how: str) -> None:
-    os.truncate(file, {"cut": file.stat().st_size // 2, "empty": 0}[how])
-
-
-@pytest.mark.parametrize("how", ["cut", "empty"])
 @pytest.mark.parametrize("ending", [".b2nd", "_seg.b2nd", ".pkl"])
-def test_damaged_preprocessed_case(ending: str, how: str, site: Site) -> None:
+def test_damaged_preprocessed_case(ending: str, site: Site) -> None:
     """Found before the first step, not hours later when the case is drawn; planning again repairs it."""
     file = site.data() / f"case1{ending}"
     good = file.read_bytes()
-    damage(file, how)
+    os.truncate(file, file.stat().st_size // 2)
     with unchanged(site.workspace):
         refused(site.train(1), "E_SHORT_DATA", file, "mfm_plan_and_preprocess")
     assert "1 cases preprocessed, 2 reused" in accepted(site.plan("-d", 5, "-c", "3d_fullres", "-pl", "mfmOther")).err
@@ -234,23 +181,6 @@ def test_preprocessed_cases_with_a_damaged_middle(site: Site) -> None:
     accepted(site.plan("-d", 5, "-c", "3d_fullres", "-pl", "mfmOther"))
     assert [file.read_bytes() for file in files] == good
     accepted(site.train(1))
-
-
-def test_damaged_volume_of_a_corpus(site: Site) -> None:
-    file = site.data(CORPUS) / "scan1.b2nd"
-    damage(file, "cut")
-    refused(site.pretrain("--run-name", "new"), "E_SHORT_DATA", file)
-    accepted(site.plan("-d", 701, "-c", "3d_fullres", "-pl", "mfmOther"))
-    accepted(site.pretrain("--run-name", "new"))
-
-
-def test_missing_preprocessed_file(site: Site) -> None:
-    (site.data() / "case1.pkl").unlink()
-    refused(site.train(1), "case1", "mfm_plan_and_preprocess")
-    shutil.rmtree(site.data())
-    refused(site.train(1), "E_NOT_FOUND", "mfm_plan_and_preprocess -d Dataset005_Few")
-    shutil.rmtree(site.data(CORPUS))
-    refused(site.pretrain("--run-name", "new"), "E_NOT_FOUND", f"mfm_plan_and_preprocess -d {CORPUS}")
 
 
 def test_settings_of_a_run_that_were_damaged(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,9 @@ from tests.builders.site import (
     PRETRAIN,
     Site,
     accepted,
-    nothing_lost,
     refused,
     unchanged,
     with_small_network,
-    write_dataset,
     write_scan,
 )
 
@@ -55,11 +54,10 @@ UNKNOWN: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", UNKNOWN)
-def test_unknown_name(what: str, site: Site) -> None:
-    command, words, hint = UNKNOWN[what]
+def test_unknown_names(site: Site) -> None:
     with unchanged(site.folder):
-        refused(site.run(command, *words.split()), hint)
+        for command, words, hint in UNKNOWN.values():
+            refused(site.run(command, *words.split()), hint)
 
 
 MODELS: dict[str, tuple[str, str]] = {
@@ -80,39 +78,39 @@ MODELS: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", MODELS)
-def test_unknown_model(what: str, site: Site) -> None:
+def test_unknown_models(site: Site) -> None:
     places = {"images": site.test_images, "model": site.model, "pretrained": site.pretrained}
-    words, hint = (text.format(**places) for text in MODELS[what])
     with unchanged(site.folder):
-        refused(site.predict(site.test_images, site.folder / "out", *words.split()), hint)
+        for line in MODELS.values():
+            words, hint = (text.format(**places) for text in line)
+            refused(site.predict(site.test_images, site.folder / "out", *words.split()), hint)
 
 
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-NOT_HERE: dict[str, tuple[str, str]] = {
-    "plan_and_preprocess": ("-d 5", "nnUNet_raw"),
-    "pretrain": ("701 3d_fullres", "nnUNet_raw"),
-    "train": ("5 3d_fullres 0", "nnUNet_raw"),
-    "predict": ("-i {images} -o out -d 5 -c 3d_fullres", "nnUNet_raw"),
-    "study": ("5 3d_fullres --labels 1 --arms scratch", "nnUNet_raw"),
+NOT_HERE = {
+    "plan_and_preprocess": "-d 5",
+    "pretrain": "701 3d_fullres",
+    "train": "5 3d_fullres 0",
+    "predict": "-i {images} -o out -d 5 -c 3d_fullres",
+    "study": "5 3d_fullres --labels 1 --arms scratch",
 }
 
 
-@pytest.mark.parametrize("command", NOT_HERE)
-def test_another_workspace(command: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_workspace(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace that is missing, that is a file, and a variable that names nothing: each says where it was set."""
-    words, variable = NOT_HERE[command]
-    line = words.format(images=site.test_images).split()
     monkeypatch.chdir(site.folder)
     file = site.folder / "file"
     file.write_text("")
+    lines = {command: words.format(images=site.test_images).split() for command, words in NOT_HERE.items()}
     with unchanged(site.folder):
-        missing = site.run(command, *line, "--workspace", site.folder / "nowhere", in_workspace=False)
-        refused(missing, "E_NOT_FOUND", site.folder / "nowhere", "--workspace")
-        refused(site.run(command, *line, "--workspace", file, in_workspace=False), "E_EXISTS", "--workspace", file)
+        for command, line in lines.items():
+            missing = site.run(command, *line, "--workspace", site.folder / "nowhere", in_workspace=False)
+            refused(missing, "E_NOT_FOUND", site.folder / "nowhere", "--workspace")
+            refused(site.run(command, *line, "--workspace", file, in_workspace=False), "E_EXISTS", "--workspace", file)
         for name in VARIABLES:
             monkeypatch.setenv(name, str(site.folder / "typo"))
-        refused(site.run(command, *line), "E_NOT_FOUND", variable, site.folder / "typo")
+        for command, line in lines.items():
+            refused(site.run(command, *line), "E_NOT_FOUND", "nnUNet_raw", site.folder / "typo")
 
 
 def test_results_of_another_place(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,88 +119,38 @@ def test_results_of_another_place(site: Site, monkeypatch: pytest.MonkeyPatch) -
     refused(site.predict(site.test_images, site.folder / "out", *line), "E_NOT_FOUND", "nnUNet_results", "typo")
 
 
-def test_raw_data_of_another_place(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is preprocessed is found, and planning needs the raw folder."""
-    monkeypatch.setenv("nnUNet_raw", str(site.folder / "typo"))
-    refused(site.plan("-d", 5), "E_NOT_FOUND", "nnUNet_raw", "typo")
-    refused(site.run("study", 5, "3d_fullres", "--labels", 1, "--arms", "scratch"), "E_NOT_FOUND", "nnUNet_raw")
+SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "pretrain": (PRETRAIN, {
+        "pretrain.epoch=3": "'pretrain.epochs'",
+        "finetune.epochs=3": "'pretrain.epochs'",
+        "pretrain.epochs=2.5": "expected int",
+        "pretrain.epochs=0": "pretrain.epochs=0",
+        "pretrain.learning_rate=nan": "pretrain.learning_rate",
+        "pretrain.optimizer=adam": "sgd, adamw",
+        "pretext.mask_ration=0.5": "'pretext.mask_ratio'",
+        "pretext.mask_ratio=2": "between 0 and 1",
+        "pretext.cell_size=3,3": "3 axes",
+        "seed=-1": "seed",
+    }),
+    "train": (FINETUNE, {
+        "finetune.epoch=3": "'finetune.epochs'",
+        "finetune.learning_rate=fast": "expected float",
+        "finetune.warmup_epochs=9": "warmup_epochs",
+        "finetune.checkpoint=x.pth": "-pretrained_weights",
+        "finetune.batch_size=1000000000": "finetune.batch_size",
+        "network=primus": "training has no setting 'network'",
+    }),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["IM-0001.dcm", "I0000001", "deep/er/1.2.840.1"])
-def test_dicom_is_to_be_converted(name: str, site: Site) -> None:
-    """By its ending, and by its first bytes where archives give none; for prediction, and for a corpus."""
-    file = site.folder / "study" / name
-    file.parent.mkdir(parents=True)
-    file.write_bytes(bytes(128) + b"DICM" + bytes(100))
-    outcomes = [site.predict(site.folder / "study", site.folder / "out")]
-    outcomes += [site.plan("-d", 702, "--images", source) for source in (site.folder / "study", file)]
-    for outcome in outcomes:
-        refused(outcome, "E_FORMAT" if outcome is outcomes[2] else "E_NOT_FOUND", "dcm2niix")
-
-
-PRETRAIN_SETTINGS = {
-    "pretrain.epoch=3": "'pretrain.epochs'",
-    "epochs=3": "'pretrain.epochs'",
-    "pretext.mask_ration=0.5": "'pretext.mask_ratio'",
-    "finetune.epochs=3": "'pretrain.epochs'",
-    "pretrain.epochs=three": "expected int",
-    "pretrain.epochs=2.5": "expected int",
-    "pretrain.epochs=0": "pretrain.epochs=0",
-    "pretrain.epochs=-1": "pretrain.epochs=-1",
-    "pretrain.epochs=1000000000000000000000": "at most 1000000",
-    "pretrain.iterations_per_epoch=0": "pretrain.iterations_per_epoch=0",
-    "pretrain.batch_size=0": "pretrain.batch_size=0",
-    "pretrain.learning_rate=nan": "pretrain.learning_rate",
-    "pretrain.learning_rate=inf": "pretrain.learning_rate",
-    "pretrain.learning_rate=-1": "pretrain.learning_rate",
-    "pretrain.optimizer=adam": "sgd, adamw",
-    "pretrain.precision=fp8": "auto, fp32, bf16, fp16",
-    "pretrain.warmup_epochs=-3": "warmup_epochs",
-    "pretrain.weight_decay=-1": "weight_decay",
-    "pretrain.gradient_clip=0": "gradient_clip",
-    "pretrain.validation_fraction=1": "validation_fraction",
-    "pretext.mask_ratio=2": "between 0 and 1",
-    "pretext.cell_size=0": "cell_size",
-    "pretext.cell_size=3,3": "3 axes",
-    "seed=-1": "seed",
-    "num_workers=-1": "num_workers",
-}
-
-
-@pytest.mark.parametrize("setting", PRETRAIN_SETTINGS)
-def test_wrong_setting_of_pretraining(setting: str, site: Site) -> None:
-    name = setting.partition("=")[0]
-    others = [other for other in PRETRAIN if other.partition("=")[0] != name]
+@pytest.mark.parametrize("command", SETTINGS)
+def test_wrong_settings(command: str, site: Site) -> None:
+    good, wrong = SETTINGS[command]
     with unchanged(site.folder):
-        refused(site.pretrain("--run-name", "new", settings=[*others, setting]), "E_CONFIG", PRETRAIN_SETTINGS[setting])
-
-
-FINETUNE_SETTINGS = {
-    "finetune.epoch=3": "'finetune.epochs'",
-    "pretrain.epochs=3": "'finetune.epochs'",
-    "finetune.epochs=0": "finetune.epochs=0",
-    "finetune.iterations_per_epoch=0": "finetune.iterations_per_epoch=0",
-    "finetune.learning_rate=-1": "finetune.learning_rate",
-    "finetune.learning_rate=fast": "expected float",
-    "finetune.warmup_epochs=9": "warmup_epochs",
-    "finetune.weight_decay=-1": "weight_decay",
-    "finetune.precision=half": "auto, fp32, bf16, fp16",
-    "finetune.deep_supervision=maybe": "expected bool",
-    "finetune.checkpoint=x.pth": "-pretrained_weights",
-    "finetune.iterations_per_epoch=1000000001": "at most 1000000",
-    "finetune.batch_size=1000000000": "finetune.batch_size",
-    "seed=-1": "seed=-1: must be at least 0",
-    "network=primus": "training has no setting 'network'",
-    "num_workers=-1": "num_workers",
-}
-
-
-@pytest.mark.parametrize("setting", FINETUNE_SETTINGS)
-def test_wrong_setting_of_training(setting: str, site: Site) -> None:
-    name = setting.partition("=")[0]
-    others = [other for other in FINETUNE if other.partition("=")[0] != name]
-    with unchanged(site.folder):
-        refused(site.train(1, settings=[*others, setting]), "E_CONFIG", FINETUNE_SETTINGS[setting])
+        for setting, hint in wrong.items():
+            settings = [*(other for other in good if other.split("=")[0] != setting.split("=")[0]), setting]
+            call = {"train": partial(site.train, 1), "pretrain": partial(site.pretrain, "--run-name", "new")}[command]
+            refused(call(settings=settings), "E_CONFIG", hint)
 
 
 PLANNING: dict[str, tuple[str, str]] = {
@@ -216,12 +164,11 @@ PLANNING: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", PLANNING)
-def test_impossible_plan(what: str, site: Site) -> None:
-    words, hint = PLANNING[what]
+def test_impossible_plans(site: Site) -> None:
     accepted(site.plan("-d", 5, "--no_pp"))  # the fingerprint of this copy of the dataset
     with unchanged(site.folder):
-        refused(site.plan("-d", 5, "-pl", "mfmNew", *words.format(checkpoint=site.pretrained).split()), hint)
+        for words, hint in PLANNING.values():
+            refused(site.plan("-d", 5, "-pl", "mfmNew", *words.format(checkpoint=site.pretrained).split()), hint)
 
 
 CORPORA: dict[str, tuple[str, str]] = {
@@ -237,52 +184,14 @@ CORPORA: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", CORPORA)
-def test_corpus_that_cannot_be_registered(what: str, site: Site) -> None:
-    words, hint = CORPORA[what]
+def test_corpora_that_cannot_be_registered(site: Site) -> None:
     places = {"scans": site.scans, "images": site.test_images, "empty": site.folder / "empty"}
     places["text"] = site.folder / "notes.txt"
     places["empty"].mkdir()
     places["text"].write_text("notes")
     with unchanged(site.folder):
-        refused(site.plan(*(word.format(**places).replace("|", " ") for word in words.split())), hint)
-
-
-TABLES = {
-    "columns": ("file,age\na.nii.gz,3\n", "'image'"),
-    "nothing": ("", "'image'"),
-    "no rows": ("image\n", "no image"),
-    "missing files": ("image\nscans/scan0.nii.gz\nscans/gone.nii.gz\n", "line 3"),
-    "empty cells": ("image_0,image_1\nscans/scan0.nii.gz,\n", "image_1 is empty"),
-    "a name twice": ("image,case\nscans/scan0.nii.gz,a\nscans/scan1.nii.gz,a\n", "named twice: a"),
-    "no text": (b"\xff\xfe\x00\x01", "CSV"),
-}
-
-
-@pytest.mark.parametrize("what", TABLES)
-def test_table_of_scans(what: str, site: Site) -> None:
-    content, hint = TABLES[what]
-    table = site.folder / "scans.csv"
-    table.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with unchanged(site.folder):
-        refused(site.plan("-d", 702, "--images", table), table, hint)
-
-
-@pytest.mark.parametrize(
-    ("command", "words", "nearest"),
-    [
-        ("plan_and_preprocess", "-d 5 --memory-bg 8", "--memory-gb"),
-        ("pretrain", "701 3d_fullres --pretex mae", "--pretext"),
-        ("train", "5 3d_fullres 1 -pretrained_weight x.pth", "-pretrained_weights"),
-        ("predict", "-i in -o out -m model --overwrit", "--overwrite"),
-        ("train", "5 3d_fullres 1 --epochs 3", "finetune.epochs=VALUE"),
-        ("pretrain", "701 3d_fullres --epochs 3", "with --set: pretrain.epochs=VALUE."),
-        ("demo", "--learning-rate 3", "pretrain.learning_rate=VALUE or finetune.learning_rate=VALUE"),
-    ],
-)
-def test_misspelt_flag(command: str, words: str, nearest: str, site: Site) -> None:
-    with unchanged(site.folder):
-        refused(site.run(command, *words.split()), nearest)
+        for words, hint in CORPORA.values():
+            refused(site.plan(*(word.format(**places).replace("|", " ") for word in words.split())), hint)
 
 
 def test_strange_names_work(empty: Site) -> None:
@@ -299,15 +208,6 @@ def test_strange_names_work(empty: Site) -> None:
     assert all(file.name.isascii() for file in files)
     with_small_network(site.preprocessed(CORPUS) / "mfmPlans.json")
     accepted(site.pretrain())
-
-
-def test_masks_of_strange_names(site: Site) -> None:
-    images = site.folder / "neue Bilder"
-    names = ["Müller, Hans (2)", "患者 7", "-dash", "a.b.c"]
-    for number, name in enumerate(names):
-        write_scan(images / f"{name}_0000.nii.gz", number)
-    accepted(site.predict(images, site.folder / "neue Masken"))
-    assert {file.name for file in (site.folder / "neue Masken").glob("*.nii.gz")} == {f"{n}.nii.gz" for n in names}
 
 
 def steering(text: str) -> list[str]:
@@ -329,56 +229,6 @@ def test_names_of_scans(site: Site) -> None:
     assert r"other\x1b[2J.png" in outcome.err
     for text in (outcome.out, outcome.err, site.log):
         assert not steering(text)
-
-
-def test_names_of_a_corpus_and_of_flags(empty: Site) -> None:
-    for number, name in enumerate(("good", "bad \x1b[2J", "also \u202e")):
-        write_scan(empty.scans / f"{name}.nii.gz", number)
-    (empty.scans / "bad \x1b[2J.nii.gz").write_bytes(b"no scan")
-    outcomes = [empty.plan("-d", 701, "-c", "3d_fullres", "--images", empty.scans)]
-    outcomes += [empty.run("plan_and_preprocess", *words) for words in (("--\x1b[2J",), ("-d", "4", "--like", "\x1b"))]
-    for outcome in outcomes:
-        assert outcome.code in (2, 3)
-        assert not steering(outcome.out + outcome.err)
-
-
-def test_words_of_a_checkpoint(site: Site) -> None:
-    content = torch.load(site.pretrained, weights_only=True)
-    content["mfm"] |= {"licence": "cc\x1b[2J", "citations": ["Doe\u202e (2022)"]}
-    torch.save(content, site.folder / "a\x1b[2J.pth")
-    outcome = accepted(site.run("checkpoint", "describe", site.folder / "a\x1b[2J.pth"))
-    assert r"cc\x1b[2J" in outcome.out
-    assert not steering(outcome.out)
-
-
-def test_new_scans_are_added_and_known_ones_stay(empty: Site) -> None:
-    for number in range(2):
-        write_scan(empty.scans / f"scan{number}.nii.gz", number)
-    words = ("-d", 701, "-c", "3d_fullres", "--images", empty.scans)
-    accepted(empty.plan(*words))
-    write_scan(empty.scans / "later.nii.gz", 7)
-    with nothing_lost(empty.data(CORPUS)):
-        outcome = accepted(empty.plan(*words))
-    assert "1 cases preprocessed, 2 reused" in outcome.err
-
-
-def test_a_fold_of_each_small_dataset(empty: Site) -> None:
-    """One case cannot be split; two to four are left out one by one."""
-    for number in range(1, 5):
-        site = Site(empty.folder / str(number), empty.call)
-        write_dataset(site.raw, number)
-        accepted(site.plan("-d", 5, "-c", "3d_fullres"))
-        with_small_network(site.preprocessed() / "mfmPlans.json")
-        if number == 1:
-            refused(site.train(0), "only one labelled case", "'all'")
-            accepted(site.train("all"))
-            write_scan(site.test_images / "test_0000.nii.gz")
-            accepted(site.predict(site.test_images, site.folder / "out"))
-            continue
-        refused(site.train(number), f"0 to {number - 1}", "'all'")
-        accepted(site.train(number - 1))
-        masks = (site.model / f"fold_{number - 1}" / "validation").glob("*.nii.gz")
-        assert [file.name for file in masks] == [f"case{number - 1}.nii.gz"]
 
 
 def test_a_corpus_of_one_scan(empty: Site) -> None:

@@ -25,7 +25,6 @@ from tests.builders.site import (
     write_scan,
 )
 
-LEVELS = ("../", "../../", "../../../", "../../../../", "../../../../../", "../../../../../../")
 LATIN_1 = os.fsdecode(b"M\xfcller")
 
 
@@ -48,8 +47,7 @@ def around(site: Site) -> dict[str, str]:
     return contents(*others)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize("name", ["victim.txt", "pwn.nii.gz"])
+@pytest.mark.parametrize(("levels", "name"), [("../" * 4, "victim.txt"), ("../../", "pwn.nii.gz")])
 def test_ending_of_a_dataset(name: str, levels: str, empty: Site) -> None:
     write_dataset(empty.raw)
     cases = {
@@ -61,9 +59,7 @@ def test_ending_of_a_dataset(name: str, levels: str, empty: Site) -> None:
     assert not empty.preprocessed().exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["../../../victim", "a/b", "..", ".hidden", "x\0y", LATIN_1, "a\nb", "x_seg", "é" * 130], ids=ascii
-)
+@pytest.mark.parametrize("name", ["../../../victim", LATIN_1, "x_seg", "é" * 130], ids=ascii)
 def test_names_of_mapped_cases(name: str, empty: Site) -> None:
     write_dataset(empty.raw)
     case = {"images": ["imagesTr/case0_0000.nii.gz"], "label": "labelsTr/case0.nii.gz"}
@@ -77,7 +73,7 @@ def test_names_of_mapped_cases(name: str, empty: Site) -> None:
 
 
 @pytest.mark.parametrize("key", ["plans_name", "dataset_name", "data_identifier"])
-@pytest.mark.parametrize("value", ["../../../../victim", "../../pwn", "/tmp/pwn_of_the_tests", "a/../../b", "x\0"])
+@pytest.mark.parametrize("value", ["../../../../victim"])
 def test_names_in_a_plan(key: str, value: str, site: Site) -> None:
     for dataset in (LABELLED, CORPUS):
         edit_json(site.preprocessed(dataset) / "mfmPlans.json", lambda plans: put(plans, key, value))
@@ -96,7 +92,7 @@ def test_a_plan_of_another_dataset(site: Site) -> None:
         refused(site.train(1), "E_CONFIG", CORPUS, LABELLED, "mfmPlans.json")
 
 
-@pytest.mark.parametrize("name", ["../../../../victim", "plans/../../x", LATIN_1], ids=ascii)
+@pytest.mark.parametrize("name", ["../../../../victim", LATIN_1], ids=ascii)
 def test_names_on_the_command_line(name: str, site: Site) -> None:
     with unchanged(site.folder):
         refused(site.train(1, "-p", name), "E_CONFIG")
@@ -106,19 +102,7 @@ def test_names_on_the_command_line(name: str, site: Site) -> None:
         refused(site.run("train", 5, "3d_fullres", 1, "-tr", f"{name}"), "E_NOT_FOUND")
 
 
-def test_names_of_a_model_folder(site: Site) -> None:
-    for name, edit in (
-        ("plans.json", lambda content: content.update(plans_name="../../victim")),
-        ("dataset.json", lambda content: content.update(file_ending="/../../victim.txt")),
-    ):
-        good = (site.model / name).read_bytes()
-        edit_json(site.model / name, edit)
-        refused(site.predict(site.test_images, site.folder / "out"), "E_MODEL_CORRUPT", site.model / name)
-        (site.model / name).write_bytes(good)
-    assert not (site.folder / "out").exists()
-
-
-@pytest.mark.parametrize("trainer", ["join", "os", "nnUNetTrainer.__init__", "../x", "torch"])
+@pytest.mark.parametrize("trainer", ["join", "../x"])
 def test_trainers_that_are_none(trainer: str, site: Site) -> None:
     """nnU-Net finds whatever its modules hold under a name: functions and libraries too."""
     file = site.model / "fold_0" / "checkpoint_final.pth"
@@ -192,17 +176,6 @@ def test_folders_that_are_not_utf_8(place: str, site: Site) -> None:
         assert not (site.folder / LATIN_1).exists()
 
 
-def test_images_whose_names_are_not_utf_8_cost_no_other(site: Site) -> None:
-    good = next(site.test_images.iterdir())
-    shutil.copy(good, site.test_images / f"{LATIN_1}_0000.nii.gz")
-    outcome = site.predict(site.test_images, site.folder / "out")
-    assert outcome.code == 3
-    assert "1 of 3 cases failed" in outcome.err
-    assert "E_CONFIG" in outcome.err
-    assert len(list((site.folder / "out").glob("*.nii.gz"))) == 2
-    accepted(site.run("predict", "-i", site.folder / "out", "-o", site.folder / "out2", "-m", site.model))
-
-
 STUDY = {
     "question": {
         "dataset": "Dataset004_A", "configuration": "3d_fullres", "plans": "own", "settings": [], "tolerance_mm": 1.0,
@@ -222,23 +195,14 @@ ESCAPE = "../../../victim"
     [
         {"asked": [{"num_labels": 1, "seed": 0, "arm": ESCAPE}]},
         {"asked": [{"num_labels": ESCAPE, "seed": 0, "arm": "scratch"}]},
-        {"asked": [{"num_labels": -1, "seed": 0, "arm": "scratch"}]},
-        {"asked": [{"num_labels": 1, "seed": 0, "arm": ["scratch"]}]},
-        {"asked": [3]},
         {"asked": 3},
         {"arms": {ESCAPE: {"file": None, "sha256": None, "settings": []}}},
-        {"arms": []},
         {"arms": {"scratch": 3}},
         {"folds": [[1, 0]]},
         {"test_cases": {ESCAPE: {"images": [], "label": "x"}}},
-        {"test_cases": {"case0": 3}},
         {"question": {}},
-        {"question": 3},
         {"question": {**STUDY["question"], "subjects": {"case0": 3}}},  # type: ignore[dict-item]
-        {"library": 3},
-        {"results": 3},
         {"dataset_json": {**STUDY["dataset_json"], "file_ending": f"/{ESCAPE}"}},  # type: ignore[dict-item]
-        {"dataset_json": 3},
     ],
 )
 def test_study_json(changes: dict[str, Any], empty: Site) -> None:

@@ -61,10 +61,9 @@ def test_the_hook_sees_what_a_pickle_calls(mark: Path) -> None:
     _seen.clear()
 
 
-@pytest.mark.parametrize("name", ["protocol 4", "in an array", "scalar that is an address"])
-def test_pickles_of_a_labelled_dataset(name: str, site: Site, mark: Path) -> None:
+def test_pickles_of_a_labelled_dataset(site: Site, mark: Path) -> None:
     for file in site.data().glob("*.pkl"):
-        file.write_bytes(crafted.pickles(mark)[name])
+        file.write_bytes(crafted.pickles(mark)["in an array"])
     with unchanged(site.data(), site.model):
         refused(site.train(1), "E_DATA_UNSAFE", site.data(), ".pkl", "mfm_plan_and_preprocess")
         refused(site.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", site.data(), ".pkl")
@@ -75,10 +74,7 @@ def test_pickles_of_a_labelled_dataset(name: str, site: Site, mark: Path) -> Non
     [
         {"shape_before_cropping": None},
         {"spacing": (0.0, 1.0, 1.0)},
-        {"spacing": [[1.0], [1.0]]},
         {"bbox_used_for_cropping": [[0, 999]] * 3},
-        {"shape_after_cropping_and_before_resampling": (1, 2)},
-        {"sitk_stuff": {}},
         {"sitk_stuff": {"spacing": (1.0, 1.0, 1.0), "origin": (0.0, float("nan"), 0.0), "direction": (1.0,) * 9}},
     ],
 )
@@ -102,35 +98,24 @@ def test_a_pickle_that_is_exchanged_after_the_check(site: Site, mark: Path, monk
     refused(site.train(1), "E_DATA_UNSAFE", ".pkl")
 
 
-LABELLED_KINDS = ("a function", "an array of a server", "a compressor for the chunks", "pickled objects")
-
-
-@pytest.mark.parametrize("ending", [".b2nd", "_seg.b2nd"])
-@pytest.mark.parametrize("kind", LABELLED_KINDS)
+@pytest.mark.parametrize(("kind", "ending"), [("a compressor for the chunks", ".b2nd"), ("a function", "_seg.b2nd")])
 def test_volumes_of_a_labelled_dataset(kind: str, ending: str, site: Site, mark: Path) -> None:
     for number in range(3):
         crafted_volume(site.data() / f"case{number}{ending}", mark, kind)
     with unchanged(site.data()):
         refused(site.train(1), "E_DATA_UNSAFE", ending)
-        if ending == ".b2nd" or kind != "a compressor for the chunks":  # validation opens labels and reads none
-            refused(site.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", ending)
+        refused(site.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", ending)
 
 
-@pytest.mark.parametrize("kind", ["a function of older versions", "a proxy", "a compressor for the list of chunks"])
-def test_volumes_and_masks_of_a_corpus(kind: str, site: Site, mark: Path) -> None:
+def test_volumes_and_masks_of_a_corpus(site: Site, mark: Path) -> None:
     data = site.data(CORPUS)
+    mask_file(data, "x").parent.mkdir()
     for number in range(3):
-        crafted_volume(data / f"scan{number}.b2nd", mark, kind)
-    refused(site.pretrain("--run-name", "new"), "E_DATA_UNSAFE", data, ".b2nd")
-
-
-def test_masks_of_a_corpus(site: Site, mark: Path) -> None:
-    data = site.data(CORPUS)
-    for number in range(3):
-        file = mask_file(data, f"scan{number}")
-        file.parent.mkdir(exist_ok=True)
-        crafted_volume(file, mark, "a function")
+        crafted_volume(mask_file(data, f"scan{number}"), mark, "a function")
     refused(site.pretrain("--run-name", "new"), "E_DATA_UNSAFE", "_anonymised")
+    for number in range(3):
+        crafted_volume(data / f"scan{number}.b2nd", mark, "a proxy")
+    refused(site.pretrain("--run-name", "new"), "E_DATA_UNSAFE", data, ".b2nd")
 
 
 @pytest.fixture
@@ -146,14 +131,13 @@ def older(site: Site) -> Site:
     return site
 
 
-@pytest.mark.parametrize("ending", [".npy", ".npz"])
-def test_arrays_of_objects_in_nnunets_older_layout(ending: str, older: Site, mark: Path) -> None:
+def test_arrays_of_objects_in_nnunets_older_layout(older: Site, mark: Path) -> None:
     for number in range(3):
         crafted.object_arrays(mark, older.data(), f"case{number}", ("data", "seg"))
-        if ending == ".npz":
-            (older.data() / f"case{number}.npy").unlink()
-    refused(older.train(1), "E_DATA_UNSAFE", older.data(), ending)
-    refused(older.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", ending)
+    refused(older.train(1), "E_DATA_UNSAFE", older.data(), ".npy")
+    for file in older.data().glob("*.npy"):
+        file.unlink()
+    refused(older.run("train", 5, "3d_fullres", 0, "--val"), "E_DATA_UNSAFE", ".npz")
 
 
 def test_prediction_reads_none_of_them(site: Site, mark: Path) -> None:

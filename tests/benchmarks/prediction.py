@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import mfm_nnunet
-from mfm_nnunet.prediction.predictor import load_model
+from mfm_nnunet.prediction.model import load_model
 from mfm_nnunet.workspace import PLUGIN_FOLDER
 from tests.builders.tiny_model import dataset_json, save_model, tiny_plans, voxels_of, write_scan
 

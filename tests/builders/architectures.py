@@ -57,6 +57,25 @@ def primus(patch_size: Sequence[int], embed_dim: int = 48, **changes: Any) -> di
     }
 
 
+def pctnet(patch_size: Sequence[int], features: Sequence[int] = (4, 4, 8, 8), **changes: Any) -> dict[str, Any]:
+    """A PCT-Net without dropout; its deepest map is two to four places wide, and windows of three need padding."""
+    num_axes, num_levels = len(patch_size), len(features)
+    return {
+        "network_class_name": "mfm_nnunet.models.pctnet.PCTNet",
+        "arch_kwargs": {
+            "features_per_stage": list(features),
+            "strides": [[1] * num_axes] + [[2] * num_axes] * (num_levels - 1),
+            "kernel_sizes": [[3] * num_axes] * num_levels,
+            "num_heads": [2] * (num_levels - 2),
+            "windows": [[3] * num_axes] * (num_levels - 2),
+            "dropout": 0.0,
+            "drop_path": 0.0,
+            **changes,
+        },
+        "_kw_requires_import": [],
+    }
+
+
 def swin(num_axes: int = 3, **changes: Any) -> dict[str, Any]:
     """A Swin U-Net of three stages, with tokens of two voxels and windows of four tokens."""
     kwargs = {

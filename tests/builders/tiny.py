@@ -13,7 +13,6 @@ from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from mfm_nnunet.jobs import train
-from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace
 from tests.builders.architectures import primus, resenc
@@ -100,7 +99,7 @@ def run_training(
     here: Workspace, dataset: str, configuration: str, fold: int | str, *, overrides: Sequence[str] = (), **options: Any
 ) -> Path:
     """Train a fold in a workspace that is already in use."""
-    return train.run_training(here, TrainRequest(dataset, configuration, fold, settings=overrides, **options))
+    return train.train(dataset, configuration, fold, settings=overrides, workspace=here.root, **options)
 
 
 def _write_case(base: Path, name: str, rng: np.random.Generator) -> None:

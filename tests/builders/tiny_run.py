@@ -12,8 +12,9 @@ from typing import Any
 
 import blosc2
 import numpy as np
+import torch
 
-from mfm_nnunet import workspace
+from mfm_nnunet import checkpoint, workspace
 from mfm_nnunet.jobs.pretrain import pretrain_here
 from mfm_nnunet.requests import PretrainRequest
 from mfm_nnunet.workspace import Workspace
@@ -56,6 +57,18 @@ def request(task: str = "mae", settings: tuple[str, ...] = (), **changes: Any) -
     """The request of a tiny run."""
     options = {"pretext": task, "settings": (*SETTINGS, *settings), "device": "cpu", **changes}
     return PretrainRequest(options.pop("dataset", NAME), options.pop("configuration", CONFIGURATION), **options)
+
+
+def run_folder(folder: Path, task: str = "mae") -> Path:
+    return folder / "nnUNet_results" / NAME / f"mfm_pretrain__{task}__mfmPlans__3d_fullres"
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_weights(file)["network_weights"]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ def make_trainer(configuration: str = "3d_fullres", block: MFMBlock | None = Non
     dataset_json = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "inner": 1, "outer": 2}}
     dataset_json |= {"file_ending": ".nii.gz", "numTraining": 6, "training": ["/home/somebody/subject-42.nii.gz"]}
     return MFMTrainer({**plans, "continue_training": False}, configuration, 0, dataset_json, CPU)
+
+
+def initialised(
+    configuration: str = "3d_fullres", file: Path | None = None, plan: dict[str, Any] | None = None, **settings: Any
+) -> MFMTrainer:
+    """An initialised trainer with these fine-tuning settings, from the checkpoint ``file`` if there is one."""
+    block = MFMBlock(finetune=dataclasses.replace(tiny.FINETUNE, **settings), num_workers=0)
+    trainer = make_trainer(configuration, block, **(plan or {}))
+    trainer.pretrained_checkpoint = file
+    trainer.initialize()
+    return trainer
 
 
 def pretrained_file(folder: Path, architecture: dict[str, Any] | None = None, num_outputs: int = 1) -> Path:

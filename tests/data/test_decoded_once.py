@@ -77,12 +77,10 @@ def test_a_dataset_of_several_configurations_is_decoded_once_per_stage(
 @pytest.mark.parametrize(
     ("name", "picture"),
     [
-        ("grey.png", Image.fromarray(GREY)), ("16.png", Image.fromarray(GREY.astype(np.uint16) * 200)),
-        ("1.png", Image.fromarray(GREY > 99)), ("palette.png", Image.fromarray(COLOUR).quantize(16)),
-        ("alpha.png", Image.fromarray(np.dstack([COLOUR, GREY]))), ("colour.jpg", Image.fromarray(COLOUR)),
-        ("print.jpg", Image.fromarray(np.dstack([COLOUR, GREY]), "CMYK")), ("palette.bmp", Image.fromarray(GREY)),
-        ("colour.bmp", Image.fromarray(COLOUR)), ("grey.tif", Image.fromarray(GREY)),
-        ("colour.tif", Image.fromarray(COLOUR)),
+        ("16.png", Image.fromarray(GREY.astype(np.uint16) * 200)), ("colour.tif", Image.fromarray(COLOUR)),
+        ("palette.png", Image.fromarray(COLOUR).quantize(16)), ("palette.bmp", Image.fromarray(GREY)),
+        ("alpha.png", Image.fromarray(np.dstack([COLOUR, GREY]))),
+        ("print.jpg", Image.fromarray(np.dstack([COLOUR, GREY]), "CMYK")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -114,19 +113,3 @@ def test_changed_arrays_do_not_reach_beyond_their_content(tmp_path: Path) -> Non
     file.write_bytes(content.replace(b"K\x03K\x04\x86", b"K\x30K\x04\x86"))
     with pytest.raises(MFMError, match="E_SHORT_DATA"):
         read_properties(file)
-
-
-def test_the_check_costs_little(tmp_path: Path) -> None:
-    """Against pickle.loads of the same bytes, best of several."""
-    file = tmp_path / "a.pkl"
-    file.write_bytes(pickle.dumps(properties_of()))
-
-    def seconds(read: Any) -> float:
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            read()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert seconds(lambda: read_properties(file)) < seconds(lambda: pickle.loads(file.read_bytes())) + 2e-3

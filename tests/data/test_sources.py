@@ -36,15 +36,6 @@ def test_csv_with_everything(tmp_path: Path, spelling: str, caplog: pytest.LogCa
     assert second == Case("b", (tmp_path / "b.nii.gz",), None, "b", "CT")
 
 
-def test_missing_masks_are_listed_with_missing_images(tmp_path: Path) -> None:
-    touch(tmp_path, "a.nii.gz", "b.nii.gz")
-    table = tmp_path / "list.csv"
-    table.write_text("image,anonymisation_mask\na.nii.gz,lost1.nii\nb.nii.gz,lost2.nii\nc.nii.gz,\n")
-    message = refusal("E_NOT_FOUND", index_source, table)
-    assert "3 images or masks" in message
-    assert all(name in message for name in ("lost1.nii", "lost2.nii", "c.nii.gz", "line 2", "line 3", "line 4"))
-
-
 # --- nnssl's pretrain_data.json -----------------------------------------------------------------------------------
 
 
@@ -250,11 +241,6 @@ def test_the_second_of_two_raw_folders_is_told(tmp_path: Path, caplog: pytest.Lo
     touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTs/b_0000.nii.gz")
     assert [case.name for case in index_source(tmp_path)] == ["a"]
     assert "imagesTs is not taken" in caplog.text
-
-
-def test_dicom_is_no_image_and_the_way_out_is_told(tmp_path: Path) -> None:
-    touch(tmp_path, "series/0001.dcm")
-    assert "dcm2niix" in str(refusal("E_NOT_FOUND", index_source, tmp_path))
 
 
 def test_masks_beside_images_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

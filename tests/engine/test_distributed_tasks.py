@@ -24,8 +24,7 @@ import torch.distributed as dist
 from mfm_nnunet import checkpoint
 from mfm_nnunet.reports import progress
 from mfm_nnunet.tasks.base import list_tasks
-from tests.builders.tiny_run import CONFIGURATION, NAME, prepare, run
-from tests.engine.test_engine import run_folder
+from tests.builders.tiny_run import CONFIGURATION, NAME, prepare, run, run_folder
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILIES = ("resenc", "primus")

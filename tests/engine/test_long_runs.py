@@ -5,9 +5,8 @@ A setting that is off changes nothing; a setting that is on changes what it says
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from mfm_nnunet import checkpoint
 from mfm_nnunet.device import require_sound_bf16
 from mfm_nnunet.engine.engine import Engine
-from mfm_nnunet.engine.optim import WeightAverage
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.pretrained import transfer
 from mfm_nnunet.interchange.read import read_checkpoint
@@ -33,17 +31,12 @@ from mfm_nnunet.tasks.base import PretextTask, list_tasks
 from mfm_nnunet.tasks.mae import MAE
 from tests.builders.tasks import make_batch, make_task
 from tests.builders.tiny_plans import tiny_backbone, tiny_network
-from tests.builders.tiny_run import CONFIGURATION, prepare, request, run
-from tests.engine.test_engine import run_folder, same, start, weights
+from tests.builders.tiny_run import CONFIGURATION, prepare, request, run, run_folder, same, weights
+from tests.builders.training import refused
 
 PATCH = (16, 16, 16)
 ONE_EPOCH = ("pretrain.epochs=1", "pretrain.iterations_per_epoch=3", "num_workers=0")
 PAIRS = [(info.name, family) for info in list_tasks() for family in info.backbones]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
@@ -74,16 +67,6 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path: Path) -> None
     assert largest_difference(weights(whole), weights(smaller)) > 1e-4
 
 
-def test_a_part_is_forwarded_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, forward = [], MAE.forward
-    monkeypatch.setattr(
-        MAE, "forward", lambda self, batch: (sizes.append(len(batch["image"])), forward(self, batch))[1]
-    )
-    run(prepare(tmp_path), settings=(*ONE_EPOCH, "pretrain.batch_size=6", "pretrain.accumulation=3"))
-    assert set(sizes) == {2}
-    assert len(sizes) == 3 * 3 + 3  # three steps and one validation batch
-
-
 def test_a_bad_part_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever part it is: the good gradients of the others are not applied either."""
     forward, calls, kept = MAE.forward, [], []
@@ -101,28 +84,13 @@ def test_a_bad_part_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.
     assert same(kept[0], kept[1])
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (("pretrain.batch_size=4", "pretrain.accumulation=3"), r"batch_size=4: not a multiple of .*accumulation=3"),
-        (("pretrain.accumulation=0",), "accumulation=0: must be at least 1"),
-        (("pretrain.ema_decay=1",), "ema_decay=1.0: must be between 0 and 1"),
-        (("pretrain.ema_decay=0",), "ema_decay=0.0: must be between 0 and 1"),
-    ],
-)
-def test_illegal_values_are_refused_before_anything_is_written(
-    tmp_path: Path, settings: tuple[str, ...], message: str
-) -> None:
-    with pytest.raises(MFMError, match=message) as caught:
-        run(prepare(tmp_path), settings=settings)
+@pytest.mark.parametrize(("accumulation", "num_gpus", "of"), [(3, 1, "accumulation=3"), (2, 3, "3 processes")])
+def test_a_batch_must_be_shared_evenly(tmp_path: Path, accumulation: int, num_gpus: int, of: str) -> None:
+    settings = ("pretrain.batch_size=4", f"pretrain.accumulation={accumulation}")
+    with pytest.raises(MFMError, match=rf"batch_size=4: not a multiple of .*{of}") as caught:
+        pretrain.launch(prepare(tmp_path), request("mae", settings, num_gpus=num_gpus))
     assert caught.value.code == "E_CONFIG"
     assert not run_folder(tmp_path).exists()
-
-
-def test_a_batch_must_be_shared_evenly_by_the_processes(tmp_path: Path) -> None:
-    settings = ("pretrain.batch_size=4", "pretrain.accumulation=2")
-    with pytest.raises(MFMError, match=r"batch_size=4: not a multiple of .* 3 processes"):
-        pretrain.launch(prepare(tmp_path), request("mae", settings, num_gpus=3))
 
 
 class _TwoAtLeast(MAE):
@@ -133,28 +101,13 @@ class _TwoAtLeast(MAE):
         return 3
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (("pretrain.batch_size=2",), r"pretrain\.batch_size=2: .*needs at least 3. Use a larger batch\."),
-        (
-            ("pretrain.batch_size=4", "pretrain.accumulation=2"),
-            r"pretrain\.batch_size=4 in 2 parts of 2: .*smaller pretrain\.accumulation",
-        ),
-        (("pretrain.batch_size=3",), None),
-    ],
-)
-def test_a_batch_too_small_to_compare_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], message: str | None
-) -> None:
+def test_a_batch_too_small_to_compare_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "find_task", lambda name: _TwoAtLeast)
-    if message is None:
-        assert run(prepare(tmp_path), settings=(*ONE_EPOCH, *settings)).exists()
-        return
-    with pytest.raises(MFMError, match=message) as caught:
-        run(prepare(tmp_path), settings=settings)
-    assert caught.value.code == "E_CONFIG"
-    assert not run_folder(tmp_path).exists()
+    for size, parts, message in ((2, 1, "Use a larger batch."), (4, 2, "smaller pretrain.accumulation")):
+        settings = (f"pretrain.batch_size={size}", f"pretrain.accumulation={parts}")
+        refused("E_CONFIG", message, functools.partial(run, prepare(tmp_path), settings=settings))
+        assert not run_folder(tmp_path).exists()
+    assert run(prepare(tmp_path), settings=(*ONE_EPOCH, "pretrain.batch_size=3")).exists()
 
 
 # Activation checkpointing
@@ -228,15 +181,6 @@ def test_less_is_kept_for_the_backward_pass(family: str, changes: dict[str, Any]
     assert after < 0.5 * before
 
 
-def test_a_run_that_computes_again_ends_in_the_same_weights(tmp_path: Path) -> None:
-    here = prepare(tmp_path)
-    finals = [
-        run(here, settings=(*ONE_EPOCH, f"pretrain.activation_checkpointing={on}"), run_name=str(on))
-        for on in (False, True)
-    ]
-    assert largest_difference(*map(weights, finals)) < 1e-6
-
-
 def test_running_statistics_would_be_updated_twice() -> None:
     norm = {"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d"}
     with pytest.raises(MFMError, match=r"activation_checkpointing.*running statistics"):
@@ -244,32 +188,6 @@ def test_running_statistics_would_be_updated_twice() -> None:
 
 
 # Averaged weights
-
-
-def test_the_average_is_the_one_that_the_formula_says() -> None:
-    module = nn.Linear(2, 1)
-    average, expected = WeightAverage(module, 0.5), module.weight.detach().clone()
-    for step in range(12):
-        with torch.no_grad():
-            module.weight.copy_(torch.full((1, 2), float(step)))
-        average.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * step
-    assert torch.allclose(average.state_dict()["weight"], expected)
-    raw = module.weight.detach().clone()
-    with average.in_place():
-        assert torch.allclose(module.weight, expected)
-    assert torch.equal(module.weight, raw)
-
-
-def test_the_average_is_put_back_after_an_error() -> None:
-    module = nn.Linear(2, 1)
-    average, raw = WeightAverage(module, 0.9), module.weight.detach().clone()
-    with torch.no_grad():
-        module.weight.add_(1)
-    with pytest.raises(ZeroDivisionError), average.in_place():
-        _ = 1 / 0
-    assert torch.equal(module.weight, raw + 1)
 
 
 def test_the_average_is_validated_and_shipped_and_the_weights_go_on(tmp_path: Path) -> None:
@@ -287,30 +205,6 @@ def test_the_average_is_validated_and_shipped_and_the_weights_go_on(tmp_path: Pa
     assert rows[0]["train_loss"] == rows[1]["train_loss"]
     assert rows[0]["validation_loss"] != rows[1]["validation_loss"]
     assert checkpoint.load(averaged)["mfm"]["pretrain"]["ema_decay"] == 0.9
-
-
-@pytest.mark.parametrize("family", ["resenc", "primus"])
-def test_killed_with_average_and_parts_it_ends_in_the_same_bits(tmp_path: Path, family: str) -> None:
-    settings = ("pretrain.ema_decay=0.99", "pretrain.accumulation=2", "pretrain.batch_size=4", "num_workers=0")
-    settings += ("pretrain.activation_checkpointing=true", "pretrain.iterations_per_epoch=8")
-    whole = run(prepare(tmp_path / "whole", family), settings=settings)
-    broken = tmp_path / "broken"
-    process = start(broken, "mae", family, *settings)
-    _kill_after_the_first_epoch(process, run_folder(broken) / "resume.pth")
-    assert not (run_folder(broken) / "checkpoint_final.pth").exists(), "the run ended before it could be killed"
-    final = run(prepare(broken, family), settings=settings, continue_training=True)
-    assert same(weights(whole), weights(final))
-    states = [checkpoint.load(file.with_name("resume.pth")) for file in (whole, final)]
-    assert same(states[0]["average"], states[1]["average"])
-    assert same(states[0]["task"], states[1]["task"])
-
-
-def _kill_after_the_first_epoch(process: subprocess.Popen, resume: Path) -> None:
-    deadline = time.monotonic() + 60
-    while process.poll() is None and not resume.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
 
 
 # Precision
@@ -369,18 +263,18 @@ def test_compiled_blocks_give_the_same_gradients(name: str, family: str) -> None
     assert list(task.state_dict()) == names
 
 
+def compile_with(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile blocks with a backend that needs no compiler."""
+    torch._dynamo.reset()
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend=backend, **words))
+
+
 def test_blocks_really_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, and a backend that fails is not passed over in silence."""
-    torch._dynamo.reset()
     backbone = tiny_backbone("resenc", PATCH, restoring="none")
     graphs: list[Any] = []
-    compile_ = nn.Module.compile
-
-    def counting(graph: Any, examples: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend=counting, **words))
+    compile_with(lambda graph, examples: (graphs.append(graph), graph.forward)[1], monkeypatch)
     names = list(backbone.state_dict())
     expected = backbone(torch.ones(1, 1, *PATCH))
     backbone.compile_blocks()
@@ -393,10 +287,8 @@ def test_blocks_really_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiled_run_trains_validates_and_computes_again(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a backend that needs no compiler: every mode of the blocks is traced whole, and results are the same."""
-    torch._dynamo.reset()
-    compile_ = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend="eager", **words))
+    """Every mode of the blocks is traced whole, and results are the same."""
+    compile_with("eager", monkeypatch)
     here, settings = prepare(tmp_path, family), (*ONE_EPOCH, "pretrain.ema_decay=0.9")
     plain = run(here, settings=settings, run_name="plain")
     settings += ("pretrain.compile=true", "pretrain.activation_checkpointing=true")
@@ -408,9 +300,8 @@ def test_a_missing_compiler_is_one_clear_error(tmp_path: Path, monkeypatch: pyte
     def broken(graph: Any, examples: Any) -> Any:
         raise RuntimeError("no working C++ compiler")
 
-    compile_, steps = nn.Module.compile, []
-    torch._dynamo.reset()
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: compile_(self, backend=broken, **words))
+    steps: list[int] = []
+    compile_with(broken, monkeypatch)
     monkeypatch.setattr(Engine, "step", lambda *_: steps.append(1))
     with pytest.raises(MFMError, match=r"pretrain\.compile=true.*no working C\+\+ compiler") as caught:
         run(prepare(tmp_path), settings=(*ONE_EPOCH, "pretrain.compile=true"))

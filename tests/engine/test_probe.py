@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.engine import probe as probing
 from mfm_nnunet.engine.engine import Engine
 from mfm_nnunet.engine.probe import (
@@ -36,20 +33,14 @@ from mfm_nnunet.jobs.pretrain import check, launch
 from mfm_nnunet.metrics import dice
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
-from mfm_nnunet.processes import ALONE
 from mfm_nnunet.reports.progress import plot_progress
 from mfm_nnunet.requests import PretrainRequest
-from mfm_nnunet.settings import ProbeSettings
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny_run
+from tests.builders.tiny_run import same, weights
 
 NAME = "Dataset004_Few"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def add_labelled(here: Workspace, shared_data: Path, num_cases: int = 6, **changes: Any) -> None:
@@ -84,7 +75,7 @@ def prepared(here: Workspace, *settings: str, **changes: Any) -> Probe:
     """A probe whose cases are preprocessed."""
     probe = check(here, request(*settings, **changes)).probe
     assert probe is not None
-    prepare(probe, ALONE)
+    prepare(probe)
     return probe
 
 
@@ -105,15 +96,6 @@ def timeless(final: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows(final)]
 
 
-def weights(file: Path) -> dict[str, Tensor]:
-    return checkpoint.load_weights(file)["network_weights"]
-
-
-def same(first: Path, second: Path) -> bool:
-    one, other = weights(first), weights(second)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 # A run with a probe
 
 
@@ -123,7 +105,7 @@ def test_the_run_is_the_same_with_and_without(here: Workspace, capsys: pytest.Ca
     probed = tiny_run.run(here, settings=settings, probe=4, run_name="probed")
     printed = capsys.readouterr().err
     plain = tiny_run.run(here, settings=settings[:1], run_name="plain")
-    assert same(probed, plain)
+    assert same(weights(probed), weights(plain))
     names = ["probe_dice", "probe_dice_Anterior", "probe_dice_Posterior", "probe_seconds"]
     assert [[name for name in row if name.startswith("probe")] for row in rows(probed)] == [[], names]
     row = rows(probed)[1]
@@ -155,7 +137,7 @@ def test_a_run_that_was_killed_goes_on_with_its_probe(here: Workspace, monkeypat
     with pytest.raises(MFMError, match=r"probe\.max_cases was 3, is 4"):
         tiny_run.run(here, settings=other, probe=4, run_name="broken", continue_training=True)
     broken = tiny_run.run(here, settings=settings, probe=4, run_name="broken", continue_training=True)
-    assert same(whole, broken)
+    assert same(weights(whole), weights(broken))
     assert timeless(whole) == timeless(broken)
     assert all("probe_dice" in row for row in rows(whole))
 
@@ -167,25 +149,14 @@ def test_only_the_main_process_probes(here: Workspace) -> None:
     assert rows(shared)[0]["probe_dice"] == pytest.approx(rows(alone)[0]["probe_dice"], abs=0.02)
 
 
-@pytest.mark.long
-def test_an_error_of_the_main_process_reaches_the_user(here: Workspace, shared_data: Path) -> None:
-    add_labelled(here, shared_data, labels={"background": 0, "Anterior": 1})
-    with pytest.raises(MFMError, match="E_LABEL_VALUE"):
-        launch(here, request(num_gpus=2))
-
-
 # What a probe measures
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
-def test_trained_features_probe_higher_than_random_ones(here: Workspace, family: str) -> None:
-    tiny_run.prepare(here.raw.parent, family)
+def test_trained_features_probe_higher_than_random_ones(here: Workspace) -> None:
     probe = prepared(here, "probe.max_cases=3")
     network, trained = random_network(probe), random_network(probe, 3)
     learn(trained, probe)
-    trained_dice, random_dice = (measured(probe, net)["probe_dice"] for net in (trained, network))
-    assert trained_dice is not None
-    assert random_dice is not None
+    trained_dice, random_dice = (measured(probe, net)["probe_dice"] or 0.0 for net in (trained, network))
     assert random_dice < 0.25
     assert trained_dice > random_dice + 0.1
 
@@ -339,19 +310,11 @@ def test_the_picture_has_the_probe(tmp_path: Path) -> None:
     ]
     probed = {"probe_dice": 0.5, "probe_dice_a": 0.5, "probe_dice_b": None, "probe_seconds": 1.0}
     nothing = {"probe_dice": None, "probe_dice_a": None, "probe_dice_b": None, "probe_seconds": 1.0}
-    files = []
-    for name, extra in {"plain": {}, "nothing": nothing, "probed": probed}.items():
-        files.append(tmp_path / name)
-        plot_progress([rows[0], {**rows[1], **extra}, rows[2]], files[-1], "title")
-    plain, nothing_, probed_ = (file.read_bytes() for file in files)
-    assert plain == nothing_
-    assert plain != probed_
-
-
-def test_the_settings_page_lists_them() -> None:
-    text = (Path(__file__).parents[2] / "documentation" / "reference" / "settings.md").read_text()
-    listed = dict(re.findall(r"^\| `probe\.(\w+)` \| \w+ \| ([\w.]+) \|", text, re.MULTILINE))
-    assert listed == {name: str(value) for name, value in asdict(ProbeSettings()).items()}
+    pictures = []
+    for extra in ({}, nothing, probed):
+        plot_progress([rows[0], {**rows[1], **extra}, rows[2]], tmp_path / "picture", "title")
+        pictures.append((tmp_path / "picture").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
 # Which cases
@@ -360,23 +323,20 @@ def test_the_settings_page_lists_them() -> None:
 def test_split_by_subject(here: Workspace, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [Case(f"{subject}{scan}", (), Path("label"), subject) for subject in "abcdefg" for scan in range(2)]
     monkeypatch.setattr(probing.corpus, "load_cases", lambda folder: cases)
-    probe = check(here, request("probe.max_cases=12")).probe
-    assert probe is not None
-    fit, held_out = ({case.subject for case in part} for part in (probe.fit, probe.held_out))
-    assert len(fit) == 4
-    assert len(held_out) == 2
-    assert fit.isdisjoint(held_out)
-    again = check(here, request("probe.max_cases=12")).probe
-    other = check(here, request("probe.max_cases=12", "seed=1")).probe
-    assert again is not None
-    assert other is not None
-    assert (probe.fit, probe.held_out) == (again.fit, again.held_out)
-    assert other.held_out != probe.held_out
+
+    def split(*settings: str) -> list[tuple[Case, ...]]:
+        probe = check(here, request(*settings)).probe
+        assert probe is not None
+        return [probe.fit, probe.held_out]
+
+    first = split("probe.max_cases=12")
+    fit, held_out = ({case.subject for case in part} for part in first)
+    assert (len(fit), len(held_out), fit & held_out) == (4, 2, set())
+    assert first == split("probe.max_cases=12")
+    assert first[1] != split("probe.max_cases=12", "seed=1")[1]
     cases[2:] = []
     cases[1] = replace(cases[1], subject="b")
-    smallest = check(here, request()).probe
-    assert smallest is not None
-    assert (len(smallest.fit), len(smallest.held_out)) == (1, 1)
+    assert [len(part) for part in split()] == [1, 1]
 
 
 def test_preprocessed_cases_are_reused(here: Workspace, caplog: pytest.LogCaptureFixture) -> None:
@@ -399,13 +359,6 @@ def test_data_of_another_plan_are_not_replaced(here: Workspace) -> None:
     assert before == sorted((file.name, file.stat().st_mtime_ns) for file in probe.folder.iterdir())
 
 
-def test_the_ignored_value_is_no_class(here: Workspace) -> None:
-    probe = check(here, request()).probe
-    assert probe is not None
-    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
-    assert replace(probe, dataset=DatasetJson.of({"labels": labels})).num_classes == 3
-
-
 # Bad input
 
 
@@ -413,15 +366,9 @@ def test_the_ignored_value_is_no_class(here: Workspace) -> None:
     ("changes", "message"),
     [
         ({"probe": "Dataset004_Fwe"}, "E_NOT_FOUND.*Did you mean 'Dataset004_Few'"),
-        ({"probe": 9}, "E_NOT_FOUND.*there is no dataset 9"),
         ({"probe": tiny_run.NAME}, "E_NOT_FOUND.*dataset.json"),
-        ({"settings": ("probe.every=0",)}, r"E_CONFIG.*probe\.every=0: must be at least 1"),
-        ({"settings": ("probe.max_cases=1",)}, r"E_CONFIG.*probe\.max_cases=1: must be at least 2"),
         ({"settings": ("probe.steps=9",)}, r"E_CONFIG.*probe\.steps.*mfm_train"),
-        ({"settings": ("probe.learning_rate=1",)}, r"E_CONFIG.*probe\.learning_rate.*mfm_train"),
-        ({"settings": ("probe.kind=knn",)}, "E_CONFIG.*legal values are linear"),
         ({"settings": ("probe.kind=finetune",)}, "E_CONFIG.*mfm_train.*mfm_study"),
-        ({"settings": ("probe.evry=3",)}, r"Did you mean 'probe\.every'"),
         ({"settings": ("probe.every=3",), "probe": None}, r"E_CONFIG.*probe\.every is set.*--probe DATASET"),
     ],
 )
@@ -447,9 +394,3 @@ def test_wrong_datasets_are_one_clear_error(
     with pytest.raises(MFMError, match=message):
         tiny_run.run(here, probe=4)
     assert not here.results.exists()
-
-
-def test_unlabelled_corpus(here: Workspace) -> None:
-    (here.raw / NAME / "corpus.json").write_text("{}")
-    with pytest.raises(MFMError, match=r"E_CONFIG.*has no labels"):
-        tiny_run.run(here, probe=4)

@@ -14,7 +14,7 @@ import pytest
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import register_corpus
-from mfm_nnunet.engine.streams import Corpus, Streams, make_streams
+from mfm_nnunet.engine.pretraining import Corpus, Streams, make_streams
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.settings import PretrainSettings
 from mfm_nnunet.tasks.base import PretextTask

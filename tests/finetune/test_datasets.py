@@ -16,14 +16,8 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.loading import CheckedBlosc2, CheckedNumpy, check_next_stage, find_dataset_class
 from tests.builders import crafted
-from tests.builders.damage import overwrite_middle
 
 SHAPE = (1, 20, 24, 30)
-
-
-def overwrite_start(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[:2] + bytes(30) + content[32:])
 
 
 def cut(file: Path) -> None:
@@ -48,24 +42,6 @@ def read(dataset: nnUNetBaseDataset) -> None:
 
 
 VOLUMES = ("a.b2nd", "a_seg.b2nd", "before/a.b2nd")
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        *((file, damage) for file in VOLUMES for damage in (overwrite_middle, cut, Path.unlink)),
-        # What lies in the middle of a pickle are the bytes of arrays, of which any are legal.
-        *(("a.pkl", damage) for damage in (overwrite_start, cut, Path.unlink)),
-    ],
-)
-def test_the_damaged_file_is_named(dataset: nnUNetBaseDataset, file: str, damage: Callable[[Path], None]) -> None:
-    read(dataset)
-    path = Path(dataset.source_folder) / file
-    damage(path)
-    with pytest.raises(MFMError, match="the preprocessed file cannot be read") as caught:
-        read(dataset)
-    assert (caught.value.code, caught.value.message.partition(":")[0]) == ("E_SHORT_DATA", str(path))
-    assert ("mfm_train --val" if path.parent.name == "before" else "mfm_plan_and_preprocess") in caught.value.message
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
@@ -98,14 +74,6 @@ def test_cases_are_those_that_stock_loads(tmp_path: Path) -> None:
         assert repr(one[3]) == repr(other[3])
         box = [[-2, 9], [3, 22], [25, 40]]  # beyond the image on two sides
         assert np.array_equal(crop_and_pad_nd(one[0], box, 0), crop_and_pad_nd(other[0], box, 0))
-
-
-@pytest.mark.parametrize("name", list(crafted.pickles(Path("mark"))))
-def test_pickles_that_could_run_code_are_refused(dataset: nnUNetBaseDataset, tmp_path: Path, name: str) -> None:
-    (tmp_path / "a.pkl").write_bytes(crafted.pickles(tmp_path / "mark")[name])
-    with pytest.raises(MFMError, match=r"E_DATA_UNSAFE  .*a\.pkl"):
-        read(dataset)
-    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("file", VOLUMES)

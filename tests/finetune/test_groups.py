@@ -1,15 +1,19 @@
-"""Who learns with each ``finetune.train``, at which share of the rate, and what is refused."""
+"""Who learns with each ``finetune.train``, at which rates; adapters and averaged weights; what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK as sitk
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from torch import nn
 
 from mfm_nnunet import checkpoint
@@ -18,6 +22,7 @@ from mfm_nnunet.finetune.loading import make_loaders, seeded
 from mfm_nnunet.finetune.settings import advise, advise_as_begun, require_effect, require_same, resolve
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.models.families import family_named, family_of
+from mfm_nnunet.prediction.model import load_model
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
@@ -25,21 +30,19 @@ from tests.builders.tiny import run_training
 from tests.builders.tiny_plans import tiny_network
 from tests.builders.training import (
     WITHOUT_LOSS,
+    Killed,
     first_batches,
+    initialised,
+    kill_at,
     make_trainer,
     pretrained_file,
     refused,
+    require_equal,
+    state_of,
     take_step,
     train,
 )
 from tests.models.test_transfer import primus, resenc
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Iterator[Workspace]:
-    tiny.make(tmp_path)
-    with use(tmp_path) as workspace:
-        yield workspace
 
 
 def names_of(network: nn.Module) -> set[str]:
@@ -56,27 +59,6 @@ def test_the_default_is_one_group_in_the_networks_order(make: Any) -> None:
         assert (group.waits, group.scale) == (False, 1.0)
 
 
-@pytest.mark.parametrize("make", [resenc, primus])
-def test_who_learns(make: Any) -> None:
-    network = make()
-    encoder = family_of(network).encoder_names(network)
-    assert groups.trained_names(network, "decoder") == names_of(network) - encoder
-    assert groups.trained_names(network, "head") == family_of(network).head_names(network)
-    new = family_of(network).head_names(network)
-    first, second = groups.group_parameters(network, FinetuneSettings(schedule="sawtooth"), new)
-    assert (set(first.names), set(second.names)) == (new, names_of(network) - new)
-    assert (first.waits, second.waits) == (False, True)
-
-
-def test_the_decoder_of_a_u_net_is_what_is_not_encoder() -> None:
-    """``network.decoder`` of nnU-Net holds the encoder too; published code froze nothing for that reason."""
-    network = resenc()
-    assert {id(p) for p in network.encoder.parameters()} <= {id(p) for p in network.decoder.parameters()}
-    learning = groups.trained_names(network, "decoder")
-    parameters = dict(network.named_parameters())
-    assert not {id(parameters[name]) for name in learning} & {id(p) for p in network.encoder.parameters()}
-
-
 def test_layer_decay_of_primus() -> None:
     network = primus()
     decayed = groups.group_parameters(network, FinetuneSettings(layer_decay=0.5), None)
@@ -87,7 +69,9 @@ def test_layer_decay_of_primus() -> None:
     assert scales["eva.norm.weight"] == scales["up_projection.decode.0.0.weight"] == 1
     assert [group.scale for group in decayed] == [1, 0.5, 0.25]
     deep = tiny_network("primus", (16, 16, 16), eva_depth=4)
-    assert [groups.layer_scale(f"eva.blocks.{i}.norm", deep, 0.5) for i in range(4)] == [0.5**4, 0.5**3, 0.5**2, 0.5]
+    assert [g.scale for g in groups.group_parameters(deep, FinetuneSettings(layer_decay=0.5), None)] == [
+        0.5**i for i in range(6)
+    ]
 
 
 def test_holding_still() -> None:
@@ -117,10 +101,7 @@ def test_on_several_gpus_gradients_of_the_still_are_dropped_before_clipping(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
     for keep in (False, True):
-        settings = dataclasses.replace(tiny.FINETUNE, train="decoder", gradient_clip=0.01, weight_decay=0.1)
-        trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-        trainer.pretrained_checkpoint = pretrained_file(tmp_path)
-        trainer.initialize()
+        trainer = initialised(file=pretrained_file(tmp_path), train="decoder", gradient_clip=0.01, weight_decay=0.1)
         trained = trainer.lr_scheduler.trained_names(0)
         trainer.optimisation.frozen = groups.freeze(trainer.network, trained, keep)
         for _ in range(2):
@@ -135,10 +116,9 @@ def test_on_several_gpus_gradients_of_the_still_are_dropped_before_clipping(
 )
 def test_what_is_frozen_never_moves(here: Workspace, tmp_path: Path, train: str, configuration: str) -> None:
     architecture = tiny.drop_path_primus() if configuration == "primus" else None
-    settings = dataclasses.replace(tiny.FINETUNE, train=train, weight_decay=0.1, ema_decay=0.5)
-    trainer = make_trainer(configuration, block=MFMBlock(finetune=settings, num_workers=0))
-    trainer.pretrained_checkpoint = pretrained_file(tmp_path, architecture)
-    trainer.initialize()
+    trainer = initialised(
+        configuration, file=pretrained_file(tmp_path, architecture), train=train, weight_decay=0.1, ema_decay=0.5
+    )
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
     take_step(trainer)
     after = dict(trainer.network.named_parameters())
@@ -197,30 +177,21 @@ def test_a_probe_of_a_decoder_that_did_not_travel_is_refused(here: Workspace, tm
 
 
 def test_each_gpu_needs_a_crop(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And equally large batches for a Dice over all GPUs: nnU-Net gathers sums into tensors of its own batch's size."""
     monkeypatch.setattr("mfm_nnunet.jobs.train.pick_device", lambda name: torch.device(name))
-    overrides = ("finetune.batch_size=3",)
-    call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=overrides, num_gpus=4)  # noqa: E731
-    refused("E_CONFIG", "finetune.batch_size=3: -num_gpus 4", call)
+    for num_gpus, message in ((4, "finetune.batch_size=3: -num_gpus 4"), (2, "a multiple of -num_gpus 2")):
+        options: dict[str, Any] = {"overrides": ("finetune.batch_size=3",), "num_gpus": num_gpus}
+        call = functools.partial(run_training, here, tiny.NAME, "3d_fullres", 0, **options)
+        refused("E_CONFIG", message, call)
     call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, device="cuda:1")  # noqa: E731
     refused("E_CONFIG", "CUDA_VISIBLE_DEVICES", call)
-
-
-def test_a_dice_over_all_gpus_needs_batches_of_one_size(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nnU-Net gathers the sums of all processes into tensors of its own batch's size."""
-    monkeypatch.setattr("mfm_nnunet.jobs.train.pick_device", lambda name: torch.device(name))
-    plans = here.preprocessed / tiny.NAME / "mfmPlans.json"
-    plans.write_text(plans.read_text().replace('"batch_dice": false', '"batch_dice": true'))
-    call = lambda: run_training(here, tiny.NAME, "3d_fullres", 0, overrides=("finetune.batch_size=3",), num_gpus=2)  # noqa: E731
-    refused("E_CONFIG", "a multiple of -num_gpus 2", call)
 
 
 # Smaller settings
 
 
 def test_batch_size_and_mirroring(here: Workspace) -> None:
-    settings = dataclasses.replace(tiny.FINETUNE, batch_size=3, mirroring=False)
-    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-    trainer.initialize()
+    trainer = initialised(batch_size=3, mirroring=False)
     loader = first_batches(trainer)
     assert next(loader)["data"].shape[0] == 3
     assert trainer.inference_allowed_mirroring_axes is None
@@ -230,25 +201,21 @@ def test_batch_size_and_mirroring(here: Workspace) -> None:
         return " ".join(type(t).__name__ for t in make_loaders(trainer)[0].transforms.transforms)
 
     assert "MirrorTransform" not in transforms(trainer)
-    stock = make_trainer()
-    stock.initialize()
+    stock = initialised()
     assert "MirrorTransform" in transforms(stock)
     assert stock.inference_allowed_mirroring_axes == (0, 1, 2)
 
 
 def test_a_batch_of_one_crop_sees_foreground_by_chance(here: Workspace) -> None:
     """nnU-Net rounds the share of such crops to none there; a third of them it is in larger batches too."""
-    settings = dataclasses.replace(tiny.FINETUNE, batch_size=1)
-    trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-    trainer.initialize()
+    trainer = initialised(batch_size=1)
     loader = make_loaders(trainer)[0]
     with seeded(5):
         chosen = [loader.get_do_oversample(0) for _ in range(300)]
     with seeded(5):
         assert chosen == [loader.get_do_oversample(0) for _ in range(300)]
     assert 70 < sum(chosen) < 130
-    pair = make_trainer()
-    pair.initialize()
+    pair = initialised()
     assert [make_loaders(pair)[0].get_do_oversample(index) for index in (0, 1)] == [False, True]  # as nnU-Net's
 
 
@@ -313,15 +280,17 @@ def test_what_a_continued_run_leaves_open_again_is_as_it_began() -> None:
 def test_what_was_open_is_printed_with_its_reason_and_saved(
     here: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a stock plan, which says no rate either."""
+    (here.preprocessed / tiny.NAME / "mfmPlans.json").write_text(json.dumps(tiny.plans()))
     file = pretrained_file(tmp_path)
     content = checkpoint.load(file)
     weights = {name: tensor for name, tensor in content["network_weights"].items() if name.startswith("encoder.")}
     checkpoint.save({**content, "network_weights": weights}, file)
     monkeypatch.setattr(MFMTrainer, "run_training", lambda self: self._start())
-    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
     with caplog.at_level("INFO"):
         folder = train(here, "finetune.layer_decay=1.0", pretrained_weights=file)
     assert "finetune.parts=encoder: mae left no weights of a decoder" in caplog.text
+    assert "finetune.learning_rate=0.001: the published rate of resenc with sgd from a checkpoint" in caplog.text
     assert "finetune.layer_decay=1.0:" not in caplog.text  # it was given
     assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["parts"] == "encoder"
     (log,) = folder.glob("training_log*.txt")
@@ -352,18 +321,187 @@ def test_an_open_learning_rate_that_nobody_published_is_refused() -> None:
     assert resolve(block, ("finetune.learning_rate=0.1",), None).finetune.learning_rate == 0.1
 
 
-def test_from_a_checkpoint_a_plan_that_is_not_like_it_has_the_rate_for_it_too(
-    here: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+# Adapters and averages
+
+SHORT = (
+    *("finetune.epochs=3", "finetune.iterations_per_epoch=2", "finetune.validation_iterations=1", "num_workers=0"),
+    *("finetune.optimizer=adamw", "finetune.learning_rate=1e-3"),
+)
+LORA = ("finetune.train=lora", "finetune.lora_rank=2", "finetune.lora_alpha=4")
+EMA = ("finetune.ema_decay=0.5",)
+
+
+def with_adapters(seed: int = 3) -> torch.nn.Module:
+    """A Primus whose adapters are not at their start."""
+    network = primus()
+    groups.add_adapters(network, 2, 4.0)
+    torch.manual_seed(seed)
+    parameters = dict(network.named_parameters())
+    for name in sorted(groups.adapter_names(network)):
+        torch.nn.init.normal_(parameters[name], std=0.2)
+    return network.eval()
+
+
+# Adapters
+
+
+def test_at_first_the_network_is_the_pretrained_one() -> None:
+    x, network = torch.randn(1, 1, 16, 16, 16), primus().eval()
+    before = network(x)
+    groups.add_adapters(network, 2, 4.0)
+    assert torch.equal(network(x), before)
+
+
+def test_merged_weights_are_the_adapted_network_under_its_own_names() -> None:
+    adapted, plain = with_adapters(), primus(seed=9).eval()
+    merged = groups.merged_state(adapted)
+    assert merged.keys() == plain.state_dict().keys()
+    plain.load_state_dict(merged)
+    x = torch.randn(1, 1, 16, 16, 16)
+    assert torch.allclose(plain(x), adapted(x), atol=1e-6)
+    original = primus().state_dict()
+    assert not torch.allclose(original["eva.blocks.0.attn.proj.weight"], merged["eva.blocks.0.attn.proj.weight"])
+    weight = original["eva.blocks.0.mlp.fc2.weight"]
+    adapter = adapted.get_submodule("eva.blocks.0.mlp.fc2.parametrizations.weight.0")
+    expected = weight + 4 / 2 * adapter.up @ adapter.down
+    assert torch.allclose(merged["eva.blocks.0.mlp.fc2.weight"], expected, atol=1e-6)
+
+
+def test_mixed_precision_does_not_round_what_is_added() -> None:
+    adapted = with_adapters()
+    layer = adapted.get_submodule("eva.blocks.0.attn.proj")
+    outside = layer.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.weight, outside)
+
+
+def test_attention_and_mlp_have_adapters_and_nothing_else() -> None:
+    network = with_adapters()
+    layers = {name.partition(".parametrizations")[0] for name in groups.adapter_names(network)}
+    attention = {f"eva.blocks.0.attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "proj")}
+    assert attention < layers
+    assert {name.rpartition(".")[2] for name in layers - attention} == {"fc1_g", "fc1_x", "fc2"}
+    assert groups.adapter_names(primus()) == set()
+
+
+def trainer_with(tmp_path: Path, **changes: Any) -> MFMTrainer:
+    file = pretrained_file(tmp_path, tiny.drop_path_primus())
+    return initialised("primus", file, learning_rate=1e-2, optimizer="adamw", **changes)
+
+
+def test_only_adapters_and_decoder_learn(here: Workspace, tmp_path: Path) -> None:
+    trainer = trainer_with(tmp_path, train="lora", lora_rank=2, weight_decay=0.1)
+    before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
+    batch = next(first_batches(trainer))
+    for _ in range(2):  # with B at zero, A has no gradient in the first step
+        take_step(trainer, batch)
+    moved = {name for name, p in trainer.network.named_parameters() if not torch.equal(before[name], p)}
+    adapters = groups.adapter_names(trainer.network)
+    of_encoder = family_of(trainer.network).encoder_names(trainer.network)
+    assert moved & of_encoder <= adapters
+    assert moved - of_encoder == before.keys() - of_encoder
+    assert len(adapters - moved) <= len(adapters) / 2  # drop path may leave a block out
+    encoder = sum(before[name].numel() for name in of_encoder - adapters)
+    assert sum(before[name].numel() for name in adapters) < 0.5 * encoder
+    shipped = trainer.make_checkpoint()["network_weights"]
+    plain = initialised("primus")
+    assert shipped.keys() == plain.network.state_dict().keys()
+
+
+# Runs
+
+
+def run(here: Workspace, *settings: str, configuration: str = "primus", **options: Any) -> Path:
+    return train(here, *settings, configuration=configuration, **options)
+
+
+@pytest.mark.parametrize(("settings", "configuration"), [(EMA, "3d_fullres"), ((*LORA, *EMA), "primus")])
+def test_resuming_is_exact(
+    here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], configuration: str
 ) -> None:
-    """A stock plan, or the dataset's own: neither says a rate."""
-    (here.preprocessed / tiny.NAME / "stockPlans.json").write_text(json.dumps(tiny.plans("stockPlans")))
-    short = (
-        "finetune.epochs=1",
-        "finetune.iterations_per_epoch=1",
-        "finetune.validation_iterations=1",
-        "num_workers=0",
+    file = pretrained_file(tmp_path, tiny.drop_path_primus() if configuration == "primus" else None)
+    folder = run(here, *SHORT, *settings, configuration=configuration, pretrained_weights=file)
+    wanted = state_of(folder)
+    folder.parent.rename(here.results / "unbroken")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)  # the first step of the third epoch
+        with pytest.raises(Killed):
+            run(here, *SHORT, *settings, configuration=configuration, pretrained_weights=file)
+    run(here, configuration=configuration, continue_training=True)
+    require_equal(state_of(folder), wanted)
+    model = load_model(folder.parent, device="cpu")  # as prediction reads it: plain names, nothing missing
+    model.network.load_state_dict(model.weights[0])
+    content = checkpoint.load(folder / "checkpoint_final.pth")
+    assert not torch.equal(*(first(content[key]) for key in ("network_weights", "trained_weights")))
+    del content["trained_weights"]
+    checkpoint.save(content, folder / "checkpoint_final.pth")
+    refused(
+        "E_MODEL_CORRUPT", "trained_weights", lambda: run(here, configuration=configuration, continue_training=True)
     )
-    with caplog.at_level("INFO"):
-        folder = train(here, *short, plans_name="stockPlans", pretrained_weights=pretrained_file(tmp_path))
-    assert "finetune.learning_rate=0.001: the published rate of resenc with sgd from a checkpoint" in caplog.text
-    assert json.loads((folder / "settings.json").read_text())["settings"]["finetune"]["learning_rate"] == 1e-3
+
+
+def test_the_stock_predictor_gives_the_masks_that_were_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters and average together: merged and averaged weights, without mirroring, loaded by stock nnU-Net."""
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *args: None)
+    tiny.make(tmp_path)
+    file = pretrained_file(tmp_path, tiny.drop_path_primus())
+    with use(tmp_path) as here:
+        folder = run(here, *SHORT, *LORA, *EMA, "finetune.mirroring=false", pretrained_weights=file)
+        predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(folder.parent), (0,))
+        assert predictor.allowed_mirroring_axes is None
+        data = nnUNetDatasetBlosc2(str(here.preprocessed / tiny.NAME / "mfm_tiny"))
+    masks = sorted((folder / "validation").glob("*.nii.gz"))
+    assert len(masks) == 2
+    for mask_file in masks:
+        image = data.load_case(mask_file.name.removesuffix(".nii.gz"))[0][:]
+        predictor.network.load_state_dict(predictor.list_of_parameters[0])
+        mask = predictor.predict_sliding_window_return_logits(torch.from_numpy(image)).argmax(0).numpy()
+        assert (mask == sitk.GetArrayFromImage(sitk.ReadImage(str(mask_file)))).all()
+
+
+def first(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A weight that adapters or the average change."""
+    names = ("eva.blocks.0.attn.proj.weight", "eva.blocks.0.attn.proj.parametrizations.weight.original")
+    return next(weights[name] for name in (*names, "encoder.stem.convs.0.conv.weight") if name in weights)
+
+
+def test_the_average_is_validated_and_shipped(here: Workspace, tmp_path: Path) -> None:
+    trainer = initialised(ema_decay=0.9)
+    weight = next(trainer.network.parameters())
+    expected = weight.detach().clone()
+    training, engine = first_batches(trainer), trainer.make_engine()
+    for step in range(3):
+        engine.step(next(training), step)
+        expected = expected + (1 - min(0.9, (1 + step) / (10 + step))) * (weight.detach() - expected)
+    raw = weight.detach().clone()
+    with trainer.optimisation.averaged():
+        assert torch.allclose(weight, expected, atol=1e-7)
+    seen = []
+    trainer.network.register_forward_pre_hook(lambda *_: seen.append(weight.detach().clone()))
+    engine._run.training_batches(0)
+    engine.validate(0)
+    assert torch.allclose(seen[0], expected, atol=1e-7)
+    assert torch.equal(weight, raw)
+    content = trainer.make_checkpoint()
+    name = next(iter(dict(trainer.network.named_parameters())))
+    assert torch.allclose(content["network_weights"][name], expected, atol=1e-7)
+    assert torch.equal(content["trained_weights"][name], raw)
+
+
+def test_the_average_keeps_still_what_waits(here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = pretrained_file(tmp_path)
+    name, shipped = "encoder.stem.convs.0.conv.weight", {}
+    save = MFMTrainer.save_checkpoint
+
+    def recording(self: MFMTrainer, filename: str) -> None:
+        shipped[self.current_epoch] = self.make_checkpoint()["network_weights"][name].clone()
+        save(self, filename)
+
+    monkeypatch.setattr(MFMTrainer, "save_checkpoint", recording)
+    sawtooth = ("finetune.schedule=sawtooth", "finetune.decoder_epochs=2", "finetune.warmup_epochs=0")
+    run(here, *SHORT, *sawtooth, *EMA, configuration="3d_fullres", pretrained_weights=file)
+    source = checkpoint.load_weights(file)["network_weights"][name]
+    assert [torch.equal(shipped[epoch], source) for epoch in (0, 1, 2)] == [True, True, False]

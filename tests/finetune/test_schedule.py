@@ -1,7 +1,12 @@
-"""The rates of fine-tuning at every boundary, what is still until when, and resuming in the middle of a sawtooth."""
+"""The rates of fine-tuning at every boundary, what is still until when, and resumed runs that equal unbroken ones."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ import torch
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.engine.engine import Engine
-from mfm_nnunet.engine.optim import learning_rate_factor
+from mfm_nnunet.engine.optim import learning_rate_factor, make_optimizer
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.groups import EpochSchedule, Group, Phases, rate_factor
@@ -26,6 +31,7 @@ from tests.builders.training import (
     WITHOUT_LOSS,
     Killed,
     first_batches,
+    initialised,
     kill_at,
     make_trainer,
     pretrained_file,
@@ -73,12 +79,6 @@ def test_the_ramp_reaches_the_peak_and_equal_lengths_have_their_own_phases() -> 
     assert [rate_factor(epoch, phases, True) for epoch in (49, 50, 74, 99, 100)] == pytest.approx([0, 0.02, 0.5, 1, 1])
 
 
-def test_an_odd_first_phase_never_exceeds_the_peak() -> None:
-    rates = [rate_factor(epoch, Phases(150, 50, 15), False) for epoch in range(150)]
-    assert max(rates) == 1
-    assert min(rates) > 0
-
-
 def test_the_warm_up_is_as_before() -> None:
     for epoch in range(20):
         for waits in (True, False):
@@ -115,12 +115,6 @@ def test_the_default_length_of_the_first_phase(epochs: int, expected: int) -> No
         ({"schedule": "sawtooth", "epochs": 10, "decoder_epochs": 6, "warmup_epochs": 5}, "finetune.epochs=10"),
         ({"decoder_epochs": 5}, "only finetune.schedule=sawtooth"),
         ({"schedule": "sawtooth", "train": "decoder"}, "finetune.train=all"),
-        ({"ema_decay": 1.0}, "between 0 and 1"),
-        ({"layer_decay": 0.0}, "above 0"),
-        ({"layer_decay": 1.5}, "at most 1"),
-        ({"lora_rank": 0}, "at least 1"),
-        ({"lora_alpha": 0.0}, "above 0"),
-        ({"batch_size": 0}, "at least 1"),
     ],
 )
 def test_impossible_settings(changes: dict[str, Any], message: str) -> None:
@@ -181,29 +175,6 @@ def test_the_encoder_is_still_until_the_first_phase_ends(
     assert steps[2]["gradients"] == steps[2]["remembered"] == everything
 
 
-def test_a_fresh_start_at_the_release(here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step after the release is that of an optimizer which never saw these weights: lr (g + nesterov g)."""
-    steps, gradients = record(monkeypatch), []
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def clipping(parameters: Any, *arguments: Any) -> torch.Tensor:
-        parameters = list(parameters)
-        norm = clip(parameters, *arguments)
-        gradients.append({id(p): p.grad.clone() for p in parameters if p.grad is not None})
-        return norm
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
-    trainers: list[MFMTrainer] = []
-    start = MFMTrainer._start
-    monkeypatch.setattr(MFMTrainer, "_start", lambda self: (trainers.append(self), start(self))[1])
-    settings = ("finetune.weight_decay=0.0", "finetune.learning_rate=0.01")
-    run(here, *SAWTOOTH, *settings, pretrained_weights=pretrained_file(tmp_path))
-    stem = dict(trainers[0].network.named_parameters())[STEM]
-    assert id(stem) not in gradients[0]  # not in the norm that is clipped
-    step = steps[2]["weights"][STEM] - steps[1]["weights"][STEM]
-    assert torch.allclose(step, -0.01 * 0.5 * 1.99 * gradients[2][id(stem)], atol=1e-7)
-
-
 def test_an_adapted_stem_learns_from_the_start_and_once(
     here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,11 +188,10 @@ def test_an_adapted_stem_learns_from_the_start_and_once(
     assert sorted(listed) == sorted(id(p) for p in trainer.network.parameters())
 
 
-@pytest.mark.parametrize("train", ["decoder", "head"])
-def test_an_adapted_stem_is_never_frozen(here: Workspace, tmp_path: Path, train: Any) -> None:
+def test_an_adapted_stem_is_never_frozen(here: Workspace, tmp_path: Path) -> None:
     """Its channels are copies of one kernel at first, and those of a cascade's labels zero."""
-    for options in ({"channels": 2}, {"is_cascaded": True}):
-        trainer = adapting_trainer(pretrained_file(tmp_path), FinetuneSettings(2, 1, 1, train=train), **options)
+    for part, options in (("decoder", {"channels": 2}), ("head", {"is_cascaded": True})):
+        trainer = adapting_trainer(pretrained_file(tmp_path), FinetuneSettings(2, 1, 1, train=part), **options)  # type: ignore[arg-type]
         stem = dict(trainer.network.named_parameters())[STEM]
         before = stem.detach().clone()
         assert torch.equal(before[:, 0], before[:, 1]) or not before[:, 1:].any()
@@ -231,7 +201,7 @@ def test_an_adapted_stem_is_never_frozen(here: Workspace, tmp_path: Path, train:
         assert {name for name in moved if name.startswith("encoder.")} == {STEM, STEM.replace("weight", "bias")}
         assert all(not torch.equal(before[:, c], stem[:, c]) for c in range(stem.shape[1]))
         assert all(not torch.equal(stem[:, 0], stem[:, c]) for c in range(1, stem.shape[1]))
-    plain = adapting_trainer(pretrained_file(tmp_path), FinetuneSettings(2, 1, 1, train=train))
+    plain = adapting_trainer(pretrained_file(tmp_path), FinetuneSettings(2, 1, 1, train="head"))
     assert STEM not in plain.lr_scheduler.all_trained_names()
 
 
@@ -355,37 +325,15 @@ def test_compiled_code_notices_that_the_encoder_learns_from_now_on(here: Workspa
     assert not torch.equal(stems[2], stems[3])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_validation_by_nnunet_computes_as_training_does(
-    here: Workspace, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
-    seen = []
+def test_validation_by_nnunet_computes_as_training_does(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, dtype = [], torch.bfloat16
     stock = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer.perform_actual_validation"
     monkeypatch.setattr(stock, lambda *_: seen.append(torch.get_autocast_dtype("cuda")))
     monkeypatch.setattr(MFMTrainer, "perform_actual_validation", VALIDATION)
-    trainer = make_trainer()
-    trainer.initialize()
+    trainer = initialised()
     trainer.is_cascaded, trainer.autocast_dtype = True, dtype
     trainer.perform_actual_validation()
     assert (seen, torch.get_autocast_dtype("cuda")) == ([dtype], torch.float16)
-
-
-def test_averages_hold_the_same_on_one_gpu_and_on_several(here: Workspace, tmp_path: Path) -> None:
-    settings = FinetuneSettings(train="head", ema_decay=0.9, epochs=2)
-    names = []
-    for is_ddp in (False, True):
-        trainer = make_trainer(block=MFMBlock(finetune=settings))
-        trainer.pretrained_checkpoint = pretrained_file(tmp_path)
-        trainer.initialize()
-        trainer.is_ddp = is_ddp
-        trainer.prepare(trainer.new_weights)
-        assert trainer.optimisation.average is not None
-        names.append(set(trainer.optimisation.average.state_dict()))
-    assert names[0] == names[1]
-    assert names[0] <= {name for name in names[0] if "seg_layers" in name}
-
-
-# Resuming
 
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "primus"])
@@ -431,3 +379,112 @@ def test_without_the_names_of_what_is_new_a_run_cannot_go_on(here: Workspace, tm
     del content["mfm"]["new_weights"]
     checkpoint.save(content, file)
     refused("E_MODEL_CORRUPT", "mfm.new_weights", lambda: run(here, continue_training=True))
+
+
+def test_adamw_has_the_published_moments() -> None:
+    (group,) = make_optimizer([torch.nn.Parameter(torch.zeros(1))], "adamw", 1e-3, 0.05).param_groups
+    assert (group["betas"], group["lr"], group["weight_decay"]) == ((0.9, 0.98), 1e-3, 0.05)
+
+
+# Resuming
+
+SETTINGS = ("finetune.epochs=3", "finetune.iterations_per_epoch=2", "seed=2")
+
+RUN = """
+import os, signal, sys
+from mfm_nnunet.engine.engine import Engine
+from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.workspace import use
+from tests.builders.training import train
+
+step = Engine.step
+
+def killed(self, batch, number):
+    if number == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, number)
+
+Engine.step = killed
+MFMTrainer.perform_actual_validation = lambda *_: None
+with use(sys.argv[1]) as here:
+    settings = [word for word in sys.argv[3:] if "=" in word]
+    print(train(here, *settings, continue_training="--c" in sys.argv))
+"""
+
+
+def run_alone(root: Path, kill_before: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """One run in a process of its own, as the command does it: what ran before in a process may move last bits."""
+    command = [sys.executable, "-c", RUN, str(root), str(kill_before), *words]
+    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+
+
+def test_killed_in_the_middle_of_an_epoch(here: Workspace, tmp_path: Path) -> None:
+    whole = run_alone(tmp_path, -1, *SETTINGS, "num_workers=0")
+    assert whole.returncode == 0, whole.stderr
+    folder = Path(whole.stdout.splitlines()[-1])
+    wanted = state_of(folder)
+    folder.parent.rename(here.results / "unbroken")
+    killed = run_alone(tmp_path, 5, *SETTINGS, "num_workers=2")  # the second step of the third epoch
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (latest,) = here.results.rglob("MFMTrainer*/fold_0/checkpoint_latest.pth")
+    assert checkpoint.load(latest)["current_epoch"] == 2
+    assert not [file for file in latest.parent.iterdir() if file.suffix == ".tmp"]
+    continued = run_alone(tmp_path, -1, "--c")
+    assert continued.returncode == 0, continued.stderr
+    require_equal(state_of(folder), wanted)
+
+
+@pytest.mark.parametrize("killed_before", [2, 5])
+def test_random_layers_and_adamw_within_the_warm_up(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, killed_before: int
+) -> None:
+    settings = (*SETTINGS, "finetune.optimizer=adamw", "finetune.learning_rate=1e-3", "finetune.warmup_epochs=3")
+    folder = train(here, *settings, configuration="primus")
+    wanted = state_of(folder)
+    folder.parent.rename(here.results / "unbroken")
+    with monkeypatch.context() as patch:
+        kill_at(patch, killed_before)
+        with pytest.raises(Killed):
+            train(here, *settings, configuration="primus")
+    torch.rand(int.from_bytes(os.urandom(1), "big"))  # what happened in between must not matter
+    train(here, configuration="primus", continue_training=True)
+    require_equal(state_of(folder), wanted)
+
+
+def test_a_run_that_is_older_than_a_setting_is_resumed(here: Workspace) -> None:
+    folder = train(here, *SETTINGS)
+    younger = {"schedule", "decoder_epochs", "train", "lora_rank", "lora_alpha", "layer_decay", "parts"}
+    younger |= {"ema_decay", "mirroring", "batch_size"}
+    file = folder / "settings.json"
+    content = json.loads(file.read_text())
+    for name in younger:
+        del content["settings"]["finetune"][name]
+    file.write_text(json.dumps(content))
+    final = checkpoint.load(folder / "checkpoint_final.pth")
+    del final["mfm"]["new_weights"]
+    checkpoint.save({**final, "current_epoch": 2}, folder / "checkpoint_latest.pth")
+    (folder / "checkpoint_final.pth").unlink()
+    assert train(here, continue_training=True) == folder
+    assert (folder / "checkpoint_final.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("configuration", "settings", "more"),
+    [("3d_fullres", (), set()), ("primus", ("finetune.ema_decay=0.9",), {"trained_weights", "averaged_weights"})],
+)
+def test_the_layout_is_that_of_runs_begun_before(
+    here: Workspace, configuration: str, settings: tuple[str, ...], more: set[str]
+) -> None:
+    """Frozen: runs that earlier versions began are resumed from exactly these keys, and theirs by stock nnU-Net."""
+    folder = train(here, "finetune.epochs=1", "finetune.iterations_per_epoch=1", *settings, configuration=configuration)
+    final = checkpoint.load(folder / "checkpoint_final.pth")
+    assert set(final) == more | {
+        "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch",
+        "init_args", "trainer_name", "inference_allowed_mirroring_axes", "mfm",
+    }  # fmt: skip
+    assert {*final["logging"]} == {
+        "mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "train_losses", "val_losses", "lrs",
+        "epoch_start_timestamps", "epoch_end_timestamps",
+    }  # fmt: skip
+    assert set(final["init_args"]) == {"plans", "configuration", "fold", "dataset_json"}
+    assert set(final["mfm"]) == {"format", "kind", "finetune", "source", "new_weights", "versions"}

@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -21,32 +20,39 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.device import require_scaled_fp16
 from mfm_nnunet.engine.engine import Engine
-from mfm_nnunet.errors import MFMError, StoppedError
+from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.files import sha256
 from mfm_nnunet.finetune import validation
 from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.finetune.loading import SeededBatches, make_loaders, read_batches, seed_of
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.prediction.model import Model
-from mfm_nnunet.settings import FinetuneSettings, MFMBlock
-from mfm_nnunet.signals import STOP_SIGNALS, stop_on_signal
-from mfm_nnunet.workspace import PLUGIN_FOLDER, Workspace, use
+from mfm_nnunet.settings import MFMBlock
+from mfm_nnunet.signals import stop_on_signal
+from mfm_nnunet.workspace import Workspace, use
 from tests.builders import tiny
 from tests.builders.architectures import resenc
-from tests.builders.damage import overwrite_middle
 from tests.builders.tiny import run_training
-from tests.builders.training import CPU, first_batches, make_trainer, pretrained_file, refused, take_step, train
+from tests.builders.training import (
+    CPU,
+    STEM,
+    first_batches,
+    initialised,
+    make_trainer,
+    pretrained_file,
+    refused,
+    take_step,
+    train,
+)
 
 SHORT = ("finetune.epochs=1", "finetune.iterations_per_epoch=1")
 
@@ -69,21 +75,9 @@ def strings_in(value: Any) -> list[str]:
 # nnU-Net's contract
 
 
-def test_plug_in_folder_gives_this_very_class(here: Workspace) -> None:
-    found = recursive_find_trainer_class_by_name("MFMTrainer")
-    assert found is MFMTrainer
-    assert pickle.loads(pickle.dumps(found)) is MFMTrainer
-    assert [file.name for file in PLUGIN_FOLDER.glob("*.py")] == ["mfm_trainers.py"]
-
-
 def test_constructor_is_nnunets() -> None:
     ours, stock = (inspect.signature(cls.__init__).parameters for cls in (MFMTrainer, nnUNetTrainer))
     assert [(p.name, p.default, p.kind) for p in ours.values()] == [(p.name, p.default, p.kind) for p in stock.values()]
-
-
-def test_continue_training_must_be_in_the_plans(here: Workspace) -> None:
-    with pytest.raises(KeyError, match="continue_training"):
-        MFMTrainer(tiny.plans(), "3d_fullres", 0, {"labels": {"background": 0, "a": 1}}, CPU)
 
 
 def test_stock_plan_trains_with_the_defaults(here: Workspace) -> None:
@@ -106,27 +100,11 @@ def test_stock_plan_trains_with_the_defaults(here: Workspace) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 50)
 
 
-def test_optimizer_and_schedule(here: Workspace) -> None:
-    settings = FinetuneSettings(epochs=10, warmup_epochs=4, learning_rate=1e-3, optimizer="adamw", weight_decay=0.05)
-    trainer = make_trainer(block=MFMBlock(finetune=settings))
-    trainer.initialize()
-    (group,) = trainer.optimizer.param_groups
-    assert isinstance(trainer.optimizer, torch.optim.AdamW)
-    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.98), 0.05)
-    rates = []
-    for epoch in range(10):
-        trainer.lr_scheduler.step(epoch)
-        rates.append(group["lr"])
-    assert rates[:5] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
-    assert rates[9] == pytest.approx(1e-3 * (1 - 5 / 6) ** 0.9)
-
-
 @pytest.mark.parametrize("configuration", ["primus", "two_stages"])
 def test_networks_without_pyramid_train_without_deep_supervision(here: Workspace, configuration: str) -> None:
     configurations = tiny.plans()["configurations"]
     configurations["two_stages"] = tiny.configuration(resenc(features=(4, 8)))
-    trainer = make_trainer(configuration, configurations=configurations)
-    trainer.initialize()
+    trainer = initialised(configuration, plan={"configurations": configurations})
     assert not trainer.enable_deep_supervision
     trainer.set_deep_supervision_enabled(True)
     log = Path(trainer.log_file).read_text()
@@ -136,50 +114,20 @@ def test_networks_without_pyramid_train_without_deep_supervision(here: Workspace
     assert torch.isfinite(trainer.loss(trainer.network(x), torch.zeros(1, 1, 16, 16, 16)))
 
 
-def test_the_network_starts_under_the_seed(here: Workspace) -> None:
-    weights = []
-    for seed in (3, 3, 4):
-        torch.rand(random.randint(1, 9))
-        trainer = make_trainer(block=MFMBlock(finetune=tiny.FINETUNE, seed=seed))
-        trainer.initialize()
-        weights.append(next(trainer.network.parameters()).detach().clone())
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
 def test_gradients_are_clipped_as_the_settings_say(here: Workspace) -> None:
     norms = []
     for clip in (0.01, 100.0):
-        settings = dataclasses.replace(tiny.FINETUNE, gradient_clip=clip)
-        trainer = make_trainer(block=MFMBlock(finetune=settings, num_workers=0))
-        trainer.initialize()
+        trainer = initialised(gradient_clip=clip)
         take_step(trainer)
-        norms.append(
-            float(
-                torch.linalg.vector_norm(
-                    torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None])
-                )
-            )
-        )
+        gradients = [p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.cat(gradients))))
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
     assert norms[1] > 0.1
 
 
-def test_a_nonfinite_loss_is_refused_before_the_update(here: Workspace) -> None:
-    trainer = make_trainer()
-    trainer.initialize()
-    before = next(trainer.network.parameters()).detach().clone()
-    batch = next(first_batches(trainer))
-    batch["data"][:] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"Cases of the batch: subject-\d"):
-        take_step(trainer, batch)
-    assert torch.equal(before, next(trainer.network.parameters()))
-
-
 def test_scaled_losses_that_stay_nonfinite_end_the_training(here: Workspace) -> None:
     """As on GPUs, where nnU-Net's scaler skips such steps, for ever if need be."""
-    trainer = make_trainer()
-    trainer.initialize()
+    trainer = initialised()
     trainer.optimisation.scaler = torch.amp.GradScaler("cpu")
     before = next(trainer.network.parameters()).detach().clone()
     batch = next(first_batches(trainer))
@@ -209,9 +157,7 @@ def test_fp16_is_refused_where_losses_are_not_scaled(here: Workspace, device: st
 
 
 def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace, tmp_path: Path) -> None:
-    trainer = make_trainer()
-    trainer.pretrained_checkpoint = pretrained_file(tmp_path)
-    trainer.initialize()
+    trainer = initialised(file=pretrained_file(tmp_path))
     source = checkpoint.load_weights(trainer.pretrained_checkpoint)["network_weights"]
     state = trainer.network.state_dict()
     assert all(torch.equal(state[name], source[name]) for name in state if "seg_layers" not in name)
@@ -222,10 +168,7 @@ def test_transfer_after_initialize_keeps_the_optimizers_tensors(here: Workspace,
     assert "100.0% of the encoder's parameters" in log
     assert "loaded   encoder.stem.convs.0.conv.weight" in log
     report = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())
-    assert (report["checkpoint"], report["sha256"]) == (
-        "some_pretrained.pth",
-        sha256(trainer.pretrained_checkpoint),
-    )
+    assert (report["checkpoint"], report["sha256"]) == ("some_pretrained.pth", sha256(trainer.pretrained_checkpoint))
     assert report["notes"] == []
     assert {entry["name"].rsplit(".", 1)[0] for entry in report["new"]} == {f"decoder.seg_layers.{i}" for i in (0, 1)}
 
@@ -240,9 +183,7 @@ def test_what_the_plan_has_otherwise_than_the_checkpoint_is_told(here: Workspace
     plans["foreground_intensity_properties_per_channel"] = {"0": intensities}
     plans["configurations"]["pretrained"] |= {"spacing": [3.0, 1.0, 1.0], "normalization_schemes": ["CTNormalization"]}
     checkpoint.save(content, file)
-    trainer = make_trainer()
-    trainer.pretrained_checkpoint = file
-    trainer.initialize()
+    trainer = initialised(file=file)
     notes = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())["notes"]
     assert [note.split(":")[1].strip() for note in notes] == ["spacing in mm", "normalisation", "order of the axes"]
     assert "[3.0, 1.0, 1.0] in the checkpoint's" in notes[0]
@@ -251,8 +192,7 @@ def test_what_the_plan_has_otherwise_than_the_checkpoint_is_told(here: Workspace
 
 def test_weights_from_stocks_command_are_warned_of(here: Workspace, tmp_path: Path) -> None:
     for file in (None, pretrained_file(tmp_path)):
-        trainer = make_trainer()
-        trainer.initialize()
+        trainer = initialised()
         if file is not None:
             load_pretrained_weights(trainer.network, str(file))
         trainer._start()
@@ -263,8 +203,7 @@ def test_primus_of_dna_trains(here: Workspace) -> None:
     """Its classes know nothing of deep supervision, which nnU-Net's trainer passes to all."""
     architecture = tiny.drop_path_primus()
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.primus.Primus"
-    trainer = make_trainer(configurations={"3d_fullres": tiny.configuration(architecture)})
-    trainer.initialize()
+    trainer = initialised(plan={"configurations": {"3d_fullres": tiny.configuration(architecture)}})
     loss = take_step(trainer)
     assert np.isfinite(loss)
 
@@ -274,9 +213,7 @@ def test_primus_positions_use_the_checkpoints_patch(here: Workspace, tmp_path: P
     content = checkpoint.load(file)
     content["mfm"]["plans"]["configurations"]["pretrained"]["patch_size"] = [24, 8, 16]
     checkpoint.save(content, file)
-    trainer = make_trainer("primus")
-    trainer.pretrained_checkpoint = file
-    trainer.initialize()
+    trainer = initialised("primus", file=file)
     report = json.loads((Path(trainer.output_folder) / "transfer.json").read_text())
     assert [entry["name"] for entry in report["adapted"]] == ["eva.pos_embed"]
 
@@ -291,17 +228,15 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.fixture
 def source(here: Workspace) -> SeededBatches:
-    trainer = make_trainer()
-    trainer.initialize()
+    trainer = initialised()
     return SeededBatches(make_loaders(trainer)[0], 5, "training 0")
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_batches_are_the_same_for_any_number_of_workers(source: SeededBatches, num_workers: int) -> None:
-    alone, together = list(read_batches(source, 0, 6, 0)), list(read_batches(source, 0, 6, num_workers))
+def test_batches_are_the_same_for_any_number_of_workers(source: SeededBatches) -> None:
+    alone, together = (list(read_batches(source, 0, 6, num_workers)) for num_workers in (0, 2))
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
     assert not same(alone[0], alone[1])
-    (late,) = read_batches(source, 4, 5, num_workers)
+    (late,) = read_batches(source, 4, 5, 1)
     assert same(late, alone[4])
 
 
@@ -311,15 +246,6 @@ def test_a_batch_is_nnunets_own_under_its_seed(source: SeededBatches) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     assert same(source.loader.generate_train_batch(), source[3])
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_preprocessed_file_is_named(source: SeededBatches, num_workers: int) -> None:
-    """Its size is right and its beginning is whole, so nothing is noticed before it is read."""
-    for file in Path(source.loader._data.source_folder).glob("*_seg.b2nd"):
-        overwrite_middle(file)
-    with pytest.raises(MFMError, match=r"E_SHORT_DATA  .*_seg\.b2nd: the preprocessed file cannot be read"):
-        next(read_batches(source, 0, 1, num_workers))
 
 
 def test_reading_leaves_the_global_generators_alone(source: SeededBatches) -> None:
@@ -368,14 +294,6 @@ def test_checkpoint_loads_safely_and_names_nobody(trained: tuple[Path, Workspace
     assert about["sha256"] == sha256(root / "some_pretrained.pth")
 
 
-def test_model_folder_names_nobody(trained: tuple[Path, Workspace, Path]) -> None:
-    _, _, folder = trained
-    for name in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
-        text = (folder.parent / name).read_text()
-        assert "subject" not in text
-        assert "/home/" not in text
-
-
 def test_the_block_travels_everywhere(trained: tuple[Path, Workspace, Path]) -> None:
     _, _, folder = trained
     stated = json.loads((folder / "settings.json").read_text())["settings"]
@@ -410,20 +328,15 @@ def test_stock_nnunet_reads_and_continues_the_checkpoint(trained: tuple[Path, Wo
             )
 
 
-def test_stock_pretrained_loading_accepts_our_file(trained: tuple[Path, Workspace, Path], tmp_path: Path) -> None:
+def test_stock_pretrained_loading_accepts_our_file(trained: tuple[Path, Workspace, Path]) -> None:
     _, _, folder = trained
     kwargs = resenc()
     network = get_network_from_plans(
         kwargs["network_class_name"], kwargs["arch_kwargs"], kwargs["_kw_requires_import"], 1, 7, deep_supervision=False
     )
     load_pretrained_weights(network, str(folder / "checkpoint_final.pth"))
-    content = checkpoint.load(folder / "checkpoint_final.pth")
-    wanted = content["network_weights"]["encoder.stem.convs.0.conv.weight"]
-    assert torch.equal(network.state_dict()["encoder.stem.convs.0.conv.weight"], wanted)
-    del content["network_weights"]["encoder.stem.convs.0.conv.weight"]
-    checkpoint.save(content, tmp_path / "incomplete.pth")
-    with pytest.raises(AssertionError, match="missing in the pretrained model"):
-        load_pretrained_weights(network, str(tmp_path / "incomplete.pth"))
+    wanted = checkpoint.load(folder / "checkpoint_final.pth")["network_weights"][STEM]
+    assert torch.equal(network.state_dict()[STEM], wanted)
 
 
 def test_validation_summary_equals_nnunets(trained: tuple[Path, Workspace, Path]) -> None:
@@ -471,45 +384,7 @@ def test_validating_again_gives_the_same(trained: tuple[Path, Workspace, Path]) 
     assert sha256(folder / "checkpoint_final.pth") == final
 
 
-def test_stock_predictor_gives_the_validations_masks(trained: tuple[Path, Workspace, Path]) -> None:
-    root, workspace, folder = trained
-    with use(root):
-        predictor = nnUNetPredictor(device=CPU, perform_everything_on_device=False, allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(folder.parent), (0,))
-    data = nnUNetDatasetBlosc2(str(workspace.preprocessed / tiny.NAME / "mfm_tiny"))
-    for mask_file in (folder / "validation").glob("*.nii.gz"):
-        image = data.load_case(mask_file.name.removesuffix(".nii.gz"))[0][:]
-        predictor.network.load_state_dict(predictor.list_of_parameters[0])
-        mask = predictor.predict_sliding_window_return_logits(torch.from_numpy(image)).argmax(0).numpy()
-        assert np.array_equal(mask, sitk.GetArrayFromImage(sitk.ReadImage(str(mask_file))))
-
-
 # What is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "message"),
-    [
-        ({"configuration": "3d_fulres"}, "E_CONFIG", "Did you mean '3d_fullres'?"),
-        ({"fold": 7}, "E_CONFIG", "folds 0 to 4"),
-        ({"fold": "some"}, "E_CONFIG", "'all'"),
-        ({"plans_name": "mfmPlan"}, "E_NOT_FOUND", "mfmPlans"),
-        ({"trainer": "Theirs"}, "E_NOT_FOUND", f"nnUNetv2_train {tiny.NAME} 3d_fullres 0 -p mfmPlans -tr Theirs"),
-        ({"overrides": ("finetune.epoch=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
-        ({"overrides": ("pretrain.epochs=3",)}, "E_CONFIG", "Did you mean 'finetune.epochs'?"),
-        ({"overrides": ("finetune.checkpoint=none",)}, "E_CONFIG", "-pretrained_weights"),
-        ({"overrides": ("finetune.epochs=0",)}, "E_CONFIG", "at least 1"),
-        ({"overrides": ("finetune.warmup_epochs=4",)}, "E_CONFIG", "warmup_epochs=4"),
-        ({"overrides": ("finetune.epochs=many",)}, "E_CONFIG", "expected int"),
-        ({"continue_training": True}, "E_NOT_FOUND", "Start without --c"),
-        ({"only_validate": True}, "E_NOT_FOUND", "no finished training"),
-        ({"only_validate": True, "continue_training": True}, "E_CONFIG", "one of them"),
-        ({"pretrained_weights": Path("nowhere.pth")}, "E_NOT_FOUND", "nowhere.pth"),
-    ],
-)
-def test_wrong_requests(here: Workspace, options: dict[str, Any], code: str, message: str) -> None:
-    refused(code, message, lambda: train(here, **options))
-    assert not list(here.results.rglob("*.pth"))
 
 
 def test_several_gpus_are_no_other_device(here: Workspace) -> None:
@@ -531,26 +406,6 @@ def test_memory_that_runs_out_is_an_error_with_advice_that_can_be_followed(
     refused("E_OOM", "move the fold's folder away first", lambda: train(here, *SHORT, fold=1))
 
 
-def test_an_unknown_device_is_refused(here: Workspace) -> None:
-    refused("E_CONFIG", "known devices", lambda: run_training(here, tiny.NAME, "3d_fullres", 0, device="tpu"))
-
-
-def test_data_that_cannot_be_trained_on(here: Workspace) -> None:
-    base = here.preprocessed / tiny.NAME
-    (base / "dataset_fingerprint.json").rename(base / "away.json")
-    refused("E_NOT_FOUND", "fingerprint", lambda: train(here))
-    (base / "away.json").rename(base / "dataset_fingerprint.json")
-
-    (base / "mfm_tiny" / "subject-03_seg.b2nd").unlink()
-    refused("E_CONFIG", "subject-03", lambda: train(here))
-    for file in (base / "mfm_tiny").iterdir():
-        file.unlink()
-    refused("E_NOT_FOUND", "mfm_plan_and_preprocess -d Dataset007_Tiny -c 3d_fullres", lambda: train(here))
-    dataset_json = json.loads((base / "dataset.json").read_text())
-    (base / "dataset.json").write_text(json.dumps({**dataset_json, "labels": {"background": 0}}))
-    refused("E_CONFIG", "mfm_pretrain", lambda: train(here))
-
-
 def test_a_cascade_needs_its_first_stage(here: Workspace) -> None:
     stages = {"3d_lowres": tiny.configuration(resenc()) | {"next_stage": "3d_cascade_fullres"}}
     stages["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
@@ -560,42 +415,10 @@ def test_a_cascade_needs_its_first_stage(here: Workspace) -> None:
     refused("E_NOT_FOUND", "all folds of 3d_lowres", cascade)
 
 
-def test_a_plan_that_would_import_foreign_code_is_refused(here: Workspace) -> None:
-    plans = tiny.plans("mfmForeign")
-    plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
-    (here.preprocessed / tiny.NAME / "mfmForeign.json").write_text(json.dumps(plans))
-    refused("E_MODEL_UNSAFE", "os.system", lambda: train(here, plans_name="mfmForeign"))
-    assert not list(here.results.rglob("*"))
-
-
-@pytest.mark.parametrize(
-    ("architecture", "message"),
-    [(resenc(2), "2D"), (resenc(features=(6, 12, 12)), "--like"), (tiny.drop_path_primus(), "PrimusSeg")],
-)
-def test_a_checkpoint_of_another_network_is_refused(
-    here: Workspace, tmp_path: Path, architecture: dict[str, Any], message: str
-) -> None:
-    file = pretrained_file(tmp_path, architecture)
-    refused("E_MODEL_MISMATCH", message, lambda: train(here, pretrained_weights=file))
-    if message == "--like":
-        command = f"mfm_plan_and_preprocess -d 7 -c 3d_fullres --like {file};"
-        refused("E_MODEL_MISMATCH", command, lambda: train(here, pretrained_weights=file))
-    assert not list(here.results.rglob("*.pth"))
-    train(here, *SHORT)  # what was refused does not stand in the way
-
-
-def test_a_damaged_checkpoint_is_refused(here: Workspace, tmp_path: Path) -> None:
-    file = pretrained_file(tmp_path)
-    file.write_bytes(file.read_bytes()[:-500])
-    refused("E_MODEL_CORRUPT", "some_pretrained.pth", lambda: train(here, pretrained_weights=file))
-
-
 def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, tmp_path: Path) -> None:
     folder = train(here, *SHORT)
     before = sha256(folder / "checkpoint_final.pth")
-    refused("E_EXISTS", "--c", lambda: train(here, *SHORT))
     other = lambda **options: train(here, continue_training=True, **options)  # noqa: E731
-    refused("E_CONFIG", "finetune.epochs was 1, is 5", lambda: other(overrides=("finetune.epochs=5",)))
     file = pretrained_file(tmp_path)
     refused("E_CONFIG", "finetune.checkpoint", lambda: other(pretrained_weights=file))
     left_open = ("finetune.parts=auto", "finetune.warmup_epochs=none", "finetune.learning_rate=none")
@@ -605,18 +428,9 @@ def test_a_run_is_never_overwritten_nor_continued_differently(here: Workspace, t
     assert not list(folder.glob(".*.tmp"))
     assert sha256(folder / "checkpoint_final.pth") == before
 
-    plan = here.preprocessed / tiny.NAME / "mfmPlans.json"
-    content = json.loads(plan.read_text())
-    content["configurations"]["3d_fullres"]["batch_size"] = 3
-    plan.write_text(json.dumps(content))
-    refused("E_CONFIG", "was changed after this run began", other)
 
-
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_stops_after_the_step(
-    here: Workspace, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    step, calls = Engine.step, []
+def test_a_signal_stops_after_the_step(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls, number = Engine.step, [], signal.SIGUSR1
 
     def take_step(self: Engine, batch: Any, at: int) -> float:
         calls.append(at)
@@ -674,8 +488,7 @@ def test_a_signal_stops_a_validation_by_nnunet_too(here: Workspace, monkeypatch:
             finished.append(0)
 
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", predicting)
-    trainer = make_trainer()
-    trainer.initialize()
+    trainer = initialised()
     trainer.is_cascaded = True
     with stop_on_signal() as flag:
         with pytest.raises(StoppedError, match="final validation") as caught:
@@ -699,3 +512,9 @@ def test_a_removed_case_is_in_no_dataset(here: Workspace, fold: int | str) -> No
     training, held_out = trainer.get_tr_and_val_datasets()
     assert {*training.identifiers, *held_out.identifiers} == set(names)
     assert isinstance(training, nnUNetDatasetBlosc2)
+
+
+def test_data_of_a_plan_that_were_never_preprocessed(here: Workspace) -> None:
+    for file in (here.preprocessed / tiny.NAME / "mfm_tiny").iterdir():
+        file.unlink()
+    refused("E_NOT_FOUND", "mfm_plan_and_preprocess -d Dataset007_Tiny -c 3d_fullres", lambda: train(here))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import time
 import tracemalloc
@@ -101,8 +100,8 @@ def test_rows_of_a_png_file(tmp_path: Path, kind: str) -> None:
     assert code_of(file) == "E_FORMAT"
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4, 8])
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 2), (5, 5), (8, 8), (9, 17), (40, 30)])
+@pytest.mark.parametrize("depth", [1, 4, 8])
+@pytest.mark.parametrize("size", [(1, 9), (3, 2), (9, 17)])
 def test_interlaced_png_files(tmp_path: Path, size: tuple[int, int], depth: int) -> None:
     """Pillow cannot write them, but it reads them: exactly the bytes that are counted, and not one less."""
     file = tmp_path / "x.png"
@@ -183,21 +182,6 @@ def test_rows_of_a_bmp_file(tmp_path: Path, depth: int) -> None:
     assert code_of(file) == "E_FORMAT"
     file.write_bytes(content[:22] + struct.pack("<i", -200) + content[26:])  # from top to bottom
     check_image_file(file)
-
-
-def test_declared_bytes_of_other_pictures(tmp_path: Path) -> None:
-    for name, array in (("x.bmp", PICTURE), ("c.bmp", np.stack([PICTURE] * 3, -1))):
-        Image.fromarray(array).save(tmp_path / name)
-        assert bitmaps.num_bytes(tmp_path / name) == array.nbytes
-    for name, content in (
-        ("cut.png", b"\x89PNG\r\n\x1a\n\0"),
-        ("cut.bmp", b"BM"),
-        ("cut.jpg", b"\xff\xd8"),
-        ("t.tif", b"II"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        count = tiff.num_decoded_bytes if name == "t.tif" else bitmaps.num_bytes
-        assert code_of(tmp_path / name, count) in ("E_FORMAT", "E_SHORT_DATA")
 
 
 # --- TIFF: what passes ----------------------------------------------------------------------------------------------
@@ -312,24 +296,8 @@ def stack(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def offsets(stack: Path) -> list[int]:
-    return [page.offset for page in tiff.read_pages(stack)]
-
-
-def test_a_small_file_that_never_ended(shared_data: Path) -> None:
-    file = shared_data.parent / "found" / "inputs" / "hang_small.tif"
-    if not file.is_file():
-        pytest.skip("needs the file that was found")
-    start = time.monotonic()
-    for action in (tiff.is_2d, tiff.num_decoded_bytes, check_image_file):
-        assert code_of(file, action) == "E_FORMAT"
-    assert time.monotonic() - start < 0.2
-
-
-@pytest.mark.parametrize("target", [0, 3, 8])
-def test_pages_in_a_circle(stack: Path, offsets: list[int], target: int) -> None:
-    edit(stack, 8, 0, offsets[target])
+def test_pages_in_a_circle(stack: Path) -> None:
+    edit(stack, 8, 0, tiff.read_pages(stack)[3].offset)
     for action in (tiff.is_2d, tiff.num_decoded_bytes, check_image_file):
         assert code_of(stack, action) == "E_FORMAT"
 
@@ -370,45 +338,25 @@ def test_damaged_pages(stack: Path, page: int, tag: int, value: int, code: str) 
     assert code_of(stack) == code
 
 
-def test_declared_bytes_come_before_decoding(stack: Path) -> None:
-    edit(stack, 3, 257, 1 << 30)
-    assert tiff.num_decoded_bytes(stack) == 8 * 1200 + 30 * (1 << 30)
-
-
-@pytest.mark.parametrize("kind", [np.complex64, np.complex128])
-def test_complex_numbers(tmp_path: Path, kind: type) -> None:
-    file = tmp_path / "x.tif"
-    tifffile.imwrite(file, VOLUME.astype(kind))
-    assert code_of(file) == "E_DATATYPE"
-
-
-@pytest.mark.parametrize("samples", [2, 5])
-def test_numbers_of_samples(tmp_path: Path, samples: int) -> None:
-    file = tmp_path / "x.tif"
-    tifffile.imwrite(file, np.stack([PICTURE] * samples, -1), photometric="minisblack", planarconfig="contig")
-    assert code_of(file) == "E_DATATYPE"
+def appended(path: Path) -> None:
+    """tifffile takes each slice for an image of its own, and reads the first."""
+    for array in VOLUME[:4]:
+        tifffile.imwrite(path, array, append=True)
 
 
 @pytest.mark.parametrize(
-    "pages",
+    ("write", "code"),
     [
-        (*VOLUME[:4], *VOLUME[:2, :20]),
-        (VOLUME[0], VOLUME[1].astype(np.uint16), VOLUME[2]),
+        (written(array=VOLUME.astype(np.complex64)), "E_DATATYPE"),
+        (written(array=np.stack([PICTURE] * 2, -1), photometric="minisblack", planarconfig="contig"), "E_DATATYPE"),
+        (with_pages(*VOLUME[:4], *VOLUME[:2, :20]), "E_DIM"),
+        (with_pages(VOLUME[0], VOLUME[1].astype(np.uint16), VOLUME[2]), "E_DIM"),
+        (appended, "E_DIM"),
     ],
 )
-def test_pages_of_several_kinds(tmp_path: Path, pages: tuple[np.ndarray, ...]) -> None:
-    file = tmp_path / "x.tif"
-    with_pages(*pages)(file)
-    assert code_of(file) == "E_DIM"
-
-
-def test_slices_that_were_appended_one_by_one(tmp_path: Path) -> None:
-    """tifffile takes each for an image of its own, and reads the first."""
-    file = tmp_path / "x.tif"
-    for array in VOLUME[:4]:
-        tifffile.imwrite(file, array, append=True)
-    assert tifffile.imread(file).shape == PICTURE.shape
-    assert code_of(file) == "E_DIM"
+def test_kinds_of_tiff_that_are_no_volume(tmp_path: Path, write: Callable[[Path], Any], code: str) -> None:
+    write(tmp_path / "x.tif")
+    assert code_of(tmp_path / "x.tif") == code
 
 
 def test_a_page_that_is_stored_in_another_way(tmp_path: Path) -> None:
@@ -420,7 +368,7 @@ def test_a_page_that_is_stored_in_another_way(tmp_path: Path) -> None:
     assert code_of(file) == "E_HEADER"
 
 
-@pytest.mark.parametrize("options", [{}, {"rowsperstrip": 40}, {"tile": (64, 64)}])
+@pytest.mark.parametrize("options", [{}, {"tile": (64, 64)}])
 def test_a_strip_of_jpeg_that_lacks_rows(tmp_path: Path, options: dict[str, Any]) -> None:
     file = tmp_path / "x.tif"
     tifffile.imwrite(file, np.stack([SMOOTH] * 3), compression="jpeg", photometric="minisblack", **options)
@@ -459,7 +407,7 @@ ELSEWHERE = (
 )
 
 
-@pytest.mark.parametrize("other", ["missing.tif", "other.tif", "../other.tif", "/etc/hostname"])
+@pytest.mark.parametrize("other", ["other.tif", "/etc/hostname"])
 def test_volumes_in_several_files(tmp_path: Path, other: str) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -468,13 +416,6 @@ def test_volumes_in_several_files(tmp_path: Path, other: str) -> None:
     file = folder / "x.ome.tif"
     ome(file, TIFF_DATA, ELSEWHERE.format(other))
     assert code_of(file) == "E_FORMAT"
-
-
-def test_one_file_that_names_itself(tmp_path: Path) -> None:
-    file = tmp_path / "renamed_0000.tif"
-    ome(file, TIFF_DATA, '<TiffData IFD="0" PlaneCount="9"/>')
-    check_image_file(file)
-    np.testing.assert_array_equal(tifffile.imread(file), VOLUME)
 
 
 @pytest.mark.parametrize(
@@ -510,9 +451,8 @@ def test_descriptions_that_do_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "spacing",
-    ['["a", 1, 1]', '["2", 1, 1]', "[[1], 1, 1]", "[null, 1, 1]", "[true, 1, 1]", "[NaN, 1, 1]", "[1e999, 1, 1]",
-     "[-1, 1, 1]", "[0, 1, 1]", '"abc"', '{"a": 1, "b": 1, "c": 1}', f"[{'1' * 400}, 1, 1]"],
-)  # fmt: skip
+    ['["2", 1, 1]', "[null, 1, 1]", "[NaN, 1, 1]", "[0, 1, 1]", '"abc"', f"[{'1' * 400}, 1, 1]"],
+)
 def test_the_spacing_beside_a_stack_is_three_numbers(tmp_path: Path, spacing: str) -> None:
     file = tmp_path / "case_0000.tif"
     tifffile.imwrite(file, VOLUME)
@@ -520,12 +460,3 @@ def test_the_spacing_beside_a_stack_is_three_numbers(tmp_path: Path, spacing: st
     assert code_of(file, lambda path: read_image([path], "Tiff3DIO")) == "E_SPACING"
     (tmp_path / "case.json").write_text('{"spacing": [3, 1.5, 1]}')
     assert tuple(read_image([file], "Tiff3DIO")[1]["spacing"]) == (3, 1.5, 1)
-
-
-def test_a_picture_in_memory_equals_the_one_on_the_disk(tmp_path: Path) -> None:
-    stream = io.BytesIO()
-    Image.fromarray(SMOOTH).save(stream, "JPEG")
-    file = tmp_path / "x.jpeg"
-    file.write_bytes(stream.getvalue())
-    check_image_file(file)
-    np.testing.assert_array_equal(stock(file, "NaturalImage2DIO")[0, 0], np.asarray(Image.open(stream)))

@@ -68,13 +68,9 @@ def test_what_ends_a_reader_ends_one_file(tmp_path: Path, behaviour: str, code: 
         read_image([file], "SimpleITKIO")
     assert error.value.code == code
     assert str(file) in error.value.message
+    if behaviour == "abort":
+        assert "SIGABRT: terminate called after throwing an instance of 'std::logic_error'" in error.value.message
     read_image([good], "SimpleITKIO")
-
-
-@pytest.mark.usefixtures("hostile")
-def test_a_crash_is_explained_by_its_last_words(tmp_path: Path) -> None:
-    with pytest.raises(MFMError, match=r"SIGABRT: terminate called after throwing an instance of 'std::logic_error'"):
-        read_image([nifti(tmp_path / "abort_0000.nii.gz")], "SimpleITKIO")
 
 
 @pytest.mark.usefixtures("hostile")
@@ -151,11 +147,6 @@ def test_arrays_and_properties_are_the_readers(tmp_path: Path, reader: str) -> N
     assert repr(properties) == repr(expected_properties)
 
 
-def test_properties_survive_the_way_between_processes() -> None:
-    properties = {"a": (1, 2.5), "b": [None, True, "x"], "c": np.eye(3, dtype=np.float32), "d": {"e": np.float64(0.1)}}
-    assert repr(decode.from_json(json.loads(json.dumps(decode.to_json(properties))))) == repr(properties)
-
-
 def test_a_forked_process_leaves_the_children_to_its_parent(tmp_path: Path) -> None:
     file = nifti(tmp_path / "x_0000.nii.gz")
     read_image([file], "SimpleITKIO")
@@ -187,7 +178,7 @@ def with_latin_1_name(folder: Path, ending: str) -> Path:
     return Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller_0000" + ending.encode()))
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".jpg"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".mhd", ".gipl", ".png"])
 def test_names_that_are_no_utf_8_are_read(tmp_path: Path, ending: str) -> None:
     plain, file = tmp_path / f"plain_0000{ending}", with_latin_1_name(tmp_path, ending)
     if ending in (".png", ".bmp", ".jpg"):

@@ -96,13 +96,9 @@ def require_read(file: Path, spacing: tuple[float, ...] = (1, 1.5, 2)) -> None:
 
 TWICE = {
     "DimSize = 7 6 5": b"DimSize = 6 7 5\nDimSize = 7 6 5",
-    "ElementType = MET_SHORT": b"ElementType = MET_USHORT\nElementType = MET_SHORT",
     "ElementSpacing = 1 1.5 2": b"ElementSpacing = 1 1.5 2\nElementSpacing: 3 3 3",
     "Offset = 1 2 3": b"Offset = 1 2 3\nPosition = 4 5 6",
-    "TransformMatrix = 1 0 0 0 1 0 0 0 1": b"TransformMatrix = 1 0 0 0 1 0 0 0 1\nRotation = 0 1 0 1 0 0 0 0 1",
     "BinaryDataByteOrderMSB = False": b"BinaryDataByteOrderMSB = False\nElementByteOrderMSB = True",
-    "CompressedData = False": b"CompressedData = False\nCompressedData = True",
-    "NDims = 3": b"NDims = 3\nNDims = 3",
 }
 
 
@@ -129,11 +125,8 @@ TWO_MEMBERS = gzip.compress(RAW[:100]) + gzip.compress(RAW[100:])
     [
         (zipped(None), ZLIB, "E_HEADER"),
         (zipped(0), ZLIB, "E_HEADER"),
-        (zipped(len(ZLIB) // 2), ZLIB, "E_HEADER"),
         (zipped(len(ZLIB) - 1), ZLIB, "E_HEADER"),
         (zipped(len(ZLIB) + 1), ZLIB, "E_SHORT_DATA"),
-        (zipped(10**15), ZLIB, "E_SHORT_DATA"),
-        (zipped(-5), ZLIB, "E_HEADER"),
         (zipped(b"1_0"), ZLIB, "E_HEADER"),
         (zipped(len(ZLIB)), ZLIB + b"xx", "E_HEADER"),
         (zipped(len(TWO_STREAMS)), TWO_STREAMS, "E_HEADER"),
@@ -141,7 +134,6 @@ TWO_MEMBERS = gzip.compress(RAW[:100]) + gzip.compress(RAW[100:])
         (zipped(len(DEFLATED)), DEFLATED, "E_GZIP_CRC"),
         (zipped(len(ZLIB), b"HeaderSize = 3\n"), ZLIB, "E_HEADER"),
         (meta(b"ElementType", b"HeaderSize = 5\nElementType"), RAW, "E_HEADER"),
-        (meta(b"ElementType", b"HeaderSize = -5\nElementType"), RAW, "E_HEADER"),
     ],
 )
 def test_voxels_that_meta_io_would_read_from_elsewhere(tmp_path: Path, header: bytes, voxels: bytes, code: str) -> None:
@@ -152,19 +144,12 @@ def test_voxels_that_meta_io_would_read_from_elsewhere(tmp_path: Path, header: b
     ("old", "new", "code"),
     [
         (b"Offset = 1 2 3", b"Offset = nan 0 0", "E_GEOMETRY"),
-        (b"Offset = 1 2 3", b"Offset = inf 0 0", "E_GEOMETRY"),
         (b"Offset = 1 2 3", b"Offset = 1e400 0 0", "E_GEOMETRY"),
-        (b"Offset = 1 2 3", b"Offset = 1,2,3", "E_GEOMETRY"),
         (b"Offset = 1 2 3", b"Offset = 1 2", "E_GEOMETRY"),
-        (b"Offset = 1 2 3", b"Offset = ", "E_GEOMETRY"),
         (b"Offset = 1 2 3", b"Origin = x y z", "E_GEOMETRY"),
-        (b"TransformMatrix = 1", b"TransformMatrix = nan", "E_GEOMETRY"),
         (b"TransformMatrix = 1", b"Orientation = 1 0", "E_GEOMETRY"),
         (b"ElementSpacing = 1", b"ElementSpacing = -1", "E_SPACING"),
-        (b"ElementSpacing = 1", b"ElementSpacing = nan", "E_SPACING"),
-        (b"ElementSpacing = 1", b"ElementSpacing = 0", "E_SPACING"),
         (b"ElementSpacing = 1", b"ElementSpacing = 1_0", "E_SPACING"),
-        (b"ElementSpacing = 1", b"ElementSpacing = 1 1", "E_SPACING"),
         (b"ElementSpacing = 1 1.5 2\n", b"", "E_SPACING"),
         (b"ElementSpacing = 1", b"ElementSize = -1", "E_SPACING"),
         (b"ElementType", b"DistanceUnits = um\nElementType", "E_SPACING"),
@@ -187,20 +172,16 @@ SWAPPED = b"BinaryDataByteOrderMSB = False"
         (META, RAW),
         (zipped(len(ZLIB)), ZLIB),
         (zipped(len(GZIP)), GZIP),
-        (zipped(len(ZLIB), b"CompressionLevel = 2\nHeaderSize = 0\n"), ZLIB),
         (edited(zipped(len(ZLIB)), (b"= True\nCompressedDataSize", b"= T\nCompressedDataSize")), ZLIB),
         (edited(META, (b" = ", b":")), RAW),
         (edited(META, (b"\n", b"\r\n")), RAW),
         (meta(b"ElementType", b"HeaderSize = -1\nElementType"), RAW),
-        (meta(b"ElementType", b"ElementToIntensityFunctionSlope = 1\nElementType"), RAW),
         (
             meta(b"ElementType", b"Comment = a\x85DimSize = 9 9 9\n0008|0060 = CT\nModality = MET_MOD_CT\nElementType"),
             RAW,
         ),
-        (meta(b"ElementType", b"Comment = ElementDataFile = x\nDistanceUnits = mm\nElementType"), RAW),
         (meta(b"ElementType", b"Comment = one\nComment = two\nElementMin = 0\nElementMax = 9\nElementType"), RAW),
         (meta(b"ElementSpacing", b"ElementSize = 3 3 3\nElementSpacing"), RAW),
-        (meta(b"ElementSpacing", b"ElementSize"), RAW),
         (meta(b"Offset = 1 2 3", b"Offset = 1 2 3\nPosition = 1 2 3"), RAW),
         (meta(b"Offset = 1 2 3\n", b""), RAW),
         (meta(SWAPPED, b"BinaryDataByteOrderMSB = 1"), BIG),
@@ -213,8 +194,7 @@ def test_meta_images_that_itk_reads_rightly(tmp_path: Path, header: bytes, voxel
     require_read(file)
 
 
-@pytest.mark.parametrize("name", ["x.mha", "x.nrrd", "x.mhd", "x.nhdr"])
-@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(("name", "compress"), [("x.mha", True), ("x.nrrd", False), ("x.mhd", False), ("x.nhdr", True)])
 def test_what_itk_writes_with_tags_of_a_scanner(tmp_path: Path, name: str, compress: bool) -> None:
     image = sitk.GetImageFromArray(VOXELS)
     image.SetSpacing((1, 1.5, 2))
@@ -271,7 +251,6 @@ def test_names_of_data_files(tmp_path: Path, name: bytes) -> None:
     ("header", "code"),
     [
         (spacings(b"spacings: nan 1.5 2"), "E_SPACING"),
-        (spacings(b"spacings: -1 1.5 2"), "E_SPACING"),
         (spacings(b"spacings: 1 1.5"), "E_SPACING"),
         (spacings(b"axis mins: 4 5 6"), "E_SPACING"),
         (spacings(b'units: "mm" "mm" "mm"'), "E_SPACING"),
@@ -280,14 +259,11 @@ def test_names_of_data_files(tmp_path: Path, name: bytes) -> None:
         (nrrd(b"(0,0,2)", b"none"), "E_SPACING"),
         (nrrd(b"(0,0,2)", b"(0,0,0)"), "E_SPACING"),
         (nrrd(b"(0,0,2)", b"(0,0,nan)"), "E_GEOMETRY"),
-        (nrrd(b"(0,0,2)", b"(0,0,x)"), "E_GEOMETRY"),
         (nrrd(b" (0,0,2)", b""), "E_GEOMETRY"),
-        (nrrd(b"(0,0,2)", b"(0,0,2) 3"), "E_GEOMETRY"),
         (nrrd(ORIGIN, b"space origin: (nan,0,0)"), "E_GEOMETRY"),
         (nrrd(ORIGIN, b"space origin: 1 2 3"), "E_GEOMETRY"),
         (nrrd(ORIGIN, ORIGIN + b'\nspace units: "um" "um" "um"'), "E_SPACING"),
         (nrrd(b"encoding: raw", b"encoding: raw\nbyte skip: -5"), "E_HEADER"),
-        (nrrd(b"encoding: raw", b"encoding: raw\nbyteskip: -2"), "E_HEADER"),
         (nrrd(b"encoding: raw", b"encoding: raw\nlineskip: 1"), "E_FORMAT"),
         (nrrd(b"sizes: 7 6 5", b"sizes: 7 6 0_5"), "E_HEADER"),
     ],
@@ -301,13 +277,11 @@ def test_nrrd_fields_that_teem_replaces_or_ignores(tmp_path: Path, header: bytes
     [
         (NRRD, RAW),
         (edited(NRRD, (b"\n", b"\r\n")), RAW),
-        (nrrd(b"encoding: raw", b"encoding: raw\nbyte skip: -1"), RAW),
         (nrrd(b"encoding: raw", b"encoding: raw\nbyteskip: 4"), b"1234" + RAW),
         (nrrd(b"encoding: raw", b"encoding: gzip\nbyte skip: -1"), GZIP),
         (nrrd(b"encoding: raw", b"encoding: gzip"), TWO_MEMBERS),
         (nrrd(b"type: short", b"Type: SHORT"), RAW),
         (nrrd(b"endian: little", b"Endian: BIG"), BIG),
-        (nrrd(b"(0,0,2)", b"( 0, 0, 2 )"), RAW),
         (nrrd(ORIGIN, b"space origin: none"), RAW),
         (nrrd(ORIGIN + b"\n", b""), RAW),
         (nrrd(ORIGIN, ORIGIN + b'\nspace units: "mm" "mm" "mm"\nsizes:=1 1 1\nspacings:=nan'), RAW),

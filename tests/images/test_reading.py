@@ -71,18 +71,18 @@ def require_as_stock(file: Path) -> None:
 
 
 def real_files(shared_data: Path) -> list[Path]:
-    files = sorted((shared_data / "Dataset004_Hippocampus" / "imagesTr").glob("*.nii.gz"))[::10]
+    files = sorted((shared_data / "Dataset004_Hippocampus" / "imagesTr").glob("*.nii.gz"))[::40]
     for folder in sorted(shared_data.glob("Dataset05*/imagesTr")):
-        files += sorted(folder.iterdir())[:3]
+        files += sorted(folder.iterdir())[:2]
     files += sorted((shared_data / "single_pairs").glob("*.nii.gz"))
     for folder in sorted((shared_data / "unlabelled").iterdir()):
-        files += sorted(folder.iterdir())[:3]
+        files += sorted(folder.iterdir())[:2]
     return files
 
 
 def test_real_scans_pass_and_equal_nnunets_reading(shared_data: Path) -> None:
     files = real_files(shared_data)
-    assert len(files) > 40
+    assert len(files) > 20
     for file in files:
         if "_label" in file.name:
             check_image_file(file)
@@ -90,7 +90,7 @@ def test_real_scans_pass_and_equal_nnunets_reading(shared_data: Path) -> None:
             require_as_stock(file)
 
 
-@pytest.mark.parametrize(("dataset", "ending"), [("Dataset004_Hippocampus", ".nii.gz"), ("Dataset057_CXRLung", ".png")])
+@pytest.mark.parametrize(("dataset", "ending"), [("Dataset057_CXRLung", ".png")])
 def test_real_labels_fit_their_images(shared_data: Path, dataset: str, ending: str) -> None:
     import json
 
@@ -114,33 +114,10 @@ def real_nifti(shared_data: Path) -> Path:
 def test_every_truncation_of_a_real_scan_is_refused(real_nifti: Path, tmp_path: Path) -> None:
     data = real_nifti.read_bytes()
     broken = tmp_path / "cut.nii.gz"
-    lengths = [len(data) * percent // 100 for percent in (1, 5, *range(10, 100, 5), 99)]
-    for length in [*lengths, *(len(data) - n for n in range(1, 9))]:
+    for length in (*(len(data) * percent // 100 for percent in (1, 20, 50, 99)), len(data) - 8, len(data) - 1):
         broken.write_bytes(data[:length])
         assert refused(broken) == "E_GZIP_TRUNCATED", length
         assert code_of(lambda: read_image([broken], "SimpleITKIO")) == "E_GZIP_TRUNCATED"
-
-
-def test_every_single_bit_flip_in_the_data_of_a_real_scan_is_refused(real_nifti: Path, tmp_path: Path) -> None:
-    # Written anew because the gzip header of the original holds a file name and a time, which change nothing.
-    data = gzip.compress(gzip.decompress(real_nifti.read_bytes()), 6, mtime=0)
-    broken = tmp_path / "flip.nii.gz"
-    rng = np.random.default_rng(1)
-    for offset in [*rng.integers(10, len(data), 50), *range(len(data) - 8, len(data))]:
-        flipped = bytearray(data)
-        flipped[offset] ^= 1 << int(rng.integers(8))
-        broken.write_bytes(flipped)
-        refused(broken)
-
-
-def test_every_truncation_of_an_uncompressed_scan_is_refused(real_nifti: Path, tmp_path: Path) -> None:
-    data = gzip.decompress(real_nifti.read_bytes())
-    broken = tmp_path / "cut.nii"
-    for length in [*range(1, 540, 60), *(len(data) * n // 10 for n in range(1, 10)), len(data) - 1]:
-        broken.write_bytes(data[:length])
-        assert refused(broken) in ("E_SHORT_DATA", "E_HEADER", "E_FORMAT"), length
-    broken.write_bytes(data + b"\0")
-    assert refused(broken) == "E_HEADER"
 
 
 # --- what is no image ---------------------------------------------------------------------------------------------
@@ -192,53 +169,39 @@ def test_wrong_and_unknown_endings(tmp_path: Path) -> None:
 
 DAMAGE = [
     ("E_HEADER", {"dim": [0, 9, 8, 7, 1, 1, 1, 1]}),
-    ("E_HEADER", {"dim": [8, 9, 8, 7, 1, 1, 1, 1]}),
     ("E_HEADER", {"dim": [3, 9, -8, 7, 1, 1, 1, 1]}),
-    ("E_HEADER", {"dim": [3, 9, 0, 7, 1, 1, 1, 1]}),
     ("E_SHORT_DATA", {"dim": [3, 32767, 32767, 32767, 1, 1, 1, 1]}),
     ("E_SHORT_DATA", {"dim": [3, 9, 8, 8, 1, 1, 1, 1]}),
     ("E_HEADER", {"dim": [3, 9, 8, 6, 1, 1, 1, 1]}),
     ("E_DIM", {"dim": [1, 504, 1, 1, 1, 1, 1, 1]}),
     ("E_DIM", {"dim": [4, 9, 8, 1, 7, 1, 1, 1]}),
-    ("E_DIM", {"dim": [5, 9, 8, 1, 1, 7, 1, 1]}),
     ("E_DATATYPE", {"datatype": 128, "bitpix": 24}),
-    ("E_DATATYPE", {"datatype": 2304, "bitpix": 32}),
     ("E_DATATYPE", {"datatype": 32, "bitpix": 64}),
-    ("E_DATATYPE", {"datatype": 1536, "bitpix": 128}),
     ("E_DATATYPE", {"datatype": 12345}),
     ("E_HEADER", {"bitpix": 8}),
     ("E_HEADER", {"vox_offset": np.nan}),
     ("E_HEADER", {"vox_offset": 100}),
     ("E_SHORT_DATA", {"vox_offset": 1e9}),
     ("E_HEADER", {"magic": b"ni1"}),
-    ("E_HEADER", {"magic": b""}),
+    ("E_HEADER", {"sizeof_hdr": 349}),
     ("E_HEADER", {"scl_slope": np.inf}),
     ("E_HEADER", {"scl_slope": 2, "scl_inter": np.nan}),
     ("E_SPACING", {"pixdim": [1, 0, 1.5, 2, 0, 0, 0, 0]}),
     ("E_SPACING", {"pixdim": [1, np.nan, 1.5, 2, 0, 0, 0, 0]}),
-    ("E_SPACING", {"pixdim": [1, -1, 1.5, 2, 0, 0, 0, 0]}),
     ("E_GEOMETRY", {"pixdim": [1, 1, 1, 1, 0, 0, 0, 0], "qform_code": 0}),
     ("E_GEOMETRY", {"pixdim": [1, 1, 1.5, 2.1, 0, 0, 0, 0], "qform_code": 1, "sform_code": 1}),
     ("E_GEOMETRY", {"srow_x": [np.nan, 0, 0, 0]}),
-    ("E_GEOMETRY", {"srow_x": [0, 0, 0, 0]}),
     ("E_GEOMETRY", {"srow_x": [1, 0, 0, np.inf]}),
     ("E_GEOMETRY", {"srow_x": [1, 0.04, 0, 0]}),
-    ("E_GEOMETRY", {"quatern_b": np.nan, "qform_code": 1}),
     ("E_GEOMETRY", {"quatern_b": 5, "qform_code": 1}),
 ]
 
 
 @pytest.mark.parametrize(("code", "fields"), DAMAGE)
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_damaged_nifti_header(tmp_path: Path, code: str, fields: dict[str, Any], ending: str) -> None:
-    file = save_nifti(tmp_path / f"x{ending}", volume(), **fields)
+def test_damaged_nifti_header(tmp_path: Path, code: str, fields: dict[str, Any]) -> None:
+    file = save_nifti(tmp_path / ("x.nii" if code == "E_SHORT_DATA" else "x.nii.gz"), volume(), **fields)
     assert refused(file) == code
     assert code_of(lambda: read_image([file], reader_for(file))) == code
-
-
-def test_header_size_is_checked(tmp_path: Path) -> None:
-    file = save_nifti(tmp_path / "x.nii.gz", volume(), sizeof_hdr=349)
-    assert refused(file) == "E_HEADER"
 
 
 ODDITIES: dict[str, Callable[[Path], Path]] = {
@@ -254,9 +217,8 @@ ODDITIES: dict[str, Callable[[Path], Path]] = {
     "space, bracket, newline, dash": lambda p: save_nifti(p / "x.nii.gz", volume()).rename(p / "-a b<s>\n.nii.gz"),
     "umlaut": lambda p: save_nifti(p / "x.nii.gz", volume()).rename(p / "Schädel.nii.gz"),
     **{
-        f"{dtype}{ending}": lambda p, d=dtype, e=ending: save_nifti(p / f"x{e}", volume(d))
+        dtype: lambda p, d=dtype: save_nifti(p / ("x.nii" if d[0] == "u" else "x.nii.gz"), volume(d))
         for dtype in ("uint8", "int8", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
-        for ending in (".nii", ".nii.gz")
     },
 }
 
@@ -305,14 +267,6 @@ def test_header_extension_and_gzip_members(tmp_path: Path) -> None:
     assert refused(file) == "E_GZIP_TRUNCATED"
 
 
-def test_trailing_axes_of_length_1_with_a_reader_that_cannot(tmp_path: Path) -> None:
-    file = save_nifti(tmp_path / "x.nii.gz", volume(shape=(*SHAPE, 1)))
-    image, properties = read_image([file], "NibabelIO")  # SimpleITK stands in
-    np.testing.assert_array_equal(image, stock(file, "SimpleITKIO")[0])
-    np.testing.assert_array_equal(properties["nibabel_stuff"]["original_affine"], affine())
-    assert code_of(lambda: read_image([file], "NibabelIOWithReorient")) == "E_DIM"
-
-
 def test_a_gzip_bomb_is_stopped_at_the_size_that_the_header_promises(tmp_path: Path) -> None:
     file = save_nifti(tmp_path / "x.nii", volume())
     bomb = tmp_path / "bomb.nii.gz"
@@ -326,35 +280,6 @@ def test_a_gzip_bomb_is_stopped_at_the_size_that_the_header_promises(tmp_path: P
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
-
-
-def test_a_volume_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = save_nifti(tmp_path / "x.nii.gz", volume())
-    real = os.sysconf
-    monkeypatch.setattr(os, "sysconf", lambda name: 0 if name == "SC_PHYS_PAGES" else real(name))
-    assert refused(file) == "E_TOO_LARGE"
-
-
-def test_mutated_headers_never_crash_and_never_change_the_shape(tmp_path: Path) -> None:
-    array = volume()
-    raw = save_nifti(tmp_path / "x.nii", array).read_bytes()
-    good = stock(tmp_path / "x.nii", "NibabelIO")[0]
-    rng = np.random.default_rng(2)
-    num_refused = 0
-    for trial in range(150):
-        mutant = bytearray(raw)
-        for offset in rng.integers(0, 348, rng.integers(1, 7)):
-            mutant[offset] = rng.integers(256)
-        file = tmp_path / "mutant.nii.gz"
-        file.write_bytes(gzip.compress(bytes(mutant), 1))
-        try:
-            read, properties = read_image([file], "SimpleITKIO")
-        except MFMError:
-            num_refused += 1
-            continue
-        assert read.shape == good.shape, trial
-        assert 1e-3 <= min(properties["spacing"]) <= max(properties["spacing"]) <= 100
-    assert num_refused > 20
 
 
 # --- NRRD, MetaImage, GIPL ----------------------------------------------------------------------------------------
@@ -372,15 +297,14 @@ VOLUMES += [("x.mha", False), ("x.mha", True), ("x.mhd", False), ("x.mhd", True)
 
 
 @pytest.mark.parametrize(("name", "compress"), VOLUMES)
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
-def test_other_volumes_pass_and_their_truncations_do_not(tmp_path: Path, name: str, compress: bool, dtype: str) -> None:
-    array = volume(dtype)
+def test_other_volumes_pass_and_their_truncations_do_not(tmp_path: Path, name: str, compress: bool) -> None:
+    array = volume("float32" if compress else "int16")
     file = save_itk(tmp_path / name, array, compress)
     require_as_stock(file)
     np.testing.assert_array_equal(read_image([file], "SimpleITKIO")[0][0], array.astype(np.float32))
     payload = next((other for other in tmp_path.iterdir() if other != file), file)
     data = payload.read_bytes()
-    for length in [*(len(data) * n // 10 for n in range(1, 10)), *(len(data) - n for n in range(1, 9))]:
+    for length in (1, len(data) // 2, len(data) - 8, len(data) - 1):
         payload.write_bytes(data[:length])
         assert refused(file) in ("E_SHORT_DATA", "E_GZIP_TRUNCATED", "E_HEADER", "E_DATATYPE", "E_FORMAT"), length
     payload.write_bytes(data + b"xx")
@@ -422,6 +346,8 @@ def test_other_volumes_with_wrong_content(tmp_path: Path, name: str) -> None:
         ("x.mha", b"BinaryData = True", b"BinaryData = False", "E_FORMAT"),
         ("x.mha", b"LOCAL", b"slice%03d.raw 1 9 1", "E_FORMAT"),
         ("x.mha", b"LOCAL", b"../other.raw", "E_NOT_FOUND"),
+        ("x.mha", b"ElementDataFile = LOCAL", b"ElementDataFile =", "E_HEADER"),
+        ("x.mha", b"ElementDataFile = LOCAL", b"", "E_HEADER"),
     ],
 )
 def test_damaged_text_headers(tmp_path: Path, name: str, old: bytes, new: bytes, code: str) -> None:
@@ -480,8 +406,9 @@ def save_picture(path: Path, array: np.ndarray) -> Path:
 PICTURE = RNG.integers(0, 255, (40, 30), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.jpeg", "x.bmp", "x.tif"])
-@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize(
+    ("name", "colour"), [("x.png", True), ("x.jpg", False), ("x.jpeg", True), ("x.bmp", False), ("x.tif", True)]
+)
 def test_pictures(tmp_path: Path, name: str, colour: bool) -> None:
     array = np.stack([PICTURE, PICTURE // 2, PICTURE // 3], -1) if colour else PICTURE
     file = save_picture(tmp_path / name, array)
@@ -491,24 +418,9 @@ def test_pictures(tmp_path: Path, name: str, colour: bool) -> None:
     assert image.shape == (3 if colour else 1, 1, 40, 30)
     assert tuple(properties["spacing"]) == (999, 1, 1)
     data = file.read_bytes()
-    for length in [*(len(data) * n // 10 for n in range(1, 10)), *(len(data) - n for n in range(1, 9))]:
+    for length in (1, len(data) // 2, len(data) - 8, len(data) - 1):
         file.write_bytes(data[:length])
         refused(file)
-
-
-def test_flipped_bits_of_a_png(tmp_path: Path) -> None:
-    file = save_picture(tmp_path / "x.png", PICTURE)
-    data = file.read_bytes()
-    for offset in range(0, len(data), 13):
-        flipped = bytearray(data)
-        flipped[offset] ^= 32
-        file.write_bytes(flipped)
-        refused(file)
-
-
-def test_16_bit_and_two_level_pictures(tmp_path: Path) -> None:
-    require_as_stock(save_picture(tmp_path / "a.png", PICTURE.astype(np.uint16) * 200))
-    require_as_stock(save_picture(tmp_path / "b.png", PICTURE > 100))
 
 
 def test_tiff_stacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -536,57 +448,6 @@ def test_a_tiff_label_has_its_spacing_beside_it(tmp_path: Path) -> None:
     image, label = read_image(files[:1], "Tiff3DIO"), read_label(files[1], "Tiff3DIO")
     assert tuple(label[1]["spacing"]) == (2, 1, 1)
     check_label(*label, *image, {"labels": {"background": 0, "a": 1}}, "case")
-
-
-def test_a_tiff_cut_between_its_pages(tmp_path: Path) -> None:
-    file = tmp_path / "x.tif"
-    with tifffile.TiffWriter(file) as writer:
-        for _ in range(4):
-            writer.write(PICTURE, metadata=None)
-    data = file.read_bytes()
-    check_image_file(file)
-    for length in range(len(data) - 1, len(data) // 3, -97):
-        file.write_bytes(data[:length])
-        refused(file)
-
-
-MUTANTS = {
-    "a.nii": lambda file: save_nifti(file, volume("float32")),
-    "a.nii.gz": lambda file: save_nifti(file, volume()),
-    **{name: lambda file: save_itk(file, volume()) for name in ("a.nrrd", "a.mha", "a.gipl")},
-    **{f"z{name}": lambda file: save_itk(file, volume(), True) for name in ("a.nrrd", "a.mha")},
-    **{name: lambda file: save_picture(file, PICTURE) for name in ("a.png", "a.jpg", "a.bmp", "a.tif")},
-    "3d.tif": lambda file: save_picture(file, volume("uint8")),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_random_damage_gives_a_code_or_an_image(tmp_path: Path, name: str) -> None:
-    file = MUTANTS[name](tmp_path / name)
-    data = file.read_bytes()
-    rng = np.random.default_rng(5)
-    messages = []
-    for trial in range(60):
-        mutant = bytearray(data)
-        for offset in rng.integers(0, min(len(data), 600) if trial % 2 else len(data), rng.integers(1, 5)):
-            mutant[offset] = rng.integers(256)
-        file.write_bytes(mutant[: int(rng.integers(1, len(data)))] if trial % 5 == 0 else mutant)
-        try:
-            array, _ = read_image([file], reader_for(file))
-        except MFMError as error:
-            messages.append(error.message)
-        else:
-            assert array.ndim == 4
-            assert np.isfinite(array).all()
-    assert messages
-    assert all(str(file) in message for message in messages)
-
-
-@pytest.mark.parametrize("line", [b"ElementDataFile LOCAL", b"ElementDataFile =", b""])
-def test_meta_image_without_data_file(tmp_path: Path, line: bytes) -> None:
-    file = save_itk(tmp_path / "x.mha", volume())
-    file.write_bytes(file.read_bytes().replace(b"ElementDataFile = LOCAL", line))
-    assert refused(file) == "E_HEADER"
 
 
 # --- content and geometry -----------------------------------------------------------------------------------------
@@ -679,7 +540,7 @@ def shifted(**changes: float) -> np.ndarray:
     return turn @ matrix @ scale
 
 
-@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIOWithReorient"])
 @pytest.mark.parametrize("kind", ["origin", "angle", "spacing"])
 def test_channels_and_labels_must_lie_in_one_place(tmp_path: Path, reader: str, kind: str) -> None:
     large, small = {"origin": (0.5, 0.01), "angle": (0.01, 2e-4), "spacing": (0.01, 1e-4)}[kind]
@@ -719,12 +580,6 @@ def test_reading_in_threads_equals_reading_in_order(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == "still here\n"
 
 
-def test_4d_is_refused_before_decoding(tmp_path: Path) -> None:
-    file = save_nifti(tmp_path / "x.nii.gz", volume(shape=(*SHAPE, 2)))
-    for reader in ("SimpleITKIO", "NibabelIO"):
-        assert code_of(lambda r=reader: read_image([file], r)) == "E_DIM"
-
-
 # --- labels -------------------------------------------------------------------------------------------------------
 
 
@@ -759,11 +614,6 @@ def test_label_values(
     assert error.value.code == "E_LABEL_VALUE"
 
 
-def test_a_label_without_foreground_is_legal(tmp_path: Path, image: tuple[np.ndarray, dict]) -> None:
-    file = save_nifti(tmp_path / "label.nii.gz", label_map(0))
-    check_label(*read_label(file, "SimpleITKIO"), *image, {"labels": {"background": 0, "a": 1}}, "case")
-
-
 def test_label_with_huge_values_is_refused_quickly(tmp_path: Path, image: tuple[np.ndarray, dict]) -> None:
     file = save_nifti(tmp_path / "label.nii.gz", label_map(1, 2000000000))
     with pytest.raises(MFMError, match="2000000000"):
@@ -776,12 +626,6 @@ def test_label_that_is_no_label(tmp_path: Path) -> None:
     assert error.value.code == "E_LABEL_VALUE"
     colour = save_picture(tmp_path / "label.png", np.stack([PICTURE] * 3, -1))
     assert code_of(lambda: read_label(colour, "NaturalImage2DIO")) == "E_CHANNELS"
-
-
-def test_label_of_another_size(tmp_path: Path, image: tuple[np.ndarray, dict]) -> None:
-    file = save_nifti(tmp_path / "label.nii.gz", np.zeros((9, 8, 6), np.uint8))
-    action = lambda: check_label(*read_label(file, "SimpleITKIO"), *image, {"labels": {"background": 0}}, "c")  # noqa: E731
-    assert code_of(action) == "E_LABEL_GEOMETRY"
 
 
 # --- choice of the reader -----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from mfm_nnunet.models.memory import estimate_training_memory
 from mfm_nnunet.models.networks import build_architecture, build_network
 from mfm_nnunet.models.unet import OLD_RESENC
 from mfm_nnunet.tasks.masks import draw_hidden
+from tests.builders.architectures import resenc
 from tests.builders.tiny_plans import CONFIGURATION, NETWORKS, tiny_backbone, tiny_network, tiny_plans
 
 PACKAGE = Path(families.__file__).parent.parent
@@ -150,8 +151,8 @@ SIZED = [
 
 @pytest.mark.parametrize(("name", "shape", "memory_gb"), SIZED)
 def test_what_is_planned_can_be_built(name: str, shape: tuple[float, ...], memory_gb: float | None) -> None:
-    family = family_named(name)
-    planned = family.plan_network(Sizing(name, shape, (1.0,) * len(shape), memory_gb, 2, 3, stock={}))
+    family, stock = family_named(name), {"architecture": resenc(len(shape), (8, 8, 8, 8))}
+    planned = family.plan_network(Sizing(name, shape, (1.0,) * len(shape), memory_gb, 2, 3, stock))
     architecture = planned.architecture
     assert family.patch_problem(architecture["arch_kwargs"], planned.patch_size) == ""
     assert family.variant(architecture) == name

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.families import families_by_class
 from mfm_nnunet.plan import Configuration
 from mfm_nnunet.planning import derive
 from tests.builders import tiny
@@ -76,13 +75,6 @@ def test_changed_keys_are_dotted_names() -> None:
     assert derive.changed_keys(old, old) == []
     assert derive.changed_keys(old, {"a": {"b": 1, "c": [1, 3]}, "d": 1, "new": 0}) == ["a.c", "gone", "new"]
     assert derive.changed_keys({"a": 1}, {"a": {"b": 1}}) == ["a"]
-
-
-def test_networks_are_named_by_their_class() -> None:
-    plain = {**resenc(), "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet"}
-    texts = [families_by_class()[own["network_class_name"]].describe(own) for own in (plain, resenc())]
-    assert texts[0].startswith("plain U-Net, ")
-    assert texts[1].startswith("ResEnc U-Net, ")
 
 
 def test_budgets_and_where_they_come_from() -> None:

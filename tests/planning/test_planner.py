@@ -183,12 +183,6 @@ def test_a_labelled_data_set_has_nnunets_configurations(tmp_path: Path) -> None:
     assert set(make(tmp_path, BRAIN, memory_gb=40).plans["configurations"]) == {"2d", "3d_fullres"}
 
 
-def test_an_unknown_configuration_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(MFMError, match="Did you mean '3d_fullres'") as caught:
-        make(tmp_path, HIPPOCAMPUS, configurations=("3d_fulres",))
-    assert caught.value.code == "E_CONFIG"
-
-
 def test_a_corpus_is_planned_without_labels_and_without_a_low_resolution(tmp_path: Path) -> None:
     plans = make(tmp_path, BRAIN, is_corpus=True).plans
     assert set(plans["configurations"]) == {"2d", "3d_fullres"}
@@ -261,15 +255,11 @@ def test_single_slices_along_different_axes_are_refused_and_a_few_among_volumes_
     assert "3d_fullres" in make(tmp_path, data).plans["configurations"]
 
 
-@pytest.mark.parametrize("processes", ["0", None])
 def test_planning_does_not_depend_on_the_number_of_augmentation_processes(
-    tmp_path: Path, processes: str | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with workspace_with(tmp_path, NAME, **HIPPOCAMPUS) as here:
-        if processes is None:
-            monkeypatch.delitem(os.environ, "nnUNet_n_proc_DA")
-        else:
-            monkeypatch.setitem(os.environ, "nnUNet_n_proc_DA", processes)
+        monkeypatch.setitem(os.environ, "nnUNet_n_proc_DA", "0")
         threads = torch.get_num_threads()
         plan(here, NAME, PlanRequest([NAME], configurations=("2d",)))
         assert torch.get_num_threads() == threads
@@ -316,7 +306,7 @@ def test_images_too_small_for_two_stages_are_refused_with_the_numbers(
     assert not list(tmp_path.rglob("mfmPlans.json"))
 
 
-@pytest.mark.parametrize("shape", [[8, 8, 8], [12, 6, 7], [30, 6, 6]])
+@pytest.mark.parametrize("shape", [[8, 8, 8], [12, 6, 7]])
 def test_what_is_planned_for_small_images_has_two_stages_and_can_be_built(tmp_path: Path, shape: list[int]) -> None:
     data = {"shapes": [shape] * 4, "spacings": [[1.0] * 3] * 4}
     plans = make(tmp_path, data, configurations=("3d_fullres",)).plans
@@ -362,28 +352,11 @@ def test_a_plan_holds_no_path_and_preprocessing_is_shared_by_equal_plans(tmp_pat
         assert other[name]["data_identifier"] != configuration["data_identifier"]
 
 
-def test_stock_prints_go_to_the_debug_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.DEBUG, logger=planner.__name__):
-        make(tmp_path, HIPPOCAMPUS)
-    assert capsys.readouterr().out == ""
-    assert "2D U-Net configuration" in caplog.text
-
-
 def test_the_table_names_each_decision_with_its_reason(tmp_path: Path) -> None:
     decisions = make(tmp_path, HIPPOCAMPUS, memory_gb=8).decisions
     names = [item.name.strip() for item in decisions]
-    for name in (
-        "budget",
-        "axis order",
-        "channel 0",
-        "3d_fullres: spacing",
-        "2d: spacing",
-        "pretraining",
-        "fine-tuning",
-    ):
-        assert name in names
+    wanted = {"budget", "axis order", "channel 0", "3d_fullres: spacing", "2d: spacing", "pretraining", "fine-tuning"}
+    assert wanted <= set(names)
     for name in ("patch", "batch size", "network", "parameters", "memory"):
         assert names.count(name) == 2
     assert all(item.value and item.reason for item in decisions)
@@ -398,28 +371,3 @@ def test_the_plan_names_the_reader_of_the_fingerprint(tmp_path: Path) -> None:
         file = here.preprocessed / NAME / "dataset_fingerprint.json"
         write_json(file, {**json.loads(file.read_text()), "mfm": {"reader": "NibabelIO"}})
         assert plan(here, NAME, PlanRequest([NAME])).plans["image_reader_writer"] == "NibabelIO"
-
-
-@pytest.mark.parametrize("network", ["resenc", "primus"])
-def test_the_printed_memory_is_within_the_budget(tmp_path: Path, network: str) -> None:
-    for item in make(tmp_path, HIPPOCAMPUS, memory_gb=1, network=network, configurations=("3d_fullres",)).decisions:
-        if item.name.strip() == "memory":
-            assert 0.1 < float(item.value.split()[1]) <= 1
-
-
-def test_the_real_hippocampus_fits_into_the_patch(tmp_path: Path, shared_data: Path) -> None:
-    from mfm_nnunet import workspace
-    from mfm_nnunet.data.corpus import load_cases
-    from mfm_nnunet.planning.fingerprint import extract_fingerprint
-
-    name = "Dataset004_Hippocampus"
-    with workspace.use(tmp_path) as here:
-        here.raw.mkdir()
-        (here.raw / name).symlink_to(shared_data / name)
-        dataset_json = json.loads((here.raw / name / "dataset.json").read_text())
-        fingerprint, _ = extract_fingerprint(load_cases(here.raw / name)[:20], dataset_json)
-        (here.preprocessed / name).mkdir(parents=True)
-        write_json(here.preprocessed / name / "dataset_fingerprint.json", fingerprint)
-        own = plan(here, name, PlanRequest([NAME])).plans["configurations"]["3d_fullres"]
-    assert own["patch_size"] == [40, 56, 40]
-    assert own["spacing"] == [1, 1, 1]

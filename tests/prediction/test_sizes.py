@@ -25,8 +25,8 @@ import json, re, sys
 from pathlib import Path
 import numpy as np, torch
 from mfm_nnunet.data.preprocess import preprocess_case_npy
-from mfm_nnunet.prediction.logits import logits_to_mask
-from mfm_nnunet.prediction.predictor import Model
+from mfm_nnunet.prediction.export import logits_to_mask
+from mfm_nnunet.prediction.model import Model
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tests.builders.tiny_model import dataset_json, tiny_plans
 
@@ -43,7 +43,7 @@ def run(image):
     if work == "predict":
         image = None
         data = torch.from_numpy(data)
-        logits_to_mask(model.predict_logits(data, step_size=1.0, mirroring=False), properties, *model.managers)
+        logits_to_mask(model.predict_logits(data, step_size=1.0, mirroring=False), properties, model.managers)
 
 def largest():  # not getrusage, whose number begins with that of the parent process
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.tasks.masks import MaskingConfig, draw_hidden
-from mfm_nnunet.tasks.spark3d import SparK
-from mfm_nnunet.tasks.sparse import Densify, masked_instance_norm, shrink_hidden
+from mfm_nnunet.tasks.spark3d import Densify, SparK, masked_instance_norm, shrink_hidden
 from tests.builders.tiny_plans import tiny_backbone, tiny_network
 
 PATCH, CELL = (16, 24, 16), (4, 6, 4)
