@@ -1,26 +1,22 @@
-"""Swin U-Net in 2D and 3D (arXiv 2103.14030, 2105.05537, 2402.01034), with windows that divide every map.
+"""Swin U-Net in 2D and 3D (arXiv 2103.14030, 2105.05537, 2402.01034).
 
-The encoder's names are those of arXiv 2402.01034 and, but for the place of the mergings, of timm. Attention is
-torchvision's; for it, a 2D map is a volume of one plane. Nothing is padded: where the plan's window does not divide a
-map, the largest smaller one that does takes its place, with the part of the position table for its offsets. So the
-network takes any image of whole cells.
+The encoder's names are those of arXiv 2402.01034 and, but for the place of the mergings, of timm.
 
-Shapes: B batch, C channels, D H W voxels, d h w tokens, N tokens of a window, K outputs. Maps of tokens have their
-channels last. In 2D there is no D and no d.
+Shapes: B batch, C channels, D H W voxels, d h w tokens, K outputs. Maps of tokens have their channels last. In 2D there
+is no D, and d is 1.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torchvision.models.video.swin_transformer import shifted_window_attention_3d
+
+from mfm_nnunet.models.windows import SwinBlock, WindowAttention
 
 EPSILON = 1e-6
 """Of all norms (arXiv 2402.01034); timm's are 1e-5."""
@@ -59,6 +55,8 @@ class SwinSizes:
             raise ValueError(f"depths {self.depths}, num_heads {self.num_heads} and merging {self.merging} do not fit")
         if len({len(self.stem), len(self.window), *map(len, self.merging)}) > 1 or len(self.stem) not in (2, 3):
             raise ValueError("stem, merging and window need two sizes each (2D), or three (3D)")
+        if any(self.width(stage) % heads for stage, heads in enumerate(self.num_heads)):
+            raise ValueError(f"{self.embed_dim} channels cannot be split among {self.num_heads} heads")
 
     def width(self, stage: int) -> int:
         """Return the channels of a stage."""
@@ -68,9 +66,13 @@ class SwinSizes:
         """Build ``depth`` blocks with the width and the drop path rates of an encoder stage."""
         first, last = sum(self.depths[:stage]), max(1, sum(self.depths) - 1)
         rates = [self.drop_path_rate * (first + min(i, self.depths[stage] - 1)) / last for i in range(depth)]
-        return nn.Sequential(
-            *(SwinBlock(self, stage, is_shifted=i % 2 == 1, rate=rate) for i, rate in enumerate(rates))
+        return nn.Sequential(*(self._block(stage, is_shifted=i % 2 == 1, rate=rate) for i, rate in enumerate(rates)))
+
+    def _block(self, stage: int, is_shifted: bool, rate: float) -> SwinBlock:
+        attention = WindowAttention(
+            self.width(stage), self.num_heads[stage], self.window, is_shifted, always_shift=self.always_shift
         )
+        return SwinBlock(attention, rate, epsilon=EPSILON)
 
 
 class SwinUNet(nn.Module):
@@ -82,7 +84,7 @@ class SwinUNet(nn.Module):
     def __init__(self, input_channels: int, num_classes: int, **sizes: Any) -> None:
         super().__init__()
         own = SwinSizes(**sizes)
-        self.stem = tuple(own.stem)
+        self.stem, self.num_axes = along_axes(own.stem), len(own.stem)
         self.encoder = SwinEncoder(input_channels, own)
         self.decoder = SwinDecoder(own)
         if own.skips:
@@ -101,7 +103,7 @@ class SwinUNet(nn.Module):
         x_BdhwC = self.head(self.decoder(outputs[-1], inputs[:-1]))
         if self.decoder.final is None:
             x_BdhwC = spread(x_BdhwC, self.stem)
-        return x_BdhwC.movedim(-1, 1)
+        return channels_first(x_BdhwC, self.num_axes)
 
 
 class SwinEncoder(nn.Module):
@@ -155,62 +157,6 @@ class SwinDecoder(nn.Module):
         return x_BdhwC if self.final is None else self.final(x_BdhwC)
 
 
-class SwinBlock(nn.Module):
-    """Window attention and an MLP, each behind a norm and beside a residual connection."""
-
-    def __init__(self, sizes: SwinSizes, stage: int, is_shifted: bool, rate: float) -> None:
-        super().__init__()
-        width = sizes.width(stage)
-        self.norm1 = nn.LayerNorm(width, EPSILON)
-        self.attn = WindowAttention(sizes, stage, is_shifted)
-        self.norm2 = nn.LayerNorm(width, EPSILON)
-        self.mlp = Mlp(width, 4 * width)
-        self.drop_path = DropPath(rate)
-
-    def forward(self, x_BdhwC: Tensor) -> Tensor:
-        x_BdhwC = x_BdhwC + self.drop_path(self.attn(self.norm1(x_BdhwC)))
-        return x_BdhwC + self.drop_path(self.mlp(self.norm2(x_BdhwC)))
-
-
-class WindowAttention(nn.Module):
-    """Self-attention in windows, with a learned bias for each offset between two tokens of a window."""
-
-    def __init__(self, sizes: SwinSizes, stage: int, is_shifted: bool) -> None:
-        super().__init__()
-        width, self.num_heads = sizes.width(stage), sizes.num_heads[stage]
-        if width % self.num_heads:
-            raise ValueError(f"{width} channels cannot be split among {self.num_heads} heads")
-        self.window = tuple(sizes.window)
-        self.is_shifted, self.always_shift = is_shifted, sizes.always_shift
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        offsets = math.prod(2 * size - 1 for size in self.window)
-        self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, self.num_heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-
-    def forward(self, x_BdhwC: Tensor) -> Tensor:
-        batch, *grid, width = x_BdhwC.shape
-        window = [fit_window(size, largest) for size, largest in zip(grid, self.window)]
-        shift = [
-            side // 2 if self.is_shifted and (side < size or self.always_shift) else 0
-            for side, size in zip(window, grid)
-        ]
-        bias_NNh = self.relative_position_bias_table[offset_rows(window, self.window, x_BdhwC.device)]
-        plane = [1] * (3 - len(grid))
-        attended = shifted_window_attention_3d(
-            x_BdhwC.reshape(batch, *plane, *grid, width),
-            self.qkv.weight,
-            self.proj.weight,
-            bias_NNh.permute(2, 0, 1)[None],
-            plane + window,
-            self.num_heads,
-            [0] * len(plane) + shift,
-            qkv_bias=self.qkv.bias,
-            proj_bias=self.proj.bias,
-        )
-        return attended.reshape(x_BdhwC.shape)
-
-
 class PatchEmbedding(nn.Module):
     """(B, C, D, H, W) -> normalised tokens (B, d, h, w, E)."""
 
@@ -221,7 +167,8 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width, EPSILON)
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
-        return self.norm(self.proj(x_BCDHW).movedim(1, -1))
+        x_BdhwC = self.proj(x_BCDHW).movedim(1, -1)
+        return self.norm(x_BdhwC if x_BdhwC.dim() == 5 else x_BdhwC[:, None])
 
 
 class PatchMerging(nn.Module):
@@ -229,17 +176,15 @@ class PatchMerging(nn.Module):
 
     def __init__(self, width: int, strides: Sequence[int]) -> None:
         super().__init__()
-        self.strides = tuple(strides)
+        self.strides = along_axes(strides)
         joined = math.prod(strides) * width
         self.norm = nn.LayerNorm(joined, EPSILON)
         self.reduction = nn.Linear(joined, 2 * width, bias=False)
 
     def forward(self, x_BdhwC: Tensor) -> Tensor:
-        batch, *grid, width = x_BdhwC.shape
-        cells = [part for size, stride in zip(grid, self.strides) for part in (size // stride, stride)]
-        outer, inner = range(1, 2 * len(grid), 2), range(2 * len(grid), 1, -2)  # the first axis varies fastest
-        parts = x_BdhwC.reshape(batch, *cells, width).permute(0, *outer, *inner, 2 * len(grid) + 1)
-        return self.reduction(self.norm(parts.flatten(1 + len(grid))))
+        cells = [part for size, stride in zip(x_BdhwC.shape[1:], self.strides) for part in (size // stride, stride)]
+        parts = x_BdhwC.reshape(len(x_BdhwC), *cells, -1).permute(0, 1, 3, 5, 6, 4, 2, 7)  # axis 0 varies fastest
+        return self.reduction(self.norm(parts.flatten(4)))
 
 
 class PatchExpanding(nn.Module):
@@ -247,7 +192,7 @@ class PatchExpanding(nn.Module):
 
     def __init__(self, width: int, expanded: int, strides: Sequence[int]) -> None:
         super().__init__()
-        self.strides = tuple(strides)
+        self.strides = along_axes(strides)
         self.expand = nn.Linear(width, math.prod(strides) * expanded, bias=False)
         self.norm = nn.LayerNorm(expanded, EPSILON)
 
@@ -258,25 +203,19 @@ class PatchExpanding(nn.Module):
 def spread(x_BdhwC: Tensor, strides: Sequence[int]) -> Tensor:
     """Move channels into space: (B, d, h, w, product of strides x C) to (B, d strides[0], ..., C)."""
     batch, *grid, width = x_BdhwC.shape
-    axes = len(grid)
-    order = itertools.chain.from_iterable((1 + axis, 1 + axes + axis) for axis in range(axes))
-    parts = x_BdhwC.reshape(batch, *grid, *strides, width // math.prod(strides)).permute(0, *order, 2 * axes + 1)
+    parts = x_BdhwC.reshape(batch, *grid, *strides, width // math.prod(strides)).permute(0, 1, 4, 2, 5, 3, 6, 7)
     return parts.reshape(batch, *(size * stride for size, stride in zip(grid, strides)), -1)
 
 
-def fit_window(size: int, largest: int) -> int:
-    """Return the largest side of a window, up to ``largest``, that divides a map of ``size`` tokens."""
-    return next(side for side in range(min(size, largest), 0, -1) if size % side == 0)
+def along_axes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return sizes along three axes, 1 along the axis that 2D images do not have."""
+    return (1,) * (3 - len(sizes)) + tuple(sizes)
 
 
-def offset_rows(window: Sequence[int], table: Sequence[int], device: torch.device) -> Tensor:
-    """Return the row (N, N) of each pair of tokens of ``window`` in the position table of a window ``table``."""
-    places = torch.stack(torch.meshgrid(*(torch.arange(side, device=device) for side in window), indexing="ij"))
-    places = places.flatten(1)
-    rows = torch.zeros(places.shape[1], places.shape[1], dtype=torch.long, device=device)
-    for offsets, side in zip(places[:, :, None] - places[:, None], table):
-        rows = rows * (2 * side - 1) + offsets + side - 1
-    return rows
+def channels_first(x_BdhwC: Tensor, num_axes: int) -> Tensor:
+    """Return a map as (B, C, d, h, w), in 2D (B, C, h, w)."""
+    x_BCdhw = x_BdhwC.movedim(-1, 1)
+    return x_BCdhw if num_axes == 3 else x_BCdhw.squeeze(2)
 
 
 def resize_table(table: Tensor, window: Sequence[int], wanted: Sequence[int]) -> Tensor:

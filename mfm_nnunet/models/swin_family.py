@@ -27,7 +27,8 @@ from mfm_nnunet.models.families import (
     TrainingDefaults,
 )
 from mfm_nnunet.models.sizing import MIN_EDGE, Trial, cpu_batch, plan_largest
-from mfm_nnunet.models.swin import PatchEmbedding, PatchExpanding, PatchMerging, SwinBlock, fit_window, resize_table
+from mfm_nnunet.models.swin import PatchEmbedding, PatchExpanding, PatchMerging, channels_first, resize_table
+from mfm_nnunet.models.windows import SwinBlock
 
 SWIN = "mfm_nnunet.models.swin.SwinUNet"
 HEADS = {96: [3, 6, 12, 24], 48: [3, 6, 12, 24], 32: [1, 2, 4, 8]}
@@ -78,20 +79,21 @@ class SwinBackbone(AbstractBackbone):
     def features(self, x_BCDHW: Tensor) -> list[Tensor]:
         encoder = self.network.encoder
         _, outputs = encoder(encoder.patch_embed(x_BCDHW))
-        return [x_BdhwC.movedim(-1, 1) for x_BdhwC in outputs]
+        return [channels_first(x_BdhwC, len(self.patch_size)) for x_BdhwC in outputs]
 
     def restore(self, x_BCDHW: Tensor, hidden_B1DHW: Tensor, fill_value: float = 0.0) -> Tensor:
         """Return dense outputs (B, K, D, H, W); a token with any hidden voxel is hidden, and nothing is filled."""
-        encoder, stem = self.network.encoder, self.network.stem
-        pool = nn.functional.max_pool3d if len(stem) == 3 else nn.functional.max_pool2d
-        hidden_Bdhw1 = pool(hidden_B1DHW.float(), stem).movedim(1, -1) > 0
+        encoder = self.network.encoder
+        hidden_B1DHW = hidden_B1DHW if len(self.patch_size) == 3 else hidden_B1DHW[:, :, None]
+        hidden_Bdhw1 = nn.functional.max_pool3d(hidden_B1DHW.float(), self.network.stem).movedim(1, -1) > 0
         tokens_BdhwE = encoder.patch_embed(x_BCDHW)
         tokens_BdhwE = torch.where(hidden_Bdhw1, self.mask_token.to(tokens_BdhwE.dtype), tokens_BdhwE)
         return self.network.decode(encoder(tokens_BdhwE))
 
     def _token_after(self, mergings: int) -> tuple[int, ...]:
         merged = [module.strides for module in self.network.encoder.modules() if isinstance(module, PatchMerging)]
-        return tuple(math.prod(sizes) for sizes in zip(self.network.stem, *merged[:mergings]))
+        sizes = tuple(math.prod(along) for along in zip(self.network.stem, *merged[:mergings]))
+        return sizes[-len(self.patch_size) :]
 
 
 class SwinLayout(ForeignLayout):
@@ -182,21 +184,18 @@ class SwinFamily(NetworkFamily):
         legal = self.legal_patch(kwargs, patch_size)
         if legal == list(patch_size):
             return ""
-        problem = problem or f"no window up to {window} tokens divides the network's maps of it"
+        problem = problem or f"windows of {window} tokens do not divide all of its maps"
         return f"{problem}; the next legal size is {' x '.join(map(str, legal))}"
 
     def legal_patch(self, kwargs: Mapping[str, Any], patch_size: Sequence[int]) -> list[int]:
-        """Return the patch with each axis enlarged until windows of at least 4 (3D: 3) tokens divide all maps."""
-        strides = list(zip(kwargs["stem"], *kwargs["merging"]))
-        smallest = SMALLEST_WINDOW[len(patch_size)]
-        return [
-            next(
-                edge
-                for edge in itertools.count(-(-size // math.prod(along)) * math.prod(along), math.prod(along))
-                if all(fit_window(tokens, window) >= min(smallest, window, tokens) for tokens in map_sizes(edge, along))
-            )
-            for size, along, window in zip(patch_size, strides, kwargs["window"])
-        ]
+        """Return the patch with each axis enlarged until the window divides all maps, but for those smaller than it."""
+        legal = []
+        for size, window, *along in zip(patch_size, kwargs["window"], kwargs["stem"], *kwargs["merging"]):
+            edge = step = math.prod(along)
+            while edge < size or not divides(window, map_sizes(edge, along)):
+                edge += step
+            legal.append(edge)
+        return legal
 
     def plan_network(self, sizing: Sizing) -> PlannedNetwork:
         """Choose strides by spacing, then the patch, the channels and the batch size by memory.
@@ -256,12 +255,13 @@ class SwinFamily(NetworkFamily):
         return SwinBackbone(network, patch_size, restoring)
 
     def resize_positions(
-        self, name: str, value: Tensor, network: nn.Module, source_patch_size: Sequence[int] | None
+        self, name: str, value: Tensor, network: Any, source_patch_size: Sequence[int] | None
     ) -> tuple[Tensor, str] | None:
         """Convert the position table of another window, whose sides must be equal to be known."""
         if not name.endswith(TABLE) or value.shape == network.get_parameter(name).shape:
             return None
-        wanted: Sequence[int] = network.get_submodule(name.rpartition(".")[0]).window  # type: ignore[assignment]
+        layer: Any = network.get_submodule(name.rpartition(".")[0])
+        wanted = layer.window[-network.num_axes :]
         side = round(value.shape[0] ** (1 / len(wanted)))
         if side ** len(wanted) != value.shape[0] or value.shape[1:] != network.get_parameter(name).shape[1:]:
             return None
@@ -304,14 +304,15 @@ def map_sizes(edge: int, strides: Sequence[int]) -> list[int]:
     return [edge // stride for stride in itertools.accumulate(strides, lambda a, b: a * b)]
 
 
-def choose_window(tokens: Sequence[int], num_axes: int) -> int | None:
-    """Return the largest side of a window that divides each map larger than it; None if there is none.
+def divides(window: int, tokens: Sequence[int]) -> bool:
+    """Return whether a window divides the maps of all stages, but for those smaller than it, along one axis."""
+    return all(size % window == 0 or size < window for size in tokens)
 
-    ``tokens`` are those of each stage along one axis.
-    """
+
+def common_window(tokens: Sequence[int], num_axes: int) -> int | None:
+    """Return the largest window that divides the maps of all stages along one axis; None if there is none."""
     largest, smallest = (min(limits[num_axes], tokens[0]) for limits in (LARGEST_WINDOW, SMALLEST_WINDOW))
-    sides = range(largest, smallest - 1, -1)
-    return next((side for side in sides if all(size % side == 0 or size < side for size in tokens)), None)
+    return next((side for side in range(largest, smallest - 1, -1) if divides(side, tokens)), None)
 
 
 def legal_patches(
@@ -325,7 +326,7 @@ def legal_patches(
     for size, along in zip(shape, strides):
         step = math.prod(along)
         edges = (step * cells for cells in itertools.count(1))
-        legal = (edge for edge in edges if choose_window(map_sizes(edge, along), len(shape)))
+        legal = (edge for edge in edges if common_window(map_sizes(edge, along), len(shape)))
         smallest = min(MIN_EDGE[len(shape)], size)
         fitting: list[int] = []
         while not fitting or fitting[-1] < size:
@@ -348,7 +349,7 @@ def swin_architecture(width: int, strides: Sequence[Sequence[int]], patch: Seque
         "num_heads": HEADS[width],
         "stem": [along[0] for along in strides],
         "merging": [list(row) for row in zip(*(along[1:] for along in strides))],
-        "window": [choose_window(map_sizes(edge, along), len(patch)) for edge, along in zip(patch, strides)],
+        "window": [common_window(map_sizes(edge, along), len(patch)) for edge, along in zip(patch, strides)],
     }
     if len(patch) == 3:
         kwargs["voxel_dim"] = width // 4

@@ -44,7 +44,7 @@ NETWORKS = {
     "primus_v3": TinyNetwork(
         lambda patch: primus(patch, version=3, stem_features=[4, 8, 8, 16]), {"drop_path_rate": 0.0}
     ),
-    "swin": TinyNetwork(lambda patch: swin(len(patch)), {"drop_path_rate": 0.0}),
+    "swin": TinyNetwork(swin, {"drop_path_rate": 0.0}),
     "pctnet": TinyNetwork(pctnet),
     "small": TinyNetwork(lambda patch: small_network.architecture("small", len(patch))),
 }
