@@ -27,8 +27,11 @@ _LABEL = re.compile(r"-?[0-9]{1,9}")
 SHARED_KEYS = (
     "channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",
     "overwrite_image_reader_writer", "name", "description", "reference", "licence", "license", "release",
+    "task", "classes",
 )  # fmt: skip
 """Keys copied into model folders and checkpoints; none of them names or locates a case."""
+IMAGE_TASKS = ("classification", "multilabel", "regression")
+"""Values of ``task`` for datasets with a label per image, in ``labels.csv``, instead of a mask."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class DatasetJson:
         trained with them in the order of their lines. Raises MFMError: E_NOT_FOUND, else ``code`` with all faults;
         ``advice``, a sentence, ends the message.
         """
-        content = read_json(file, advice, code)
+        content = _with_labels(read_json(file, advice, code))
         check_dataset_json(content, file, code, of_model)
         return cls(normalise(content))
 
@@ -90,6 +93,17 @@ class DatasetJson:
         return None if value is None else int(value)
 
     @property
+    def task(self) -> str:
+        """One of :data:`IMAGE_TASKS` if images have labels as a whole, else ``segmentation``."""
+        task = self.content.get("task")
+        return str(task) if task in IMAGE_TASKS else "segmentation"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of whole images, in the order of the outputs; empty if the field is absent."""
+        return tuple(self.content.get("classes") or ())
+
+    @property
     def file_ending(self) -> str:
         """Ending of the image files, with its dot."""
         return self.content["file_ending"]
@@ -112,7 +126,15 @@ class DatasetJson:
             "labels": list(self.labels.items()) if self.has_regions else self.labels,  # order of the outputs
             "regions_class_order": self.content.get("regions_class_order"),
             "channel_names": channels,
+            "task": self.task,
+            "classes": self.classes,
         }
+
+
+def _with_labels(content: dict[str, Any]) -> dict[str, Any]:
+    """Add the labels that nnU-Net's classes need to the dataset.json of a dataset without masks."""
+    has_none = content.get("task") in IMAGE_TASKS and "labels" not in content
+    return {**content, "labels": {"background": 0}} if has_none else content
 
 
 def read_dataset_json(file: Path, advice: str, code: str = "E_FORMAT", of_model: bool = False) -> dict[str, Any]:
@@ -150,11 +172,13 @@ def check_dataset_json(content: Mapping[str, Any], file: Path, code: str = "E_FO
     ``of_model`` is as in :meth:`DatasetJson.read`.
     """
     lacking = [key for key in ("labels", "file_ending") if key not in content]
+    if "labels" in lacking and "task" in content:
+        raise MFMError(code, f"{file}: the task is {content['task']!r}, and must be one of {', '.join(IMAGE_TASKS)}.")
     if lacking:
         raise MFMError(code, f"{file}: has no '{lacking[0]}'. Is this a dataset of nnU-Net v1? Convert it first.")
     problems = _ending_problems(content["file_ending"]) + _channel_problems(content, of_model)
     problems += _label_problems(content["labels"], content.get("regions_class_order"))
-    problems += _case_problems(content.get("dataset", {}))
+    problems += _case_problems(content.get("dataset", {})) + _class_problems(content)
     if not isinstance(content.get("overwrite_image_reader_writer", ""), str):
         problems.append("overwrite_image_reader_writer must be the name of a reader")
     number = content.get("numTraining", 0)
@@ -250,6 +274,19 @@ def _case_problems(cases: Any) -> list[str]:
     wrong = sorted(name for name, paths in files.items() if not all(_is_path(path) for path in paths))
     if wrong:
         return [f"dataset: {len(wrong)} cases name a file by something that is no path, e.g. {wrong[0]}"]
+    return []
+
+
+def _class_problems(content: Mapping[str, Any]) -> list[str]:
+    """Return the faults of the classes of whole images."""
+    classes = content.get("classes")
+    if content.get("task") not in IMAGE_TASKS or classes is None:
+        return []
+    are_names = isinstance(classes, list) and all(
+        isinstance(name, str) and name.strip() == name != "" for name in classes
+    )
+    if not are_names or len(set(classes)) < len(classes):
+        return ['classes must be a list of different names such as ["normal", "abnormal"]']
     return []
 
 

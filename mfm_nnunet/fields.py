@@ -82,7 +82,8 @@ def takes(request: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T
 def assignments(examples: str, *parts: str) -> Any:
     """Return the field of ``--set``, which accepts these parts of the settings and those outside all parts."""
     text = f"change a setting; several may follow, e.g. {examples}"
-    return option((), "--set", text, action="append", metavar="NAME=VALUE", parts=parts, check=each(_assignment))
+    check = each(matching(rf"(?s){ASSIGNMENT.pattern}.*", "expected name=value"))
+    return option((), "--set", text, action="append", metavar="NAME=VALUE", parts=parts, check=check)
 
 
 # Legal values
@@ -143,9 +144,3 @@ def matching(pattern: str, rule: str) -> Callable[[str], str]:
 def each(check: Callable[[Any], T]) -> Callable[[Sequence[Any]], tuple[T, ...]]:
     """Return a check for sequences that applies ``check`` to each item."""
     return lambda values: tuple(check(value) for value in values)
-
-
-def _assignment(value: str) -> str:
-    if not ASSIGNMENT.match(value):
-        raise ValueError("expected name=value")
-    return value

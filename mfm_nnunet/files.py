@@ -7,6 +7,7 @@ by :func:`inside`. Files are replaced and never written through a link.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import io
@@ -17,7 +18,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -179,6 +180,16 @@ def write_json(file: Path, content: Any, indent: int = 1) -> None:
     """Write JSON as :func:`atomic_write`."""
     with atomic_write(file) as handle:
         handle.write(json.dumps(content, indent=indent).encode())
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table atomically; floats have six digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    with atomic_write(file) as handle:
+        handle.write(text.getvalue().encode())
 
 
 def to_plain(value: Any) -> Any:

@@ -27,6 +27,8 @@ CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """All configurations of nnU-Net; those of a dataset are known only after reading its images."""
 SPACINGS = ("median", "onemm", "original")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+HEADS = ("linear", "attentive", "mil", "probe")
+"""Heads of classifiers."""
 
 # Flags of several commands: their spellings and help
 DEVICE = "-device --device", "auto (default) uses a GPU if there is one; choose it with CUDA_VISIBLE_DEVICES"
@@ -188,13 +190,21 @@ class PretrainRequest(RunRequest):
 
 @dataclass(frozen=True)
 class TrainRequest(RunRequest):
-    """Train and validate one fold of a labelled dataset."""
+    """Train and validate one fold of a labelled dataset: masks, or labels of whole images."""
 
     fold: int | str = field(
         metadata=flag("-f --fold", "number of the fold, or all", metavar="FOLD", position=True, check=to_fold)
     )
     _: KW_ONLY
     trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
+    head: str | None = option(
+        None,
+        "--head",
+        "for a dataset with labels.csv: linear (default), attentive, mil (volumes larger than the patch), or probe "
+        "(frozen encoder and logistic regression: seconds)",
+        metavar="HEAD",
+        check=one_of(*HEADS),
+    )
     pretrained_weights: str | Path | None = option(
         None,
         "-pretrained_weights --pretrained-weights",

@@ -225,16 +225,16 @@ def require_legal(settings: TrainingSettings, prefix: str) -> None:
     elif settings.schedule != "sawtooth":
         if settings.decoder_epochs is not None:
             name = "decoder_epochs"
-            problem = "only finetune.schedule=sawtooth has this phase; set that, or leave this out"
+            problem = "needs finetune.schedule=sawtooth; set it, or leave this out"
     else:
         first = resolved_decoder_epochs(settings) or 0
         if first + max(warmup, 1) > epochs:
             name = "decoder_epochs"
-            problem = f"the first phase ({first} epochs) and the warm-up ({warmup}) leave nothing of finetune.epochs="
+            problem = f"the first phase ({first} epochs) and the warm-up ({warmup}) leave no epoch of finetune.epochs="
             problem += f"{epochs} to train the whole network; shorten them, or train longer"
         elif settings.train != "all":
             name = "train"
-            problem = "the sawtooth trains all in the end; take finetune.schedule=warmup, or finetune.train=all"
+            problem = "the sawtooth trains everything in the end; use finetune.schedule=warmup, or finetune.train=all"
     if problem:
         raise MFMError("E_CONFIG", f"{prefix}{name}={getattr(settings, name)}: {problem}.")
 

@@ -78,7 +78,7 @@ class StopFlag:
             if self.is_raising:
                 raise StoppedError(self.exit_code, self._message_at_once or f"stopped by {name_of(number)}.")
         elif not self.is_same_stop(time.monotonic() - self._since):
-            message = f"stopped at once by a second signal, {name_of(number)}. What was saved before it is whole."
+            message = f"stopped at once by a second signal, {name_of(number)}. The last saved state is intact."
             raise StoppedError(128 + number, message)
 
     def note_arrival(self, moment: float) -> None:

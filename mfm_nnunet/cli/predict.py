@@ -1,4 +1,4 @@
-"""``mfm_predict``: masks for a folder of images."""
+"""``mfm_predict``: masks, or labels, for a folder of images."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def _run(arguments: argparse.Namespace) -> None:
     decoder.warm()  # its libraries are imported while this process imports torch
     from mfm_nnunet import predict
 
-    predict(**options)
-    print(f"masks: {arguments.output_folder}")
+    report = predict(**options)
+    print(f"predictions: {report.table}" if report.table else f"masks: {arguments.output_folder}")
 
 
 def _set_verbosity(arguments: argparse.Namespace) -> None:

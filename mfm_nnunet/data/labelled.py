@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections import Counter
@@ -19,6 +20,8 @@ from mfm_nnunet.data.cases import (
     spelling_of,
     subject_of,
 )
+from mfm_nnunet.data.label_table import FILE, read_label_table
+from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import ending_of
 
@@ -40,9 +43,17 @@ def raw_cases(folder: Path, dataset_json: Mapping[str, Any], need_mapped_files: 
             "dataset.json. Add the images, or correct the ending.",
         )
     _require_names(folder, cases)
+    if DatasetJson.of(dataset_json).task in IMAGE_TASKS:
+        cases = _with_table(folder, dataset_json, cases)
     if need_mapped_files or not is_mapped:
         _require_files(folder, cases)
     return cases
+
+
+def _with_table(folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[Case]) -> list[Case]:
+    """Check ``labels.csv`` and take the subjects from it; the cases have no masks."""
+    table = read_label_table(folder / FILE, DatasetJson.of(dataset_json), {case.name for case in cases})
+    return [dataclasses.replace(case, label=None, subject=table.subjects[case.name]) for case in cases]
 
 
 def warn_of_differences(folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[Case]) -> None:
@@ -172,11 +183,14 @@ def _require_files(folder: Path, cases: Sequence[Case]) -> None:
     labels = [case.label for case in cases if case.label is not None]
     files = [*(file for case in cases for file in case.images), *labels]
     missing = [file for file in files if not os.path.lexists(file)]
+    is_table = (folder / FILE).is_file()
     if labels and missing == labels:
         raise MFMError(
             "E_NOT_FOUND",
-            f"{folder}: {len(cases)} images but no labels, expected e.g. {labels[0]}. Add the labels; to use the "
-            "images without labels, register them as a corpus: mfm_plan_and_preprocess -d NUMBER --images FOLDER",
+            f"{folder}: {len(cases)} images but no labels, expected e.g. {labels[0]}. "
+            + (f'For {FILE} write "task": one of {", ".join(IMAGE_TASKS)} into dataset.json. ' if is_table else "")
+            + "Add the labels; to use the images without labels, register them as a corpus: "
+            "mfm_plan_and_preprocess -d NUMBER --images FOLDER",
         )
     if missing:
         listing = "\n".join(f"  {file}" for file in missing)

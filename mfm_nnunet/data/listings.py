@@ -151,18 +151,23 @@ def _require_all(file: Path, problems: Sequence[str]) -> None:
         raise MFMError("E_NOT_FOUND", f"{file}: {len(problems)} images or masks are missing:\n" + "\n".join(problems))
 
 
-def _read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the names of the image columns, and the rows; column names are trimmed and in lower case."""
+def read_csv(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Read a table with a header, separated by commas, semicolons or tabs, as the names of its columns and its rows."""
     try:
         text = file.read_text(encoding="utf-8-sig")
         first = text.partition("\n")[0]
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-        header = [name.strip().lower() for name in reader.fieldnames or []]
-        rows = [
-            {name: (row.get(key) or "").strip() for name, key in zip(header, reader.fieldnames or [])} for row in reader
-        ]
+        header = list(reader.fieldnames or [])
+        return header, [{name: row.get(name) or "" for name in header} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MFMError("E_FORMAT", f"{file}: cannot be read as a CSV table ({error}).") from error
+
+
+def _read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the names of the image columns, and the rows; column names are trimmed and in lower case."""
+    names, raw = read_csv(file)
+    header = [name.strip().lower() for name in names]
+    rows = [{name.strip().lower(): cell.strip() for name, cell in row.items()} for row in raw]
     numbered = [name for name in header if re.fullmatch(r"image_[0-9]{1,4}", name)]
     channels = sorted(numbered, key=lambda name: int(name[6:]))
     columns = ["image"] if "image" in header else channels

@@ -140,8 +140,8 @@ def _without_masks(source: Path, files: list[Path]) -> list[Path]:
     if len(masks) == len(files):
         raise MFMError(
             "E_MASK",
-            f"{source}: all {len(files)} images in it are named as masks, e.g. {masks[0].relative_to(source)}. If they "
-            "are scans, give the folder that holds them directly, or list them in a CSV with a column 'image'.",
+            f"{source}: all {len(files)} images in it have names of masks, e.g. {masks[0].relative_to(source)}. If "
+            "they are scans, give the folder that holds them directly, or list them in a CSV with a column 'image'.",
         )
     text = "%s: %d images are left out, because their names or folders are those of masks, e.g. %s"
     _log.warning(text, source, len(masks), masks[0].relative_to(source))

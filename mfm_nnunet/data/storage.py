@@ -169,7 +169,7 @@ def require_whole(folder: Path, cases: Collection[str] | None = None) -> None:
         raise MFMError(
             "E_SHORT_DATA",
             f"{damaged[0]}: the preprocessed file is damaged (one of {len(damaged)}). Run mfm_plan_and_preprocess "
-            "again; it makes only what is missing or damaged.",
+            "again; it replaces only missing and damaged files.",
         )
 
 

@@ -172,8 +172,8 @@ class Pretraining:
 
     def _measure_probe(self, epoch: int) -> dict[str, float | None]:
         """Probe the shipped weights and return the columns for the log; empty when no probe is due."""
-        probe = self.probe
-        if probe is None or not probe.is_due(epoch, self.settings.epochs):
+        probe, done = self.probe, epoch + 1
+        if probe is None or (done % probe.settings.every and done != self.settings.epochs):
             return {}
         with others_waiting(self.world), self._optimisation.averaged():
             backbone, dtype = self.task.backbone, self._optimisation.dtype
@@ -324,7 +324,7 @@ def _use_masks(corpus: Corpus, task_class: type[PretextTask], settings: Pretrain
     if not num_masks:
         return False, []
     if not task_class.uses_valid or not settings.leave_out_anonymised:
-        reason = f"{task_class.name} has no use for them"
+        reason = f"{task_class.name} does not use them"
         if task_class.uses_valid:
             reason = "pretrain.leave_out_anonymised=false"
         return False, [f"the anonymisation masks of {num_masks} cases are not used: {reason}"]

@@ -116,10 +116,6 @@ class Probe:
         data = {"dataset": self.name, "num_cases": len(cases), "hash": corpus.corpus_hash(cases)}
         return {**data, **to_dict(self.settings), **RETIRED}
 
-    def is_due(self, epoch: int, epochs: int) -> bool:
-        """Return True if the weights are probed at the end of ``epoch`` (0-based)."""
-        return (epoch + 1) % self.settings.every == 0 or epoch + 1 == epochs
-
     def measure(
         self, backbone: AbstractBackbone, device: torch.device, dtype: torch.dtype | None = None
     ) -> dict[str, float | None]:
@@ -166,7 +162,7 @@ def make_probe(
     """
     if dataset is None:
         if changed := [name for name, value in to_dict(settings).items() if value != getattr(ProbeSettings(), name)]:
-            advice = "Name its labelled dataset with --probe DATASET."
+            advice = "Give its labelled dataset with --probe DATASET."
             raise MFMError("E_CONFIG", f"probe.{changed[0]} is set, but there is no probe. {advice}")
         return None
     name, resolved = here.dataset_name(dataset), plan.configuration(configuration)

@@ -173,7 +173,7 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
 
     Raises MFMError (E_NOT_FOUND, E_FORMAT).
     """
-    advice = "It belongs into the model folder. Make it again with: mfm_plan_and_preprocess -d "
+    advice = "It belongs in the model folder. Make it again with: mfm_plan_and_preprocess -d "
     fingerprint = read_json(preprocessed_folder / "dataset_fingerprint.json", advice + preprocessed_folder.name)
     return {name: value for name, value in fingerprint.items() if name != "mfm"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import shlex
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from mfm_nnunet.errors import about
@@ -30,6 +32,8 @@ from mfm_nnunet.models.transfer import (
 )
 from mfm_nnunet.plan import Configuration
 
+logger = logging.getLogger(__name__)
+
 
 def has_decoder(reading: Reading, network: nn.Module) -> bool:
     """Check if a checkpoint contains weights of the decoder of ``network``."""
@@ -44,19 +48,59 @@ def transfer_into(
 
     ``transfer.json`` in the run's folder contains the whole report, with the file's name, hash, licence and papers.
     """
-    dataset = re.sub(r"Dataset0*(\d+)_.*", r"\1", trainer.plans_manager.dataset_name)
-    configuration = "2d" if len(trainer.configuration_manager.patch_size) == 2 else "3d_fullres"
+    report, lines = _transfer_and_describe(
+        reading,
+        trainer.network,
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        Path(trainer.output_folder),
+        (parts, topology),
+        _image_channels(trainer),
+    )
+    trainer.print_to_log_file("\n".join(lines))
+    trainer.print_to_log_file(report.details(), also_print_to_console=False)
+    return report
+
+
+def transfer_with_report(
+    reading: Reading,
+    network: nn.Module,
+    plans: Mapping[str, Any],
+    configuration: str,
+    folder: Path,
+    parts: Parts,
+    topology: Topology,
+) -> TransferReport:
+    """Run :func:`transfer` on a network of ``plans``, log the result, and write ``transfer.json`` into ``folder``."""
+    manager = PlansManager(dict(plans))
+    report, lines = _transfer_and_describe(
+        reading, network, manager, manager.get_configuration(configuration), folder, (parts, topology), None
+    )
+    logger.info("%s", "\n".join(lines))
+    logger.debug("%s", report.details())
+    return report
+
+
+def _transfer_and_describe(
+    reading: Reading,
+    network: nn.Module,
+    plans: PlansManager,
+    own: ConfigurationManager,
+    folder: Path,
+    how: tuple[Parts, Topology],
+    images: int | None,
+) -> tuple[TransferReport, list[str]]:
+    dataset = re.sub(r"Dataset0*(\d+)_.*", r"\1", plans.dataset_name)
+    configuration = "2d" if len(own.patch_size) == 2 else "3d_fullres"
     how_to_fit = f"mfm_plan_and_preprocess -d {dataset} -c {configuration} --like {shlex.quote(str(reading.place))}"
-    report = transfer(reading, trainer.network, parts, topology, _image_channels(trainer), how_to_fit)
-    notes = [*reading.notes, *_note_differences(reading, trainer)]
+    report = transfer(reading, network, *how, images, how_to_fit)
+    notes = [*reading.notes, *_note_differences(reading, plans, own)]
     known = reading.origin
     about_file = {"checkpoint": known["name"], **known, "layout": reading.layout, "notes": notes}
     del about_file["name"]
-    with atomic_write(Path(trainer.output_folder) / "transfer.json") as handle:
+    with atomic_write(folder / "transfer.json") as handle:
         handle.write(json.dumps({**about_file, **report.to_dict()}, indent=1).encode())
-    trainer.print_to_log_file("\n".join([f"weights from {known['name']}:", report.summary(), *notes]))
-    trainer.print_to_log_file(report.details(), also_print_to_console=False)
-    return report
+    return report, [f"weights from {known['name']}:", report.summary(), *notes]
 
 
 def transfer(
@@ -92,12 +136,12 @@ def transfer(
     return dataclasses.replace(report, ignored=(*report.ignored, *others))
 
 
-def _note_differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
+def _note_differences(reading: Reading, plans: PlansManager, own: ConfigurationManager) -> list[str]:
     """Describe differences in spacing, normalisation and axis order between plan and checkpoint, one line each.
 
     The weights still load, but see images unlike those they were trained on.
     """
-    theirs, own = reading.configuration, trainer.configuration_manager
+    theirs = reading.configuration
     pairs = []
     if Configuration("", theirs).is_resampled and len(theirs["spacing"]) == len(own.spacing):
         pairs.append(("spacing in mm", np.round(own.spacing, 3).tolist(), np.round(theirs["spacing"], 3).tolist()))
@@ -105,7 +149,7 @@ def _note_differences(reading: Reading, trainer: nnUNetTrainer) -> list[str]:
         pairs.append(("normalisation", sorted(set(own.normalization_schemes)), sorted(set(map(str, schemes)))))
     order = (reading.mfm.get("plans") or {}).get("transpose_forward")
     if order and len(own.patch_size) == 3:
-        pairs.append(("order of the axes", list(trainer.plans_manager.transpose_forward), list(order)))
+        pairs.append(("order of the axes", list(plans.transpose_forward), list(order)))
     return [
         f"NOTE: {what}: {here} in this plan, {there} in the checkpoint's; a plan made --like it has the same"
         for what, here, there in pairs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -23,14 +23,17 @@ NUM_FOLDS = 5
 
 Split = dict[str, list[str]]
 """One fold: the case names under "train" and "val"."""
+Maker = Callable[[Sequence[str], Mapping[str, str]], list[Split]]
+"""Makes folds of cases; the mapping gives the subject of a case."""
 
 
-def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selection) -> Split:
+def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selection, make: Maker | None = None) -> Split:
     """Return the training and validation cases of ``fold``; write the split file if there is none.
 
-    Only cases of ``selection`` are used. Other cases that are preprocessed or in the file are left out with a warning.
-    Raises MFMError: E_CONFIG (no cases; a fold that does not exist or becomes empty; unknown cases in the file) and
-    E_NOT_FOUND (cases of the dataset that are not preprocessed).
+    ``make`` makes folds of cases and their subjects, by default :func:`make_splits`. Only cases of ``selection`` are
+    used. Other cases that are preprocessed or in the file are left out with a warning. Raises MFMError: E_CONFIG (no
+    cases; a fold that does not exist or becomes empty; unknown cases in the file) and E_NOT_FOUND (cases of the dataset
+    that are not preprocessed).
     """
     if not selection.cases:
         raise MFMError(
@@ -43,7 +46,7 @@ def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selectio
         logger.warning("%s: %s", preprocessed_folder.name, selection.notes()[0])
     if fold == "all":
         return {"train": selection.names, "val": selection.names}
-    splits = ensure_splits(preprocessed_folder, selection.names, {c.name: c.subject for c in selection.cases})
+    splits = ensure_splits(preprocessed_folder, selection.names, {c.name: c.subject for c in selection.cases}, make)
     if not isinstance(fold, int) or not 0 <= fold < len(splits):
         raise MFMError(
             "E_CONFIG",
@@ -61,7 +64,10 @@ def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selectio
 
 
 def ensure_splits(
-    preprocessed_folder: Path, cases: Sequence[str], subjects: Mapping[str, str] | None = None
+    preprocessed_folder: Path,
+    cases: Sequence[str],
+    subjects: Mapping[str, str] | None = None,
+    make: Maker | None = None,
 ) -> list[Split]:
     """Read the folds in ``splits_final.json``; write the file first if there is none.
 
@@ -69,7 +75,7 @@ def ensure_splits(
     """
     file = preprocessed_folder / "splits_final.json"
     if not file.is_file():
-        splits = make_splits(cases, subjects or {})
+        splits = (make or make_splits)(cases, subjects or {})
         with atomic_write(file) as handle:
             handle.write(json.dumps(splits, indent=4).encode())
         return splits

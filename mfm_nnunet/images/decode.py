@@ -317,7 +317,7 @@ def _answer_request(channel: socket.socket, request: dict[str, Any], work_folder
     except MFMError as error:
         send(channel, {"error": [error.code, error.message]})
     except MemoryError:
-        reason = "reading it needs more memory than its header promises, or than there is. Export it again, or crop it."
+        reason = "reading it needs more memory than its header suggests or than is free. Export it again, or crop it."
         send(channel, {"error": ["E_READER_MEMORY", f"{file}: {reason}"]})
     except ConnectionError:
         raise

@@ -95,7 +95,7 @@ def choose_nifti_reader(path: Path, reader_name: str, start: bytes | None = None
         return other
     if "Nibabel" in reader_name and (unit := _length_unit(found)):
         raise refuse(
-            "E_SPACING", path, f"the header gives lengths in {unit} (xyzt_units), and nnU-Net's {reader_name} takes mm",
+            "E_SPACING", path, f"the header has lengths in {unit} (xyzt_units), but nnU-Net's {reader_name} reads mm",
             "Write the voxel size and the orientation in mm.",
         )  # fmt: skip
     return reader_name

@@ -224,7 +224,7 @@ def _require_one_volume(path: Path, file: tifffile.TiffFile, pages: Mapping[int,
         )  # fmt: skip
     if volume.kind in (*_DESCRIBED, "generic", "uniform") and any(not other.keyframe.is_reduced for other in others):
         raise refuse(
-            "E_DIM", path, f"holds {len(file.series)} images of different kinds or sizes; the first would be read",
+            "E_DIM", path, f"{len(file.series)} images of different kinds or sizes; only the first would be read",
             "Split it into one file each.",
         )  # fmt: skip
     first = pages.get(volume.keyframe.offset)

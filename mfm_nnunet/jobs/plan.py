@@ -15,12 +15,15 @@ from typing import Any
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import PICTURES, Case
+from mfm_nnunet.data.label_table import FILE as TABLE
+from mfm_nnunet.data.label_table import read_label_table
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.preprocess import preprocess_dataset
 from mfm_nnunet.data.sources import index_source
+from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import ending_of, parse_json, whole_number, write_json
+from mfm_nnunet.files import atomic_write, ending_of, parse_json, whole_number, write_json
 from mfm_nnunet.images import decoder
 from mfm_nnunet.images.reading import count_channels
 from mfm_nnunet.interchange.foreign import require_plan
@@ -156,8 +159,18 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
         beside = dataset_json if name == "dataset.json" else _content(raw / name)
         if _content(preprocessed / name) != beside:
             write_json(preprocessed / name, beside)
+    if DatasetJson.of(dataset_json).task in IMAGE_TASKS:
+        _keep_labels(raw, preprocessed, dataset_json, cases)
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
+
+
+def _keep_labels(raw: Path, preprocessed: Path, dataset_json: dict[str, Any], cases: list[Case]) -> None:
+    """Describe the labels of whole images, and keep the table with the data."""
+    table = read_label_table(raw / TABLE, DatasetJson.of(dataset_json), {case.name for case in cases})
+    logger.info("%s", table.describe())
+    with atomic_write(preprocessed / TABLE) as file:
+        file.write((raw / TABLE).read_bytes())
 
 
 def _known_fingerprint(file: Path) -> dict[str, Any]:

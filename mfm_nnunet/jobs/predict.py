@@ -31,8 +31,10 @@ from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
+from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
+from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
-from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, warn_of_others
+from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, table_name, warn_of_others
 from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.version import __version__
@@ -56,11 +58,13 @@ class PredictReport:
     output_folder: Path = Path()
     warnings: list[str] = field(default_factory=list)
     """Peculiarities of images whose masks were written all the same."""
+    table: Path | None = None
+    """``predictions.csv`` of a classifier."""
 
 
 @takes(PredictRequest)
 def predict(request: PredictRequest) -> PredictReport:
-    """Segment every case of a folder. The masks have the exact geometry of their images.
+    """Segment, or classify, every case of a folder. The masks have the exact geometry of their images.
 
     The model is given by its folder, or by its dataset, configuration, plan and trainer. A non-empty output folder is
     refused without ``overwrite`` or ``resume``. Raises MFMError before anything is written when model, folders or
@@ -80,6 +84,12 @@ def _find_model(here: Workspace, request: PredictRequest) -> Path:
     assert request.dataset is not None
     name = f"{request.trainer}__{request.plans_name}__{request.configuration}"
     folder = inside(here.results, here.dataset_name(request.dataset), name)
+    classifiers = sorted(folder.parent.glob(f"{name.replace('__', '_*__', 1)}")) if folder.parent.is_dir() else []
+    if not folder.is_dir() and len(classifiers) == 1:
+        return classifiers[0]
+    if not folder.is_dir() and classifiers:
+        names = " or ".join(found.name.partition("__")[0] for found in classifiers)
+        raise MFMError("E_NOT_FOUND", f"{folder}: there are classifiers with several heads. Name one: -tr {names}.")
     if not folder.is_dir():
         existing = [entry.name for entry in folder.parent.glob("*__*__*")] if folder.parent.is_dir() else []
         advice = nearest(folder.name, existing) if existing else here.where_else("results")
@@ -144,8 +154,10 @@ class _Run:
     journal: Journal
 
     def __init__(self, model: Model, source: Path, folder: Path, request: PredictRequest) -> None:
+        if model.heads:  # a classifier's output is its probabilities
+            request = replace(request, save_probabilities=False)
         self.model, self.source, self.folder, self.request = model, source, folder, request
-        self.ending: str = model.dataset_json["file_ending"]
+        self.ending: str = LABELS_ENDING if model.heads else model.dataset_json["file_ending"]
         self.prefix = f"{STAGING_PREFIX}{request.part_id}of{request.num_parts}_"
         settings = {
             "folds": list(model.folds),
@@ -185,6 +197,10 @@ class _Run:
             except BaseException:
                 self._note_stop()
                 raise
+            if self.model.heads:
+                name = table_name(self.request.num_parts, self.request.part_id)
+                write_table(self.model, self.folder, [*self.report.done, *self.report.skipped], name)
+                self.report = replace(self.report, table=self.folder / name)
         if self.report.warnings:
             logger.warning("check the masks of these cases:\n  %s", "\n  ".join(self.report.warnings))
         return self.report
@@ -252,19 +268,14 @@ class _Run:
         return f"{case.name}: done in {time.perf_counter() - start:.1f} s"
 
     def _predict(self, case: Case, prepared: Future[PreparedCase], start: float) -> None:
-        model, request = self.model, self.request
+        model = self.model
         model.oom_steps.clear()
         with progress(0, f"{case.name}: reading"):
             ready = prepared.result()
         require_space(self.folder / f"{case.name}{self.ending}", ready.properties)
-        logits = model.predict_logits(
-            ready.x_CDHW, step_size=request.step_size, mirroring=request.mirroring, what=case.name
-        )
-        with progress(0, f"{case.name}: writing the mask"), staging(self.folder, self.prefix) as stage:
-            write_case(
-                logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
-                header=ready.header, save_probabilities=request.save_probabilities,
-            )  # fmt: skip
+        write = self._write_labels if model.heads else self._write_mask
+        with staging(self.folder, self.prefix) as stage:
+            write(case, ready, stage)
             entry = {
                 **self.identity,
                 "input": ready.input_hashes,
@@ -280,6 +291,21 @@ class _Run:
             publish(stage, self.folder)
         self.journal.write(case.name, "done", code="", reason="", **entry)
         self._warn(case.name, ready.warnings)
+
+    def _write_mask(self, case: Case, ready: PreparedCase, stage: Path) -> None:
+        model, request = self.model, self.request
+        logits = model.predict_logits(
+            ready.x_CDHW, step_size=request.step_size, mirroring=request.mirroring, what=case.name
+        )
+        with progress(0, f"{case.name}: writing the mask"):
+            write_case(
+                logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
+                header=ready.header, save_probabilities=request.save_probabilities,
+            )  # fmt: skip
+
+    def _write_labels(self, case: Case, ready: PreparedCase, stage: Path) -> None:
+        predicted_K = self.model.predict_labels(ready.x_CDHW)
+        write_labels(self.model.heads[0], predicted_K, inside(stage, f"{case.name}{self.ending}"))
 
     def _remove_outdated(self, name: str, stage: Path) -> None:
         """Remove old probabilities of a case, which do not match its new mask."""
@@ -317,7 +343,7 @@ class _Run:
     def _fail(self, failure: CaseFailure, seconds: float = 0.0) -> None:
         stale = [name for name in self._output_names(failure.case) if os.path.exists(self.folder / name)]
         if stale and failure.code != "E_CHANGED":
-            reason = f"{failure.reason} Attention: {stale[0]} in the output folder is from an earlier run."
+            reason = f"{failure.reason} Note: {stale[0]} in the output folder is from an earlier run."
             failure = replace(failure, reason=reason)
         self.report.failures.append(failure)
         # The journal is shared together with the masks, so it contains file names but no folders.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mfm_nnunet.data.storage import stale_cases
-from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.fields import takes
@@ -27,6 +27,7 @@ from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.planning.recipes import apply_recipe
@@ -85,14 +86,17 @@ class Job:
 
 @takes(TrainRequest)
 def train(request: TrainRequest) -> Path:
-    """Train a segmentation network, from a pretrained checkpoint or from scratch on the same schedule.
+    """Train a segmentation network or a classifier, from a pretrained checkpoint or from scratch on the same schedule.
 
     Returns the folder of the fold (or of ``"all"``) inside nnU-Net's model folder. Raises MFMError for bad input (also
     when less than half of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and
     FloatingPointError when the loss becomes non-finite.
     """
     with use(request.workspace) as here:
-        job = check(here, read_inputs(here, request))
+        inputs = read_inputs(here, request)
+        if inputs.dataset.task in IMAGE_TASKS:
+            return train_classifier(here, request, inputs.plan, inputs.dataset, inputs.overrides, inputs.weights)
+        job = check(here, inputs)
         if request.num_gpus > 1:
             run_processes(execute, (job,), request.num_gpus)
         else:
@@ -126,6 +130,12 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     """
     request, plan, dataset, overrides = inputs.request, inputs.plan, inputs.dataset, inputs.overrides
     configuration = request.configuration
+    if request.head is not None:
+        raise MFMError(
+            "E_CONFIG",
+            f"--head {request.head}: the dataset has masks. Heads are for datasets with labels.csv and a task in "
+            "dataset.json (documentation/how_to/classify.md).",
+        )
     split = _check_data(here, plan, configuration, request.fold, dataset)
     folder, start_from = _find_folder(here.results / plan.dataset_name, plan, request)
     used = _pick_device(request)
@@ -225,7 +235,7 @@ def _read_dataset(here: Workspace, dataset_name: str) -> DatasetJson:
     if file is None:
         raise MFMError("E_NOT_FOUND", f"{files[0]}: there is no dataset.json. Run mfm_plan_and_preprocess.")
     dataset = DatasetJson.read(file, f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}")
-    if not dataset.foreground:
+    if dataset.task == "segmentation" and not dataset.foreground:
         raise MFMError(
             "E_CONFIG",
             f"{dataset_name} has no labels to segment ({file}, 'labels'). A corpus without labels is only for "

@@ -286,7 +286,7 @@ class NetworkFamily(ABC):
 
     def layer_decay_problem(self) -> str:
         """Explain why ``finetune.layer_decay`` does not apply to this network; empty if it does."""
-        return "its layers are no chain"
+        return "its layers do not form a chain"
 
     def layers_after(self, name: str, network: nn.Module) -> int:
         """Count the encoder layers after the one that holds parameter ``name``; 0 outside the encoder."""

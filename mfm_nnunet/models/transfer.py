@@ -262,7 +262,7 @@ class _Transfer:
         if misfits := [d for d in of_encoder if d.value is None and d.how.startswith(MISFIT)]:
             warning = (
                 f"WARNING: {len(misfits)} tensors of the encoder stay random, because their shapes differ, e.g. "
-                f"{misfits[0].names[0]}: {misfits[0].how}. Layers behind them were trained on other features. Plan "
+                f"{misfits[0].names[0]}: {misfits[0].how}. Later layers were trained on other features. Plan "
                 f"the dataset like the checkpoint (--like){ADVICE[self.topology]}."
             )
         return TransferReport(

@@ -16,13 +16,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.models.families import family_named
+from mfm_nnunet.models.families import NetworkFamily, family_named
 from mfm_nnunet.models.memory import MemoryEstimate
 from mfm_nnunet.plan import Configuration
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, PretrainSettings, resolved_warmup
@@ -253,6 +253,14 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
         PretrainSettings(**shared, batch_size=batch_size, learning_rate=defaults.learning_rate),
         FinetuneSettings(**shared, learning_rate=finetune_rate, deep_supervision=defaults.deep_supervision),
     )
+
+
+def for_classifier(settings: FinetuneSettings, family: NetworkFamily, is_cpu: bool) -> FinetuneSettings:
+    """Return the settings of a classifier: AdamW as published for them, and on GPUs a tenth of the epochs."""
+    changes: dict[str, Any] = {} if is_cpu else {"epochs": 100}
+    if "adamw" in family.rates:
+        changes |= {"optimizer": "adamw", "weight_decay": 1e-2, "learning_rate": None}
+    return replace(settings, deep_supervision=False, compile=False, **changes)
 
 
 def select_configurations(

@@ -92,6 +92,11 @@ class MFMPlanner(ResEncUNetPlanner):
         self._apply(derive.resenc_preset(self.budget.memory_gb))
 
     @property
+    def has_masks(self) -> bool:
+        """False for a dataset whose images have labels as a whole."""
+        return DatasetJson.of(self.dataset_json).task == "segmentation"
+
+    @property
     def is_original_spacing(self) -> bool:
         """True if images are not resampled."""
         return not self.source.trained.is_resampled if self.source else self.spacing == "original"
@@ -99,7 +104,7 @@ class MFMPlanner(ResEncUNetPlanner):
     def plan_experiment(self) -> dict[str, Any]:
         """Plan all configurations, write the plan file and return the plan. Stock's output goes to the debug log."""
         is_stock = self.family.is_sized_by_nnunet and not self.source
-        if self.is_corpus or self.is_original_spacing or not is_stock:
+        if self.is_corpus or not self.has_masks or self.is_original_spacing or not is_stock:
             self.lowres_creation_threshold = 0  # a low resolution needs labels, resampling and stock's network
         if not is_stock:
             self._apply(_without_limit(self.preset))  # stock's U-Net is discarded, so it need not fit the budget
@@ -243,6 +248,8 @@ class MFMPlanner(ResEncUNetPlanner):
         main = configurations["3d_fullres" if "3d_fullres" in configurations else next(iter(configurations))]
         is_cpu = self.budget.memory_gb is None
         pretrain, finetune = derive.settings_for(self.family.name, is_cpu, main["batch_size"])
+        if not self.has_masks:
+            finetune = derive.for_classifier(finetune, self.family, is_cpu)
         return MFMBlock(pretrain, finetune, self.source.entry if self.source else None, network=self.family.name)
 
     def _merge(self, plans: dict[str, Any]) -> None:
@@ -310,7 +317,7 @@ class MFMPlanner(ResEncUNetPlanner):
         budget: tuple[str, str] = (str(self.budget), self.budget.reason)
         if self.source:
             entry = self.source.entry
-            text = f"planned like {entry['name']} ({entry['pretext']}), whose network and patch are taken over"
+            text = f"planned like {entry['name']} ({entry['pretext']}), with its network and patch"
             budget = (derive.CHECKPOINTS, text)
         axes = " ".join(map(str, own.content["transpose_forward"]))
         decisions = [Decision("budget", *budget), Decision("axis order", axes, self._choose_axis_order()[1])]

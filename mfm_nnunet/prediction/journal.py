@@ -36,6 +36,11 @@ def journal_name(num_parts: int = 1, part_id: int = 0) -> str:
     return "cases.jsonl" if num_parts == 1 else f"cases_{part_id}of{num_parts}.jsonl"
 
 
+def table_name(num_parts: int = 1, part_id: int = 0) -> str:
+    """Return the file name of a run's table of predicted labels."""
+    return journal_name(num_parts, part_id).replace("cases", "predictions").replace(".jsonl", ".csv")
+
+
 class Journal:
     """The journal of a run. It locks its file until it is closed.
 
@@ -161,7 +166,8 @@ def check_output(folder: Path, other_cases: Sequence[str], request: PredictReque
         return
     if request.num_parts > 1:
         journals = {journal_name(request.num_parts, part) for part in range(request.num_parts)}
-        journals -= {journal_name(request.num_parts, request.part_id)}
+        journals |= {table_name(request.num_parts, part) for part in range(request.num_parts)}
+        journals -= {name(request.num_parts, request.part_id) for name in (journal_name, table_name)}
         shared = journals | {"dataset.json", "plans.json", SETTINGS_FILE, ERROR_FOLDER}
         others = set(other_cases)
         entries = [name for name in entries if name not in shared and not _belongs_to(name, others)]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -32,6 +33,7 @@ from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import sha256, whole_number
 from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.plan import Plan
+from mfm_nnunet.prediction.classification import HeadInfo, build_classifier, head_weights, read_head
 from mfm_nnunet.prediction.export import Managers
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ class Model:
     """Mixed precision on CUDA: half like stock nnU-Net, or bf16 for models trained in it."""
     sha256: str = ""
     """Hash of weights, plan and labels together."""
+    heads: tuple[HeadInfo, ...] = ()
+    """What each fold of a classifier states about its outputs; empty for a segmentation model."""
     oom_steps: list[str] = field(default_factory=list)
     """Measures taken for lack of memory since the list was last cleared."""
 
@@ -110,6 +114,23 @@ class Model:
                 "look normal, the weights are damaged.",
             )
         return total
+
+    @torch.inference_mode()
+    def predict_labels(self, x_CDHW: torch.Tensor) -> np.ndarray:
+        """Return a classifier's probabilities (K), or the number, of a preprocessed image: the mean over the folds."""
+        predicted = []
+        for fold, head in enumerate(self.heads):
+            self._use_fold(fold)
+            views = head.views(x_CDHW, self.configuration_manager.patch_size)
+            with _gpu_settings(self.device, self.autocast_dtype):
+                z_NE = self.network.embed_views(views)  # type: ignore[operator]
+            logits_1K = self.network.head(z_NE[None])  # type: ignore[operator]
+            if not torch.isfinite(logits_1K).all():
+                raise MFMError(
+                    "E_NONFINITE", "the network's output is not finite for this image. Check its intensities."
+                )
+            predicted.append(head.probabilities(logits_1K.double().cpu().numpy())[0])
+        return np.mean(predicted, axis=0)
 
     def _use_fold(self, fold: int) -> None:
         if self.weights and self._loaded != fold:
@@ -211,13 +232,13 @@ def load_model(
         reason = f"there is no configuration '{configuration}', with which the checkpoint was trained"
         raise _mismatch(folder / "plans.json", reason)
     if problem := plan.configuration(configuration).preprocessor_problem:
-        advice = "Predict with the program that the model was trained with."
+        advice = "Predict with the program that trained the model."
         raise MFMError("E_MODEL_MISMATCH", f"{folder / 'plans.json'}: {problem} {advice}")
     _require_one_model(trained, plan, dataset)
     plans_manager, dataset_json = PlansManager(dict(plan.content)), dict(dataset.content)
     described = [folder / "plans.json", folder / "dataset.json", *files]
     model = Model(
-        network=_build(first.trainer, plans_manager, configuration, dataset_json),
+        network=_build(first, plans_manager, configuration, dataset_json),
         plans_manager=plans_manager,
         configuration_manager=plans_manager.get_configuration(configuration),
         dataset_json=dataset_json,
@@ -227,6 +248,7 @@ def load_model(
         folds=tuple(chosen),
         autocast_dtype=torch.bfloat16 if first.precision == "bf16" else torch.float16,
         sha256=hashlib.sha256("".join(map(sha256, described)).encode()).hexdigest(),
+        heads=tuple(fold.head for fold in trained if fold.head is not None),
     )
     for fold in trained:
         try:
@@ -254,7 +276,7 @@ def _require_model_folder(folder: Path) -> None:
     elif not place.is_dir():
         problem = f"this is a file. {_MODEL_FOLDER} Give that folder."
     elif below:
-        problem = f"holds models, and is none. Give one of them: {', '.join(below)}."
+        problem = f"this folder has models in it, but is not one. Give one of them: {', '.join(below)}."
     if problem:
         raise MFMError("E_NOT_FOUND", f"{folder}: {problem}")
 
@@ -289,6 +311,8 @@ class _Fold:
     precision: str
     init_args: dict[str, Any]
     weights: dict[str, torch.Tensor]
+    head: HeadInfo | None
+    """Of a classifier."""
 
     @classmethod
     def read(cls, file: Path) -> _Fold:
@@ -313,7 +337,9 @@ class _Fold:
         ours: Any = content.get("mfm")
         settings = ours.get("finetune") if isinstance(ours, dict) else None
         precision = str(settings.get("precision", "auto")) if isinstance(settings, dict) else "auto"
-        return cls(file, trainer, configuration, tuple(axes) or None, precision, init_args, content["network_weights"])
+        head = read_head(content, file)
+        weights = content["network_weights"] | ({} if head is None else head_weights(content))
+        return cls(file, trainer, configuration, tuple(axes) or None, precision, init_args, weights, head)
 
     def differences(self, plan: Plan, dataset: DatasetJson) -> list[str]:
         """List differences between the checkpoint's description and the model folder's plan and dataset."""
@@ -344,8 +370,11 @@ def _mismatch(file: Path, reason: str) -> MFMError:
     )
 
 
-def _build(trainer_name: str, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> nn.Module:
+def _build(fold: _Fold, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> nn.Module:
     """Build the network like the trainer did, without deep supervision."""
+    trainer_name = fold.trainer
+    if fold.head is not None:
+        return build_classifier(fold.head, plans_manager.plans, configuration)
     configuration_manager = plans_manager.get_configuration(configuration)
     num_inputs = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
     num_outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads

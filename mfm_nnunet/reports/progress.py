@@ -99,6 +99,41 @@ def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) 
     save_figure(figure, file, dpi=100)
 
 
+def plot_reliability(bins: Sequence[np.ndarray], file: Path, title: str) -> None:
+    """Draw the share of hits against the stated probability, with the number of predictions per bin below."""
+    from matplotlib.figure import Figure
+
+    stated, shares, counts = bins
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], color="tab:grey", linestyle=":")
+    upper.plot(stated[counts > 0], shares[counts > 0], color="tab:blue", marker="o")
+    upper.set(title=title, ylabel="share that is right", ylim=(-0.02, 1.02))
+    edges = np.linspace(0, 1, len(counts) + 1)
+    lower.bar(edges[:-1], counts, 1 / len(counts), align="edge", color="tab:blue", edgecolor="white")
+    lower.set(xlabel="probability stated", ylabel="cases", xlim=(0, 1))
+    save_figure(figure, file, dpi=100)
+
+
+def plot_agreement(truth: np.ndarray, predicted: np.ndarray, file: Path, title: str) -> None:
+    """Draw predicted against true numbers, and Bland and Altman's differences."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(truth, predicted, "o", color="tab:blue", markersize=4)
+    left.axline((float(truth.mean()), float(truth.mean())), slope=1, color="tab:grey", linestyle=":")
+    left.set(title=title, xlabel="truth", ylabel="prediction")
+    difference = predicted - truth
+    right.plot((predicted + truth) / 2, difference, "o", color="tab:blue", markersize=4)
+    for share in (-1.96, 0, 1.96):
+        right.axhline(
+            difference.mean() + share * difference.std(), color="tab:grey", linestyle="-" if not share else ":"
+        )
+    right.set(xlabel="mean of both", ylabel="prediction - truth")
+    save_figure(figure, file, dpi=100)
+
+
 def _plot_probe(new_axis: Callable[[], Any], history: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Plot the Dice of the probe (mean and first labels) on a separate axis; return the lines."""
     rows = [row for row in history if row.get("probe_dice") is not None]

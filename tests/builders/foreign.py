@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet.models.networks import build_network
-from tests.builders.architectures import resenc
+from tests.builders import architectures
 
 FEATURES, BLOCKS, STRIDE = (4, 8, 8), (1, 2, 2), 4
 EMBED, HEADS, DEPTH = 72, 12, 2
@@ -41,7 +41,7 @@ class Released:
 
 
 def unet(num_inputs: int = 1, num_outputs: int = 1, seed: int = 1) -> nn.Module:
-    return _built(resenc(features=FEATURES, blocks=BLOCKS), (16, 16, 16), num_inputs, num_outputs, seed)
+    return _built(architectures.resenc(features=FEATURES, blocks=BLOCKS), (16, 16, 16), num_inputs, num_outputs, seed)
 
 
 def primus(patch: Sequence[int] = (16, 16, 24), num_inputs: int = 1, num_outputs: int = 1, seed: int = 1) -> nn.Module:
@@ -58,17 +58,7 @@ def primus(patch: Sequence[int] = (16, 16, 24), num_inputs: int = 1, num_outputs
 
 
 def primus_architecture(patch: Sequence[int]) -> dict[str, Any]:
-    return {
-        "network_class_name": "mfm_nnunet.models.primus.PrimusSeg",
-        "arch_kwargs": {
-            "embed_dim": EMBED,
-            "patch_embed_size": [8, 8, 8],
-            "input_shape": list(patch),
-            "eva_depth": DEPTH,
-            "eva_numheads": HEADS,
-        },
-        "_kw_requires_import": [],
-    }
+    return architectures.primus(patch, EMBED, eva_depth=DEPTH, eva_numheads=HEADS)
 
 
 def old_order(network: nn.Module, x_BCDHW: Tensor) -> Tensor:

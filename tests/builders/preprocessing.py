@@ -10,6 +10,7 @@ import SimpleITK as sitk
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.preprocess import preprocess_dataset
+from tests.builders.plans import plan_configuration, plan_of
 
 LABELS = {"background": 0, "a": 1, "b": 2}
 DATASET = {"channel_names": {"0": "MR"}, "labels": LABELS, "file_ending": ".nii.gz", "numTraining": 4}
@@ -26,33 +27,12 @@ INTENSITIES = {
 
 def make_plans(channels: int = 1, **configuration: Any) -> dict[str, Any]:
     """A plan with one configuration, '3d_fullres', in nnU-Net's format."""
-    spline = {"order_z": 0, "force_separate_z": None}
-    return {
-        "dataset_name": "Dataset001_Test",
-        "plans_name": "mfmPlans",
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": configuration.pop("transpose_forward", [0, 1, 2]),
-        "transpose_backward": [0, 1, 2],
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {str(c): INTENSITIES for c in range(channels)},
-        "configurations": {
-            "3d_fullres": {
-                "data_identifier": "mfm_3d_fullres_0",
-                "preprocessor_name": "DefaultPreprocessor",
-                "batch_size": 2,
-                "patch_size": [16, 16, 16],
-                "spacing": [1.0, 1.0, 1.0],
-                "normalization_schemes": ["ZScoreNormalization"] * channels,
-                "use_mask_for_norm": [False] * channels,
-                "resampling_fn_data": "resample_data_or_seg_to_shape",
-                "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **spline},
-                "resampling_fn_seg": "resample_data_or_seg_to_shape",
-                "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **spline},
-                "architecture": {"network_class_name": "x", "arch_kwargs": {}, "_kw_requires_import": []},
-                **configuration,
-            }
-        },
-    }
+    transpose = configuration.pop("transpose_forward", [0, 1, 2])
+    architecture = {"network_class_name": "x", "arch_kwargs": {}, "_kw_requires_import": []}
+    own = {"data_identifier": "mfm_3d_fullres_0", "spacing": [1.0, 1.0, 1.0], **configuration}
+    content = plan_configuration(architecture, own.pop("patch_size", [16, 16, 16]), channels, **own)
+    name = "Dataset001_Test"
+    return plan_of({"3d_fullres": content}, INTENSITIES, channels, transpose, dataset_name=name)
 
 
 def make_case(

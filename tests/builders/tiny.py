@@ -16,10 +16,10 @@ from mfm_nnunet.jobs import train
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.workspace import Workspace
 from tests.builders.architectures import primus, resenc
+from tests.builders.plans import plan_configuration, plan_of
 
 NAME = "Dataset007_Tiny"
 SHAPE = (20, 24, 20)
-RESAMPLING = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
 FINETUNE = FinetuneSettings(epochs=3, iterations_per_epoch=2, validation_iterations=1)
 
 
@@ -29,47 +29,20 @@ def drop_path_primus(patch: tuple[int, ...] = (16, 16, 16)) -> dict[str, Any]:
 
 
 def configuration(architecture: dict[str, Any], patch: tuple[int, ...] = (16, 16, 16)) -> dict[str, Any]:
-    """A configuration of a plan, in nnU-Net's keys."""
-    resample = {f"resampling_fn_{part}": "resample_data_or_seg_to_shape" for part in ("data", "seg", "probabilities")}
-    return {
-        "data_identifier": "mfm_tiny",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": 2,
-        "patch_size": list(patch),
-        "median_image_size_in_voxels": list(SHAPE),
-        "spacing": [1.0] * len(patch),
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        "architecture": architecture,
-        "batch_dice": True,
-        **resample,
-        **{f"{name}_kwargs": {**RESAMPLING, "is_seg": name.endswith("_seg")} for name in resample},
-    }
+    """A configuration of the plan."""
+    return plan_configuration(architecture, patch, order=1, batch_dice=True)
 
 
 def plans(name: str = "mfmPlans", block: MFMBlock | None = None, **configurations: dict[str, Any]) -> dict[str, Any]:
     """A plan with the configurations 3d_fullres, 2d and primus."""
-    content: dict[str, Any] = {
-        "dataset_name": NAME,
-        "plans_name": name,
-        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
-        "original_median_shape_after_transp": list(SHAPE),
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "configurations": {
-            "3d_fullres": configuration(resenc()),
-            "2d": configuration(resenc(2), (16, 16)),
-            "primus": configuration(drop_path_primus()),
-            **configurations,
-        },
-        "experiment_planner_used": "ResEncUNetPlanner",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": {"mean": 0.0, "std": 1.0}},
+    own = {
+        "3d_fullres": configuration(resenc()),
+        "2d": configuration(resenc(2), (16, 16)),
+        "primus": configuration(drop_path_primus()),
     }
-    if block is not None:
-        content["mfm"] = to_dict(block)
-    return content
+    about = {"dataset_name": NAME, "plans_name": name, "experiment_planner_used": "ResEncUNetPlanner"}
+    content = plan_of({**own, **configurations}, {"mean": 0.0, "std": 1.0}, **about)
+    return content if block is None else {**content, "mfm": to_dict(block)}
 
 
 def make(root: Path, num_cases: int = 6, block: MFMBlock | None = None) -> Workspace:

@@ -18,8 +18,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.models.networks import build_network
 from tests.builders.architectures import resenc
+from tests.builders.plans import SPLINE, plan_configuration, plan_of
 
-SPLINE = "resample_data_or_seg_to_shape"
 THREE_LABELS = {"background": 0, "a": 1, "b": 2}
 REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": 3}
 
@@ -49,42 +49,20 @@ def tiny_plans(
     probabilities: tuple[str, dict[str, Any]] = (SPLINE, {"is_seg": False, "order": 1, "order_z": 0}),
 ) -> dict[str, Any]:
     """A stock plan with one configuration, ``3d_fullres`` or ``2d``."""
-    spline = {"order_z": 0, "force_separate_z": None}
     name, kwargs = probabilities
     kwargs = {**kwargs, "force_separate_z": None} if name != "no_resampling_hack" else {}
-    configuration = {
-        "data_identifier": "mfm_tiny",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": 2,
-        "patch_size": list(patch_size or [16] * dimensions),
-        "median_image_size_in_voxels": [20.0] * dimensions,
-        "spacing": list(spacing or [1.0] * dimensions),
-        "normalization_schemes": ["ZScoreNormalization"] * channels,
-        "use_mask_for_norm": [False] * channels,
-        "resampling_fn_data": SPLINE,
-        "resampling_fn_seg": SPLINE,
-        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **spline},
-        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **spline},
-        "resampling_fn_probabilities": name,
-        "resampling_fn_probabilities_kwargs": kwargs,
-        "architecture": resenc(dimensions, (4, 8)),
-        "batch_dice": False,
-    }
+    configuration = plan_configuration(
+        resenc(dimensions, (4, 8)),
+        patch_size or [16] * dimensions,
+        channels,
+        spacing=list(spacing or [1.0] * dimensions),
+        resampling_fn_probabilities=name,
+        resampling_fn_probabilities_kwargs=kwargs,
+    )
     intensities = {"max": 9.0, "mean": 1.0, "median": 1.0, "min": -9.0, "std": 1.0}
     intensities |= {"percentile_00_5": -3.0, "percentile_99_5": 3.0}
-    return {
-        "dataset_name": "Dataset999_Tiny",
-        "plans_name": "mfmPlans",
-        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
-        "original_median_shape_after_transp": [20, 20, 20],
-        "image_reader_writer": reader,
-        "transpose_forward": list(transpose),
-        "transpose_backward": [int(axis) for axis in np.argsort(transpose)],
-        "configurations": {"3d_fullres" if dimensions == 3 else "2d": configuration},
-        "experiment_planner_used": "ExperimentPlanner",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {str(c): intensities for c in range(channels)},
-    }
+    configurations = {"3d_fullres" if dimensions == 3 else "2d": configuration}
+    return plan_of(configurations, intensities, channels, transpose, image_reader_writer=reader)
 
 
 def save_model(

@@ -255,7 +255,7 @@ def test_balance_that_is_impossible() -> None:
     require_legal_balance(("subject",), nameless)
     for kinds, cases, words in (
         (("modalty",), CASES, "pretrain.balance_by=modalty: .*Did you mean 'modality'"),
-        (("subject", "modality"), nameless, "pretrain.balance_by=modality: .*names no modality"),
+        (("subject", "modality"), nameless, "pretrain.balance_by=modality: .*no modality for any case"),
     ):
         with pytest.raises(MFMError, match=f"E_CONFIG .*{words}"):
             require_legal_balance(kinds, cases)

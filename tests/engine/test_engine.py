@@ -97,29 +97,24 @@ def _stamp(folder: Path, task: str) -> float:
     return file.stat().st_mtime if file.exists() else 0.0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     """The script has no error handling of its own, so the exception's text shows code and step."""
-    long = ("pretrain.iterations_per_epoch=150", "pretrain.epochs=1")
+    long = ("pretrain.iterations_per_epoch=60", "pretrain.epochs=1")
     process = start(tmp_path, "mae", "resenc", *long)
     assert process.stderr is not None
     while "step 1/" not in process.stderr.readline():
         assert process.poll() is None
-    time.sleep(0.2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, text = process.communicate(timeout=60)
-    name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert f"stopped by {name}; saved at step" in text, text
+    assert "stopped by SIGTERM; saved at step" in text, text
     assert "Continue with --c" in text, text
     step = int(text.split("saved at step ")[1].split()[0])
-    assert 0 < step < 150
+    assert 0 < step < 60
     state = checkpoint.load(run_folder(tmp_path) / "resume.pth")["state"]
     assert state["step"] == step
     assert state["loss_count"] == step
-    if number is signal.SIGTERM:
-        whole = weights(run(prepare(tmp_path / "whole"), settings=long))
-        continued = weights(run(prepare(tmp_path), settings=long, continue_training=True))
-        assert same(whole, continued)
+    whole = weights(run(prepare(tmp_path / "whole"), settings=long))
+    assert same(whole, weights(run(prepare(tmp_path), settings=long, continue_training=True)))
 
 
 def test_gradients_that_loss_scaling_cannot_help_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_anonymised_voxels_are_left_out_in_every_item_of_both_streams(tmp_path: 
 def test_masks_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     corpus = volumes(tmp_path)
     fusion = streams(corpus, VolumeFusion, VolumeFusionConfig())
-    assert fusion.notes == ["the anonymisation masks of 2 cases are not used: volume_fusion has no use for them"]
+    assert fusion.notes == ["the anonymisation masks of 2 cases are not used: volume_fusion does not use them"]
     off = streams(corpus, leave_out_anonymised=False)
     assert "pretrain.leave_out_anonymised=false" in off.notes[0]
     assert "valid" not in off.training[0]
@@ -122,7 +122,7 @@ def test_balance_that_is_impossible(tmp_path: Path) -> None:
     corpus = volumes(tmp_path, num_masked=0)
     assert "Did you mean 'modality'" in refusal("E_CONFIG", corpus, balance_by=("modalities",))
     nameless = dataclasses.replace(corpus, cases=[dataclasses.replace(c, dataset="") for c in corpus.cases])
-    assert "names no dataset" in refusal("E_CONFIG", nameless, balance_by=("dataset",))
+    assert "no dataset for any case" in refusal("E_CONFIG", nameless, balance_by=("dataset",))
 
 
 # --- volumes that are too small -----------------------------------------------------------------------------------

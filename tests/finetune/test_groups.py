@@ -415,19 +415,16 @@ def run(here: Workspace, *settings: str, configuration: str = "primus", **option
     return train(here, *settings, configuration=configuration, **options)
 
 
-@pytest.mark.parametrize(("settings", "configuration"), [(EMA, "3d_fullres"), ((*LORA, *EMA), "primus")])
-def test_resuming_is_exact(
-    here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], configuration: str
-) -> None:
-    file = pretrained_file(tmp_path, tiny.drop_path_primus() if configuration == "primus" else None)
-    folder = run(here, *SHORT, *settings, configuration=configuration, pretrained_weights=file)
+def test_resuming_is_exact(here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, settings = pretrained_file(tmp_path, tiny.drop_path_primus()), (*SHORT, *LORA, *EMA)
+    folder = run(here, *settings, pretrained_weights=file)
     wanted = state_of(folder)
     folder.parent.rename(here.results / "unbroken")
     with monkeypatch.context() as patch:
         kill_at(patch, 4)  # the first step of the third epoch
         with pytest.raises(Killed):
-            run(here, *SHORT, *settings, configuration=configuration, pretrained_weights=file)
-    run(here, configuration=configuration, continue_training=True)
+            run(here, *settings, pretrained_weights=file)
+    run(here, continue_training=True)
     require_equal(state_of(folder), wanted)
     model = load_model(folder.parent, device="cpu")  # as prediction reads it: plain names, nothing missing
     model.network.load_state_dict(model.weights[0])
@@ -435,9 +432,7 @@ def test_resuming_is_exact(
     assert not torch.equal(*(first(content[key]) for key in ("network_weights", "trained_weights")))
     del content["trained_weights"]
     checkpoint.save(content, folder / "checkpoint_final.pth")
-    refused(
-        "E_MODEL_CORRUPT", "trained_weights", lambda: run(here, configuration=configuration, continue_training=True)
-    )
+    refused("E_MODEL_CORRUPT", "trained_weights", lambda: run(here, continue_training=True))
 
 
 def test_the_stock_predictor_gives_the_masks_that_were_validated(

@@ -220,7 +220,8 @@ def test_a_killed_run_goes_on_with_the_same_result(
     assert report.skipped == (["a"] if moment == "before renaming" else ["a", "b.1"])
     assert _masks(out) == _masks(tmp_path / "clean")
     assert {file.name for file in out.iterdir()} == BOOKKEEPING | set(_masks(out))
-    assert {line["case"] for line in _journal(out)[-2:]} == {"c c"} or moment == "within a line"
+    last = (out / "cases.jsonl").read_text().splitlines()[-2:]  # an earlier line may be cut off
+    assert {json.loads(line)["case"] for line in last} == {"c c"}
 
 
 KILLED = """
@@ -271,11 +272,9 @@ sys.exit(run_command(job, argparse.Namespace(workspace=sys.argv[1] + ".w", debug
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_does_not_wait_for_a_reader(
-    number: signal.Signals, model: Path, scans: Path, out: Path, tmp_path: Path
-) -> None:
+def test_a_signal_does_not_wait_for_a_reader(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
     """A damaged file may keep a reader busy for ever; a run that was stopped suspects no case."""
+    number = signal.SIGUSR1
     script, arguments, ready = tmp_path / "predict.py", tmp_path / "arguments", tmp_path / "ready"
     script.write_text(STOPPED)
     arguments.write_bytes(pickle.dumps((model, scans, out, {"device": "cpu", "step_size": 1.0}, ready)))

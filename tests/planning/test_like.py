@@ -176,7 +176,7 @@ def test_requests_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> 
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
     for request, message in (
         ({"spacing": "onemm"}, "decides the spacing"),
-        ({"network": "primus"}, "holds a ResEnc"),
+        ({"network": "primus"}, "is a ResEnc"),
         ({"configurations": ("2d",)}, "no configuration '2d'"),
     ):
         with pytest.raises(MFMError, match=message) as caught:
