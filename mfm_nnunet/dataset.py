@@ -261,20 +261,19 @@ def _case_problems(cases: Any) -> list[str]:
     """Return the faults of the table of cases that replaces the folders imagesTr and labelsTr."""
     if not isinstance(cases, Mapping):
         return ["dataset must be a table of case names"]
-    wrong = sorted(
-        str(name)
-        for name, entry in cases.items()
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("images"), list) or not entry["images"]
-    )
-    if wrong:
-        return [f'dataset: {len(wrong)} cases have no list of "images", e.g. {wrong[0]}']
-    files = {
-        name: [*entry["images"], *([entry["label"]] if entry.get("label") else [])] for name, entry in cases.items()
-    }
-    wrong = sorted(name for name, paths in files.items() if not all(_is_path(path) for path in paths))
-    if wrong:
-        return [f"dataset: {len(wrong)} cases name a file by something that is no path, e.g. {wrong[0]}"]
+    if wrong := sorted(str(name) for name, entry in cases.items() if not _is_case(entry)):
+        return [
+            f'dataset: {len(wrong)} cases have no list of paths as "images", or no path as "label", e.g. {wrong[0]}'
+        ]
     return []
+
+
+def _is_case(entry: Any) -> bool:
+    """Return whether an entry names its files; surrogates, which stand for bytes that are not UTF-8, are legal."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("images"), list) or not entry["images"]:
+        return False
+    paths = [*entry["images"], *([entry["label"]] if entry.get("label") else [])]
+    return all(isinstance(path, str) and path and "\0" not in path for path in paths)
 
 
 def _class_problems(content: Mapping[str, Any]) -> list[str]:
@@ -288,8 +287,3 @@ def _class_problems(content: Mapping[str, Any]) -> list[str]:
     if not are_names or len(set(classes)) < len(classes):
         return ['classes must be a list of different names such as ["normal", "abnormal"]']
     return []
-
-
-def _is_path(path: Any) -> bool:
-    """Return whether a value can be a path; surrogates, which stand for bytes that are not UTF-8, are legal."""
-    return isinstance(path, str) and bool(path) and "\0" not in path

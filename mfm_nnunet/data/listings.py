@@ -69,12 +69,12 @@ def read_nnssl(file: Path) -> list[Case]:
     _require_all(file, [f"  {path}" for path in wanted if not os.path.lexists(path)])
     if any(entry.get("image_info") for _, entry in entries):
         _log.info("%s: image_info (quality scores, scanners) is not used, nor are anatomy masks", file)
-    cases = named([place / _name(entry, path) for (place, entry), path in zip(entries, images)], [(i,) for i in images])
+    cases = named([place / path.name for (place, _), path in zip(entries, images)], [(path,) for path in images])
     return [
         dataclasses.replace(
             case,
             subject="/".join(place.parts[:2]),
-            modality=_trimmed(entry.get("modality")),
+            modality=str(entry.get("modality") or "").strip(),
             dataset=place.parts[0],
             anonymisation_mask=mask,
         )
@@ -135,15 +135,6 @@ def _nnssl_mask(file: Path, entry: Mapping[str, Any]) -> Path | None:
     if not isinstance(associated, dict) or not all(isinstance(path, (str, type(None))) for path in associated.values()):
         raise _not_nnssl(file, f"'associated_masks' of {entry['image_path']} is no table")
     return next((_nnssl_path(file, associated[name]) for name in _MASK_NAMES if associated.get(name)), None)
-
-
-def _name(entry: Mapping[str, Any], image: Path) -> str:
-    """Return the name of the image file; nnssl's own ``name`` may hold anything."""
-    return image.name or _trimmed(entry.get("name"))
-
-
-def _trimmed(value: Any) -> str:
-    return "" if value is None else str(value).strip()
 
 
 def _require_all(file: Path, problems: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import random
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
 from mfm_nnunet.engine.pretraining import Corpus, Pretraining, make_streams
 from mfm_nnunet.engine.probe import Probe, make_probe, others_waiting, prepare
-from mfm_nnunet.engine.state import STATE_FILES
+from mfm_nnunet.engine.state import STATE_FILES, flat
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside, remove_leftovers, write_json
@@ -308,7 +307,8 @@ def _announce(run: Pretraining, is_new: bool) -> None:
         write_json(run.folder / "settings.json", values, indent=2)
     millions = sum(parameter.numel() for parameter in run.task.backbone.network.parameters()) / 1e6
     logger.info("run folder: %s", run.folder)
-    logger.info("settings: %s", json.dumps({name: values[name] for name in (*names[1:4], "num_workers")}))
+    shown = flat({"pretext": values["pretext_config"], **{n: values[n] for n in ("pretrain", "seed", "num_workers")}})
+    logger.info("settings:\n%s", "\n".join(f"  {name} = {value}" for name, value in shown.items()))
     logger.info(
         "%s on %d volumes, %d held out; network of %.2f million parameters, patch %s, batch %d, on %s",
         run.description["pretext"], len(run.training.files), len(run.validation.files), millions,

@@ -313,7 +313,7 @@ def explain_schedules(block: MFMBlock, budget: Budget) -> list[Decision]:
         decisions += [
             Decision(
                 name,
-                f"{settings.epochs} epochs of {settings.iterations_per_epoch}",
+                f"{settings.epochs} epochs of {settings.iterations_per_epoch} steps",
                 f"{length}; {warmup} epochs of warm-up; change it with --set",
             ),
             Decision(

@@ -354,7 +354,9 @@ class MFMPlanner(ResEncUNetPlanner):
             Decision("  batch size", str(own.batch_size), derive.explain_batch(self.budget, is_like)),
             Decision("  network", family.describe(own.architecture), why_network),
             Decision(
-                "  parameters", f"{num_parameters(network) / 1e6:.1f} M", f"{num_inputs} input, {num_outputs} outputs"
+                "  parameters",
+                f"{num_parameters(network) / 1e6:.1f} M",
+                f"channels: {num_inputs} in, {num_outputs} out",
             ),
             derive.explain_memory(memory, is_half),
         ]

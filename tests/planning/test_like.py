@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,18 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_gpu_memory_gb", lambda: None)
 
 
-def corpus_plan(root: Path, data: dict[str, Any], channels: tuple[str, ...] = ("MRI",), **request: Any) -> PlanResult:
-    """The plan of an unlabelled corpus."""
-    with workspace_with(root, CORPUS, **data, channels=channels, is_corpus=True) as here:
-        return plan(here, CORPUS, PlanRequest([CORPUS], **request))
+_PLANS: dict[str, dict[str, Any]] = {}
+
+
+def corpus_plan(
+    root: Path, data: dict[str, Any], channels: tuple[str, ...] = ("MRI",), **request: Any
+) -> dict[str, Any]:
+    """The plan of an unlabelled corpus, made once."""
+    key = repr((data, channels, request))
+    if key not in _PLANS:
+        with workspace_with(root, CORPUS, **data, channels=channels, is_corpus=True) as here:
+            _PLANS[key] = plan(here, CORPUS, PlanRequest([CORPUS], **request)).plans
+    return copy.deepcopy(_PLANS[key])
 
 
 def plan_like(
@@ -46,7 +55,7 @@ def plan_like(
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])
 def test_the_checkpoints_network_spacing_and_axis_order_are_taken_over(tmp_path: Path, network: str) -> None:
-    source = corpus_plan(tmp_path, ABDOMEN, network=network).plans
+    source = corpus_plan(tmp_path, ABDOMEN, network=network)
     file = pretrained_checkpoint(tmp_path / "checkpoint_final.pth", source, "3d_fullres")
     result = plan_like(tmp_path, BRAIN, file, channels=("MRI", "T2"))
     theirs, ours = source["configurations"]["3d_fullres"], result.plans["configurations"]["3d_fullres"]
@@ -76,7 +85,7 @@ PET = {"shapes": [[62, 39, 39]] * 6, "spacings": [[4.0, 5.0, 5.0]] * 5 + [[1.0, 
 def test_a_plan_that_fits_the_scans_badly_is_warned_of_with_the_ways_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = pretrained_checkpoint(tmp_path / "a.pth", corpus_plan(tmp_path, BRAIN).plans, "3d_fullres")
+    file = pretrained_checkpoint(tmp_path / "a.pth", corpus_plan(tmp_path, BRAIN), "3d_fullres")
     plan_like(tmp_path, PET, file)
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     numbers = ("up to 100.0 voxels", "5 of 6 scans", "sees 1.3%", "(248 x 195 x 195)")
@@ -90,7 +99,7 @@ def test_a_plan_that_fits_the_scans_badly_is_warned_of_with_the_ways_out(
 def test_a_plan_that_fits_is_not_warned_of(
     tmp_path: Path, spacing: Any, edge_mm: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = corpus_plan(tmp_path, HIPPOCAMPUS, spacing=spacing).plans
+    source = corpus_plan(tmp_path, HIPPOCAMPUS, spacing=spacing)
     small = {"shapes": [[64, 64, 64]] * 4, "spacings": [[edge_mm] * 3] * 4}
     plan_like(tmp_path, small, pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres"))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
@@ -98,7 +107,7 @@ def test_a_plan_that_fits_is_not_warned_of(
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])
 def test_the_patch_shrinks_with_the_images_and_the_network_still_fits(tmp_path: Path, network: str) -> None:
-    source = corpus_plan(tmp_path, BRAIN, network=network).plans
+    source = corpus_plan(tmp_path, BRAIN, network=network)
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
     plans = plan_like(tmp_path, SMALL, file).plans
     theirs, patch = (
@@ -111,7 +120,7 @@ def test_the_patch_shrinks_with_the_images_and_the_network_still_fits(tmp_path: 
 
 
 def test_a_2d_checkpoint_plans_only_2d_and_says_nothing_about_the_slice_axis(tmp_path: Path) -> None:
-    source = corpus_plan(tmp_path, ABDOMEN, configurations=("2d",)).plans
+    source = corpus_plan(tmp_path, ABDOMEN, configurations=("2d",))
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "2d")
     data = {"shapes": [[30, 200, 210]] * 4, "spacings": [[4.0, 0.5, 0.4]] * 4}
     plans = plan_like(tmp_path, data, file).plans
@@ -124,7 +133,7 @@ def test_a_2d_checkpoint_plans_only_2d_and_says_nothing_about_the_slice_axis(tmp
 
 
 def test_pictures_keep_their_slice_axis_and_cannot_be_planned_like_a_3d_checkpoint(tmp_path: Path) -> None:
-    source = corpus_plan(tmp_path, ABDOMEN).plans
+    source = corpus_plan(tmp_path, ABDOMEN)
     in_2d = plan_like(tmp_path, XRAY, pretrained_checkpoint(tmp_path / "2.pth", source, "2d")).plans
     assert in_2d["transpose_forward"] == [0, 1, 2]
     assert in_2d["configurations"]["2d"]["median_image_size_in_voxels"] == [640, 600]
@@ -133,10 +142,10 @@ def test_pictures_keep_their_slice_axis_and_cannot_be_planned_like_a_3d_checkpoi
     assert caught.value.code == "E_MODEL_MISMATCH"
 
 
-@pytest.mark.parametrize("spacing", ["as planned", None, [None, None, None]])
+@pytest.mark.parametrize("spacing", ["as planned", None])
 def test_without_resampling_each_data_set_keeps_its_spacing(spacing: Any, tmp_path: Path) -> None:
     """Plans of others may name no spacing, beside functions that resample."""
-    source = corpus_plan(tmp_path, BRAIN, spacing="original" if spacing == "as planned" else "median").plans
+    source = corpus_plan(tmp_path, BRAIN, spacing="original" if spacing == "as planned" else "median")
     if spacing != "as planned":
         source["configurations"]["3d_fullres"]["spacing"] = spacing
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
@@ -148,7 +157,7 @@ def test_without_resampling_each_data_set_keeps_its_spacing(spacing: Any, tmp_pa
 
 
 def test_ct_is_normalised_with_the_checkpoints_intensities(tmp_path: Path) -> None:
-    source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT",)).plans
+    source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT",))
     source["foreground_intensity_properties_per_channel"]["0"]["mean"] = 123.0
     plans = plan_like(tmp_path, HIPPOCAMPUS, pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")).plans
     assert plans["configurations"]["3d_fullres"]["normalization_schemes"] == ["CTNormalization"]
@@ -156,7 +165,7 @@ def test_ct_is_normalised_with_the_checkpoints_intensities(tmp_path: Path) -> No
 
 
 def test_ct_without_the_checkpoints_intensities_is_refused(tmp_path: Path) -> None:
-    source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT",)).plans
+    source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT",))
     source["foreground_intensity_properties_per_channel"] = {}
     with pytest.raises(MFMError, match=r"a\.pth.*foreground_intensity_properties_per_channel") as caught:
         plan_like(tmp_path, HIPPOCAMPUS, pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres"))
@@ -164,7 +173,7 @@ def test_ct_without_the_checkpoints_intensities_is_refused(tmp_path: Path) -> No
 
 
 def test_channels_that_cannot_be_matched_are_refused(tmp_path: Path) -> None:
-    source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT", "MRI")).plans
+    source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT", "MRI"))
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
     with pytest.raises(MFMError, match="2 channels with different normalisations") as caught:
         plan_like(tmp_path, HIPPOCAMPUS, file)
@@ -172,7 +181,7 @@ def test_channels_that_cannot_be_matched_are_refused(tmp_path: Path) -> None:
 
 
 def test_requests_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> None:
-    source = corpus_plan(tmp_path, HIPPOCAMPUS).plans
+    source = corpus_plan(tmp_path, HIPPOCAMPUS)
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
     for request, message in (
         ({"spacing": "onemm"}, "decides the spacing"),

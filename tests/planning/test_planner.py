@@ -61,7 +61,6 @@ def build(plans: dict[str, Any], configuration: str, num_inputs: int = 1) -> tor
 @pytest.mark.parametrize(
     ("memory_gb", "stock_planner", "data"),
     [
-        (8, presets.nnUNetPlannerResEncM, ABDOMEN),
         (24, presets.nnUNetPlannerResEncL, XRAY),
         (40, presets.nnUNetPlannerResEncXL, ABDOMEN),
     ],

@@ -162,7 +162,7 @@ def test_default_then_plan_then_recipe_then_set(tmp_path: Path, checked: list[la
         ({"pretrain.epochs": "many"}, {}, r"pretrain\.epochs=many: expected int"),
         ({"finetune.epochs": 3}, {}, r"finetune\.epochs is a setting of mfm_train, this is mfm_pretrain"),
         ({}, {"pretext": "volume_fusion"}, "for --pretext volume_fusion, not mae"),
-        ({}, {"network": "primus"}, "for primus, the plan's network is resenc"),
+        ({}, {"network": "primus"}, "for primus, but the plan's network is resenc"),
     ],
 )
 def test_a_wrong_recipe_names_its_file_and_the_setting(
