@@ -164,7 +164,7 @@ class ParallelBlock(nn.Module):
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         is_flat = x_BCDHW.dim() == 4
-        x_BDHWE = self.dropout((x_BCDHW[:, :, None] if is_flat else x_BCDHW).movedim(1, -1))
+        x_BDHWE = self.dropout((x_BCDHW[:, :, None] if is_flat else x_BCDHW).movedim(1, -1).contiguous())
         for block in self.attention:
             x_BDHWE = block(x_BDHWE)
         attended_BCDHW = x_BDHWE.movedim(-1, 1)

@@ -85,7 +85,8 @@ def table_rows(planned: Sequence[int], window: Sequence[int], device: torch.devi
 
     Rows are the offsets (dz, dy, dx), dx running fastest, from the most negative ones on.
     """
-    steps = [math.prod(2 * size - 1 for size in planned[axis + 1 :]) for axis in range(3)]
+    row = 2 * planned[2] - 1
+    steps = [(2 * planned[1] - 1) * row, row, 1]
     places = [torch.arange(size, device=device) * step for size, step in zip(window, steps)]
     code_N = (places[0][:, None, None] + places[1][:, None] + places[2]).flatten()
     centre = sum((size - 1) * step for size, step in zip(planned, steps))

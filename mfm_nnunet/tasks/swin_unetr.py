@@ -13,8 +13,10 @@ from the average of all tokens; its noise is always in [0, 1], ours in the range
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +24,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mfm_nnunet.models.backbone import AbstractBackbone, Geometry
 from mfm_nnunet.settings import LARGEST, ranged
 from mfm_nnunet.tasks.base import CropRequest, PatchTransform, PretextTask, TaskOutput, illegal_setting
-from mfm_nnunet.tasks.heads import CoarseDecoder, pool
 from mfm_nnunet.tasks.image_operations import TURNS, cut_out, is_square, mix_in, rotate, rotation_plane
 from mfm_nnunet.tasks.losses import cross_entropy, gather_batch, masked_l1, nt_xent
 
@@ -167,12 +169,55 @@ class SwinUNETR(PretextTask):
         return self.output(loss, {**losses, **metrics}, lambda: {**pictures, "other view": image_VCDHW[1]})
 
 
+class CoarseDecoder(nn.Module):
+    """Decoder that restores an image from an encoder's coarsest features, without skips (as in arXiv 2111.14791).
+
+    A stage is a convolution of 3 voxels, instance norm, LeakyReLU and linear upsampling. Widths and sizes are those of
+    the encoder's maps in reverse order. If the finest map is coarser than the patch (tokens), further stages double the
+    size and halve the width; short axes of a token are doubled last.
+    """
+
+    def __init__(self, backbone: AbstractBackbone, num_outputs: int) -> None:
+        super().__init__()
+        self.patch_size = backbone.patch_size
+        widths = list(reversed(backbone.feature_widths()))
+        total_stride = max(backbone.crop_cell())
+        self.num_doublings = max(0, total_stride.bit_length() - len(widths))
+        widths += [max(1, widths[-1] // 2 ** (step + 1)) for step in range(self.num_doublings)]
+        is_2d = len(self.patch_size) == 2
+        self.mode = "bilinear" if is_2d else "trilinear"
+        convolution = nn.Conv2d if is_2d else nn.Conv3d
+        norm = nn.InstanceNorm2d if is_2d else nn.InstanceNorm3d
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                convolution(before, after, 3, padding=1, bias=False), norm(after, affine=True), nn.LeakyReLU()
+            )
+            for before, after in itertools.pairwise(widths)
+        )
+        self.output = convolution(widths[-1], num_outputs, 3, padding=1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Return (B, num_outputs, *patch_size). ``features`` are fine to coarse; only the last map's values count."""
+        x = features[-1]
+        for stage, size in zip(self.stages, self._sizes(features), strict=True):
+            x = functional.interpolate(stage(x), size=size, mode=self.mode, align_corners=False)
+        assert tuple(x.shape[2:]) == self.patch_size, f"{tuple(x.shape[2:])} is not {self.patch_size}"
+        return self.output(x)
+
+    def _sizes(self, features: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        finest = features[0].shape[2:]
+        sizes = [tuple(feature.shape[2:]) for feature in reversed(features[:-1])]
+        for step in reversed(range(self.num_doublings)):
+            sizes.append(tuple(max(here, size // 2**step) for here, size in zip(finest, self.patch_size)))
+        return sizes
+
+
 def summaries(coarsest_VEdhw: Tensor, heads: Literal["pooled", "token"]) -> tuple[Tensor, Tensor]:
     """Return the inputs of the rotation and contrast heads, (V, E) each."""
     if heads == "token":
         tokens_VET = coarsest_VEdhw.flatten(2)
         return tokens_VET[..., 0], tokens_VET[..., 1]
-    pooled_VE = pool([coarsest_VEdhw])
+    pooled_VE = coarsest_VEdhw.float().flatten(2).mean(2)
     return pooled_VE, pooled_VE
 
 

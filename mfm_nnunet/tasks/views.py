@@ -7,6 +7,7 @@ axis.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfm_nnunet.models.backbone import AbstractBackbone, Geometry
 from mfm_nnunet.settings import LARGEST, ranged
 from mfm_nnunet.tasks.base import PretextTask, illegal_setting, size_per_axis
-from mfm_nnunet.tasks.heads import Projector, pool
 from mfm_nnunet.tasks.image_operations import JITTER, jitter
 
 VIEW_JITTER = {**JITTER, "low resolution": 0.1}
@@ -67,6 +67,22 @@ class ViewComparison(PretextTask):
         # In an untrained network, views differ by less than the precision of bf16, so the projector runs in float32.
         with torch.autocast(views_BVCDHW.device.type, enabled=False):
             return self.projector(pool(features)).unflatten(0, views_BVCDHW.shape[:2])
+
+
+def pool(features: Sequence[Tensor]) -> Tensor:
+    """Average each map (B, features, ...) of an encoder over space and concatenate to (B, sum of features)."""
+    return torch.cat([feature.float().flatten(2).mean(2) for feature in features], dim=1)
+
+
+class Projector(nn.Sequential):
+    """MLP whose hidden layers are linear, LayerNorm without affine parameters, and ReLU."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        """Build the layers; ``widths``: inputs, hidden layers and outputs, e.g. (1120, 2048, 2048, 2048)."""
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths[:-1]):
+            layers += [nn.Linear(before, after), nn.LayerNorm(after, elementwise_affine=False), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 def change_view(view_CDHW: np.ndarray, rng: np.random.Generator, quarter_turn: float) -> np.ndarray:

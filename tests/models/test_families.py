@@ -144,7 +144,7 @@ SIZED = [
     (name, shape, memory_gb)
     for name in BUILT_IN
     if not family_named(name).is_sized_by_nnunet
-    for shape, memory_gb in (((36.0, 50.0, 35.0), None), ((50.0, 35.0), None), ((50.0, 35.0), 4.0))
+    for shape, memory_gb in (((36.0, 50.0, 35.0), None), ((50.0, 35.0), None), ((50.0, 35.0), 80.0))
     if memory_gb is None or family_named(name).name == name
 ]
 

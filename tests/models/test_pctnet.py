@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune import lora
+from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.pretrained import transfer
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import convert, read_checkpoint
@@ -23,10 +23,12 @@ from mfm_nnunet.models.pctnet import PCTNet
 from mfm_nnunet.models.pctnet_family import choose_window, expand_table
 from mfm_nnunet.models.windows import WindowAttention
 from mfm_nnunet.tasks.losses import class_shares, cross_entropy, halving_weights, soft_dice
-from tests.builders import tiny_model
+from mfm_nnunet.workspace import use
+from tests.builders import tiny, tiny_model
 from tests.builders.architectures import pctnet
 from tests.builders.tasks import make_batch, make_task
 from tests.builders.tiny_plans import tiny_network, tiny_plans
+from tests.builders.training import initialised, take_step
 
 CHANNELS = (24, 48, 128, 256, 512)
 TINY = (4, 4, 8, 8, 8)
@@ -170,8 +172,8 @@ def test_layers_nearer_to_the_image_learn_slower_and_adapters_start_as_nothing()
     assert not family.layer_decay_problem()
     x_BCDHW = torch.randn(1, 1, 16, 16, 16)
     before = network(x_BCDHW)
-    lora.add_adapters(network, rank=2, alpha=4)
-    assert len(lora.adapter_names(network)) == 2 * len(family.adapted_layers(network)) == 2 * 2 * 2 * 4
+    groups.add_adapters(network, rank=2, alpha=4)
+    assert len(groups.adapter_names(network)) == 2 * len(family.adapted_layers(network)) == 2 * 2 * 2 * 4
     torch.testing.assert_close(network(x_BCDHW), before)
 
 
@@ -190,6 +192,20 @@ def test_volume_fusion_supervises_all_outputs() -> None:
     expected = (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75
     torch.testing.assert_close(task(batch).loss, expected)
     assert halving_weights(4) == pytest.approx([8 / 15, 4 / 15, 2 / 15, 1 / 15])
+
+
+def test_fine_tuning_trains_the_coarsest_output_too(tmp_path: Path) -> None:
+    """Which nnU-Net's loss leaves out."""
+    tiny.make(tmp_path)
+    with use(tmp_path):
+        plan = {"configurations": {"3d_fullres": tiny.configuration(pctnet((16, 16, 16)))}}
+        trainer = initialised(plan=plan, deep_supervision=True)
+        assert trainer.loss.weight_factors == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+        before = {name: weight.clone() for name, weight in trainer.network.named_parameters()}
+        take_step(trainer)
+    heads = [name for name in before if name.startswith("decoder.heads.") and name.endswith("weight")]
+    assert len(heads) == 3
+    assert not [name for name in heads if torch.equal(before[name], trainer.network.get_parameter(name))]
 
 
 # Files of the paper's authors

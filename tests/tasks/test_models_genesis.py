@@ -155,55 +155,34 @@ def test_all_channels_are_shuffled_alike() -> None:
 # Painting
 
 
-def test_inpainting_paints_boxes_within_the_margin() -> None:
-    shares = []
-    for seed in range(200):
-        painted = draw_inpainting(PATCH, np.random.default_rng(seed))
-        shares.append(painted.mean())
-        inner = np.zeros(PATCH, bool)
-        inner[tuple(slice(MARGIN, size - MARGIN) for size in PATCH)] = True
-        assert not (painted & ~inner).any()
-    assert 0 < np.mean(shares) < 5 / 27
-    assert np.mean(np.array(shares) == 0) == pytest.approx(0.05, abs=0.04)
-
-
-def test_outpainting_leaves_boxes_within_the_margin() -> None:
-    for seed in range(200):
-        kept = ~draw_outpainting(PATCH, np.random.default_rng(seed))
-        assert kept.mean() >= np.prod([(size - 4 * size // 7) / size for size in PATCH])
-        for axis, size in enumerate(PATCH):
-            found = np.flatnonzero(kept.any(tuple({0, 1, 2} - {axis})))
-            assert found.min() >= MARGIN
-            assert found.max() < size - MARGIN
-            assert len(found) >= size - 4 * size // 7
-
-
 @pytest.mark.parametrize(
-    ("draw", "low", "high"),
+    ("draw", "least", "low", "high"),
     [
-        (draw_inpainting, lambda n: n // 6, lambda n: n // 3),
-        (draw_outpainting, lambda n: n - 4 * n // 7, lambda n: n - 3 * n // 7),
+        (draw_inpainting, 0, lambda n: n // 6, lambda n: n // 3),
+        (draw_outpainting, 1, lambda n: n - 4 * n // 7, lambda n: n - 3 * n // 7),
     ],
 )
-def test_sides_of_boxes(draw: Any, low: Any, high: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, ...]] = []
+def test_boxes_have_the_published_numbers_and_sides_and_lie_within_the_margin(
+    draw: Any, least: int, low: Any, high: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes: list[tuple[slice, ...]] = []
     draw_box = models_genesis._draw_box
-
-    def record(*args: Any) -> Any:
-        box = draw_box(*args)
-        seen.append(tuple(side.stop - side.start for side in box))
-        return box
-
-    monkeypatch.setattr(models_genesis, "_draw_box", record)
-    rng, counts = np.random.default_rng(0), Counter[int]()
+    monkeypatch.setattr(models_genesis, "_draw_box", lambda *args: boxes.append(draw_box(*args)) or boxes[-1])
+    rng, counts, sides = np.random.default_rng(0), Counter[int](), [set[int]() for _ in PATCH]
     for _ in range(200):
-        before = len(seen)
-        draw(PATCH, rng)
-        counts[len(seen) - before] += 1
-    for axis, size in enumerate(PATCH):
-        assert {sides[axis] for sides in seen} == set(range(low(size), high(size) + 1))
-    assert set(counts) == set(range(0 if draw is draw_inpainting else 1, 6))
-    assert counts[5] / 200 == pytest.approx(0.95 ** (5 if draw is draw_inpainting else 4), abs=0.06)
+        boxes.clear()
+        painted = draw(PATCH, rng)
+        inside = np.zeros(PATCH, bool)
+        for box in boxes:
+            inside[box] = True
+            for seen, side, size in zip(sides, box, PATCH):
+                seen.add(side.stop - side.start)
+                assert MARGIN <= side.start < side.stop <= size - MARGIN
+        assert np.array_equal(painted, inside if draw is draw_inpainting else ~inside)
+        counts[len(boxes)] += 1
+    assert sides == [set(range(low(size), high(size) + 1)) for size in PATCH]
+    assert set(counts) == set(range(least, 6))
+    assert counts[5] / 200 == pytest.approx(0.95 ** (5 - least), abs=0.06)
 
 
 @pytest.mark.parametrize("config", [INPAINT, OUTPAINT])

@@ -18,9 +18,8 @@ from torch.nn import functional
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.tasks import swin_unetr
-from mfm_nnunet.tasks.heads import CoarseDecoder
 from mfm_nnunet.tasks.image_operations import cut_out, draw_share, mix_in, rotate, rotation_plane
-from mfm_nnunet.tasks.swin_unetr import SwinUNETR, SwinUNETRConfig
+from mfm_nnunet.tasks.swin_unetr import CoarseDecoder, SwinUNETR, SwinUNETRConfig
 from tests.builders.tasks import geometry, stack
 from tests.builders.tiny_plans import tiny_backbone
 
