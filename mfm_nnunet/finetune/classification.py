@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ from mfm_nnunet.settings import FORMAT, MFMBlock, to_dict
 from mfm_nnunet.tasks.classification import ClassificationTask
 
 FINAL = "checkpoint_final.pth"
+INHERITED = ("licence", "citations")
+"""Fields of a checkpoint that the model trained from it keeps."""
 ROTATION = (-np.pi / 6, np.pi / 6)
 FLAT = 3
 """Patches flatter than this are augmented slice by slice, as by nnU-Net."""
@@ -56,7 +59,7 @@ class LabelledImages:
     patch_size: tuple[int, ...]
     kind: Kind
 
-    @property
+    @functools.cached_property
     def scale(self) -> tuple[float, float]:
         """Mean and deviation of the training cases' numbers; (0, 1) for classes."""
         if self.table.task != "regression":
@@ -77,7 +80,7 @@ class LabelledImages:
             places = choose_places(places, self.num_views, rng)
         return read_views(volume, places, self.patch_size)
 
-    @property
+    @functools.cached_property
     def num_views(self) -> int:
         """Number of views of a case in a training batch, the same for all cases."""
         shapes = [open_volume(str(self.files[case])).shape[1:] for case in self.split["train"]]
@@ -405,6 +408,8 @@ def _write_checkpoint(
             "seed": block.seed,
             "finetune": to_dict(block.finetune),
             "source": block.source or {},
+            # A licence also binds weights that were derived from others.
+            **{name: value for name, value in (block.finetune.checkpoint or {}).items() if name in INHERITED},
             "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
         },
     }

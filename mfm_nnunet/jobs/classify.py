@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -10,17 +9,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from mfm_nnunet import metrics
 from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.data.label_table import LabelTable, find_label_table, read_label_table
+from mfm_nnunet.data.listings import read_csv
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device, require_scaled_fp16
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.errors import MFMError, about
-from mfm_nnunet.files import atomic_write, digest_of, inside, refuse_links, remove_leftovers, report_full_disk
+from mfm_nnunet.files import (
+    digest_of,
+    inside,
+    read_json,
+    refuse_links,
+    remove_leftovers,
+    report_full_disk,
+    write_json,
+)
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.classification import (
@@ -33,7 +43,7 @@ from mfm_nnunet.finetune.classification import (
 from mfm_nnunet.finetune.loading import seed_everything, seed_of
 from mfm_nnunet.finetune.pretrained import transfer_with_report, untrained_names
 from mfm_nnunet.finetune.probing import cached_features, fit_probe
-from mfm_nnunet.finetune.splits import choose_split
+from mfm_nnunet.finetune.splits import choose_split, ensure_splits
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.jobs.pretrain import select_cases
@@ -64,6 +74,7 @@ class Job:
     device: torch.device
     init_args: dict[str, Any]
     pretrained: Reading | None
+    num_folds: int
 
 
 def train_classifier(
@@ -90,6 +101,7 @@ def train_classifier(
                 _probe(job)
             else:
                 _train(job, request)
+            _pool_folds(job)
     finally:
         torch.set_num_threads(before)
     return job.folder
@@ -145,7 +157,8 @@ def _check(
     logger.info("settings:\n%s", run_settings.format_settings(block))
     logger.info("%s", table.describe())
     logger.info("%d training and %d validation cases", len(split["train"]), len(split["val"]))
-    return Job(head, plan, images, block, folder, device, init_args, pretrained)
+    num_folds = len(ensure_splits(data.parent, selection.names)) if request.fold != "all" else 0
+    return Job(head, plan, images, block, folder, device, init_args, pretrained, num_folds)
 
 
 def _labels(
@@ -181,6 +194,32 @@ def _is_resumed(folder: Path, request: TrainRequest, head: str) -> bool:
     return resumed
 
 
+def _pool_folds(job: Job) -> None:
+    """Write ``crossvalidation.json`` once all folds are trained: scores of all cases, each predicted when held out."""
+    folders = [job.folder.parent / f"fold_{fold}" for fold in range(job.num_folds)]
+    files = [folder / "predictions.csv" for folder in folders]
+    if not files or not all(file.is_file() for file in files):
+        return
+    table = job.images.table
+    found: dict[str, list[float]] = {}
+    for file in files:
+        header, rows = read_csv(file)
+        found |= {row[header[0]]: [float(row[name]) for name in header[1:]] for row in rows}
+    if not set(found) <= set(table.targets):
+        logger.warning("%s: the folds were trained on other cases, so they are not pooled", job.folder.parent)
+        return
+    subjects = [table.subjects[case] for case in found]
+    result = metrics.evaluate_labels(
+        table.task, table.classes, table.array(list(found)), np.array([*found.values()]), subjects
+    )
+    for name, score in result.items():
+        if isinstance(score, dict) and "low" in score:
+            own = [read_json(folder / "metrics.json", "Train it again.")[name]["value"] for folder in folders]
+            score["mean_over_folds"] = float(np.mean(own)) if None not in own else None
+    write_json(job.folder.parent / "crossvalidation.json", result)
+    logger.info("all %d folds pooled: %s", job.num_folds, "\n".join(metrics.describe_scores(result)))
+
+
 def _mirror_no_sides(block: MFMBlock, table: LabelTable) -> MFMBlock:
     """Switch mirroring off where a class names a side."""
     if not (block.finetune.mirroring and table.has_sides):
@@ -204,10 +243,8 @@ def _require_fitting(block: MFMBlock, head: str, device: torch.device, network: 
 def _write_description(folder: Path, plan: Plan, init_args: Mapping[str, Any], block: MFMBlock | None) -> None:
     """Write the plan and dataset.json into the model folder, and the settings of a new run into the fold's."""
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {"plans": plan.content, "dataset": init_args["dataset_json"]}
-    for name, content in contents.items():
-        with atomic_write(folder.parent / f"{name}.json") as file:
-            file.write(json.dumps(content, indent=4).encode())
+    for name, content in {"plans": plan.content, "dataset": init_args["dataset_json"]}.items():
+        write_json(folder.parent / f"{name}.json", content, indent=4)
     if block is not None:
         run_settings.save_settings(folder, block, plan.content)
 
@@ -258,8 +295,5 @@ def _probe(job: Job) -> None:
     features = cached_features(classifier, job.images, [*train, *validation], job.folder.parent, digest)
     logits, notes = fit_probe(classifier, job.images, features[: len(train)], features[len(train) :])
     result = write_model(job.folder, job.images, classifier, job.block, job.init_args, logits)
-    with contextlib.suppress(KeyError):
-        result |= {"probe": notes}
-    with atomic_write(job.folder / "metrics.json") as file:
-        file.write(json.dumps(result, indent=1).encode())
+    write_json(job.folder / "metrics.json", {**result, "probe": notes})
     logger.info("probe: %s", json.dumps(notes))

@@ -123,12 +123,27 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(
 def test_weights_go_from_classifier_to_classifier_and_are_reported(tmp_path: Path) -> None:
     labels.prepare(tmp_path)
     first = labels.run(tmp_path, head="linear")
+    content = checkpoint.load(first / "checkpoint_final.pth")
+    content["mfm"]["licence"] = "CC-BY-SA-4.0"
+    checkpoint.save(content, first / "checkpoint_final.pth")
     folder = labels.run(tmp_path, "3d_fullres", "finetune.train=head", head="attentive",
                         pretrained_weights=first / "checkpoint_final.pth")  # fmt: skip
     report = json.loads((folder / "transfer.json").read_text())
     assert report["encoder_share"] == 1
+    assert checkpoint.load(folder / "checkpoint_final.pth")["mfm"]["licence"] == "CC-BY-SA-4.0"
     trained, source = weights(folder), checkpoint.load(first / "checkpoint_final.pth")["network_weights"]
     assert all(torch.equal(trained[name], source[name]) for name in source)
+
+
+def test_the_folds_are_pooled_when_all_are_there(tmp_path: Path) -> None:
+    labels.prepare(tmp_path)
+    for fold in range(5):
+        folder = labels.run(tmp_path, "2d", head="probe", fold=fold)
+        file = folder.parent / "crossvalidation.json"
+        assert file.is_file() == (fold == 4)
+    result = json.loads(file.read_text())
+    assert result["num_cases"] == labels.NUM_CASES
+    assert 0 <= result["brier"]["mean_over_folds"] <= 1
 
 
 def test_a_classifier_is_a_pretrained_checkpoint_of_segmentation(tmp_path: Path) -> None:
