@@ -7,6 +7,7 @@ and renamed, so a killed process never leaves half a file under the final name.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pickle
@@ -52,7 +53,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if file.stat().st_size == 0:
         raise MFMError("E_EMPTY", f"{file}: the checkpoint is empty. Copy it again.")
     try:
-        with _plain_numpy_allowed(), warnings.catch_warnings():
+        with _plain_values_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol of files that are refused anyway
             if _is_archive(file):
                 if get_unsafe_globals_in_checkpoint(file):  # before reading gigabytes for the checksums
@@ -152,13 +153,13 @@ def _verify_checksums(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _plain_numpy_allowed() -> Iterator[None]:
-    """Allow NumPy scalars, which are in the log of stock nnU-Net checkpoints; they cannot run code."""
+def _plain_values_allowed() -> Iterator[None]:
+    """Allow NumPy scalars (in the log of stock nnU-Net) and a script's arguments: neither can run code."""
     import numpy as np
 
     core: Any = np._core if hasattr(np, "_core") else np.core
     scalar = core.multiarray.scalar
     names: list[Any] = [np.dtype, scalar, type(np.dtype("float32")), type(np.dtype("float64")), type(np.dtype("int64"))]
     names.append((scalar, "numpy.core.multiarray.scalar"))
-    with torch.serialization.safe_globals(names):
+    with torch.serialization.safe_globals([*names, argparse.Namespace]):
         yield

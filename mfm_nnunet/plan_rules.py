@@ -289,11 +289,12 @@ def _is_small(value: Any) -> bool:
 
 def _stride_problems(arguments: Mapping[str, Any], num_axes: int) -> Iterator[str]:
     """Yield arguments that divide the patch but are not whole numbers, one for each axis."""
-    for name in ("strides", "pool_op_kernel_sizes", "patch_embed_size", "input_shape"):
+    rows_per_stage = ("strides", "pool_op_kernel_sizes", "merging")
+    for name in (*rows_per_stage, "patch_embed_size", "input_shape", "stem", "window"):
         value = arguments.get(name)
         if value is None:
             continue
-        rows = value if name in ("strides", "pool_op_kernel_sizes") else [value]
+        rows = value if name in rows_per_stage else [value]
         if _is_row(rows):
             rows = [[row] * num_axes if type(row) is int else row for row in rows]
         if not _is_row(rows) or not all(_are_sizes(row) and len(row) == num_axes for row in rows):

@@ -123,7 +123,7 @@ class PlanRequest(Request):
     network: str = option(
         "resenc",
         "--network",
-        "residual encoder U-Net (default), the Primus transformer (V2 and V3 have a convolutional stem), PCT-Net "
+        "residual encoder U-Net (default), Primus transformer (V2, V3: convolutional stem), Swin U-Net, PCT-Net "
         "(convolutions and window attention in parallel), or your own",
     )
     memory_gb: float | None = option(

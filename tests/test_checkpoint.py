@@ -61,9 +61,8 @@ def test_flipped_bits_in_the_weights_are_found(tmp_path: Path) -> None:
 def test_pickles_that_end_in_the_middle_of_anything_are_damaged(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "old.pth"
     file.write_bytes(content)
-    with pytest.raises(MFMError, match="Copy it again") as error:
+    with pytest.raises(MFMError, match=r"E_MODEL_CORRUPT .*Copy it again"):
         checkpoint.load(file)
-    assert error.value.code == "E_MODEL_CORRUPT"
 
 
 def test_compressed_members_are_refused_before_they_are_read(tmp_path: Path) -> None:
@@ -73,9 +72,8 @@ def test_compressed_members_are_refused_before_they_are_read(tmp_path: Path) -> 
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
-    with pytest.raises(MFMError, match="compressed") as error:
+    with pytest.raises(MFMError, match=r"E_MODEL_CORRUPT .*compressed"):
         checkpoint.load(small)
-    assert error.value.code == "E_MODEL_CORRUPT"
 
 
 def test_code_is_found_before_the_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,8 @@ def _fail() -> None:
 
 
 def test_what_a_process_raised_is_raised() -> None:
-    with pytest.raises(MFMError, match="too much") as caught:
+    with pytest.raises(MFMError, match=r"E_OOM .*too much"):
         run_processes(_fail, (), 2)
-    assert caught.value.code == "E_OOM"
 
 
 @pytest.mark.parametrize("is_child", [True, False])

@@ -1,7 +1,7 @@
 """Estimate the memory of a case on the plan's grid from shapes, before anything is resampled.
 
 A 65 kB file whose header says 20 mm becomes half a billion voxels for a model of 1 mm. The sums below follow the arrays
-that the modules ``data.preprocess``, ``prediction.model`` and ``prediction.logits`` hold at the same time;
+that the modules ``data.preprocess``, ``prediction.model`` and ``prediction.export`` hold at the same time;
 ``tests/prediction/test_sizes.py`` compares them with the peak of a real process. Libraries, weights, and a second case
 prepared in the background need memory on top, so a refused case is certain to fail. Legend: C channels, K classes;
 voxels as D H W in the plan's axis order.

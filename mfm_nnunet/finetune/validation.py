@@ -39,15 +39,6 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
     _, cases = trainer.do_split()
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    yield from _predict_cases(trainer, cases, folder, save_probabilities)
-    trainer.set_deep_supervision_enabled(True)
-    trainer.print_to_log_file(format_dice(evaluate(trainer, cases, folder), trainer.dataset_json))
-
-
-def _predict_cases(
-    trainer: nnUNetTrainer, cases: Iterable[str], folder: Path, save_probabilities: bool
-) -> Iterator[str]:
-    """Predict preprocessed cases with the trainer's network and write their masks. Yield each name once written."""
     axes, ending = trainer.inference_allowed_mirroring_axes, trainer.dataset_json["file_ending"]
     model = Model(
         trainer.network, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, trainer.device,
@@ -67,6 +58,8 @@ def _predict_cases(
             write_case(logits, properties, model.managers, target, ending, save_probabilities=save_probabilities)
             publish(stage, folder)
         yield case
+    trainer.set_deep_supervision_enabled(True)
+    trainer.print_to_log_file(format_dice(evaluate(trainer, cases, folder), trainer.dataset_json))
 
 
 def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Path) -> dict[str, Any]:

@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 FILE = "checkpoint_final.pth"
 """File to look for in folders of other programs."""
 SIDE_PLAN = "adaptation_plan.json"
-WEIGHTS_BY_OTHERS = ("model_state_dict",)
-"""Keys of the weights in files of PyMIC (MIS-FM), beside ``network_weights`` of nnU-Net and nnssl."""
+WEIGHTS_BY_OTHERS = ("model_state_dict", "model")
+"""Keys of the weights in files of PyMIC (MIS-FM) and VISION-MAE, beside ``network_weights`` of nnU-Net and nnssl."""
 KNOWN = (
     "mfm_nnunet (network_weights and mfm; or a folder with model.safetensors and config.json), nnssl and OpenMind "
     "(network_weights, nnssl_adaptation_plan), nnU-Net (network_weights, init_args), network_weights alone, "
-    "PyMIC and MIS-FM (model_state_dict)"
+    "PyMIC and MIS-FM (model_state_dict), VISION-MAE (model)"
 )
 
 

@@ -1,8 +1,7 @@
 """Network families: a :class:`NetworkFamily` holds everything that depends on the kind of network.
 
-To add a network, write one file with its module and its family, and register it in :data:`BUILT_IN` (and
-:data:`MEETING`) or in the entry points of your own package (``documentation/how_to/add_a_network.md``). No other code
-checks the kind of a network.
+To add a network, write a file with its module and family, and register it in :data:`BUILT_IN` and :data:`MEETING`, or
+in your package's entry points (``documentation/how_to/add_a_network.md``). No other code checks the kind of a network.
 
 Importing this module is cheap: families, and with them torch, are loaded on first use.
 """
@@ -32,6 +31,7 @@ BUILT_IN = {
     "primus": "mfm_nnunet.models.primus_family",
     "primus_v2": "mfm_nnunet.models.primus_family",
     "primus_v3": "mfm_nnunet.models.primus_family",
+    "swin": "mfm_nnunet.models.swin_family",
     "pctnet": "mfm_nnunet.models.pctnet_family",
 }
 """Modules of the families by ``--network`` name."""
@@ -45,8 +45,8 @@ Need = Literal["any", "tokens", "sparse encoder"]
 """Requirement of a pretext task: none, tokens, or an encoder that can run sparsely."""
 
 MEETING: dict[Need, tuple[str, ...]] = {
-    "any": ("resenc", "primus", "pctnet"),
-    "tokens": ("primus",),
+    "any": ("resenc", "primus", "swin", "pctnet"),
+    "tokens": ("primus", "swin"),
     "sparse encoder": ("resenc",),
 }
 """Built-in families that meet each need. Written down because ``mfm_pretrain --list`` must not load torch."""
@@ -219,6 +219,10 @@ class NetworkFamily(ABC):
             return f"the network needs multiples of {' x '.join(map(str, steps))}"
         return ""
 
+    def legal_patch(self, kwargs: Mapping[str, Any], patch_size: Sequence[int]) -> list[int]:
+        """Enlarge a patch of whole :meth:`steps` to the next that the network takes; by default it takes all."""
+        return list(patch_size)
+
     def with_patch(self, architecture: Mapping[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
         """Return the ``architecture`` for another patch size; unchanged if it does not depend on the patch."""
         return dict(architecture)
@@ -380,8 +384,7 @@ def family_of(network: nn.Module) -> NetworkFamily:
             return family
     raise MFMError(
         "E_MODEL_MISMATCH",
-        f"{type(network).__name__} is not a network of mfm_nnunet. Use the network of a plan made by "
-        f"mfm_plan_and_preprocess --network {' or '.join(network_names())}.",
+        f"{type(network).__name__} is not a network of mfm_nnunet. Plan with --network {' or '.join(network_names())}.",
     )
 
 
@@ -408,13 +411,10 @@ def _load(module_name: str) -> NetworkFamily:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise MFMError(
-            "E_CONFIG", f"the network of {module_name} cannot be imported ({error}). Repair or uninstall that package."
-        ) from error
+        reason = f"the network of {module_name} cannot be imported ({error}). Repair or uninstall that package."
+        raise MFMError("E_CONFIG", reason) from error
     classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module_name]
     found = [value for value in classes if issubclass(value, NetworkFamily)]
     if len(found) != 1:
-        raise MFMError(
-            "E_CONFIG", f"{module_name} defines {len(found)} classes derived from NetworkFamily, and one is needed."
-        )
+        raise MFMError("E_CONFIG", f"{module_name} must define one class derived from NetworkFamily, not {len(found)}.")
     return found[0]()

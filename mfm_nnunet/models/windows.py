@@ -20,13 +20,15 @@ HIDDEN = -1e4
 class SwinBlock(nn.Module):
     """Attention in windows, then an MLP, each on normalised places and added to its input."""
 
-    def __init__(self, attention: WindowAttention, drop_path: float = 0.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, attention: WindowAttention, drop_path: float = 0.0, dropout: float = 0.0, epsilon: float = 1e-5
+    ) -> None:
         super().__init__()
         width = attention.qkv.in_features
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, epsilon)
         self.attn = attention
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, epsilon)
         self.mlp = Mlp(width, 4 * width, drop=dropout)
 
     def forward(self, x_BDHWE: Tensor) -> Tensor:
@@ -39,7 +41,8 @@ class WindowAttention(nn.Module):
 
     ``window`` is in places per axis; on a smaller map it is the map. A map that the windows do not divide is padded,
     and nothing attends to the padding, unless ``attends_to_padding`` (for weights trained so). ``is_shifted`` moves
-    windows by half their size where there are several. ``dropout`` is the rate on attention and output.
+    windows by half their size where there are several, with ``always_shift`` (for weights trained so) a single one too.
+    ``dropout`` is the rate on attention and output.
     """
 
     def __init__(
@@ -50,10 +53,11 @@ class WindowAttention(nn.Module):
         is_shifted: bool,
         dropout: float = 0.0,
         attends_to_padding: bool = False,
+        always_shift: bool = False,
     ) -> None:
         super().__init__()
         self.window = (1,) * (3 - len(window)) + tuple(window)
-        self.num_heads, self.is_shifted = num_heads, is_shifted
+        self.num_heads, self.is_shifted, self.always_shift = num_heads, is_shifted, always_shift
         self.dropout, self.attends_to_padding = dropout, attends_to_padding
         num_offsets = math.prod(2 * size - 1 for size in self.window)
         self.relative_position_bias_table = nn.Parameter(torch.empty(num_offsets, num_heads))
@@ -64,7 +68,8 @@ class WindowAttention(nn.Module):
     def forward(self, x_BDHWE: Tensor) -> Tensor:
         size = x_BDHWE.shape[1:4]
         window = [min(pair) for pair in zip(self.window, size)]
-        shift = [step // 2 if self.is_shifted and edge > step else 0 for edge, step in zip(size, window)]
+        is_moved = [self.is_shifted and (edge > step or self.always_shift) for edge, step in zip(size, window)]
+        shift = [step // 2 if moved else 0 for moved, step in zip(is_moved, window)]
         bias = self.position_bias(window)
         if any(edge % step for edge, step in zip(size, window)) and not self.attends_to_padding:
             # torchvision pads and has no argument for a mask, but its bias may differ between windows.

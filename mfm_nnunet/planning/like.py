@@ -120,7 +120,7 @@ def like_patch(patch: Sequence[int], architecture: Mapping[str, Any], median_sha
     result = [min(int(p), pad_to_multiple(size, step)) for p, size, step in zip(patch, median_shape, steps)]
     if all(size < family.fewest_cells * step for size, step in zip(result, steps)):
         result = [min(int(p), family.fewest_cells * step) for p, step in zip(patch, steps)]
-    return result
+    return family.legal_patch(architecture["arch_kwargs"], result)
 
 
 def find_doubts(own: Configuration, spacings: Sequence[Sequence[float]], axes: Sequence[int], checkpoint: str) -> str:

@@ -89,6 +89,8 @@ def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
     """Read a labelled dataset."""
     raw = here.raw_folder(here.dataset_name(dataset))
     found = read_raw_dataset(raw)
+    if (task := DatasetJson.of(found.content).task) != "segmentation":
+        raise MFMError("E_CONFIG", f"{found.name}: its task is {task}. A study compares masks; use mfm_train --head.")
     unlabelled = [case.name for case in found.cases if case.label is None]
     if found.is_corpus or len(unlabelled) == len(found.cases) or not DatasetJson.of(found.content).foreground:
         raise MFMError("E_CONFIG", f"{found.name} has no labels. Give a labelled dataset.")
@@ -146,7 +148,7 @@ def prepare_data(own: Workspace, study: Study, given: Plan | None) -> Plan:
             workspace=own.root,
             preprocess=False,
         )
-    plan = Plan.read(file, "Remove the study folder and begin anew.")
+    plan = Plan.read(file, "Remove the study folder and start again.")
     if study.plan_sha256 not in (None, digest_of(plan.content)):
         if is_new:
             file.unlink()

@@ -74,3 +74,21 @@ def pctnet(patch_size: Sequence[int], features: Sequence[int] = (4, 4, 8, 8), **
         },
         "_kw_requires_import": [],
     }
+
+
+def swin(patch_size: Sequence[int], **changes: Any) -> dict[str, Any]:
+    """A Swin U-Net of three stages, with tokens of two voxels and windows of three or four tokens."""
+    num_axes = len(patch_size)
+    kwargs = {
+        "embed_dim": 12,
+        "depths": [2, 2, 2],
+        "num_heads": [1, 2, 4],
+        "stem": [2] * num_axes,
+        "merging": [[2] * num_axes] * 2,
+        "window": [3 if size % 24 == 0 else 4 for size in patch_size],
+    }
+    return {
+        "network_class_name": "mfm_nnunet.models.swin.SwinUNet",
+        "arch_kwargs": kwargs | changes,
+        "_kw_requires_import": [],
+    }

@@ -20,10 +20,12 @@ def touch(root: Path, *names: str) -> list[Path]:
     return files
 
 
-def refusal(code: str, action: object, *arguments: object) -> str:
+def refusal(code: str, action: object, *arguments: object, words: tuple[object, ...] = ()) -> str:
+    """The message of a refusal, with ``words`` in it."""
     with pytest.raises(MFMError) as error:
         action(*arguments)  # type: ignore[operator]
     assert error.value.code == code
+    assert not [word for word in words if str(word) not in error.value.message]
     return error.value.message
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring, make_backbone
 from mfm_nnunet.models.networks import build_network
-from tests.builders.architectures import pctnet, primus, resenc
+from tests.builders.architectures import pctnet, primus, resenc, swin
 
 CONFIGURATION = "3d_fullres"
 
@@ -44,6 +44,7 @@ NETWORKS = {
     "primus_v3": TinyNetwork(
         lambda patch: primus(patch, version=3, stem_features=[4, 8, 8, 16]), {"drop_path_rate": 0.0}
     ),
+    "swin": TinyNetwork(swin, {"drop_path_rate": 0.0}),
     "pctnet": TinyNetwork(pctnet),
     "small": TinyNetwork(lambda patch: small_network.architecture("small", len(patch))),
 }

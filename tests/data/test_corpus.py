@@ -105,10 +105,7 @@ def test_csv_with_channels_and_names(tmp_path: Path) -> None:
     assert [case.name for case in cases] == ["anna_k", "bert"]
     assert [[file.name for file in case.images] for case in cases] == [["a1.nii", "a2.nii"], ["b1.nii", "b2.nii"]]
     table.write_text("case,image_0,image_1\nA,a1.nii,x.nii\na,b1.nii,\n")
-    message = refusal("E_NOT_FOUND", index_source, table)
-    assert "line 2" in message
-    assert "x.nii" in message
-    assert "line 3" in message
+    refusal("E_NOT_FOUND", index_source, table, words=("line 2", "x.nii", "line 3"))
     table.write_text("case,image\nA,a1.nii\na,b1.nii\n")
     assert "A, a" in refusal("E_CONFIG", index_source, table)
     table.write_text("image\na1.nii\na1.nii\n")
@@ -218,12 +215,9 @@ def test_number_of_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "ending", "reader"),
     [
-        (["a.nii.gz", "b.nii.gz"], ".nii.gz", None),
-        (["a.nii"], ".nii", None),
         (["a.nii.gz", "b.nii.gz", "c.mha"], ".nii.gz", "SimpleITKIO"),
         (["a.nii.gz", "b.nii.gz", "c.nii"], ".nii.gz", "NibabelIO"),
         (["a.mhd"], ".mhd", "SimpleITKIO"),
-        (["a.png", "b.PNG"], ".png", None),
         (["a.jpg"], ".jpg", "NaturalImage2DIO"),
         (["a.png", "b.tif"], ".png", "NaturalImage2DIO"),
         (["a.tif", "b.tiff"], ".tif", None),
@@ -277,9 +271,7 @@ def test_map_of_files_with_variables_equals_nnunets(tmp_path: Path, monkeypatch:
     entries["b"]["images"] = ["own/lost.nii.gz"]
     entries["a"]["label"] = "$MFM_TEST_SCANS/lost_label.nii.gz"
     dataset(folder, channel_names={"0": "T1"}, dataset=entries)
-    message = refusal("E_NOT_FOUND", load_cases, folder)
-    assert "lost.nii.gz" in message
-    assert "lost_label.nii.gz" in message
+    refusal("E_NOT_FOUND", load_cases, folder, words=("lost.nii.gz", "lost_label.nii.gz"))
 
 
 def test_all_missing_files_are_listed(tmp_path: Path) -> None:
@@ -291,9 +283,7 @@ def test_all_missing_files_are_listed(tmp_path: Path) -> None:
     assert "labelsTr/a.nii.gz" not in message
     (folder / "imagesTr" / "a_0001.nii.gz").unlink()
     touch(folder / "imagesTr", "d_0002.nii.gz")
-    message = refusal("E_CHANNELS", load_cases, folder)
-    assert "a_0001" in message
-    assert "d_0002.nii.gz" in message
+    refusal("E_CHANNELS", load_cases, folder, words=("a_0001", "d_0002.nii.gz"))
 
 
 @pytest.mark.parametrize(
@@ -305,20 +295,7 @@ def test_all_missing_files_are_listed(tmp_path: Path) -> None:
 def test_images_that_would_be_left_out_are_refused(tmp_path: Path, stray: str) -> None:
     folder = dataset(tmp_path)
     touch(folder, stray, "imagesTr/.hidden.nii", "labelsTr/._a.nii.gz", "imagesTr/readme.md")
-    message = refusal("E_FORMAT", load_cases, folder)
-    assert "1 image files" in message
-    assert stray in message
-
-
-def test_names_that_cannot_be_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    folder = dataset(tmp_path, channel_names={"0": "T1"})
-    for file in (folder / "imagesTr").glob("*_0001*"):
-        file.unlink()
-    for name in ("scan_seg", "x_seg"):
-        touch(folder, f"imagesTr/{name}_0000.nii.gz", f"labelsTr/{name}.nii.gz")
-    message = refusal("E_CONFIG", load_cases, folder)
-    assert "scan_seg" in message
-    assert "x_seg" in message
+    refusal("E_FORMAT", load_cases, folder, words=("1 image files", stray))
 
 
 @pytest.mark.parametrize(("one", "other"), [("Case", "case"), ("\u00c5ke", "A\u030ake")])

@@ -231,9 +231,8 @@ def test_masks_that_were_damaged_later_are_found(tmp_path: Path, is_gone: bool) 
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(MFMError, match="anonymised/case1") as error:
+    with pytest.raises(MFMError, match=r"E_SHORT_DATA .*anonymised/case1"):
         require_whole(folder)
-    assert error.value.code == "E_SHORT_DATA"
 
 
 def test_masks_of_pictures(tmp_path: Path) -> None:

@@ -130,9 +130,8 @@ def test_2d_equals_stock() -> None:
 
 def test_slices_across_those_of_a_2d_plan_are_refused_and_not_cut_into_lines() -> None:
     image, label = make_case(4, shape=(30, 1, 40), margin=0)
-    with pytest.raises(MFMError, match="30 x 1 x 40 voxels") as caught:
+    with pytest.raises(MFMError, match=r"E_DIM .*30 x 1 x 40 voxels"):
         both(image, label, make_plans(patch_size=[16, 16], spacing=[0.8, 1.1]), spacing=(1.0, 1.0, 1.0))
-    assert caught.value.code == "E_DIM"
     along = make_plans(patch_size=[16, 16], spacing=[0.8, 1.1])
     along |= {"transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2]}
     assert_equal(*both(image, label, along, spacing=(1.0, 0.5, 1.0)))

@@ -150,8 +150,7 @@ def test_kinds_of_png_that_nnunet_does_not_return(tmp_path: Path, content: bytes
 SMOOTH = np.clip(np.cumsum(RNG.normal(size=(200, 150)), 0) * 10 + 128, 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize(("progressive", "colour"), [(False, True), (True, False)])
 def test_rows_of_a_jpeg_file(tmp_path: Path, progressive: bool, colour: bool) -> None:
     file = tmp_path / "x.jpg"
     array = np.stack([SMOOTH, SMOOTH.T.reshape(SMOOTH.shape), SMOOTH // 2], -1) if colour else SMOOTH
@@ -214,23 +213,16 @@ def thumbnail(path: Path) -> None:
 
 
 GOOD: dict[str, Callable[[Path], Any]] = {
-    **{f"type {code}": written(array=VOLUME.astype(code)) for code in "bHhIiQefd?"},
+    **{f"type {code}": written(array=VOLUME.astype(code)) for code in "hQed?"},
     **{name: written(compression=name) for name in ("zlib", "lzw", "packbits", "jpeg")},
     "predictor": written(array=VOLUME.astype("u2"), compression="zlib", predictor=True),
     "tiles": written(tile=(16, 16), compression="zlib"),
-    "tiles, raw": written(tile=(16, 16)),
     "tiles of a volume": written(tile=(16, 16, 16), volumetric=True),
-    "big": written(bigtiff=True),
-    "big-endian": written(array=VOLUME.astype("u2"), byteorder=">"),
     "big and big-endian": written(array=VOLUME.astype("u2"), byteorder=">", bigtiff=True),
-    "strips": written(rowsperstrip=7),
     "strips, compressed": written(rowsperstrip=7, compression="zlib"),
     "three slices": written(array=VOLUME[:3]),
-    "four slices": written(array=VOLUME[:4], photometric="minisblack"),
-    "one slice": written(array=VOLUME[:1]),
     "without description": with_pages(*VOLUME),
     "ImageJ": written(imagej=True, metadata={"axes": "ZYX", "spacing": 2}),
-    "ImageJ, one page": written(imagej=True, truncate=True),
     "one page": written(truncate=True),
     "OME": written(ome=True, metadata={"axes": "ZYX"}, compression="zlib"),
     "OME, pyramid": pyramid,
@@ -324,11 +316,9 @@ def test_pages_on_top_of_each_other(tmp_path: Path) -> None:
         (4, 0, 1 << 30, "E_SHORT_DATA"),  # the next page is behind the end
         (4, 273, 1 << 30, "E_SHORT_DATA"),  # and so are the pixels
         (4, 273, 0, "E_SHORT_DATA"),  # tifffile reads zeros
-        (4, 279, 0, "E_SHORT_DATA"),
         (4, 279, 600, "E_SHORT_DATA"),  # half of the rows
         (4, 278, 20, "E_SHORT_DATA"),  # two strips, one of them missing
         (4, 257, 20, "E_HEADER"),  # half the height: tifffile decodes it as it does the first
-        (4, 256, 0, "E_HEADER"),
         (0, 277, 2, "E_DATATYPE"),
         (0, 257, 1 << 20, "E_SHORT_DATA"),
     ],

@@ -78,9 +78,8 @@ def test_a_reader_that_sleeps_is_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     decoder.warm()
     read_image([nifti(tmp_path / "good_0000.nii.gz")], "SimpleITKIO")
     monkeypatch.setattr(decoder, "WALL_SECONDS", 1.0)
-    with pytest.raises(MFMError) as error:
+    with pytest.raises(MFMError, match="E_READER_TIMEOUT  "):
         read_image([nifti(tmp_path / "sleep_0000.nii.gz")], "SimpleITKIO")
-    assert error.value.code == "E_READER_TIMEOUT"
 
 
 @pytest.mark.usefixtures("hostile")
@@ -214,9 +213,8 @@ def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path, monkeypatch: py
         read_image([file], "SimpleITKIO")
     assert error.value.code == "E_SHORT_DATA"  # no gzip stream of its size holds that much
     monkeypatch.setattr(decode.integrity, "MAX_DEFLATE_RATIO", 1 << 40)
-    with pytest.raises(MFMError) as error:
+    with pytest.raises(MFMError, match="E_TOO_LARGE  "):
         decode.integrity.declared_by(file)
-    assert error.value.code == "E_TOO_LARGE"
 
 
 def test_a_child_does_not_load_torch() -> None:

@@ -141,9 +141,8 @@ def test_sheared_axes_are_not_rounded(tmp_path: Path) -> None:
     file = by_sform(tmp_path / "x.nii.gz", axes)
     assert nifti.choose_nifti_reader(file, "SimpleITKIO") == "SimpleITKIO"
     assert not itk_reads(file)
-    with pytest.raises(MFMError) as error:
+    with pytest.raises(MFMError, match="E_GEOMETRY  "):
         check_image_file(file)
-    assert error.value.code == "E_GEOMETRY"
 
 
 def rounded(path: Path) -> Path:
@@ -231,9 +230,8 @@ def test_units_that_no_reader_converts(tmp_path: Path) -> None:
         if reader == "SimpleITKIO":  # which cannot read NIfTI-2 at all, and says so
             assert nifti.choose_nifti_reader(file, reader) == reader
             continue
-        with pytest.raises(MFMError, match="xyzt_units") as error:
+        with pytest.raises(MFMError, match=r"E_SPACING .*xyzt_units"):
             nifti.choose_nifti_reader(file, reader)
-        assert error.value.code == "E_SPACING"
 
 
 def test_properties_are_those_of_the_other_reader(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import json
 import os
 import sys
 import tracemalloc
@@ -90,11 +91,8 @@ def test_real_scans_pass_and_equal_nnunets_reading(shared_data: Path) -> None:
             require_as_stock(file)
 
 
-@pytest.mark.parametrize(("dataset", "ending"), [("Dataset057_CXRLung", ".png")])
-def test_real_labels_fit_their_images(shared_data: Path, dataset: str, ending: str) -> None:
-    import json
-
-    folder = shared_data / dataset
+def test_real_labels_fit_their_images(shared_data: Path) -> None:
+    folder, ending = shared_data / "Dataset057_CXRLung", ".png"
     dataset_json = json.loads((folder / "dataset.json").read_text())
     for file in sorted((folder / "labelsTr").iterdir())[:10]:
         name = file.name.removesuffix(ending)
@@ -438,18 +436,6 @@ def test_tiff_stacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code_of(lambda: read_image([save_picture(file, array)], "Tiff3DIO")) == "E_NONFINITE"
 
 
-def test_a_tiff_label_has_its_spacing_beside_it(tmp_path: Path) -> None:
-    """As nnU-Net's documentation of the format has it: CASE.json beside the images, and beside the labels."""
-    files = [tmp_path / "imagesTr" / "case_0000.tif", tmp_path / "labelsTr" / "case.tif"]
-    for file in files:
-        file.parent.mkdir()
-        save_picture(file, (volume() > 0).astype(np.uint8))
-        (file.parent / "case.json").write_text('{"spacing": [2, 1, 1]}')
-    image, label = read_image(files[:1], "Tiff3DIO"), read_label(files[1], "Tiff3DIO")
-    assert tuple(label[1]["spacing"]) == (2, 1, 1)
-    check_label(*label, *image, {"labels": {"background": 0, "a": 1}}, "case")
-
-
 # --- content and geometry -----------------------------------------------------------------------------------------
 
 
@@ -549,9 +535,8 @@ def test_channels_and_labels_must_lie_in_one_place(tmp_path: Path, reader: str, 
     other = save_nifti(tmp_path / "b.nii.gz", volume("uint8") % 2, shifted(**{kind: large}))
     assert code_of(lambda: read_image([first, other], reader)) == "E_GEOMETRY"
     labels = {"labels": {"background": 0, "a": 1}}
-    with pytest.raises(MFMError, match="tolerance") as error:
+    with pytest.raises(MFMError, match=r"E_LABEL_GEOMETRY .*tolerance"):
         check_label(*read_label(other, reader), *image, labels, "case")
-    assert error.value.code == "E_LABEL_GEOMETRY"
     near = save_nifti(tmp_path / "c.nii.gz", volume("uint8") % 2, shifted(**{kind: small}))
     assert read_image([first, near], reader)[0].shape[0] == 2
     check_label(*read_label(near, reader), *image, labels, "case")
@@ -597,7 +582,7 @@ def label_map(*values: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("labels", "legal", "illegal"),
     [
-        ({"background": 0, "a": 1, "b": 2}, [0, 1, 2], [3, -1, 30000]),
+        ({"background": 0, "a": 1, "b": 2}, [0, 1, 2], [3, -1, 2000000000]),
         ({"background": 0, "whole": [1, 2, 3], "core": [2, 3]}, [0, 1, 2, 3], [4]),
         ({"background": 0, "a": 1, "ignore": 2}, [0, 2], [255]),
         ({"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, [1, 2, 3], [4]),
@@ -614,16 +599,9 @@ def test_label_values(
     assert error.value.code == "E_LABEL_VALUE"
 
 
-def test_label_with_huge_values_is_refused_quickly(tmp_path: Path, image: tuple[np.ndarray, dict]) -> None:
-    file = save_nifti(tmp_path / "label.nii.gz", label_map(1, 2000000000))
-    with pytest.raises(MFMError, match="2000000000"):
-        check_label(*read_label(file, "SimpleITKIO"), *image, {"labels": {"background": 0, "a": 1}}, "case")
-
-
 def test_label_that_is_no_label(tmp_path: Path) -> None:
-    with pytest.raises(MFMError, match=r"0\.9999") as error:
+    with pytest.raises(MFMError, match=r"E_LABEL_VALUE .*0\.9999"):
         read_label(save_nifti(tmp_path / "label.nii.gz", label_map(1, 0.9999)), "SimpleITKIO")
-    assert error.value.code == "E_LABEL_VALUE"
     colour = save_picture(tmp_path / "label.png", np.stack([PICTURE] * 3, -1))
     assert code_of(lambda: read_label(colour, "NaturalImage2DIO")) == "E_CHANNELS"
 

@@ -137,9 +137,8 @@ def test_pictures_keep_their_slice_axis_and_cannot_be_planned_like_a_3d_checkpoi
     in_2d = plan_like(tmp_path, XRAY, pretrained_checkpoint(tmp_path / "2.pth", source, "2d")).plans
     assert in_2d["transpose_forward"] == [0, 1, 2]
     assert in_2d["configurations"]["2d"]["median_image_size_in_voxels"] == [640, 600]
-    with pytest.raises(MFMError, match="pretrained in 3D") as caught:
+    with pytest.raises(MFMError, match=r"E_MODEL_MISMATCH .*pretrained in 3D"):
         plan_like(tmp_path, XRAY, pretrained_checkpoint(tmp_path / "3.pth", source, "3d_fullres"))
-    assert caught.value.code == "E_MODEL_MISMATCH"
 
 
 @pytest.mark.parametrize("spacing", ["as planned", None])
@@ -167,17 +166,15 @@ def test_ct_is_normalised_with_the_checkpoints_intensities(tmp_path: Path) -> No
 def test_ct_without_the_checkpoints_intensities_is_refused(tmp_path: Path) -> None:
     source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT",))
     source["foreground_intensity_properties_per_channel"] = {}
-    with pytest.raises(MFMError, match=r"a\.pth.*foreground_intensity_properties_per_channel") as caught:
+    with pytest.raises(MFMError, match=r"E_MODEL_MISMATCH .*a\.pth.*foreground_intensity_properties_per_channel"):
         plan_like(tmp_path, HIPPOCAMPUS, pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres"))
-    assert caught.value.code == "E_MODEL_MISMATCH"
 
 
 def test_channels_that_cannot_be_matched_are_refused(tmp_path: Path) -> None:
     source = corpus_plan(tmp_path, HIPPOCAMPUS, channels=("CT", "MRI"))
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
-    with pytest.raises(MFMError, match="2 channels with different normalisations") as caught:
+    with pytest.raises(MFMError, match=r"E_MODEL_MISMATCH .*2 channels with different normalisations"):
         plan_like(tmp_path, HIPPOCAMPUS, file)
-    assert caught.value.code == "E_MODEL_MISMATCH"
 
 
 def test_requests_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_the_cpu_preset_sees_the_whole_hippocampus(tmp_path: Path) -> None:
     assert block.finetune.deep_supervision
 
 
-@pytest.mark.parametrize(("data", "network"), [(BRAIN, "resenc"), (ABDOMEN, "primus"), (XRAY, "primus")])
+@pytest.mark.parametrize(("data", "network"), [(BRAIN, "resenc"), (XRAY, "primus")])
 def test_the_cpu_preset_stays_small(tmp_path: Path, data: dict[str, Any], network: str) -> None:
     plans = make(tmp_path, data, network=network, is_corpus=True).plans
     for name in ("2d", "3d_fullres"):
@@ -143,9 +143,8 @@ def test_primus_is_the_published_one_in_the_published_budget(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("network", ["resenc", "primus"])
 def test_too_small_a_budget_is_refused_with_the_numbers(tmp_path: Path, network: str) -> None:
-    with pytest.raises(MFMError, match=r"leaves 0\.0\d+ GB.*needs 0\.0\d+ GB") as caught:
+    with pytest.raises(MFMError, match=r"E_CONFIG .*leaves 0\.0\d+ GB.*needs 0\.0\d+ GB"):
         make(tmp_path, HIPPOCAMPUS, network=network, memory_gb=0.02)
-    assert caught.value.code == "E_CONFIG"
 
 
 def test_stock_planning_accepts_the_class_and_replanning_keeps_the_block(tmp_path: Path) -> None:
@@ -247,9 +246,8 @@ def test_the_axis_of_one_voxel_is_the_slice_axis_whatever_its_spacing(
 
 def test_single_slices_along_different_axes_are_refused_and_a_few_among_volumes_are_not(tmp_path: Path) -> None:
     flat, turned, volume = [1, 64, 60], [64, 1, 60], [30, 64, 60]
-    with pytest.raises(MFMError, match=r"4 along axis 0, 2 along axis 1") as caught:
+    with pytest.raises(MFMError, match=r"E_CONFIG .*4 along axis 0, 2 along axis 1"):
         make(tmp_path, {"shapes": [flat] * 4 + [turned] * 2, "spacings": [[1.0] * 3] * 6})
-    assert caught.value.code == "E_CONFIG"
     data = {"shapes": [volume] * 4 + [flat, turned], "spacings": [[1.0] * 3] * 6}
     assert "3d_fullres" in make(tmp_path, data).plans["configurations"]
 
@@ -267,12 +265,10 @@ def test_planning_does_not_depend_on_the_number_of_augmentation_processes(
 def test_a_missing_fingerprint_or_data_set_is_named(tmp_path: Path) -> None:
     with workspace_with(tmp_path, NAME, **HIPPOCAMPUS) as here:
         (here.preprocessed / NAME / "dataset_fingerprint.json").unlink()
-        with pytest.raises(MFMError, match=r"dataset_fingerprint\.json") as caught:
+        with pytest.raises(MFMError, match=r"E_NOT_FOUND .*dataset_fingerprint\.json"):
             plan(here, NAME, PlanRequest([NAME]))
-        assert caught.value.code == "E_NOT_FOUND"
-        with pytest.raises(MFMError, match=r"dataset\.json") as caught:
+        with pytest.raises(MFMError, match=r"E_NOT_FOUND .*dataset\.json"):
             plan(here, "Dataset099_None", PlanRequest([NAME]))
-        assert caught.value.code == "E_NOT_FOUND"
 
 
 def test_wrong_requests_are_explained(tmp_path: Path) -> None:
@@ -291,7 +287,6 @@ def test_wrong_requests_are_explained(tmp_path: Path) -> None:
     ("shape", "request_"),
     [
         ([7, 7, 7], {}),
-        ([1, 7, 7], {}),
         ([56, 56, 56], {"spacing": (8.0, 8.0, 8.0)}),
         ([5, 6, 7], {"memory_gb": 8, "configurations": ("3d_fullres",)}),
     ],
@@ -299,9 +294,8 @@ def test_wrong_requests_are_explained(tmp_path: Path) -> None:
 def test_images_too_small_for_two_stages_are_refused_with_the_numbers(
     tmp_path: Path, shape: list[int], request_: dict[str, Any]
 ) -> None:
-    with pytest.raises(MFMError, match=r"voxels.* finer --spacing") as caught:
+    with pytest.raises(MFMError, match=r"E_CONFIG .*voxels.* finer --spacing"):
         make(tmp_path, {"shapes": [shape] * 4, "spacings": [[1.0] * 3] * 4}, **request_)
-    assert caught.value.code == "E_CONFIG"
     assert not list(tmp_path.rglob("mfmPlans.json"))
 
 

@@ -110,12 +110,10 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: Any, message: str) ->
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(MFMError, match="Did you mean 'openmind_mae_resenc'") as caught:
+    with pytest.raises(MFMError, match=r"E_CONFIG .*Did you mean 'openmind_mae_resenc'"):
         read_recipe("openmind_mae_resnc")
-    assert caught.value.code == "E_CONFIG"
-    with pytest.raises(MFMError, match="no such file") as caught:
+    with pytest.raises(MFMError, match=r"E_NOT_FOUND .*no such file"):
         read_recipe(tmp_path / "none.json")
-    assert caught.value.code == "E_NOT_FOUND"
     assert read_recipe("openmind_mae_resenc") == read_recipe(FOLDER / "openmind_mae_resenc.json")
 
 
