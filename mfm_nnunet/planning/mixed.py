@@ -60,7 +60,7 @@ def for_dataset(
 ) -> Template:
     """Return the checkpoint's template for a dataset of one modality: the given one, else that of its first channel.
 
-    ``intensities`` are the dataset's own. Raises MFMError (E_CONFIG) if the template needs a modality that is not known.
+    ``intensities`` are the dataset's own. Raises MFMError (E_CONFIG) if a modality is needed and not known.
     """
     modality = modality or kind_of_channel(DatasetJson.of(dataset_json).channels[0])
     return replace(source, plan=source.plan.for_modality(modality, intensities))

@@ -106,3 +106,17 @@ def test_damaged_tables_are_refused(corpus: Path) -> None:
     for table in ([], {"ct": 3}, {"ct": {"scheme": "Mine"}}, {"ct": {"scheme": "CTNormalization", "intensities": {}}}):
         content["mfm"]["modalities"] = table
         assert "mfm.modalities" in plan_problem(content)
+
+
+def test_the_report_names_each_kind_and_the_refused(tmp_path: Path) -> None:
+    for number, name in enumerate(("CT/a", "MR/b", "MR/c")):
+        write(tmp_path / f"scans/{name}.nii.gz", number, 100, 20)
+    (tmp_path / "scans/CT/broken.nii.gz").write_bytes((tmp_path / "scans/CT/a.nii.gz").read_bytes()[:400])
+    with pytest.raises(MFMError, match="broken"):
+        plan(tmp_path, images=tmp_path / "scans", preprocess=False)
+    folder = tmp_path / "ws/nnUNet_preprocessed/Dataset701_Corpus"
+    report = json.loads((folder / "corpus_report.json").read_text())
+    assert {kind: own["images"] for kind, own in report["modalities"].items()} == {"ct": 1, "mr": 2}
+    assert report["modalities"]["mr"]["size_voxels"]["median"] == [16, 18, 20]
+    assert [refused["case"] for refused in report["refused"]] == ["broken"]
+    assert (folder / "corpus_report.png").read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,7 @@ import torch
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.jobs.plan import PlanResult, check_request, plan
+from mfm_nnunet.modalities import WINDOW
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.unet import PLAIN
 from mfm_nnunet.plan import Configuration, Plan
@@ -217,3 +218,35 @@ def test_patches_like_the_checkpoints(patch: list[int], strides: Any, image: lis
 def test_names_of_plans_like_a_checkpoint(name: str, expected: str) -> None:
     source = like.Template(Plan.of({"plans_name": name}), Configuration("", {}), {})
     assert source.plans_name == expected
+
+
+@pytest.mark.parametrize(
+    ("channel", "modality", "scheme"),
+    [("CT", None, WINDOW), ("MRI", None, "ZScoreNormalization"), ("image", "PET", WINDOW)],
+)
+def test_a_dataset_gets_the_normalisation_of_its_modality(
+    tmp_path: Path, channel: str, modality: str | None, scheme: str
+) -> None:
+    """The plan is stock nnU-Net's: CT has the corpus' window, PET, which the corpus did not have, its own."""
+    source = corpus_plan(tmp_path, HIPPOCAMPUS)
+    window = {"mean": 0, "std": 300, "percentile_00_5": -900, "percentile_99_5": 900}
+    source["mfm"]["modalities"] = {
+        "ct": {"scheme": WINDOW, "intensities": {"0": window}},
+        "mr": {"scheme": "ZScoreNormalization"},
+    }
+    file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
+    result = plan_like(tmp_path, HIPPOCAMPUS, file, channels=(channel,), modality=modality)
+    assert result.plans["configurations"]["3d_fullres"]["normalization_schemes"] == [scheme]
+    assert result.plans["mfm"]["modalities"] is None
+    own = corpus_plan(tmp_path, HIPPOCAMPUS)["foreground_intensity_properties_per_channel"]["0"]["percentile_00_5"]
+    intensities = result.plans["foreground_intensity_properties_per_channel"]["0"]
+    assert intensities["percentile_00_5"] == (-900 if channel == "CT" else own)
+
+
+def test_an_unknown_modality_needs_the_flag(tmp_path: Path) -> None:
+    source = corpus_plan(tmp_path, HIPPOCAMPUS)
+    source["mfm"]["modalities"] = {"mr": {"scheme": "ZScoreNormalization"}}
+    file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
+    with pytest.raises(MFMError, match="--modality") as caught:
+        plan_like(tmp_path, HIPPOCAMPUS, file, channels=("image",))
+    assert caught.value.code == "E_CONFIG"
