@@ -97,16 +97,19 @@ class Classifier(nn.Module):
 
     def forward(self, x_BNCDHW: Tensor) -> Tensor:
         """Return the outputs (B, K), float32, for N views of each case."""
-        z_ME = self.head.embed(self.backbone.features(x_BNCDHW.flatten(0, 1)))
+        x_MCDHW = x_BNCDHW.flatten(0, 1)
+        z_ME = self._embed(x_MCDHW) if torch.is_grad_enabled() else self.embed_views(x_MCDHW)
         with torch.autocast(z_ME.device.type, enabled=False):
-            return self.head(z_ME.float().unflatten(0, x_BNCDHW.shape[:2]))
+            return self.head(z_ME.unflatten(0, x_BNCDHW.shape[:2]))
 
     @torch.no_grad()
     def embed_views(self, x_NCDHW: Tensor) -> Tensor:
-        """Return the embeddings (N, E) of views, a few at a time and each by itself, on the network's device."""
+        """Return the embeddings (N, E) of views, a few at a time, on the network's device."""
         device = next(self.parameters()).device
-        parts = [self.head.embed(self.backbone.features(part.to(device))) for part in x_NCDHW.split(self.AT_ONCE)]
-        return torch.cat(parts).float()
+        return torch.cat([self._embed(part.to(device)) for part in x_NCDHW.split(self.AT_ONCE)])
+
+    def _embed(self, x_NCDHW: Tensor) -> Tensor:
+        return self.head.embed(self.backbone.features(x_NCDHW)).float()
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights under their names in files: those of the network, and the head's after a prefix."""

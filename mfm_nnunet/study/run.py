@@ -89,6 +89,8 @@ def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
     """Read a labelled dataset."""
     raw = here.raw_folder(here.dataset_name(dataset))
     found = read_raw_dataset(raw)
+    if (task := DatasetJson.of(found.content).task) != "segmentation":
+        raise MFMError("E_CONFIG", f"{found.name}: its task is {task}. A study compares masks; use mfm_train --head.")
     unlabelled = [case.name for case in found.cases if case.label is None]
     if found.is_corpus or len(unlabelled) == len(found.cases) or not DatasetJson.of(found.content).foreground:
         raise MFMError("E_CONFIG", f"{found.name} has no labels. Give a labelled dataset.")
