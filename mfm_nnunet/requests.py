@@ -93,15 +93,14 @@ class PlanRequest(Request):
     modality: str | None = option(
         None,
         "--modality",
-        "modality (CT, MR, PET, Xray, US ...) of scans whose source names none, or of a labelled dataset; decides how "
-        "they are normalised",
+        "modality of scans whose source names none, or of a labelled dataset: CT, MR, PET, Xray, US ...",
         metavar="WORD",
         check=matching(r"[A-Za-z0-9][A-Za-z0-9 _-]*", "expected a word like CT, MR, PET, Xray or US"),
     )
     slices: Sequence[str] | Mapping[str, Any] | None = option(
         None,
         "--slices",
-        "register a corpus for 2D plans, which may mix volumes and pictures; axis=0 every=1 foreground=0 choose slices",
+        "plan slices of volumes, and pictures, in 2D; settings: axis=0 every=1 foreground=0",
         nargs="*",
         metavar="NAME=VALUE",
         check=_slices,
@@ -109,7 +108,7 @@ class PlanRequest(Request):
     colour: Literal["grey", "rgb"] | None = option(
         None,
         "--colour",
-        "register a corpus of one channel (grey: colours become luminance) or three (rgb: grey images are repeated)",
+        "one channel (grey: colours become luminance) or three (rgb: grey is repeated)",
         choices=("grey", "rgb"),
     )
     configurations: Sequence[str] | None = option(

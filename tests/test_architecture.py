@@ -16,7 +16,7 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 28_850,
+    "package lines": 29_440,
     "spine lines": 15_250,
     "files": 157,
     "files with one importer": 32,
