@@ -148,7 +148,7 @@ def prepare_data(own: Workspace, study: Study, given: Plan | None) -> Plan:
             workspace=own.root,
             preprocess=False,
         )
-    plan = Plan.read(file, "Remove the study folder and begin anew.")
+    plan = Plan.read(file, "Remove the study folder and start again.")
     if study.plan_sha256 not in (None, digest_of(plan.content)):
         if is_new:
             file.unlink()
