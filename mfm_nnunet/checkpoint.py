@@ -58,7 +58,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             if _is_archive(file):
                 if get_unsafe_globals_in_checkpoint(file):  # before reading gigabytes for the checksums
                     raise _unsafe(file)
-                _verify_checksums(file)
+                with zipfile.ZipFile(file) as archive:  # torch writes the CRC of each member but does not check it
+                    if broken := archive.testzip():
+                        raise _damaged(file, f"the checksum of {broken} does not match")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (MFMError, MemoryError, PermissionError):
         raise
@@ -143,13 +145,6 @@ def _is_archive(file: Path) -> bool:
             if name.endswith("data.pkl"):
                 archive.read(name)  # raises if the checksum does not match
     return True
-
-
-def _verify_checksums(file: Path) -> None:
-    """Check the CRC of each member of the archive; torch writes it but does not check it."""
-    with zipfile.ZipFile(file) as archive:
-        if broken := archive.testzip():
-            raise _damaged(file, f"the checksum of {broken} does not match")
 
 
 @contextlib.contextmanager

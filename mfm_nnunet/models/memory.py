@@ -41,22 +41,15 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
-def training_memory_bytes(
+def estimate_training_memory(
     network: nn.Module, input_shape_BCDHW: Sequence[int], optimizer: Literal["sgd", "adamw"], half: bool = False
-) -> int:
-    """Estimate the bytes that one training step of ``network`` takes, including backward buffers.
+) -> MemoryEstimate:
+    """Estimate the memory that one training step of ``network`` takes, including backward buffers.
 
     ``input_shape_BCDHW`` is (B, C, D, H, W), or (B, C, H, W) in 2D. ``half`` estimates mixed precision: activations
     of 2 bytes, plus a 2-byte copy of the weights. The network may be on any device and is not changed. The estimate is
     for train mode.
     """
-    return estimate_training_memory(network, input_shape_BCDHW, optimizer, half).total
-
-
-def estimate_training_memory(
-    network: nn.Module, input_shape_BCDHW: Sequence[int], optimizer: Literal["sgd", "adamw"], half: bool = False
-) -> MemoryEstimate:
-    """Estimate the memory as in :func:`training_memory_bytes`, by part."""
     ghost = _meta_copy(network).train()
     parameters = list(ghost.parameters())
     trained = _num_bytes(p for p in parameters if p.requires_grad)

@@ -16,7 +16,7 @@ import torch
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.families import PlannedNetwork, Sizing
-from mfm_nnunet.models.memory import training_memory_bytes
+from mfm_nnunet.models.memory import estimate_training_memory
 from mfm_nnunet.models.networks import build_architecture
 
 CPU_VOXELS = {3: 48 * 56 * 48, 2: 192 * 192}
@@ -97,7 +97,8 @@ def plan_largest(
     def memory_bytes(size: str, patch: tuple[int, ...], batch: int) -> int:
         with torch.device("meta"):
             network = build_architecture(architecture(size, patch), sizing.num_inputs, sizing.num_outputs)
-        return training_memory_bytes(network, (batch, sizing.num_inputs, *patch), "adamw", half=True)
+        shape = (batch, sizing.num_inputs, *patch)
+        return estimate_training_memory(network, shape, "adamw", half=True).total
 
     size, patch, batch = fit_budget(trials, sizing.memory_gb * BUDGET_SHARE, memory_bytes, title)
     return PlannedNetwork(architecture(size, patch), patch, batch)

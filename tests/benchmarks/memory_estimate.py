@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from mfm_nnunet.engine.optim import make_optimizer
-from mfm_nnunet.models.memory import num_parameters, training_memory_bytes
+from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus_family import primus_architecture
 from tests.builders.architectures import resenc
@@ -69,7 +69,7 @@ def main() -> None:
             continue
         with torch.device("meta"):
             network = _network(architecture, patch)
-        estimate = training_memory_bytes(network, (batch, 1, *patch), optimizer)  # type: ignore[arg-type]
+        estimate = estimate_training_memory(network, (batch, 1, *patch), optimizer).total  # type: ignore[arg-type]
         measured, exact = _in_child(name, {}), _in_child(name, {"MALLOC_MMAP_THRESHOLD_": "65536"})
         ratios.append((measured / estimate, exact / estimate))
         print(

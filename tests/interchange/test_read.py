@@ -462,7 +462,7 @@ def test_the_position_table_decides_about_its_grid(tmp_path: Path) -> None:
 def test_a_layout_nobody_knows_lists_those_that_are_known(tmp_path: Path) -> None:
     torch.save({"state": {"a": torch.zeros(1)}, "iteration": 3}, tmp_path / "other.pth")
     known = "other.pth.*state, iteration.*model.safetensors.*nnssl_adaptation_plan.*init_args"
-    refused(tmp_path / "pymic.pth", "E_MODEL_CORRUPT", known)
+    refused(tmp_path / "other.pth", "E_MODEL_CORRUPT", known)
 
 
 def planned(content: dict[str, Any]) -> dict[str, Any]:

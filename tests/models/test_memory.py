@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mfm_nnunet.models.memory import estimate_training_memory, num_parameters, training_memory_bytes
+from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
 from tests.builders.tiny_plans import tiny_network
 
 PATCH = (16, 24, 16)
@@ -19,7 +19,7 @@ def test_the_parts_of_a_single_layer() -> None:
     assert (estimate.weights, estimate.gradients, estimate.optimizer) == (weights, weights, weights)
     assert estimate.activations == (8 * 10 + 8 * 20) * 4  # input and output
     assert estimate.working == 2 * 8 * 20 * 4
-    assert training_memory_bytes(layer, (8, 10), "sgd") == estimate.total == 3 * weights + 960 + 1280
+    assert estimate.total == 3 * weights + 960 + 1280
     assert estimate_training_memory(layer, (8, 10), "adamw").optimizer == 2 * weights
     half = estimate_training_memory(layer, (8, 10), "sgd", half=True)  # and a copy of the weights
     assert half.activations * 2 == estimate.activations
@@ -64,10 +64,10 @@ def test_tensors_with_two_names_count_once() -> None:
 def test_the_network_is_left_alone_and_needs_no_memory() -> None:
     network = tiny_network("primus", PATCH).eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    estimate = training_memory_bytes(network, (2, 1, *PATCH), "adamw")
+    estimate = estimate_training_memory(network, (2, 1, *PATCH), "adamw")
     assert not network.training
     assert all(parameter.device.type == "cpu" and parameter.grad is None for parameter in network.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     with torch.device("meta"):
         ghost = tiny_network("primus", PATCH)
-    assert training_memory_bytes(ghost, (2, 1, *PATCH), "adamw") == estimate
+    assert estimate_training_memory(ghost, (2, 1, *PATCH), "adamw") == estimate
