@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
     "prediction": {"data", "images", "models"},
-    "finetune": {"engine", "tasks", "models", "data", "images", "prediction", "interchange"},
+    "finetune": {"engine", "tasks", "models", "data", "images", "prediction", "interchange", "reports"},
     "jobs": {
         *("data", "images", "planning", "models", "tasks"),
         *("engine", "finetune", "prediction", "interchange", "reports"),

@@ -199,7 +199,7 @@ OF_TRAINERS = attributes("self", within="finetune.trainer", inside="MFMTrainer")
 
 OF_PLANNERS = attributes("self", within="planning.planner", inside="MFMPlanner")
 OWN_OF_PLANNER = {
-    "budget", "explain", "is_corpus", "is_original_spacing", "family", "planned", "plans_file", "preset",
+    "budget", "explain", "has_masks", "is_corpus", "is_original_spacing", "family", "planned", "plans_file", "preset",
     "slice_axis", "source", "spacing", "variant", "wanted", "_apply", "_block", "_choose_axis_order",
     "_explain_configuration", "_like", "_merge", "_require_memory", "_sizing",
 }  # fmt: skip
