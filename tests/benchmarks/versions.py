@@ -11,6 +11,7 @@ median of the ratios old/new is the number to quote: below 1, the new version is
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import os
 import resource
@@ -90,7 +91,7 @@ def _compare(job: Job, spaces: dict[Path, Path], rounds: int) -> None:
     for number in range(rounds + 1):
         for version, space in spaces.items():
             shutil.rmtree(space / job.removed, ignore_errors=True)
-            times = _timed(lambda version=version, space=space: _run(version, space, job.arguments))
+            times = _timed(functools.partial(_run, version, space, job.arguments))
             if number > 0:
                 seconds[version].append(times)
     old, new = seconds.values()

@@ -47,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     record("plan_and_preprocess", [SimpleNamespace(file=Path("plans.json"))])
     record("pretrain", Path("run/checkpoint_final.pth"))
     record("train", Path("model/fold_0"))
-    record("predict", None)
+    record("predict", SimpleNamespace(table=None))
     return seen
 
 

@@ -460,9 +460,9 @@ def test_the_position_table_decides_about_its_grid(tmp_path: Path) -> None:
 
 
 def test_a_layout_nobody_knows_lists_those_that_are_known(tmp_path: Path) -> None:
-    torch.save({"model_state_dict": {"a": torch.zeros(1)}, "iteration": 3}, tmp_path / "pymic.pth")
-    known = "pymic.pth.*model_state_dict, iteration.*model.safetensors.*nnssl_adaptation_plan.*init_args"
-    refused(tmp_path / "pymic.pth", "E_MODEL_CORRUPT", known)
+    torch.save({"state": {"a": torch.zeros(1)}, "iteration": 3}, tmp_path / "other.pth")
+    known = "other.pth.*state, iteration.*model.safetensors.*nnssl_adaptation_plan.*init_args"
+    refused(tmp_path / "other.pth", "E_MODEL_CORRUPT", known)
 
 
 def planned(content: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mfm_nnunet.jobs.plan import plan_and_preprocess
 from mfm_nnunet.jobs.predict import predict
 from mfm_nnunet.jobs.train import train
 from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.study.run import read_labelled
 from tests.builders import labels
 
 
@@ -219,6 +220,18 @@ def test_refusals(tmp_path: Path) -> None:
         labels.run(tmp_path, "2d", head="linear")
     assert error.value.code == "E_FORMAT"
     assert "clasification" in error.value.message
+
+
+def test_a_study_compares_masks(tmp_path: Path) -> None:
+    here = labels.prepare(tmp_path)
+    raw = here.raw / labels.NAME
+    labels.write_scans(raw / "imagesTr", range(labels.NUM_CASES))
+    for name in ("dataset.json", "labels.csv"):
+        (raw / name).write_text((here.preprocessed / labels.NAME / name).read_text())
+    with pytest.raises(MFMError) as error:
+        read_labelled(here, labels.NAME)
+    assert error.value.code == "E_CONFIG"
+    assert "mfm_train --head" in error.value.message
 
 
 def xray_dataset(shared_data: Path, workspace: Path, most: int | None = None) -> str:
