@@ -16,10 +16,10 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 29_440,
-    "spine lines": 15_250,
-    "files": 157,
-    "files with one importer": 32,
+    "package lines": 29_420,
+    "spine lines": 15_230,
+    "files": 154,
+    "files with one importer": 27,
     "modules over 420 lines": 0,
     "functions with over 8 parameters": 0,
     "functions over 60 lines": 0,
