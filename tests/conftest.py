@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 
@@ -10,7 +11,7 @@ os.environ.setdefault("nnUNet_def_n_proc", "1")
 os.environ.setdefault("nnUNet_n_proc_DA", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,11 @@ def _no_workspace_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests use their own workspaces, whatever the environment of the developer says."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_loggers() -> Iterator[None]:
+    """Restore the levels of our loggers: a command sets some of them for its process (--disable_progress_bar)."""
+    yield
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("mfm_nnunet.")]:
+        logging.getLogger(name).setLevel(logging.NOTSET)
