@@ -25,11 +25,12 @@ from tests.builders.site import (
 
 BESIDE = {
     *("__init__", "device", "errors", "fields", "files", "processes", "requests", "signals", "workspace"),
+    *("terminal", "modalities", "planning.mixed", "data.slices", "jobs.report", "reports.corpus"),
     *("engine.probe", "prediction.classification", "reports.progress", "tasks.registry"),
     *("models.pctnet_family", "models.primus_family", "models.swin_family"),
     *("interchange.folder", "interchange.foreign", "interchange.hub", "interchange.read"),
 }
-"""The utilities at the root, and rooms that are asked and answer no."""
+"""The utilities at the root, reports, and rooms that are asked and answer no."""
 
 
 @pytest.mark.long

@@ -242,6 +242,12 @@ def compiler_problem() -> str:
     return ""
 
 
+def shake(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch whose image differs by a millionth."""
+    noise = torch.randn(batch["image"].shape, generator=torch.Generator().manual_seed(0))
+    return {**batch, "image": batch["image"] * (1 + 1e-6 * noise)}
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "family"), PAIRS)
@@ -255,11 +261,15 @@ def test_compiled_blocks_give_the_same_gradients(name: str, family: str) -> None
         if type(module).__name__ == "DropPath":
             module.drop_prob = 0.0
     plain = [gradients(task, batch) for batch in batches]
+    # Norms over few values amplify rounding, so the gradients of a batch that differs by rounding set the tolerance.
+    shaken = [gradients(task, shake(batch))[1] for batch in batches]
+    roundings = [largest_difference(expected, other) for (_, expected), other in zip(plain, shaken)]
     task.backbone.compile_blocks()
-    for batch, (loss, expected) in zip(batches, plain):  # the second one: nothing of the first is built in
+    # The second batch: nothing of the first is built in.
+    for batch, (loss, expected), rounding in zip(batches, plain, roundings):
         again, found = gradients(task, batch)
         assert again == pytest.approx(loss, abs=1e-5)
-        assert largest_difference(expected, found) < 1e-4
+        assert largest_difference(expected, found) < 1e-4 + rounding
     assert list(task.state_dict()) == names
 
 
