@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "import importlib, sys; sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))"
-STEPS = 60
+STEPS = 30
 PRETRAIN = ["pretrain.epochs=1", f"pretrain.iterations_per_epoch={STEPS}"]
 FINETUNE = ["finetune.epochs=1", "finetune.iterations_per_epoch=2", "finetune.validation_iterations=1"]
 
