@@ -132,3 +132,19 @@ def nearest(name: str, legal: Iterable[str]) -> str:
     if close:
         return f"Did you mean '{close[0]}'?"
     return "Known: " + ", ".join(names) + "." if names else "There is none here."
+
+
+@contextlib.contextmanager
+def report_foreign_state(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise MFMError (E_MODEL_CORRUPT) if a state does not fit the network and optimizer that load it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise MFMError(
+            "E_MODEL_CORRUPT",
+            f"{os.fspath(folder)}: the saved state belongs to another network or task ({reason}). Restore the resume.pth of this "
+            "run, or move the folder away and start again.",
+        ) from error

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mfm_nnunet import checkpoint
 from mfm_nnunet.device import autocast
 from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, WeightAverage
 from mfm_nnunet.engine.state import RunState
@@ -83,6 +84,26 @@ class Optimisation:
     def averaged(self) -> contextlib.AbstractContextManager:
         """Put the averaged weights, if any, into the task: they are the ones validated and shipped."""
         return self.average.in_place() if self.average is not None else contextlib.nullcontext()
+
+    def state_dicts(self, task: Task) -> dict[str, Any]:
+        """Return the state dicts of the task and of everything here that a step changes, on the CPU."""
+        found = {
+            "task": checkpoint.cpu_weights(task.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.average is not None:
+            found["average"] = checkpoint.cpu_weights(self.average.state_dict())
+        return found
+
+    def load_state_dicts(self, task: Task, found: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dicts` returned."""
+        task.load_state_dict(found["task"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        if found["scaler"]:  # empty if the run had no loss scaling so far, e.g. on another device
+            self.scaler.load_state_dict(found["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(found["average"])
 
 
 class Engine:

@@ -29,7 +29,7 @@ from mfm_nnunet.engine.engine import Batch, Engine, Optimisation, Pictures, spli
 from mfm_nnunet.engine.optim import WeightAverage, learning_rate_factor, make_optimizer
 from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
-from mfm_nnunet.errors import MFMError, is_out_of_memory
+from mfm_nnunet.errors import MFMError, is_out_of_memory, report_foreign_state
 from mfm_nnunet.files import digest_of, to_plain
 from mfm_nnunet.processes import ALONE, World
 from mfm_nnunet.reports import progress as reports
@@ -180,14 +180,7 @@ class Pretraining:
             return probe.measure(backbone, self.device, dtype) if self.world.is_main else {}
 
     def _save(self) -> None:
-        how = self._optimisation
-        modules = {
-            "task": checkpoint.cpu_weights(self.task.state_dict()),
-            "optimizer": how.optimizer.state_dict(),
-            "scaler": how.scaler.state_dict(),
-        }
-        if how.average is not None:
-            modules["average"] = checkpoint.cpu_weights(how.average.state_dict())
+        modules = self._optimisation.state_dicts(self.task)
         save_state(self.folder, self._engine.state, modules, self._resume_settings())
         self._save_weights("checkpoint_latest.pth")
 
@@ -202,23 +195,8 @@ class Pretraining:
 
     def _load(self) -> None:
         state, modules = load_state(self.folder, self._resume_settings())
-        how = self._optimisation
-        try:
-            self.task.load_state_dict(modules["task"])
-            how.optimizer.load_state_dict(modules["optimizer"])
-            if modules["scaler"]:  # empty if the run had no loss scaling so far, e.g. on another device
-                how.scaler.load_state_dict(modules["scaler"])
-            if how.average is not None:
-                how.average.load_state_dict(modules["average"])
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise MFMError(
-                "E_MODEL_CORRUPT",
-                f"{self.folder}: the saved state belongs to another network or task ({reason}). Restore the "
-                "resume.pth of this run, or move the folder away and start again.",
-            ) from error
+        with report_foreign_state(self.folder):
+            self._optimisation.load_state_dicts(self.task, modules)
         self._engine.state = state
         logger.info("continuing at step %d of %d", state.step, self._engine.total_steps)
 

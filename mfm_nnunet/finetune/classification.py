@@ -25,7 +25,7 @@ from mfm_nnunet.device import finetuning_dtype
 from mfm_nnunet.engine.engine import Batch, Engine, Optimisation, Pictures
 from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
 from mfm_nnunet.engine.state import STATE_FILES, RunState, load_state, save_state
-from mfm_nnunet.errors import MFMError, is_out_of_memory
+from mfm_nnunet.errors import report_foreign_state
 from mfm_nnunet.files import digest_of, to_plain, write_csv, write_json
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.groups import EpochSchedule, Group, Phases
@@ -256,38 +256,16 @@ class ClassificationRun:
         return read_in_order(source, self.num_workers, self.device.type == "cuda", collate, **how)
 
     def _save(self) -> None:
-        how = self.optimisation
-        modules: dict[str, Any] = {
-            "task": checkpoint.cpu_weights(self.task.state_dict()),
-            "optimizer": how.optimizer.state_dict(),
-            "scaler": how.scaler.state_dict(),
-            "new_weights": None if self.new_weights is None else sorted(self.new_weights),
-        }
-        if how.average is not None:
-            modules["average"] = checkpoint.cpu_weights(how.average.state_dict())
+        new_weights = None if self.new_weights is None else sorted(self.new_weights)
+        modules = {**self.optimisation.state_dicts(self.task), "new_weights": new_weights}
         save_state(self.folder, self.engine.state, modules, self._resume_settings())
 
     def _load(self) -> None:
         state, modules = load_state(self.folder, self._resume_settings())
-        try:
+        with report_foreign_state(self.folder):
             names = modules["new_weights"]
             self._prepare(None if names is None else set(names))
-            how = self.optimisation
-            self.task.load_state_dict(modules["task"])
-            how.optimizer.load_state_dict(modules["optimizer"])
-            if modules["scaler"]:
-                how.scaler.load_state_dict(modules["scaler"])
-            if how.average is not None:
-                how.average.load_state_dict(modules["average"])
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise MFMError(
-                "E_MODEL_CORRUPT",
-                f"{self.folder}: the saved state is not of this network ({reason}). Put the resume.pth of this run "
-                "back, or move the folder away and start anew.",
-            ) from error
+            self.optimisation.load_state_dicts(self.task, modules)
         self.engine.state = state
         logger.info("continuing at step %d", state.step)
 

@@ -168,7 +168,7 @@ class _Run:
             "cascade": request.previous_stage is not None,
         }
         self.identity: dict[str, Any] = {"model": model.sha256, "settings": settings}
-        """What determines the masks, besides the images, as JSON values without paths."""
+        """Model and settings: they and the images determine the masks. JSON values without paths."""
         self.report = PredictReport(output_folder=folder)
         self.begun: list[str] = []
 

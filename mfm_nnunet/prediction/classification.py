@@ -30,7 +30,7 @@ ENDING = ".labels.json"
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What a classifier's checkpoint states about its outputs."""
+    """Description of a classifier's outputs, as its checkpoint holds it."""
 
     kind: str
     task: str

@@ -67,7 +67,7 @@ class Model:
     sha256: str = ""
     """Hash of weights, plan and labels together."""
     heads: tuple[HeadInfo, ...] = ()
-    """What each fold of a classifier states about its outputs; empty for a segmentation model."""
+    """The outputs of each fold of a classifier; empty for a segmentation model."""
     oom_steps: list[str] = field(default_factory=list)
     """Measures taken for lack of memory since the list was last cleared."""
 

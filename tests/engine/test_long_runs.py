@@ -242,6 +242,10 @@ def compiler_problem() -> str:
     return ""
 
 
+AMPLIFIED = {("simclr", "pctnet"), ("voco", "pctnet")}
+"""Pairs whose instance norms see so few values that rounding shows: gradients of a shaken batch set the tolerance."""
+
+
 def shake(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a batch whose image differs by a millionth."""
     noise = torch.randn(batch["image"].shape, generator=torch.Generator().manual_seed(0))
@@ -261,9 +265,10 @@ def test_compiled_blocks_give_the_same_gradients(name: str, family: str) -> None
         if type(module).__name__ == "DropPath":
             module.drop_prob = 0.0
     plain = [gradients(task, batch) for batch in batches]
-    # Norms over few values amplify rounding, so the gradients of a batch that differs by rounding set the tolerance.
-    shaken = [gradients(task, shake(batch))[1] for batch in batches]
-    roundings = [largest_difference(expected, other) for (_, expected), other in zip(plain, shaken)]
+    roundings = [0.0 for _ in batches]
+    if (name, family) in AMPLIFIED:
+        shaken = [gradients(task, shake(batch))[1] for batch in batches]
+        roundings = [largest_difference(expected, other) for (_, expected), other in zip(plain, shaken)]
     task.backbone.compile_blocks()
     # The second batch: nothing of the first is built in.
     for batch, (loss, expected), rounding in zip(batches, plain, roundings):
