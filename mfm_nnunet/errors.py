@@ -145,6 +145,6 @@ def report_foreign_state(folder: str | os.PathLike[str]) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise MFMError(
             "E_MODEL_CORRUPT",
-            f"{os.fspath(folder)}: the saved state belongs to another network or task ({reason}). Restore the resume.pth of this "
-            "run, or move the folder away and start again.",
+            f"{os.fspath(folder)}: the saved state belongs to another network or task ({reason}). Restore the "
+            "resume.pth of this run, or move the folder away and start again.",
         ) from error
