@@ -184,3 +184,16 @@ def _memory_limits() -> list[int]:
         with contextlib.suppress(OSError, ValueError):  # "max" means no limit; outside the groups there is no such file
             limits.append(int((folder / "memory.max").read_text()))
     return limits
+
+
+@contextlib.contextmanager
+def training_threads(device: torch.device) -> Iterator[None]:
+    """Use all cores for training on the CPU, one thread with a GPU; restore the number afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_cores() if device.type == "cpu" else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,8 +16,8 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 29_420,
-    "spine lines": 15_230,
+    "package lines": 29_415,
+    "spine lines": 15_215,
     "files": 154,
     "files with one importer": 27,
     "modules over 420 lines": 0,

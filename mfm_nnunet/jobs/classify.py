@@ -19,7 +19,13 @@ from mfm_nnunet.data.label_table import LabelTable, find_label_table, read_label
 from mfm_nnunet.data.listings import read_csv
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device, require_scaled_fp16
+from mfm_nnunet.device import (
+    default_workers,
+    out_of_memory_is_an_error,
+    pick_device,
+    require_scaled_fp16,
+    training_threads,
+)
 from mfm_nnunet.engine.state import STATE_FILES
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.files import (
@@ -55,7 +61,7 @@ from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.tasks.classification import ClassificationTask
-from mfm_nnunet.workspace import Workspace, num_cores
+from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +99,17 @@ def train_classifier(
     job.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(job.folder)
     logger.info("run folder: %s", job.folder)
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_cores() if job.device.type == "cpu" else 1)
-    try:
-        with report_full_disk(job.folder), stop_on_signal(), out_of_memory_is_an_error(_LESS_MEMORY):
-            if job.head == "probe":
-                _probe(job)
-            else:
-                _train(job, request)
-            _pool_folds(job)
-    finally:
-        torch.set_num_threads(before)
+    with (
+        report_full_disk(job.folder),
+        training_threads(job.device),
+        stop_on_signal(),
+        out_of_memory_is_an_error(_LESS_MEMORY),
+    ):
+        if job.head == "probe":
+            _probe(job)
+        else:
+            _train(job, request)
+        _pool_folds(job)
     return job.folder
 
 

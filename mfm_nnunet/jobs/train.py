@@ -5,10 +5,8 @@ A finished or stopped run is never overwritten.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
-from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16
+from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16, training_threads
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside, refuse_links, remove_leftovers, report_full_disk, shown
@@ -35,7 +33,7 @@ from mfm_nnunet.processes import join_world, leave_world, run_processes
 from mfm_nnunet.requests import TrainRequest
 from mfm_nnunet.settings import MFMBlock, to_dict
 from mfm_nnunet.signals import stop_on_signal
-from mfm_nnunet.workspace import Workspace, num_cores, use
+from mfm_nnunet.workspace import Workspace, use
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +171,7 @@ def execute(job: Job) -> None:
         torch.backends.cudnn.benchmark = True
     try:
         # nnU-Net writes logs and pictures itself, and its errors do not always name the file.
-        with report_full_disk(job.folder), _threads(device), stop_on_signal():
+        with report_full_disk(job.folder), training_threads(device), stop_on_signal():
             _train_and_validate(job, device)
     finally:
         leave_world(world)
@@ -192,17 +190,6 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
             trainer.run_training()
     with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):
         trainer.perform_actual_validation(request.save_probabilities)
-
-
-@contextlib.contextmanager
-def _threads(device: torch.device) -> Iterator[None]:
-    """Use all cores for training on the CPU, one thread with a GPU; restore the number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_cores() if device.type == "cpu" else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Checks
