@@ -9,8 +9,8 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    from mfm_nnunet.jobs import train
+    from mfm_nnunet import device
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "num_cores", lambda: 1)
+        patch.setattr(device, "num_cores", lambda: 1)
         yield
