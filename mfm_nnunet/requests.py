@@ -242,9 +242,15 @@ class TrainRequest(RunRequest):
         "start from these weights (default: from scratch)",
         metavar="CHECKPOINT",
     )
+    unlabelled: str | int | None = option(
+        None,
+        "--unlabelled",
+        "also learn from the images of this corpus or dataset, without their labels; needs --set semi.method=NAME",
+        metavar="CORPUS",
+    )
     only_validate: bool = option(False, "--val", "only validate a finished run")
     save_probabilities: bool = option(False, "--npz", "save the probabilities of the validation")
-    settings: Sequence[str] = assignments("finetune.epochs=200 finetune.learning_rate=1e-3 seed=1", "finetune")
+    settings: Sequence[str] = assignments("finetune.epochs=200 semi.method=consistency seed=1", "finetune", "semi")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -139,6 +139,25 @@ class SliceSettings:
 
 
 @dataclass(frozen=True)
+class SemiSettings:
+    """Settings of training with unlabelled images beside the labelled ones (``--unlabelled``)."""
+
+    method: Literal["consistency"] | None = None
+    """consistency: the network labels an unlabelled crop, and learns these labels on a stronger view of it."""
+    weight: float | None = ranged(None, 0, 100)
+    """Weight w of the unlabelled crops: the loss is (labelled + w unlabelled) / (1 + w). None: 1 for consistency."""
+    start: float = ranged(0.1, 0, 1)
+    """Share of the steps that train on labels alone, before the unlabelled images come."""
+    ramp: float | None = ranged(None, 0, 1)
+    """Share of the steps, from ``start`` on, in which the weight rises. None: 0 for consistency."""
+    strong: Literal["auto", "turn", "intensity"] = "auto"
+    """The stronger view is turned by multiples of 90 degrees and mirrored, or has other intensities. auto: turned where
+    nnU-Net itself turns crops fully and mirrors them (2D, flat patches), else other intensities."""
+    corpus: dict[str, Any] | None = None
+    """Unlabelled images of the run: {"name", "num_cases", "hash"}. Never a path."""
+
+
+@dataclass(frozen=True)
 class MFMBlock:
     """Our settings in a plan, ``plans["mfm"]``."""
 
@@ -154,6 +173,7 @@ class MFMBlock:
     ``--like`` its checkpoint contains the normalisation of its own kind alone."""
     corpus: dict[str, Any] | None = None
     """Settings of the corpus: {"slices": :class:`SliceSettings`, "colour": "grey" or "rgb"}, where it has them."""
+    semi: SemiSettings = field(default_factory=SemiSettings)
     network: str = "resenc"
     """Family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT

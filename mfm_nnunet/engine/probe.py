@@ -34,7 +34,7 @@ from mfm_nnunet.device import autocast
 from mfm_nnunet.errors import MFMError, dataset_refused
 from mfm_nnunet.files import inside
 from mfm_nnunet.metrics import dice, mean_dice
-from mfm_nnunet.models.backbone import AbstractBackbone
+from mfm_nnunet.models.backbone import AbstractBackbone, modes_kept
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.processes import World
 from mfm_nnunet.settings import ProbeSettings, to_dict
@@ -346,13 +346,8 @@ def label_volume(label: Labeller, volume: LabelledVolume) -> np.ndarray:
 @contextlib.contextmanager
 def _undisturbed(backbone: AbstractBackbone, device: torch.device) -> Iterator[None]:
     """Restore torch's generators and the modes of all modules afterwards."""
-    modes = {module: module.training for module in backbone.modules()}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            for module, is_training in modes.items():
-                module.training = is_training
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), modes_kept(backbone):
+        yield
 
 
 @contextlib.contextmanager

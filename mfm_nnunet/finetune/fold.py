@@ -18,9 +18,10 @@ from mfm_nnunet.device import default_workers
 from mfm_nnunet.engine.engine import Optimisation, Pictures
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import report_full_disk, to_plain
-from mfm_nnunet.finetune import groups
+from mfm_nnunet.finetune import groups, semi, watch
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, make_loaders, read_batches, seed_everything, seed_of
 from mfm_nnunet.models.transfer import unwrapped
+from mfm_nnunet.reports.progress import write_log
 from mfm_nnunet.settings import FinetuneSettings
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class FoldRun:
             source = SeededBatches(loader, trainer.block.seed, f"{name} {trainer.local_rank}")
             first, last = epoch * per_epoch, self.settings.epochs * per_epoch
             streams.append(read_batches(source, first, last, workers, self.device.type == "cuda"))
+        if trainer.block.semi.method is not None:
+            streams = list(semi.join(trainer, streams[0], streams[1], first_step, num_workers))
         self._validation = streams[1]
         return streams[0]
 
@@ -100,6 +103,7 @@ class FoldRun:
             f"loss {results['validation_loss']:.4f}  pseudo Dice {np.round(dice, 4).tolist()}  "
             f"{results['seconds']:.1f} s  ETA {left}"
         ]
+        lines += self._watch(epoch, results)
         folder, is_last = Path(trainer.output_folder), epoch + 1 == self.settings.epochs
         if trainer._best_ema is None or ema > trainer._best_ema:
             trainer._best_ema = ema
@@ -115,9 +119,23 @@ class FoldRun:
                 self._last_plot = time.monotonic()
                 with report_full_disk(folder / "progress.png"):
                     logger.plot_progress_png(trainer.output_folder)
+                    if trainer.watch.history:
+                        trainer.watch.draw(folder, pictures)
         for line in lines:
             trainer.print_to_log_file(line, also_print_to_console=False)
+        trainer.watch.require_no_collapse(folder)
         trainer.current_epoch = epoch + 1
+        return lines
+
+    def _watch(self, epoch: int, results: dict[str, Any]) -> list[str]:
+        """Log how the network does on unlabelled images, if there are any; return lines for the console."""
+        trainer, per_epoch = self._trainer, self.settings.iterations_per_epoch
+        if trainer.block.semi.method is None:
+            return []
+        weight = semi.weight_at(trainer.block.semi, (epoch + 1) * per_epoch - 1, self.settings.epochs * per_epoch)
+        lines = trainer.watch.add(epoch, weight, results)
+        if trainer.local_rank == 0:
+            write_log(trainer.watch.history, Path(trainer.output_folder) / watch.LOG)
         return lines
 
     def save_early(self) -> str:
@@ -181,6 +199,12 @@ def names_of_new(content: Mapping[str, Any]) -> Any:
     """Return the names of the parameters that learn first, as listed in a checkpoint; None from scratch."""
     ours = content.get("mfm")
     return ours.get("new_weights") if isinstance(ours, Mapping) else None
+
+
+def rows_of_watch(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a run with unlabelled images logged about them; empty for other runs."""
+    ours = content.get("mfm")
+    return list(ours.get("unlabelled_history", [])) if isinstance(ours, Mapping) else []
 
 
 def require_same_groups(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:

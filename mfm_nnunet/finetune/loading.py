@@ -62,9 +62,7 @@ class SeededBatches(Dataset):
             return self.loader.generate_train_batch()
 
 
-def read_batches(
-    source: SeededBatches, first: int, last: int, num_workers: int, pin_memory: bool = False
-) -> Iterator[Batch]:
+def read_batches(source: Dataset, first: int, last: int, num_workers: int, pin_memory: bool = False) -> Iterator[Batch]:
     """Return batches ``first`` to ``last - 1``, in order."""
     return read_in_order(source, num_workers, pin_memory, _keep, batch_size=None, sampler=range(first, last))
 

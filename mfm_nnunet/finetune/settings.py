@@ -25,6 +25,7 @@ from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
 from mfm_nnunet.settings import (
     FinetuneSettings,
     MFMBlock,
+    SemiSettings,
     from_dict,
     override,
     require_legal,
@@ -33,6 +34,7 @@ from mfm_nnunet.settings import (
     setting_names,
     to_dict,
 )
+from mfm_nnunet.values import require_in_range
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ MAY_DIFFER = ("num_workers", "finetune.checkpoint.licence", "finetune.checkpoint
 """Settings that a resumed run may change because they do not affect its result."""
 FEW_CASES = 10
 """Largest number of labelled cases for which published adapters were as good as training all weights."""
+PUBLISHED: dict[str, tuple[float, float]] = {"consistency": (1.0, 0.0)}
+"""Weight of the unlabelled images and share of the steps in which it rises, by method."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,11 @@ def resolve_new(
     block: MFMBlock, overrides: Sequence[str], reading: Reading | None, network: nn.Module, num_cases: int
 ) -> MFMBlock:
     """Resolve the settings of a new run on ``num_cases`` cases, from scratch or with the checkpoint's advice."""
-    block = dataclasses.replace(block, finetune=dataclasses.replace(block.finetune, checkpoint=None))
+    block = dataclasses.replace(
+        block,
+        finetune=dataclasses.replace(block.finetune, checkpoint=None),
+        semi=dataclasses.replace(block.semi, corpus=None),
+    )
     origin, advice = None, []
     if reading is not None:
         origin = reading.origin
@@ -135,7 +143,35 @@ def resolve(
         decoder_epochs=resolved_decoder_epochs(settings),
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,
     )
-    return dataclasses.replace(block, finetune=settings)
+    return dataclasses.replace(block, finetune=settings, semi=resolve_semi(block.semi))
+
+
+def resolve_semi(semi: SemiSettings) -> SemiSettings:
+    """Check the settings of unlabelled images and fill in the open ones; without a method they stay as they are."""
+    require_in_range(semi, "semi.")
+    if semi.method is None:
+        return semi
+    weight, ramp = PUBLISHED[semi.method]
+    return dataclasses.replace(
+        semi, weight=weight if semi.weight is None else semi.weight, ramp=ramp if semi.ramp is None else semi.ramp
+    )
+
+
+def require_both(corpus: object, semi: SemiSettings, overrides: Sequence[str]) -> None:
+    """Raise MFMError (E_CONFIG) for unlabelled images without a method, or settings of one without images."""
+    given = [assignment for assignment in overrides if assignment.strip().startswith("semi.")]
+    methods = ", ".join(PUBLISHED)
+    if corpus is not None and semi.method is None:
+        raise MFMError(
+            "E_CONFIG",
+            f"--unlabelled {corpus}: how shall the images be used? Add --set semi.method=NAME ({methods}).",
+        )
+    if corpus is None and (given or semi.method is not None):
+        raise MFMError(
+            "E_CONFIG",
+            f"--set {given[0] if given else f'semi.method={semi.method}'}: it is about unlabelled images. Add "
+            "--unlabelled CORPUS, or leave it out.",
+        )
 
 
 def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device: str) -> None:
@@ -192,7 +228,8 @@ def require_same(before: MFMBlock, now: MFMBlock, folder: Path) -> None:
 
 def format_settings(block: MFMBlock) -> str:
     """Format the training settings, one per line."""
-    values = flat({"finetune": to_dict(block.finetune), "seed": block.seed, "num_workers": block.num_workers})
+    parts = {"finetune": to_dict(block.finetune), **({"semi": to_dict(block.semi)} if block.semi.method else {})}
+    values = flat({**parts, "seed": block.seed, "num_workers": block.num_workers})
     return "\n".join(f"  {name} = {value}" for name, value in values.items() if not name.endswith(".citations"))
 
 
@@ -205,7 +242,10 @@ def plan_hash(plans: Mapping[str, Any]) -> str:
 def _require_of_training(name: str, block: MFMBlock) -> None:
     if name == "finetune.checkpoint":
         raise MFMError("E_CONFIG", f"--set {name}: give the checkpoint with -pretrained_weights.")
-    names = [n for n in setting_names(block) if n in ("seed", "num_workers") or n.startswith("finetune.")]
-    names.remove("finetune.checkpoint")
+    if name == "semi.corpus":
+        raise MFMError("E_CONFIG", f"--set {name}: give the unlabelled images with --unlabelled.")
+    own = ("finetune.", "semi.")
+    names = [n for n in setting_names(block) if n in ("seed", "num_workers") or n.startswith(own)]
+    names = [n for n in names if n not in ("finetune.checkpoint", "semi.corpus")]
     if name not in names:
         raise MFMError("E_CONFIG", f"training has no setting '{name}'. {nearest(name, names)}")

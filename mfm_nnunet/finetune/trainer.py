@@ -18,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.data.unlabelled import Unlabelled
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import (
     default_autocast_dtype,
@@ -31,7 +32,7 @@ from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
 from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.files import to_plain, write_json
-from mfm_nnunet.finetune import fold, groups, validation
+from mfm_nnunet.finetune import fold, groups, semi, validation
 from mfm_nnunet.finetune.groups import EpochSchedule, Phases
 from mfm_nnunet.finetune.loading import (
     check_next_stage,
@@ -43,6 +44,7 @@ from mfm_nnunet.finetune.loading import (
 )
 from mfm_nnunet.finetune.pretrained import transfer_into, untrained_names
 from mfm_nnunet.finetune.splits import Split, choose_split
+from mfm_nnunet.finetune.watch import Watch
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.models.families import NetworkFamily, family_named, family_of
@@ -53,7 +55,6 @@ from mfm_nnunet.processes import ALONE, World, largest
 from mfm_nnunet.settings import FORMAT, block_of, to_dict
 from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.tasks.losses import halving_weights
-from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.workspace import num_cores
 
 CUDA = torch.device("cuda")
@@ -75,6 +76,8 @@ class MFMTrainer(nnUNetTrainer):
     """Made by :meth:`prepare`."""
     split: Split | None = None
     """Training and validation cases; None until they are chosen."""
+    unlabelled: Unlabelled | None = None
+    """Images without labels that also train."""
     dataset_class: Any
     _best_ema: float | None
 
@@ -85,6 +88,7 @@ class MFMTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, DatasetJson.of(dataset_json).shared(), device)
         self.block = block
         self.settings = block.finetune
+        self.watch = Watch.of(DatasetJson.of(dataset_json))
         self.initial_lr = family_named(block.network).learning_rate(self.settings)
         self.weight_decay = self.settings.weight_decay
         self.num_epochs = self.settings.epochs
@@ -243,13 +247,13 @@ class MFMTrainer(nnUNetTrainer):
         world = ALONE
         if self.is_ddp:
             world = World(self.local_rank, torch.distributed.get_world_size(), self.local_rank)
-        labels, start = self.label_manager, RunState(self.current_epoch * self.settings.iterations_per_epoch)
-        task = SegmentationTask(self.network, self.loss, labels.has_regions, labels.ignore_label)
-        return Engine(task, fold.FoldRun(self), self.optimisation, world, start)
+        start = RunState(self.current_epoch * self.settings.iterations_per_epoch)
+        return Engine(semi.make_task(self), fold.FoldRun(self), self.optimisation, world, start)
 
     def _start(self) -> None:
         """Run the last checks, and describe the model in its folder."""
         require_scaled_fp16(self.settings.precision, self.device)
+        semi.require_images(self)
         if not self.was_initialized:
             self.initialize()
         groups.require_pretrained(self.settings, self.new_weights is not None)
@@ -310,6 +314,7 @@ class MFMTrainer(nnUNetTrainer):
                 "source": self.block.source,
                 "new_weights": None if self.new_weights is None else sorted(self.new_weights),
                 "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
+                **semi.describe(self),
             },
         }
         return to_plain(content)
@@ -347,6 +352,7 @@ class MFMTrainer(nnUNetTrainer):
         self.current_epoch = content["current_epoch"]
         self.logger.load_checkpoint(content["logging"])
         self._best_ema = content["_best_ema"]
+        self.watch.history = fold.rows_of_watch(content)
         if content.get("inference_allowed_mirroring_axes") is not None:
             self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
         if self.grad_scaler is not None and content.get("grad_scaler_state"):

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.data.storage import stale_cases
+from mfm_nnunet.data.unlabelled import Labelled, Unlabelled, prepare_unlabelled
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16, training_threads
 from mfm_nnunet.errors import MFMError, about, nearest
@@ -80,6 +82,8 @@ class Job:
     """The initial checkpoint, already read; or its file, if several processes read it."""
     start_from: Path | None
     """The checkpoint of this run to resume from."""
+    unlabelled: Unlabelled | None = None
+    """Images without labels that also train."""
 
 
 @takes(TrainRequest)
@@ -93,6 +97,13 @@ def train(request: TrainRequest) -> Path:
     with use(request.workspace) as here:
         inputs = read_inputs(here, request)
         if inputs.dataset.task in IMAGE_TASKS:
+            run_settings.require_both(None, inputs.plan.mfm.semi, inputs.overrides)
+            if request.unlabelled is not None:
+                raise MFMError(
+                    "E_CONFIG",
+                    f"--unlabelled {request.unlabelled}: unlabelled images train with masks only, and "
+                    f"{inputs.plan.dataset_name} has labels of whole images. Leave it out.",
+                )
             return train_classifier(here, request, inputs.plan, inputs.dataset, inputs.overrides, inputs.weights)
         job = check(here, inputs)
         if request.num_gpus > 1:
@@ -134,7 +145,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
             f"--head {request.head}: the dataset has masks. Heads are for datasets with labels.csv and a task in "
             "dataset.json (documentation/how_to/classify.md).",
         )
-    split = _check_data(here, plan, configuration, request.fold, dataset)
+    selection, split = _check_data(here, plan, configuration, request.fold, dataset)
     folder, start_from = _find_folder(here.results / plan.dataset_name, plan, request)
     used = _pick_device(request)
     remove_leftovers(folder)
@@ -153,13 +164,17 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     if not request.only_validate:
         require_scaled_fp16(block.finetune.precision, used)
     _require_a_crop_each(block, plan.configuration(configuration), request.num_gpus)
+    labelled = Labelled(
+        plan, configuration, dataset, selection.cases, split["train"], set(split["val"]) - set(split["train"])
+    )
+    block, unlabelled = _with_unlabelled(here, inputs, block, labelled)
     if start_from is None:
         run_settings.save_settings(folder, block, plan.content)
     logger.info("run folder: %s", folder)
     logger.info("settings:\n%s", run_settings.format_settings(block))
     pretrained = None if start_from else reading if request.num_gpus == 1 else inputs.weights
     plans = {**plan.content, "mfm": to_dict(block)}
-    return Job(request, plans, dict(dataset.content), split, folder, str(used), pretrained, start_from)
+    return Job(request, plans, dict(dataset.content), split, folder, str(used), pretrained, start_from, unlabelled)
 
 
 def execute(job: Job) -> None:
@@ -183,6 +198,7 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
         plans = {**job.plans, "continue_training": job.start_from is not None}
         trainer = MFMTrainer(plans, request.configuration, request.fold, job.dataset_json, device)
         trainer.split = job.split
+        trainer.unlabelled = job.unlabelled
         trainer.pretrained_checkpoint = job.pretrained
         if job.start_from is not None:
             trainer.load_checkpoint(str(job.start_from))
@@ -231,8 +247,10 @@ def _read_dataset(here: Workspace, dataset_name: str) -> DatasetJson:
     return dataset
 
 
-def _check_data(here: Workspace, plan: Plan, configuration: str, fold: int | str, dataset: DatasetJson) -> Split:
-    """Check the configuration and its preprocessed data, and return the fold's training and validation cases."""
+def _check_data(
+    here: Workspace, plan: Plan, configuration: str, fold: int | str, dataset: DatasetJson
+) -> tuple[Selection, Split]:
+    """Check the configuration and its preprocessed data, and return the dataset's cases and those of the fold."""
     dataset_name, resolved = plan.dataset_name, plan.configuration(configuration)
     again = f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plan.name}"
     if missing := set(resolved.next_stages) - set(plan.configuration_names):  # nnU-Net only looks it up after training
@@ -259,7 +277,35 @@ def _check_data(here: Workspace, plan: Plan, configuration: str, fold: int | str
             f"intensities differ), e.g. {stale[0]}. {again}",
         )
     read_fingerprint(folder)
-    return choose_split(fold, folder, selection)
+    return selection, choose_split(fold, folder, selection)
+
+
+def _with_unlabelled(
+    here: Workspace, inputs: Inputs, block: MFMBlock, labelled: Labelled
+) -> tuple[MFMBlock, Unlabelled | None]:
+    """Prepare the unlabelled images of a run, if any, and describe them in its settings."""
+    request, before = inputs.request, block.semi.corpus
+    corpus = request.unlabelled
+    if corpus is None and before is not None:
+        corpus = before["name"]
+    run_settings.require_both(corpus, block.semi, inputs.overrides)
+    if corpus is None or request.only_validate:
+        return block, None
+    if labelled.plan.configuration(request.configuration).previous_stage:
+        raise MFMError(
+            "E_CONFIG",
+            f"--unlabelled {corpus}: {request.configuration} refines predictions of another stage, which these images do "
+            "not have. Use --unlabelled with the other configurations.",
+        )
+    unlabelled = prepare_unlabelled(here, corpus, labelled)
+    if before not in (None, unlabelled.description):
+        raise MFMError(
+            "E_CONFIG",
+            f"--c continues the same run, but its unlabelled images differ: they were {before}, are "
+            f"{unlabelled.description}. Put the images back, or start a new run.",
+        )
+    logger.info("--unlabelled %s: %d images without labels", unlabelled.name, len(unlabelled.cases))
+    return dataclasses.replace(block, semi=dataclasses.replace(block.semi, corpus=unlabelled.description)), unlabelled
 
 
 def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path, Path | None]:

@@ -8,9 +8,10 @@ Shapes: B batch, C channels, D H W voxels, K outputs; in 2D there is no D.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -149,3 +150,14 @@ def _recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -
     if not torch.is_grad_enabled():
         return forward(*arguments, **keywords)
     return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+
+
+@contextlib.contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Restore the training modes of a module and all its parts afterwards; frozen parts may differ from the whole."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, is_training in modes.items():
+            part.training = is_training

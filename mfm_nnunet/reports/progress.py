@@ -99,6 +99,33 @@ def plot_progress(history: Sequence[Mapping[str, Any]], file: Path, title: str) 
     save_figure(figure, file, dpi=100)
 
 
+def plot_watch(history: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
+    """Draw how a network does on unlabelled images: Dice, confident share and weight, and the share of each class."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    epochs = [row["epoch"] + 1 for row in history]
+    upper.plot(
+        epochs, [row["dice"] for row in history], color="black", label="pseudo Dice on labelled validation crops"
+    )
+    upper.plot(epochs, [row["confident"] for row in history], color="tab:blue", label="share of confident voxels")
+    weights = upper.twinx()
+    weights.plot(epochs, [row["weight"] for row in history], color="tab:grey", linestyle=":", label="weight (right)")
+    weights.set(ylabel="weight of unlabelled images", ylim=(0, None))
+    upper.set(title="training with unlabelled images", ylim=(0, 1.02))
+    upper.legend(handles=[*upper.lines, *weights.lines], loc="lower right")
+    for number, name in enumerate(names):
+        shares = [100 * row["volume"][number] or math.nan for row in history]
+        lower.plot(epochs, shares, color=f"tab:{_LABEL_COLOURS[number % len(_LABEL_COLOURS)]}", label=name)
+    lower.set(xlabel="epoch", ylabel="predicted share of the unlabelled images in %")
+    lower.set_yscale("log")
+    lower.legend(loc="best")
+    for axis in (upper, lower):
+        axis.grid(alpha=0.3)
+    save_figure(figure, file, dpi=100)
+
+
 def plot_reliability(bins: Sequence[np.ndarray], file: Path, title: str) -> None:
     """Draw the share of hits against the stated probability, with the number of predictions per bin below."""
     from matplotlib.figure import Figure
