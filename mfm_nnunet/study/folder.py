@@ -28,6 +28,7 @@ from mfm_nnunet.study.design import (
     draw_subset,
     draw_test,
     is_arm_name,
+    read_order,
     read_subjects,
 )
 from mfm_nnunet.version import __version__
@@ -60,6 +61,8 @@ class Question:
     """The subject of every case."""
     data: str
     """Hash of names, sizes and modification times of all images and labels."""
+    order: tuple[str, ...] = ()
+    """Subjects with which the order of the first seed begins."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,7 @@ def begin_study(
         test=tuple(test),
         subjects=subjects,
         data=dataset.digest,
+        order=tuple(read_order(request.order, subjects)),
     )
     # Ordered by seed, so that a study stopped early leaves a fair table.
     cells = [Cell(count, seed, arm) for seed in range(request.seeds) for count in counts for arm in arms]
@@ -244,7 +248,7 @@ def begin_study(
         )
     known = {(fold.labels, fold.seed) for fold in study.folds}
     new = dict.fromkeys((cell.num_labels, cell.seed) for cell in cells if (cell.num_labels, cell.seed) not in known)
-    folds = [Subset(*fold, tuple(draw_subset(subjects, test, *fold))) for fold in new]
+    folds = [Subset(*fold, tuple(draw_subset(subjects, test, *fold, question.order))) for fold in new]
     return dataclasses.replace(study, folds=(*study.folds, *folds)), cells
 
 
