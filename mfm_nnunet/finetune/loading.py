@@ -69,9 +69,7 @@ def read_batches(
     return read_in_order(source, num_workers, pin_memory, _keep, batch_size=None, sampler=range(first, last))
 
 
-def make_loaders(
-    trainer: nnUNetTrainer, full_targets: bool = False
-) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
+def make_loaders(trainer: nnUNetTrainer, full_targets: bool = False) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
     """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms.
 
     ``full_targets``: targets of training have full resolution, and are not reduced for deep supervision.

@@ -36,7 +36,7 @@ def make_table(study: Study) -> str:
     for metric, title in TITLES.items():
         lines += ["", f"## {_long_title(metric, study)}", ""]
         compared = ("against scratch", "95 %", f"{_compared_unit(study)} better", "seeds better", "p")
-        columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved", "min of training")
+        columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved", "min")
         lines += _markdown(columns, [_score_row(study, row, metric) for row in rows])
     lines += ["", "## Each label", "", *_per_label(rows)]
     lines += ["", "## How to read this", "", *_notes(study), *_training(study)]
@@ -197,6 +197,7 @@ _NOTES = """\
 * scratch needs: the number of labels with which scratch reaches the same score, read off the running maximum of its
   curve over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over {unit}); nothing is
   extrapolated below {smallest} or above {largest}. saved: that number minus the row's.
+* min: minutes of training, everything included that it trains on the way, such as teachers.
 * The final checkpoint was tested, never the best. All starts share one plan, {plan}.
 * Settings of all: {settings}."""
 

@@ -16,11 +16,18 @@ from mfm_nnunet.finetune.loading import SeededBatches, make_loaders, read_batche
 from mfm_nnunet.finetune.mixing import MixedBatches, make_mixing, mix_batches, require_something_to_mix
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.settings import FinetuneSettings
-from mfm_nnunet.workspace import Workspace, use
-from tests.builders import tiny
-from tests.builders.training import Killed, first_batches, initialised, kill_at, refused, require_equal, state_of, train
-
-ON = ("finetune.mix=cutmix", "finetune.mix_probability=1")
+from mfm_nnunet.workspace import Workspace
+from tests.builders.training import (
+    STEM,
+    Killed,
+    first_batches,
+    initialised,
+    kill_at,
+    refused,
+    require_equal,
+    state_of,
+    train,
+)
 
 
 def mixed(trainer: MFMTrainer) -> MixedBatches:
@@ -66,19 +73,22 @@ def test_validation_is_not_mixed(here: Workspace) -> None:
     require_equal(first["target"], second["target"])
 
 
-def test_a_killed_run_resumes_exactly(tmp_path: Path, here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = state_of(train(here, *ON, "finetune.mix_start=1"))
-    plain = state_of(train(here, fold=1))
-    tiny.make(tmp_path / "again")
-    with use(tmp_path / "again") as again, monkeypatch.context() as patched:
-        kill_at(patched, 3)
-        with pytest.raises(Killed):
-            train(again, *ON, "finetune.mix_start=1")
-        patched.undo()
-        resumed = train(again, *ON, "finetune.mix_start=1", continue_training=True)
-    require_equal(state_of(resumed)["network_weights"], whole["network_weights"])
-    name = next(iter(whole["network_weights"]))
-    assert not torch.equal(whole["network_weights"][name], plain["network_weights"][name])
+@pytest.mark.parametrize("kind", ["cutmix", "lesion_paste"])
+def test_a_killed_run_resumes_exactly(here: Workspace, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    settings = (f"finetune.mix={kind}", "finetune.mix_probability=1", "finetune.mix_start=1")
+    folder = train(here, *settings)
+    wanted = state_of(folder)
+    folder.parent.rename(here.results / "unbroken")
+    for number, step in enumerate((3, 4)):
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                train(here, *settings, continue_training=bool(number))
+    train(here, continue_training=True)
+    require_equal(state_of(folder), wanted)
+    folder.parent.rename(here.results / "resumed")
+    plain = state_of(train(here))
+    assert not torch.equal(plain["network_weights"][STEM], wanted["network_weights"][STEM])
 
 
 # What is refused

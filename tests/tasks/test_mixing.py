@@ -13,8 +13,8 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 
 from mfm_nnunet.tasks.mixing import (
     Mixing,
-    draw_box,
     downsample_targets,
+    draw_box,
     mix_box,
     paste_component,
     replace_box,
@@ -32,9 +32,10 @@ def rng(seed: int = 0) -> np.random.Generator:
 def make_batch(axes: int, number: int = 4, channels: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Images in which each voxel names its crop, and label maps (int16) with a blob of each of the labels 1 and 2."""
     size = SIZES[axes]
-    images = torch.arange(number, dtype=torch.float32).reshape(-1, *[1] * (axes + 1)) + torch.rand(
-        number, channels, *size, generator=torch.Generator().manual_seed(0)
-    ) / 2
+    images = (
+        torch.arange(number, dtype=torch.float32).reshape(-1, *[1] * (axes + 1))
+        + torch.rand(number, channels, *size, generator=torch.Generator().manual_seed(0)) / 2
+    )
     targets = torch.zeros(number, 1, *size, dtype=torch.int16)
     for crop in range(number):
         for label in (1, 2):
@@ -55,7 +56,7 @@ def test_boxes_have_their_share_and_stay_inside(axes: int) -> None:
     for seed in range(50):
         box = draw_box(size, 0.5, rng(seed))
         assert [part.stop - part.start for part in box] == [length // 2 for length in size]
-        assert all(0 <= part.start and part.stop <= length for part, length in zip(box, size))
+        assert all(part.start >= 0 and part.stop <= length for part, length in zip(box, size))
         starts.add(tuple(part.start for part in box))
     assert len(starts) > 20
     assert min(start[0] for start in starts) == 0
@@ -82,7 +83,10 @@ def test_a_box_carries_image_target_and_weights(axes: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.int16, torch.bool])
 def test_targets_are_reduced_as_by_nnunet(scales: list[list[float]], dtype: torch.dtype) -> None:
     targets = torch.randint(0, 5, (3, 2, 12, 14, 22), generator=torch.Generator().manual_seed(0)).to(dtype)
-    ours, theirs = downsample_targets(targets, scales), [DownsampleSegForDSTransform(scales)(segmentation=t) for t in targets]
+    ours, theirs = (
+        downsample_targets(targets, scales),
+        [DownsampleSegForDSTransform(scales)(segmentation=t) for t in targets],
+    )
     for scale, found in enumerate(ours):
         assert found.dtype is dtype
         assert torch.equal(found, torch.stack([sample["segmentation"][scale] for sample in theirs]))
@@ -164,7 +168,7 @@ def test_one_component_goes_to_a_place_that_is_allowed(axes: int) -> None:
     pieces = [tuple(slice(s, s + side) for s in (2,) * axes) for side in (2, 3)]
     targets[(1, 0, *pieces[1])] = 2
     targets[(1, 0, *(slice(8, 10) for _ in range(axes)))] = 2
-    places = (targets[0, 0] == 1) & True
+    places = targets[0, 0] == 1
     sizes = set()
     for seed in range(20):
         image, target = paste_component(
@@ -175,7 +179,7 @@ def test_one_component_goes_to_a_place_that_is_allowed(axes: int) -> None:
         sizes.add(len(where))
         assert (target[0][pasted] == 2).all()
         assert torch.equal(target[0][~pasted], targets[0, 0][~pasted])
-        parts, number = scipy.ndimage.label(pasted.numpy(), np.ones((3,) * axes))
+        _, number = scipy.ndimage.label(pasted.numpy(), np.ones((3,) * axes))
         assert number == 1
         middle = tuple((where.min(0) + where.max(0) + 1) // 2)
         assert places[middle], middle
@@ -188,7 +192,9 @@ def test_a_component_stays_inside_the_crop() -> None:
     images, targets = make_batch(3, number=2)
     corner = torch.zeros(SIZES[3], dtype=torch.bool)
     corner[-1, -1, -1] = True
-    image, target = paste_component((images[0], targets[0] * 0), (images[1], targets[1]), targets[1, 0] == 2, corner, rng())
+    image, target = paste_component(
+        (images[0], targets[0] * 0), (images[1], targets[1]), targets[1, 0] == 2, corner, rng()
+    )
     assert (target == 2).sum() == (targets[1] == 2).sum()
     assert target[0, -1, -1, -1] == 2
     assert (image[0].floor() == 1).sum() == (targets[1] == 2).sum()
