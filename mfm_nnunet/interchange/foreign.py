@@ -19,7 +19,8 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import sha256, shown
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.parts import Parts, take_apart, unwrap_names
-from mfm_nnunet.models.families import Converted, Stated, families_by_class
+from mfm_nnunet.models.families import families_by_class
+from mfm_nnunet.models.layouts import Converted, Stated
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, NO_RESAMPLING, Plan, plan_problem
 from mfm_nnunet.plan_rules import MAX_ARGUMENT, MAX_EDGE

@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring
-from mfm_nnunet.models.families import (
-    Converted,
-    ForeignLayout,
-    NetworkFamily,
-    NnsslName,
-    Stated,
-    TrainingDefaults,
-    families_by_class,
-)
+from mfm_nnunet.models.families import NetworkFamily, TrainingDefaults, families_by_class
+from mfm_nnunet.models.layouts import Converted, ForeignLayout, NnsslName, Stated
 
 _DNA = "dynamic_network_architectures.architectures"
 RESENC, PLAIN = f"{_DNA}.unet.ResidualEncoderUNet", f"{_DNA}.unet.PlainConvUNet"
