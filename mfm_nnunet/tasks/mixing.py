@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.ndimage
@@ -34,8 +34,8 @@ def replace_box(mine: Tensor, theirs: Tensor, box: Box) -> Tensor:
 
     Use it for whatever goes with a crop, e.g. weights per voxel.
     """
-    mixed = mine.clone()
-    mixed[(..., *box)] = theirs[(..., *box)]
+    mixed, inside = mine.clone(), _index(box)
+    mixed[inside] = theirs[inside]
     return mixed
 
 
@@ -80,10 +80,14 @@ def paste_component(
     to = tuple(slice(start, start + side) for start, side in zip(starts, sides))
     part = torch.from_numpy(parts[source] == chosen + 1).to(mask_b.device)
     image, target = a[0].clone(), a[1].clone()
-    image[(..., *to)], target[(..., *to)] = paste(
-        image[(..., *to)], target[(..., *to)], b[0][(..., *source)], b[1][(..., *source)], part
-    )
+    here, there = _index(to), _index(source)
+    image[here], target[here] = paste(image[here], target[here], b[0][there], b[1][there], part)
     return image, target
+
+
+def _index(box: Box) -> Any:
+    """Return the index of a box in a tensor that ends in the spatial axes."""
+    return (..., *box)
 
 
 def downsample_targets(target_BKDHW: Tensor, scales: Sequence[Sequence[float]]) -> list[Tensor]:
