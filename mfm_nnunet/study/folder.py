@@ -17,7 +17,6 @@ from mfm_nnunet.dataset import DatasetJson, check_dataset_json
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, is_file_name, read_json, write_json
 from mfm_nnunet.jobs.preflight import Case, RawDataset, list_companions
-from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.settings import from_dict
 from mfm_nnunet.study.design import (
     LARGEST_COUNT,
@@ -30,6 +29,7 @@ from mfm_nnunet.study.design import (
     is_arm_name,
     read_subjects,
 )
+from mfm_nnunet.study_requests import StudyRequest
 from mfm_nnunet.version import __version__
 
 RECORD = "study.json"

@@ -27,7 +27,6 @@ from mfm_nnunet.jobs.preflight import (
 )
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.reports.progress import Stages
-from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.study import cells as running
 from mfm_nnunet.study.cells import TRAINING, list_commands, steps_left
 from mfm_nnunet.study.design import Arm, Cell, parse_arms
@@ -35,6 +34,7 @@ from mfm_nnunet.study.evaluation import RESULT, require_library
 from mfm_nnunet.study.folder import LIKE, OWN, Study, begin_study, find_begun, read_study, write_study_folder
 from mfm_nnunet.study.report import list_cautions, make_table, plot
 from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise_study
+from mfm_nnunet.study_requests import StudyRequest
 from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
