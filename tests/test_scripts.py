@@ -7,6 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from mfm_nnunet.version import __version__
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [*sorted((ROOT / "setup_scripts").glob("*.sh")), ROOT / ".ci" / "run"]
@@ -21,6 +24,12 @@ def test_is_legal_bash(script: Path) -> None:
 
 def test_ci_is_executable() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["license"] == "Apache-2.0"
 
 
 def make_environment(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
