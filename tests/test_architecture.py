@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         *("engine", "finetune", "prediction", "interchange", "reports"),
     },
     "api": {"jobs"},
-    "study": {"jobs"},
+    "study": {"jobs", "reports"},
     "demo": {"jobs", "reports"},
     "cli": {"images", "models", "tasks", "study", "demo"},
 }
