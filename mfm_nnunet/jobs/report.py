@@ -182,7 +182,7 @@ def report_training(
         facts |= {"Training cases": len(split["train"]), **more}
         if history:
             dice = [key for key in history[0] if key.startswith("dice_")]
-            sections.insert(0, runs.show_curves(history, runs.GOOD_LOSSES + " Dice: " + runs.GOOD_DICE, dice))
+            sections.insert(0, runs.show_curves(history, runs.GOOD_LOSSES + runs.GOOD_DICE, dice))
         sections = [*([Section("This run", flags=flags)] if flags else []), *sections]
         if (folder / "transfer.json").is_file():
             sections.append(runs.show_transfer(read_json(folder / "transfer.json", "")))

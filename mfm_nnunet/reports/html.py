@@ -163,12 +163,13 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 def draw_curves(series: Mapping[str, Sequence[float | None]], ylabel: str, alt: str, is_share: bool = False) -> Picture:
     """Draw values per epoch as lines, one for each name; None and NaN leave gaps. ``is_share``: from 0 to 1."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     colours = ("#3b82f6", "#e8743b", "#19a979", "#b05cc7", "#c99a06", "#d6409f", "#0e9aa7", "#8a94a0")
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ylabel, "font.family": "sans-serif"}):
+    ours = {"svg.fonttype": "none", "svg.hashsalt": ylabel, "font.family": "sans-serif"}
+    with style.context(["default", ours]):  # nnU-Net changes the style of the whole process
         figure = Figure(figsize=(7, 2.9), layout="constrained")
         axes = figure.subplots()
         for number, (name, values) in enumerate(series.items()):

@@ -15,8 +15,8 @@ GOOD_LOSSES = (
     "or jumps, mean a learning rate that does not fit."
 )
 GOOD_DICE = (
-    "it rises and flattens. It is the pseudo Dice, over random crops: the Dice of whole scans, in the section on "
-    "cases, is the one that counts."
+    " The Dice rises and flattens. Here it is nnU-Net's pseudo Dice, over random crops: that of whole scans, in the "
+    "section on cases, is the one that counts."
 )
 GOOD_PRETRAINING = (
     "both losses fall and flatten. The training loss may lie above the validation loss: training crops are augmented, "
