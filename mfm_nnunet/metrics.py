@@ -51,7 +51,7 @@ def agreement_of(maps: Sequence[np.ndarray], num_labels: int) -> dict[int, float
         for label in range(num_labels):
             if sizes[label + 1]:
                 found.setdefault(label, []).append(float(2 * counts[label + 1, label + 1] / sizes[label + 1]))
-    return {label: sum(values) / len(values) for label, values in found.items()}
+    return {label: round(sum(values) / len(values), 4) for label, values in found.items()}
 
 
 # Labels of whole images

@@ -35,6 +35,7 @@ from mfm_nnunet.files import digest_of, to_plain
 from mfm_nnunet.images.geometry import letters_of
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.processes import ALONE, World
+from mfm_nnunet.reports import examples
 from mfm_nnunet.reports import progress as reports
 from mfm_nnunet.settings import PretrainSettings, resolved_warmup
 from mfm_nnunet.tasks.base import Augmentation, PretextTask
@@ -139,7 +140,7 @@ class Pretraining:
         if pictures:
             volumes = {name: volume.detach().float().cpu().numpy() for name, volume in pictures.items()}
             title, file = f"{self.description['pretext']}, epoch {epoch + 1}", self.folder / "examples.png"
-            reports.plot_examples(volumes, file, title, frame=self._frame())
+            examples.plot_examples(volumes, file, title, frame=self._frame())
             if epoch == 0:
                 shutil.copyfile(file, self.folder / "examples_first.png")
         is_last = epoch + 1 == self.settings.epochs
@@ -176,7 +177,7 @@ class Pretraining:
     def _seed(self, step: int) -> None:
         torch.manual_seed((self.seed * 1_000_003 + (step + 1) * 65_537 + self.world.rank) % (1 << 63))
 
-    def _frame(self) -> reports.Frame | None:
+    def _frame(self) -> examples.Frame | None:
         """Return the position of the first validation item's pictures; None if it is unknown, or they are no crop."""
         kind, plan = self.task.pictures_are, Plan.of(self.description["plans"])
         name = self.validation.case_names(0)[0]
@@ -189,7 +190,7 @@ class Pretraining:
         spacing = tuple(plan.configuration(self.description["configuration"]).spacing or (1.0, 1.0, 1.0))
         spacing = spacing if len(spacing) == 3 else (1.0, *spacing)
         directions = "".join(letters[axis] for axis in plan.content["transpose_forward"])
-        return reports.Frame(directions, spacing, has_letters=kind == "scan")
+        return examples.Frame(directions, spacing, has_letters=kind == "scan")
 
     def _measure_probe(self, epoch: int) -> dict[str, float | None]:
         """Probe the shipped weights and return the columns for the log; empty when no probe is due."""

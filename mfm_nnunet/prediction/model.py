@@ -25,7 +25,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from mfm_nnunet.checkpoint import load_weights
-from mfm_nnunet.data.loops import progress
 from mfm_nnunet.data.sizes import sliding_windows
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import autocast, pick_device
@@ -36,6 +35,7 @@ from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.classification import HeadInfo, build_classifier, head_weights, read_head
 from mfm_nnunet.prediction.export import Managers
+from mfm_nnunet.reports.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +102,14 @@ class Model:
         """
         mirror_axes = self.mirror_axes if mirroring else None
         total: torch.Tensor | None = None
-        of_folds = []
+        of_folds: list[np.ndarray] = []
         for fold in range(max(1, len(self.weights))):
             self._use_fold(fold)
             which = f"{what}, fold {fold + 1} of {len(self.weights)}" if len(self.weights) > 1 else what
             # Entered anew for each fold: autocast caches the weights it has converted.
             with _gpu_settings(self.device, self.autocast_dtype):
                 logits = self._slide(x_CDHW, step_size, mirror_axes, which).to("cpu")
-            if len(self.weights) > 1:
-                of_folds.append(_label_thinly(logits, self.label_manager.has_regions))
+            of_folds += [_label_thinly(logits, self.label_manager.has_regions)] if len(self.weights) > 1 else []
             total = logits if total is None else total.add_(logits)
         assert total is not None
         if len(self.weights) > 1:
@@ -122,7 +121,7 @@ class Model:
                 "look normal, the weights are damaged.",
             )
         names = list(DatasetJson.of(self.dataset_json).foreground)
-        self.agreement = {names[k]: round(dice, 4) for k, dice in agreement_of(of_folds, len(names)).items()}
+        self.agreement = {names[k]: dice for k, dice in agreement_of(of_folds, len(names)).items()}
         return total
 
     @torch.inference_mode()
@@ -157,7 +156,7 @@ class Model:
         place = self.device if self.device.type == "cuda" else torch.device("cpu")
         logits = None
         try:
-            with progress(len(windows), what, "tiles") as count:
+            with track(what, len(windows), "tiles") as count:
                 logits = self._accumulate(padded, windows, mirror_axes, count, place)
         except torch.OutOfMemoryError:
             if place.type == "cpu":
@@ -166,7 +165,7 @@ class Model:
             self.oom_steps.append("logits accumulated on the CPU")
             logger.warning("%s ran out of memory: the logits are accumulated on the CPU instead", self.device)
             torch.cuda.empty_cache()
-            with progress(len(windows), what, "tiles") as count:
+            with track(what, len(windows), "tiles") as count:
                 logits = self._accumulate(padded, windows, mirror_axes, count, torch.device("cpu"))
         return logits[(slice(None), *unpad[1:])]
 
@@ -207,7 +206,7 @@ class Model:
 
 
 def _label_thinly(logits_KDHW: torch.Tensor, has_regions: bool) -> np.ndarray:
-    """Label every voxel, or of a large image every second or third along each axis, to compare folds."""
+    """Label every voxel, or of a large image every second or third along each axis."""
     step = max(1, int(np.ceil((logits_KDHW[0].numel() / VOXELS_COMPARED) ** (1 / 3))))
     some_KDHW = logits_KDHW[:, ::step, ::step, ::step]
     if not has_regions:

@@ -1,61 +1,207 @@
-"""Report on a run: console progress with ETA, ``log.jsonl``, ``progress.png`` and example pictures."""
+"""Show progress on the console, as bars or lines; write ``log.jsonl``, ``progress.png`` and pictures of examples."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import logging
 import math
+import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mfm_nnunet import terminal
 from mfm_nnunet.files import atomic_write
-from mfm_nnunet.reports.views import Plane, reorient
 
-SECONDS_BETWEEN_LINES = 20.0
+SECONDS_BETWEEN_LINES = 15.0
+"""Seconds between two progress lines of a part of the work, where there is no terminal."""
 SECONDS_BETWEEN_PLOTS = 60.0
+REFRESHES_PER_SECOND = 4
 _LABEL_COLOURS = ("purple", "green", "red", "brown", "pink", "olive", "cyan", "grey")
+logger = logging.getLogger(__name__)
 
 
-class Progress:
-    """Console progress: a single rewritten line on a terminal, else a new line every 20 seconds.
+class Track:
+    """A part of the work in progress. Call it after each of its ``total`` units, with a note to show beside them."""
 
-    The first line appears after the first step, so an ETA is available early.
+    def __init__(self, what: str, total: int, unit: str, first: int) -> None:
+        self.what, self.total, self.unit, self.first = what, total, unit, first
+        self.done, self.note = first, ""
+        self.show: Callable[[], None] = lambda: None
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, note: str = "") -> None:
+        self.done, self.note, self._last = min(self.done + 1, self.total), note, time.monotonic()
+        self.show()
+
+    def left(self) -> str:
+        """Return the time left by the mean time of the units so far, h:mm:ss; empty before the first is done."""
+        num_done = self.done - self.first
+        if not num_done:
+            return ""
+        seconds = (self._last - self._start) / num_done * (self.total - self.done)
+        return format_seconds(max(0.0, seconds - (time.monotonic() - self._last)))
+
+    def line(self) -> str:
+        """Describe the progress in a line without control characters."""
+        if not self.total:
+            return f"{self.what}: {format_seconds(time.monotonic() - self._start)} so far"
+        left = self.left()
+        parts = (f"{self.done} of {self.total} {self.unit}", left and f"about {left} left", self.note)
+        return f"{self.what}: {', '.join(filter(None, parts))}"
+
+
+@contextlib.contextmanager
+def track(
+    what: str, total: int = 0, unit: str = "cases", first: int = 0, *, is_silent: bool = False, lines: bool = True
+) -> Iterator[Track]:
+    """Show the progress of a part of the work: a bar with the time left on a terminal, else a line every 15 seconds.
+
+    ``total`` is 0 for work without units; ``first`` units were done before. Parts may be nested. Steps of a training
+    report the first one at once. ``lines`` is False if the caller prints a line per unit.
     """
+    part = Track(what, total, unit, first)
+    if is_silent or logger.level > logging.INFO:  # --disable_progress_bar
+        yield part
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        with _bars.shown(part):
+            yield part
+    elif lines:
+        with _lines(part):
+            yield part
+    else:
+        yield part
 
-    def __init__(self, total_steps: int, first_step: int = 0, is_silent: bool = False) -> None:
-        self.total_steps = total_steps
-        self.first_step = first_step
-        self.is_silent = is_silent
-        self.is_terminal = sys.stderr.isatty()
-        self.start = time.monotonic()
-        self.last_line = -float("inf")
 
-    def step(self, step: int, where: str, loss: float) -> None:
-        """Report that ``step`` steps are done."""
-        now = time.monotonic()
-        if self.is_silent or now - self.last_line < (0.2 if self.is_terminal else SECONDS_BETWEEN_LINES):
-            return
-        self.last_line = now
-        done = max(step - self.first_step, 1)
-        seconds_per_step = (now - self.start) / done
-        left = format_seconds(seconds_per_step * (self.total_steps - step))
-        self._write(f"{where}  loss {loss:.4f}  {1 / max(seconds_per_step, 1e-9):.2f} steps/s  ETA {left}", "\r")
+@contextlib.contextmanager
+def _lines(part: Track) -> Iterator[None]:
+    """Print a line on ``part`` every ``SECONDS_BETWEEN_LINES``, from a thread: a long unit is not silent either."""
+    is_over, has_begun = threading.Event(), threading.Event()
 
-    def line(self, text: str) -> None:
-        """Print a line that is not overwritten."""
-        if not self.is_silent:
-            self._write(text, "\n")
+    def speak() -> None:
+        if part.unit == "steps" and has_begun.wait(SECONDS_BETWEEN_LINES) and not is_over.is_set():
+            say(part.line())
+        while not is_over.wait(SECONDS_BETWEEN_LINES):
+            say(part.line())
 
-    def _write(self, text: str, end: str) -> None:
-        if self.is_terminal:
-            print(f"\r\x1b[2K{text}", end="" if end == "\r" else "\n", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+    part.show = has_begun.set
+    speaker = threading.Thread(target=speak, daemon=True, name="progress")
+    speaker.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        has_begun.set()
+        speaker.join()
+
+
+class _Bars:
+    """The bars of this process on its terminal: the only live display. It exists while a part is shown."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._unfinished = ""
+
+    @contextlib.contextmanager
+    def shown(self, part: Track) -> Iterator[None]:
+        """Show the bar of a part, below those of the parts around it."""
+        is_first, bar = self._progress is None, None
+        bars = self._progress = self._progress or _make_progress()
+        with terminal.written_above(self._write_above) if is_first else contextlib.nullcontext():
+            try:
+                if is_first:
+                    bars.start()
+                title, values = f"{_stage}{terminal.one_message(part.what)}", {"note": "", "part": part}
+                bar = bars.add_task(title, total=part.total or None, completed=part.done, **values)
+                part.show = functools.partial(self._update, bar, part)
+                yield
+            finally:
+                if bar is not None:
+                    bars.remove_task(bar)
+                if is_first:
+                    self._write_above("\n" if self._unfinished else "")
+                    self._progress = None
+                    bars.stop()
+
+    def _update(self, bar: Any, part: Track) -> None:
+        self._progress.update(bar, completed=part.done, note=part.note)
+
+    def _write_above(self, text: str) -> None:
+        """Write whole lines above the bars, which are drawn anew below them."""
+        from rich.text import Text
+
+        lines, has_line, self._unfinished = (self._unfinished + text).rpartition("\n")
+        if has_line and self._progress is not None:
+            self._progress.console.print(Text(lines), soft_wrap=True)
+        elif has_line:
+            terminal.raw(sys.stderr).write(f"{lines}\n")
+
+
+def _make_progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Screen(Console):
+        def show_cursor(self, show: bool = True) -> bool:  # a command that is killed would leave it hidden
+            return False
+
+    class Amount(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            if task.total is None:
+                return Text(f"{format_seconds(task.elapsed or 0)} so far")
+            part = task.fields["part"]
+            left = part.left()
+            return Text(f"{part.done}/{part.total} {part.unit}" + (left and f"  {left} left"))
+
+    is_command = terminal.is_escaped(sys.stderr)  # else nothing passes through written_above
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        BarColumn(None, table_column=Column(ratio=1)),
+        Amount(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+        console=Screen(file=terminal.raw(sys.stderr), force_jupyter=False), transient=True, expand=True,
+        refresh_per_second=REFRESHES_PER_SECOND, redirect_stdout=not is_command, redirect_stderr=not is_command,
+    )  # fmt: skip
+
+
+_bars = _Bars()
+_stage = ""
+"""Number of the current stage, before the title of each bar."""
+
+
+class Stages:
+    """Numbered stages of a long job; a context manager. Each begins with a line: ``== 3 of 8  Pretrain: MAE``."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.number = total, 0
+
+    def begin(self, title: str) -> None:
+        """Begin the next stage."""
+        global _stage
+        self.number += 1
+        _stage = f"[{self.number} of {self.total}] "
+        logger.info("\n== %d of %d  %s", self.number, self.total, title)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _stage
+        _stage = ""
+
+
+def say(text: str) -> None:
+    """Print a line on the progress of the work."""
+    print(terminal.one_message(text), file=sys.stderr, flush=True)
 
 
 def format_seconds(seconds: float) -> str:
@@ -150,120 +296,3 @@ def _plot_probe(new_axis: Callable[[], Any], history: Sequence[Mapping[str, Any]
     axis.plot(epochs, [row["probe_dice"] for row in rows], color="black", marker="o", label="probe: mean Dice")
     axis.set(ylabel="Dice of the probe", ylim=(0, 1))
     return list(axis.lines)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Position of a task's pictures: directions (e.g. ``SPL``) and lengths of the axes; letters unless mirrored."""
-
-    directions: str
-    spacing: tuple[float, ...]
-    has_letters: bool = True
-
-
-def plot_examples(
-    volumes: Mapping[str, np.ndarray],
-    file: Path,
-    title: str,
-    slice_axes: Sequence[int] = (0, 1, 2),
-    frame: Frame | None = None,
-) -> None:
-    """Draw example volumes of a task: one column per volume, one row per axis of ``slice_axes``.
-
-    ``volumes`` are named arrays (C, D, H, W) or (C, H, W). The first channel is shown in the slice of each axis that
-    shows most: the same for all volumes. With a ``frame``, rows are planes of the body with true proportions; without,
-    axes of the array. Images use the grey scale of the first one. Class maps share a colour scale, and so do tables
-    (one voxel deep, shown once).
-    """
-    from matplotlib.figure import Figure
-
-    shown = {name: np.asarray(volume[0], np.float32) for name, volume in volumes.items()}
-    rows = _choose_rows(next(iter(shown.values())), slice_axes, frame)
-    planes = {name: _cut_rows(volume, rows, frame) for name, volume in shown.items()}
-    num_rows = max(map(len, planes.values()))
-    widths = [min(4.0, max(0.5, first.shape[1] / first.shape[0])) for first, *_ in planes.values()]
-    figure = Figure(figsize=(2.6 * sum(widths), 2.6 * num_rows + 0.5), layout="constrained")
-    axes = figure.subplots(num_rows, len(planes), squeeze=False, width_ratios=widths)
-    colours = _colours(shown)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], frame_on=False)
-    for column, name in enumerate(planes):
-        axes[0, column].set_title(name, fontsize=10)
-        for row, slice_HW in enumerate(planes[name]):
-            plane, aspect = rows[row]
-            is_plane = frame is not None and not _is_table(shown[name])
-            options = {**colours[name], "aspect": aspect if is_plane else 1}
-            axes[row, column].imshow(slice_HW, interpolation="nearest", **options)
-            if is_plane and column == 0 and plane.name:
-                axes[row, 0].set_ylabel(plane.name.partition(",")[0], fontsize=10)
-            if is_plane and frame and frame.has_letters:
-                _write_letters(axes[row, column], plane.letters)
-    figure.suptitle(title, fontsize=11)
-    save_figure(figure, file, dpi=110)
-
-
-def _choose_rows(volume: np.ndarray, slice_axes: Sequence[int], frame: Frame | None) -> list[tuple[Plane, float]]:
-    """Choose a slice along each axis, near the middle and with most contrast, and its height by width of a pixel."""
-    if volume.ndim == 2 and frame is None:
-        return [(Plane(-1), 1.0)]
-    if _is_table(volume):
-        return [(Plane(axis, 0, 1), 1.0) for axis in slice_axes]
-    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
-    if frame is not None:
-        volume, spacing = _turn(volume, frame)
-    rows = []
-    for axis in [volume.shape.index(1)] if 1 in volume.shape else slice_axes:
-        size = volume.shape[axis]
-        middle = range(size // 4, max(size // 4 + 1, size - size // 4))
-        index = max(middle, key=lambda place: float(volume.take(place, axis).std()))
-        height, width = Plane(axis).pixel(spacing)
-        rows.append((Plane(axis, index, size), height / width))
-    return rows
-
-
-def _turn(volume: np.ndarray, frame: Frame) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Return a volume, or a slice of one, with the axes (S, P, L), and its spacing."""
-    return reorient(volume if volume.ndim == 3 else volume[None], frame.directions, frame.spacing)
-
-
-def _cut_rows(volume: np.ndarray, rows: Sequence[tuple[Plane, float]], frame: Frame | None) -> list[np.ndarray]:
-    if _is_table(volume):
-        return [volume[0]]
-    if frame is not None:
-        turned, _ = _turn(volume, frame)
-        return [plane.cut(turned) for plane, _ in rows]
-    if volume.ndim == 2:
-        return [volume]
-    return [volume.take(min(plane.index, volume.shape[plane.axis] - 1), plane.axis) for plane, _ in rows]
-
-
-def _write_letters(axis: Any, letters: str) -> None:
-    places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"),
-              (0.5, 0.02, "center", "bottom"))  # fmt: skip
-    for letter, (x, y, horizontal, vertical) in zip(letters, places):
-        box = {"facecolor": "black", "edgecolor": "none", "alpha": 0.6, "pad": 1.0}
-        axis.text(
-            x, y, letter, transform=axis.transAxes, ha=horizontal, va=vertical, color="white", fontsize=7, bbox=box
-        )
-
-
-def _is_table(volume: np.ndarray) -> bool:
-    return volume.ndim == 3 and volume.shape[0] == 1
-
-
-def _is_class_map(volume: np.ndarray) -> bool:
-    return not _is_table(volume) and volume.max() < 64 and np.array_equal(volume, np.round(volume))
-
-
-def _colours(shown: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Choose ``imshow`` options so that equal values look equal in all volumes of a kind."""
-    kinds = {n: "table" if _is_table(v) else "classes" if _is_class_map(v) else "image" for n, v in shown.items()}
-    styles: dict[str, dict[str, Any]] = {}
-    for kind in set(kinds.values()):
-        same = [shown[name] for name in shown if kinds[name] == kind]
-        if kind == "image":
-            low, high = np.percentile(same[0], [0.5, 99.5])
-        else:
-            low, high = min(volume.min() for volume in same), max(volume.max() for volume in same)
-        styles[kind] = {"cmap": "gray" if kind == "image" else "viridis", "vmin": float(low), "vmax": float(high)}
-    return {name: styles[kind] for name, kind in kinds.items()}
