@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.families import ForeignLayout, NetworkFamily, all_families
+from mfm_nnunet.models.families import NetworkFamily, all_families
+from mfm_nnunet.models.layouts import ForeignLayout
 
 _WRAPPERS = ("module", "_orig_mod")
 

@@ -238,6 +238,10 @@ def _require_fitting(block: MFMBlock, head: str, device: torch.device, network: 
     settings = block.finetune
     groups.require_fitting(settings, network, False)
     require_scaled_fp16(settings.precision, device)
+    if settings.mix != "none":
+        raise MFMError(
+            "E_CONFIG", f"finetune.mix={settings.mix}: masks are mixed, and this dataset has none. Leave it out."
+        )
     if settings.train == "decoder":
         raise MFMError("E_CONFIG", "finetune.train=decoder: a classifier has no decoder. Use finetune.train=head.")
     if head == "probe" and settings.checkpoint is None:

@@ -14,7 +14,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mfm_nnunet.models.backbone import AbstractBackbone, Restoring
+    from mfm_nnunet.models.layouts import ForeignLayout
     from mfm_nnunet.settings import FinetuneSettings
 
 BUILT_IN = {
@@ -39,7 +40,6 @@ BUILT_IN = {
 GROUP = "mfm_nnunet.networks"
 """Entry point group for other packages: network name = module of its family."""
 
-NnsslName = tuple[str, "dict[str, Any] | None", "list[str] | None"]
 Part = Literal["encoder", "decoder", "other"]
 Need = Literal["any", "tokens", "sparse encoder"]
 """Requirement of a pretext task: none, tokens, or an encoder that can run sparsely."""
@@ -89,80 +89,6 @@ class TrainingDefaults:
     gradient_clip: float
     reason: str
     deep_supervision: bool = False
-
-
-@dataclass(frozen=True)
-class Stated:
-    """Metadata of a foreign file about its network; None or empty if missing."""
-
-    class_name: str | None = None
-    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    patch_size: tuple[int, ...] | None = None
-    """Patch of the pretraining, in voxels."""
-    recommended_patch: tuple[int, ...] | None = None
-    token_order: str | None = None
-    """``whd``: tokens are flattened axis 0 outermost; ``hwd``: axis 1 outermost."""
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A foreign network in our layout."""
-
-    weights: dict[str, Tensor]
-    architecture: dict[str, Any]
-    patch_size: tuple[int, ...]
-    """Patch of the pretraining, in voxels."""
-    others: dict[str, Tensor]
-    """Tensors, under the file's names, that fit no network of ours."""
-    notes: list[str]
-    """Assumptions and repairs."""
-
-
-class ForeignLayout(ABC):
-    """Naming scheme of one network class in files of other programs, and inference of its architecture."""
-
-    class_name: str
-    """Dotted class name used in our plans."""
-    encoder: str
-    """Last word of the encoder's usual name."""
-    first_block: str
-    """Regular expression for a tensor name in the first block, relative to the encoder."""
-    stem: str
-    """Prefix of the stem in our names."""
-    head: str
-    """Prefix of the output layers, or of the decoder that contains them."""
-    repeated: ClassVar[str | None] = None
-    """Part of the names under which a file repeats the encoder's tensors."""
-    has_token_order: ClassVar[bool] = False
-    """True if conversion needs the order in which tokens are flattened."""
-    keeps_names: ClassVar[bool] = True
-    """False if such files share no name with ours, so that a model of nnU-Net with this class is not in this layout."""
-    origin: ClassVar[str] = "as OpenMind's"
-    """Reason for normalisation, spacing and axes that a file does not have."""
-    keys: Mapping[str, Any]
-    """nnssl's key_to_encoder, key_to_stem, keys_to_in_proj and key_to_lpe."""
-
-    @abstractmethod
-    def renaming(self, encoder: str, stem: str | None) -> dict[str, str]:
-        """Return a map from prefixes in the file to ours. ``stem`` is None if the file does not name it."""
-
-    @abstractmethod
-    def convert(self, weights: Mapping[str, Tensor], others: Mapping[str, Tensor], stated: Stated) -> Converted:
-        """Infer the architecture of ``weights`` (under our names) and repair them.
-
-        Raises MFMError (E_MODEL_MISMATCH) if the encoder is incomplete or the architecture is ambiguous.
-        """
-
-    @abstractmethod
-    def needs_conversion(self, class_name: str) -> bool:
-        """Return whether a plan with this class needs its architecture inferred from the tensors."""
-
-    @abstractmethod
-    def nnssl_architecture(self, architecture: Mapping[str, Any]) -> NnsslName | str:
-        """Return class name, arguments and arguments to import in nnssl's format; named networks have no arguments.
-
-        A string describes a network that nnssl cannot express.
-        """
 
 
 class NetworkFamily(ABC):
@@ -378,9 +304,8 @@ def family_of(network: nn.Module) -> NetworkFamily:
 
     Raises MFMError (E_MODEL_MISMATCH) if its class belongs to no family.
     """
-    known = families_by_class()
     for cls in type(network).__mro__:
-        if family := known.get(f"{cls.__module__}.{cls.__qualname__}"):
+        if family := family_of_class(f"{cls.__module__}.{cls.__qualname__}"):
             return family
     raise MFMError(
         "E_MODEL_MISMATCH",
@@ -389,15 +314,25 @@ def family_of(network: nn.Module) -> NetworkFamily:
 
 
 @functools.cache
-def families_by_class() -> dict[str, NetworkFamily]:
-    """Return the families by the dotted names of their classes."""
-    families = [_load(module) for module in dict.fromkeys(_modules().values())]
-    return {class_name: family for family in families for class_name in family.classes}
+def family_of_class(class_name: str) -> NetworkFamily | None:
+    """Return the family of a network class given by its dotted name, or None.
+
+    Families are imported in turn until one has the class, because the libraries of some take a second to import.
+    """
+    families = (_load(module) for module in dict.fromkeys(_modules().values()))
+    return next((family for family in families if class_name in family.classes), None)
+
+
+def family_of_architecture(architecture: Mapping[str, Any]) -> NetworkFamily:
+    """Return the family of a checked ``architecture`` entry of a plan."""
+    family = family_of_class(architecture["network_class_name"])
+    assert family is not None, architecture["network_class_name"]
+    return family
 
 
 def all_families() -> list[NetworkFamily]:
     """Return each family once, built-in ones first."""
-    return list({family.name: family for family in families_by_class().values()}.values())
+    return list({family.name: family for family in map(_load, _modules().values())}.values())
 
 
 @functools.cache

@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring
-from mfm_nnunet.models.families import (
-    Converted,
-    ForeignLayout,
-    NetworkFamily,
-    PlannedNetwork,
-    Sizing,
-    Stated,
-    TrainingDefaults,
-)
+from mfm_nnunet.models.families import NetworkFamily, PlannedNetwork, Sizing, TrainingDefaults
+from mfm_nnunet.models.layouts import Converted, ForeignLayout, Stated
 from mfm_nnunet.models.sizing import (
     CPU_VOXELS,
     MIN_EDGE,

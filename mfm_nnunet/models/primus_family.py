@@ -16,16 +16,8 @@ from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring
-from mfm_nnunet.models.families import (
-    Converted,
-    ForeignLayout,
-    NetworkFamily,
-    NnsslName,
-    PlannedNetwork,
-    Sizing,
-    Stated,
-    TrainingDefaults,
-)
+from mfm_nnunet.models.families import NetworkFamily, PlannedNetwork, Sizing, TrainingDefaults
+from mfm_nnunet.models.layouts import Converted, ForeignLayout, NnsslName, Stated
 from mfm_nnunet.models.primus import PRIMUS_SIZES, decoder_widths, primus_kwargs
 from mfm_nnunet.models.sizing import (
     CPU_VOXELS,

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring
-from mfm_nnunet.models.families import (
-    Converted,
-    ForeignLayout,
-    NetworkFamily,
-    NnsslName,
-    PlannedNetwork,
-    Sizing,
-    Stated,
-    TrainingDefaults,
-)
+from mfm_nnunet.models.families import NetworkFamily, PlannedNetwork, Sizing, TrainingDefaults
+from mfm_nnunet.models.layouts import Converted, ForeignLayout, NnsslName, Stated
 from mfm_nnunet.models.sizing import MIN_EDGE, Trial, cpu_batch, plan_largest
 from mfm_nnunet.models.swin import PatchEmbedding, PatchExpanding, PatchMerging, channels_first, resize_table
 from mfm_nnunet.models.windows import SwinBlock

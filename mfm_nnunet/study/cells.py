@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
 from mfm_nnunet.files import inside, report_full_disk, take_lock
+from mfm_nnunet.reports.progress import track
 from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.study.design import Cell
 from mfm_nnunet.study.evaluation import RESULT
@@ -236,7 +237,12 @@ def run_cells(
     have ended cleanly; a second signal kills them.
     """
     runner, failures, durations = _Runner(slots, lock), [], list(known_seconds)
-    with stop_on_signal("the current step of each training") as flag, ThreadPoolExecutor(len(slots)) as pool:
+    shown = track("cells", len(cells), lines=False)
+    with (
+        stop_on_signal("the current step of each training") as flag,
+        ThreadPoolExecutor(len(slots)) as pool,
+        shown as advance,
+    ):
         try:
             left = {
                 pool.submit(runner.run, cell, steps(cell), inside(logs, f"{cell.folder_name}.txt")): cell
@@ -252,6 +258,7 @@ def run_cells(
                         if TRAINING in outcome:  # the time of a resumed training would mislead
                             durations.append(sum(outcome.values()))
                         about = on_success(cell, outcome)
+                    advance()
                     text = f"{len(cells) - len(left)} of {len(cells)}: {cell}: {about}"
                     remaining = format_time_left(durations, len(left), len(slots))
                     logger.info("%s  %s; %s", time.strftime("%H:%M:%S"), text, remaining)

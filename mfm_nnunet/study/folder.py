@@ -17,7 +17,6 @@ from mfm_nnunet.dataset import DatasetJson, check_dataset_json
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, is_file_name, read_json, write_json
 from mfm_nnunet.jobs.preflight import Case, RawDataset, list_companions
-from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.settings import from_dict
 from mfm_nnunet.study.design import (
     LARGEST_COUNT,
@@ -28,8 +27,10 @@ from mfm_nnunet.study.design import (
     draw_subset,
     draw_test,
     is_arm_name,
+    read_order,
     read_subjects,
 )
+from mfm_nnunet.study_requests import StudyRequest
 from mfm_nnunet.version import __version__
 
 RECORD = "study.json"
@@ -60,6 +61,8 @@ class Question:
     """The subject of every case."""
     data: str
     """Hash of names, sizes and modification times of all images and labels."""
+    order: tuple[str, ...] = ()
+    """Subjects with which the order of the first seed begins."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,7 @@ def begin_study(
         test=tuple(test),
         subjects=subjects,
         data=dataset.digest,
+        order=tuple(read_order(request.order, subjects)),
     )
     # Ordered by seed, so that a study stopped early leaves a fair table.
     cells = [Cell(count, seed, arm) for seed in range(request.seeds) for count in counts for arm in arms]
@@ -244,7 +248,7 @@ def begin_study(
         )
     known = {(fold.labels, fold.seed) for fold in study.folds}
     new = dict.fromkeys((cell.num_labels, cell.seed) for cell in cells if (cell.num_labels, cell.seed) not in known)
-    folds = [Subset(*fold, tuple(draw_subset(subjects, test, *fold))) for fold in new]
+    folds = [Subset(*fold, tuple(draw_subset(subjects, test, *fold, question.order))) for fold in new]
     return dataclasses.replace(study, folds=(*study.folds, *folds)), cells
 
 

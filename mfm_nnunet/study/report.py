@@ -36,7 +36,7 @@ def make_table(study: Study) -> str:
     for metric, title in TITLES.items():
         lines += ["", f"## {_long_title(metric, study)}", ""]
         compared = ("against scratch", "95 %", f"{_compared_unit(study)} better", "seeds better", "p")
-        columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved")
+        columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved", "min")
         lines += _markdown(columns, [_score_row(study, row, metric) for row in rows])
     lines += ["", "## Each label", "", *_per_label(rows)]
     lines += ["", "## How to read this", "", *_notes(study), *_training(study)]
@@ -141,9 +141,11 @@ def _score_row(study: Study, row: Mapping[str, Any], metric: str) -> list[str]:
         cells += [f"{compared['seeds_better']} of {len(compared['seeds_compared'])}", f"{compared['p_holm']:.2g}"]
     else:
         cells += [""] * 5
+    minutes = row["minutes_of_training"]
+    cost = "" if minutes is None else f"{minutes:.1f}"
     if saved := part.get("labels_saved"):
-        return [*cells, _needed(study, saved), _saved(study, row["labels"], saved["needed"])]
-    return [*cells, "", ""]
+        return [*cells, _needed(study, saved), _saved(study, row["labels"], saved["needed"]), cost]
+    return [*cells, "", "", cost]
 
 
 def _needed(study: Study, saved: Mapping[str, Any]) -> str:
@@ -176,11 +178,10 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     columns += [f"{name}, false positives" for name in lacking]
     cells = []
     for row in rows:
-        minutes = row["minutes_of_training"]
         scores = [_format_score(row[metric]["per_label"][name]) for name in names for metric in TITLES]
         scores += ["{predicted} of {cases}".format(**row["false_positives"][name]) for name in lacking]
-        cells.append([str(row["labels"]), row["arm"], *scores, "" if minutes is None else f"{minutes:.1f}"])
-    return _markdown(["labels", "start", *columns, "min of training"], cells)
+        cells.append([str(row["labels"]), row["arm"], *scores])
+    return _markdown(["labels", "start", *columns], cells)
 
 
 _NOTES = """\
@@ -196,6 +197,7 @@ _NOTES = """\
 * scratch needs: the number of labels with which scratch reaches the same score, read off the running maximum of its
   curve over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over {unit}); nothing is
   extrapolated below {smallest} or above {largest}. saved: that number minus the row's.
+* min: minutes of training, everything included that it trains on the way, such as teachers.
 * The final checkpoint was tested, never the best. All starts share one plan, {plan}.
 * Settings of all: {settings}."""
 

@@ -26,7 +26,7 @@ from mfm_nnunet.jobs.preflight import (
     read_raw_dataset,
 )
 from mfm_nnunet.plan import Plan
-from mfm_nnunet.requests import StudyRequest
+from mfm_nnunet.reports.progress import Stages
 from mfm_nnunet.study import cells as running
 from mfm_nnunet.study.cells import TRAINING, list_commands, steps_left
 from mfm_nnunet.study.design import Arm, Cell, parse_arms
@@ -34,6 +34,7 @@ from mfm_nnunet.study.evaluation import RESULT, require_library
 from mfm_nnunet.study.folder import LIKE, OWN, Study, begin_study, find_begun, read_study, write_study_folder
 from mfm_nnunet.study.report import list_cautions, make_table, plot
 from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise_study
+from mfm_nnunet.study_requests import StudyRequest
 from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def run_study(request: StudyRequest) -> Path:
     gpus = list_gpus(request.device)
     folder = study_folder(request.output, request.workspace).absolute()
     configuration, given, plans = request.configuration, None, None
-    with workspace.use(request.workspace) as here:
+    stages = Stages(3)
+    with stages, workspace.use(request.workspace) as here:
+        stages.begin("Check the data, the checkpoints and the settings")
         dataset = read_labelled(here, request.dataset)
         if request.plans_name is not None:
             given = read_given_plan(here, dataset.name, request.plans_name, configuration)
@@ -64,7 +67,8 @@ def run_study(request: StudyRequest) -> Path:
         study, cells = begin_study(folder, request, dataset, arms, plans, begun)
     # The last check before any work, so that it hides no other mistake.
     study = dataclasses.replace(study, library=require_library())
-    with running.lock_folder(folder) as lock, workspace.use_only(study.workspace) as own:
+    with stages, running.lock_folder(folder) as lock, workspace.use_only(study.workspace) as own:
+        stages.begin("Plan and preprocess")
         write_study_folder(study, dataset)
         plan = prepare_data(own, study, given)
         check_arms(study, arms, plan, min(cell.num_labels for cell in cells))
@@ -73,6 +77,7 @@ def run_study(request: StudyRequest) -> Path:
         )
         # Written only now: a refused call leaves no trace.
         dataclasses.replace(study, plan_sha256=digest_of(plan.content)).write()
+        stages.begin("Train, predict and score each cell")
         train_cells(study, cells, request, gpus, lock)
     return folder
 
