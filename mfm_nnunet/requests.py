@@ -90,7 +90,7 @@ class PlanRequest(Request):
         None,
         "--images",
         "register images as dataset ID, without labels unless --labels is given: a folder tree of NIfTI, NRRD, MHA, "
-        "PNG or DICOM files, a zip archive of DICOM files, a BIDS dataset or a folder of several, a CSV (columns image or "
+        "PNG or DICOM files, a zip archive of DICOM, a BIDS dataset or a folder of several, a CSV (columns image or "
         "image_0, image_1 ...; optional case, label, subject, modality, dataset, anonymisation_mask), nnssl's "
         "pretrain_data.json, or an nnU-Net raw folder without labels",
         metavar="SOURCE",

@@ -76,9 +76,25 @@ def find_series(source: Path, choice: Sequence[str] = ()) -> Iterator[list[Serie
             _unpack(source, folder)
             files = sorted(folder.iterdir())
         else:
-            files = [file for file in _all_files(source) if is_dicom(file)]
+            files = _dicom_files(source)
         series = _group(files) if files else []
         yield _chosen(source, series, choice)
+
+
+def _dicom_files(source: Path) -> list[Path]:
+    """Return the DICOM files below ``source``, and warn of those that only have the ending."""
+    found: list[Path] = []
+    without: list[Path] = []
+    for file in _all_files(source):
+        if is_dicom(file):
+            found.append(file)
+        elif file.suffix.lower() in ENDINGS:
+            without.append(file)
+    if without:
+        _log.warning("%d files end as DICOM but lack its mark (DICM), so they are left out", len(without))
+    if found:
+        dicom.load_library()
+    return found
 
 
 def is_dicom(file: Path) -> bool:

@@ -30,7 +30,8 @@ def pair_folders(images: Path, labels: Path) -> list[Case]:
     """Return a case for each image with its mask; both folders may be the same, or one inside the other.
 
     Names match after words such as ``_seg``, ``label_``, ``_mask`` or ``image_`` are removed, and channels ``_0000``.
-    Files in subfolders match by name alone if that is unique, else by their path. Raises MFMError: E_NOT_FOUND (no
+    Files in subfolders match by name alone if that is unique, else by their path, else by
+    their folder. Raises MFMError: E_NOT_FOUND (no
     images or masks, images without masks and the reverse, all listed), E_CONFIG (several candidates for a name),
     E_CHANNELS (missing channels).
     """
@@ -50,8 +51,8 @@ def pair_folders(images: Path, labels: Path) -> list[Case]:
         if not files:
             raise MFMError("E_NOT_FOUND", f"{folder}: there is no {what} in it.")
     options = [
-        _Pairing.of(images, scans, labels, masks, by_path, has_channels)
-        for by_path in (False, True)
+        _Pairing.of(images, scans, labels, masks, by, has_channels)
+        for by in ("name", "path", "folder")
         for has_channels in (False, True)
     ]
     best = max(options, key=lambda option: option.num_pairs)  # the first of equals
@@ -83,16 +84,16 @@ class _Pairing:
         scans: Sequence[Path],
         labels: Path,
         masks: Sequence[Path],
-        by_path: bool,
+        by: str,
         has_channels: bool,
     ) -> _Pairing:
-        """Group files by name, or by path and name, with or without channel numbers in the names of images."""
+        """Group files by ``name``, ``path`` or ``folder``, with or without channel numbers in the names of images."""
         result = cls({}, {})
         for file in scans:
-            name, channel = _numbered(file.relative_to(images), by_path, has_channels)
+            name, channel = _numbered(file.relative_to(images), by, has_channels)
             result.scans.setdefault(name, {}).setdefault(channel, []).append(file)
         for file in masks:
-            result.masks.setdefault(_key(file.relative_to(labels), _MASK_WORDS, by_path), []).append(file)
+            result.masks.setdefault(_key(file.relative_to(labels), _MASK_WORDS, by), []).append(file)
         return result
 
     @property
@@ -133,22 +134,22 @@ def _first(lines: Sequence[str]) -> str:
 
 def mask_key(file: Path) -> str:
     """Return the name of a mask without words such as ``_seg``."""
-    return _key(PurePath(file.name), _MASK_WORDS, by_path=False)
+    return _key(PurePath(file.name), _MASK_WORDS, by="name")
 
 
-def _numbered(file: PurePath, by_path: bool, has_channels: bool) -> tuple[str, int]:
+def _numbered(file: PurePath, by: str, has_channels: bool) -> tuple[str, int]:
     match = re.fullmatch(r"(.+)_(\d{4})", stem_of(file), re.DOTALL) if has_channels else None
     plain = file.with_name(f"{match[1]}{ending_of(Path(file.name))}") if match else file
-    return _key(plain, _IMAGE_WORDS, by_path), int(match[2]) if match else 0
+    return _key(plain, _IMAGE_WORDS, by), int(match[2]) if match else 0
 
 
-def _key(file: PurePath, words: str, by_path: bool) -> str:
-    """Return a file's name without the words for images or masks; with its folders, each without such words."""
+def _key(file: PurePath, words: str, by: str) -> str:
+    """Return a file's name, its path or its folder, without words for images or masks."""
     name = re.sub(rf"(?i)(?:^|[_\-. ]+){words}$|^{words}(?:[_\-. ]+|(?=\d)|$)", "", stem_of(file))
-    if not by_path:
+    if by == "name":
         return name or stem_of(file)
     folders = [re.sub(rf"(?i)^(?:{_MASK_WORDS}|{_IMAGE_WORDS})$", "", part) for part in file.parts[:-1]]
-    return "/".join(part for part in (*folders, name) if part)
+    return "/".join(part for part in (*folders, name if by == "path" else "") if part) or stem_of(file)
 
 
 def find_values(cases: Sequence[Case], num_processes: int) -> set[int]:

@@ -82,7 +82,7 @@ def _try_header(file: str) -> dict[str, Any] | None:
         warnings.simplefilter("ignore")
         try:
             data = load_library().dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
-            return _plain_values(data)
+            return _plain_values(data) if "SOPInstanceUID" in data else None
         except MFMError:
             raise
         except Exception:  # a damaged header can raise anything
