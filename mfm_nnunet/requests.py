@@ -101,15 +101,15 @@ class PlanRequest(Request):
         "folder of masks with the names of the images in --images (_0000, _seg, _label, _mask do not count)",
         metavar="FOLDER",
     )
-    label_names: Sequence[str] = option(
-        (),
+    label_names: Sequence[str] | None = option(
+        None,
         "--label-names",
         "names of the values in the masks, e.g. 1=liver 2=tumour (default: label_1, label_2 ...)",
         nargs="+",
         metavar="VALUE=NAME",
         check=each(matching(r"[0-9]{1,5}=[^=]*[^=\s][^=]*", "expected value=name, e.g. 1=liver")),
     )
-    series: Sequence[str] = option((), *SERIES, nargs="+", metavar="SERIES")
+    series: Sequence[str] | None = option(None, *SERIES, nargs="+", metavar="SERIES")
     key_file: str | Path | None = option(None, *KEY_FILE, metavar="FILE")
     name: str | None = option(
         None, "--name", "name of the dataset that --images registers (default: Corpus, with labels Labelled)"
@@ -187,7 +187,7 @@ class PlanRequest(Request):
         if self.images is not None and len(self.datasets) != 1:
             raise MFMError("E_CONFIG", "--images registers one dataset: give exactly one -d ID with it.")
         for name in ("name", "slices", "colour", "labels", "label_names", "series", "key_file"):
-            if self.images is None and getattr(self, name) not in (None, ()):
+            if self.images is None and getattr(self, name) is not None:
                 flag_name = {"key_file": "dicom-key"}.get(name, name.replace("_", "-"))
                 raise MFMError("E_CONFIG", f"--{flag_name} belongs to --images: it is of a new dataset.")
         for name in ("slices", "colour"):
@@ -335,7 +335,7 @@ class PredictRequest(Request):
     save_probabilities: bool = option(
         False, "--save_probabilities --save-probabilities", "also save the probabilities (.npz)"
     )
-    series: Sequence[str] = option((), *SERIES, nargs="+", metavar="SERIES")
+    series: Sequence[str] | None = option(None, *SERIES, nargs="+", metavar="SERIES")
     key_file: str | Path | None = option(None, *KEY_FILE, metavar="FILE")
     dicom_seg: bool = option(
         False,

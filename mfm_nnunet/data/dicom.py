@@ -73,11 +73,11 @@ def find_series(source: Path, choice: Sequence[str] = ()) -> Iterator[list[Serie
     with contextlib.ExitStack() as stack:
         if source.is_file() and zipfile.is_zipfile(source):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mfm_dicom_")))
-            _unpack(source, folder)
+            _unpack_archive(source, folder)
             files = sorted(folder.iterdir())
         else:
             files = _dicom_files(source)
-        series = _group(files) if files else []
+        series = _group_series(files) if files else []
         yield _chosen(source, series, choice)
 
 
@@ -93,7 +93,7 @@ def _dicom_files(source: Path) -> list[Path]:
     if without:
         _log.warning("%d files end as DICOM but lack its mark (DICM), so they are left out", len(without))
     if found:
-        dicom.load_library()
+        dicom.load_pydicom()
     return found
 
 
@@ -116,7 +116,7 @@ def _all_files(place: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith(".") and name != "DICOMDIR")
 
 
-def _unpack(archive: Path, folder: Path) -> None:
+def _unpack_archive(archive: Path, folder: Path) -> None:
     """Unpack the DICOM files of an archive under numbers as names, so that no name in it can lead elsewhere."""
     try:
         with zipfile.ZipFile(archive) as content:
@@ -148,7 +148,7 @@ def _copy(stream: Iterator[bytes] | zipfile.ZipExtFile, file: object, room: int,
     return room
 
 
-def _group(files: Sequence[Path]) -> list[Series]:
+def _group_series(files: Sequence[Path]) -> list[Series]:
     """Read all headers and return the series of scans, with a message about everything else."""
     headers = _read_headers(files)
     unread = headers.count(None)
@@ -178,7 +178,7 @@ def _read_headers(files: Sequence[Path]) -> list[dicom.Header | None]:
         try:
             found += decoder.call(Path("DICOM headers"), {"task": "read_headers", "files": some}).content["answer"]
         except MFMError as error:
-            if not error.code.startswith("E_READER"):
+            if error.code not in ("E_READER_CRASH", "E_READER_TIMEOUT", "E_READER_MEMORY"):
                 raise
             for file in some:  # one of them ended the child
                 try:

@@ -119,7 +119,7 @@ def decode_series(name: Path, files: Sequence[str], reader_name: str) -> Decoded
     with about(name):
         headers = dicom.read_headers(files)
         _limit(READING_BYTES_PER_VOXEL * dicom.count_voxels(headers))
-        array, properties = dicom.read_series(files, headers)
+        array, properties = dicom.read_volume(files, headers)
         ranges = _find_ranges(name, array, None)
         require_sane(name, array, geometry_of(properties))
         properties = properties_for(reader_name, properties, array.shape[1])

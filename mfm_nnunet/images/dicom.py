@@ -59,7 +59,7 @@ class Arrangement:
     """Row by row; two axes for a picture without a position, such as an X-ray."""
 
 
-def load_library() -> Any:
+def load_pydicom() -> Any:
     """Import pydicom; raise MFMError (E_NOT_FOUND) with the command that installs it."""
     try:
         import pydicom
@@ -81,7 +81,7 @@ def _try_header(file: str) -> dict[str, Any] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            data = load_library().dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+            data = load_pydicom().dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
             return _plain_values(data) if "SOPInstanceUID" in data else None
         except MFMError:
             raise
@@ -145,7 +145,7 @@ def arrange(headers: Sequence[Header]) -> Arrangement:
         raise _series_error("some of its slices have no position")
     if first["spacing"] is None:
         raise MFMError("E_SPACING", "the series has no PixelSpacing, so its size is unknown. Export it again.")
-    return _stack(headers)
+    return _place_stack(headers)
 
 
 def _picture(headers: Sequence[Header]) -> Arrangement:
@@ -156,7 +156,7 @@ def _picture(headers: Sequence[Header]) -> Arrangement:
     return Arrangement((0,), (columns_mm, rows_mm), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
 
 
-def _stack(headers: Sequence[Header]) -> Arrangement:
+def _place_stack(headers: Sequence[Header]) -> Arrangement:
     first = headers[0]
     axes = np.array([header["orientation"] for header in headers])
     if axes.shape[1:] != (6,) or not np.all(np.abs(axes - axes[0]) <= DIRECTION_TOLERANCE):
@@ -238,7 +238,7 @@ def _series_error(reason: str, advice: str = "Export each stack of slices as a s
     return MFMError("E_DICOM_SERIES", f"the series is no single volume: {reason}. {advice}")
 
 
-def read_series(files: Sequence[str], headers: Sequence[Header]) -> tuple[np.ndarray, dict[str, Any]]:
+def read_volume(files: Sequence[str], headers: Sequence[Header]) -> tuple[np.ndarray, dict[str, Any]]:
     """Read the files of a series as (1, D, H, W) float32, with the properties of nnU-Net's SimpleITKIO.
 
     Raises MFMError as :func:`arrange`, and E_SHORT_DATA (cut off), E_FORMAT (readers disagree, a damaged file),
@@ -248,7 +248,7 @@ def read_series(files: Sequence[str], headers: Sequence[Header]) -> tuple[np.nda
     shape = (len(files), headers[0]["rows"], headers[0]["columns"])
     voxels_DHW = np.empty(shape, np.float32)
     for slice_HW, index in zip(voxels_DHW, place.order):
-        data = _read_file(files[index])
+        data = _read_whole(files[index])
         factor = _suv_factor(data, headers[index]["modality"])
         slice_HW[...] = _read_pixels(files[index], data, headers[index]) * factor
     spacing = [*place.spacing[::-1]]
@@ -275,11 +275,11 @@ def count_voxels(headers: Sequence[Header]) -> int:
     return number
 
 
-def _read_file(file: str) -> Any:
+def _read_whole(file: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return load_library().dcmread(file)
+            return load_pydicom().dcmread(file)
         except Exception as error:
             reason = type(error).__name__
             raise MFMError(

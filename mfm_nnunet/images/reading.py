@@ -103,7 +103,7 @@ def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dic
 def read_series(name: str, files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Read a DICOM series as (1, D, H, W) float32, with the properties of nnU-Net's reader ``reader_name``.
 
-    Messages contain ``name`` and no path. Raises MFMError as :func:`mfm_nnunet.images.dicom.read_series`, and
+    Messages contain ``name`` and no path. Raises MFMError as :func:`mfm_nnunet.images.dicom.read_volume`, and
     E_NONFINITE, E_CONSTANT, E_NOT_FOUND.
     """
     try:

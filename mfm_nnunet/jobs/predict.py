@@ -36,9 +36,9 @@ from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.prediction import dicom_seg
 from mfm_nnunet.prediction.cases import (
     PreparedCase,
+    case_name_of,
     find_cases,
     hash_inputs,
-    name_of,
     prepare_case,
     require_cases,
     series_cases,
@@ -117,16 +117,16 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     previous_stage = Path(request.previous_stage) if request.previous_stage else None
     _check_folders(source, folder, model_folder, previous_stage)
     if request.dicom_seg:
-        dicom_seg.load_library()
+        dicom_seg.load_highdicom()
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
     _check_previous_stage(model, previous_stage)
-    with find_series(source, request.series) as series:
-        require_choice(series, request.series)
+    with find_series(source, request.series or ()) as series:
+        require_choice(series, request.series or ())
         found = series_cases(series, model, previous_stage)
         if source.is_dir() or not found:
-            found = sorted([*found, *find_cases(source, model, previous_stage)], key=name_of)
+            found = sorted([*found, *find_cases(source, model, previous_stage)], key=case_name_of)
         require_cases(found, source, model)
         if request.dicom_seg and not series:
             raise MFMError(
@@ -134,7 +134,7 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
             )
         if request.key_file is not None:
             write_key(Path(request.key_file), series)
-        names = [name_of(item) for item in found]
+        names = [case_name_of(item) for item in found]
         if request.num_parts > 1:
             others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
             check_output(folder, others, request)

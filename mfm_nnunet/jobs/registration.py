@@ -58,12 +58,12 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest, left_out
     given = {"modality": request.modality, "slices": request.slices, "colour": request.colour}
     given = {name: value for name, value in given.items() if value is not None}
     images = Path(request.images)
-    with dicom.find_series(images, request.series) as series:
+    with dicom.find_series(images, request.series or ()) as series:
         if request.key_file is not None:
             dicom.write_key(Path(request.key_file), series)
         if request.labels is not None:
             folder = _new_folder(here, number, request.name or "Labelled")
-            good = _require_readable(folder.name, series)
+            good = _require_good(folder.name, series)
             cases = _pair_series(folder, good, images, Path(request.labels), request) if good else None
             cases = cases or pairs.pair_folders(images, Path(request.labels))
             return _register_labelled(folder, cases, request)
@@ -77,7 +77,7 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest, left_out
         if not cases and left_out:
             raise dataset_refused(folder.name, left_out, len(left_out), "")
     cases = [replace(case, modality=case.modality or settings.get("modality", "")) for case in cases]
-    corpus.register_corpus(here.raw, folder.name, cases, _channel_names(cases, settings), settings)
+    corpus.register_corpus(here.raw, folder.name, cases, _name_channels(cases, settings), settings)
     return folder.name
 
 
@@ -90,7 +90,7 @@ def _new_folder(here: Workspace, number: int, name: str) -> Path:
     return inside(here.raw, dataset_name)
 
 
-def _channel_names(cases: Sequence[Case], settings: Mapping[str, Any]) -> list[str]:
+def _name_channels(cases: Sequence[Case], settings: Mapping[str, Any]) -> list[str]:
     """Name the channels, as nnU-Net normalises by name: Hounsfield units are kept if every case is a CT."""
     is_ct = all(kind_of(case.modality) == "ct" for case in cases)
     return ["CT" if is_ct else f"channel{number}" for number in range(_num_channels(cases, settings))]
@@ -112,7 +112,7 @@ def _num_channels(cases: Sequence[Case], settings: Mapping[str, Any]) -> int:
 # DICOM
 
 
-def _require_readable(name: str, series: Sequence[dicom.Series]) -> list[dicom.Series]:
+def _require_good(name: str, series: Sequence[dicom.Series]) -> list[dicom.Series]:
     if bad := [item.failure for item in series if item.failure is not None]:
         raise dataset_refused(name, bad, len(series), "; choose others with --series")
     return list(series)
@@ -183,7 +183,7 @@ def _register_labelled(folder: Path, cases: Sequence[Case], request: PlanRequest
     if without:
         raise MFMError("E_NOT_FOUND", f"{len(without)} images have no mask, e.g. {without[0]}. Add it, or remove them.")
     values = pairs.find_values(cases, request.num_processes or places.num_cores())
-    labels, new = pairs.name_labels(values, _parse_names(request.label_names))
+    labels, new = pairs.name_labels(values, _parse_names(request.label_names or ()))
     folder.mkdir(parents=True, exist_ok=True)
     if any(new[value] != value for value in values):
         cases = [replace(case, label=_renumber(case, new, folder)) for case in cases]
@@ -193,14 +193,14 @@ def _register_labelled(folder: Path, cases: Sequence[Case], request: PlanRequest
     cases = [replace(case, modality=case.modality or request.modality or "") for case in cases]
     form = corpus.file_format(cases, may_mix=False)
     form["file_ending"] = _WRITABLE.get(form["file_ending"], form["file_ending"])
-    channels = _channel_names(cases, settings)
+    channels = _name_channels(cases, settings)
     content = {
         "channel_names": {str(number): name for number, name in enumerate(channels)},
         "labels": labels,
         "numTraining": len(cases),
         **form,
         "made_by": MADE_BY,
-        "dataset": {case.name: _entry(case, folder) for case in cases},
+        "dataset": {case.name: _describe_case(case, folder) for case in cases},
     }
     write_json(file, content)
     shown = ", ".join(f"{value} {name}" for name, value in labels.items())
@@ -229,7 +229,7 @@ def _renumber(case: Case, new: Mapping[int, int], folder: Path) -> Path:
     return target
 
 
-def _entry(case: Case, folder: Path) -> dict[str, Any]:
+def _describe_case(case: Case, folder: Path) -> dict[str, Any]:
     """Return the entry of a case in nnU-Net's "dataset" map; paths inside of ``folder`` are relative."""
 
     def shorten(file: Path) -> str:

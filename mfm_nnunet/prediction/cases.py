@@ -95,7 +95,7 @@ def find_cases(source: Path, model: Model, previous_stage: Path | None = None) -
                     name, tuple(folder / numbered[k][0] for k in sorted(numbered)), _mask(previous_stage, name, ending)
                 )
             )
-    return sorted(found, key=name_of)
+    return sorted(found, key=case_name_of)
 
 
 def series_cases(series: Sequence[Series], model: Model, previous_stage: Path | None) -> list[Case | CaseFailure]:
@@ -125,7 +125,7 @@ def require_cases(found: Sequence[Case | CaseFailure], source: Path, model: Mode
     )
 
 
-def name_of(item: Case | CaseFailure) -> str:
+def case_name_of(item: Case | CaseFailure) -> str:
     """Return the name of a case, good or bad."""
     return item.case if isinstance(item, CaseFailure) else item.name
 

@@ -23,7 +23,7 @@ SERIES_NUMBER = 300
 _INSTALL = "Run: pip install 'mfm_nnunet[dicom]'"
 
 
-def load_library() -> Any:
+def load_highdicom() -> Any:
     """Import highdicom; raise MFMError (E_NOT_FOUND) with the command that installs it."""
     try:
         import highdicom
@@ -42,7 +42,7 @@ def write_segmentation(
     the digest of the model, kept as the series' description. Raises MFMError: E_GEOMETRY (slices without a place),
     E_FORMAT (slices that highdicom refuses, or a file that reads back otherwise), E_DISK_FULL.
     """
-    highdicom, pydicom = load_library(), _pydicom()
+    highdicom, pydicom = load_highdicom(), _pydicom()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they would print values of the header
         sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in slices]
@@ -51,7 +51,7 @@ def write_segmentation(
                 "E_GEOMETRY", "the series has no position in space, so no DICOM segmentation can refer to it."
             )
         segments_DHWS = np.stack([np.isin(mask_DHW, values) for values in labels.values()], axis=-1)
-        descriptions = [_describe(highdicom, number, name) for number, name in enumerate(labels, start=1)]
+        descriptions = [_describe_segment(highdicom, number, name) for number, name in enumerate(labels, start=1)]
         try:
             segmentation = highdicom.seg.Segmentation(
                 source_images=sources,
@@ -91,7 +91,7 @@ def _require_same(written: Any, sources: Sequence[Any], segments_DHWS: np.ndarra
         raise MFMError("E_FORMAT", "the DICOM segmentation reads back with other voxels than the mask. Use the mask.")
 
 
-def _describe(highdicom: Any, number: int, name: str) -> Any:
+def _describe_segment(highdicom: Any, number: int, name: str) -> Any:
     """Return the description of a segment: its name, a code if SNOMED CT as known to pydicom has the name, a colour."""
     from matplotlib import colormaps
     from pydicom.sr.codedict import codes
@@ -116,4 +116,4 @@ def _describe(highdicom: Any, number: int, name: str) -> Any:
 def _pydicom() -> Any:
     from mfm_nnunet.images import dicom
 
-    return dicom.load_library()
+    return dicom.load_pydicom()

@@ -114,7 +114,7 @@ def _written(folder: Path, shape: tuple[int, ...]) -> Path:
 
 
 def test_a_folder_of_everything(model: Path, tmp_path: Path) -> None:
-    """DICOM, NIfTI and NRRD side by side, and a bad series, which costs no other; the same from an archive and a file."""
+    """DICOM, NIfTI and NRRD side by side, and a bad series, which costs no other; also an archive and a file."""
     source = _written(tmp_path / "in" / "a", (12, 20, 18)).parent
     gap = dicom.slices(dicom.phantom((12, 20, 18)), study=2)
     dicom.write(source / "b", [*gap[:4], *gap[6:]])
@@ -159,4 +159,4 @@ def test_refusals(model: Path, tmp_path: Path) -> None:
 def test_without_the_library(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "highdicom", None)
     with pytest.raises(MFMError, match=r"pip install 'mfm_nnunet\[dicom\]'"):
-        run(model, tmp_path, tmp_path / "out", dicom_seg=True)
+        run(model, _written(tmp_path / "in", (4, 8, 9)), tmp_path / "out", dicom_seg=True)
