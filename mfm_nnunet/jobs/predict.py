@@ -33,15 +33,15 @@ from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
 from mfm_nnunet.images.reading import read_label
+from mfm_nnunet.jobs.report import report_prediction, reported
 from mfm_nnunet.prediction import dicom_seg
 from mfm_nnunet.prediction.cases import (
     PreparedCase,
     case_name_of,
+    check_previous_stage,
     find_cases,
     hash_inputs,
     prepare_case,
-    require_cases,
-    series_cases,
 )
 from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
 from mfm_nnunet.prediction.classification import write_labels, write_table
@@ -51,7 +51,7 @@ from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.version import __version__
-from mfm_nnunet.workspace import Workspace, use
+from mfm_nnunet.workspace import DEFAULT_PLAN, Workspace, only_one, use
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,13 @@ def predict(request: PredictRequest) -> PredictReport:
 
 def _find_model(here: Workspace, request: PredictRequest) -> Path:
     assert request.dataset is not None
-    name = f"{request.trainer}__{request.plans_name}__{request.configuration}"
-    folder = inside(here.results, here.dataset_name(request.dataset), name)
+    results, plans = inside(here.results, here.dataset_name(request.dataset)), request.plans_name
+    if plans is None:
+        found = results.glob(f"{request.trainer}*__*__{request.configuration}") if results.is_dir() else ()
+        others = sorted({entry.name.split("__")[1] for entry in found if entry.name.count("__") == 2})
+        plans = only_one(others, DEFAULT_PLAN, "model's plan", f"the only one with a model in {results.name}", "-p")
+    name = f"{request.trainer}__{plans}__{request.configuration}"
+    folder = inside(results, name)
     classifiers = sorted(folder.parent.glob(f"{name.replace('__', '_*__', 1)}")) if folder.parent.is_dir() else []
     if not folder.is_dir() and len(classifiers) == 1:
         return classifiers[0]
@@ -116,22 +121,19 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     source, folder = Path(request.input_folder), Path(request.output_folder)
     previous_stage = Path(request.previous_stage) if request.previous_stage else None
     _check_folders(source, folder, model_folder, previous_stage)
+    if request.references and not Path(request.references).is_dir():
+        raise MFMError("E_NOT_FOUND", f"--references {request.references}: no such folder. Check the path.")
     if request.dicom_seg:
         dicom_seg.load_highdicom()
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
-    _check_previous_stage(model, previous_stage)
+    check_previous_stage(model, previous_stage)
     with find_series(source, request.series or ()) as series:
         require_choice(series, request.series or ())
-        found = series_cases(series, model, previous_stage)
-        if source.is_dir() or not found:
-            found = sorted([*found, *find_cases(source, model, previous_stage)], key=case_name_of)
-        require_cases(found, source, model)
+        found = find_cases(source, model, previous_stage, series)
         if request.dicom_seg and not series:
-            raise MFMError(
-                "E_CONFIG", f"--dicom-seg: {source} holds no DICOM series that a segmentation could refer to."
-            )
+            raise MFMError("E_CONFIG", f"--dicom-seg: {source} holds no DICOM series to refer to. Leave it out.")
         if request.key_file is not None:
             write_key(Path(request.key_file), series)
         names = [case_name_of(item) for item in found]
@@ -140,7 +142,14 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
             check_output(folder, others, request)
         if request.overwrite:
             warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
-        return _Run(model, source, folder, request).work(found[request.part_id :: request.num_parts])
+        run, own = _Run(model, source, folder, request), found[request.part_id :: request.num_parts]
+
+        def report(problem: str) -> None:
+            if request.report and run.is_begun:
+                report_prediction(model, model_folder, own, run.journal.last, request, problem)
+
+        with reported(report):
+            return run.work(own)
 
 
 def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stage: Path | None) -> None:
@@ -158,20 +167,6 @@ def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stag
     require_unicode(folder, "the output folder")
     if folder.exists() and not folder.is_dir():
         raise MFMError("E_EXISTS", f"{folder}: this is a file. Give a folder for the masks.")
-
-
-def _check_previous_stage(model: Model, folder: Path | None) -> None:
-    needed = model.configuration_manager.previous_stage_name
-    if needed is not None and folder is None:
-        raise MFMError(
-            "E_CONFIG",
-            f"the model is the second stage of a cascade: predict the same images with configuration '{needed}' first "
-            "and give that folder (-prev_stage_predictions).",
-        )
-    if needed is None and folder is not None:
-        raise MFMError("E_CONFIG", "-prev_stage_predictions: the model takes no previous stage. Leave it out.")
-    if folder is not None and not folder.is_dir():
-        raise MFMError("E_NOT_FOUND", f"{folder}: no such folder. Give the masks of the previous stage.")
 
 
 class _Run:
@@ -197,6 +192,8 @@ class _Run:
         """Model and settings: they and the images determine the masks. JSON values without paths."""
         self.report = PredictReport(output_folder=folder)
         self.begun: list[str] = []
+        self.is_begun = False
+        """True once the folder is ours to write to."""
 
     def work(self, found: Sequence[Case | CaseFailure]) -> PredictReport:
         """Predict all cases, or record why they failed."""
@@ -206,6 +203,7 @@ class _Run:
                 shutil.rmtree(leftover, ignore_errors=True)
             if not self.request.overwrite:
                 self.journal.require_same_maker(self.identity)
+            self.is_begun = True
             self._write_copies()
             todo = [item for item in found if isinstance(item, Case) and not self._is_settled(item)]
             for failure in (item for item in found if isinstance(item, CaseFailure)):
@@ -311,6 +309,7 @@ class _Run:
                 "output": {file.name: sha256(file) for file in sorted(stage.iterdir())},
                 "seconds": round(time.perf_counter() - start, 3),
                 "memory_steps": list(model.oom_steps),
+                **({"agreement": model.agreement} if model.agreement else {}),
                 "warnings": list(ready.warnings),
                 "versions": _versions(model.device),
             }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -52,9 +53,14 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest, left_out
         if request.modality is not None and corpus.is_corpus(here.raw_folder(dataset_name)):
             raise MFMError("E_CONFIG", "--modality of a corpus belongs to --images: register it again with both.")
         return dataset_name
-    number = whole_number(str(dataset))
+    if whole_number(str(dataset)) is None:  # a dataset that is registered again may be given by name
+        with contextlib.suppress(MFMError):
+            dataset = here.dataset_name(dataset)
+    whole = re.fullmatch(r"Dataset(\d+)_(.+)", str(dataset))
+    number = whole_number(whole[1] if whole else str(dataset))
     if number is None or not 1 <= number <= 999:
         raise MFMError("E_CONFIG", f"-d {dataset}: a new dataset needs a number from 1 to 999.")
+    name = request.name or (whole[2] if whole else None)
     given = {"modality": request.modality, "slices": request.slices, "colour": request.colour}
     given = {name: value for name, value in given.items() if value is not None}
     images = Path(request.images)
@@ -62,15 +68,15 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest, left_out
         if request.key_file is not None:
             dicom.write_key(Path(request.key_file), series)
         if request.labels is not None:
-            folder = _new_folder(here, number, request.name or "Labelled")
+            folder = _new_folder(here, number, name or "Labelled")
             good = _require_good(folder.name, series)
             cases = _pair_series(folder, good, images, Path(request.labels), request) if good else None
             cases = cases or pairs.pair_folders(images, Path(request.labels))
             return _register_labelled(folder, cases, request)
         cases = index_source(images, "slices" in given, with_dicom=bool(series))
         if any(case.label is not None for case in cases):
-            return _register_labelled(_new_folder(here, number, request.name or "Labelled"), cases, request)
-        folder = _new_folder(here, number, request.name or "Corpus")
+            return _register_labelled(_new_folder(here, number, name or "Labelled"), cases, request)
+        folder = _new_folder(here, number, name or "Corpus")
         settings = corpus.read_settings(folder) | given
         cases += _convert(folder / DICOM_FOLDER, [item for item in series if item.failure is None], "", left_out)
         left_out += [item.failure for item in series if item.failure is not None]

@@ -53,15 +53,45 @@ class PreparedCase:
     """Peculiarities of the images that are no reason to refuse them."""
 
 
-def find_cases(source: Path, model: Model, previous_stage: Path | None = None) -> list[Case | CaseFailure]:
-    """Find the cases of a folder, or of one file, in nnU-Net's naming, sorted by name.
+def find_cases(
+    source: Path, model: Model, previous_stage: Path | None = None, series: Sequence[Series] = ()
+) -> list[Case | CaseFailure]:
+    """Find the cases of a folder, one file, or the DICOM ``series`` in them, sorted by name.
+
+    ``label`` is the mask of the previous stage, if any. Returns a CaseFailure for each that cannot be one. Raises
+    MFMError: E_NOT_FOUND (no case at all), E_CHANNELS (no file of several channels has a number; a series for a model
+    of several channels).
+    """
+    found = _series_cases(series, model, previous_stage)
+    if source.is_dir() or not found:
+        found += _image_cases(source, model, previous_stage)
+    _require_cases(found, source, model)
+    return sorted(found, key=case_name_of)
+
+
+def check_previous_stage(model: Model, folder: Path | None) -> None:
+    """Refuse a missing or needless folder of masks of the previous stage (E_CONFIG, E_NOT_FOUND)."""
+    needed = model.configuration_manager.previous_stage_name
+    if needed is not None and folder is None:
+        raise MFMError(
+            "E_CONFIG",
+            f"the model is the second stage of a cascade: predict the same images with configuration '{needed}' first "
+            "and give that folder (-prev_stage_predictions).",
+        )
+    if needed is None and folder is not None:
+        raise MFMError("E_CONFIG", "-prev_stage_predictions: the model takes no previous stage. Leave it out.")
+    if folder is not None and not folder.is_dir():
+        raise MFMError("E_NOT_FOUND", f"{folder}: no such folder. Give the masks of the previous stage.")
+
+
+def _image_cases(source: Path, model: Model, previous_stage: Path | None) -> list[Case | CaseFailure]:
+    """Find the images of a folder, or of one file, in nnU-Net's naming.
 
     A case is <case>_0000<ending>, one file per channel; if the model has one channel and no file has a numbered name,
     each file is a case. Formats may be mixed: volumes for a model of volumes, pictures for one of pictures. Returns a
     CaseFailure for a case with other channels than the model's (E_CHANNELS), an image whose ending is not in lower case
     (E_FORMAT), and cases whose names differ in letter case or ending alone (E_CONFIG). Other images are named in a
-    warning. ``label`` is the mask of the previous stage, if any. Raises MFMError (E_CHANNELS) if no file
-    of several channels has a number. The list may be empty: :func:`require_cases`.
+    warning. The list may be empty.
     """
     folder, ending = (source if source.is_dir() else source.parent), model.dataset_json["file_ending"]
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -90,15 +120,12 @@ def find_cases(source: Path, model: Model, previous_stage: Path | None = None) -
         if problem:
             found.append(CaseFailure(name, code, f"{shown(folder / name)}: {problem}"))
         else:
-            found.append(
-                Case(
-                    name, tuple(folder / numbered[k][0] for k in sorted(numbered)), _mask(previous_stage, name, ending)
-                )
-            )
-    return sorted(found, key=case_name_of)
+            files = tuple(folder / numbered[k][0] for k in sorted(numbered))
+            found.append(Case(name, files, _mask(previous_stage, name, ending)))
+    return found
 
 
-def series_cases(series: Sequence[Series], model: Model, previous_stage: Path | None) -> list[Case | CaseFailure]:
+def _series_cases(series: Sequence[Series], model: Model, previous_stage: Path | None) -> list[Case | CaseFailure]:
     """Return the cases of DICOM series; a model of several channels reads none (E_CHANNELS)."""
     if series and model.num_channels > 1:
         raise MFMError(
@@ -110,7 +137,7 @@ def series_cases(series: Sequence[Series], model: Model, previous_stage: Path | 
     return [item.failure or replace(item.case, label=_mask(previous_stage, item.name, ending)) for item in series]
 
 
-def require_cases(found: Sequence[Case | CaseFailure], source: Path, model: Model) -> None:
+def _require_cases(found: Sequence[Case | CaseFailure], source: Path, model: Model) -> None:
     """Raise MFMError (E_NOT_FOUND) if there is no case at all."""
     if any(isinstance(item, Case) or item.code != "E_FORMAT" for item in found):
         return
