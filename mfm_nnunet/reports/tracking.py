@@ -52,7 +52,7 @@ def open_tracker(folder: Path, first_epoch: int) -> Iterator[Record]:
 
 def flatten(results: Mapping[str, Any]) -> dict[str, float]:
     """Return a number per name; the numbers of a list are named ``name/0``, ``name/1`` ..."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in results.items():
         values = value if hasattr(value, "__len__") else [value]
         names = [f"{name}/{index}" for index in range(len(values))] if hasattr(value, "__len__") else [name]
