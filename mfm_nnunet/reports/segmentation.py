@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.metrics import mean_dice
-from mfm_nnunet.reports.html import Picture, Section, Table, embed_image, without_folders
+from mfm_nnunet.reports.html import Picture, Section, Table, embed_image, format_number, without_folders
 from mfm_nnunet.reports.measures import Measured, find_flags, measure, usual_range
 from mfm_nnunet.reports.overlays import ERRORS, Labels, Scan, draw_errors, draw_labels
 from mfm_nnunet.reports.views import OrientedImage, Plane, read_oriented
@@ -153,7 +153,7 @@ def _list_each_label(seen: Sequence[_Seen], labels: Mapping[str, Any], training:
         median = known["quartiles"][2] if known.get("num_cases") else None
         scores = [one.dice[name] for one in measured if name in one.dice]
         row = [name, f"{len(volumes)} of {len(measured)}", volumes[len(volumes) // 2] if volumes else None]
-        row += [median, f"{usual[0]:.3g} to {usual[1]:.3g}" if usual else "-"] if training else []
+        row += [median, f"{format_number(usual[0])} to {format_number(usual[1])}" if usual else "-"] if training else []
         rows.append([*row, *([mean_dice(scores)] if any(one.dice for one in measured) else [])])
     unit = measured[0].unit
     columns = ["label", "found in", f"median here [{unit}]"]
