@@ -17,6 +17,7 @@ from mfm_nnunet.data.slices import as_in_corpus, reader_of
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError
 from mfm_nnunet.files import inside, read_json, read_lines, write_json
+from mfm_nnunet.images.geometry import letters_of
 from mfm_nnunet.images.reading import read_image
 from mfm_nnunet.modalities import kind_of
 from mfm_nnunet.prediction.journal import report_name, table_name
@@ -26,7 +27,7 @@ from mfm_nnunet.reports import runs
 from mfm_nnunet.reports.html import FILE, Report, Section, Table, without_folders, write_report
 from mfm_nnunet.reports.measures import measure, summarise_volumes
 from mfm_nnunet.reports.segmentation import PredictedCase, describe_masks
-from mfm_nnunet.reports.views import read_oriented
+from mfm_nnunet.reports.views import read_oriented, reorient
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.workspace import Workspace
 
@@ -69,8 +70,11 @@ def report_corpus(here: Workspace, dataset_name: str, cases: list[Case], failure
         if kind not in examples:
             with contextlib.suppress(MFMError):  # a file that vanished meanwhile is reported by preprocessing
                 reader = reader_of(case, fingerprint["mfm"]["reader"], settings)
-                image_CDHW, _ = as_in_corpus(*read_image(case.images, reader), case, settings)
-                examples[kind] = image_CDHW[0, image_CDHW.shape[1] // 2]
+                image_CDHW, properties = as_in_corpus(*read_image(case.images, reader), case, settings)
+                shown, letters = image_CDHW[0], letters_of(properties)
+                if letters:
+                    shown, _ = reorient(shown, letters, properties["spacing"])
+                examples[kind] = shown[len(shown) // 2]
     reports.draw_corpus(content, dict(sorted(examples.items())), file.with_suffix(".png"))
     logger.info("%s\n%s", dataset_name, "\n".join(reports.summarise_corpus(content)))
     write_report(lambda: reports.describe_page(dataset_name, content, file.with_suffix(".png")), names[2])

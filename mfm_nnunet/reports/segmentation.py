@@ -28,6 +28,7 @@ GOOD_PICTURES = (
     "letters name the directions (R right, L left, A anterior, P posterior, S superior, I inferior), and the patient's "
     "left is on the right."
 )
+GOOD_FLAT = "the colour fills the organ up to its edge, in one piece."
 GOOD_ERRORS = (
     " Errors are thin rims along edges, in both colours. Whole blobs in one colour are structures that were invented "
     "(false positive) or missed (false negative)."
@@ -217,9 +218,11 @@ def _show(parts: Sequence[Section], seen: Sequence[_Seen]) -> Section:
     has_errors = any(one.measured and one.measured.dice for one in seen)
     number = sum(one.measured is not None for one in seen)
     texts = [f"{len(parts)} of {number} masks: flagged ones first" + (", then the lowest Dice." if has_errors else ".")]
-    texts.append("Slices go through the largest cross-section.")
+    is_flat = all(len(part.pictures) <= 2 for part in parts)
+    texts += [] if is_flat else ["Slices go through the largest cross-section."]
+    good = (GOOD_FLAT if is_flat else GOOD_PICTURES) + (GOOD_ERRORS if has_errors else "")
     legend = list(ERRORS.items()) if has_errors else []
-    return Section("Pictures", texts, GOOD_PICTURES + (GOOD_ERRORS if has_errors else ""), legend=legend, parts=parts)
+    return Section("Pictures", texts, good, legend=legend, parts=parts)
 
 
 def _hex(colour: tuple[int, int, int]) -> str:
