@@ -30,6 +30,7 @@ from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
+from mfm_nnunet.jobs.dry_run import describe_prediction
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
 from mfm_nnunet.prediction.classification import write_labels, write_table
@@ -116,6 +117,9 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     if request.num_parts > 1:
         others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
         check_output(folder, others, request)
+    if request.dry_run:
+        describe_prediction(model, found, request)
+        return PredictReport(output_folder=folder)
     if request.overwrite:
         warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
     return _Run(model, source, folder, request).work(found[request.part_id :: request.num_parts])
