@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ import torch
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.dicom import find_series, require_choice, write_key
-from mfm_nnunet.data.loops import attempt, reader_threads
+from mfm_nnunet.data.loops import attempt, one_ahead, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
@@ -218,7 +218,7 @@ class _Run:
             try:
                 with reader_threads(1) as reader, track("predicting", len(todo), lines=False) as advance:
                     ahead = itertools.chain.from_iterable(
-                        _one_ahead(partial(self._begin, reader), group) for group in groups
+                        one_ahead(partial(self._begin, reader), group) for group in groups
                     )
                     for number, (case, prepared) in enumerate(ahead, start=1):
                         outcome = self._attempt(case, prepared)
@@ -401,20 +401,6 @@ class _Run:
             for name in self.begun:
                 if self.journal.last.get(name, {}).get("status") == "started":
                     self.journal.write(name, "stopped", **self.identity)
-
-
-def _one_ahead(
-    begin: Callable[[Case], Future[PreparedCase]], cases: Sequence[Case]
-) -> Iterator[tuple[Case, Future[PreparedCase]]]:
-    """Yield each case with its preparation, while that of the next case is already running."""
-    waiting: tuple[Case, Future[PreparedCase]] | None = None
-    for case in cases:
-        submitted = (case, begin(case))
-        if waiting is not None:
-            yield waiting
-        waiting = submitted
-    if waiting is not None:
-        yield waiting
 
 
 def _versions(device: torch.device) -> dict[str, str]:
