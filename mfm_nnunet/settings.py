@@ -151,6 +151,10 @@ class FinetuneSettings(TrainingSettings):
     """Mirror crops in training and images in prediction, along all axes as nnU-Net does."""
     batch_size: int | None = ranged(None, 1, 2**16)
     """Crops per step over all GPUs together. None: as the plan's configuration says."""
+    partial_labels: Literal["auto", "heads", "background"] = "auto"
+    """Union of datasets: what a class is where it is not annotated. auto: unknown (marginal softmax, or masked
+    sigmoids where classes may overlap); heads: as if each dataset had an output layer of its own; background: as the
+    label map says. Both others are baselines."""
     checkpoint: dict[str, Any] | None = None
     """Origin of the weights: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
 
@@ -195,6 +199,8 @@ class MFMBlock:
     ``--like`` its checkpoint contains the normalisation of its own kind alone."""
     corpus: dict[str, Any] | None = None
     """Settings of the corpus: {"slices": :class:`SliceSettings`, "colour": "grey" or "rgb"}, where it has them."""
+    universal: dict[str, Any] | None = None
+    """Classes of a union of datasets, see :mod:`mfm_nnunet.data.class_table`."""
     network: str = "resenc"
     """Family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT

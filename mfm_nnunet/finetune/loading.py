@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,13 @@ def read_batches(
     return read_in_order(source, num_workers, pin_memory, _keep, batch_size=None, sampler=range(first, last))
 
 
-def make_loaders(trainer: nnUNetTrainer) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
-    """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms."""
+def make_loaders(
+    trainer: nnUNetTrainer, make: Callable[..., nnUNetDataLoader] = nnUNetDataLoader
+) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
+    """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms.
+
+    ``make`` takes the arguments of nnU-Net's class.
+    """
     rotation, do_dummy_2d, initial_patch, mirror_axes = (
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     )
@@ -90,7 +95,7 @@ def make_loaders(trainer: nnUNetTrainer) -> tuple[nnUNetDataLoader, nnUNetDataLo
     make_deterministic(training)
     datasets = trainer.get_tr_and_val_datasets()
     return tuple(
-        nnUNetDataLoader(
+        make(
             dataset, trainer.batch_size, size, patch, labels, trainer.oversample_foreground_percent,
             probabilistic_oversampling=trainer.probabilistic_oversampling, transforms=transforms,
         )

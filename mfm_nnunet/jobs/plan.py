@@ -30,6 +30,7 @@ from mfm_nnunet.images.reading import count_channels
 from mfm_nnunet.interchange.foreign import require_plan
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.jobs.report import report_corpus
+from mfm_nnunet.jobs.universal import is_union, register_union
 from mfm_nnunet.modalities import kind_of
 from mfm_nnunet.models.families import family_named
 from mfm_nnunet.models.networks import check_architecture
@@ -70,12 +71,17 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     results, failures, num_cases = [], [], 0
     with places.use(request.workspace) as here:
         for dataset in request.datasets:
-            dataset_name = register(here, dataset, request)
+            own, own_source = request, source
+            if (union := _name_of_union(here, dataset, request)) is not None:
+                dataset_name, own = union, register_union(here, union, request)
+                own_source = source if own.like == request.like else check_request(own)
+            else:
+                dataset_name = register(here, dataset, request)
             cases, failed = fingerprint(here, dataset_name, request.num_processes)
             num_cases += len(cases) + len(failed)
             if corpus.is_corpus(here.raw_folder(dataset_name)):
                 report_corpus(here, dataset_name, cases, failed)
-            result = plan(here, dataset_name, request, source)
+            result = plan(here, dataset_name, own, own_source)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
             if request.preprocess:
@@ -94,13 +100,7 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest) -> str:
         if request.modality is not None and corpus.is_corpus(here.raw_folder(dataset_name)):
             raise MFMError("E_CONFIG", "--modality of a corpus belongs to --images: register it again with both.")
         return dataset_name
-    number = whole_number(str(dataset))
-    if number is None or not 1 <= number <= 999:
-        raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus needs a number from 1 to 999.")
-    dataset_name = f"Dataset{number:03d}_{request.name or 'Corpus'}"
-    others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
-    if others:
-        raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
+    dataset_name = _new_name(here, dataset, request.name or "Corpus")
     given = {"modality": request.modality, "slices": request.slices, "colour": request.colour}
     known = corpus.read_settings(here.raw / dataset_name)
     settings = known | {name: value for name, value in given.items() if value is not None}
@@ -108,6 +108,28 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest) -> str:
     cases = [replace(case, modality=case.modality or settings.get("modality", "")) for case in cases]
     corpus.register_corpus(here.raw, dataset_name, cases, _channel_names(cases, settings), settings)
     return dataset_name
+
+
+def _new_name(here: Workspace, dataset: str | int, title: str) -> str:
+    number = whole_number(str(dataset))
+    if number is None or not 1 <= number <= 999:
+        raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus or union needs a number from 1 to 999.")
+    dataset_name = f"Dataset{number:03d}_{title}"
+    others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
+    if others:
+        raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
+    return dataset_name
+
+
+def _name_of_union(here: Workspace, dataset: str | int, request: PlanRequest) -> str | None:
+    """Return the name of the union that the request makes or renews; None for other datasets."""
+    if request.universal is not None:
+        return _new_name(here, dataset, request.name or "Universal")
+    if request.images is not None or not is_union(here.raw / (name := here.dataset_name(dataset))):
+        return None
+    if request.modality is not None:
+        raise MFMError("E_CONFIG", f"--modality: {name} is a union, whose datasets name the kinds of their images.")
+    return name
 
 
 def _channel_names(cases: list[Case], settings: Mapping[str, Any]) -> list[str]:

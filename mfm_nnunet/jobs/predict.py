@@ -36,6 +36,7 @@ from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, table_name, warn_of_others
 from mfm_nnunet.prediction.model import Model, load_model
+from mfm_nnunet.prediction.selection import choose_outputs
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import Workspace, use
@@ -104,6 +105,7 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
+    model = choose_outputs(model, request.classes, request.classes_of)
     _check_previous_stage(model, previous_stage)
     found = find_cases(source, model, previous_stage)
     names = [item.name if isinstance(item, Case) else item.case for item in found]
@@ -167,6 +169,9 @@ class _Run:
             "save_probabilities": request.save_probabilities,
             "cascade": request.previous_stage is not None,
         }
+        if request.classes or request.classes_of is not None:
+            settings["classes"] = list(request.classes or ())
+            settings["classes_of"] = None if request.classes_of is None else str(request.classes_of)
         self.identity: dict[str, Any] = {"model": model.sha256, "settings": settings}
         """Model and settings: they and the images determine the masks. JSON values without paths."""
         self.report = PredictReport(output_folder=folder)
@@ -301,6 +306,7 @@ class _Run:
             write_case(
                 logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
                 header=ready.header, save_probabilities=request.save_probabilities,
+                values=model.selection.values if model.selection else None,
             )  # fmt: skip
 
     def _write_labels(self, case: Case, ready: PreparedCase, stage: Path) -> None:

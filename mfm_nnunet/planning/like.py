@@ -162,3 +162,12 @@ def _per_channel(values: Sequence[Any], num_channels: int, source: Template) -> 
         f"({', '.join(map(str, values))}), the dataset has {num_channels}, so they cannot be matched. "
         f"Use a checkpoint with one channel or {num_channels}.",
     )
+
+
+def networks_of(plans: Mapping[str, Any]) -> set[str]:
+    """Return the ``--network`` names of a plan's configurations."""
+    configurations = [value for value in plans["configurations"].values() if isinstance(value, dict)]
+    architectures = [value.get("architecture") for value in configurations]
+    names = [(architecture or {}).get("network_class_name") for architecture in architectures]
+    known = families_by_class()
+    return {known[n].variant(a) if n in known else str(n) for n, a in zip(names, architectures) if a}

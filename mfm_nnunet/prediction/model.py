@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.classification import HeadInfo, build_classifier, head_weights, read_head
 from mfm_nnunet.prediction.export import Managers
+
+if TYPE_CHECKING:
+    from mfm_nnunet.prediction.selection import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +71,17 @@ class Model:
     """Hash of weights, plan and labels together."""
     heads: tuple[HeadInfo, ...] = ()
     """The outputs of each fold of a classifier; empty for a segmentation model."""
+    configuration: str = ""
+    """Name of the plan's configuration."""
+    selection: Selection | None = None
+    """The outputs to predict; None for all."""
     oom_steps: list[str] = field(default_factory=list)
     """Measures taken for lack of memory since the list was last cleared."""
 
     def __post_init__(self) -> None:
         self.label_manager: LabelManager = self.plans_manager.get_label_manager(self.dataset_json)
+        if self.selection is not None:
+            self.label_manager = self.selection.label_manager
         self._loaded: int | None = None
 
     @property
@@ -185,15 +194,19 @@ class Model:
 
     def _mirrored(self, tile: torch.Tensor, mirror_axes: Sequence[int] | None) -> torch.Tensor:
         """Return the mean prediction over all combinations of mirrored axes."""
-        prediction = self.network(tile)
+        prediction = self._forward(tile)
         if not mirror_axes:
             return prediction
         axes = [axis + 2 for axis in mirror_axes]
         assert max(axes) < tile.ndim, f"mirror axes {tuple(mirror_axes)} for a patch of {tile.ndim - 2} axes"
         flips = [flip for size in range(1, len(axes) + 1) for flip in itertools.combinations(axes, size)]
         for flip in flips:
-            prediction += torch.flip(self.network(torch.flip(tile, flip)), flip)
+            prediction += torch.flip(self._forward(torch.flip(tile, flip)), flip)
         return prediction.div_(len(flips) + 1)
+
+    def _forward(self, tile: torch.Tensor) -> torch.Tensor:
+        logits = self.network(tile)
+        return logits if self.selection is None else self.selection(logits)
 
 
 @contextlib.contextmanager
@@ -249,6 +262,7 @@ def load_model(
         autocast_dtype=torch.bfloat16 if first.precision == "bf16" else torch.float16,
         sha256=hashlib.sha256("".join(map(sha256, described)).encode()).hexdigest(),
         heads=tuple(fold.head for fold in trained if fold.head is not None),
+        configuration=configuration,
     )
     for fold in trained:
         try:
