@@ -28,7 +28,7 @@ class StudyRequest(ConfigurationRequest):
     arms: Sequence[str] = field(
         metadata=flag(
             "--arms",
-            "what to compare: scratch, CHECKPOINT or NAME=CHECKPOINT, each with settings: ...,finetune.parts=encoder",
+            "what to compare: scratch, CHECKPOINT or NAME=CHECKPOINT, each with settings: scratch,finetune.mix=cutmix",
             nargs="+",
             metavar="ARM",
             required=False,
@@ -52,6 +52,12 @@ class StudyRequest(ConfigurationRequest):
         "--subjects",
         "CSV with the columns case and subject (default: sub-XX in the name, else every case is a subject)",
         metavar="CSV",
+    )
+    order: str | Path | None = option(
+        None,
+        "--order",
+        "file of subjects, one per line: the first seed labels them in this order (default: drawn, as for other seeds)",
+        metavar="FILE",
     )
     plans_name: str | None = option(
         None,

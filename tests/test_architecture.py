@@ -37,21 +37,21 @@ LEAVES = {
 
 ALLOWED: dict[str, set[str]] = {
     "images": set(),
-    "data": {"images"},
+    "data": {"images", "reports.progress"},
     "models": set(),
     "interchange": {"models"},
     "planning": {"data", "images", "models"},
     "tasks": {"models", "data.crops"},
     "reports": set(),
     "engine": {"tasks.base", "data", "images", "models", "reports"},
-    "prediction": {"data", "images", "models"},
+    "prediction": {"data", "images", "models", "reports.progress"},
     "finetune": {"engine", "tasks", "models", "data", "images", "prediction", "interchange", "reports"},
     "jobs": {
         *("data", "images", "planning", "models", "tasks"),
         *("engine", "finetune", "prediction", "interchange", "reports"),
     },
     "api": {"jobs"},
-    "study": {"jobs"},
+    "study": {"jobs", "reports.progress"},
     "demo": {"jobs", "reports"},
     "cli": {"images", "models", "tasks", "study", "demo"},
 }

@@ -105,17 +105,22 @@ class ClassTable:
     # Values in label maps. A value stands for a set of classes, and 0 for none.
 
     def _sets(self) -> list[frozenset[int]]:
-        """List the sets of classes (numbers of rows) that label maps can hold; value i + 1 is set i."""
+        """List the sets of classes (numbers of rows) that label maps may hold; value i + 1 is set i.
+
+        nnU-Net takes lists of one value for a softmax. A value for voxels of two classes, if there is none, makes them
+        regions.
+        """
+        seen = self._seen_sets()
+        is_needed = self.has_regions and all(len(classes) == 1 for classes in seen)
+        return [*seen, frozenset([0, 1])] if is_needed else seen
+
+    def _seen_sets(self) -> list[frozenset[int]]:
         if not self.has_regions:
             return [frozenset([number]) for number in range(len(self.rows))]
         found = {self._set_of(key, value) for key, entry in self.datasets.items() for value in _values(entry)}
         found = {classes for classes in found if classes}
         found |= {frozenset([n]) for n in range(len(self.rows)) if not any(n in classes for classes in found)}
-        ordered = sorted(found, key=lambda classes: (max(classes), len(classes), sorted(classes)))
-        if all(len(classes) == 1 for classes in ordered):
-            # nnU-Net takes lists of one value for a softmax: a value for voxels of two classes makes them regions.
-            ordered.append(frozenset([0, 1]))
-        return ordered
+        return sorted(found, key=lambda classes: (max(classes), len(classes), sorted(classes)))
 
     def _set_of(self, key: str, value: int) -> frozenset[int]:
         return frozenset(number for number, row in enumerate(self.rows) if value in row.labels.get(key, ()))
@@ -143,8 +148,18 @@ class ClassTable:
             labels["ignore"] = len(sets) + 1
         if not self.has_regions:
             return {"labels": labels}
-        order = [min(values, key=lambda value: (len(sets[value - 1]), value)) for values in own]
-        return {"labels": labels, "regions_class_order": order}
+        seen = self._seen_sets()
+        return {"labels": labels, "regions_class_order": [_paint(n, seen, values) for n, values in enumerate(own)]}
+
+
+def _paint(number: int, seen: Sequence[frozenset[int]], values: Sequence[int]) -> int:
+    """Return the value that a class is painted with: it lies in all classes before it with which it is seen.
+
+    Classes are painted in order, so this is right for a tumour in a liver. Two classes that never meet in a label map
+    keep values of their own.
+    """
+    last = [value for value in values if value <= len(seen) and max(seen[value - 1]) == number]
+    return max(last, key=lambda value: len(seen[value - 1])) if last else values[0]
 
 
 def _values(entry: Mapping[str, Any]) -> list[int]:

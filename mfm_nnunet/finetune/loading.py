@@ -70,11 +70,12 @@ def read_batches(
 
 
 def make_loaders(
-    trainer: nnUNetTrainer, make: Callable[..., nnUNetDataLoader] = nnUNetDataLoader
+    trainer: nnUNetTrainer, full_targets: bool = False, make: Callable[..., nnUNetDataLoader] = nnUNetDataLoader
 ) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
     """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms.
 
-    ``make`` takes the arguments of nnU-Net's class.
+    ``full_targets``: targets of training have full resolution, and are not reduced for deep supervision. ``make`` takes
+    the arguments of nnU-Net's class.
     """
     rotation, do_dummy_2d, initial_patch, mirror_axes = (
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -88,7 +89,7 @@ def make_loaders(
         "ignore_label": labels.ignore_label,
     }
     training = trainer.get_training_transforms(
-        patch, rotation, scales, mirror_axes, do_dummy_2d,
+        patch, rotation, None if full_targets else scales, mirror_axes, do_dummy_2d,
         use_mask_for_norm=trainer.configuration_manager.use_mask_for_norm, **shared,
     )  # fmt: skip
     validation = trainer.get_validation_transforms(scales, **shared)

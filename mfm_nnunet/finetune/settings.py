@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from mfm_nnunet.engine.state import flat, require_same_settings
+from mfm_nnunet.engine.state import LONGER, flat, require_same_settings
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import digest_of, read_json, write_json
 from mfm_nnunet.finetune.pretrained import has_decoder
@@ -155,10 +155,19 @@ def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device:
     for name in sorted(given & {"parts", "transfer"}):
         if settings.checkpoint is None:
             logger.info("finetune.%s has no effect: this run starts from scratch", name)
+    for name in sorted(given & _without_effect(settings)):
+        logger.info("finetune.%s has no effect with finetune.mix=%s", name, settings.mix)
     if settings.compile and device != "cuda":
         logger.info(
             "finetune.compile=true has no effect: networks are compiled on CUDA GPUs only, this run is on %s", device
         )
+
+
+def _without_effect(settings: FinetuneSettings) -> set[str]:
+    """Return the settings of mixing that the chosen kind does not use."""
+    used = {"none": set(), "cutmix": {"mix_box"}}.get(settings.mix, {"mix_labels", "mix_draw"})
+    used |= {"mix_probability", "mix_start"} if settings.mix != "none" else set()
+    return {"mix_probability", "mix_start", "mix_box", "mix_labels", "mix_draw"} - used
 
 
 def save_settings(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:
@@ -183,6 +192,15 @@ def load_settings(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
         )
     with about(folder / FILE):
         return from_dict(MFMBlock, content.get("settings", {}))
+
+
+def is_longer(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> bool:
+    """Return whether a resumed run gets more epochs than saved in ``folder``, and say what its rates become."""
+    saved = load_settings(folder, plans)
+    if saved is None or block.finetune.epochs <= saved.finetune.epochs:
+        return False
+    logger.info(LONGER, saved.finetune.epochs, block.finetune.epochs)
+    return True
 
 
 def require_same(before: MFMBlock, now: MFMBlock, folder: Path) -> None:

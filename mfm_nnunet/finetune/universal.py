@@ -71,6 +71,12 @@ def make_task(trainer: MFMTrainer) -> SegmentationTask:
     labels, table = trainer.label_manager, trainer.union
     if table is None or trainer.settings.partial_labels == "background":
         return SegmentationTask(trainer.network, trainer.loss, labels.has_regions, labels.ignore_label)
+    if trainer.settings.mix != "none":
+        raise MFMError(
+            "E_CONFIG",
+            f"finetune.mix={trainer.settings.mix}: crops of a union have other classes annotated, and cannot be mixed. "
+            "Leave it out.",
+        )
     training, validation = (Counter(map(key_of, part)) for part in trainer.do_split())
     loss = PartialLabelLoss(
         labels.has_regions,

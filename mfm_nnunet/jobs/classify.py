@@ -58,7 +58,7 @@ from mfm_nnunet.models.classifier import Classifier
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.requests import TrainRequest
-from mfm_nnunet.settings import MFMBlock
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.tasks.classification import ClassificationTask
 from mfm_nnunet.workspace import Workspace
@@ -159,7 +159,8 @@ def _check(
         "fold": request.fold,
         "dataset_json": {**dataset.shared(), "classes": list(table.classes)},
     }
-    _write_description(folder, plan, init_args, block if not is_resumed else None)
+    is_longer = is_resumed and run_settings.is_longer(folder, block, plan.content)
+    _write_description(folder, plan, init_args, block if is_longer or not is_resumed else None)
     logger.info("settings:\n%s", run_settings.format_settings(block))
     logger.info("%s", table.describe())
     logger.info("%d training and %d validation cases", len(split["train"]), len(split["val"]))
@@ -234,12 +235,21 @@ def _mirror_no_sides(block: MFMBlock, table: LabelTable) -> MFMBlock:
     return dataclasses.replace(block, finetune=dataclasses.replace(block.finetune, mirroring=False))
 
 
+def require_of_classifier(settings: FinetuneSettings) -> None:
+    """Raise MFMError (E_CONFIG) for settings that only make sense with masks."""
+    if settings.mix != "none":
+        raise MFMError(
+            "E_CONFIG", f"finetune.mix={settings.mix}: masks are mixed, and this dataset has none. Leave it out."
+        )
+    if settings.train == "decoder":
+        raise MFMError("E_CONFIG", "finetune.train=decoder: a classifier has no decoder. Use finetune.train=head.")
+
+
 def _require_fitting(block: MFMBlock, head: str, device: torch.device, network: nn.Module) -> None:
     settings = block.finetune
     groups.require_fitting(settings, network, False)
     require_scaled_fp16(settings.precision, device)
-    if settings.train == "decoder":
-        raise MFMError("E_CONFIG", "finetune.train=decoder: a classifier has no decoder. Use finetune.train=head.")
+    require_of_classifier(settings)
     if head == "probe" and settings.checkpoint is None:
         logger.warning("--head probe without -pretrained_weights measures random weights")
     elif settings.checkpoint is None and settings.train != "all":

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -100,7 +101,7 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest) -> str:
         if request.modality is not None and corpus.is_corpus(here.raw_folder(dataset_name)):
             raise MFMError("E_CONFIG", "--modality of a corpus belongs to --images: register it again with both.")
         return dataset_name
-    dataset_name = _new_name(here, dataset, request.name or "Corpus")
+    dataset_name = _new_name(here, dataset, request.name, "Corpus")
     given = {"modality": request.modality, "slices": request.slices, "colour": request.colour}
     known = corpus.read_settings(here.raw / dataset_name)
     settings = known | {name: value for name, value in given.items() if value is not None}
@@ -110,11 +111,15 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest) -> str:
     return dataset_name
 
 
-def _new_name(here: Workspace, dataset: str | int, title: str) -> str:
-    number = whole_number(str(dataset))
+def _new_name(here: Workspace, dataset: str | int, title: str | None, default: str) -> str:
+    if whole_number(str(dataset)) is None:  # a corpus that is registered again may be given by name
+        with contextlib.suppress(MFMError):
+            dataset = here.dataset_name(dataset)
+    whole = re.fullmatch(r"Dataset(\d+)_(.+)", str(dataset))
+    number = whole_number(whole[1] if whole else str(dataset))
     if number is None or not 1 <= number <= 999:
         raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus or union needs a number from 1 to 999.")
-    dataset_name = f"Dataset{number:03d}_{title}"
+    dataset_name = f"Dataset{number:03d}_{title or (whole[2] if whole else default)}"
     others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
     if others:
         raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
@@ -124,7 +129,7 @@ def _new_name(here: Workspace, dataset: str | int, title: str) -> str:
 def _name_of_union(here: Workspace, dataset: str | int, request: PlanRequest) -> str | None:
     """Return the name of the union that the request makes or renews; None for other datasets."""
     if request.universal is not None:
-        return _new_name(here, dataset, request.name or "Universal")
+        return _new_name(here, dataset, request.name, "Universal")
     if request.images is not None or not is_union(here.raw / (name := here.dataset_name(dataset))):
         return None
     if request.modality is not None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.loops import attempt, progress, reader_threads
+from mfm_nnunet.data.loops import attempt, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
 from mfm_nnunet.fields import takes
@@ -37,9 +37,10 @@ from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, table_name, warn_of_others
 from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.prediction.selection import choose_outputs
+from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.version import __version__
-from mfm_nnunet.workspace import Workspace, use
+from mfm_nnunet.workspace import DEFAULT_PLAN, Workspace, only_one, use
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,13 @@ def predict(request: PredictRequest) -> PredictReport:
 
 def _find_model(here: Workspace, request: PredictRequest) -> Path:
     assert request.dataset is not None
-    name = f"{request.trainer}__{request.plans_name}__{request.configuration}"
-    folder = inside(here.results, here.dataset_name(request.dataset), name)
+    results, plans = inside(here.results, here.dataset_name(request.dataset)), request.plans_name
+    if plans is None:
+        found = results.glob(f"{request.trainer}*__*__{request.configuration}") if results.is_dir() else ()
+        others = sorted({entry.name.split("__")[1] for entry in found if entry.name.count("__") == 2})
+        plans = only_one(others, DEFAULT_PLAN, "model's plan", f"the only one with a model in {results.name}", "-p")
+    name = f"{request.trainer}__{plans}__{request.configuration}"
+    folder = inside(results, name)
     classifiers = sorted(folder.parent.glob(f"{name.replace('__', '_*__', 1)}")) if folder.parent.is_dir() else []
     if not folder.is_dir() and len(classifiers) == 1:
         return classifiers[0]
@@ -193,12 +199,15 @@ class _Run:
             suspects = [case for case in todo if self.request.resume and self.journal.starts.get(case.name)]
             groups = [[case for case in todo if case not in suspects], *([case] for case in suspects)]
             try:
-                with reader_threads(1) as reader:
+                with reader_threads(1) as reader, track("predicting", len(todo), lines=False) as advance:
                     ahead = itertools.chain.from_iterable(
                         _one_ahead(partial(self._begin, reader), group) for group in groups
                     )
                     for number, (case, prepared) in enumerate(ahead, start=1):
-                        logger.info("%d of %d  %s", number, len(todo), self._attempt(case, prepared))
+                        outcome = self._attempt(case, prepared)
+                        advance()
+                        left = f"; about {advance.left()} left" if number < len(todo) else ""
+                        logger.info("%d of %d  %s%s", number, len(todo), outcome, left)
             except BaseException:
                 self._note_stop()
                 raise
@@ -275,7 +284,7 @@ class _Run:
     def _predict(self, case: Case, prepared: Future[PreparedCase], start: float) -> None:
         model = self.model
         model.oom_steps.clear()
-        with progress(0, f"{case.name}: reading"):
+        with track(f"{case.name}: reading"):
             ready = prepared.result()
         require_space(self.folder / f"{case.name}{self.ending}", ready.properties)
         write = self._write_labels if model.heads else self._write_mask
@@ -302,7 +311,7 @@ class _Run:
         logits = model.predict_logits(
             ready.x_CDHW, step_size=request.step_size, mirroring=request.mirroring, what=case.name
         )
-        with progress(0, f"{case.name}: writing the mask"):
+        with track(f"{case.name}: writing the mask"):
             write_case(
                 logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
                 header=ready.header, save_probabilities=request.save_probabilities,

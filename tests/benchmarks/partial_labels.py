@@ -68,7 +68,7 @@ def prepare(options: argparse.Namespace, union: int) -> None:
     for number, names in members.items():
         write_part(options.data, root, number, names, hides=union != 902)
     kwargs: dict[str, Any] = {"configurations": ["3d_fullres"], "workspace": root}
-    spacing = tuple(map(float, options.spacing))
+    spacing: Any = tuple(map(float, options.spacing))
     (result,) = plan_and_preprocess([union], universal=[4, 5, 6], spacing=spacing, **kwargs)
     file = root / "nnUNet_raw" / result.plans["dataset_name"] / FILE
     content = json.loads(file.read_text())
@@ -101,7 +101,7 @@ def write_part(data: Path, root: Path, number: int, names: Sequence[str], hides:
         else:
             write_label(data / "labelsTr" / name, folder / "labelsTr" / name, content["labels"][shown[0]])
     stems = [name.removesuffix(".nii.gz") for name in names]
-    fold = {"train": [], "val": []} | {PARTS[number]: stems}
+    fold: dict[str, list[str]] = {"train": [], "val": []} | {PARTS[number]: stems}
     base = root / "nnUNet_preprocessed" / folder.name
     base.mkdir(parents=True, exist_ok=True)
     write_json(base / "splits_final.json", [fold])

@@ -65,6 +65,16 @@ def test_nested_classes_become_regions() -> None:
     assert table.valid_outputs("052") == (False, False, True)
 
 
+def test_a_class_that_is_nested_somewhere_is_painted_as_nested() -> None:
+    """A mask holds one value per voxel: a tumour that was painted as tumour alone would be a hole in the liver."""
+    table, _ = propose({**NESTED, "052": entry(52, tumour=[1])})
+    labels = table.labels()
+    assert labels["labels"] == {"background": 0, "liver": [1, 3], "tumour": [2, 3]}
+    assert table.values("004") == {0: 0, 1: 1, 2: 3}
+    assert table.values("052") == {0: 0, 1: 2}
+    assert labels["regions_class_order"] == [1, 3]
+
+
 def test_classes_that_may_overlap_are_regions_to_nnunet() -> None:
     """Lists of one value each would be labels of a softmax to nnU-Net."""
     table = dataclasses.replace(propose(ABDOMEN)[0], exclusive=False)

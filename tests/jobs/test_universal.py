@@ -25,6 +25,8 @@ from tests.builders import tiny_model, unions
 from tests.builders.site import edit_json
 from tests.builders.unions import SETTINGS, UNION
 
+HEAD = "decoder.seg_layers.0.weight"
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -125,17 +127,20 @@ def test_rehearsal_keeps_channels_and_reports_old_classes(trained: Path) -> None
     folder = unions.train_union(trained, 901, "finetune.train=head", **options)
     content = json.loads((folder.parent / "dataset.json").read_text())
     assert content["labels"] == {"background": 0, "shell": 1, "core": 2, "ball": 3}
-    before, after = load_model(old, device="cpu"), load_model(folder.parent, device="cpu")
-    image = torch.randn(1, 16, 16, 16)
-    assert torch.equal(after.predict_logits(image)[:3], before.predict_logits(image))
     scores = json.loads((folder / "old_classes.json").read_text())
     assert set(scores["Dataset004_Some"]) <= {"shell", "core"}
     for found in scores["Dataset004_Some"].values():
         assert not found["pseudo_labels"]
     start = checkpoint.load_weights(weights)["network_weights"]
     last = checkpoint.load_weights(folder / "checkpoint_final.pth")["network_weights"]
-    head = next(name for name in last if name.endswith("seg_layers.0.bias"))
-    assert len(last[head]) == len(start[head]) + 1
+    for tensor_name, tensor in last.items():
+        number = len(start[tensor_name])
+        assert torch.equal(tensor[:number], start[tensor_name]), tensor_name
+        assert len(tensor) == number + (".seg_layers." in tensor_name)
+    before, after = load_model(old, device="cpu"), load_model(folder.parent, device="cpu")
+    image = torch.randn(1, 16, 16, 16)
+    torch.testing.assert_close(after.predict_logits(image)[:3], before.predict_logits(image), atol=2e-3, rtol=0)
+    assert not torch.equal(last[HEAD][3:], torch.zeros_like(last[HEAD][3:])), "the new class learned"
 
 
 def test_without_the_old_data_the_old_model_labels_the_new(trained: Path) -> None:
@@ -174,7 +179,7 @@ def test_overlapping_classes_train_with_sigmoids(tmp_path: Path) -> None:
     unions.confirm(tmp_path)
     folder = unions.train_union(tmp_path)
     content = json.loads((folder.parent / "dataset.json").read_text())
-    assert content["labels"] == {"background": 0, "whole": [1, 2], "core": [2, 3]}
+    assert content["labels"] == {"background": 0, "whole": [1, 3], "core": [2, 3]}
     images, out = tmp_path / "nnUNet_raw" / "Dataset053_Some" / "imagesTr", tmp_path / "out"
     predict(images, out, model_folder=folder.parent, device="cpu", classes_of="Dataset053_Some")
     assert len(list(out.glob("b*.nii.gz"))) == 5
