@@ -197,3 +197,17 @@ def training_threads(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def gpu_settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Use mixed precision and cuDNN's search on a CUDA device, like stock nnU-Net; restore the settings afterwards."""
+    import torch
+
+    before, is_gpu = torch.backends.cudnn.benchmark, device.type == "cuda"
+    torch.backends.cudnn.benchmark = before or is_gpu
+    try:
+        with autocast(device, dtype if is_gpu else None):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -11,7 +11,7 @@ import inspect
 import io
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from torch import nn
 from mfm_nnunet.checkpoint import load_weights
 from mfm_nnunet.data.sizes import sliding_windows
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.device import autocast, pick_device
+from mfm_nnunet.device import gpu_settings, pick_device
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import sha256, whole_number
 from mfm_nnunet.metrics import agreement_of
@@ -75,7 +75,6 @@ class Model:
     heads: tuple[HeadInfo, ...] = ()
     """The outputs of each fold of a classifier; empty for a segmentation model."""
     configuration: str = ""
-    """Name of the plan's configuration."""
     selection: Selection | None = None
     """The outputs to predict; None for all."""
     oom_steps: list[str] = field(default_factory=list)
@@ -116,7 +115,7 @@ class Model:
             self._use_fold(fold)
             which = f"{what}, fold {fold + 1} of {len(self.weights)}" if len(self.weights) > 1 else what
             # Entered anew for each fold: autocast caches the weights it has converted.
-            with _gpu_settings(self.device, self.autocast_dtype):
+            with gpu_settings(self.device, self.autocast_dtype):
                 logits = self._slide(x_CDHW, step_size, mirror_axes, which).to("cpu")
             of_folds += [_label_thinly(logits, self.label_manager.has_regions)] if len(self.weights) > 1 else []
             total = logits if total is None else total.add_(logits)
@@ -140,7 +139,7 @@ class Model:
         for fold, head in enumerate(self.heads):
             self._use_fold(fold)
             views = head.views(x_CDHW, self.configuration_manager.patch_size)
-            with _gpu_settings(self.device, self.autocast_dtype):
+            with gpu_settings(self.device, self.autocast_dtype):
                 z_NE = self.network.embed_views(views)  # type: ignore[operator]
             logits_1K = self.network.head(z_NE[None])  # type: ignore[operator]
             if not torch.isfinite(logits_1K).all():
@@ -214,8 +213,7 @@ class Model:
         return prediction.div_(len(flips) + 1)
 
     def _forward(self, tile: torch.Tensor) -> torch.Tensor:
-        logits = self.network(tile)
-        return logits if self.selection is None else self.selection(logits)
+        return self.network(tile) if self.selection is None else self.selection(self.network(tile))
 
 
 def _label_thinly(logits_KDHW: torch.Tensor, has_regions: bool) -> np.ndarray:
@@ -225,18 +223,6 @@ def _label_thinly(logits_KDHW: torch.Tensor, has_regions: bool) -> np.ndarray:
     if not has_regions:
         return some_KDHW.argmax(0).numpy()
     return ((some_KDHW > 0) * torch.arange(1, len(some_KDHW) + 1).view(-1, 1, 1, 1)).amax(0).numpy()
-
-
-@contextlib.contextmanager
-def _gpu_settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Use mixed precision and cuDNN's search on a CUDA device, like stock nnU-Net; restore the settings afterwards."""
-    before, is_gpu = torch.backends.cudnn.benchmark, device.type == "cuda"
-    torch.backends.cudnn.benchmark = before or is_gpu
-    try:
-        with autocast(device, dtype if is_gpu else None):
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def load_model(
