@@ -117,7 +117,7 @@ class ClassTable:
     def _seen_sets(self) -> list[frozenset[int]]:
         if not self.has_regions:
             return [frozenset([number]) for number in range(len(self.rows))]
-        found = {self._set_of(key, value) for key, entry in self.datasets.items() for value in _values(entry)}
+        found = {self._set_of(key, value) for key, entry in self.datasets.items() for value in _local_values(entry)}
         found = {classes for classes in found if classes}
         found |= {frozenset([n]) for n in range(len(self.rows)) if not any(n in classes for classes in found)}
         return sorted(found, key=lambda classes: (max(classes), len(classes), sorted(classes)))
@@ -129,7 +129,7 @@ class ClassTable:
         """Return the value in the union of each value in a dataset's label maps; those of no class become 0."""
         sets = self._sets()
         table = {0: 0}
-        for value in _values(self.datasets[key]):
+        for value in _local_values(self.datasets[key]):
             classes = self._set_of(key, value)
             table[value] = sets.index(classes) + 1 if classes else 0
         ignore = self.datasets[key].get("ignore")
@@ -162,7 +162,7 @@ def _paint(number: int, seen: Sequence[frozenset[int]], values: Sequence[int]) -
     return max(last, key=lambda value: len(seen[value - 1])) if last else values[0]
 
 
-def _values(entry: Mapping[str, Any]) -> list[int]:
+def _local_values(entry: Mapping[str, Any]) -> list[int]:
     return sorted({int(value) for values in entry["labels"].values() for value in values})
 
 
@@ -225,7 +225,7 @@ def propose(
     return table, same
 
 
-def write_table(file: Path, table: ClassTable, same_names: Mapping[str, list[str]], **more: Any) -> None:
+def write_class_table(file: Path, table: ClassTable, same_names: Mapping[str, list[str]], **more: Any) -> None:
     """Write a table that a person is to confirm, with a line for each class and each dataset."""
     about = {"confirmed": False, "how_to": HOW_TO, "same_names": dict(same_names), "same_patients": True, **more}
     block = table.to_block()
@@ -237,7 +237,7 @@ def write_table(file: Path, table: ClassTable, same_names: Mapping[str, list[str
         handle.write(("{\n " + ",\n ".join(parts) + "\n}\n").encode())
 
 
-def read_table(file: Path) -> tuple[ClassTable, dict[str, Any]]:
+def read_class_table(file: Path) -> tuple[ClassTable, dict[str, Any]]:
     """Read and check a table; return it with the whole file. Raises MFMError (E_NOT_FOUND, E_FORMAT, E_CONFIG)."""
     content = read_json(file, _ADVICE)
     try:
@@ -273,7 +273,7 @@ def _find_unknown(table: ClassTable, row: Row) -> list[str]:
         if key not in table.datasets
     ]
     for key in (key for key in row.labels if key in table.datasets):
-        known = _values(table.datasets[key])
+        known = _local_values(table.datasets[key])
         if wrong := [value for value in row.labels[key] if value not in known] or not row.labels[key]:
             problems.append(f"class '{row.name}': dataset {key} has no label {wrong}; it has {known}")
     return problems
@@ -300,7 +300,7 @@ def require_confirmed(folders: Sequence[Path], planned: Mapping[str, Any]) -> No
         raise MFMError(
             "E_NOT_FOUND", f"{folders[0] / FILE}: no such file, and a person must confirm the classes in it."
         )
-    table, content = read_table(file)
+    table, content = read_class_table(file)
     number = int(file.parent.name[7:10])
     if ClassTable.of(planned).to_block() != table.to_block():
         raise MFMError(

@@ -21,7 +21,7 @@ from mfm_nnunet.files import read_json, write_json
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
-from mfm_nnunet.prediction.selection import Selection, select_classes
+from mfm_nnunet.prediction.selection import ChosenOutputs, select_classes
 from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.tasks.universal import PartialLabelLoss, UniversalTask
 
@@ -152,15 +152,15 @@ def add_datasets(summary: dict[str, Any], table: ClassTable, cases: Sequence[str
     means = {key: float(np.mean([*found.values()])) for key, found in own.items()}
     summary["dice_per_dataset"] = {str(table.datasets[key]["name"]): found for key, found in own.items()}
     summary["mean_dice_over_datasets"] = float(np.mean([*means.values()])) if means else math.nan
-    lines = [f"{name}: Dice {_shown(found)}" for name, found in summary["dice_per_dataset"].items()]
+    lines = [f"{name}: Dice {_format_values(found)}" for name, found in summary["dice_per_dataset"].items()]
     return [*lines, f"mean Dice over datasets: {summary['mean_dice_over_datasets']:.4f}"]
 
 
-def _shown(dice: Mapping[str, float]) -> str:
+def _format_values(dice: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in dice.items())
 
 
-def select_old_classes(trainer: MFMTrainer) -> Selection | None:
+def select_old_classes(trainer: MFMTrainer) -> ChosenOutputs | None:
     """Return the selection of an extended model's old classes, without those that know nothing yet."""
     assert trainer.union is not None, "only a union extends a model"
     selection = select_classes(DatasetJson.of(trainer.dataset_json), trainer.union.names[: trainer.union.num_old])

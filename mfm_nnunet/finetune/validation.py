@@ -30,13 +30,13 @@ from mfm_nnunet.reports.progress import track
 
 if TYPE_CHECKING:
     from mfm_nnunet.finetune.trainer import MFMTrainer
-    from mfm_nnunet.prediction.selection import Selection
+    from mfm_nnunet.prediction.selection import ChosenOutputs
 
 Label = int | tuple[int, ...]
 
 
 def validate_fold(
-    trainer: MFMTrainer, save_probabilities: bool, name: str = "validation", selection: Selection | None = None
+    trainer: MFMTrainer, save_probabilities: bool, name: str = "validation", selection: ChosenOutputs | None = None
 ) -> Iterator[str]:
     """Predict and evaluate the validation cases of the trainer's fold. Yield each case's name once predicted.
 

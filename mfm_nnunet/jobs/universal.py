@@ -23,19 +23,20 @@ from mfm_nnunet.data.class_table import (
     ClassTable,
     key_of,
     propose,
-    read_table,
+    read_class_table,
     table_of_model,
     union_of,
-    write_table,
+    write_class_table,
 )
 from mfm_nnunet.data.labelled import IMAGES, LABELS
 from mfm_nnunet.data.storage import staging
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside, read_json, write_json
+from mfm_nnunet.files import inside, read_json, whole_number, write_json
 from mfm_nnunet.finetune.splits import Split, ensure_splits, make_splits
 from mfm_nnunet.images import reading
 from mfm_nnunet.jobs.predict import predict
+from mfm_nnunet.jobs.registration import new_folder
 from mfm_nnunet.modalities import has_window, kind_of_channel
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.export import is_nifti, read_header, write_mask
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
+class Part:
     """A labelled dataset that becomes part of a union."""
 
     name: str
@@ -76,6 +77,20 @@ def is_union(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
+def name_of_union(here: Workspace, dataset: str | int, request: PlanRequest) -> str | None:
+    """Return the name of the union that a request makes or renews; None for other datasets."""
+    if request.universal is not None:
+        number = whole_number(str(dataset))
+        if number is None or not 1 <= number <= 999:
+            raise MFMError("E_CONFIG", f"-d {dataset}: a union needs a number from 1 to 999.")
+        return new_folder(here, number, request.name or "Universal").name
+    if request.images is not None or not is_union(here.raw / (name := here.dataset_name(dataset))):
+        return None
+    if request.modality is not None:
+        raise MFMError("E_CONFIG", f"--modality: {name} is a union, whose datasets name the kinds of their images.")
+    return name
+
+
 def register_union(here: Workspace, name: str, request: PlanRequest) -> PlanRequest:
     """Write or renew the folder of a union; return the request, which plans like the model that is extended, if any.
 
@@ -88,11 +103,11 @@ def register_union(here: Workspace, name: str, request: PlanRequest) -> PlanRequ
         raise MFMError("E_EXISTS", f"{folder}: this is another dataset. Choose another number for the union.")
     model = None if request.add_to is None else Path(request.add_to)
     if not is_union(folder):
-        sources = [_read_source(here, dataset) for dataset in request.universal or ()]
+        sources = [_read_part(here, dataset) for dataset in request.universal or ()]
         _require_alike(sources)
         folder.mkdir(parents=True, exist_ok=True)
         _propose(folder, sources, model)
-    table, content = read_table(folder / FILE)
+    table, content = read_class_table(folder / FILE)
     wanted = {here.dataset_name(dataset) for dataset in request.universal or ()}
     own = {str(entry["name"]) for entry in table.datasets.values()}
     if request.universal is not None and (wanted != own or (model and str(model) != content.get("add_to"))):
@@ -101,7 +116,7 @@ def register_union(here: Workspace, name: str, request: PlanRequest) -> PlanRequ
             f"{folder / FILE}: this union is of {', '.join(sorted(own))}, and another one was asked for. Choose "
             "another number, or delete the file.",
         )
-    sources = [_read_source(here, dataset) for dataset in sorted(own)]
+    sources = [_read_part(here, dataset) for dataset in sorted(own)]
     _require_alike(sources)
     model = Path(content["add_to"]) if content.get("add_to") else None
     _write_folder(folder, sources, table, content, model)
@@ -112,16 +127,16 @@ def register_union(here: Workspace, name: str, request: PlanRequest) -> PlanRequ
     return request if model is None else replace(request, add_to=None, like=_checkpoint_of(model))
 
 
-def _read_source(here: Workspace, dataset: str | int) -> Source:
+def _read_part(here: Workspace, dataset: str | int) -> Part:
     name = here.dataset_name(dataset)
     folder = here.raw_folder(name)
     own = DatasetJson.of(corpus.read_dataset_json(folder))
     if corpus.is_corpus(folder) or own.task != "segmentation" or not own.foreground or is_union(folder):
         raise MFMError("E_CONFIG", f"--universal {dataset}: {name} is no dataset with masks of its own. Leave it out.")
-    return Source(name, folder, own, corpus.load_cases(folder))
+    return Part(name, folder, own, corpus.load_cases(folder))
 
 
-def _require_alike(sources: Sequence[Source]) -> None:
+def _require_alike(sources: Sequence[Part]) -> None:
     """Refuse datasets that cannot be parts of one nnU-Net dataset."""
     if twice := {source.name for source in sources if [other.name for other in sources].count(source.name) > 1}:
         raise MFMError("E_CONFIG", f"--universal: {twice.pop()} is given twice. Give it once.")
@@ -147,7 +162,7 @@ def _require_alike(sources: Sequence[Source]) -> None:
             )
 
 
-def _propose(folder: Path, sources: Sequence[Source], model: Path | None) -> None:
+def _propose(folder: Path, sources: Sequence[Part], model: Path | None) -> None:
     """Write the table for a person to confirm, after the classes of the model that is extended, if any."""
     entries = {source.key: source.entry() for source in sources}
     old = None
@@ -168,7 +183,7 @@ def _propose(folder: Path, sources: Sequence[Source], model: Path | None) -> Non
             )
     table, same = propose(entries, old)
     more = {} if model is None else {"add_to": str(model)}
-    write_table(folder / FILE, table, same, **more)
+    write_class_table(folder / FILE, table, same, **more)
     logger.warning('%s: read this table of classes, correct it, and set "confirmed": true', folder / FILE)
     for name, keys in same.items():
         logger.warning("class '%s' is in several datasets (%s), and is taken as one class", name, ", ".join(keys))
@@ -185,7 +200,7 @@ def _checkpoint_of(model: Path) -> Path:
 
 
 def _write_folder(
-    folder: Path, sources: Sequence[Source], table: ClassTable, content: Mapping[str, Any], model: Path | None
+    folder: Path, sources: Sequence[Part], table: ClassTable, content: Mapping[str, Any], model: Path | None
 ) -> None:
     before = read_json(folder / "dataset.json", "Delete it.") if (folder / "dataset.json").is_file() else {}
     known = ClassTable.of(union_of(before) or {"classes": [], "datasets": {}, "exclusive": True})
@@ -201,10 +216,12 @@ def _write_folder(
     for file in [*(folder / IMAGES).iterdir(), *(folder / LABELS).iterdir()]:
         if file.name not in wanted and not file.name.startswith("."):
             file.unlink()
-    write_json(folder / "dataset.json", _describe(folder.name, sources, table, content), indent=1)
+    write_json(folder / "dataset.json", _describe_union(folder.name, sources, table, content), indent=1)
 
 
-def _describe(name: str, sources: Sequence[Source], table: ClassTable, content: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_union(
+    name: str, sources: Sequence[Part], table: ClassTable, content: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the dataset.json of the union. Its channels are named after the kind of image if all have one."""
     names = [source.dataset.channels for source in sources]
     is_ct = all(entry["kind"] == "ct" for entry in table.datasets.values())
@@ -222,7 +239,7 @@ def _describe(name: str, sources: Sequence[Source], table: ClassTable, content: 
 
 
 def _write_case(
-    folder: Path, source: Source, case: Case, table: ClassTable, pseudo: Path | None, is_same: bool
+    folder: Path, source: Part, case: Case, table: ClassTable, pseudo: Path | None, is_same: bool
 ) -> set[str]:
     """Link the images of a case, and link or write its label map; return the names of the files."""
     ending, name = source.dataset.file_ending, f"{source.key}_{case.name}"
@@ -232,7 +249,7 @@ def _write_case(
     if pseudo is None and all(value == own for value, own in values.items()):
         links[target] = case.label
     elif not (is_same and target.is_file() and not target.is_symlink() and _is_current(target, case.label)):
-        _write_label(case.label, target, values, source, None if pseudo is None else pseudo / f"{case.name}{ending}")
+        _write_values(case.label, target, values, source, None if pseudo is None else pseudo / f"{case.name}{ending}")
     for link, file in links.items():
         if not (link.is_symlink() and os.readlink(link) == str(file)):
             link.unlink(missing_ok=True)
@@ -244,7 +261,7 @@ def _is_current(target: Path, label: Path) -> bool:
     return target.stat().st_mtime_ns == label.stat().st_mtime_ns
 
 
-def _write_label(label: Path, target: Path, values: Mapping[int, int], source: Source, pseudo: Path | None) -> None:
+def _write_values(label: Path, target: Path, values: Mapping[int, int], source: Part, pseudo: Path | None) -> None:
     """Write a label map with other values, and the older model's classes where it is background.
 
     The file gets the time of its source, by which a change is noticed.
@@ -269,7 +286,7 @@ def _write_label(label: Path, target: Path, values: Mapping[int, int], source: S
         os.replace(new, target)
 
 
-def _predict_old(folder: Path, source: Source, table: ClassTable, model: Path | None) -> Path | None:
+def _predict_old(folder: Path, source: Part, table: ClassTable, model: Path | None) -> Path | None:
     """Predict the classes of the older model that no dataset annotates; return the folder of masks."""
     names = table.datasets[source.key].get("pseudo")
     if not names or model is None:
@@ -287,7 +304,7 @@ def _predict_old(folder: Path, source: Source, table: ClassTable, model: Path | 
 # The folds
 
 
-def split_union(here: Workspace, sources: Sequence[Source], same_patients: bool) -> list[Split]:
+def split_union(here: Workspace, sources: Sequence[Part], same_patients: bool) -> list[Split]:
     """Return folds made of the datasets' own: those of ``splits_final.json``, else nnU-Net's.
 
     A patient of several datasets is in one fold: the one of the first dataset that has folds, else of the largest.
@@ -308,7 +325,7 @@ def split_union(here: Workspace, sources: Sequence[Source], same_patients: bool)
             own = [{part: [case for case in split[part] if case in own_patients] for part in split} for split in own]
             folds |= {own_patients[case]: number for number, split in enumerate(own) for case in split["val"]} | folds
         else:
-            own = _make_folds(own_patients, folds)
+            own = _make_new_folds(own_patients, folds)
         parts.append((source.key, own))
         patients |= {f"{source.key}_{case}": patient for case, patient in own_patients.items()}
     number = max(len(own) for _, own in parts)
@@ -338,7 +355,7 @@ def _require_apart(number: int, split: Split, patients: Mapping[str, str]) -> No
             )
 
 
-def _make_folds(patients: Mapping[str, str], folds: dict[str, int]) -> list[Split]:
+def _make_new_folds(patients: Mapping[str, str], folds: dict[str, int]) -> list[Split]:
     """Return folds of a dataset without any: known patients stay in theirs, the others get nnU-Net's."""
     new = sorted({patient for patient in patients.values() if patient not in folds})
     if len(new) > 1:

@@ -38,7 +38,7 @@ from mfm_nnunet.prediction.export import Managers
 from mfm_nnunet.reports.progress import track
 
 if TYPE_CHECKING:
-    from mfm_nnunet.prediction.selection import Selection
+    from mfm_nnunet.prediction.selection import ChosenOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Model:
     heads: tuple[HeadInfo, ...] = ()
     """The outputs of each fold of a classifier; empty for a segmentation model."""
     configuration: str = ""
-    selection: Selection | None = None
+    selection: ChosenOutputs | None = None
     """The outputs to predict; None for all."""
     oom_steps: list[str] = field(default_factory=list)
     """Measures taken for lack of memory since the list was last cleared."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from mfm_nnunet.prediction.model import Model
 
 
 @dataclass(frozen=True)
-class Selection:
+class ChosenOutputs:
     """Selected outputs of a network."""
 
     names: tuple[str, ...]
@@ -64,6 +65,13 @@ def choose_outputs(model: Model, classes: Sequence[str] | None, classes_of: str 
     return replace(model, selection=selection) if selection else model
 
 
+def describe_choice(classes: Sequence[str] | None, classes_of: str | int | None) -> dict[str, Any]:
+    """Return the settings of a prediction that depend on the choice; empty without one, as before there was any."""
+    if not classes and classes_of is None:
+        return {}
+    return {"classes": list(classes or ()), "classes_of": None if classes_of is None else str(classes_of)}
+
+
 def _find_dataset(table: ClassTable | None, wanted: str) -> str:
     if table is None:
         raise MFMError("E_CONFIG", f"--classes-of {wanted}: the model was trained on one dataset. Use --classes.")
@@ -101,7 +109,7 @@ def _normalised(model: Model, plan: Plan, table: ClassTable, key: str | None, na
     return replace(model, plans_manager=manager, configuration_manager=own)
 
 
-def select_classes(dataset: DatasetJson, names: Sequence[str]) -> Selection | None:
+def select_classes(dataset: DatasetJson, names: Sequence[str]) -> ChosenOutputs | None:
     """Return the selection of some classes; None for all of them."""
     foreground, order = dataset.foreground, dataset.content.get("regions_class_order")
     if set(names) == set(foreground):
@@ -112,11 +120,11 @@ def select_classes(dataset: DatasetJson, names: Sequence[str]) -> Selection | No
         # Twice the same value: nnU-Net takes a list of one for a label of a softmax.
         labels = {"background": 0, **{name: [*foreground[name], foreground[name][-1]] for name in chosen}}
         manager = LabelManager(labels, [int(order[place]) for place in places])  # type: ignore[index]
-        return Selection(tuple(chosen), tuple(places), (), manager, None)
+        return ChosenOutputs(tuple(chosen), tuple(places), (), manager, None)
     by_value = sorted((values[0], name) for name, values in foreground.items())
     kept = [(value, name) for value, name in by_value if name in names]
     merged = (0, *(value for value, name in by_value if name not in names))
     manager = LabelManager({"background": 0, **{name: place for place, (_, name) in enumerate(kept, 1)}}, None)
     dtype = np.uint8 if by_value[-1][0] < 256 else np.uint16
     values = np.array([0, *(value for value, _ in kept)], dtype)
-    return Selection(tuple(name for _, name in kept), tuple(value for value, _ in kept), merged, manager, values)
+    return ChosenOutputs(tuple(name for _, name in kept), tuple(value for value, _ in kept), merged, manager, values)

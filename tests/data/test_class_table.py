@@ -17,9 +17,9 @@ from mfm_nnunet.data.class_table import (
     ClassTable,
     describe_cases,
     propose,
-    read_table,
+    read_class_table,
     require_confirmed,
-    write_table,
+    write_class_table,
 )
 from mfm_nnunet.dataset import check_dataset_json
 from mfm_nnunet.errors import MFMError
@@ -34,7 +34,7 @@ NESTED = {"004": entry(4, liver=[1, 2], tumour=[2]), "052": entry(52, spleen=[1]
 
 
 def written(folder: Path, datasets: dict[str, Any], edit: Callable[[dict[str, Any]], object] = bool) -> Path:
-    write_table(folder / FILE, *propose(datasets))
+    write_class_table(folder / FILE, *propose(datasets))
     content = json.loads((folder / FILE).read_text())
     edit(content)
     (folder / FILE).write_text(json.dumps(content))
@@ -42,7 +42,7 @@ def written(folder: Path, datasets: dict[str, Any], edit: Callable[[dict[str, An
 
 
 def test_equal_names_are_proposed_as_one_class_and_listed(tmp_path: Path) -> None:
-    table, content = read_table(written(tmp_path, ABDOMEN))
+    table, content = read_class_table(written(tmp_path, ABDOMEN))
     assert table.names == ["Liver", "spleen", "tumour"]
     assert content["same_names"] == {"Liver": ["004", "052"]}
     assert content["confirmed"] is False
@@ -96,7 +96,7 @@ def test_labels_to_ignore_stay_the_highest_value() -> None:
 
 
 def test_a_label_without_a_row_is_background(tmp_path: Path) -> None:
-    table, _ = read_table(written(tmp_path, ABDOMEN, lambda content: content["classes"].pop(1)))
+    table, _ = read_class_table(written(tmp_path, ABDOMEN, lambda content: content["classes"].pop(1)))
     assert table.values("004") == {0: 0, 1: 1, 2: 0}
 
 
@@ -134,7 +134,7 @@ BAD: list[Callable[[dict[str, Any]], object]] = [
 def test_a_table_that_is_wrong_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     file = written(tmp_path, ABDOMEN, edit)
     with pytest.raises(MFMError, match="E_CONFIG") as caught:
-        read_table(file)
+        read_class_table(file)
     assert str(file) in caught.value.message
 
 
