@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,19 @@ from mfm_nnunet.prediction.cases import (
 from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
 from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
-from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, table_name, warn_of_others
+from mfm_nnunet.prediction.journal import (
+    ERROR_FOLDER,
+    SETTINGS_FILE,
+    Journal,
+    check_output,
+    describe_versions,
+    table_name,
+    warn_of_others,
+)
 from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.prediction.selection import choose_outputs, describe_choice
 from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
-from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import DEFAULT_PLAN, Workspace, only_one, use
 
 logger = logging.getLogger(__name__)
@@ -243,7 +249,7 @@ class _Run:
             SETTINGS_FILE: {
                 **self.identity,
                 "device": str(self.model.device),
-                "versions": _versions(self.model.device),
+                "versions": describe_versions(self.model.device),
             },
         }
         for name, content in copies.items():
@@ -317,7 +323,7 @@ class _Run:
                 "memory_steps": list(model.oom_steps),
                 **({"agreement": model.agreement} if model.agreement else {}),
                 "warnings": list(ready.warnings),
-                "versions": _versions(model.device),
+                "versions": describe_versions(model.device),
             }
             # Before the files get their final names: a run killed now must still recognise them as its own.
             self.journal.write(case.name, "publishing", code="", reason="", **entry)
@@ -334,7 +340,7 @@ class _Run:
         with track(f"{case.name}: writing the mask"):
             write_case(
                 logits, ready.properties, model.managers, inside(stage, case.name), self.ending, header=ready.header,
-                save_probabilities=request.save_probabilities, values=model.selection and model.selection.values,
+                save_probabilities=request.save_probabilities, values=model.selection.values if model.selection else None,
             )  # fmt: skip
             if request.dicom_seg and case.slices:
                 self._write_segmentation(case, stage)
@@ -417,8 +423,3 @@ def _one_ahead(
         waiting = submitted
     if waiting is not None:
         yield waiting
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    names = {"mfm_nnunet": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__}
-    return {**names, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
