@@ -27,6 +27,7 @@ from mfm_nnunet.data.dicom import find_series, require_choice, write_key
 from mfm_nnunet.data.loops import attempt, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.device import describe_versions
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
@@ -45,15 +46,7 @@ from mfm_nnunet.prediction.cases import (
 from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
 from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
-from mfm_nnunet.prediction.journal import (
-    ERROR_FOLDER,
-    SETTINGS_FILE,
-    Journal,
-    check_output,
-    describe_versions,
-    table_name,
-    warn_of_others,
-)
+from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, table_name, warn_of_others
 from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.prediction.selection import choose_outputs, describe_choice
 from mfm_nnunet.reports.progress import track
@@ -340,7 +333,8 @@ class _Run:
         with track(f"{case.name}: writing the mask"):
             write_case(
                 logits, ready.properties, model.managers, inside(stage, case.name), self.ending, header=ready.header,
-                save_probabilities=request.save_probabilities, values=model.selection.values if model.selection else None,
+                save_probabilities=request.save_probabilities,
+                values=model.selection.values if model.selection else None,
             )  # fmt: skip
             if request.dicom_seg and case.slices:
                 self._write_segmentation(case, stage)

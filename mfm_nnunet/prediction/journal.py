@@ -10,17 +10,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mfm_nnunet.data.storage import STAGING_PREFIX
 from mfm_nnunet.errors import MFMError, unreadable
 from mfm_nnunet.files import append_line, ending_of, is_file_name, open_to_append, read_lines, sha256, take_lock
 from mfm_nnunet.requests import PredictRequest
-from mfm_nnunet.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -204,9 +200,3 @@ def _belongs_to(file_name: str, cases: set[str]) -> bool:
     """Check if a file is named after one of ``cases`` (whose names may contain dots)."""
     pieces = file_name.split(".")
     return any(".".join(pieces[:count]) in cases for count in range(1, len(pieces)))
-
-
-def describe_versions(device: torch.device) -> dict[str, str]:
-    """Return the versions of what makes a mask, and the kind of device."""
-    names = {"mfm_nnunet": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__}
-    return {**names, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
