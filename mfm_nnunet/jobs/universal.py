@@ -99,6 +99,8 @@ def register_union(here: Workspace, name: str, request: PlanRequest) -> PlanRequ
     together, and a table that is damaged), and those of reading datasets and labels.
     """
     folder = here.raw / name
+    if request.dry_run:
+        raise MFMError("E_CONFIG", f"--dry-run: {name} is a union, which is made before it is planned. Leave it out.")
     if folder.exists() and any(folder.iterdir()) and not is_union(folder):
         raise MFMError("E_EXISTS", f"{folder}: this is another dataset. Choose another number for the union.")
     model = None if request.add_to is None else Path(request.add_to)
