@@ -13,11 +13,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,16 @@ import torch
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.dicom import find_series, require_choice, write_key
-from mfm_nnunet.data.loops import attempt, reader_threads
+from mfm_nnunet.data.loops import attempt, one_ahead, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.device import describe_versions
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
 from mfm_nnunet.images.reading import read_label
+from mfm_nnunet.jobs.dry_run import describe_prediction
 from mfm_nnunet.jobs.report import report_prediction, reported
 from mfm_nnunet.prediction import dicom_seg
 from mfm_nnunet.prediction.cases import (
@@ -48,9 +49,9 @@ from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, table_name, warn_of_others
 from mfm_nnunet.prediction.model import Model, load_model
+from mfm_nnunet.prediction.selection import choose_outputs, describe_choice
 from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
-from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import DEFAULT_PLAN, Workspace, only_one, use
 
 logger = logging.getLogger(__name__)
@@ -128,18 +129,22 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
+    model = choose_outputs(model, request.classes, request.classes_of)
     check_previous_stage(model, previous_stage)
     with find_series(source, request.series or ()) as series:
         require_choice(series, request.series or ())
         found = find_cases(source, model, previous_stage, series)
         if request.dicom_seg and not series:
             raise MFMError("E_CONFIG", f"--dicom-seg: {source} holds no DICOM series to refer to. Leave it out.")
-        if request.key_file is not None:
+        if request.key_file is not None and not request.dry_run:
             write_key(Path(request.key_file), series)
         names = [case_name_of(item) for item in found]
         if request.num_parts > 1:
             others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
             check_output(folder, others, request)
+        if request.dry_run:
+            describe_prediction(model, found, request)
+            return PredictReport(output_folder=folder)
         if request.overwrite:
             warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
         run, own = _Run(model, source, folder, request), found[request.part_id :: request.num_parts]
@@ -187,6 +192,7 @@ class _Run:
             "mirroring": request.mirroring,
             "save_probabilities": request.save_probabilities,
             "cascade": request.previous_stage is not None,
+            **describe_choice(request.classes, request.classes_of),
         }
         self.identity: dict[str, Any] = {"model": model.sha256, "settings": settings}
         """Model and settings: they and the images determine the masks. JSON values without paths."""
@@ -214,7 +220,7 @@ class _Run:
             try:
                 with reader_threads(1) as reader, track("predicting", len(todo), lines=False) as advance:
                     ahead = itertools.chain.from_iterable(
-                        _one_ahead(partial(self._begin, reader), group) for group in groups
+                        one_ahead(partial(self._begin, reader), group) for group in groups
                     )
                     for number, (case, prepared) in enumerate(ahead, start=1):
                         outcome = self._attempt(case, prepared)
@@ -234,11 +240,14 @@ class _Run:
 
     def _write_copies(self) -> None:
         """Write the files that nnU-Net's post-processing, evaluation and ensembling expect next to the masks."""
-        device = self.model.device
         copies = {
             "dataset.json": self.model.dataset_json,
             "plans.json": self.model.plans_manager.plans,
-            SETTINGS_FILE: {**self.identity, "device": str(device), "versions": _versions(device)},
+            SETTINGS_FILE: {
+                **self.identity,
+                "device": str(self.model.device),
+                "versions": describe_versions(self.model.device),
+            },
         }
         for name, content in copies.items():
             write_json(self.folder / name, content, indent=4)
@@ -311,7 +320,7 @@ class _Run:
                 "memory_steps": list(model.oom_steps),
                 **({"agreement": model.agreement} if model.agreement else {}),
                 "warnings": list(ready.warnings),
-                "versions": _versions(model.device),
+                "versions": describe_versions(model.device),
             }
             # Before the files get their final names: a run killed now must still recognise them as its own.
             self.journal.write(case.name, "publishing", code="", reason="", **entry)
@@ -327,8 +336,9 @@ class _Run:
         )
         with track(f"{case.name}: writing the mask"):
             write_case(
-                logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
-                header=ready.header, save_probabilities=request.save_probabilities,
+                logits, ready.properties, model.managers, inside(stage, case.name), self.ending, header=ready.header,
+                save_probabilities=request.save_probabilities,
+                values=model.selection.values if model.selection else None,
             )  # fmt: skip
             if request.dicom_seg and case.slices:
                 self._write_segmentation(case, stage)
@@ -397,22 +407,3 @@ class _Run:
             for name in self.begun:
                 if self.journal.last.get(name, {}).get("status") == "started":
                     self.journal.write(name, "stopped", **self.identity)
-
-
-def _one_ahead(
-    begin: Callable[[Case], Future[PreparedCase]], cases: Sequence[Case]
-) -> Iterator[tuple[Case, Future[PreparedCase]]]:
-    """Yield each case with its preparation, while that of the next case is already running."""
-    waiting: tuple[Case, Future[PreparedCase]] | None = None
-    for case in cases:
-        submitted = (case, begin(case))
-        if waiting is not None:
-            yield waiting
-        waiting = submitted
-    if waiting is not None:
-        yield waiting
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    names = {"mfm_nnunet": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__}
-    return {**names, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
