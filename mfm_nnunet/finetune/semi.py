@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from mfm_nnunet.data.volumes import Volume, open_array
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune import universal
 from mfm_nnunet.finetune.loading import Batch, Loaded, make_deterministic, read_batches, seed_of, seeded
 from mfm_nnunet.settings import SemiSettings, to_dict
 from mfm_nnunet.tasks.consistency import ConsistencyTask, turn
@@ -44,9 +45,9 @@ STRONGER = 2.0
 
 
 def make_task(trainer: MFMTrainer) -> SegmentationTask:
-    """Make the task of the trainer's method; plain segmentation without one."""
+    """Make the task of the trainer's method; without one, that of labels alone."""
     method = trainer.block.semi.method
-    return SegmentationTask(*_parts(trainer)) if method is None else MAKERS[method](trainer)
+    return universal.make_task(trainer) if method is None else MAKERS[method](trainer)
 
 
 def _parts(trainer: MFMTrainer) -> tuple[Any, ...]:
