@@ -24,7 +24,7 @@ from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.foreign import Reading
-from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.interchange.read import find_checkpoint, read_initial
 from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
@@ -142,7 +142,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     with about(inputs.plans_file):
         block, num_channels = plan.mfm, plan.configuration(configuration).num_channels
         network = build_network(plan.content, configuration, num_channels, 2)
-    reading = read_checkpoint(inputs.weights) if inputs.weights is not None else None
+    reading = read_initial(inputs.weights, network, request.accept_licence) if inputs.weights is not None else None
     if start_from is None:
         block = run_settings.resolve_new(block, overrides, reading, network, len(split["train"]))
     else:
