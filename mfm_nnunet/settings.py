@@ -151,6 +151,21 @@ class FinetuneSettings(TrainingSettings):
     """Mirror crops in training and images in prediction, along all axes as nnU-Net does."""
     batch_size: int | None = ranged(None, 1, 2**16)
     """Crops per step over all GPUs together. None: as the plan's configuration says."""
+    mix: Literal["none", "cutmix", "copy_paste", "lesion_paste"] = "none"
+    """Mixing of the labelled crops of a step, images and masks alike. cutmix: a box comes from another crop (arXiv
+    1905.04899); copy_paste: its foreground is pasted at the same place (arXiv 2012.07177); lesion_paste: one connected
+    component of it is pasted at a random place in the other labels, or in the body (TumorCP, MICCAI 2021)."""
+    mix_probability: float = ranged(0.5, 0, 1)
+    """Probability that a crop is mixed with another one."""
+    mix_box: float = ranged(0.667, 0, 1, above=True, below=True)
+    """cutmix: length of the box's sides as a share of the crop's."""
+    mix_labels: tuple[int, ...] = ranged((), 1, 2**15)
+    """copy_paste, lesion_paste: label values that are pasted; with regions their places in dataset.json, from 1. Empty
+    (none): all."""
+    mix_draw: Literal["all", "one"] = "all"
+    """copy_paste, lesion_paste: paste these labels together, or one of them, drawn anew for each crop."""
+    mix_start: int = ranged(0, 0, LARGEST)
+    """Step of the training from which crops are mixed."""
     checkpoint: dict[str, Any] | None = None
     """Origin of the weights: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
 
@@ -239,6 +254,8 @@ def require_legal(settings: TrainingSettings, prefix: str) -> None:
         name, problem = "warmup_epochs", f"must be from 0 to {prefix}epochs={epochs}"
     elif not isinstance(settings, FinetuneSettings):
         return
+    elif settings.mix != "none" and settings.mix_start >= (steps := epochs * settings.iterations_per_epoch):
+        name, problem = "mix_start", f"the training has {steps} steps, so nothing would be mixed; start earlier"
     elif settings.schedule != "sawtooth":
         if settings.decoder_epochs is not None:
             name = "decoder_epochs"

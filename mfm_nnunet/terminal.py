@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -46,7 +46,7 @@ def in_markdown(text: str) -> str:
 
 def print_path(path: Path) -> None:
     """Print a path to stdout: raw bytes for a program that reads it, escaped on a terminal."""
-    stream = sys.stdout.stream if isinstance(sys.stdout, _Escaping) else sys.stdout
+    stream = raw(sys.stdout)
     buffer = getattr(stream, "buffer", None)
     if buffer is None or stream.isatty():
         sys.stdout.write(f"{path}\n")
@@ -54,6 +54,26 @@ def print_path(path: Path) -> None:
     stream.flush()
     buffer.write(os.fsencode(path) + os.linesep.encode())
     buffer.flush()
+
+
+def is_escaped(stream: Any) -> bool:
+    """Return whether a stream escapes what is written to it."""
+    return isinstance(stream, _Escaping)
+
+
+def raw(stream: Any) -> Any:
+    """Return the stream behind one that escapes, for those who draw on a terminal."""
+    return stream.stream if isinstance(stream, _Escaping) else stream
+
+
+@contextlib.contextmanager
+def written_above(write: Callable[[str], None]) -> Iterator[None]:
+    """Give ``write`` what this process writes to a terminal through :func:`escaped_streams`, to put it above bars."""
+    _Escaping.above, before = (os.getpid(), write), _Escaping.above
+    try:
+        yield
+    finally:
+        _Escaping.above = before
 
 
 @contextlib.contextmanager
@@ -86,13 +106,19 @@ class _Formatter(logging.Formatter):
 class _Escaping:
     """Text stream that escapes everything written to it."""
 
+    above: tuple[int, Callable[[str], None]] | None = None
+    """The process that draws bars, and how it writes above them; forked children write directly."""
+
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
         begin = _PROGRESS.match(text)
         kept = begin.end() if begin else 0
-        self.stream.write(text[:kept] + escaped(text[kept:]))
+        if self.above is not None and self.above[0] == os.getpid() and self.stream.isatty():
+            self.above[1](escaped(text[kept:]))
+        else:
+            self.stream.write(text[:kept] + escaped(text[kept:]))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

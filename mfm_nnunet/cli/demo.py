@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
-from mfm_nnunet.requests import DemoRequest
+from mfm_nnunet.study_requests import DemoRequest
 
 DESCRIPTION = """\
 Plan, preprocess, pretrain (MAE and Volume Fusion), fine-tune (from scratch and from each) and predict, on real images.

@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _set_verbosity(arguments: argparse.Namespace) -> None:
     quiet = logging.WARNING if arguments.disable_progress_bar else logging.NOTSET
-    for name in ("jobs.predict", "prediction", "data.loops"):
+    for name in ("jobs.predict", "prediction", "data.loops", "reports.progress"):
         logging.getLogger(f"mfm_nnunet.{name}").setLevel(logging.DEBUG if arguments.verbose else quiet)
     for name in WITHOUT_EFFECT:
         if getattr(arguments, name):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mfm_nnunet import terminal
 from mfm_nnunet.cli import common
 from mfm_nnunet.cli.run import run_command
-from mfm_nnunet.requests import StudyRequest
+from mfm_nnunet.study_requests import StudyRequest
 
 DESCRIPTION = """\
 Train from scratch and from checkpoints with few and with many labels, several times, and test all on one fixed split.

@@ -11,13 +11,11 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,6 +25,7 @@ from mfm_nnunet import terminal
 from mfm_nnunet.errors import CaseFailure, MFMError, is_out_of_memory, unreadable
 from mfm_nnunet.images import decoder
 from mfm_nnunet.images.integrity import files_of
+from mfm_nnunet.reports.progress import track
 from mfm_nnunet.signals import start_resource_tracker, stop_signals_blocked
 
 if TYPE_CHECKING:
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Item = TypeVar("Item")
-
-SECONDS_BETWEEN_LINES = 15.0
-"""Seconds between two progress messages."""
 
 
 def attempt(work: Callable[[Case], Result], case: Case) -> Result | CaseFailure:
@@ -146,47 +142,16 @@ def in_processes(
 
 
 @contextlib.contextmanager
-def progress(num_parts: int, what: str, unit: str = "cases") -> Iterator[Callable[[], None]]:
-    """Log progress every ``SECONDS_BETWEEN_LINES`` from a thread, so that a long part is not silent.
-
-    Call the yielded function after each part; ``num_parts`` is 0 for work without parts.
-    """
-    start, num_done, is_over = time.monotonic(), 0, threading.Event()
-
-    def count() -> None:
-        nonlocal num_done
-        num_done += 1
-
-    def speak() -> None:
-        while not is_over.wait(SECONDS_BETWEEN_LINES):
-            seconds, done = time.monotonic() - start, min(num_done, num_parts)
-            text = f"{what}: {done} of {num_parts} {unit}" if num_parts else f"{what}: {_clock(seconds)} so far"
-            log.info("%s%s", text, f", about {_clock(seconds / done * (num_parts - done))} left" if done else "")
-
-    speaker = threading.Thread(target=speak, daemon=True, name="progress")
-    speaker.start()
-    try:
-        yield count
-    finally:
-        is_over.set()
-        speaker.join()
-
-
-@contextlib.contextmanager
 def with_progress(outcomes: Generator[Item, None, None], num_cases: int, what: str) -> Iterator[Iterator[Item]]:
-    """Yield an iterator over the same outcomes that reports :func:`progress`; close the outcomes at the end."""
+    """Yield an iterator over the same outcomes that shows its progress; close the outcomes at the end."""
 
     def counted() -> Iterator[Item]:
         for outcome in outcomes:
             count()
             yield outcome
 
-    with contextlib.closing(outcomes), progress(num_cases, what) as count:
+    with contextlib.closing(outcomes), track(what, num_cases) as count:
         yield counted()
-
-
-def _clock(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
 
 
 def _until_a_death(

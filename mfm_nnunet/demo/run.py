@@ -25,6 +25,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, write_json
 from mfm_nnunet.metrics import dice, mean_dice
 from mfm_nnunet.reports.overlays import draw_overlay
+from mfm_nnunet.reports.progress import Stages
 from mfm_nnunet.settings import MFMBlock, override
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class DemoResult:
     """Folder of predicted masks by arm."""
     masks: list[Path] = field(default_factory=list)
     overlays: list[Path] = field(default_factory=list)
+    stages: Stages = field(default_factory=lambda: Stages(3 * len(ARMS) + 2))
 
     def mean(self, arm: str, label: str | None = None) -> float:
         """Return the mean Dice of an arm over the test cases, for one label or averaged over the labels."""
@@ -93,7 +95,7 @@ def run_demo(
     if ignored := [name for name in workspace.FOLDERS if name in os.environ]:  # they contain the user's real data
         logger.info("%s: ignored, the demo uses its own folder", ", ".join(ignored))
     result = DemoResult()
-    with workspace.use_only(folder) as here:
+    with workspace.use_only(folder) as here, result.stages:
         with result.timed("data"):
             split = source or demo_data.split_template(folder / "scans")
             demo_data.write_corpus(split, folder / "corpus.csv")
@@ -105,7 +107,7 @@ def run_demo(
         checkpoints = _pretrain_starts(result, folder, configuration, schedule, device)
         _plan_labelled(result, folder, split, configuration, checkpoints)
         for arm in ARMS:
-            logger.info("\n== Fine-tune: %s", ARMS[arm])
+            result.stages.begin(f"Fine-tune: {ARMS[arm]}")
             with result.timed(f"train {arm}"):
                 fold_folder = mfm_nnunet.train(
                     DATASET_ID,
@@ -118,6 +120,7 @@ def run_demo(
                     workspace=folder,
                 )
             _predict(result, arm, folder, fold_folder, device)
+        result.stages.begin("Compare with the references")
         with result.timed("pictures"):
             compare(result, split, folder / "overlays")
     scores = {
@@ -155,14 +158,14 @@ def _pretrain_starts(
 ) -> dict[str, Path]:
     """Plan the corpus, pretrain, and return the checkpoint of each arm that has one."""
     with result.timed("plan"):
-        logger.info("\n== Plan and preprocess the images without labels")
+        result.stages.begin("Plan and preprocess the images without labels")
         images, only = folder / "corpus.csv", [configuration]
         (plan,) = mfm_nnunet.plan_and_preprocess(
             [CORPUS_ID], images=images, name=CORPUS_NAME, configurations=only, workspace=folder
         )
     checkpoints = {}
     for arm in (arm for arm in ARMS if arm != SCRATCH):
-        logger.info("\n== Pretrain: %s", ARMS[arm])
+        result.stages.begin(f"Pretrain: {ARMS[arm]}")
         with result.timed(f"pretrain {arm}"):
             checkpoints[arm] = mfm_nnunet.pretrain(
                 CORPUS_ID,
@@ -185,7 +188,7 @@ def _plan_labelled(
     result: DemoResult, folder: Path, split: Split, configuration: str, checkpoints: Mapping[str, Path]
 ) -> None:
     """Make a plan per arm. Only the names differ, so all share the preprocessed data."""
-    logger.info("\n== Plan and preprocess the labelled images so that the checkpoints fit")
+    result.stages.begin("Plan and preprocess the labelled images so that the checkpoints fit")
     first = next(iter(checkpoints.values()))
     package = logging.getLogger("mfm_nnunet")
     level = package.level
@@ -208,7 +211,7 @@ def _plan_labelled(
 
 
 def _predict(result: DemoResult, arm: str, folder: Path, fold_folder: Path, device: str) -> None:
-    logger.info("\n== Predict: %s", ARMS[arm])
+    result.stages.begin(f"Predict: {ARMS[arm]}")
     result.folders[arm] = folder / "predictions" / arm
     with result.timed(f"predict {arm}"):
         mfm_nnunet.predict(

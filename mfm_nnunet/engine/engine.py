@@ -23,7 +23,7 @@ from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, WeightAverage
 from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.processes import World, any_true, gather, largest, mean
-from mfm_nnunet.reports.progress import Progress
+from mfm_nnunet.reports.progress import say, track
 from mfm_nnunet.settings import PretrainSettings, TrainingSettings
 from mfm_nnunet.signals import StopFlag, name_of, stop_on_signal
 from mfm_nnunet.tasks.base import Task, TaskOutput
@@ -137,8 +137,11 @@ class Engine:
         run, state, settings = self._run, self.state, self._settings
         first, per_epoch = state.step, settings.iterations_per_epoch
         stream = run.training_batches(first)
-        progress = Progress(self.total_steps, first, is_silent=not self._world.is_main)
-        with stop_on_signal("this step, or the validation of this epoch") as stop:
+        name, silent = "pretraining" if self._section == "pretrain" else "training", not self._world.is_main
+        with (
+            stop_on_signal("this step, or the validation of this epoch") as stop,
+            track(name, self.total_steps, "steps", first, is_silent=silent) as advance,
+        ):
             for step in range(first, self.total_steps):
                 start = time.monotonic()
                 epoch, in_epoch = divmod(step, per_epoch)
@@ -151,10 +154,9 @@ class Engine:
                 state.loss_count += 1
                 state.step = step + 1
                 state.epoch_seconds += time.monotonic() - start
-                where = f"epoch {epoch + 1}/{settings.epochs}  step {in_epoch + 1}/{per_epoch}"
-                progress.step(state.step, where, state.loss_sum / state.loss_count)
+                advance(f"epoch {epoch + 1}/{settings.epochs}, loss {state.loss_sum / state.loss_count:.4f}")
                 if in_epoch + 1 == per_epoch:
-                    self._end_epoch(epoch, progress)
+                    self._end_epoch(epoch)
                 if state.step < self.total_steps:
                     self._stop_if_asked(stop)
 
@@ -200,17 +202,20 @@ class Engine:
         self._module.eval()
         values: dict[str, list[Tensor]] = {}
         pictures = None
-        with self._optimisation.averaged():
+        title, total = f"validating epoch {epoch + 1}", self._settings.validation_iterations
+        shown = track(title, total, "batches", is_silent=not self._world.is_main)
+        with self._optimisation.averaged(), shown as advance:
             for batch in self._run.validation_batches(epoch):
                 for part in split(batch, self._optimisation.accumulation):
                     output = self.forward(part)
                     for name, value in {"loss": output.loss, **output.metrics}.items():
                         values.setdefault(name, []).append(value.detach().float())
                     pictures = pictures or output.pictures
+                advance()
         gathered = {name: gather(torch.stack(all_), self._world).cpu() for name, all_ in values.items()}
         return self._task.summarise(gathered), pictures
 
-    def _end_epoch(self, epoch: int, progress: Progress) -> None:
+    def _end_epoch(self, epoch: int) -> None:
         state, start = self.state, time.monotonic()
         summary, pictures = self.validate(epoch)
         results = {"train_loss": state.loss_sum / state.loss_count}
@@ -218,7 +223,8 @@ class Engine:
         results["seconds"] = round(state.epoch_seconds + time.monotonic() - start, 3)
         state.loss_sum, state.loss_count, state.epoch_seconds = 0.0, 0, 0.0
         for line in self._run.end_epoch(epoch, results, pictures):
-            progress.line(line)
+            if self._world.is_main:
+                say(line)
 
     def _stop_if_asked(self, stop: StopFlag) -> None:
         """Stop all processes after the same step; otherwise one would wait for the others."""

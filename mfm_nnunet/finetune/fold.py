@@ -20,6 +20,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import report_full_disk, to_plain
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, make_loaders, read_batches, seed_everything, seed_of
+from mfm_nnunet.finetune.mixing import mix_batches
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.settings import FinetuneSettings
 
@@ -52,8 +53,11 @@ class FoldRun:
             ("training", self.settings.iterations_per_epoch, num_workers),
             ("validation", self.settings.validation_iterations, (num_workers + 1) // 2),
         )
-        for loader, (name, per_epoch, workers) in zip(make_loaders(trainer), parts):
+        is_mixed = self.settings.mix != "none"
+        for loader, (name, per_epoch, workers) in zip(make_loaders(trainer, is_mixed), parts):
             source = SeededBatches(loader, trainer.block.seed, f"{name} {trainer.local_rank}")
+            if is_mixed and name == "training":
+                source = mix_batches(source, trainer)
             first, last = epoch * per_epoch, self.settings.epochs * per_epoch
             streams.append(read_batches(source, first, last, workers, self.device.type == "cuda"))
         self._validation = streams[1]

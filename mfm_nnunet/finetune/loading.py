@@ -69,8 +69,11 @@ def read_batches(
     return read_in_order(source, num_workers, pin_memory, _keep, batch_size=None, sampler=range(first, last))
 
 
-def make_loaders(trainer: nnUNetTrainer) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
-    """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms."""
+def make_loaders(trainer: nnUNetTrainer, full_targets: bool = False) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
+    """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms.
+
+    ``full_targets``: targets of training have full resolution, and are not reduced for deep supervision.
+    """
     rotation, do_dummy_2d, initial_patch, mirror_axes = (
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     )
@@ -83,7 +86,7 @@ def make_loaders(trainer: nnUNetTrainer) -> tuple[nnUNetDataLoader, nnUNetDataLo
         "ignore_label": labels.ignore_label,
     }
     training = trainer.get_training_transforms(
-        patch, rotation, scales, mirror_axes, do_dummy_2d,
+        patch, rotation, None if full_targets else scales, mirror_axes, do_dummy_2d,
         use_mask_for_norm=trainer.configuration_manager.use_mask_for_norm, **shared,
     )  # fmt: skip
     validation = trainer.get_validation_transforms(scales, **shared)

@@ -16,12 +16,12 @@ import torch
 
 from mfm_nnunet import metrics
 from mfm_nnunet.data.label_table import LabelTable
-from mfm_nnunet.data.loops import progress
 from mfm_nnunet.data.volumes import read_arrays
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import atomic_write, digest_of
 from mfm_nnunet.finetune.classification import LabelledImages
 from mfm_nnunet.models.classifier import Classifier
+from mfm_nnunet.reports.progress import track
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Inverse penalties from which inner folds choose."""
@@ -46,7 +46,7 @@ def cached_features(
     known = _known_features(file)
     classifier.eval()
     missing = [case for case in cases if keys[case] not in known]
-    with progress(len(missing), "features", "images") as count:
+    with track("features", len(missing), "images") as count:
         for case in missing:
             known[keys[case]] = classifier.embed_views(images.views(case)).mean(0).cpu().numpy().astype(np.float32)
             count()

@@ -159,10 +159,19 @@ def require_effect(overrides: Sequence[str], settings: FinetuneSettings, device:
     for name in sorted(given & {"parts", "transfer"}):
         if settings.checkpoint is None:
             logger.info("finetune.%s has no effect: this run starts from scratch", name)
+    for name in sorted(given & _without_effect(settings)):
+        logger.info("finetune.%s has no effect with finetune.mix=%s", name, settings.mix)
     if settings.compile and device != "cuda":
         logger.info(
             "finetune.compile=true has no effect: networks are compiled on CUDA GPUs only, this run is on %s", device
         )
+
+
+def _without_effect(settings: FinetuneSettings) -> set[str]:
+    """Return the settings of mixing that the chosen kind does not use."""
+    used = {"none": set(), "cutmix": {"mix_box"}}.get(settings.mix, {"mix_labels", "mix_draw"})
+    used |= {"mix_probability", "mix_start"} if settings.mix != "none" else set()
+    return {"mix_probability", "mix_start", "mix_box", "mix_labels", "mix_draw"} - used
 
 
 def save_settings(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> None:

@@ -18,7 +18,6 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summa
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from mfm_nnunet.data.loops import progress
 from mfm_nnunet.data.storage import remove_dead_stages, staging
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
@@ -27,6 +26,7 @@ from mfm_nnunet.finetune.loading import require_geometry
 from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.model import Model
+from mfm_nnunet.reports.progress import track
 
 Label = int | tuple[int, ...]
 
@@ -46,18 +46,20 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
         autocast_dtype=torch.bfloat16 if getattr(trainer, "autocast_dtype", None) is torch.bfloat16 else torch.float16,
     )  # fmt: skip
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
-    for case in dataset.identifiers:
-        data, _, _, properties = dataset.load_case(case)
-        file = Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl"
-        require_geometry(file, properties, trainer.plans_manager.plans["image_reader_writer"])
-        image_CDHW = torch.from_numpy(np.array(data[:]))
-        require_space(inside(folder, f"{case}{ending}"), properties)
-        logits = model.predict_logits(image_CDHW, what=f"validating {case}")
-        with progress(0, f"{case}: writing the mask"), staging(folder) as stage:
-            target = inside(stage, case)
-            write_case(logits, properties, model.managers, target, ending, save_probabilities=save_probabilities)
-            publish(stage, folder)
-        yield case
+    with track("validating the fold", len(dataset.identifiers), lines=False) as advance:
+        for case in dataset.identifiers:
+            data, _, _, properties = dataset.load_case(case)
+            file = Path(trainer.preprocessed_dataset_folder) / f"{case}.pkl"
+            require_geometry(file, properties, trainer.plans_manager.plans["image_reader_writer"])
+            image_CDHW = torch.from_numpy(np.array(data[:]))
+            require_space(inside(folder, f"{case}{ending}"), properties)
+            logits = model.predict_logits(image_CDHW, what=case)
+            with track(f"{case}: writing the mask"), staging(folder) as stage:
+                target = inside(stage, case)
+                write_case(logits, properties, model.managers, target, ending, save_probabilities=save_probabilities)
+                publish(stage, folder)
+            advance()
+            yield case
     trainer.set_deep_supervision_enabled(True)
     trainer.print_to_log_file(format_dice(evaluate(trainer, cases, folder), trainer.dataset_json))
 

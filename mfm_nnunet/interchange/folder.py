@@ -19,7 +19,7 @@ from torch import Tensor
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import atomic_write, parse_json, read_json, sha256, shown
 from mfm_nnunet.interchange.foreign import Reading
-from mfm_nnunet.models.families import NetworkFamily, families_by_class
+from mfm_nnunet.models.families import NetworkFamily, family_of_class
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.terminal import in_markdown
 
@@ -245,7 +245,7 @@ AXES_OF_NNSSL = (
 
 def _architecture(mfm: Mapping[str, Any]) -> tuple[Mapping[str, Any], NetworkFamily | None]:
     architecture = mfm["plans"]["configurations"][mfm["configuration"]].get("architecture") or {}
-    return architecture, families_by_class().get(str(architecture.get("network_class_name")))
+    return architecture, family_of_class(str(architecture.get("network_class_name")))
 
 
 def _join(sizes: Any) -> str:

@@ -19,7 +19,7 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import sha256, shown
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.parts import Parts, take_apart, unwrap_names
-from mfm_nnunet.models.families import families_by_class
+from mfm_nnunet.models.families import family_of_class
 from mfm_nnunet.models.layouts import Converted, Stated
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, NO_RESAMPLING, Plan, plan_problem
@@ -231,7 +231,7 @@ def _started_from(ours: Any) -> dict[str, Any]:
 
 def _parts_of_nnunet(state: Mapping[str, Tensor], planned: Mapping[str, Any]) -> Parts:
     """Split the weights, or keep them as they are if no foreign layout of the plan's family has our names."""
-    family = families_by_class().get(str((planned.get("architecture") or {}).get("network_class_name")))
+    family = family_of_class(str((planned.get("architecture") or {}).get("network_class_name")))
     if family is None or any(layout.keeps_names for layout in family.layouts):
         return take_apart(state)
     return Parts(family, None, unwrap_names(state), {})

@@ -17,7 +17,7 @@ from mfm_nnunet.files import atomic_write, shown
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.folder import CARD, model_card
 from mfm_nnunet.interchange.verify import with_all_names
-from mfm_nnunet.models.families import families_by_class
+from mfm_nnunet.models.families import family_of_class
 from mfm_nnunet.plan import Plan
 
 TRAINER = "mfm_nnunet"
@@ -63,7 +63,7 @@ def adaptation_plan(mfm: Mapping[str, Any]) -> dict[str, Any]:
     if configuration.get("previous_stage"):
         raise _cannot("the second stage of a cascade")
     architecture = configuration["architecture"]
-    family = families_by_class().get(architecture["network_class_name"])
+    family = family_of_class(architecture["network_class_name"])
     layout = family.layout(architecture["network_class_name"]) if family else None
     if layout is None:
         raise _cannot(architecture["network_class_name"])

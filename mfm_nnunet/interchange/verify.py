@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.families import families_by_class, family_of
+from mfm_nnunet.models.families import family_of, family_of_class
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
 
@@ -65,7 +65,7 @@ def _plans_as_seen(mfm: Mapping[str, Any]) -> dict[str, Any]:
     configuration = {**Plan.of(mfm["plans"]).configuration(name).values, "patch_size": patch}
     configuration.pop("inherits_from", None)
     architecture = configuration["architecture"]
-    if family := families_by_class().get(str(architecture["network_class_name"])):
+    if family := family_of_class(str(architecture["network_class_name"])):
         configuration["architecture"] = family.with_patch(architecture, patch)
     return {**mfm["plans"], "configurations": {name: configuration}}
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.loops import attempt, progress, reader_threads
+from mfm_nnunet.data.loops import attempt, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
 from mfm_nnunet.fields import takes
@@ -36,6 +36,7 @@ from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, table_name, warn_of_others
 from mfm_nnunet.prediction.model import Model, load_model
+from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import Workspace, use
@@ -188,12 +189,15 @@ class _Run:
             suspects = [case for case in todo if self.request.resume and self.journal.starts.get(case.name)]
             groups = [[case for case in todo if case not in suspects], *([case] for case in suspects)]
             try:
-                with reader_threads(1) as reader:
+                with reader_threads(1) as reader, track("predicting", len(todo), lines=False) as advance:
                     ahead = itertools.chain.from_iterable(
                         _one_ahead(partial(self._begin, reader), group) for group in groups
                     )
                     for number, (case, prepared) in enumerate(ahead, start=1):
-                        logger.info("%d of %d  %s", number, len(todo), self._attempt(case, prepared))
+                        outcome = self._attempt(case, prepared)
+                        advance()
+                        left = f"; about {advance.left()} left" if number < len(todo) else ""
+                        logger.info("%d of %d  %s%s", number, len(todo), outcome, left)
             except BaseException:
                 self._note_stop()
                 raise
@@ -270,7 +274,7 @@ class _Run:
     def _predict(self, case: Case, prepared: Future[PreparedCase], start: float) -> None:
         model = self.model
         model.oom_steps.clear()
-        with progress(0, f"{case.name}: reading"):
+        with track(f"{case.name}: reading"):
             ready = prepared.result()
         require_space(self.folder / f"{case.name}{self.ending}", ready.properties)
         write = self._write_labels if model.heads else self._write_mask
@@ -297,7 +301,7 @@ class _Run:
         logits = model.predict_logits(
             ready.x_CDHW, step_size=request.step_size, mirroring=request.mirroring, what=case.name
         )
-        with progress(0, f"{case.name}: writing the mask"):
+        with track(f"{case.name}: writing the mask"):
             write_case(
                 logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
                 header=ready.header, save_probabilities=request.save_probabilities,

@@ -330,9 +330,8 @@ def family_of(network: nn.Module) -> NetworkFamily:
 
     Raises MFMError (E_MODEL_MISMATCH) if its class belongs to no family.
     """
-    known = families_by_class()
     for cls in type(network).__mro__:
-        if family := known.get(f"{cls.__module__}.{cls.__qualname__}"):
+        if family := family_of_class(f"{cls.__module__}.{cls.__qualname__}"):
             return family
     raise MFMError(
         "E_MODEL_MISMATCH",
@@ -341,15 +340,25 @@ def family_of(network: nn.Module) -> NetworkFamily:
 
 
 @functools.cache
-def families_by_class() -> dict[str, NetworkFamily]:
-    """Return the families by the dotted names of their classes."""
-    families = [_load(module) for module in dict.fromkeys(_modules().values())]
-    return {class_name: family for family in families for class_name in family.classes}
+def family_of_class(class_name: str) -> NetworkFamily | None:
+    """Return the family of a network class given by its dotted name, or None.
+
+    Families are imported in turn until one has the class, because the libraries of some take a second to import.
+    """
+    families = (_load(module) for module in dict.fromkeys(_modules().values()))
+    return next((family for family in families if class_name in family.classes), None)
+
+
+def family_of_architecture(architecture: Mapping[str, Any]) -> NetworkFamily:
+    """Return the family of a checked ``architecture`` entry of a plan."""
+    family = family_of_class(architecture["network_class_name"])
+    assert family is not None, architecture["network_class_name"]
+    return family
 
 
 def all_families() -> list[NetworkFamily]:
     """Return each family once, built-in ones first."""
-    return list({family.name: family for family in families_by_class().values()}.values())
+    return list({family.name: family for family in map(_load, _modules().values())}.values())
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mfm_nnunet.errors import MFMError, is_out_of_memory
-from mfm_nnunet.models.families import NetworkFamily, all_families, families_by_class
+from mfm_nnunet.models.families import NetworkFamily, all_families, family_of_architecture, family_of_class
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, Plan
 
 _DNA = "dynamic_network_architectures"
@@ -76,7 +76,7 @@ def build_architecture(
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     name = architecture["network_class_name"]
-    takes_it = families_by_class()[name].takes_deep_supervision(name)
+    takes_it = family_of_architecture(architecture).takes_deep_supervision(name)
     return get_network_from_plans(
         name,
         architecture["arch_kwargs"],
@@ -92,7 +92,7 @@ def check_architecture(class_name: Any, kwargs: Mapping[str, Any], to_import: An
 
     Raises MFMError: E_MODEL_UNSAFE for any other name, E_CONFIG for missing arguments.
     """
-    family = families_by_class().get(class_name) if isinstance(class_name, str) else None
+    family = family_of_class(class_name) if isinstance(class_name, str) else None
     if family is None:
         _raise_unsafe(f"network_class_name {class_name!r}")
     if not isinstance(kwargs, Mapping) or not isinstance(to_import, (list, tuple)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring
-from mfm_nnunet.models.families import NetworkFamily, TrainingDefaults, families_by_class
+from mfm_nnunet.models.families import NetworkFamily, TrainingDefaults, family_of_class
 from mfm_nnunet.models.layouts import Converted, ForeignLayout, NnsslName, Stated
 
 _DNA = "dynamic_network_architectures.architectures"
@@ -114,7 +114,7 @@ class UNetLayout(ForeignLayout):
 
     def needs_conversion(self, class_name: str) -> bool:
         """Return True unless the plan is reliable: stock trainers may overrule it, and ResEncL has no arguments."""
-        known = families_by_class().get(class_name)
+        known = family_of_class(class_name)
         return "." not in class_name or not (known is None or isinstance(known, UNetFamily))
 
     def convert(self, weights: Mapping[str, Tensor], others: Mapping[str, Tensor], stated: Stated) -> Converted:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mfm_nnunet.data.slices import is_picture
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.families import NetworkFamily, families_by_class, family_named
+from mfm_nnunet.models.families import NetworkFamily, family_named, family_of_architecture
 from mfm_nnunet.models.sizing import pad_to_multiple
 from mfm_nnunet.plan import INTENSITIES, Configuration, Plan
 from mfm_nnunet.planning.derive import slices_first, times
@@ -94,7 +94,7 @@ def plan_like(target_plans: Mapping[str, Any], source: Template) -> dict[str, An
         own |= {key: value for key, value in theirs.items() if key.startswith("resampling_fn_")}
     own["batch_size"] = max(2, int(theirs["batch_size"]))
     own["patch_size"] = like_patch(theirs["patch_size"], theirs["architecture"], own["median_image_size_in_voxels"])
-    family = families_by_class()[theirs["architecture"]["network_class_name"]]
+    family = family_of_architecture(theirs["architecture"])
     own["architecture"] = family.with_patch(copy.deepcopy(theirs["architecture"]), own["patch_size"])
     if "CTNormalization" in own["normalization_schemes"]:
         intensities = source.plan.content[INTENSITIES]
@@ -109,7 +109,7 @@ def like_patch(patch: Sequence[int], architecture: Mapping[str, Any], median_sha
 
     Sizes are padded to the multiples that the network needs. At least one axis has the family's ``fewest_cells``.
     """
-    family = families_by_class()[architecture["network_class_name"]]
+    family = family_of_architecture(architecture)
     steps = family.steps(architecture["arch_kwargs"], len(patch))
     if steps is None:
         raise MFMError(

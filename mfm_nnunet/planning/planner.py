@@ -28,7 +28,7 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import parse_json, to_plain, write_json
 from mfm_nnunet.modalities import kind_of
-from mfm_nnunet.models.families import NetworkFamily, Sizing, families_by_class, family_named
+from mfm_nnunet.models.families import NetworkFamily, Sizing, family_named, family_of_architecture, family_of_class
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.sizing import MIN_EDGE, too_little_memory
@@ -367,7 +367,7 @@ class MFMPlanner(ResEncUNetPlanner):
             )
         shape = (own.batch_size, num_inputs, *own.patch_size)
         memory = estimate_training_memory(network, shape, finetune.optimizer, is_half)
-        family = families_by_class()[own.architecture["network_class_name"]]
+        family = family_of_architecture(own.architecture)
         why_network = derive.CHECKPOINTS if is_like else family.reason(own.architecture, self.budget.memory_gb)
         num_cases = len(self.dataset_fingerprint["spacings"])
         why_spacing = derive.explain_spacing(own, self.spacing, num_cases, is_like)
@@ -401,8 +401,8 @@ def _networks(plans: Mapping[str, Any]) -> set[str]:
     configurations = [value for value in plans["configurations"].values() if isinstance(value, dict)]
     architectures = [value.get("architecture") for value in configurations]
     names = [(architecture or {}).get("network_class_name") for architecture in architectures]
-    known = families_by_class()
-    return {known[n].variant(a) if n in known else str(n) for n, a in zip(names, architectures) if a}
+    families = [family_of_class(str(name)) for name in names]
+    return {family.variant(a) if family else str(n) for n, a, family in zip(names, architectures, families) if a}
 
 
 def _without_limit(preset: derive.ResEncPreset) -> derive.ResEncPreset:

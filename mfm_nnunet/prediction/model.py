@@ -25,7 +25,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from mfm_nnunet.checkpoint import load_weights
-from mfm_nnunet.data.loops import progress
 from mfm_nnunet.data.sizes import sliding_windows
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import autocast, pick_device
@@ -35,6 +34,7 @@ from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.classification import HeadInfo, build_classifier, head_weights, read_head
 from mfm_nnunet.prediction.export import Managers
+from mfm_nnunet.reports.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Model:
         place = self.device if self.device.type == "cuda" else torch.device("cpu")
         logits = None
         try:
-            with progress(len(windows), what, "tiles") as count:
+            with track(what, len(windows), "tiles") as count:
                 logits = self._accumulate(padded, windows, mirror_axes, count, place)
         except torch.OutOfMemoryError:
             if place.type == "cpu":
@@ -156,7 +156,7 @@ class Model:
             self.oom_steps.append("logits accumulated on the CPU")
             logger.warning("%s ran out of memory: the logits are accumulated on the CPU instead", self.device)
             torch.cuda.empty_cache()
-            with progress(len(windows), what, "tiles") as count:
+            with track(what, len(windows), "tiles") as count:
                 logits = self._accumulate(padded, windows, mirror_axes, count, torch.device("cpu"))
         return logits[(slice(None), *unpad[1:])]
 

@@ -1,59 +1,207 @@
-"""Report on a run: console progress with ETA, ``log.jsonl``, ``progress.png`` and example pictures."""
+"""Show progress on the console, as bars or lines; write ``log.jsonl``, ``progress.png`` and pictures of examples."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import logging
 import math
+import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mfm_nnunet import terminal
 from mfm_nnunet.files import atomic_write
 
-SECONDS_BETWEEN_LINES = 20.0
+SECONDS_BETWEEN_LINES = 15.0
+"""Seconds between two progress lines of a part of the work, where there is no terminal."""
 SECONDS_BETWEEN_PLOTS = 60.0
+REFRESHES_PER_SECOND = 4
 _LABEL_COLOURS = ("purple", "green", "red", "brown", "pink", "olive", "cyan", "grey")
+logger = logging.getLogger(__name__)
 
 
-class Progress:
-    """Console progress: a single rewritten line on a terminal, else a new line every 20 seconds.
+class Track:
+    """A part of the work in progress. Call it after each of its ``total`` units, with a note to show beside them."""
 
-    The first line appears after the first step, so an ETA is available early.
+    def __init__(self, what: str, total: int, unit: str, first: int) -> None:
+        self.what, self.total, self.unit, self.first = what, total, unit, first
+        self.done, self.note = first, ""
+        self.show: Callable[[], None] = lambda: None
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, note: str = "") -> None:
+        self.done, self.note, self._last = min(self.done + 1, self.total), note, time.monotonic()
+        self.show()
+
+    def left(self) -> str:
+        """Return the time left by the mean time of the units so far, h:mm:ss; empty before the first is done."""
+        num_done = self.done - self.first
+        if not num_done:
+            return ""
+        seconds = (self._last - self._start) / num_done * (self.total - self.done)
+        return format_seconds(max(0.0, seconds - (time.monotonic() - self._last)))
+
+    def line(self) -> str:
+        """Describe the progress in a line without control characters."""
+        if not self.total:
+            return f"{self.what}: {format_seconds(time.monotonic() - self._start)} so far"
+        left = self.left()
+        parts = (f"{self.done} of {self.total} {self.unit}", left and f"about {left} left", self.note)
+        return f"{self.what}: {', '.join(filter(None, parts))}"
+
+
+@contextlib.contextmanager
+def track(
+    what: str, total: int = 0, unit: str = "cases", first: int = 0, *, is_silent: bool = False, lines: bool = True
+) -> Iterator[Track]:
+    """Show the progress of a part of the work: a bar with the time left on a terminal, else a line every 15 seconds.
+
+    ``total`` is 0 for work without units; ``first`` units were done before. Parts may be nested. Steps of a training
+    report the first one at once. ``lines`` is False if the caller prints a line per unit.
     """
+    part = Track(what, total, unit, first)
+    if is_silent or logger.level > logging.INFO:  # --disable_progress_bar
+        yield part
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        with _bars.shown(part):
+            yield part
+    elif lines:
+        with _lines(part):
+            yield part
+    else:
+        yield part
 
-    def __init__(self, total_steps: int, first_step: int = 0, is_silent: bool = False) -> None:
-        self.total_steps = total_steps
-        self.first_step = first_step
-        self.is_silent = is_silent
-        self.is_terminal = sys.stderr.isatty()
-        self.start = time.monotonic()
-        self.last_line = -float("inf")
 
-    def step(self, step: int, where: str, loss: float) -> None:
-        """Report that ``step`` steps are done."""
-        now = time.monotonic()
-        if self.is_silent or now - self.last_line < (0.2 if self.is_terminal else SECONDS_BETWEEN_LINES):
-            return
-        self.last_line = now
-        done = max(step - self.first_step, 1)
-        seconds_per_step = (now - self.start) / done
-        left = format_seconds(seconds_per_step * (self.total_steps - step))
-        self._write(f"{where}  loss {loss:.4f}  {1 / max(seconds_per_step, 1e-9):.2f} steps/s  ETA {left}", "\r")
+@contextlib.contextmanager
+def _lines(part: Track) -> Iterator[None]:
+    """Print a line on ``part`` every ``SECONDS_BETWEEN_LINES``, from a thread: a long unit is not silent either."""
+    is_over, has_begun = threading.Event(), threading.Event()
 
-    def line(self, text: str) -> None:
-        """Print a line that is not overwritten."""
-        if not self.is_silent:
-            self._write(text, "\n")
+    def speak() -> None:
+        if part.unit == "steps" and has_begun.wait(SECONDS_BETWEEN_LINES) and not is_over.is_set():
+            say(part.line())
+        while not is_over.wait(SECONDS_BETWEEN_LINES):
+            say(part.line())
 
-    def _write(self, text: str, end: str) -> None:
-        if self.is_terminal:
-            print(f"\r\x1b[2K{text}", end="" if end == "\r" else "\n", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+    part.show = has_begun.set
+    speaker = threading.Thread(target=speak, daemon=True, name="progress")
+    speaker.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        has_begun.set()
+        speaker.join()
+
+
+class _Bars:
+    """The bars of this process on its terminal: the only live display. It exists while a part is shown."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._unfinished = ""
+
+    @contextlib.contextmanager
+    def shown(self, part: Track) -> Iterator[None]:
+        """Show the bar of a part, below those of the parts around it."""
+        is_first, bar = self._progress is None, None
+        bars = self._progress = self._progress or _make_progress()
+        with terminal.written_above(self._write_above) if is_first else contextlib.nullcontext():
+            try:
+                if is_first:
+                    bars.start()
+                title, values = f"{_stage}{terminal.one_message(part.what)}", {"note": "", "part": part}
+                bar = bars.add_task(title, total=part.total or None, completed=part.done, **values)
+                part.show = functools.partial(self._update, bar, part)
+                yield
+            finally:
+                if bar is not None:
+                    bars.remove_task(bar)
+                if is_first:
+                    self._write_above("\n" if self._unfinished else "")
+                    self._progress = None
+                    bars.stop()
+
+    def _update(self, bar: Any, part: Track) -> None:
+        self._progress.update(bar, completed=part.done, note=part.note)
+
+    def _write_above(self, text: str) -> None:
+        """Write whole lines above the bars, which are drawn anew below them."""
+        from rich.text import Text
+
+        lines, has_line, self._unfinished = (self._unfinished + text).rpartition("\n")
+        if has_line and self._progress is not None:
+            self._progress.console.print(Text(lines), soft_wrap=True)
+        elif has_line:
+            terminal.raw(sys.stderr).write(f"{lines}\n")
+
+
+def _make_progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Screen(Console):
+        def show_cursor(self, show: bool = True) -> bool:  # a command that is killed would leave it hidden
+            return False
+
+    class Amount(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            if task.total is None:
+                return Text(f"{format_seconds(task.elapsed or 0)} so far")
+            part = task.fields["part"]
+            left = part.left()
+            return Text(f"{part.done}/{part.total} {part.unit}" + (left and f"  {left} left"))
+
+    is_command = terminal.is_escaped(sys.stderr)  # else nothing passes through written_above
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        BarColumn(None, table_column=Column(ratio=1)),
+        Amount(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+        console=Screen(file=terminal.raw(sys.stderr), force_jupyter=False), transient=True, expand=True,
+        refresh_per_second=REFRESHES_PER_SECOND, redirect_stdout=not is_command, redirect_stderr=not is_command,
+    )  # fmt: skip
+
+
+_bars = _Bars()
+_stage = ""
+"""Number of the current stage, before the title of each bar."""
+
+
+class Stages:
+    """Numbered stages of a long job; a context manager. Each begins with a line: ``== 3 of 8  Pretrain: MAE``."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.number = total, 0
+
+    def begin(self, title: str) -> None:
+        """Begin the next stage."""
+        global _stage
+        self.number += 1
+        _stage = f"[{self.number} of {self.total}] "
+        logger.info("\n== %d of %d  %s", self.number, self.total, title)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _stage
+        _stage = ""
+
+
+def say(text: str) -> None:
+    """Print a line on the progress of the work."""
+    print(terminal.one_message(text), file=sys.stderr, flush=True)
 
 
 def format_seconds(seconds: float) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.jobs.preflight import read_raw_dataset
-from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.study.design import Arm, Cell
 from mfm_nnunet.study.folder import Question, Study, TestCase, begin_study, find_begun, write_study_folder
+from mfm_nnunet.study_requests import StudyRequest
 
 NAME = "Dataset004_Small"
 NUM_CASES = 10

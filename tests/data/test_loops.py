@@ -20,6 +20,7 @@ from mfm_nnunet.data import loops
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loops import attempt, in_processes, in_threads, source_signature, with_progress
 from mfm_nnunet.errors import CaseFailure, MFMError, StoppedError
+from mfm_nnunet.reports import progress
 from tests.builders.groups import started, wait_for_end
 
 CASES = [Case(f"case{i}", (Path(f"case{i}.nii.gz"),)) for i in range(6)]
@@ -85,26 +86,26 @@ def test_memory_that_runs_out_is_no_change(tmp_path: Path) -> None:
         read()
 
 
-def test_a_long_loop_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_loop_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while a single case takes long, from the first one on."""
-    monkeypatch.setattr(loops, "SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    messages: list[str] = []
+    monkeypatch.setattr(progress, "say", messages.append)
 
     def until_said(case: Case) -> str:
         expected = f"reading: {CASES.index(case)} of 6 cases"
         until = time.monotonic() + 60
-        while not any(expected in message for message in caplog.messages) and time.monotonic() < until:
+        while not any(expected in message for message in messages) and time.monotonic() < until:
             time.sleep(0.01)
         return work(case)
 
-    with caplog.at_level("INFO"), with_progress(in_threads(until_said, CASES, 1), len(CASES), "reading") as outcomes:
+    with with_progress(in_threads(until_said, CASES, 1), len(CASES), "reading") as outcomes:
         assert [outcome_of(outcome) for _, outcome in outcomes] == EXPECTED
-    numbers = [int(message.split()[1]) for message in caplog.messages]
+    numbers = [int(message.split()[1]) for message in messages]
     assert numbers == sorted(numbers)
     assert set(numbers) >= set(range(6))
-    assert caplog.messages[0] == "reading: 0 of 6 cases"
-    assert re.fullmatch(
-        r"reading: 3 of 6 cases, about 0:\d\d:\d\d left", next(m for m in caplog.messages if ": 3" in m)
-    )
+    assert messages[0] == "reading: 0 of 6 cases"
+    assert re.fullmatch(r"reading: 3 of 6 cases, about 0:\d\d:\d\d left", next(m for m in messages if ": 3" in m))
 
 
 def test_what_ends_a_loop_does_not_wait_for_its_threads() -> None:

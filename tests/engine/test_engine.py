@@ -102,7 +102,7 @@ def test_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     long = ("pretrain.iterations_per_epoch=60", "pretrain.epochs=1")
     process = start(tmp_path, "mae", "resenc", *long)
     assert process.stderr is not None
-    while "step 1/" not in process.stderr.readline():
+    while "training: 1 of" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, text = process.communicate(timeout=60)
@@ -189,7 +189,7 @@ def test_a_signal_to_several_processes_saves_and_leaves_none(
     process = started(script, tmp_path)
     assert process.stderr is not None
     lines = []
-    while "step " not in (lines or [""])[-1]:
+    while " steps" not in (lines or [""])[-1]:
         lines.append(process.stderr.readline())
         assert process.poll() is None, "".join(lines)
     (os.killpg if to_all else os.kill)(process.pid, number)

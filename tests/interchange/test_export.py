@@ -21,7 +21,7 @@ from mfm_nnunet.interchange import nnssl_export
 from mfm_nnunet.interchange.folder import model_card
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_complete
-from mfm_nnunet.models.families import families_by_class
+from mfm_nnunet.models.families import family_of_architecture
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus import PRIMUS_SIZES
 from mfm_nnunet.settings import MFMBlock, to_dict
@@ -203,7 +203,7 @@ def test_the_style_of_a_spacing(spacing: list[Any] | None, style: str, said: str
 def nnssl_name(architecture: dict[str, Any]) -> Any:
     """Class, arguments and imports in nnssl's words, or the reason why it has none."""
     class_name = architecture["network_class_name"]
-    layout = families_by_class()[class_name].layout(class_name)
+    layout = family_of_architecture({"network_class_name": class_name}).layout(class_name)
     assert layout is not None
     return layout.nnssl_architecture(architecture)
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.models import families
 from mfm_nnunet.models.backbone import make_backbone
-from mfm_nnunet.models.families import BUILT_IN, Sizing, families_by_class, family_named, family_of, network_names
+from mfm_nnunet.models.families import BUILT_IN, Sizing, all_families, family_named, family_of, network_names
 from mfm_nnunet.models.memory import estimate_training_memory
 from mfm_nnunet.models.networks import build_architecture, build_network
-from mfm_nnunet.models.unet import OLD_RESENC
+from mfm_nnunet.models.unet import OLD_RESENC, RESENC
 from mfm_nnunet.tasks.masks import draw_hidden
 from tests.builders.architectures import resenc
 from tests.builders.tiny_plans import CONFIGURATION, NETWORKS, tiny_backbone, tiny_network, tiny_plans
@@ -61,9 +61,20 @@ def test_unknown_names_and_networks_are_refused() -> None:
 
 
 def test_the_classes_of_families_are_distinct_and_exist() -> None:
-    for class_name in set(families_by_class()) - {OLD_RESENC}:  # which nnU-Net's factory redirects
+    names = [name for family in all_families() for name in family.classes]
+    assert len(names) == len(set(names))
+    for class_name in set(names) - {OLD_RESENC}:  # which nnU-Net's factory redirects
         module, _, name = class_name.rpartition(".")
         assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def test_a_unet_imports_no_library_of_other_networks() -> None:
+    """timm and torchvision take most of a second."""
+    code = (
+        "import sys\nimport mfm_nnunet.prediction.model\nfrom mfm_nnunet.models.families import family_of_class\n"
+        f"assert family_of_class({RESENC!r}).name == 'resenc'\nassert not {{'timm', 'torchvision'}} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_nothing_else_asks_what_a_network_is() -> None:

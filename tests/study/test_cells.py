@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from mfm_nnunet.errors import CasesFailedError, MFMError
-from mfm_nnunet.requests import StudyRequest
 from mfm_nnunet.study import cells, run
 from mfm_nnunet.study.cells import Slot, Step, all_steps, list_commands, run_cells, share_computer, steps_left
 from mfm_nnunet.study.design import Cell
 from mfm_nnunet.study.folder import Study, read_study
+from mfm_nnunet.study_requests import StudyRequest
 from tests.builders import small
 from tests.builders.groups import wait_for_end
 

@@ -9,7 +9,16 @@ import pytest
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange.read import sha256
-from mfm_nnunet.study.design import SCRATCH, Arm, count_labels, draw_subset, draw_test, parse_arms, shuffle
+from mfm_nnunet.study.design import (
+    SCRATCH,
+    Arm,
+    count_labels,
+    draw_subset,
+    draw_test,
+    parse_arms,
+    read_order,
+    shuffle,
+)
 
 SUBJECTS = {f"scan{number:02d}": f"person{number // 2}" for number in range(20)}
 """Ten people with two scans each."""
@@ -103,3 +112,36 @@ def test_arms_with_settings_of_their_own(tmp_path: Path) -> None:
         "scratch": Arm(settings=("finetune.learning_rate=1e-2",)),
         "enc": Arm(str(file), sha256(file), ("finetune.parts=encoder", "finetune.ema_decay=0.9")),
     }
+
+
+def test_scratch_may_be_named_and_compared_with_itself(tmp_path: Path) -> None:
+    file = tmp_path / "mae.pth"
+    file.touch()
+    words = ["scratch", "scratch,finetune.mix=cutmix,finetune.mix_box=0.5", "long=scratch,finetune.epochs=9", str(file)]
+    arms = parse_arms([*words, f"{file},finetune.parts=encoder"])
+    assert list(arms) == ["scratch", "scratch_mix-cutmix_mix_box-0.5", "long", "mae", "mae_parts-encoder"]
+    assert arms["long"] == Arm(settings=("finetune.epochs=9",))
+    assert [arms[name].file for name in arms] == [None, None, None, str(file), str(file)]
+    for twice in (["scratch", "scratch"], ["scratch", "mae=scratch", str(file)], [*words, words[1]]):
+        with pytest.raises(MFMError, match=r"E_CONFIG.*NAME=CHECKPOINT"):
+            parse_arms(twice)
+
+
+def test_the_first_seed_may_follow_an_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "order.txt"
+    file.write_text("person7\nscan02\nunheard\nperson7\nperson3\n")
+    order = read_order(file, SUBJECTS)
+    assert order == ["person7", "person1", "person3"]
+    assert "unheard" in caplog.text
+    test = {"scan06", "scan07"}  # person3
+    first = [draw_subset(SUBJECTS, test, number, 0, order) for number in (1, 2, 5)]
+    assert first[0] == ["scan14", "scan15"]
+    assert first[1] == ["scan02", "scan03", "scan14", "scan15"]
+    assert set(first[1]) < set(first[2])
+    assert not set(first[2]) & test
+    assert draw_subset(SUBJECTS, test, 3, 1, order) == draw_subset(SUBJECTS, test, 3, 1)
+    assert read_order(None, SUBJECTS) == []
+    for text, code in (("\n", "E_CONFIG"), ("persn7\n", "E_CONFIG.*person7"), (None, "E_NOT_FOUND")):
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(MFMError, match=f"{code}"):
+            read_order(file, SUBJECTS)
