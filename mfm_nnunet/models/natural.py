@@ -178,7 +178,7 @@ class NaturalUNet(nn.Module):
 def make_encoder(name: str, num_inputs: int) -> Any:
     """Build an encoder of timm with random weights and without the parts behind its last map. Nothing is downloaded."""
     facts = encoder_facts(name)
-    model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=num_inputs, **facts.options)
+    model: Any = timm.create_model(name, pretrained=False, num_classes=0, in_chans=num_inputs, **facts.options)
     model.prune_intermediate_layers(list(facts.indices), prune_norm=not has_norm(model, facts), prune_head=True)
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
