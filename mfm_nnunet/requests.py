@@ -35,7 +35,10 @@ HEADS = ("linear", "attentive", "mil", "probe")
 DEVICE = "-device --device", "auto (default) uses a GPU if there is one; choose it with CUDA_VISIBLE_DEVICES"
 DATASET = "-d --dataset", "name or number of the dataset"
 CONFIGURATION = "-c --configuration", "configuration, e.g. 3d_fullres or 2d"
-PLANS = "-p --plans", "name of the plan"
+PLANS = (
+    "-p --plans",
+    "name of the plan (default: the one made like the given checkpoint, else the only one, else mfmPlans)",
+)
 TRAINER = "-tr --trainer", "trainer class"
 WEIGHTS = "-pretrained_weights --pretrained-weights", "start from these weights (default: from scratch)"
 LICENCE = "--accept-licence", "accept a licence that restricts the use of weights, by its name, e.g. cc-by-nc-4.0"
@@ -185,7 +188,7 @@ class RunRequest(ConfigurationRequest):
     """Base of the pretraining and training requests."""
 
     _: KW_ONLY
-    plans_name: str = option("mfmPlans", *PLANS, metavar="PLANS")
+    plans_name: str | None = option(None, *PLANS, metavar="PLANS")
     recipe: str | Path | None = option(
         None,
         "--recipe",
@@ -193,7 +196,9 @@ class RunRequest(ConfigurationRequest):
         metavar="NAME|FILE",
     )
     settings: Sequence[str] = ()
-    continue_training: bool = option(False, "--c", "resume a stopped or killed run")
+    continue_training: bool = option(
+        False, "--c", "resume a stopped or killed run with its own settings; more epochs also continue a finished one"
+    )
     device: str = option("auto", *DEVICE, choices=DEVICES)
     num_gpus: int = option(1, "-num_gpus --num-gpus", "number of GPUs", metavar="N", check=at_least_one)
     pretrained_weights: str | Path | None = option(None, *WEIGHTS, metavar="CHECKPOINT")
@@ -281,7 +286,7 @@ class PredictRequest(Request):
         metavar="FOLD",
         check=each(to_fold),
     )
-    plans_name: str = option("mfmPlans", *PLANS, metavar="PLANS")
+    plans_name: str | None = option(None, *PLANS, metavar="PLANS")
     trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
     checkpoint_name: str = option(
         "checkpoint_final.pth",
@@ -291,12 +296,9 @@ class PredictRequest(Request):
         check=_checkpoint_name,
     )
     step_size: float = option(
-        0.5,
-        "-step_size --step-size",
-        "step of the sliding window as a share of the patch",
-        metavar="SHARE",
+        0.5, "-step_size --step-size", "step of the sliding window as a share of the patch", metavar="SHARE",
         check=number_between(0, 1, "above 0 and at most 1"),
-    )
+    )  # fmt: skip
     mirroring: bool = option(
         True,
         "--disable_tta --disable-tta",
@@ -314,6 +316,10 @@ class PredictRequest(Request):
     previous_stage: str | Path | None = option(
         None, "-prev_stage_predictions --previous-stage", "masks of the previous stage, for a cascade", metavar="DIR"
     )
+    references: str | Path | None = option(
+        None, "--references", "folder of reference masks, to compare the masks with in the report", metavar="DIR"
+    )
+    report: bool = option(True, "--no-report", "do not write report.html beside the masks")
     num_parts: int = option(
         1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
     )

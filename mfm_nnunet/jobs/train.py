@@ -6,12 +6,15 @@ A finished or stopped run is never overwritten.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mfm_nnunet.checkpoint import load_weights
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16, training_threads
@@ -24,8 +27,9 @@ from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.foreign import Reading
-from mfm_nnunet.interchange.read import find_checkpoint, read_initial
+from mfm_nnunet.interchange.read import find_checkpoint, read_initial, sha256
 from mfm_nnunet.jobs.classify import train_classifier
+from mfm_nnunet.jobs.report import report_training, reported
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.planning.recipes import apply_recipe
@@ -95,10 +99,12 @@ def train(request: TrainRequest) -> Path:
         if inputs.dataset.task in IMAGE_TASKS:
             return train_classifier(here, request, inputs.plan, inputs.dataset, inputs.overrides, inputs.weights)
         job = check(here, inputs)
-        if request.num_gpus > 1:
-            run_processes(execute, (job,), request.num_gpus)
-        else:
-            execute(job)
+        report = partial(report_training, here, job.folder, job.plans, inputs.dataset, job.split)
+        with reported(report):
+            if request.num_gpus > 1:
+                run_processes(execute, (job,), request.num_gpus)
+            else:
+                execute(job)
     return job.folder
 
 
@@ -106,6 +112,8 @@ def read_inputs(here: Workspace, request: TrainRequest) -> Inputs:
     """Read the plan, the dataset.json and the recipe of a request. Raises MFMError for errors the user can fix."""
     dataset_name, configuration = here.dataset_name(request.dataset), request.configuration
     weights = find_checkpoint(request.pretrained_weights) if request.pretrained_weights else None
+    of_weights = functools.partial(sha256, weights) if weights is not None else None
+    request = dataclasses.replace(request, plans_name=here.choose_plan(dataset_name, request.plans_name, of_weights))
     if request.trainer != MFMTrainer.__name__:
         other = shown(request.trainer)
         raise MFMError(
@@ -113,6 +121,7 @@ def read_inputs(here: Workspace, request: TrainRequest) -> Inputs:
             f"--trainer {other}: mfm_train has only 'MFMTrainer'. Train with another in nnU-Net: "
             f"nnUNetv2_train {dataset_name} {configuration} {request.fold} -p {request.plans_name} -tr {other}",
         )
+    assert request.plans_name is not None, "it is chosen"
     plans_file = here.plans_file(dataset_name, request.plans_name)
     plan = _read_plan(plans_file, dataset_name)
     overrides = tuple(request.settings)
@@ -153,7 +162,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     if not request.only_validate:
         require_scaled_fp16(block.finetune.precision, used)
     _require_a_crop_each(block, plan.configuration(configuration), request.num_gpus)
-    if start_from is None:
+    if start_from is None or run_settings.is_longer(folder, block, plan.content):
         run_settings.save_settings(folder, block, plan.content)
     logger.info("run folder: %s", folder)
     logger.info("settings:\n%s", run_settings.format_settings(block))
@@ -279,7 +288,7 @@ def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path
     folder = inside(results, f"{model}{configuration}", f"fold_{request.fold}")
     for written in (folder, folder.parent, folder / "validation"):
         refuse_links(written)
-    existing = next((folder / name for name in TO_CONTINUE if (folder / name).is_file()), None)
+    existing = _find_newest(folder, request.only_validate)
     is_finished = existing is not None and existing.name == FINAL
     if request.only_validate and not is_finished:
         raise MFMError(
@@ -294,6 +303,16 @@ def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path
             "Continue it with --c, use another plan name (-p), or move the folder away.",
         )
     return folder, existing
+
+
+def _find_newest(folder: Path, only_validate: bool) -> Path | None:
+    """Return the checkpoint of a run that is furthest. A finished run that trains on has two: final and latest."""
+    found = [folder / name for name in TO_CONTINUE if (folder / name).is_file()]
+    names = [file.name for file in found]
+    if names[:2] == list(TO_CONTINUE[:2]) and not only_validate:
+        final, latest = (load_weights(file).get("current_epoch", 0) for file in found[:2])
+        found = found[latest > final :]
+    return found[0] if found else None
 
 
 def _require_a_crop_each(block: MFMBlock, configuration: Configuration, num_gpus: int) -> None:
