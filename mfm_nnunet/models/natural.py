@@ -182,7 +182,7 @@ def make_encoder(name: str, num_inputs: int) -> Any:
     model.prune_intermediate_layers(list(facts.indices), prune_norm=not has_norm(model, facts), prune_head=True)
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
-            module.keeps_statistics = True  # type: ignore[assignment]
+            module.keeps_statistics = True
     return model
 
 
