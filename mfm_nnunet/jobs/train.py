@@ -29,6 +29,7 @@ from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_initial, sha256
 from mfm_nnunet.jobs.classify import train_classifier
+from mfm_nnunet.jobs.dry_run import scratch_results
 from mfm_nnunet.jobs.report import report_training, reported
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
@@ -99,6 +100,10 @@ def train(request: TrainRequest) -> Path:
         if inputs.dataset.task in IMAGE_TASKS:
             return train_classifier(here, request, inputs.plan, inputs.dataset, inputs.overrides, inputs.weights)
         job = check(here, inputs)
+        if request.dry_run:
+            with scratch_results():
+                execute(job)
+            return job.folder
         report = partial(report_training, here, job.folder, job.plans, inputs.dataset, job.split)
         with reported(report):
             if request.num_gpus > 1:
@@ -143,10 +148,11 @@ def check(here: Workspace, inputs: Inputs) -> Job:
             f"--head {request.head}: the dataset has masks. Heads are for datasets with labels.csv and a task in "
             "dataset.json (documentation/how_to/classify.md).",
         )
-    split = _check_data(here, plan, configuration, request.fold, dataset)
+    split = _check_data(here, plan, request, dataset)
     folder, start_from = _find_folder(here.results / plan.dataset_name, plan, request)
     used = _pick_device(request)
-    remove_leftovers(folder)
+    if not request.dry_run:
+        remove_leftovers(folder)
     # The settings must be readable, and the names trusted, before nnU-Net builds the network.
     with about(inputs.plans_file):
         block, num_channels = plan.mfm, plan.configuration(configuration).num_channels
@@ -162,7 +168,8 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     if not request.only_validate:
         require_scaled_fp16(block.finetune.precision, used)
     _require_a_crop_each(block, plan.configuration(configuration), request.num_gpus)
-    if start_from is None or run_settings.is_longer(folder, block, plan.content):
+    is_changed = start_from is None or run_settings.is_longer(folder, block, plan.content)
+    if is_changed and not request.dry_run:
         run_settings.save_settings(folder, block, plan.content)
     logger.info("run folder: %s", folder)
     logger.info("settings:\n%s", run_settings.format_settings(block))
@@ -195,7 +202,13 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
         trainer.pretrained_checkpoint = job.pretrained
         if job.start_from is not None:
             trainer.load_checkpoint(str(job.start_from))
-        if not request.only_validate and trainer.current_epoch < trainer.num_epochs:
+        is_to_train = not request.only_validate and trainer.current_epoch < trainer.num_epochs
+        if request.dry_run:
+            if is_to_train:
+                trainer.rehearse()
+            logger.info("then %d cases are predicted and scored. Dry run: nothing was written", len(job.split["val"]))
+            return
+        if is_to_train:
             trainer.run_training()
     with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):
         trainer.perform_actual_validation(request.save_probabilities)
@@ -240,8 +253,9 @@ def _read_dataset(here: Workspace, dataset_name: str) -> DatasetJson:
     return dataset
 
 
-def _check_data(here: Workspace, plan: Plan, configuration: str, fold: int | str, dataset: DatasetJson) -> Split:
+def _check_data(here: Workspace, plan: Plan, request: TrainRequest, dataset: DatasetJson) -> Split:
     """Check the configuration and its preprocessed data, and return the fold's training and validation cases."""
+    configuration = request.configuration
     dataset_name, resolved = plan.dataset_name, plan.configuration(configuration)
     again = f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plan.name}"
     if missing := set(resolved.next_stages) - set(plan.configuration_names):  # nnU-Net only looks it up after training
@@ -268,7 +282,7 @@ def _check_data(here: Workspace, plan: Plan, configuration: str, fold: int | str
             f"intensities differ), e.g. {stale[0]}. {again}",
         )
     read_fingerprint(folder)
-    return choose_split(fold, folder, selection)
+    return choose_split(request.fold, folder, selection, keep=not request.dry_run)
 
 
 def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path, Path | None]:
