@@ -54,7 +54,7 @@ class AlongSlices(nn.Module):
         raise NotImplementedError
 
 
-class Adapter(AlongSlices):
+class SliceAdapter(AlongSlices):
     """x + up(act(convolution along the slices(down(x)))), with up = 0 at the start."""
 
     def __init__(self, width: int, is_channels_last: bool) -> None:
@@ -169,7 +169,10 @@ def make_depth(encoder: Any, facts: EncoderFacts, kind: str, stride: int, num_sl
     if kind == "adapters":
         is_last = hasattr(encoder, "patch_embed")
         return Depth(
-            {encoder.get_submodule(name): Adapter(width, is_last) for name, width in zip(facts.modules, facts.widths)}
+            {
+                encoder.get_submodule(name): SliceAdapter(width, is_last)
+                for name, width in zip(facts.modules, facts.widths)
+            }
         )
     if not can_inflate(encoder, facts.is_plain):
         raise ValueError("its attention within windows has no inflated form; use slices or adapters")

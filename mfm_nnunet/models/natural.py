@@ -149,7 +149,7 @@ class NaturalUNet(nn.Module):
         self.depth: Depth | None = None
         if self.num_axes == 3:
             self.depth = make_depth(self.encoder, self.facts, own.depth, own.depth_stride, own.num_slices)
-        self.decoder = Decoder(self.facts, factors, own.features, convolution)
+        self.decoder = PyramidDecoder(self.facts, factors, own.features, convolution)
         self.heads = nn.ModuleList(convolution(width, num_classes, 1) for width in own.features[:-1])
 
     def forward(self, x_BCDHW: Tensor) -> Any:
@@ -228,7 +228,7 @@ class Stem(nn.Module):
         return [full, self.halved(full)]
 
 
-class Decoder(nn.Module):
+class PyramidDecoder(nn.Module):
     """U-Net over the maps of the stem and the encoder; a ViT's maps are enlarged to its levels (arXiv 2103.10504)."""
 
     def __init__(self, facts: EncoderFacts, factors: Sequence[int], features: Sequence[int], convolution: Any) -> None:
@@ -255,12 +255,12 @@ class Decoder(nn.Module):
         for level, lateral, map_ in zip(self.levels, self.laterals, maps):
             factor = self.factors[level]
             size = (*depth, round(height / factor), round(width / factor))
-            skips[level].append(_resize(lateral(map_), size))
+            skips[level].append(_resize_map(lateral(map_), size))
         found: list[Tensor] = []
         x_BCDHW = torch.cat(skips.pop(), 1)
         for block, skip in zip(reversed(self.blocks), reversed(skips)):
             size = (*depth, *self._size_of(len(skips) - len(found) - 1, height, width))
-            x_BCDHW = block(torch.cat([_resize(x_BCDHW, size), *skip], 1))
+            x_BCDHW = block(torch.cat([_resize_map(x_BCDHW, size), *skip], 1))
             found.append(x_BCDHW)
         return found[::-1]
 
@@ -268,7 +268,7 @@ class Decoder(nn.Module):
         return round(height / self.factors[level]), round(width / self.factors[level])
 
 
-def _resize(x_BCDHW: Tensor, size: tuple[int, ...]) -> Tensor:
+def _resize_map(x_BCDHW: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(x_BCDHW.shape[2:]) == size:
         return x_BCDHW
     return functional.interpolate(x_BCDHW, size=size, mode="trilinear" if len(size) == 3 else "bilinear")

@@ -123,7 +123,7 @@ class NaturalFamily(NetworkFamily):
         return f"mfm{''.join(word.capitalize() for word in words)}Plans"
 
     def require_variant(self, variant: str) -> None:
-        name, depth = _parse(variant)
+        name, depth = _split_variant(variant)
         if not name:
             raise MFMError(
                 "E_CONFIG",
@@ -168,7 +168,7 @@ class NaturalFamily(NetworkFamily):
     def plan_network(self, sizing: Sizing) -> PlannedNetwork:
         """Choose the patch by memory, in whole tokens. On the CPU the decoder is narrower."""
         self.require_variant(sizing.variant)
-        name, depth = _parse(sizing.variant)
+        name, depth = _split_variant(sizing.variant)
         num_axes, step = len(sizing.spacing), encoder_facts(name).step
         stride = _depth_stride(sizing.spacing, step) if depth == "inflated" and encoder_facts(name).is_plain else 1
         cell = [stride, step, step][-num_axes:]
@@ -315,7 +315,7 @@ def _statistics(name: str, num_inputs: int) -> dict[str, list[float]]:
     return {key: [sum(values) / len(values)] * num_inputs for key, values in colours.items()}
 
 
-def _parse(variant: str) -> tuple[str, str]:
+def _split_variant(variant: str) -> tuple[str, str]:
     """Return the encoder's name and the treatment of the third axis."""
     name, _, depth = variant.partition(":")[2].partition("+")
     return name, depth or DEPTHS[0]
