@@ -9,6 +9,8 @@ To add a method: name it in ``SemiSettings.method`` and PUBLISHED, and write its
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -24,24 +26,64 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mfm_nnunet.data.unlabelled import Labelled, Unlabelled, prepare_unlabelled
 from mfm_nnunet.data.volumes import Volume, open_array
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune import universal
 from mfm_nnunet.finetune.loading import Batch, Loaded, make_deterministic, read_batches, seed_of, seeded
-from mfm_nnunet.settings import SemiSettings, to_dict
+from mfm_nnunet.finetune.settings import require_both
+from mfm_nnunet.requests import TrainRequest
+from mfm_nnunet.settings import MFMBlock, SemiSettings, to_dict
 from mfm_nnunet.tasks.consistency import ConsistencyTask, turn
 from mfm_nnunet.tasks.mean_teacher import MeanTeacherTask
 from mfm_nnunet.tasks.mixing import draw_box
 from mfm_nnunet.tasks.segmentation import SegmentationTask
+from mfm_nnunet.workspace import Workspace
 
 if TYPE_CHECKING:
     from mfm_nnunet.finetune.trainer import MFMTrainer
+
+logger = logging.getLogger(__name__)
 
 STRONGER = 2.0
 """The stronger view has each change of intensity with so many times nnU-Net's probability."""
 
 
-# The task and its weight
+# The images, the task and its weight
+
+
+def with_unlabelled(
+    here: Workspace, request: TrainRequest, overrides: Sequence[str], block: MFMBlock, labelled: Labelled
+) -> tuple[MFMBlock, Unlabelled | None]:
+    """Prepare the unlabelled images of a run, if any, and describe them in its settings."""
+    before, corpus = block.semi.corpus, request.unlabelled
+    if corpus is None and before is not None:
+        corpus = before["name"]
+    require_both(corpus, block.semi, overrides)
+    if corpus is None or request.only_validate:
+        return block, None
+    if labelled.plan.configuration(request.configuration).previous_stage:
+        raise MFMError(
+            "E_CONFIG",
+            f"--unlabelled {corpus}: {request.configuration} refines the masks of another stage, which these images "
+            "do not have. Use --unlabelled with the other configurations.",
+        )
+    if block.universal is not None:
+        raise MFMError("E_CONFIG", f"--unlabelled {corpus}: a union of datasets trains with labels only. Leave it out.")
+    if request.dry_run:
+        raise MFMError(
+            "E_CONFIG",
+            f"--dry-run and --unlabelled {corpus}: these images are preprocessed first, which writes. Leave one out.",
+        )
+    unlabelled = prepare_unlabelled(here, corpus, labelled)
+    if before not in (None, unlabelled.description):
+        raise MFMError(
+            "E_CONFIG",
+            f"--c continues the same run, but its unlabelled images differ: they were {before}, are "
+            f"{unlabelled.description}. Put the images back, or start a new run.",
+        )
+    logger.info("--unlabelled %s: %d images without labels", unlabelled.name, len(unlabelled.cases))
+    return dataclasses.replace(block, semi=dataclasses.replace(block.semi, corpus=unlabelled.description)), unlabelled
 
 
 def make_task(trainer: MFMTrainer) -> SegmentationTask:

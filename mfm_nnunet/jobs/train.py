@@ -18,7 +18,7 @@ from mfm_nnunet.checkpoint import load_weights
 from mfm_nnunet.data.class_table import require_confirmed
 from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.data.storage import stale_cases
-from mfm_nnunet.data.unlabelled import Labelled, Unlabelled, prepare_unlabelled
+from mfm_nnunet.data.unlabelled import Labelled, Unlabelled
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16, training_threads
 from mfm_nnunet.errors import MFMError, about, nearest
@@ -27,12 +27,13 @@ from mfm_nnunet.files import inside, refuse_links, remove_leftovers, report_full
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
+from mfm_nnunet.finetune.semi import with_unlabelled
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.finetune.universal import BEFORE, compare_old_classes, select_old_classes
 from mfm_nnunet.finetune.validation import validate_fold
 from mfm_nnunet.interchange.foreign import Reading
-from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
+from mfm_nnunet.interchange.read import find_checkpoint, read_initial, sha256
 from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.jobs.dry_run import scratch_results
 from mfm_nnunet.jobs.report import report_training, reported
@@ -172,7 +173,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     with about(inputs.plans_file):
         block, num_channels = plan.mfm, plan.configuration(configuration).num_channels
         network = build_network(plan.content, configuration, num_channels, 2)
-    reading = read_checkpoint(inputs.weights) if inputs.weights is not None else None
+    reading = read_initial(inputs.weights, network, request.accept_licence) if inputs.weights is not None else None
     if start_from is None:
         block = run_settings.resolve_new(block, overrides, reading, network, len(split["train"]))
     else:
@@ -186,7 +187,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     labelled = Labelled(
         plan, configuration, dataset, selection.cases, split["train"], set(split["val"]) - set(split["train"])
     )
-    block, unlabelled = _with_unlabelled(here, inputs, block, labelled)
+    block, unlabelled = with_unlabelled(here, request, overrides, block, labelled)
     is_changed = start_from is None or run_settings.is_longer(folder, block, plan.content)
     if is_changed and not request.dry_run:
         run_settings.save_settings(folder, block, plan.content)
@@ -321,41 +322,6 @@ def _check_data(here: Workspace, plan: Plan, request: TrainRequest, dataset: Dat
         )
     read_fingerprint(folder)
     return selection, choose_split(request.fold, folder, selection, keep=not request.dry_run)
-
-
-def _with_unlabelled(
-    here: Workspace, inputs: Inputs, block: MFMBlock, labelled: Labelled
-) -> tuple[MFMBlock, Unlabelled | None]:
-    """Prepare the unlabelled images of a run, if any, and describe them in its settings."""
-    request, before = inputs.request, block.semi.corpus
-    corpus = request.unlabelled
-    if corpus is None and before is not None:
-        corpus = before["name"]
-    run_settings.require_both(corpus, block.semi, inputs.overrides)
-    if corpus is None or request.only_validate:
-        return block, None
-    if labelled.plan.configuration(request.configuration).previous_stage:
-        raise MFMError(
-            "E_CONFIG",
-            f"--unlabelled {corpus}: {request.configuration} refines the masks of another stage, which these images "
-            "do not have. Use --unlabelled with the other configurations.",
-        )
-    if block.universal is not None:
-        raise MFMError("E_CONFIG", f"--unlabelled {corpus}: a union of datasets trains with labels only. Leave it out.")
-    if request.dry_run:
-        raise MFMError(
-            "E_CONFIG",
-            f"--dry-run and --unlabelled {corpus}: these images are preprocessed first, which writes. Leave one out.",
-        )
-    unlabelled = prepare_unlabelled(here, corpus, labelled)
-    if before not in (None, unlabelled.description):
-        raise MFMError(
-            "E_CONFIG",
-            f"--c continues the same run, but its unlabelled images differ: they were {before}, are "
-            f"{unlabelled.description}. Put the images back, or start a new run.",
-        )
-    logger.info("--unlabelled %s: %d images without labels", unlabelled.name, len(unlabelled.cases))
-    return dataclasses.replace(block, semi=dataclasses.replace(block.semi, corpus=unlabelled.description)), unlabelled
 
 
 def _check_union(here: Workspace, plan: Plan, request: TrainRequest) -> None:
