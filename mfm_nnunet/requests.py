@@ -301,21 +301,12 @@ class TrainRequest(RunRequest):
         metavar="HEAD",
         check=one_of(*HEADS),
     )
-<<<<<<< HEAD
-    pretrained_weights: str | Path | None = option(
-        None,
-        "-pretrained_weights --pretrained-weights",
-        "start from these weights (default: from scratch)",
-        metavar="CHECKPOINT",
-    )
     unlabelled: str | int | None = option(
         None,
         "--unlabelled",
         "also learn from the images of this corpus or dataset, without their labels; needs --set semi.method=NAME",
         metavar="CORPUS",
     )
-=======
->>>>>>> main
     only_validate: bool = option(False, "--val", "only validate a finished run")
     save_probabilities: bool = option(False, "--npz", "save the probabilities of the validation")
     settings: Sequence[str] = assignments("finetune.epochs=200 semi.method=consistency seed=1", "finetune", "semi")

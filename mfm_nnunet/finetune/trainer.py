@@ -94,12 +94,9 @@ class MFMTrainer(nnUNetTrainer):
         self.block = block
         self.union = None if block.universal is None else ClassTable.of(block.universal)
         self.settings = block.finetune
-<<<<<<< HEAD
         self.watch = Watch.of(DatasetJson.of(dataset_json))
-=======
         if self.settings.train == "auto":  # stock nnU-Net's command, which takes no advice
             self.settings = replace(self.settings, train="all")
->>>>>>> main
         self.initial_lr = family_named(block.network).learning_rate(self.settings)
         self.weight_decay = self.settings.weight_decay
         self.num_epochs = self.settings.epochs
