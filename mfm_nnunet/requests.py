@@ -194,7 +194,7 @@ class RunRequest(ConfigurationRequest):
         "settings of a run: the name of a shipped recipe, or a .json file; --set overrides them",
         metavar="NAME|FILE",
     )
-    settings: Sequence[str] = ()
+    settings: Sequence[str] | Mapping[str, Any] = ()
     continue_training: bool = option(
         False, "--c", "resume a stopped or killed run with its own settings; more epochs also continue a finished one"
     )
@@ -224,7 +224,9 @@ class PretrainRequest(RunRequest):
         "labelled dataset; every few epochs a linear probe on it logs a Dice (off by default)",
         metavar="DATASET",
     )
-    settings: Sequence[str] = assignments("pretrain.epochs=300 pretrain.batch_size=4 seed=1", "pretrain")
+    settings: Sequence[str] | Mapping[str, Any] = assignments(
+        "pretrain.epochs=300 pretrain.batch_size=4 seed=1", "pretrain"
+    )
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,9 @@ class TrainRequest(RunRequest):
     )
     only_validate: bool = option(False, "--val", "only validate a finished run")
     save_probabilities: bool = option(False, "--npz", "save the probabilities of the validation")
-    settings: Sequence[str] = assignments("finetune.epochs=200 finetune.learning_rate=1e-3 seed=1", "finetune")
+    settings: Sequence[str] | Mapping[str, Any] = assignments(
+        "finetune.epochs=200 finetune.learning_rate=1e-3 seed=1", "finetune"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,15 +272,18 @@ class TrainRequest(RunRequest):
 class PredictRequest(Request):
     """Segment the images of a folder with a trained model."""
 
-    input_folder: str | Path = field(
+    input_folder: Any = field(
         metadata=flag(
             "-i --input",
             "folder of images, named as for nnU-Net (case_0000.nii.gz, case_0001.nii.gz ...: one file per channel)",
             metavar="IN",
         )
     )
-    output_folder: str | Path = field(metadata=flag("-o --output", "folder for the masks", metavar="OUT"))
+    output_folder: str | Path | None = option(None, "-o --output", "folder for the masks", metavar="OUT", required=True)
     _: KW_ONLY
+    spacing: Sequence[float] | None = field(
+        default=None, metadata={"help": "in Python, for an image as an array: lengths of its voxels in mm, by axis"}
+    )
     model_folder: str | Path | None = option(
         None, "-m --model", "model folder, with fold_* in it; or give -d -c -f instead", metavar="MODEL_FOLDER"
     )
@@ -332,6 +339,8 @@ class PredictRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.input_folder, (str, Path)) == (self.output_folder is None):
+            raise MFMError("E_CONFIG", "-o OUT is needed for a folder, and left out for an image in memory.")
         names = (self.dataset, self.configuration)
         if self.model_folder is not None and names != (None, None):
             raise MFMError("E_CONFIG", "give the model as -m MODEL_FOLDER or as -d DATASET -c CONFIG, not both.")

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from mfm_nnunet.planning.like import Template
 from mfm_nnunet.planning.mixed import kinds_of
 from mfm_nnunet.planning.planner import MFMPlanner
 from mfm_nnunet.requests import PlanRequest
+from mfm_nnunet.terminal import html_table
 from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -271,9 +272,13 @@ def check_request(request: PlanRequest) -> Template | None:
 class PlanResult:
     """A plan, its file, and its decisions with their reasons."""
 
-    plans: dict[str, Any]
+    plans: dict[str, Any] = field(repr=False)
     file: Path
-    decisions: list[Decision]
+    decisions: list[Decision] = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        """Return the table of decisions for notebooks."""
+        return html_table(("decision", "value", "reason"), [tuple(item) for item in self.decisions])
 
 
 def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: Template | None = None) -> PlanResult:

@@ -31,6 +31,7 @@ from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
 from mfm_nnunet.jobs.dry_run import describe_prediction
+from mfm_nnunet.jobs.predict_image import predict_image
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
 from mfm_nnunet.prediction.classification import write_labels, write_table
@@ -39,6 +40,7 @@ from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, 
 from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
+from mfm_nnunet.terminal import html_table
 from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import DEFAULT_PLAN, Workspace, only_one, use
 
@@ -63,10 +65,18 @@ class PredictReport:
     table: Path | None = None
     """``predictions.csv`` of a classifier."""
 
+    def _repr_html_(self) -> str:
+        """Return a table of the cases for notebooks."""
+        rows = [(case, "done") for case in self.done] + [(case, "kept") for case in self.skipped]
+        return html_table(("case", "outcome"), rows + [(f.case, f"{f.code} {f.reason}") for f in self.failures])
+
 
 @takes(PredictRequest)
-def predict(request: PredictRequest) -> PredictReport:
+def predict(request: PredictRequest) -> Any:
     """Segment, or classify, every case of a folder. The masks have the exact geometry of their images.
+
+    In place of a folder it takes one image in memory, without an output folder, and returns its mask: a SimpleITK or
+    nibabel image, or an array (axes Z Y X, with channels first if there are several) with its ``spacing`` in mm.
 
     The model is given by its folder, or by its dataset, configuration, plan and trainer. A non-empty output folder is
     refused without ``overwrite`` or ``resume``. Raises MFMError before anything is written when model, folders or
@@ -75,6 +85,8 @@ def predict(request: PredictRequest) -> PredictReport:
     decoder.warm()
     with use(request.workspace) as here:
         model_folder = Path(request.model_folder) if request.model_folder else _find_model(here, request)
+        if request.output_folder is None:
+            return predict_image(request, lambda asked: _predict_folder(model_folder, asked), model_folder)
         report = _predict_folder(model_folder, request)
     if report.failures:
         num_cases = len(report.done) + len(report.skipped) + len(report.failures)
@@ -105,7 +117,7 @@ def _find_model(here: Workspace, request: PredictRequest) -> Path:
 
 
 def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictReport:
-    source, folder = Path(request.input_folder), Path(request.output_folder)
+    source, folder = Path(request.input_folder), Path(request.output_folder or "")
     previous_stage = Path(request.previous_stage) if request.previous_stage else None
     _check_folders(source, folder, model_folder, previous_stage)
     if request.num_parts == 1:
