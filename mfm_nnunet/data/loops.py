@@ -57,7 +57,7 @@ def source_signature(case: Case) -> list[list[Any]]:
 
     The entry of the mask carries its name, so it cannot be confused with another file.
     """
-    files = [file for image in case.images for file in files_of(image)]
+    files = [*case.slices] or [file for image in case.images for file in files_of(image)]
     files += files_of(case.label, is_label=True) if case.label is not None else []
     masks = files_of(case.anonymisation_mask, is_label=True) if case.anonymisation_mask is not None else []
     try:
@@ -66,7 +66,7 @@ def source_signature(case: Case) -> list[list[Any]]:
             *([status.st_size, status.st_mtime_ns, "anonymised"] for status in map(Path.stat, masks)),
         ]
     except OSError as error:
-        raise unreadable(error.filename, error) from error
+        raise unreadable(case.name if case.slices else error.filename, error) from error
 
 
 @contextlib.contextmanager
@@ -110,6 +110,18 @@ def in_threads(
                 yield first, future.result()
         for case, future in begun:
             yield case, future.result()
+
+
+def one_ahead(begin: Callable[[Case], Future[Result]], cases: Iterable[Case]) -> Iterator[tuple[Case, Future[Result]]]:
+    """Yield each case with its preparation, while that of the next case is already running."""
+    waiting: tuple[Case, Future[Result]] | None = None
+    for case in cases:
+        submitted = (case, begin(case))
+        if waiting is not None:
+            yield waiting
+        waiting = submitted
+    if waiting is not None:
+        yield waiting
 
 
 @contextlib.contextmanager

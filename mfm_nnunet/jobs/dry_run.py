@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.sizes import count_windows
 from mfm_nnunet.device import memory_in_use
@@ -34,18 +33,19 @@ def scratch_results() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_workspace(here: Workspace) -> Iterator[Workspace]:
-    """Yield a workspace to plan in, removed afterwards: labelled raw data are links, small files are copies."""
+    """Yield a workspace to plan in, removed afterwards: images are links, small files are copies."""
     with tempfile.TemporaryDirectory(prefix="mfm_dry_run_") as name:
         raw, preprocessed = (Path(name) / folder for folder in FOLDERS[:2])
         for folder in (raw, preprocessed):
             folder.mkdir()
         for dataset in here.dataset_names():
-            known = here.raw / dataset
-            if known.is_dir() and not corpus.is_corpus(known):
-                (raw / dataset).symlink_to(known.absolute(), target_is_directory=True)
-            elif known.is_dir():
-                _copy_files(known, raw / dataset)
+            if (here.raw / dataset).is_dir():
+                _copy_files(here.raw / dataset, raw / dataset)
             _copy_files(here.preprocessed / dataset, preprocessed / dataset)
+            for folder in (entry for entry in (here.raw / dataset).glob("*/") if entry.is_dir()):
+                (raw / dataset / folder.name).mkdir()
+                for file in folder.iterdir():  # each a link of its own: a job may replace it here
+                    (raw / dataset / folder.name / file.name).symlink_to(file.absolute())
         with _variables({FOLDERS[0]: str(raw), FOLDERS[1]: str(preprocessed)}):
             yield replace(here, raw=raw, preprocessed=preprocessed)
 

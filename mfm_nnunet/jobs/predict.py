@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,15 +24,27 @@ from typing import Any
 import torch
 
 from mfm_nnunet.data.cases import Case
-from mfm_nnunet.data.loops import attempt, reader_threads
+from mfm_nnunet.data.dicom import find_series, require_choice, write_key
+from mfm_nnunet.data.loops import attempt, one_ahead, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
+from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
+from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.jobs.dry_run import describe_prediction
 from mfm_nnunet.jobs.predict_image import predict_image
-from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
+from mfm_nnunet.jobs.report import report_prediction, reported
+from mfm_nnunet.prediction import dicom_seg
+from mfm_nnunet.prediction.cases import (
+    PreparedCase,
+    case_name_of,
+    check_previous_stage,
+    find_cases,
+    hash_inputs,
+    prepare_case,
+)
 from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
 from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
@@ -73,7 +85,9 @@ class PredictReport:
 
 @takes(PredictRequest)
 def predict(request: PredictRequest) -> Any:
-    """Segment, or classify, every case of a folder. The masks have the exact geometry of their images.
+    """Segment, or classify, every case of a folder, a file or a zip archive of DICOM series.
+
+    The masks have the exact geometry of their images and the file ending of the model's dataset.
 
     In place of a folder it takes one image in memory, without an output folder, and returns its mask: a SimpleITK or
     nibabel image, or an array (axes Z Y X, with channels first if there are several) with its ``spacing`` in mm.
@@ -117,33 +131,48 @@ def _find_model(here: Workspace, request: PredictRequest) -> Path:
 
 
 def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictReport:
-    source, folder = Path(request.input_folder), Path(request.output_folder or "")
+    source, folder = Path(request.input_folder), Path(request.output_folder)
     previous_stage = Path(request.previous_stage) if request.previous_stage else None
     _check_folders(source, folder, model_folder, previous_stage)
+    if request.references and not Path(request.references).is_dir():
+        raise MFMError("E_NOT_FOUND", f"--references {request.references}: no such folder. Check the path.")
+    if request.dicom_seg:
+        dicom_seg.load_highdicom()
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
-    _check_previous_stage(model, previous_stage)
-    found = find_cases(source, model, previous_stage)
-    names = [item.name if isinstance(item, Case) else item.case for item in found]
-    if request.num_parts > 1:
-        others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
-        check_output(folder, others, request)
-    if request.dry_run:
-        describe_prediction(model, found, request)
-        return PredictReport(output_folder=folder)
-    if request.overwrite:
-        warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
-    return _Run(model, source, folder, request).work(found[request.part_id :: request.num_parts])
+    check_previous_stage(model, previous_stage)
+    with find_series(source, request.series or ()) as series:
+        require_choice(series, request.series or ())
+        found = find_cases(source, model, previous_stage, series)
+        if request.dicom_seg and not series:
+            raise MFMError("E_CONFIG", f"--dicom-seg: {source} holds no DICOM series to refer to. Leave it out.")
+        if request.key_file is not None and not request.dry_run:
+            write_key(Path(request.key_file), series)
+        names = [case_name_of(item) for item in found]
+        if request.num_parts > 1:
+            others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
+            check_output(folder, others, request)
+        if request.dry_run:
+            describe_prediction(model, found, request)
+            return PredictReport(output_folder=folder)
+        if request.overwrite:
+            warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
+        run, own = _Run(model, source, folder, request), found[request.part_id :: request.num_parts]
+
+        def report(problem: str) -> None:
+            if request.report and run.is_begun:
+                report_prediction(model, model_folder, own, run.journal.last, request, problem)
+
+        with reported(report):
+            return run.work(own)
 
 
 def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stage: Path | None) -> None:
-    """Refuse an input that is not a folder, and an output that is one of the other folders."""
-    if not source.is_dir():
-        advice = "this is a file. Put the image into a folder, and give the folder."
-        raise MFMError(
-            "E_NOT_FOUND", f"{source}: {advice if source.exists() else 'no such input folder. Check the path.'}"
-        )
+    """Refuse an input that does not exist, and an output that is one of the other folders."""
+    if not source.is_dir() and not source.is_file():
+        reason = "this is a pipe or device." if source.exists() else "no such input folder or file. Check the path."
+        raise MFMError("E_NOT_FOUND", f"{source}: {reason}")
     target = folder.resolve()
     taken = {"model folder": model_folder, "folder of the previous stage's masks": previous_stage}
     clash = next((name for name, other in taken.items() if other is not None and target == other.resolve()), None)
@@ -154,20 +183,6 @@ def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stag
     require_unicode(folder, "the output folder")
     if folder.exists() and not folder.is_dir():
         raise MFMError("E_EXISTS", f"{folder}: this is a file. Give a folder for the masks.")
-
-
-def _check_previous_stage(model: Model, folder: Path | None) -> None:
-    needed = model.configuration_manager.previous_stage_name
-    if needed is not None and folder is None:
-        raise MFMError(
-            "E_CONFIG",
-            f"the model is the second stage of a cascade: predict the same images with configuration '{needed}' first "
-            "and give that folder (-prev_stage_predictions).",
-        )
-    if needed is None and folder is not None:
-        raise MFMError("E_CONFIG", "-prev_stage_predictions: the model takes no previous stage. Leave it out.")
-    if folder is not None and not folder.is_dir():
-        raise MFMError("E_NOT_FOUND", f"{folder}: no such folder. Give the masks of the previous stage.")
 
 
 class _Run:
@@ -193,6 +208,8 @@ class _Run:
         """Model and settings: they and the images determine the masks. JSON values without paths."""
         self.report = PredictReport(output_folder=folder)
         self.begun: list[str] = []
+        self.is_begun = False
+        """True once the folder is ours to write to."""
 
     def work(self, found: Sequence[Case | CaseFailure]) -> PredictReport:
         """Predict all cases, or record why they failed."""
@@ -202,6 +219,7 @@ class _Run:
                 shutil.rmtree(leftover, ignore_errors=True)
             if not self.request.overwrite:
                 self.journal.require_same_maker(self.identity)
+            self.is_begun = True
             self._write_copies()
             todo = [item for item in found if isinstance(item, Case) and not self._is_settled(item)]
             for failure in (item for item in found if isinstance(item, CaseFailure)):
@@ -212,7 +230,7 @@ class _Run:
             try:
                 with reader_threads(1) as reader, track("predicting", len(todo), lines=False) as advance:
                     ahead = itertools.chain.from_iterable(
-                        _one_ahead(partial(self._begin, reader), group) for group in groups
+                        one_ahead(partial(self._begin, reader), group) for group in groups
                     )
                     for number, (case, prepared) in enumerate(ahead, start=1):
                         outcome = self._attempt(case, prepared)
@@ -257,7 +275,7 @@ class _Run:
         last = self.journal.last.get(case.name)
         try:
             expected = {**self.identity, "input": hash_inputs(case) if last else {}}
-            is_done = self.journal.is_done(case.name, self._output_names(case.name), expected)
+            is_done = self.journal.is_done(case.name, self._output_names(case.name, case.slices), expected)
         except MFMError as error:
             self._fail(CaseFailure(case.name, error.code, error.message))
             return True
@@ -307,6 +325,7 @@ class _Run:
                 "output": {file.name: sha256(file) for file in sorted(stage.iterdir())},
                 "seconds": round(time.perf_counter() - start, 3),
                 "memory_steps": list(model.oom_steps),
+                **({"agreement": model.agreement} if model.agreement else {}),
                 "warnings": list(ready.warnings),
                 "versions": _versions(model.device),
             }
@@ -327,14 +346,25 @@ class _Run:
                 logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
                 header=ready.header, save_probabilities=request.save_probabilities,
             )  # fmt: skip
+            if request.dicom_seg and case.slices:
+                self._write_segmentation(case, stage)
+
+    def _write_segmentation(self, case: Case, stage: Path) -> None:
+        reader = self.model.plans_manager.plans["image_reader_writer"]
+        mask_1DHW, _ = read_label(inside(stage, f"{case.name}{self.ending}"), reader)
+        labels = DatasetJson.of(self.model.dataset_json).foreground
+        target = inside(stage, f"{case.name}{dicom_seg.ENDING}")
+        with about(case.name):
+            dicom_seg.write_segmentation(mask_1DHW[0], case.slices, labels, self.model.sha256, target)
 
     def _write_labels(self, case: Case, ready: PreparedCase, stage: Path) -> None:
         predicted_K = self.model.predict_labels(ready.x_CDHW)
         write_labels(self.model.heads[0], predicted_K, inside(stage, f"{case.name}{self.ending}"))
 
     def _remove_outdated(self, name: str, stage: Path) -> None:
-        """Remove old probabilities of a case, which do not match its new mask."""
-        for old in (inside(self.folder, f"{name}{ending}") for ending in (self.ending, *PROBABILITIES)):
+        """Remove old probabilities and segmentations of a case, which do not match its new mask."""
+        endings = (self.ending, *PROBABILITIES, dicom_seg.ENDING)
+        for old in (inside(self.folder, f"{name}{ending}") for ending in endings):
             if not os.path.isfile(old) or os.path.exists(stage / old.name):
                 continue
             if self.request.overwrite or sha256(old) in self.journal.written.get(old.name, ()):
@@ -361,8 +391,9 @@ class _Run:
             return failure
         return replace(failure, reason=f"{failure.reason} (traceback: {ERROR_FOLDER}/{file.name})", details="")
 
-    def _output_names(self, case: str) -> list[str]:
-        endings = (self.ending, *(PROBABILITIES if self.request.save_probabilities else ()))
+    def _output_names(self, case: str, slices: Sequence[Path] = ()) -> list[str]:
+        endings = [self.ending, *(PROBABILITIES if self.request.save_probabilities else ())]
+        endings += [dicom_seg.ENDING] if self.request.dicom_seg and slices else []
         return [f"{case}{ending}" for ending in endings]
 
     def _fail(self, failure: CaseFailure, seconds: float = 0.0) -> None:
@@ -382,20 +413,6 @@ class _Run:
             for name in self.begun:
                 if self.journal.last.get(name, {}).get("status") == "started":
                     self.journal.write(name, "stopped", **self.identity)
-
-
-def _one_ahead(
-    begin: Callable[[Case], Future[PreparedCase]], cases: Sequence[Case]
-) -> Iterator[tuple[Case, Future[PreparedCase]]]:
-    """Yield each case with its preparation, while that of the next case is already running."""
-    waiting: tuple[Case, Future[PreparedCase]] | None = None
-    for case in cases:
-        submitted = (case, begin(case))
-        if waiting is not None:
-            yield waiting
-        waiting = submitted
-    if waiting is not None:
-        yield waiting
 
 
 def _versions(device: torch.device) -> dict[str, str]:

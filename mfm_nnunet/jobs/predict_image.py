@@ -38,7 +38,7 @@ def predict_image(request: PredictRequest, predict: Callable[[PredictRequest], A
         source.mkdir()
         for number, channel in enumerate(_channels(image, request.spacing)):
             _write(channel, source / f"{NAME}_{number:04d}{ending}")
-        report = predict(replace(request, input_folder=source, output_folder=output))
+        report = predict(replace(request, input_folder=source, output_folder=output, spacing=None, report=False))
         if report.failures:
             failure = report.failures[0]
             raise MFMError(failure.code, failure.reason.replace(f"{source}/", ""))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
 from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.jobs.dry_run import scratch_results
+from mfm_nnunet.jobs.report import report_training, reported
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.planning.recipes import apply_recipe
@@ -101,10 +103,13 @@ def train(request: TrainRequest) -> Path:
         if request.dry_run:
             with scratch_results():
                 execute(job)
-        elif request.num_gpus > 1:
-            run_processes(execute, (job,), request.num_gpus)
-        else:
-            execute(job)
+            return job.folder
+        report = partial(report_training, here, job.folder, job.plans, inputs.dataset, job.split)
+        with reported(report):
+            if request.num_gpus > 1:
+                run_processes(execute, (job,), request.num_gpus)
+            else:
+                execute(job)
     return job.folder
 
 
