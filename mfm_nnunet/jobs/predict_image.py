@@ -83,7 +83,7 @@ def _write(channel: Any, file: Path) -> None:
 
 def _read(file: Path, like: Any) -> Any:
     if isinstance(like, nibabel.spatialimages.SpatialImage):
-        mask = nibabel.load(file)
-        return nibabel.Nifti1Image(np.asanyarray(mask.dataobj), mask.affine, mask.header)
+        loaded = nibabel.Nifti1Image.from_filename(file)
+        return nibabel.Nifti1Image(np.asanyarray(loaded.dataobj), loaded.affine, loaded.header)
     mask = sitk.ReadImage(str(file))
     return sitk.GetArrayFromImage(mask) if isinstance(like, np.ndarray) else mask

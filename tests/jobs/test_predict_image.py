@@ -29,7 +29,7 @@ def test_an_image_in_memory_gets_the_mask_of_its_file(options: dict[str, Any], t
     file.parent.mkdir()
     write_scan(file, 3, spacing=(0.7, 1.1, 1.0))
     report = predict(file.parent, tmp_path / "out", **options)
-    expected = voxels_of(tmp_path / "out" / "a.nii.gz")
+    expected = voxels_of(tmp_path / "out" / "a.nii.gz").T
     assert len(np.unique(expected)) > 1
     image = sitk.ReadImage(str(file))
     mask = predict(image, **options)
