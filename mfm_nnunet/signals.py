@@ -266,7 +266,7 @@ def _acknowledge(flag: StopFlag, number: int) -> None:
     end = "" if flag.is_raising else f" after {flag.after}"
     again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
     lead = "\n" if sys.stderr.isatty() else ""  # below a progress line
-    logger.warning("%s%s: stopping%s; %s to stop at once", lead, name_of(number), end, again)
+    logger.warning(f"{lead}%s: stopping%s; %s to stop at once", name_of(number), end, again)
 
 
 def _has_parent() -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mfm_nnunet.jobs.info import IN_THE_PLAN_ONLY, describe_setting, shown  # noqa: E402
+from mfm_nnunet.jobs.info import IN_THE_PLAN_ONLY, describe_setting, setting_text  # noqa: E402
 from mfm_nnunet.models.families import GROUP  # noqa: E402
 from mfm_nnunet.planning.derive import settings_for  # noqa: E402
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, setting_names, to_dict  # noqa: E402
@@ -188,7 +188,7 @@ def _planned() -> Iterator[Row]:
 def _value(name: str, settings: Any) -> str:
     for part in name.split("."):
         settings = getattr(settings, part)
-    return shown(settings)
+    return setting_text(settings)
 
 
 def _wrapped_json(content: dict[str, Any]) -> str:

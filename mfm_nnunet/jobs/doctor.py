@@ -42,11 +42,11 @@ def doctor(workspace: str | Path | None = None) -> list[Finding]:
     Nothing is written. Findings with a remedy are problems.
     """
     with places.use(workspace) as here:
-        parts = (_versions(), _device(), _room(here), _workspace(here), _datasets(here), _runs(here))
+        parts = (_check_versions(), _device(), _room(here), _workspace(here), _datasets(here), _runs(here))
         return [finding for part in parts for finding in part]
 
 
-def _versions() -> Iterator[Finding]:
+def _check_versions() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     yield Finding("mfm_nnunet", __version__)
     extras: dict[str, list[str]] = {}
@@ -54,8 +54,8 @@ def _versions() -> Iterator[Finding]:
         requirement = Requirement(text)
         extra = re.search(r"extra == [\"'](\w+)[\"']", str(requirement.marker or ""))
         if extra is None and (requirement.marker is None or requirement.marker.evaluate()):
-            yield _installed(requirement)
-        elif extra is not None and _installed(requirement).remedy:
+            yield _check_requirement(requirement)
+        elif extra is not None and _check_requirement(requirement).remedy:
             extras.setdefault(extra[1], []).append(requirement.name)
         elif extra is not None:
             extras.setdefault(extra[1], [])
@@ -64,7 +64,7 @@ def _versions() -> Iterator[Finding]:
         yield Finding(f"extra {name}", absent if missing else "installed")
 
 
-def _installed(requirement: Requirement) -> Finding:
+def _check_requirement(requirement: Requirement) -> Finding:
     remedy = f'pip install "{requirement.name}{requirement.specifier}"'
     try:
         found = version(requirement.name)
@@ -132,11 +132,13 @@ def _datasets(here: Workspace) -> Iterator[Finding]:
             kind, f"{name}, plans: {', '.join(plans) or 'none yet'}{'' if has_raw else ', without raw data'}", remedy
         )
         for plan in plans:
-            if problem := _problem(lambda name=name, plan=plan: Plan.read(here.plans_file(name, plan), "Plan again.")):  # type: ignore[misc]
+            if problem := _find_problem(
+                lambda name=name, plan=plan: Plan.read(here.plans_file(name, plan), "Plan again.")
+            ):  # type: ignore[misc]
                 yield Finding("plan", f"{name}, {plan}", problem)
 
 
-def _problem(work: Callable[[], object]) -> str:
+def _find_problem(work: Callable[[], object]) -> str:
     try:
         work()
     except MFMError as error:

@@ -27,7 +27,7 @@ def info(topic: Literal["settings", "recipes", "tasks", "networks"]) -> list[Row
 
     Raises MFMError (E_CONFIG) for another topic.
     """
-    tables = {"settings": _settings, "recipes": _recipes, "tasks": _tasks, "networks": _networks}
+    tables = {"settings": _settings, "recipes": _recipes, "tasks": _tasks, "networks": _list_networks}
     if topic not in tables:
         raise MFMError("E_CONFIG", f"no table of {topic}. {nearest(topic, tables)}")
     return tables[topic]()
@@ -65,7 +65,7 @@ def _tasks() -> list[Row]:
     ]
 
 
-def _networks() -> list[Row]:
+def _list_networks() -> list[Row]:
     return [{"network": name, "kind": family_named(name).title} for name in network_names()]
 
 
@@ -79,7 +79,7 @@ def describe_setting(name: str, settings: Any, prefix: str = "") -> Row:
     return {
         "name": prefix + name,
         "type": type_name(hint),
-        "default": shown(getattr(settings, last)),
+        "default": setting_text(getattr(settings, last)),
         "legal values": _legal(hint, item.metadata.get("range")),
         "meaning": _docstring(type(settings), last),
     }
@@ -98,10 +98,10 @@ def type_name(hint: Any) -> str:
     return {Literal: "word", dict: "table"}.get(get_origin(hint)) or hint.__name__
 
 
-def shown(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """Return a value as ``--set`` takes it."""
     if isinstance(value, tuple):
-        return ",".join(map(shown, value)) or "none"
+        return ",".join(map(setting_text, value)) or "none"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -37,7 +37,7 @@ def predict_image(request: PredictRequest, predict: Callable[[PredictRequest], A
         source, output = Path(folder) / "images", Path(folder) / "masks"
         source.mkdir()
         for number, channel in enumerate(_channels(image, request.spacing)):
-            _write(channel, source / f"{NAME}_{number:04d}{ending}")
+            _write_channel(channel, source / f"{NAME}_{number:04d}{ending}")
         report = predict(replace(request, input_folder=source, output_folder=output, spacing=None, report=False))
         if report.failures:
             failure = report.failures[0]
@@ -45,7 +45,7 @@ def predict_image(request: PredictRequest, predict: Callable[[PredictRequest], A
         file = output / f"{NAME}{ending}"
         if request.dry_run or not file.is_file():
             return report
-        return _read(file, image)
+        return _read_mask(file, image)
 
 
 def _channels(image: Any, spacing: Sequence[float] | None) -> list[Any]:
@@ -53,7 +53,7 @@ def _channels(image: Any, spacing: Sequence[float] | None) -> list[Any]:
     if isinstance(image, np.ndarray):
         if spacing is None or image.ndim not in (3, 4) or len(spacing) != 3:
             raise MFMError("E_CONFIG", "an array (Z, Y, X) or (C, Z, Y, X) needs spacing=(Z, Y, X), in mm.")
-        channels = [sitk.GetImageFromArray(_plain(array)) for array in image.reshape(-1, *image.shape[-3:])]
+        channels = [sitk.GetImageFromArray(_with_legal_voxels(array)) for array in image.reshape(-1, *image.shape[-3:])]
         for channel in channels:
             channel.SetSpacing([float(length) for length in spacing[::-1]])
         return channels
@@ -63,25 +63,25 @@ def _channels(image: Any, spacing: Sequence[float] | None) -> list[Any]:
         count = image.GetNumberOfComponentsPerPixel()
         return [sitk.VectorIndexSelectionCast(image, number) for number in range(count)] if count > 1 else [image]
     if isinstance(image, nibabel.spatialimages.SpatialImage):
-        voxels = _plain(np.asanyarray(image.dataobj))
+        voxels = _with_legal_voxels(np.asanyarray(image.dataobj))
         if voxels.ndim == 3:
             voxels = voxels[..., None]
         return [nibabel.Nifti1Image(voxels[..., number], image.affine) for number in range(voxels.shape[-1])]
     raise MFMError("E_CONFIG", f"{type(image).__name__}: give a folder, an array, or an image of SimpleITK or nibabel.")
 
 
-def _plain(voxels: np.ndarray) -> np.ndarray:
+def _with_legal_voxels(voxels: np.ndarray) -> np.ndarray:
     return voxels if voxels.dtype.name in VOXELS else voxels.astype(np.float32)
 
 
-def _write(channel: Any, file: Path) -> None:
+def _write_channel(channel: Any, file: Path) -> None:
     if isinstance(channel, sitk.Image):
         sitk.WriteImage(channel, str(file))
     else:
         nibabel.save(channel, file)
 
 
-def _read(file: Path, like: Any) -> Any:
+def _read_mask(file: Path, like: Any) -> Any:
     if isinstance(like, nibabel.spatialimages.SpatialImage):
         loaded = nibabel.Nifti1Image.from_filename(file)
         return nibabel.Nifti1Image(np.asanyarray(loaded.dataobj), loaded.affine, loaded.header)

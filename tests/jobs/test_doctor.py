@@ -22,7 +22,7 @@ def _enough_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """The computer of the tests may be small."""
     for name in ("LEAST_MEMORY", "LEAST_SHARED", "LEAST_DISK"):
         monkeypatch.setattr(doctor, name, 0)
-    monkeypatch.setattr(doctor, "_versions", lambda: iter(()))
+    monkeypatch.setattr(doctor, "_check_versions", lambda: iter(()))
 
 
 def findings(folder: Path, code: int, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
@@ -65,7 +65,7 @@ def test_too_little_room_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_version_that_does_not_fit_is_a_problem() -> None:
     for text, value in (("numpy>=1", ""), ("numpy>=999", "needs >=999"), ("no-such-package>1", "not installed")):
-        finding = doctor._installed(doctor.Requirement(text))
+        finding = doctor._check_requirement(doctor.Requirement(text))
         assert value in finding.value
         assert bool(finding.remedy) is bool(value)
 
