@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import read_checkpoint
 from mfm_nnunet.jobs.dry_run import scratch_results
 from mfm_nnunet.jobs.pretrain import select_cases
+from mfm_nnunet.jobs.report import report_classifier, reported
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.classifier import Classifier
 from mfm_nnunet.models.networks import build_network
@@ -107,6 +109,7 @@ def train_classifier(
     remove_leftovers(job.folder)
     logger.info("run folder: %s", job.folder)
     with (
+        reported(partial(report_classifier, job.folder)),
         report_full_disk(job.folder),
         training_threads(job.device),
         stop_on_signal(),
