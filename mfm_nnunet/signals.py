@@ -34,7 +34,7 @@ SAME_STOP_SECONDS_ALONE = 0.5
 """The same for a process whose parent does not pass signals on; ``timeout`` sends SIGTERM twice."""
 SECONDS_WITHOUT_A_WORD = 0.5
 """A process that ends sooner prints only the reason why it ended."""
-SECONDS_TO_END = 5.0
+SECONDS_TO_END = 2.0
 """Time that a library call in the main thread gets after the second signal."""
 
 
