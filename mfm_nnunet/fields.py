@@ -22,6 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
+SPACINGS = ("median", "onemm", "original")
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 
 
@@ -134,6 +135,20 @@ def to_fold(value: Any) -> int | str:
     if number is None and value != "all":
         raise ValueError("expected a number from 0, or 'all'")
     return "all" if number is None else number
+
+
+def to_spacing(value: Any) -> str | tuple[float, ...]:
+    """Convert ``value`` to a word for a spacing, or to three lengths in mm."""
+    words = [value] if isinstance(value, str) else list(value)
+    if len(words) == 1 and words[0] in SPACINGS:
+        return str(words[0])
+    try:
+        lengths = tuple(float(word) for word in words)
+    except (TypeError, ValueError):
+        lengths = ()
+    if len(lengths) != 3 or not all(1e-3 <= length <= 1e3 for length in lengths):
+        raise ValueError("expected median, onemm, original or three lengths in mm")
+    return lengths
 
 
 def one_of(*legal: str) -> Callable[[Any], str]:

@@ -20,13 +20,13 @@ from mfm_nnunet.fields import (
     one_of,
     option,
     to_fold,
+    to_spacing,
 )
 from mfm_nnunet.files import is_file_name, whole_number
 from mfm_nnunet.settings import SliceSettings, override, to_dict
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """All configurations of nnU-Net; those of a dataset are known only after reading its images."""
-SPACINGS = ("median", "onemm", "original")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 HEADS = ("linear", "attentive", "mil", "probe")
 """Heads of classifiers."""
@@ -46,19 +46,6 @@ PLANS = (
     "name of the plan (default: the one made like the given checkpoint, else the only one, else mfmPlans)",
 )
 TRAINER = "-tr --trainer", "trainer class"
-
-
-def _spacing(value: Any) -> str | tuple[float, ...]:
-    words = [value] if isinstance(value, str) else list(value)
-    if len(words) == 1 and words[0] in SPACINGS:
-        return str(words[0])
-    try:
-        lengths = tuple(float(word) for word in words)
-    except (TypeError, ValueError):
-        lengths = ()
-    if len(lengths) != 3 or not all(1e-3 <= length <= 1e3 for length in lengths):
-        raise ValueError("expected median, onemm, original or three lengths in mm")
-    return lengths
 
 
 def _slices(value: Any) -> dict[str, Any]:
@@ -139,6 +126,20 @@ class PlanRequest(Request):
         "one channel (grey: colours become luminance) or three (rgb: grey is repeated)",
         choices=("grey", "rgb"),
     )
+    universal: Sequence[str | int] | None = option(
+        None,
+        "--universal",
+        "make dataset ID of these labelled datasets, for one model of all their classes; nothing is copied but labels",
+        nargs="+",
+        metavar="DATASET",
+    )
+    add_to: str | Path | None = option(
+        None,
+        "--add-to",
+        "with --universal: extend this model by further datasets. Its classes keep their numbers; those whose dataset "
+        "is not listed are learned from the model's own predictions",
+        metavar="MODEL_FOLDER",
+    )
     configurations: Sequence[str] | None = option(
         None,
         "-c --configuration",
@@ -166,7 +167,7 @@ class PlanRequest(Request):
         "median (default), onemm, original, or three lengths in mm, slices first as in nnU-Net (Z Y X)",
         nargs="+",
         metavar="S",
-        check=_spacing,
+        check=to_spacing,
     )
     like: str | Path | None = option(
         None,
@@ -192,14 +193,24 @@ class PlanRequest(Request):
         if self.images is not None and len(self.datasets) != 1:
             raise MFMError("E_CONFIG", "--images registers one dataset: give exactly one -d ID with it.")
         for name in ("name", "slices", "colour", "labels", "label_names", "series", "key_file"):
-            if self.images is None and getattr(self, name) is not None:
+            is_new = self.images is not None or (name == "name" and self.universal is not None)
+            if not is_new and getattr(self, name) is not None:
                 flag_name = {"key_file": "dicom-key"}.get(name, name.replace("_", "-"))
                 raise MFMError("E_CONFIG", f"--{flag_name} belongs to --images: it is of a new dataset.")
         for name in ("slices", "colour"):
             if self.labels is not None and getattr(self, name) is not None:
                 raise MFMError("E_CONFIG", f"--{name} is of corpora without labels. Leave it or --labels out.")
+        self._check_union()
         if self.like is not None and self.spacing != "median":
             raise MFMError("E_CONFIG", "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out.")
+
+    def _check_union(self) -> None:
+        if self.add_to is not None and (self.universal is None or self.like is not None):
+            raise MFMError("E_CONFIG", "--add-to belongs to --universal, and takes the place of --like.")
+        if self.universal is not None and len(self.datasets) != 1:
+            raise MFMError("E_CONFIG", "--universal makes one dataset: give exactly one -d ID with it.")
+        if self.universal is not None and (self.images is not None or self.modality is not None):
+            raise MFMError("E_CONFIG", "--universal is for labelled datasets: leave --images and --modality out.")
 
 
 @dataclass(frozen=True)
@@ -369,6 +380,19 @@ class PredictRequest(Request):
         None, "--references", "folder of reference masks, to compare the masks with in the report", metavar="DIR"
     )
     report: bool = option(True, "--no-report", "do not write report.html beside the masks")
+    classes: Sequence[str] | None = option(
+        None,
+        "--classes",
+        "classes to predict (default: all); the rest is background, and takes no memory behind the network",
+        nargs="+",
+        metavar="NAME",
+    )
+    classes_of: str | int | None = option(
+        None,
+        "--classes-of",
+        "of a model of several datasets: the classes that this dataset annotates, and its normalisation",
+        metavar="DATASET",
+    )
     num_parts: int = option(
         1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
     )

@@ -6,65 +6,24 @@ unknown name is an error that suggests the nearest legal one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import math
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.values import LARGEST, REMOVED, parse_value, ranged, require_in_range
 
 FORMAT = 1
 """Version of the plan block and of the checkpoint's ``mfm`` key."""
-LARGEST = 10**9
-"""Limit of all numbers: a larger one is a typing error that would run for ever or fill the memory."""
 
 logger = logging.getLogger(__name__)
-_NO_FINETUNING = "Probes are linear. Fine-tune a checkpoint for a few epochs with mfm_train, or compare with mfm_study."
-REMOVED = {
-    **dict.fromkeys(("probe.kind=finetune", "probe.steps", "probe.learning_rate"), _NO_FINETUNING),
-    "pretrain.anatomy_fraction": "It was removed: crops are drawn from anywhere in the image.",
-    "pretrain.balance_temperature": "It was removed: pretrain.balance_by draws all groups equally often.",
-}
-"""Advice about settings, or values of settings, of earlier versions."""
 NEUTRAL = {"pretrain.anatomy_fraction": 0.0, "pretrain.balance_temperature": None}
 """Removed settings in older plans and runs, with the value that had no effect."""
 
 Settings = TypeVar("Settings")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Legal values of a number: from ``low`` to ``high``; ``above`` and ``below`` exclude the limits themselves."""
-
-    low: float
-    high: float
-    above: bool = False
-    below: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        is_high_enough = value > self.low if self.above else value >= self.low
-        return is_high_enough and (value < self.high if self.below else value <= self.high)
-
-    def __str__(self) -> str:
-        if self.above and self.below:
-            return f"between {self.low:g} and {self.high:g}"
-        low, high = "above" if self.above else "at least", "below" if self.below else "at most"
-        return f"{low} {self.low:g} and {high} {self.high:.10g}"
-
-
-def ranged(
-    default: Any, low: float, high: float, *, above: bool = False, below: bool = False, ascending: bool = False
-) -> Any:
-    """Make a dataclass field with a legal range, also for each number of a tuple.
-
-    None is legal if it is the default. ``ascending``: the numbers must be in ascending order.
-    """
-    return field(default=default, metadata={"range": Range(low, high, above, below), "ascending": ascending})
 
 
 @dataclass(frozen=True)
@@ -166,6 +125,9 @@ class FinetuneSettings(TrainingSettings):
     """copy_paste, lesion_paste: paste these labels together, or one of them, drawn anew for each crop."""
     mix_start: int = ranged(0, 0, LARGEST)
     """Step of the training from which crops are mixed."""
+    partial_labels: Literal["auto", "heads", "background"] = "auto"
+    """Union of datasets: what a class is where it is not annotated. auto: unknown (marginal softmax, or masked
+    sigmoids); heads: as if each dataset had an output layer of its own; background: as the label map says."""
     checkpoint: dict[str, Any] | None = None
     """Origin of the weights: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
 
@@ -210,6 +172,8 @@ class MFMBlock:
     ``--like`` its checkpoint contains the normalisation of its own kind alone."""
     corpus: dict[str, Any] | None = None
     """Settings of the corpus: {"slices": :class:`SliceSettings`, "colour": "grey" or "rgb"}, where it has them."""
+    universal: dict[str, Any] | None = None
+    """Classes of a union of datasets, see :mod:`mfm_nnunet.data.class_table`."""
     network: str = "resenc"
     """Family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT
@@ -227,22 +191,6 @@ def resolved_decoder_epochs(settings: FinetuneSettings) -> int | None:
     if settings.schedule != "sawtooth" or settings.decoder_epochs is not None:
         return settings.decoder_epochs
     return max(2, resolved_warmup(None, settings.epochs))
-
-
-def require_in_range(settings: Any, prefix: str = "") -> None:
-    """Raise MFMError (E_CONFIG) for the first number of a settings dataclass outside its range."""
-    for item in dataclasses.fields(settings):
-        value, name = getattr(settings, item.name), f"{prefix}{item.name}"
-        if dataclasses.is_dataclass(value):
-            require_in_range(value, f"{name}.")
-            continue
-        legal = item.metadata.get("range", Range(-LARGEST, LARGEST))
-        values = value if isinstance(value, tuple) else (value,)
-        shown = ",".join(map(str, values))
-        if any(isinstance(number, (int, float)) and number not in legal for number in values):
-            raise MFMError("E_CONFIG", f"{name}={shown}: must be {legal}.")
-        if item.metadata.get("ascending") and list(values) != sorted(values):
-            raise MFMError("E_CONFIG", f"{name}={shown}: the smaller number comes first.")
 
 
 def require_legal(settings: TrainingSettings, prefix: str) -> None:
@@ -291,7 +239,7 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str = "") -
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise MFMError("E_CONFIG", f"unknown setting '{where}{unknown[0]}'. {nearest(unknown[0], hints)}")
-    settings = cls(**{key: _parse(value, hints[key], where + key) for key, value in values.items()})
+    settings = cls(**{key: _typed(value, hints[key], where + key) for key, value in values.items()})
     require_in_range(settings, where)
     return settings
 
@@ -347,73 +295,12 @@ def _assign(settings: Any, name: str, value: str, root: Any, path: str = "") -> 
     if rest:
         new = _assign(getattr(settings, head), rest, value, root, f"{path}{head}.")
     else:
-        new = _parse(value, hints[head], path + name)
+        new = _typed(value, hints[head], path + name)
     return dataclasses.replace(settings, **{head: new})
 
 
-def _parse(value: Any, hint: Any, name: str) -> Any:
-    """Convert ``value`` (JSON or a string from the command line) to the annotated type."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """Convert ``value`` (JSON or a string from the command line) to the annotated type, also to nested settings."""
     if dataclasses.is_dataclass(hint):
         return value if dataclasses.is_dataclass(value) else from_dict(hint, value, name + ".")  # type: ignore[arg-type]
-    if origin in (Union, types.UnionType):
-        if type(None) in arguments and (value is None or str(value).lower() in ("none", "null")):
-            return None
-        options = [option for option in arguments if option is not type(None)]
-        for option in options:
-            try:
-                return _parse(value, option, name)
-            except MFMError:
-                if len(options) == 1:
-                    raise
-        raise MFMError("E_CONFIG", f"{name}={value}: expected {' or '.join(map(_describe, options))}.")
-    if origin is Literal:
-        if value in arguments:
-            return value
-        advice = REMOVED.get(f"{name}={value}") or f"legal values are {', '.join(map(str, arguments))}."
-        raise MFMError("E_CONFIG", f"{name}={value}: {advice}")
-    if origin is tuple:
-        return _parse_tuple(value, arguments, name)
-    if origin is dict:
-        if isinstance(value, dict):
-            return value
-        raise MFMError("E_CONFIG", f"{name}={value}: expected a table of names and values.")
-    return _parse_scalar(value, hint, name)
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is tuple:
-        arguments = get_args(hint)
-        return "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
-    return getattr(hint, "__name__", str(hint))
-
-
-def _parse_tuple(value: Any, arguments: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    items = value.strip("[]()").replace(",", " ").split() if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple)):
-        items = (items,)
-    variadic = len(arguments) == 2 and arguments[1] is Ellipsis
-    if variadic and isinstance(value, str) and value.lower() == "none":
-        return ()
-    if not variadic and len(items) != len(arguments):
-        raise MFMError("E_CONFIG", f"{name}={value}: expected {len(arguments)} values.")
-    types_ = [arguments[0]] * len(items) if variadic else list(arguments)
-    return tuple(_parse(item, hint, name) for item, hint in zip(items, types_))
-
-
-def _parse_scalar(value: Any, hint: Any, name: str) -> Any:
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "1", "yes", "false", "0", "no"):
-            return value.lower() in ("true", "1", "yes")
-    elif hint is str:
-        return str(value)
-    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            number = hint(value)
-            if (hint is float or float(value) == number) and math.isfinite(number):
-                return number
-    raise MFMError("E_CONFIG", f"{name}={value}: expected {hint.__name__}.")
+    return parse_value(value, hint, name)

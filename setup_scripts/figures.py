@@ -19,7 +19,7 @@ SPINE = {
     "Let them in": "images.reading images.decoder images.decode images.integrity images.headers images.nifti "
     "images.geometry",
     "Plan": "planning.fingerprint planning.planner planning.derive planning.like dataset plan "
-    "plan_rules settings models.networks models.families models.unet models.sizing models.memory",
+    "plan_rules settings values models.networks models.families models.unet models.sizing models.memory",
     "Preprocess": "data.preprocess data.sizes data.resampling data.storage data.volumes",
     "Draw crops": "jobs.pretrain data.crops data.loading",
     "Pretrain": "tasks.base tasks.masks tasks.mae tasks.losses models.backbone engine.pretraining "

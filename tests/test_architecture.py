@@ -30,7 +30,7 @@ CEILINGS = {
 """The names are those of ``setup_scripts/figures.py``, which prints what is behind a number."""
 LEAVES = {
     *("errors", "version", "workspace", "checkpoint", "plan", "plan_rules", "dataset", "settings"),
-    *("fields", "requests", "study_requests"),
+    *("fields", "requests", "study_requests", "values"),
     *("modalities", "processes", "signals", "device", "metrics", "terminal", "files"),
 }
 """Importable by all; they may import each other but nothing else of ours."""
@@ -57,9 +57,10 @@ ALLOWED: dict[str, set[str]] = {
 }
 """Leaves and the own package come on top."""
 
-ONLY = {"checkpoint": {"errors", "files"}, "settings": {"errors"}}
+ONLY = {"checkpoint": {"errors", "files"}, "settings": {"errors", "values"}, "values": {"errors"}}
 """Modules that may import no more than this."""
-FORBIDDEN = {"tasks": {"nnunetv2"}, "settings": {"torch", "numpy", "nnunetv2"}}
+_HEAVY = {"torch", "numpy", "nnunetv2"}
+FORBIDDEN = {"tasks": {"nnunetv2"}, "settings": _HEAVY, "values": _HEAVY}
 LIGHT = {
     *("cli", "errors", "files", "version", "workspace", "settings", "terminal"),
     *("fields", "requests", "study_requests"),

@@ -12,6 +12,7 @@ import pytest
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, PretrainSettings
+from mfm_nnunet.values import Range
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class AllSettings:
     probe: mfm_settings.ProbeSettings = field(default_factory=mfm_settings.ProbeSettings)
 
 
-def numbers(settings: Any, prefix: str = "") -> dict[str, mfm_settings.Range]:
+def numbers(settings: Any, prefix: str = "") -> dict[str, Range]:
     """The dotted names of the numbers among the settings, with what is legal."""
     hints = get_type_hints(type(settings))
     found = {}

@@ -27,6 +27,7 @@ from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.jobs.dry_run import scratch_workspace
 from mfm_nnunet.jobs.registration import register
 from mfm_nnunet.jobs.report import report_corpus
+from mfm_nnunet.jobs.universal import name_of_union, register_union
 from mfm_nnunet.models.families import family_named
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
@@ -68,13 +69,13 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
             return _rehearse(here, request, source)
         for dataset in request.datasets:
             left_out: list[CaseFailure] = []
-            dataset_name = register(here, dataset, request, left_out)
+            dataset_name, own, own_source = _register(here, dataset, request, source, left_out)
             cases, failed = fingerprint(here, dataset_name, request.num_processes)
             failed = [*left_out, *failed]
             num_cases += len(cases) + len(failed)
             if corpus.is_corpus(here.raw_folder(dataset_name)):
                 report_corpus(here, dataset_name, cases, failed)
-            result = plan(here, dataset_name, request, source)
+            result = plan(here, dataset_name, own, own_source)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
             if request.preprocess:
@@ -86,16 +87,27 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     return results
 
 
+def _register(
+    here: Workspace, dataset: str | int, request: PlanRequest, source: Template | None, left_out: list[CaseFailure]
+) -> tuple[str, PlanRequest, Template | None]:
+    """Register a dataset or a union. Returns its name, and the request and the template to plan it with."""
+    if (union := name_of_union(here, dataset, request)) is None:
+        return register(here, dataset, request, left_out), request, source
+    own = register_union(here, union, request)
+    return union, own, source if own.like == request.like else check_request(own)
+
+
 def _rehearse(here: Workspace, request: PlanRequest, source: Template | None) -> list[PlanResult]:
     """Plan in a scratch workspace and say what would be written. Returns the plans with their final places."""
     results = []
     for dataset in request.datasets:
         with scratch_workspace(here) as scratch:
             left_out: list[CaseFailure] = []
-            dataset_name = register(scratch, dataset, replace(request, key_file=None), left_out)
+            quiet = replace(request, key_file=None)
+            dataset_name, own, own_source = _register(scratch, dataset, quiet, source, left_out)
             cases, failed = fingerprint(scratch, dataset_name, request.num_processes)
             failed = [*left_out, *failed]
-            result = plan(scratch, dataset_name, request, source)
+            result = plan(scratch, dataset_name, own, own_source)
             is_corpus = corpus.is_corpus(scratch.raw / dataset_name)
         result = replace(result, file=here.preprocessed / dataset_name / result.file.name)
         logger.info("%s\n%s", dataset_name, format_table(result.decisions))
