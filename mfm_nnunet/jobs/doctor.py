@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -132,15 +132,14 @@ def _datasets(here: Workspace) -> Iterator[Finding]:
             kind, f"{name}, plans: {', '.join(plans) or 'none yet'}{'' if has_raw else ', without raw data'}", remedy
         )
         for plan in plans:
-            if problem := _find_problem(
-                lambda name=name, plan=plan: Plan.read(here.plans_file(name, plan), "Plan again.")
-            ):  # type: ignore[misc]
+            if problem := _find_problem(here, name, plan):
                 yield Finding("plan", f"{name}, {plan}", problem)
 
 
-def _find_problem(work: Callable[[], object]) -> str:
+def _find_problem(here: Workspace, dataset_name: str, plan: str) -> str:
+    """Return why a plan cannot be read; empty if it can."""
     try:
-        work()
+        Plan.read(here.plans_file(dataset_name, plan), "Plan it again.")
     except MFMError as error:
         return error.message
     return ""
