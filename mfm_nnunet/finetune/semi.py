@@ -86,7 +86,7 @@ def with_unlabelled(
     return dataclasses.replace(block, semi=dataclasses.replace(block.semi, corpus=unlabelled.description)), unlabelled
 
 
-def make_task(trainer: MFMTrainer) -> SegmentationTask:
+def choose_task(trainer: MFMTrainer) -> SegmentationTask:
     """Make the task of the trainer's method; without one, that of labels alone."""
     method = trainer.block.semi.method
     return universal.make_task(trainer) if method is None else MAKERS[method](trainer)
@@ -127,7 +127,7 @@ def require_images(trainer: MFMTrainer) -> None:
         )
 
 
-def describe(trainer: MFMTrainer) -> dict[str, Any]:
+def describe_images(trainer: MFMTrainer) -> dict[str, Any]:
     """Return what a checkpoint says about the unlabelled images: settings and rows of the watch; empty without any."""
     semi = trainer.block.semi
     return {} if semi.method is None else {"semi": to_dict(semi), "unlabelled_history": trainer.watch.history}
