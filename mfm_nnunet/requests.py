@@ -248,6 +248,19 @@ class TrainRequest(RunRequest):
         "also learn from the images of this corpus or dataset, without their labels; needs --set semi.method=NAME",
         metavar="CORPUS",
     )
+    teachers: Sequence[str | Path] | None = option(
+        None,
+        "--teachers",
+        "semi.method=student: model folders, each fold of which is a teacher (default: teachers are trained)",
+        nargs="+",
+        metavar="MODEL_FOLDER",
+    )
+    pseudo_labels: str | Path | None = option(
+        None,
+        "--pseudo-labels",
+        "semi.method=student: a folder of pseudo labels, with or without corrected masks, or of corrected masks alone",
+        metavar="DIR",
+    )
     only_validate: bool = option(False, "--val", "only validate a finished run")
     save_probabilities: bool = option(False, "--npz", "save the probabilities of the validation")
     settings: Sequence[str] = assignments("finetune.epochs=200 semi.method=consistency seed=1", "finetune", "semi")

@@ -157,17 +157,37 @@ class SliceSettings:
 class SemiSettings:
     """Settings of training with unlabelled images beside the labelled ones (``--unlabelled``)."""
 
-    method: Literal["consistency"] | None = None
-    """consistency: the network labels an unlabelled crop, and learns these labels on a stronger view of it."""
+    method: Literal["consistency", "student"] | None = None
+    """consistency: the network labels an unlabelled crop, and learns these labels on a stronger view of it. student:
+    several teachers label the images first, and a new network learns from both."""
     weight: float | None = ranged(None, 0, 100)
-    """Weight w of the unlabelled crops: the loss is (labelled + w unlabelled) / (1 + w). None: 1 for consistency."""
-    start: float = ranged(0.1, 0, 1)
-    """Share of the steps that train on labels alone, before the unlabelled images come."""
+    """Weight w of the unlabelled crops: the loss is (labelled + w unlabelled) / (1 + w). None: 1."""
+    start: float | None = ranged(None, 0, 1)
+    """Share of the steps that train on labels alone, before the unlabelled images come. None: 0.1 for consistency, 0
+    for student, whose teachers have trained on them."""
     ramp: float | None = ranged(None, 0, 1)
-    """Share of the steps, from ``start`` on, in which the weight rises. None: 0 for consistency."""
+    """Share of the steps, from ``start`` on, in which the weight rises. None: 0."""
     strong: Literal["auto", "turn", "intensity"] = "auto"
     """The stronger view is turned by multiples of 90 degrees and mirrored, or has other intensities. auto: turned where
     nnU-Net itself turns crops fully and mirrors them (2D, flat patches), else other intensities."""
+    teachers: int = ranged(3, 2, 20)
+    """student: teachers that are trained, each under a seed of its own; from 8 labelled cases on, each without another
+    eighth of them."""
+    teacher_share: float = ranged(0.5, 0, 1, above=True)
+    """student: epochs of a teacher as a share of ``finetune.epochs``, which are the student's."""
+    rounds: int = ranged(1, 0, 2)
+    """student: 1: teachers, labels, student. 2: the student becomes one of the teachers of a second student. 0: only
+    label and rank the images."""
+    drop: float = ranged(0.1, 0, 1, below=True)
+    """student: share of the images, those on which the teachers agree least, that are not used."""
+    sure: float = ranged(0.8, 0, 1)
+    """student: a voxel counts fully if its likeliest class has at least this probability, ..."""
+    unsure: float = ranged(0.3, 0, 1)
+    """student: ... and with this weight otherwise."""
+    cutmix: float = ranged(0.5, 0, 1)
+    """student: probability that a box of a labelled crop is pasted into a pseudo-labelled one."""
+    finish: float = ranged(0.1, 0, 1, below=True)
+    """student: share of the steps, the last ones, on labels alone, at a tenth of the peak rate falling to 0."""
     corpus: dict[str, Any] | None = None
     """Unlabelled images of the run: {"name", "num_cases", "hash"}. Never a path."""
 

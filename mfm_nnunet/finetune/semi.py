@@ -26,9 +26,11 @@ from torch.utils.data import Dataset
 from mfm_nnunet.data.volumes import Volume, open_array
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.finetune.loading import Batch, Loaded, make_deterministic, read_batches, seed_of, seeded
+from mfm_nnunet.finetune.student import make_student_batches, soft_targets_of
 from mfm_nnunet.settings import SemiSettings, to_dict
 from mfm_nnunet.tasks.consistency import ConsistencyTask, turn
 from mfm_nnunet.tasks.segmentation import SegmentationTask
+from mfm_nnunet.tasks.student import StudentTask
 
 if TYPE_CHECKING:
     from mfm_nnunet.finetune.trainer import MFMTrainer
@@ -53,6 +55,7 @@ def _parts(trainer: MFMTrainer) -> tuple[Any, ...]:
 
 MAKERS: dict[str, Callable[[MFMTrainer], SegmentationTask]] = {
     "consistency": lambda trainer: ConsistencyTask(*_parts(trainer)),
+    "student": lambda trainer: StudentTask(*_parts(trainer), soft=soft_targets_of(trainer)),
 }
 """What makes the task of each method."""
 
@@ -77,12 +80,14 @@ def describe(trainer: MFMTrainer) -> dict[str, Any]:
 def weight_at(semi: SemiSettings, step: int, total_steps: int) -> float:
     """Return the weight of the unlabelled crops: 0 before ``start``, then w exp(-5 (1 - t)^2) with t from 0 to 1.
 
-    The ramp is that of arXiv 1610.02242.
+    A student's last steps have weight 0 too. The ramp is that of arXiv 1610.02242.
     """
     assert semi.weight is not None, "the settings are resolved"
     assert semi.ramp is not None, "the settings are resolved"
+    assert semi.start is not None, "the settings are resolved"
     first, length = round(semi.start * total_steps), semi.ramp * total_steps
-    if step < first:
+    is_last = semi.method == "student" and step >= round((1 - semi.finish) * total_steps)
+    if step < first or is_last:
         return 0.0
     time = min(1.0, (step - first) / length) if length else 1.0
     return semi.weight * math.exp(-5 * (1 - time) ** 2)
@@ -166,9 +171,15 @@ def join(
     epoch, pin = first_step // settings.iterations_per_epoch, trainer.device.type == "cuda"
     augmentation = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     augmented, plain = make_unlabelled_loaders(trainer, augmentation)
-    first = next((step for step in range(first_step, total) if weight_at(semi, step, total)), total)
-    source = UnlabelledBatches(augmented, trainer.block.seed, f"unlabelled {rank}", choose_views(trainer, augmentation))
-    streams = read_batches(source, first, total, num_workers, pin) if first < total else iter(())
+    streams: Iterator[Batch] = iter(())
+    if steps := [step for step in range(first_step, total) if weight_at(semi, step, total)]:
+        source: Dataset
+        if semi.method == "student":
+            source = make_student_batches(trainer, augmentation)
+        else:
+            views = choose_views(trainer, augmentation)
+            source = UnlabelledBatches(augmented, trainer.block.seed, f"unlabelled {rank}", views)
+        streams = read_batches(source, steps[0], steps[-1] + 1, num_workers, pin)
     measured = UnlabelledBatches(plain, trainer.block.seed, f"unlabelled validation {rank}")
     begin, end = (n * settings.validation_iterations for n in (epoch, settings.epochs))
     watched = read_batches(measured, begin, end, (num_workers + 1) // 2, pin)

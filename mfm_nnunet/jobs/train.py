@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.jobs import student
 from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
@@ -105,11 +107,21 @@ def train(request: TrainRequest) -> Path:
                     f"{inputs.plan.dataset_name} has labels of whole images. Leave it out.",
                 )
             return train_classifier(here, request, inputs.plan, inputs.dataset, inputs.overrides, inputs.weights)
-        job = check(here, inputs)
-        if request.num_gpus > 1:
-            run_processes(execute, (job,), request.num_gpus)
-        else:
-            execute(job)
+        if folder := student.label_only(here, inputs, check, run_fold):
+            return folder
+        return _execute_all(student.teach(here, inputs, check(here, inputs), run_fold))
+
+
+def run_fold(here: Workspace, inputs: Inputs, changes: Mapping[str, Any]) -> Path:
+    """Check, train and validate a fold, with some parts of its job changed; return its folder."""
+    return _execute_all(dataclasses.replace(check(here, inputs), **changes))
+
+
+def _execute_all(job: Job) -> Path:
+    if job.request.num_gpus > 1:
+        run_processes(execute, (job,), job.request.num_gpus)
+    else:
+        execute(job)
     return job.folder
 
 
@@ -154,7 +166,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
         block, num_channels = plan.mfm, plan.configuration(configuration).num_channels
         network = build_network(plan.content, configuration, num_channels, 2)
     reading = read_checkpoint(inputs.weights) if inputs.weights is not None else None
-    if start_from is None:
+    if start_from is None and not request.continue_training:
         block = run_settings.resolve_new(block, overrides, reading, network, len(split["train"]))
     else:
         block = run_settings.resolve_resumed(block, overrides, reading, folder, plan.content)
@@ -168,7 +180,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
         plan, configuration, dataset, selection.cases, split["train"], set(split["val"]) - set(split["train"])
     )
     block, unlabelled = _with_unlabelled(here, inputs, block, labelled)
-    if start_from is None:
+    if start_from is None and not request.continue_training:
         run_settings.save_settings(folder, block, plan.content)
     logger.info("run folder: %s", folder)
     logger.info("settings:\n%s", run_settings.format_settings(block))
@@ -331,7 +343,8 @@ def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path
         raise MFMError(
             "E_NOT_FOUND", f"{folder}: no finished training here ({FINAL}). Train first, or continue with --c."
         )
-    if request.continue_training and existing is None:
+    # A student is begun when its teachers are.
+    if request.continue_training and existing is None and not (folder / student.TEACHERS).is_dir():
         raise MFMError("E_NOT_FOUND", f"{folder}: no checkpoint to continue from. Start without --c.")
     if existing is not None and not (request.continue_training or request.only_validate):
         raise MFMError(
