@@ -85,6 +85,19 @@ class LabelTable:
             what = ", ".join(f"{name} {count}" for name, count in zip(self.classes, counts))
         return f"{self.task} of {len(self.targets)} cases of {subjects} subjects: {what}"
 
+    def to_csv(self, cases: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+        """Return header and rows of a table with the labels and subjects of ``cases``, which have labels."""
+        if self.task == "multilabel":
+            header = ["case", "subject", *self.classes]
+            cells = {
+                case: ["" if math.isnan(value) else f"{value:g}" for value in self.targets[case]] for case in cases
+            }
+        else:
+            header = ["case", "subject", "label"]
+            names = {case: self.targets[case][0] for case in cases}
+            cells = {case: [self.classes[int(value)] if self.classes else repr(value)] for case, value in names.items()}
+        return header, [[case, self.subjects[case], *cells[case]] for case in cases]
+
     def make_splits(self, cases: Sequence[str], subjects: Mapping[str, str]) -> list[dict[str, list[str]]]:
         """Make folds stratified by label and grouped by subject, or those of the column ``fold``."""
         names = sorted(cases)
@@ -104,7 +117,7 @@ class LabelTable:
     def _stratified(self, names: Sequence[str], groups: Sequence[str]) -> list[list[str]]:
         from sklearn.model_selection import StratifiedGroupKFold
 
-        strata = self._strata(names)
+        strata = self.strata(names)
         number = min(NUM_FOLDS, len(set(groups)), max(Counter(strata).values()))
         if number < 2:
             return [list(names)]
@@ -114,7 +127,7 @@ class LabelTable:
             parts = [[names[index] for index in held_out] for _, held_out in folds.split(names, strata, groups)]
         return [part for part in parts if part]
 
-    def _strata(self, names: Sequence[str]) -> list[int]:
+    def strata(self, names: Sequence[str]) -> list[int]:
         """Return the stratum of each case: its class, its set of labels, or its fifth of the numbers."""
         targets = self.array(names)
         if self.task == "classification":

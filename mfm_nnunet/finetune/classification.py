@@ -327,7 +327,7 @@ def write_model(
     """
     table, cases, (mean, deviation) = images.table, images.split["val"], images.scale
     target, temperature = table.array(cases), None
-    if init_args["fold"] != "all":
+    if not set(cases) & set(images.split["train"]):  # of cases that were trained on it would be too low
         temperature = metrics.fit_temperature(table.task, target, logits)
     _write_checkpoint(folder, images, classifier, block, init_args, temperature)
     predicted = metrics.to_probabilities(table.task, logits * deviation + mean)

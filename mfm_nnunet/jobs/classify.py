@@ -58,7 +58,7 @@ from mfm_nnunet.models.classifier import Classifier
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.requests import TrainRequest
-from mfm_nnunet.settings import MFMBlock
+from mfm_nnunet.settings import FinetuneSettings, MFMBlock
 from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.tasks.classification import ClassificationTask
 from mfm_nnunet.workspace import Workspace
@@ -234,16 +234,21 @@ def _mirror_no_sides(block: MFMBlock, table: LabelTable) -> MFMBlock:
     return dataclasses.replace(block, finetune=dataclasses.replace(block.finetune, mirroring=False))
 
 
-def _require_fitting(block: MFMBlock, head: str, device: torch.device, network: nn.Module) -> None:
-    settings = block.finetune
-    groups.require_fitting(settings, network, False)
-    require_scaled_fp16(settings.precision, device)
+def require_of_classifier(settings: FinetuneSettings) -> None:
+    """Raise MFMError (E_CONFIG) for settings that only make sense with masks."""
     if settings.mix != "none":
         raise MFMError(
             "E_CONFIG", f"finetune.mix={settings.mix}: masks are mixed, and this dataset has none. Leave it out."
         )
     if settings.train == "decoder":
         raise MFMError("E_CONFIG", "finetune.train=decoder: a classifier has no decoder. Use finetune.train=head.")
+
+
+def _require_fitting(block: MFMBlock, head: str, device: torch.device, network: nn.Module) -> None:
+    settings = block.finetune
+    groups.require_fitting(settings, network, False)
+    require_scaled_fp16(settings.precision, device)
+    require_of_classifier(settings)
     if head == "probe" and settings.checkpoint is None:
         logger.warning("--head probe without -pretrained_weights measures random weights")
     elif settings.checkpoint is None and settings.train != "all":

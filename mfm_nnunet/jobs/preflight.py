@@ -12,8 +12,12 @@ import numpy as np
 
 from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.label_table import FILE as TABLE
+from mfm_nnunet.data.label_table import LabelTable, read_label_table
 from mfm_nnunet.data.loops import in_threads, with_progress
+from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.errors import CaseFailure, dataset_refused, unreadable
+from mfm_nnunet.files import digest_of
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune.pretrained import transfer
 from mfm_nnunet.finetune.settings import resolve, resolve_new
@@ -21,13 +25,14 @@ from mfm_nnunet.images.integrity import files_of
 from mfm_nnunet.images.reading import check_label, read_image, read_label
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
 from mfm_nnunet.jobs import plan as preparation
+from mfm_nnunet.jobs.classify import require_of_classifier
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace
 
-__all__ = ["Case", "find_checkpoint"]
+__all__ = ["TABLE", "Case", "find_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +45,16 @@ class RawDataset:
     cases: tuple[Case, ...]
     content: dict[str, Any]
     is_corpus: bool
+    table: LabelTable | None = None
+    """Labels of whole images, where the dataset has those; ``cases`` are the labelled ones."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of names, paths, sizes and modification times of all images and labels."""
-        return corpus.signature(self.cases)
+        """SHA-256 of names, paths, sizes and modification times of all images and labels, or of the table of labels."""
+        files = corpus.signature(self.cases)
+        return (
+            files if self.table is None else digest_of([files, self.table.to_csv([case.name for case in self.cases])])
+        )
 
 
 def read_raw_dataset(folder: Path) -> RawDataset:
@@ -52,8 +62,12 @@ def read_raw_dataset(folder: Path) -> RawDataset:
 
     Raises MFMError: E_NOT_FOUND (no dataset.json, a missing file), E_FORMAT (a damaged dataset.json).
     """
-    cases = tuple(corpus.load_cases(folder))
-    return RawDataset(folder.name, cases, corpus.read_dataset_json(folder), corpus.is_corpus(folder))
+    cases, content = tuple(corpus.load_cases(folder)), corpus.read_dataset_json(folder)
+    table = None
+    if DatasetJson.of(content).task in IMAGE_TASKS:
+        table = read_label_table(folder / TABLE, DatasetJson.of(content), {case.name for case in cases})
+        cases = tuple(case for case in cases if case.name in table.targets)
+    return RawDataset(folder.name, cases, content, corpus.is_corpus(folder), table)
 
 
 def hash_checkpoint(place: Path) -> str:
@@ -76,14 +90,15 @@ def list_companions(file: Path, is_label: bool = False) -> list[Path]:
 
 
 def check_labelled_cases(cases: Sequence[Case], reader: str, dataset_json: Mapping[str, Any], name: str) -> None:
-    """Read every image and label, and compare them with each other and with dataset.json.
+    """Read every image and mask, and compare them with each other and with dataset.json.
 
     Raises MFMError listing all unusable cases; ``name`` is the term for the cases in the message.
     """
 
     def check(case: Case) -> bool:
-        assert case.label is not None
         image, properties = read_image(case.images, reader)
+        if case.label is None:
+            return True
         label, label_properties = read_label(case.label, reader)
         check_label(label, label_properties, image, properties, dataset_json, case.name)
         return True
@@ -116,7 +131,12 @@ def check_settings(settings: Sequence[str]) -> None:
 
 
 def check_start(
-    plan: Plan, configuration: str, num_cases: int, settings: Sequence[str], checkpoint: Path | None
+    plan: Plan,
+    configuration: str,
+    num_cases: int,
+    settings: Sequence[str],
+    checkpoint: Path | None,
+    task: str = "segmentation",
 ) -> None:
     """Check that training on ``num_cases`` cases could start: settings and ``checkpoint`` must fit the network.
 
@@ -126,9 +146,12 @@ def check_start(
     reading = None if checkpoint is None else read_checkpoint(checkpoint)
     finetune = resolve_new(plan.mfm, settings, reading, network, num_cases).finetune
     groups.require_fitting(finetune, network, is_distributed=False)
+    if task in IMAGE_TASKS:
+        require_of_classifier(finetune)
     groups.require_pretrained(finetune, is_pretrained=checkpoint is not None)
     if reading is not None:
         parts = "all_but_heads" if finetune.parts == "auto" else finetune.parts
+        parts = "encoder" if task in IMAGE_TASKS else parts
         report = transfer(reading, network, parts, finetune.transfer)
         groups.require_no_random_rest(finetune, network, [entry.name for entry in report.new])
         logger.info("%.0f %% of the encoder's parameters come from %s", 100 * report.encoder_share, checkpoint)

@@ -38,7 +38,7 @@ POLL_SECONDS = 0.2
 SECONDS_TO_STOP = 120.0
 """Time limit for stopping. A training stops after its current step; a process that takes longer is killed."""
 _COMMAND = "import sys; from mfm_nnunet.cli.{} import main; sys.exit(main())"
-_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth", "resume.pth")
 _CODE = re.compile(r"\b(E_[A-Z_]+)  (.+)")
 
 
@@ -70,7 +70,7 @@ Steps = Callable[[Cell], Iterator[Step]]
 def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
     """Return all steps of a cell: training, prediction, scores."""
     question, arm, folder = study.question, study.arms[cell.arm], study.cell_folder(cell)
-    fold, model = str(study.fold(cell)), _model_of_cell(study, folder)
+    fold, model = str(study.fold(cell)), _model_of_cell(study, cell)
     environment = {
         "nnUNet_raw": str(study.workspace / "nnUNet_raw"),
         "nnUNet_preprocessed": str(study.workspace / "nnUNet_preprocessed"),
@@ -80,10 +80,11 @@ def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
     weights = () if arm.file is None else ("-pretrained_weights", arm.file)
     settings = ("--set", *question.settings, *arm.settings, f"seed={cell.seed}")
     train = ("mfm_train", question.dataset, question.configuration, fold, "-p", study.plans_name)
+    head = ("--head", study.head(cell.arm)) if study.head(cell.arm) else ()
     predict = ("mfm_predict", "-i", str(study.test_folder), "-o", str(folder / "masks"), "-m", str(model), "-f", fold)
     tta = () if question.mirroring else ("--disable_tta",)
     return (
-        Step(TRAINING, (*train, *weights, *common, *settings), environment),
+        Step(TRAINING, (*train, *head, *weights, *common, *settings), environment),
         Step("prediction", (*predict, "--resume", *tta, *common), environment),
         Step("scores", ("python", "-m", "mfm_nnunet.study.evaluation", str(study.folder), str(folder))),
     )
@@ -96,7 +97,7 @@ def steps_left(study: Study, cell: Cell, device: str) -> Iterator[Step]:
     if (folder / RESULT).is_file():  # from another version of the library: masks and model are kept
         yield score
         return
-    fold = _model_of_cell(study, folder) / f"fold_{study.fold(cell)}"
+    fold = _model_of_cell(study, cell) / f"fold_{study.fold(cell)}"
     existing = [name for name in _CHECKPOINTS if (fold / name).is_file()]
     folder.mkdir(parents=True, exist_ok=True)
     if "checkpoint_final.pth" not in existing:
@@ -114,9 +115,10 @@ def list_commands(study: Study, device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _model_of_cell(study: Study, cell_folder: Path) -> Path:
-    model = f"MFMTrainer__{study.plans_name}__{study.question.configuration}"
-    return inside(cell_folder, "results", study.question.dataset, model)
+def _model_of_cell(study: Study, cell: Cell) -> Path:
+    head = f"_{study.head(cell.arm)}" if study.head(cell.arm) else ""
+    model = f"MFMTrainer{head}__{study.plans_name}__{study.question.configuration}"
+    return inside(study.cell_folder(cell), "results", study.question.dataset, model)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.jobs.preflight import Case, find_checkpoint, hash_checkpoint
+from mfm_nnunet.requests import HEADS
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ LARGEST_COUNT = 1 << 31
 TEST_DRAW = "test"
 """Used instead of a seed to draw the test split, which is the same for all seeds."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-_SETTING = re.compile(r",(?=(?:finetune|semi)\.)")
+_SETTING = re.compile(r",(?=(?:finetune|semi)\.|head=)")
 _RUN_FOLDER = "mfm_pretrain__"
 
 
@@ -37,6 +39,8 @@ class Arm:
     sha256: str | None = None
     settings: tuple[str, ...] = ()
     """``finetune.name=value`` settings of this arm only; they override the study's."""
+    head: str = ""
+    """Head of a classifier; "" for the default, and for masks."""
 
 
 @dataclass(frozen=True, order=True)
@@ -67,8 +71,8 @@ def parse_arms(words: Sequence[str]) -> dict[str, Arm]:
     for name, arm in map(_parse_arm, words):
         # Folders are named after arms, and some file systems ignore case.
         is_taken = name.casefold() in map(str.casefold, arms)
-        if is_taken and arm.settings:
-            name = "_".join([name, *map(_name_setting, arm.settings)])
+        if is_taken and (own := [*filter(None, [arm.head]), *map(_name_setting, arm.settings)]):
+            name = "_".join([name, *own])
             is_taken = name.casefold() in map(str.casefold, arms)
         if is_taken:
             raise MFMError("E_CONFIG", f"--arms: two arms are named '{name}'. Name one differently: NAME=CHECKPOINT.")
@@ -79,11 +83,15 @@ def parse_arms(words: Sequence[str]) -> dict[str, Arm]:
 
 
 def _parse_arm(word: str) -> tuple[str, Arm]:
-    base, *settings = [word] if Path(word).exists() else _SETTING.split(word)
+    base, *given = [word] if Path(word).exists() else _SETTING.split(word)
+    heads = [setting.removeprefix("head=") for setting in given if setting.startswith("head=")]
+    own = tuple(setting for setting in given if not setting.startswith("head="))
+    if unknown := [head for head in heads[:1] if head not in HEADS] or heads[1:]:
+        raise MFMError("E_CONFIG", f"--arms {word}: an arm has one head. {nearest(unknown[0], HEADS)}")
     name, separator, path = base.partition("=")
     is_named = bool(separator) and not Path(base).exists()
     if base == SCRATCH or (is_named and path == SCRATCH and is_arm_name(name)):
-        return name, Arm(settings=tuple(settings))
+        return name, Arm(settings=own, head="".join(heads))
     place = find_checkpoint(path if is_named else base).absolute()
     if not place.exists():
         raise MFMError(
@@ -94,7 +102,7 @@ def _parse_arm(word: str) -> tuple[str, Arm]:
     if name == SCRATCH or not is_arm_name(name):
         advice = f"Use letters, digits and _ . + -, and not {SCRATCH}."
         raise MFMError("E_CONFIG", f"--arms {word}: a checkpoint's arm cannot be named '{name}'. {advice}")
-    return name, Arm(str(place), hash_checkpoint(place), tuple(settings))
+    return name, Arm(str(place), hash_checkpoint(place), own, "".join(heads))
 
 
 def _name_setting(setting: str) -> str:
@@ -157,19 +165,33 @@ def read_order(file: str | Path | None, subjects: Mapping[str, str]) -> list[str
     return order
 
 
-def shuffle(subjects: Iterable[str], seed: int | str) -> list[str]:
-    """Return the subjects in the random order of a seed."""
-    return sorted(subjects, key=lambda subject: hashlib.sha256(f"{seed}:{subject}".encode()).hexdigest())
+def shuffle(subjects: Iterable[str], seed: int | str, strata: Mapping[str, int] | None = None) -> list[str]:
+    """Return the subjects in the random order of a seed.
+
+    With ``strata``, each subject's class, an order begins with one of each, and then has the classes in the proportion
+    in which the subjects have them.
+    """
+    order = sorted(subjects, key=lambda subject: hashlib.sha256(f"{seed}:{subject}".encode()).hexdigest())
+    if not strata:
+        return order
+    sizes, before = Counter(strata[subject] for subject in order), Counter[int]()
+    places: dict[str, float] = {}
+    for subject in order:
+        stratum = strata[subject]
+        places[subject] = (before[stratum] + 0.5) / sizes[stratum] if before[stratum] else 0.0
+        before[stratum] += 1
+    return sorted(order, key=lambda subject: places[subject])  # stable: equal places keep the random order
 
 
-def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
+def draw_test(subjects: Mapping[str, str], wanted: str, strata: Mapping[str, int] | None = None) -> list[str]:
     """Draw the test cases and return them sorted; ``subjects`` maps every case to its subject.
 
-    ``wanted`` is a share of the subjects (``20%``), a number of them, or a file of case names.
+    ``wanted`` is a share of the subjects (``20%``), a number of them, or a file of case names; ``strata`` as in
+    :func:`shuffle`.
     """
     everybody = set(subjects.values())
     if wanted.endswith("%") or wanted.lstrip("-").isdigit():
-        chosen = set(shuffle(everybody, TEST_DRAW)[: _parse_count(wanted, len(everybody), "--test")])
+        chosen = set(shuffle(everybody, TEST_DRAW, strata)[: _parse_count(wanted, len(everybody), "--test")])
     else:
         chosen = _subjects_in_file(subjects, Path(wanted))
     if not chosen:
@@ -181,15 +203,20 @@ def draw_test(subjects: Mapping[str, str], wanted: str) -> list[str]:
 
 
 def draw_subset(
-    subjects: Mapping[str, str], test: Collection[str], num_labels: int, seed: int, order: Sequence[str] = ()
+    subjects: Mapping[str, str],
+    test: Collection[str],
+    num_labels: int,
+    seed: int,
+    order: Sequence[str] = (),
+    strata: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Return the cases of the first ``num_labels`` subjects in the seed's order, so that smaller subsets are nested.
 
-    The order of the first seed begins with the subjects in ``order``.
+    The order of the first seed begins with the subjects in ``order``; ``strata`` as in :func:`shuffle`.
     """
     pool = {subject for case, subject in subjects.items() if case not in test}
     given = [subject for subject in order if subject in pool] if seed == 0 else []
-    return _cases_of(subjects, [*given, *shuffle(pool - set(given), seed)][:num_labels])
+    return _cases_of(subjects, [*given, *shuffle(pool - set(given), seed, strata)][:num_labels])
 
 
 def count_labels(wanted: Sequence[str], num_subjects: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Dice and normalised surface distance (NSD) of predicted masks.
+"""Scores of test cases: Dice and surface distance (NSD) of masks; balanced accuracy, AUROC and R2 of labels of images.
 
 Tools for surface metrics differ by tens of points on equal masks. So one library is used, DeepMind's
 ``surface-distance``, and every result records its name and version. NSD is its surface Dice: the share of both
@@ -11,30 +11,43 @@ alone, and predictions of other labels are false positives.
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import importlib.util
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mfm_nnunet.dataset import IMAGE_TASKS
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, read_json, write_json
 from mfm_nnunet.jobs.preflight import list_companions, read_label_map
 from mfm_nnunet.metrics import dice
 from mfm_nnunet.study.folder import Study, read_study
+from mfm_nnunet.version import __version__
 
 LIBRARY = "surface-distance"
-METRICS = ("dice", "nsd")
+_OF_LABELS = ("balanced_accuracy", "auroc")
+METRICS = {
+    "segmentation": ("dice", "nsd"),
+    "classification": _OF_LABELS,
+    "multilabel": _OF_LABELS,
+    "regression": ("r2",),
+}
+"""Metrics of each task, the first for the log."""
 RESULT = "result.json"
 """Written last, so its presence marks a finished cell."""
 
 
-def require_library() -> dict[str, str]:
-    """Return name and version of the library for surface metrics, or refuse to run without it."""
+def require_library(task: str = "segmentation") -> dict[str, str]:
+    """Return name and version of the library for the metrics, or refuse to run without the one for surfaces."""
+    if task in IMAGE_TASKS:
+        return {"name": "mfm_nnunet", "version": __version__}
     if importlib.util.find_spec("surface_distance") is None:
         raise MFMError(
             "E_NOT_FOUND",
@@ -87,6 +100,57 @@ def score_case(
     }
 
 
+def score_labels(
+    task: str, classes: Sequence[str], target_NT: np.ndarray, predicted_NK: np.ndarray, subjects: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Compute a number per case (N,) for each class and metric; the mean over the subjects' means is the metric.
+
+    Each number is the metric plus the case's influence on it, for the AUROC from DeLong's placement values (1988). So
+    the variance of the mean is DeLong's, and labels of whole images are compared and resampled as masks are. Metrics
+    are of one class against the rest; classes that no case has, or every case, are left out.
+    """
+    number, sizes = len(target_NT), Counter(subjects)
+    shares = np.array([sizes[subject] * len(sizes) / number for subject in subjects])
+
+    def spread(value: float, *parts: tuple[np.ndarray, np.ndarray, float]) -> np.ndarray:
+        """Return ``value`` plus the influence of each case: parts are rows, their values, and the mean's weight."""
+        influence = np.zeros(number)
+        for rows, values, weight in parts:
+            influence[rows] += weight * number / len(rows) * (values - values.mean())
+        return value + influence * shares
+
+    if task == "regression":
+        errors = np.square(predicted_NK - target_NT)[:, 0] / target_NT.var()
+        return {"number": {"r2": spread(1 - errors.mean(), (np.arange(number), -errors, 1.0))}}
+    found = {}
+    chosen_NK = (
+        predicted_NK > 0.5 if task == "multilabel" else np.arange(len(classes)) == predicted_NK.argmax(1)[:, None]
+    )
+    true_NK = target_NT if task == "multilabel" else (target_NT == np.arange(len(classes))).astype(float)
+    for name, true, score, chosen in zip(classes, true_NK.T, predicted_NK.T, chosen_NK.T):
+        ill, well = np.flatnonzero(true == 1), np.flatnonzero(true == 0)
+        if not len(ill) or not len(well):
+            continue
+        above, below = _placements(score[ill], score[well])
+        hits, passes = chosen[ill].astype(float), ~chosen[well] * 1.0
+        # With one class per image, the mean recall of all classes; a class of several: sensitivity and specificity.
+        recalls = [(ill, hits, 1.0)] if task == "classification" else [(ill, hits, 0.5), (well, passes, 0.5)]
+        found[name] = {
+            "balanced_accuracy": spread(sum(weight * values.mean() for _, values, weight in recalls), *recalls),
+            "auroc": spread(float(above.mean()), (ill, above, 1.0), (well, below, 1.0)),
+        }
+    return found
+
+
+def _placements(ill: np.ndarray, well: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each score the share of the other group on its right side, ties counted half."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate([ill, well]))
+    above = (ranks[: len(ill)] - rankdata(ill)) / len(well)
+    return above, 1 - (ranks[len(ill) :] - rankdata(well)) / len(ill)
+
+
 def length_unit(reader: str, references: Sequence[Path]) -> str:
     """Return the unit of the tolerance: mm, or pixels and voxels if files have no spacing and it counts as 1."""
     if reader == "NaturalImage2DIO":
@@ -97,7 +161,30 @@ def length_unit(reader: str, references: Sequence[Path]) -> str:
 
 
 def evaluate_cell(study: Study, folder: Path) -> None:
-    """Score the masks in a cell's folder against the references of the test cases, and write ``result.json``."""
+    """Score a cell's predictions of the test cases, and write ``result.json``."""
+    scores = _score_table if study.dataset.task in IMAGE_TASKS else _score_masks
+    result = {**scores(study, folder), "library": require_library(study.dataset.task)}
+    if (folder / RESULT).is_file():  # scored again: keep the seconds of its steps
+        result["seconds"] = read_json(folder / RESULT, "Remove it and run mfm_study again.").get("seconds", {})
+    write_json(folder / RESULT, result)
+
+
+def _score_table(study: Study, folder: Path) -> dict[str, Any]:
+    file, names = folder / "masks" / "predictions.csv", list(study.test_cases)
+    with open(file, newline="", encoding="utf-8") as handle:
+        rows = {row["case"]: row for row in csv.DictReader(handle)}
+    task, classes = study.dataset.task, study.dataset.classes or ("prediction",)
+    predicted = np.array([[float(rows[name][column]) for column in classes] for name in names])
+    targets = np.array([study.test_cases[name].targets for name in names], float)
+    found = score_labels(task, classes, targets, predicted, [study.question.subjects[name] for name in names])
+    scores = {
+        name: {label: {metric: float(values[row]) for metric, values in of.items()} for label, of in found.items()}
+        for row, name in enumerate(names)
+    }
+    return {"scores": scores, "in_reference": {name: list(found) for name in names}, "length_unit": "mm"}
+
+
+def _score_masks(study: Study, folder: Path) -> dict[str, Any]:
     reader = str(read_json(folder / "masks" / "plans.json", "Run mfm_study again.").get("image_reader_writer"))
     labels, references = study.dataset.foreground, {name: Path(case.label) for name, case in study.test_cases.items()}
     scores, in_reference = {}, {}
@@ -110,15 +197,8 @@ def evaluate_cell(study: Study, folder: Path) -> None:
             for label, metrics in case.items()
         }
         in_reference[name] = [label for label, values in labels.items() if np.isin(reference, values).any()]
-    result: dict[str, Any] = {
-        "scores": scores,
-        "in_reference": in_reference,
-        "library": require_library(),
-        "length_unit": length_unit(reader, list(references.values())),
-    }
-    if (folder / RESULT).is_file():  # scored again: keep the seconds of its steps
-        result["seconds"] = read_json(folder / RESULT, "Remove it and run mfm_study again.").get("seconds", {})
-    write_json(folder / RESULT, result)
+    unit = length_unit(reader, list(references.values()))
+    return {"scores": scores, "in_reference": in_reference, "length_unit": unit}
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mfm_nnunet.dataset import DatasetJson, check_dataset_json
+from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson, check_dataset_json
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside, is_file_name, read_json, write_json
-from mfm_nnunet.jobs.preflight import Case, RawDataset, list_companions
+from mfm_nnunet.files import inside, is_file_name, read_json, write_csv, write_json
+from mfm_nnunet.jobs.preflight import TABLE, Case, RawDataset, list_companions
+from mfm_nnunet.requests import HEADS
 from mfm_nnunet.settings import from_dict
 from mfm_nnunet.study.design import (
     LARGEST_COUNT,
@@ -80,6 +81,9 @@ class TestCase:
 
     images: tuple[str, ...]
     label: str
+    """The mask; "" where the image has labels as a whole."""
+    targets: tuple[float | None, ...] = ()
+    """Labels of the whole image as in :class:`LabelTable`; None for an unknown one."""
 
     __test__ = False  # keeps pytest from collecting it
 
@@ -142,6 +146,10 @@ class Study:
         word = self.question.plans.partition(" ")[0]
         return STUDY_PLANS if word in (OWN, LIKE) else word
 
+    def head(self, arm: str) -> str:
+        """Return the head of an arm's classifier; "" for masks."""
+        return (self.arms[arm].head or HEADS[0]) if self.dataset.task in IMAGE_TASKS else ""
+
     def cell_folder(self, cell: Cell) -> Path:
         """Return the folder of a cell."""
         return inside(self.folder, CELLS, cell.folder_name)
@@ -157,7 +165,7 @@ class Study:
             Case(
                 name,
                 tuple(inside(self.test_folder, f"{name}_{n:04d}{ending}") for n in range(len(case.images))),
-                Path(case.label),
+                Path(case.label) if case.label else None,
             )
             for name, case in self.test_cases.items()
         ]
@@ -212,9 +220,13 @@ def begin_study(
     if any(setting.partition("=")[0].strip() == "seed" for setting in request.settings):
         raise MFMError("E_CONFIG", "--set seed: the study sets the seed of each cell. Give their number with --seeds.")
     subjects = read_subjects(request.subjects, dataset.cases)
-    test = draw_test(subjects, str(request.test))
+    strata = _stratify(dataset, subjects)
+    test = draw_test(subjects, str(request.test), strata)
     num_subjects = len(set(subjects.values())) - len({subjects[case] for case in test})
     counts = count_labels([str(number) for number in request.labels], num_subjects)
+    if dataset.table and dataset.table.task == "classification" and counts[0] < len(dataset.table.classes):
+        names = ", ".join(dataset.table.classes)
+        raise MFMError("E_CONFIG", f"--labels {counts[0]}: a classifier needs a subject of each class ({names}).")
     question = Question(
         dataset=dataset.name,
         configuration=request.configuration,
@@ -229,11 +241,11 @@ def begin_study(
     )
     # Ordered by seed, so that a study stopped early leaves a fair table.
     cells = [Cell(count, seed, arm) for seed in range(request.seeds) for count in counts for arm in arms]
-    files = {case.name: TestCase(tuple(map(str, case.images)), str(case.label)) for case in dataset.cases}
+    files = {case.name: _test_case(dataset, case) for case in dataset.cases}
     study = Study(
         folder=folder,
         question=question,
-        dataset_json={key: value for key, value in dataset.content.items() if key not in ("dataset", "training")},
+        dataset_json=_describe_dataset(dataset),
         arms=dict(arms),
         asked=tuple(cells),
         folds=(),
@@ -248,8 +260,29 @@ def begin_study(
         )
     known = {(fold.labels, fold.seed) for fold in study.folds}
     new = dict.fromkeys((cell.num_labels, cell.seed) for cell in cells if (cell.num_labels, cell.seed) not in known)
-    folds = [Subset(*fold, tuple(draw_subset(subjects, test, *fold, question.order))) for fold in new]
+    folds = [Subset(*fold, tuple(draw_subset(subjects, test, *fold, question.order, strata))) for fold in new]
     return dataclasses.replace(study, folds=(*study.folds, *folds)), cells
+
+
+def _stratify(dataset: RawDataset, subjects: Mapping[str, str]) -> dict[str, int]:
+    """Return the stratum of each subject, that of its first case; empty for masks."""
+    names = sorted(subjects, reverse=True)
+    return (
+        {subjects[case]: stratum for case, stratum in zip(names, dataset.table.strata(names))} if dataset.table else {}
+    )
+
+
+def _describe_dataset(dataset: RawDataset) -> dict[str, Any]:
+    """Return dataset.json without cases, and with the order of the classes."""
+    content = {key: value for key, value in dataset.content.items() if key not in ("dataset", "training")}
+    return content if dataset.table is None else {**content, "classes": list(dataset.table.classes) or None}
+
+
+def _test_case(dataset: RawDataset, case: Case) -> TestCase:
+    if dataset.table is None:
+        return TestCase(tuple(map(str, case.images)), str(case.label))
+    targets = (None if value != value else value for value in dataset.table.targets[case.name])
+    return TestCase(tuple(map(str, case.images)), "", tuple(targets))
 
 
 def find_begun(folder: Path) -> Study | None:
@@ -275,7 +308,7 @@ def _require_same_question(before: Study, now: Study) -> None:
         # Folders are named after arms, and some file systems ignore case.
         if (other := known.get(name.casefold(), name)) != name:
             reason = f"already has an arm '{other}'"
-        elif (old.sha256, old.settings) != (arm.sha256, arm.settings):
+        elif (old.sha256, old.settings, old.head) != (arm.sha256, arm.settings, arm.head):
             kind = "had another checkpoint" if old.sha256 != arm.sha256 else "was trained with other settings"
             reason = f"arm '{name}' {kind}"
         if reason:
@@ -311,16 +344,21 @@ def write_study_folder(study: Study, dataset: RawDataset) -> None:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.resolve())
     pool = {
-        case.name: {"images": [str(image) for image in case.images], "label": str(case.label)}
+        case.name: {"images": [str(image) for image in case.images], "label": str(case.label or "")}
         for case in dataset.cases
         if case.name not in study.test_cases
     }
     name = study.question.dataset
     content = {**dataset.content, "numTraining": len(pool), "dataset": pool}
+    raw = study.workspace / "nnUNet_raw" / name
+    raw.mkdir(parents=True, exist_ok=True)
+    if dataset.table is not None:
+        content["classes"] = study.dataset_json["classes"]  # also those that only test cases have
+        write_csv(raw / TABLE, *dataset.table.to_csv(list(pool)))
     # A fold validates on one of its own training cases: nnU-Net requires one, and other labels must remain unseen.
     splits = [{"train": list(fold.train), "val": list(fold.train[:1])} for fold in study.folds]
     for file, value in (
-        (study.workspace / "nnUNet_raw" / name / "dataset.json", content),
+        (raw / "dataset.json", content),
         (study.workspace / "nnUNet_preprocessed" / name / "splits_final.json", splits),
     ):
         file.parent.mkdir(parents=True, exist_ok=True)

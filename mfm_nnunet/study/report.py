@@ -9,11 +9,12 @@ from typing import Any
 
 from mfm_nnunet.files import atomic_write
 from mfm_nnunet.study.design import SCRATCH
+from mfm_nnunet.study.evaluation import METRICS
 from mfm_nnunet.study.folder import LIKE, OWN, Study
 from mfm_nnunet.study.summary import MIN_CASES
 from mfm_nnunet.terminal import in_markdown
 
-TITLES = {"dice": "Dice", "nsd": "NSD"}
+TITLES = {"dice": "Dice", "nsd": "NSD", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "r2": "R²"}
 MIN_SEEDS = 3
 _COLOURS = ("#2f6fde", "#e0632b", "#1d9a6c", "#9b4fc0", "#c9a227", "#d0417e")
 _GREY = "#6b7078"
@@ -33,12 +34,13 @@ def make_table(study: Study) -> str:
     if num_finished and num_empty:
         advice = " Test on other cases." if num_empty == num_tested else ""
         lines += ["", f"{num_empty} test cases have no label in their reference, so they have no scores.{advice}"]
-    for metric, title in TITLES.items():
+    for metric in (metrics := METRICS[study.dataset.task]):
+        title = TITLES[metric]
         lines += ["", f"## {_long_title(metric, study)}", ""]
         compared = ("against scratch", "95 %", f"{_compared_unit(study)} better", "seeds better", "p")
         columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved", "min")
         lines += _markdown(columns, [_score_row(study, row, metric) for row in rows])
-    lines += ["", "## Each label", "", *_per_label(rows)]
+    lines += ["", "## Each label", "", *_per_label(rows, metrics)]
     lines += ["", "## How to read this", "", *_notes(study), *_training(study)]
     if summary["failed"]:
         failed = (in_markdown(f"{name}: {reason}") for name, reason in summary["failed"].items())
@@ -70,10 +72,11 @@ def plot(file: Path, study: Study) -> None:
     from matplotlib.figure import Figure
 
     figure, rows = Figure(figsize=(10.5, 4.6), layout="constrained"), study.results["rows"]
-    axes: Any = figure.subplots(1, len(TITLES))
+    metrics = METRICS[study.dataset.task]
+    axes: Any = figure.subplots(1, len(metrics), squeeze=False)[0]
     colours = itertools.cycle(_COLOURS)
     colour_of = {arm: _GREY if arm == SCRATCH else next(colours) for arm in study.compared}
-    for axis, metric in zip(axes, TITLES):
+    for axis, metric in zip(axes, metrics):
         for arm, colour in colour_of.items():
             _draw_arm(axis, [row for row in rows if row["arm"] == arm], metric, arm, colour)
         axis.set_xscale("log")
@@ -123,8 +126,8 @@ def _draw_arm(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, arm: st
 
 
 def _long_title(metric: str, study: Study) -> str:
-    if metric == "dice":
-        return "Dice"
+    if metric != "nsd":
+        return f"{TITLES[metric][0].upper()}{TITLES[metric][1:]}"
     tolerance, unit = study.question.tolerance_mm, study.results["length_unit"]
     unit = unit.removesuffix("s") if tolerance == 1 else unit
     return f"Normalised surface distance (NSD) within {tolerance:g} {unit}"
@@ -171,14 +174,14 @@ def _limits(study: Study) -> tuple[int, int]:
     return min(numbers), max(numbers)
 
 
-def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = list(rows[0]["dice"]["per_label"]) if rows else []
+def _per_label(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
+    names = list(rows[0][metrics[0]]["per_label"]) if rows else []
     lacking = list(rows[0]["false_positives"]) if rows else []
-    columns = [f"{name}, {title}" for name in names for title in TITLES.values()]
+    columns = [f"{name}, {title}" for name in names for title in map(TITLES.get, metrics)]
     columns += [f"{name}, false positives" for name in lacking]
     cells = []
     for row in rows:
-        scores = [_format_score(row[metric]["per_label"][name]) for name in names for metric in TITLES]
+        scores = [_format_score(row[metric]["per_label"][name]) for name in names for metric in metrics]
         scores += ["{predicted} of {cases}".format(**row["false_positives"][name]) for name in lacking]
         cells.append([str(row["labels"]), row["arm"], *scores])
     return _markdown(["labels", "start", *columns], cells)
@@ -187,12 +190,9 @@ def _per_label(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 _NOTES = """\
 * labels: labelled subjects used for training. Each seed draws one order of the subjects and takes the first n, so
   smaller subsets are part of larger ones, subsets differ between seeds, and all starts share them.
-* Dice, NSD: {mean}, then over seeds ± their standard deviation (subsets and training together). Labels absent from a
-  reference are left out, for all starts alike; false positives: in how many of these cases the label was predicted,
-  over all seeds.
-* NSD is the surface Dice of {libraries}; other tools give other numbers.
+{scores}
 * against scratch: {unit} averaged over seeds, minus scratch with the same labels; 95 %: bootstrap over {unit}; {unit},
-  seeds better: those above scratch; p: two-sided Wilcoxon signed-rank test over {unit}, corrected by Holm for all rows.
+  seeds better: those above scratch; p: {test} over {unit}, corrected by Holm for all rows.
   95 % and p ask what other {unit} would say of these trainings. The seeds show how much subsets and trainings differ.
 * scratch needs: the number of labels with which scratch reaches the same score, read off the running maximum of its
   curve over the logarithm of the number of labels (in brackets the bootstrap 95 % interval over {unit}); nothing is
@@ -200,6 +200,19 @@ _NOTES = """\
 * min: minutes of training, everything included that it trains on the way, such as teachers.
 * The final checkpoint was tested, never the best. All starts share one plan, {plan}.
 * Settings of all: {settings}."""
+
+
+_OF_MASKS = """\
+* Dice, NSD: {mean}, then over seeds ± their standard deviation (subsets and training together). Labels absent from a
+  reference are left out, for all starts alike; false positives: in how many of these cases the label was predicted,
+  over all seeds.
+* NSD is the surface Dice of {libraries}; other tools give other numbers."""
+_OF_IMAGES = """\
+* AUROC: of each class against the rest, the mean over classes; balanced accuracy: the mean recall of the classes
+  (where an image may have several: of sensitivity and specificity); R²: the share of the variance that is explained.
+  Then over seeds ± their standard deviation (subsets and training together).
+* Each test case counts with its influence on the score (DeLong's placements for the AUROC), so a case is better where
+  the start moves the score up more."""
 
 
 def _notes(study: Study) -> list[str]:
@@ -210,13 +223,22 @@ def _notes(study: Study) -> list[str]:
     mean += ", the mean over cases" if unit == "cases" else ", a subject's over its cases, the mean over subjects"
     plans = study.question.plans.partition(" ")[0]
     known = {OWN: "made from all images that do not test", LIKE: "made like the first checkpoint that was given"}
+    has_masks = study.dataset.task == "segmentation"
+    scores = _OF_MASKS if has_masks else _OF_IMAGES
     notes = _NOTES.format(
-        mean=mean, unit=unit, libraries=f"{' and '.join(libraries)}{mixed}", smallest=smallest, largest=largest,
+        scores=scores.format(mean=mean, libraries=f"{' and '.join(libraries)}{mixed}"),
+        test=f"two-sided {'Wilcoxon signed-rank' if has_masks else 'DeLong'} test", unit=unit,
+        smallest=smallest, largest=largest,
         plan=known.get(plans, f"{plans}, which was given with -p"),
         settings=", ".join(dict.fromkeys(study.question.settings)),
     )  # fmt: skip
-    of_arms = {name: study.arms[name].settings for name in study.compared}
+    of_arms = {name: _own_settings(study, name) for name in study.compared}
     return [notes, *(f"* Settings of {name} alone: {', '.join(own)}." for name, own in of_arms.items() if own)]
+
+
+def _own_settings(study: Study, name: str) -> list[str]:
+    arm = study.arms[name]
+    return [*([f"head {arm.head}"] if arm.head else []), *arm.settings]
 
 
 def _training(study: Study) -> list[str]:

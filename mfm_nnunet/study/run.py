@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mfm_nnunet
 from mfm_nnunet import workspace
-from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 from mfm_nnunet.files import atomic_write, digest_of, shown, write_json
@@ -30,9 +30,9 @@ from mfm_nnunet.reports.progress import Stages
 from mfm_nnunet.study import cells as running
 from mfm_nnunet.study.cells import TRAINING, list_commands, steps_left
 from mfm_nnunet.study.design import Arm, Cell, parse_arms
-from mfm_nnunet.study.evaluation import RESULT, require_library
+from mfm_nnunet.study.evaluation import METRICS, RESULT, require_library
 from mfm_nnunet.study.folder import LIKE, OWN, Study, begin_study, find_begun, read_study, write_study_folder
-from mfm_nnunet.study.report import list_cautions, make_table, plot
+from mfm_nnunet.study.report import TITLES, list_cautions, make_table, plot
 from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise_study
 from mfm_nnunet.study_requests import StudyRequest
 from mfm_nnunet.workspace import Workspace
@@ -59,6 +59,9 @@ def run_study(request: StudyRequest) -> Path:
     with stages, workspace.use(request.workspace) as here:
         stages.begin("Check the data, the checkpoints and the settings")
         dataset = read_labelled(here, request.dataset)
+        if request.subjects is None and (file := here.raw_folder(dataset.name) / "subjects.csv").is_file():
+            logger.info("%s: the subjects of the cases are read from it", file)
+            request = dataclasses.replace(request, subjects=file)
         if request.plans_name is not None:
             given = read_given_plan(here, dataset.name, request.plans_name, configuration)
             plans = f"{given.name} {digest_of(given.content)}"
@@ -66,7 +69,7 @@ def run_study(request: StudyRequest) -> Path:
         plans = plans or (begun.question.plans if begun else name_own_plan(configuration, arms))
         study, cells = begin_study(folder, request, dataset, arms, plans, begun)
     # The last check before any work, so that it hides no other mistake.
-    study = dataclasses.replace(study, library=require_library())
+    study = dataclasses.replace(study, library=require_library(study.dataset.task))
     with stages, running.lock_folder(folder) as lock, workspace.use_only(study.workspace) as own:
         stages.begin("Plan and preprocess")
         write_study_folder(study, dataset)
@@ -94,8 +97,8 @@ def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
     """Read a labelled dataset."""
     raw = here.raw_folder(here.dataset_name(dataset))
     found = read_raw_dataset(raw)
-    if (task := DatasetJson.of(found.content).task) != "segmentation":
-        raise MFMError("E_CONFIG", f"{found.name}: its task is {task}. A study compares masks; use mfm_train --head.")
+    if found.table is not None:
+        return found
     unlabelled = [case.name for case in found.cases if case.label is None]
     if found.is_corpus or len(unlabelled) == len(found.cases) or not DatasetJson.of(found.content).foreground:
         raise MFMError("E_CONFIG", f"{found.name} has no labels. Give a labelled dataset.")
@@ -180,13 +183,20 @@ def _find_like(study: Study) -> Path | None:
     raise MFMError("E_NOT_FOUND", f"{study.folder}: {reason}. Put it back, or give it again as an arm.")
 
 
+def check_head(dataset: DatasetJson, head: str) -> None:
+    """Raise MFMError (E_CONFIG) for a head where the dataset has masks."""
+    if head and dataset.task not in IMAGE_TASKS:
+        raise MFMError("E_CONFIG", f"head={head}: the dataset has masks, and heads are for labels of whole images.")
+
+
 def check_arms(study: Study, arms: Mapping[str, Arm], plan: Plan, fewest_labels: int) -> None:
     """Raise MFMError (E_MODEL_MISMATCH, E_CONFIG and others) if the training of an arm would be refused."""
     for name, arm in arms.items():
         settings = (*study.question.settings, *arm.settings)
         checkpoint = Path(arm.file) if arm.file else None
         try:
-            check_start(plan, study.question.configuration, fewest_labels, settings, checkpoint)
+            check_head(study.dataset, arm.head)
+            check_start(plan, study.question.configuration, fewest_labels, settings, checkpoint, study.dataset.task)
         except MFMError as error:
             advice = ""
             if error.code == "E_MODEL_MISMATCH":
@@ -229,8 +239,9 @@ def train_cells(study: Study, cells: Sequence[Cell], request: StudyRequest, gpus
             with contextlib.suppress(OSError):
                 file.unlink()
         renew(study.folder)
-        mean = Tested.of([result], study.question.subjects).mean(result, "dice")
-        return f"Dice {mean:.3f} in {sum(seconds.values()):.0f} s"
+        metric = METRICS[study.dataset.task][0]
+        mean = Tested.of([result], study.question.subjects).mean(result, metric)
+        return f"{TITLES[metric]} {mean:.3f} in {sum(seconds.values()):.0f} s"
 
     times = [finished[cell].get("seconds", {}) for cell in cells if cell in finished]
     failures = running.run_cells(

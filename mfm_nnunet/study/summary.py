@@ -37,12 +37,13 @@ Results = Mapping[Cell, Mapping[str, Any]]
 # Statistics. The unit of comparison is called a case here; cases must be independent of each other.
 
 
-def compare_paired(mine: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+def compare_paired(mine: np.ndarray, theirs: np.ndarray, by_ranks: bool = True) -> dict[str, Any]:
     """Compare two scores (N,) of the same cases, with N at least 1.
 
     ``difference`` is the mean of ``mine - theirs``, ``interval`` its bootstrap 95 % interval over the cases (None for
     fewer than ``MIN_CASES``), ``better`` the number of cases above zero of ``cases``, and ``p`` that of Wilcoxon's
-    signed-rank test, two-sided (1 if there is no difference).
+    signed-rank test, two-sided (1 if there is no difference); not ``by_ranks``, of the normal test of the mean, for
+    AUROC the one of DeLong.
     """
     from scipy import stats
 
@@ -50,13 +51,21 @@ def compare_paired(mine: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     if len(difference) >= MIN_CASES:
         draws = _bootstrap(len(difference), NUM_BOOTSTRAPS)
         interval = np.percentile(difference[draws].mean(1), [2.5, 97.5]).tolist()
+    p = 1.0
+    if difference.any():
+        p = stats.wilcoxon(difference).pvalue if by_ranks else stats.norm.sf(_z_score(difference)) * 2
     return {
         "difference": float(difference.mean()),
         "interval": interval,
         "better": int((difference > 0).sum()),
         "cases": len(difference),
-        "p": float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0,
+        "p": float(p),
     }
+
+
+def _z_score(values: np.ndarray) -> float:
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return abs(float(values.mean())) / error if error else 0.0
 
 
 def correct_by_holm(rows: Sequence[dict[str, Any]]) -> None:
@@ -121,11 +130,13 @@ class Tested:
     subjects: Mapping[str, str]
     """The subject of each case."""
     labels: tuple[str, ...]
+    metrics: tuple[str, ...] = METRICS["segmentation"]
 
     @classmethod
     def of(cls, results: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) -> Tested:
         """Build from the results of finished cells, and refuse results whose cases or labels differ."""
         first: Mapping[str, Mapping[str, Any]] = results[0]["scores"] if results else {}
+        metrics = next((tuple(of) for labels in first.values() for of in labels.values()), METRICS["segmentation"])
         names = {case: set(labels) for case, labels in first.items()}
         if any({case: set(labels) for case, labels in result["scores"].items()} != names for result in results):
             raise MFMError(
@@ -134,7 +145,7 @@ class Tested:
                 "Remove the folders of the outdated cells, and run mfm_study again.",
             )
         in_reference = results[0]["in_reference"] if results else {}
-        return cls(in_reference, subjects, tuple(next(iter(first.values()), {})))
+        return cls(in_reference, subjects, tuple(next(iter(first.values()), {})), metrics)
 
     def cases(self, label: str | None = None) -> list[str]:
         """List the cases with a label, or any label, in their reference."""
@@ -158,7 +169,7 @@ class Tested:
         found = {}
         for label in self.labels:
             lacking = [case for case, held in self.in_reference.items() if label not in held]
-            scores = [result["scores"][case][label]["dice"] for result in results for case in lacking]
+            scores = [result["scores"][case][label][self.metrics[0]] for result in results for case in lacking]
             if scores:
                 found[label] = {"predicted": sum(score is not None for score in scores), "cases": len(scores)}
         return found
@@ -180,12 +191,14 @@ def read_result(cell_folder: Path) -> dict[str, Any]:
     result = read_json(file, advice)
     try:
         scores, held = result["scores"], result["in_reference"]
-        metrics = [values[metric] for labels in scores.values() for values in labels.values() for metric in METRICS]
+        of_labels = [values for labels in scores.values() for values in labels.values()]
+        metrics = next((known for known in METRICS.values() if of_labels and set(known) == set(of_labels[0])), ())
+        numbers = [values[metric] for values in of_labels for metric in metrics]
         times = result.get("seconds", {}).values()
-        is_whole = all(map(math.isfinite, (*times, *(value for value in metrics if value is not None))))
+        is_whole = all(map(math.isfinite, (*times, *(value for value in numbers if value is not None))))
         # A label in the reference has a score in every cell.
-        is_whole &= held.keys() == scores.keys()
-        is_whole &= all(scores[case][name][m] is not None for case in held for name in held[case] for m in METRICS)
+        is_whole &= held.keys() == scores.keys() and (bool(metrics) or not of_labels)
+        is_whole &= all(scores[case][name][m] is not None for case in held for name in held[case] for m in metrics)
     except (KeyError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:
@@ -218,7 +231,7 @@ def summarise_study(study: Study, results: Results, failures: Sequence[CaseFailu
         for arm in study.compared
         if _seeds(results, num_labels, arm)
     ]
-    for metric in METRICS:
+    for metric in tested.metrics:
         correct_by_holm([row[metric]["against_scratch"] for row in rows if "against_scratch" in row[metric]])
     finished = {str(cell) for cell in results}
     earlier: dict[str, str] = study.results.get("failed", {})
@@ -273,7 +286,7 @@ def _make_row(study: Study, results: Results, tested: Tested, num_labels: int, a
         "minutes_of_training": float(np.mean(minutes)) if minutes else None,
         "false_positives": tested.false_positives(found),
     }
-    for metric in METRICS:
+    for metric in tested.metrics:
         scores = {cell: tested.scores(result, metric) for cell, result in results.items()}
         per_seed = [_mean(scores[Cell(num_labels, seed, arm)]) for seed in seeds]
         row[metric] = {
@@ -302,7 +315,7 @@ def _against_scratch(
     if not seeds:
         return None
     mine, theirs = (np.array([scores[Cell(num_labels, seed, name)] for seed in seeds]) for name in (arm, SCRATCH))
-    compared = compare_paired(mine.mean(0), theirs.mean(0))
+    compared = compare_paired(mine.mean(0), theirs.mean(0), by_ranks=tested.metrics == METRICS["segmentation"])
     return {
         **compared,
         "cases": len(tested.cases()),

@@ -70,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     n = arguments.scratch_labels
     against = "scratch" if n is None else f"scratch with {n} labels"
-    for metric in METRICS:
+    for metric in METRICS["segmentation"]:
         print(f"\n| start | {metric} against {against} | bootstrap 95 % | cells better | p |\n|---|---|---|---|---|")
         for row in rows(arguments.study, metric, n):
             low, high = row["interval"]
