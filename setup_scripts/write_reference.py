@@ -41,7 +41,7 @@ REFERENCE = DOCUMENTATION / "reference"
 FAMILY = ("nnunetv2", "dynamic_network_architectures", "acvl_utils", "batchgenerators", "batchgeneratorsv2")
 """nnU-Net and the packages of its authors that come with it."""
 WIDTH = 150
-IN_THE_PLAN_ONLY = ("finetune.checkpoint", "source", "modalities", "corpus", "network", "format")
+IN_THE_PLAN_ONLY = ("finetune.checkpoint", "semi.corpus", "source", "modalities", "corpus", "network", "format")
 Row = dict[str, str]
 
 
@@ -137,6 +137,7 @@ def settings_page(text: str) -> str:
     text = put_table(text, "## Both", in_part(""), by_name)
     text = put_table(text, "## Pretraining", in_part("pretrain"), by_name)
     text = put_table(text, "## Fine-tuning", in_part("finetune"), by_name)
+    text = put_table(text, "## Unlabelled images", in_part("semi"), by_name)
     probe = [_setting(name, ProbeSettings(), "probe.", "probe") for name in setting_names(ProbeSettings())]
     text = put_table(text, "## The probe", probe, by_name)
     tasks = [

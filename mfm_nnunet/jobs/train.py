@@ -306,8 +306,8 @@ def _with_unlabelled(
     if labelled.plan.configuration(request.configuration).previous_stage:
         raise MFMError(
             "E_CONFIG",
-            f"--unlabelled {corpus}: {request.configuration} refines predictions of another stage, which these images do "
-            "not have. Use --unlabelled with the other configurations.",
+            f"--unlabelled {corpus}: {request.configuration} refines the masks of another stage, which these images "
+            "do not have. Use --unlabelled with the other configurations.",
         )
     unlabelled = prepare_unlabelled(here, corpus, labelled)
     if before not in (None, unlabelled.description):

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from mfm_nnunet import checkpoint
 from mfm_nnunet.finetune import semi
 from mfm_nnunet.finetune.fold import FoldRun
-from mfm_nnunet.finetune.watch import Watch, find_warnings, has_collapsed
 from mfm_nnunet.settings import SemiSettings
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
-from tests.builders.training import Killed, refused, require_equal, state_of, train
+from tests.builders.training import Killed, require_equal, state_of, train
 
 LABELLED, VALIDATION = ["subject-00", "subject-01"], ["subject-02"]
 METHODS = ("consistency",)
@@ -76,7 +73,7 @@ def test_resume_is_exact_in_each_phase(few: Workspace, method: str, monkeypatch:
 
 
 def ramp_of(method: str) -> list[float]:
-    made = SemiSettings(method=method, weight=dict(consistency=1.0)[method], start=0.25, ramp=0.5)
+    made = SemiSettings(method=method, weight={"consistency": 1.0}[method], start=0.25, ramp=0.5)
     return [semi.weight_at(made, step, 8) for step in (3, 5, 7)]
 
 
