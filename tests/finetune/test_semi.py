@@ -16,7 +16,7 @@ from tests.builders import tiny
 from tests.builders.training import Killed, require_equal, state_of, train
 
 LABELLED, VALIDATION = ["subject-00", "subject-01"], ["subject-02"]
-METHODS = ("consistency",)
+METHODS = ("consistency", "student")
 
 
 @pytest.fixture
