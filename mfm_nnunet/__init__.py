@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mfm_nnunet.jobs.plan import plan_and_preprocess
     from mfm_nnunet.jobs.predict import predict
     from mfm_nnunet.jobs.pretrain import pretrain
-    from mfm_nnunet.jobs.train import train
+    from mfm_nnunet.jobs.train import rank_unlabelled, train
 
 __all__ = [
     "__version__",
@@ -25,6 +25,7 @@ __all__ = [
     "plan_and_preprocess",
     "predict",
     "pretrain",
+    "rank_unlabelled",
     "train",
 ]
 
@@ -34,6 +35,7 @@ _HOMES = {
     "plan_and_preprocess": "jobs.plan",
     "predict": "jobs.predict",
     "pretrain": "jobs.pretrain",
+    "rank_unlabelled": "jobs.train",
     "train": "jobs.train",
 }
 

@@ -35,7 +35,10 @@ HEADS = ("linear", "attentive", "mil", "probe")
 DEVICE = "-device --device", "auto (default) uses a GPU if there is one; choose it with CUDA_VISIBLE_DEVICES"
 DATASET = "-d --dataset", "name or number of the dataset"
 CONFIGURATION = "-c --configuration", "configuration, e.g. 3d_fullres or 2d"
-PLANS = "-p --plans", "name of the plan"
+PLANS = (
+    "-p --plans",
+    "name of the plan (default: the one made like the given checkpoint, else the only one, else mfmPlans)",
+)
 TRAINER = "-tr --trainer", "trainer class"
 
 
@@ -182,7 +185,7 @@ class RunRequest(ConfigurationRequest):
     """Base of the pretraining and training requests."""
 
     _: KW_ONLY
-    plans_name: str = option("mfmPlans", *PLANS, metavar="PLANS")
+    plans_name: str | None = option(None, *PLANS, metavar="PLANS")
     recipe: str | Path | None = option(
         None,
         "--recipe",
@@ -190,7 +193,9 @@ class RunRequest(ConfigurationRequest):
         metavar="NAME|FILE",
     )
     settings: Sequence[str] = ()
-    continue_training: bool = option(False, "--c", "resume a stopped or killed run")
+    continue_training: bool = option(
+        False, "--c", "resume a stopped or killed run with its own settings; more epochs also continue a finished one"
+    )
     device: str = option("auto", *DEVICE, choices=DEVICES)
     num_gpus: int = option(1, "-num_gpus --num-gpus", "number of GPUs", metavar="N", check=at_least_one)
 
@@ -301,7 +306,7 @@ class PredictRequest(Request):
         metavar="FOLD",
         check=each(to_fold),
     )
-    plans_name: str = option("mfmPlans", *PLANS, metavar="PLANS")
+    plans_name: str | None = option(None, *PLANS, metavar="PLANS")
     trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
     checkpoint_name: str = option(
         "checkpoint_final.pth",

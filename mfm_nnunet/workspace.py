@@ -7,17 +7,21 @@ Without environment variables, everything is in one workspace folder. ``nnUNet_r
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import inside, require_unicode, whole_number
+from mfm_nnunet.files import inside, parse_json, require_unicode, whole_number
+
+logger = logging.getLogger(__name__)
 
 DEFAULT = "mfm_workspace"
+DEFAULT_PLAN = "mfmPlans"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 """Folders of a workspace, and the environment variables of nnU-Net that place them elsewhere."""
 PLUGIN_FOLDER = Path(__file__).parent / "finetune" / "nnunet_plugin"
@@ -51,7 +55,7 @@ class Workspace:
         return sorted({entry.name for entry in folders if entry.name.startswith("Dataset") and entry.is_dir()})
 
     def dataset_name(self, name_or_id: str | int) -> str:
-        """Return ``DatasetXXX_Name`` for a name or a number.
+        """Return ``DatasetXXX_Name`` for this name, its number or its last part (``Name``).
 
         Raises MFMError (E_NOT_FOUND) for an unknown one, with the nearest existing name.
         """
@@ -59,12 +63,12 @@ class Workspace:
         if wanted in names:
             return wanted
         number = whole_number(wanted)
-        if number is not None:
-            matches = [name for name in names if re.fullmatch(rf"Dataset0*{number}_.*", name)]
-            if len(matches) == 1:
-                return matches[0]
-            if matches:
-                raise MFMError("E_CONFIG", f"dataset {wanted} is ambiguous: {', '.join(matches)}. Give the full name.")
+        pattern = rf"Dataset\d+_{re.escape(wanted)}" if number is None else rf"Dataset0*{number}_.*"
+        matches = [name for name in names if re.fullmatch(pattern, name)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise MFMError("E_CONFIG", f"dataset {wanted} is ambiguous: {', '.join(matches)}. Give the full name.")
         advice = nearest(wanted, names) if names else self.where_else("raw")
         raise MFMError("E_NOT_FOUND", f"there is no dataset {wanted} in {self.raw}. {advice}")
 
@@ -81,13 +85,54 @@ class Workspace:
         file = inside(folder, f"{plans_name}.json")
         if file.is_file():
             return file
-        skip = {"dataset", "dataset_fingerprint", "splits_final", "corpus", "mfm_fingerprint"}
-        others = [f.stem for f in folder.glob("*.json") if f.stem not in skip]
+        others = self.plans(dataset_name)
         raise MFMError(
             "E_NOT_FOUND",
             f"{dataset_name} has no plan '{plans_name}'. {nearest(plans_name, others)} "
             f"Make one with: mfm_plan_and_preprocess -d {dataset_name}",
         )
+
+    def plans(self, dataset_name: str) -> dict[str, str | None]:
+        """Return the plans of a dataset by name, each with the SHA-256 of the checkpoint that it was made to fit."""
+        found: dict[str, str | None] = {}
+        for file in sorted((self.preprocessed / dataset_name).glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                content = parse_json(file.read_bytes())
+                if "configurations" in content:
+                    found[file.stem] = ((content.get("mfm") or {}).get("source") or {}).get("sha256")
+        return found
+
+    def choose_plan(
+        self, dataset_name: str, given: str | None, checkpoint_sha256: Callable[[], str] | None = None
+    ) -> str:
+        """Return the plan to use: the given one, else the one like the checkpoint, else the only one, and log which.
+
+        Of several, it is ``mfmPlans``. Raises MFMError (E_CONFIG) if that is not among them.
+        """
+        if given is not None:
+            return given
+        plans, like = self.plans(dataset_name), None
+        if checkpoint_sha256 is not None and any(plans.values()):
+            like = checkpoint_sha256()
+        names, reason = [name for name, source in plans.items() if like and source == like], "made like the checkpoint"
+        if not names:
+            names, reason = list(plans), f"the only plan of {dataset_name}"
+        return only_one(names, DEFAULT_PLAN, f"plan of {dataset_name}", reason, "-p")
+
+
+def only_one(names: Sequence[str], default: str, what: str, reason: str, flag: str) -> str:
+    """Return the only name, or of several (or none) the ``default``, and log which.
+
+    Raises MFMError (E_CONFIG) if there are several without the default. ``what`` and ``flag`` are for the messages.
+    """
+    if len(names) > 1 and default not in names:
+        raise MFMError("E_CONFIG", f"which {what}? There are {', '.join(names)}. Name one with {flag}.")
+    if len(names) > 1:
+        reason = f"the default; others are {', '.join(name for name in names if name != default)}, chosen with {flag}"
+    name = names[0] if len(names) == 1 else default
+    if names:
+        logger.info("plan %s: %s", name, reason)
+    return name
 
 
 @contextlib.contextmanager

@@ -19,6 +19,15 @@ INSTEAD: dict[str, str] = {
     "settings: pretrain.balance_temperature": "* `pretrain.balance_temperature` ->",
     "settings: probe.steps": "* `probe.kind=finetune`, `probe.steps`, `probe.learning_rate` ->",
     "settings: probe.learning_rate": "* `probe.kind=finetune`, `probe.steps`, `probe.learning_rate` ->",
+    **{
+        f"flags: mfm_{name} {flag}": "* The default of `-p` is no longer `mfmPlans` ->"
+        for name in ("pretrain", "train", "predict")
+        for flag in ("-p", "--plans")
+    },
+    **{
+        f"functions: {name}(plans_name)": "* The default of `-p` is no longer `mfmPlans` ->"
+        for name in ("pretrain", "train", "predict")
+    },
 }
 """What went or changed, as "kind: name", and the words of CHANGELOG.md that say what to do instead."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +23,9 @@ from mfm_nnunet.settings import NEUTRAL
 
 STATE_FILES = ("resume.pth", "resume_previous.pth")
 """Files from which a run can be resumed, the newest first."""
+MAY_GROW = ("pretrain.epochs", "finetune.epochs")
+"""Settings that a resumed run may raise: it then trains on."""
+LONGER = "the run of %d epochs continues to %d: from here on its learning rates are those of a run of that length"
 logger = logging.getLogger(__name__)
 
 
@@ -94,10 +98,11 @@ def require_same_settings(
 ) -> None:
     """Raise MFMError (E_CONFIG) naming the differences, unless a resumed run has the settings it started with.
 
-    ``may_differ``: dotted names of settings that do not change a result.
+    ``may_differ``: dotted names of settings that do not change a result. Those of ``MAY_GROW`` may be larger.
     """
     old, new = {**NEUTRAL, **flat(before)}, {**NEUTRAL, **flat(now)}
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and name not in may_differ]
+    names = [name for name in names if not (name in MAY_GROW and new[name] > old.get(name, math.inf))]
     if names:
         lines = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
         raise MFMError(

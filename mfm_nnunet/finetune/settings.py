@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from mfm_nnunet.engine.state import flat, require_same_settings
+from mfm_nnunet.engine.state import LONGER, flat, require_same_settings
 from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import digest_of, read_json, write_json
 from mfm_nnunet.finetune.pretrained import has_decoder
@@ -229,6 +229,15 @@ def load_settings(folder: Path, plans: Mapping[str, Any]) -> MFMBlock | None:
         )
     with about(folder / FILE):
         return from_dict(MFMBlock, content.get("settings", {}))
+
+
+def is_longer(folder: Path, block: MFMBlock, plans: Mapping[str, Any]) -> bool:
+    """Return whether a resumed run gets more epochs than saved in ``folder``, and say what its rates become."""
+    saved = load_settings(folder, plans)
+    if saved is None or block.finetune.epochs <= saved.finetune.epochs:
+        return False
+    logger.info(LONGER, saved.finetune.epochs, block.finetune.epochs)
+    return True
 
 
 def require_same(before: MFMBlock, now: MFMBlock, folder: Path) -> None:

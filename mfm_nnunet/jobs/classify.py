@@ -159,7 +159,8 @@ def _check(
         "fold": request.fold,
         "dataset_json": {**dataset.shared(), "classes": list(table.classes)},
     }
-    _write_description(folder, plan, init_args, block if not is_resumed else None)
+    is_longer = is_resumed and run_settings.is_longer(folder, block, plan.content)
+    _write_description(folder, plan, init_args, block if is_longer or not is_resumed else None)
     logger.info("settings:\n%s", run_settings.format_settings(block))
     logger.info("%s", table.describe())
     logger.info("%d training and %d validation cases", len(split["train"]), len(split["val"]))

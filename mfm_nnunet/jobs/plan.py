@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -94,10 +95,14 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest) -> str:
         if request.modality is not None and corpus.is_corpus(here.raw_folder(dataset_name)):
             raise MFMError("E_CONFIG", "--modality of a corpus belongs to --images: register it again with both.")
         return dataset_name
-    number = whole_number(str(dataset))
+    if whole_number(str(dataset)) is None:  # a corpus that is registered again may be given by name
+        with contextlib.suppress(MFMError):
+            dataset = here.dataset_name(dataset)
+    whole = re.fullmatch(r"Dataset(\d+)_(.+)", str(dataset))
+    number = whole_number(whole[1] if whole else str(dataset))
     if number is None or not 1 <= number <= 999:
         raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus needs a number from 1 to 999.")
-    dataset_name = f"Dataset{number:03d}_{request.name or 'Corpus'}"
+    dataset_name = f"Dataset{number:03d}_{request.name or (whole[2] if whole else 'Corpus')}"
     others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
     if others:
         raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")

@@ -39,7 +39,7 @@ from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.version import __version__
-from mfm_nnunet.workspace import Workspace, use
+from mfm_nnunet.workspace import DEFAULT_PLAN, Workspace, only_one, use
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,13 @@ def predict(request: PredictRequest) -> PredictReport:
 
 def _find_model(here: Workspace, request: PredictRequest) -> Path:
     assert request.dataset is not None
-    name = f"{request.trainer}__{request.plans_name}__{request.configuration}"
-    folder = inside(here.results, here.dataset_name(request.dataset), name)
+    results, plans = inside(here.results, here.dataset_name(request.dataset)), request.plans_name
+    if plans is None:
+        found = results.glob(f"{request.trainer}*__*__{request.configuration}") if results.is_dir() else ()
+        others = sorted({entry.name.split("__")[1] for entry in found if entry.name.count("__") == 2})
+        plans = only_one(others, DEFAULT_PLAN, "model's plan", f"the only one with a model in {results.name}", "-p")
+    name = f"{request.trainer}__{plans}__{request.configuration}"
+    folder = inside(results, name)
     classifiers = sorted(folder.parent.glob(f"{name.replace('__', '_*__', 1)}")) if folder.parent.is_dir() else []
     if not folder.is_dir() and len(classifiers) == 1:
         return classifiers[0]

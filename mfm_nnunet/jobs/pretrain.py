@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,10 +21,10 @@ from mfm_nnunet.data.storage import Manifest, require_whole, stored_cases
 from mfm_nnunet.device import default_workers, out_of_memory_is_an_error, pick_device
 from mfm_nnunet.engine.pretraining import Corpus, Pretraining, make_streams
 from mfm_nnunet.engine.probe import Probe, make_probe, others_waiting, prepare
-from mfm_nnunet.engine.state import STATE_FILES, flat
+from mfm_nnunet.engine.state import LONGER, STATE_FILES, flat
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import inside, remove_leftovers, write_json
+from mfm_nnunet.files import inside, read_json, remove_leftovers, write_json
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
@@ -34,6 +35,7 @@ from mfm_nnunet.tasks.base import PretextTask, find_task
 from mfm_nnunet.workspace import Workspace, num_cores, use
 
 logger = logging.getLogger(__name__)
+SETTINGS = "settings.json"
 
 _LESS_MEMORY = (
     "Compute a step in parts with --set pretrain.accumulation=2 (or more), add pretrain.activation_checkpointing=true, "
@@ -107,13 +109,23 @@ class Job:
 def check(here: Workspace, request: PretrainRequest) -> Job:
     """Check the requested run without writing anything. Raises MFMError for errors the user can fix."""
     dataset_name, configuration = here.dataset_name(request.dataset), request.configuration
+    request = dataclasses.replace(request, plans_name=here.choose_plan(dataset_name, request.plans_name))
+    assert request.plans_name is not None, "it is chosen"
     plans_file = here.plans_file(dataset_name, request.plans_name)
     plan = Plan.read(plans_file, f"Plan {dataset_name} again.")
     selection, files = select_cases(here, dataset_name, plan, configuration)
     task_class = find_task(request.pretext)
     with about(plans_file):
         block = plan.mfm
+    name = "__".join(
+        filter(None, ("mfm_pretrain", task_class.name, request.plans_name, configuration, request.run_name))
+    )
+    folder = inside(here.results, dataset_name, name)
+    _require_free(folder, request.continue_training)
     run = PretrainRun(block.pretrain, task_class.Config(), block.seed, block.num_workers)
+    if request.continue_training and (folder / SETTINGS).is_file():
+        run, of_probe = _as_begun(folder, run)
+        request = dataclasses.replace(request, probe=of_probe if request.probe is None else request.probe)
     if request.recipe is not None:
         of_recipe = apply_recipe(request.recipe, run, block.network, request.pretext)
         request = dataclasses.replace(request, recipe=None, settings=(*of_recipe, *request.settings))
@@ -121,14 +133,26 @@ def check(here: Workspace, request: PretrainRequest) -> Job:
     mfm_settings.require_in_range(mfm_settings.MFMBlock(seed=resolved.seed, num_workers=resolved.num_workers))
     mfm_settings.require_legal(resolved.pretrain, "pretrain.")
     require_divisible(resolved.pretrain.batch_size, resolved.pretrain.accumulation, 1)
-    name = "__".join(
-        filter(None, ("mfm_pretrain", task_class.name, request.plans_name, configuration, request.run_name))
-    )
-    folder = inside(here.results, dataset_name, name)
-    _require_free(folder, request.continue_training)
     probe = make_probe(here, request.probe, plan, configuration, resolved.probe, resolved.seed)
     device = pick_device(request.device)
     return Job(request, plan, selection, files, task_class, resolved, folder, device, probe)
+
+
+def _as_begun(folder: Path, planned: PretrainRun) -> tuple[PretrainRun, str | None]:
+    """Return the settings that the run in ``folder`` began with, and the dataset of its probe, if any."""
+    file = folder / SETTINGS
+    content = read_json(file, "Restore it, or move the folder away and start again.")
+    with about(file):
+        probe = content.get("probe") or {}
+        own = {item.name: probe[item.name] for item in dataclasses.fields(planned.probe) if item.name in probe}
+        begun = PretrainRun(
+            mfm_settings.from_dict(mfm_settings.PretrainSettings, content.get("pretrain", {}), "pretrain."),
+            mfm_settings.from_dict(type(planned.pretext), content.get("pretext_config", {}), "pretext."),
+            mfm_settings.from_dict(mfm_settings.MFMBlock, {"seed": content.get("seed", planned.seed)}).seed,
+            planned.num_workers,
+            mfm_settings.from_dict(mfm_settings.ProbeSettings, own, "probe."),
+        )
+    return begun, probe.get("dataset")
 
 
 def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
@@ -304,7 +328,12 @@ def _announce(run: Pretraining, is_new: bool) -> None:
     if run.probe is not None:
         values["probe"] = run.probe.description()
     if is_new:
-        write_json(run.folder / "settings.json", values, indent=2)
+        write_json(run.folder / SETTINGS, values, indent=2)
+    elif (run.folder / SETTINGS).is_file():
+        begun = read_json(run.folder / SETTINGS, "Restore it, or move the folder away and start again.")
+        if begun.get("pretrain", {}).get("epochs", math.inf) < run.settings.epochs:
+            logger.info(LONGER, begun["pretrain"]["epochs"], run.settings.epochs)
+            write_json(run.folder / SETTINGS, {**begun, "pretrain": values["pretrain"]}, indent=2)
     millions = sum(parameter.numel() for parameter in run.task.backbone.network.parameters()) / 1e6
     logger.info("run folder: %s", run.folder)
     shown = flat({"pretext": values["pretext_config"], **{n: values[n] for n in ("pretrain", "seed", "num_workers")}})

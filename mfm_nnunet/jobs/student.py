@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from mfm_nnunet.checkpoint import load_weights
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import load_cases
 from mfm_nnunet.dataset import DatasetJson
@@ -73,7 +74,8 @@ def teach(here: Workspace, inputs: Inputs, job: Job, run: Run) -> Job:
                 "E_CONFIG", f"{flags[0]} belongs to --unlabelled with --set semi.method=student. Leave it out."
             )
         return job
-    is_finished = job.start_from is not None and job.start_from.name == _CHECKPOINTS[0]
+    epochs = from_dict(MFMBlock, job.plans["mfm"]).finetune.epochs
+    is_finished = job.start_from is not None and load_weights(job.start_from).get("current_epoch", 0) >= epochs
     if is_finished or inputs.request.only_validate or job.unlabelled is None or not semi.weight:
         return job
     used = _Teaching(here, inputs, job, run).work(semi.rounds)

@@ -6,6 +6,7 @@ A finished or stopped run is never overwritten.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mfm_nnunet.checkpoint import load_weights
 from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.data.storage import stale_cases
 from mfm_nnunet.data.unlabelled import Labelled, Unlabelled, prepare_unlabelled
@@ -27,7 +29,7 @@ from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.interchange.foreign import Reading
-from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
 from mfm_nnunet.jobs import student
 from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.models.networks import build_network
@@ -96,6 +98,20 @@ def train(request: TrainRequest) -> Path:
     when less than half of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and
     FloatingPointError when the loss becomes non-finite.
     """
+    return _train(request)
+
+
+@takes(TrainRequest)
+def rank_unlabelled(request: TrainRequest) -> Path:
+    """Rank unlabelled scans by what to label next, and return the table; ``teachers`` or new ones look at them.
+
+    Raises the MFMErrors of :func:`train`.
+    """
+    settings = (*request.settings, "semi.method=student", "semi.rounds=0")
+    return _train(dataclasses.replace(request, settings=settings)) / student.RANKING
+
+
+def _train(request: TrainRequest) -> Path:
     with use(request.workspace) as here:
         inputs = read_inputs(here, request)
         if inputs.dataset.task in IMAGE_TASKS:
@@ -129,6 +145,8 @@ def read_inputs(here: Workspace, request: TrainRequest) -> Inputs:
     """Read the plan, the dataset.json and the recipe of a request. Raises MFMError for errors the user can fix."""
     dataset_name, configuration = here.dataset_name(request.dataset), request.configuration
     weights = find_checkpoint(request.pretrained_weights) if request.pretrained_weights else None
+    of_weights = functools.partial(sha256, weights) if weights is not None else None
+    request = dataclasses.replace(request, plans_name=here.choose_plan(dataset_name, request.plans_name, of_weights))
     if request.trainer != MFMTrainer.__name__:
         other = shown(request.trainer)
         raise MFMError(
@@ -136,6 +154,7 @@ def read_inputs(here: Workspace, request: TrainRequest) -> Inputs:
             f"--trainer {other}: mfm_train has only 'MFMTrainer'. Train with another in nnU-Net: "
             f"nnUNetv2_train {dataset_name} {configuration} {request.fold} -p {request.plans_name} -tr {other}",
         )
+    assert request.plans_name is not None, "it is chosen"
     plans_file = here.plans_file(dataset_name, request.plans_name)
     plan = _read_plan(plans_file, dataset_name)
     overrides = tuple(request.settings)
@@ -180,7 +199,8 @@ def check(here: Workspace, inputs: Inputs) -> Job:
         plan, configuration, dataset, selection.cases, split["train"], set(split["val"]) - set(split["train"])
     )
     block, unlabelled = _with_unlabelled(here, inputs, block, labelled)
-    if start_from is None and not request.continue_training:
+    is_new = start_from is None and not request.continue_training
+    if is_new or run_settings.is_longer(folder, block, plan.content):
         run_settings.save_settings(folder, block, plan.content)
     logger.info("run folder: %s", folder)
     logger.info("settings:\n%s", run_settings.format_settings(block))
@@ -337,7 +357,7 @@ def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path
     folder = inside(results, f"{model}{configuration}", f"fold_{request.fold}")
     for written in (folder, folder.parent, folder / "validation"):
         refuse_links(written)
-    existing = next((folder / name for name in TO_CONTINUE if (folder / name).is_file()), None)
+    existing = _find_newest(folder, request.only_validate)
     is_finished = existing is not None and existing.name == FINAL
     if request.only_validate and not is_finished:
         raise MFMError(
@@ -353,6 +373,16 @@ def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path
             "Continue it with --c, use another plan name (-p), or move the folder away.",
         )
     return folder, existing
+
+
+def _find_newest(folder: Path, only_validate: bool) -> Path | None:
+    """Return the checkpoint of a run that is furthest. A finished run that trains on has two: final and latest."""
+    found = [folder / name for name in TO_CONTINUE if (folder / name).is_file()]
+    names = [file.name for file in found]
+    if names[:2] == list(TO_CONTINUE[:2]) and not only_validate:
+        final, latest = (load_weights(file).get("current_epoch", 0) for file in found[:2])
+        found = found[latest > final :]
+    return found[0] if found else None
 
 
 def _require_a_crop_each(block: MFMBlock, configuration: Configuration, num_gpus: int) -> None:
