@@ -5,6 +5,7 @@ Legend: N cases, K classes or outputs, T targets of a case.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,19 @@ def mean_dice(values: list[float]) -> float:
     """Return the mean of the defined Dice values; NaN if there are none."""
     existing = [value for value in values if value == value]
     return sum(existing) / len(existing) if existing else float("nan")
+
+
+def agreement_of(maps: Sequence[np.ndarray], num_labels: int) -> dict[int, float]:
+    """Return the mean Dice over all pairs of label maps, by label (from 0 for value 1) that any of them has."""
+    found: dict[int, list[float]] = {}
+    for one, other in itertools.combinations(maps, 2):
+        pairs = np.bincount((one * (num_labels + 1) + other).ravel(), minlength=(num_labels + 1) ** 2)
+        counts = pairs.reshape(num_labels + 1, num_labels + 1)
+        sizes = counts.sum(0) + counts.sum(1)
+        for label in range(num_labels):
+            if sizes[label + 1]:
+                found.setdefault(label, []).append(float(2 * counts[label + 1, label + 1] / sizes[label + 1]))
+    return {label: round(sum(values) / len(values), 4) for label, values in found.items()}
 
 
 # Labels of whole images

@@ -316,12 +316,9 @@ class PredictRequest(Request):
         check=_checkpoint_name,
     )
     step_size: float = option(
-        0.5,
-        "-step_size --step-size",
-        "step of the sliding window as a share of the patch",
-        metavar="SHARE",
+        0.5, "-step_size --step-size", "step of the sliding window as a share of the patch", metavar="SHARE",
         check=number_between(0, 1, "above 0 and at most 1"),
-    )
+    )  # fmt: skip
     mirroring: bool = option(
         True,
         "--disable_tta --disable-tta",
@@ -339,6 +336,10 @@ class PredictRequest(Request):
     previous_stage: str | Path | None = option(
         None, "-prev_stage_predictions --previous-stage", "masks of the previous stage, for a cascade", metavar="DIR"
     )
+    references: str | Path | None = option(
+        None, "--references", "folder of reference masks, to compare the masks with in the report", metavar="DIR"
+    )
+    report: bool = option(True, "--no-report", "do not write report.html beside the masks")
     num_parts: int = option(
         1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
     )

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         *("engine", "finetune", "prediction", "interchange", "reports"),
     },
     "api": {"jobs"},
-    "study": {"jobs", "reports.progress"},
+    "study": {"jobs", "reports"},
     "demo": {"jobs", "reports"},
     "cli": {"images", "models", "tasks", "study", "demo"},
 }

@@ -52,3 +52,4 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"{title}:")
         for file in sorted(files):
             print(f"  {file}")
+    print(f"Report: {result.report}")

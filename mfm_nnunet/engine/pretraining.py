@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from mfm_nnunet.data.crops import (
     describe_shares,
     require_legal_balance,
 )
-from mfm_nnunet.data.volumes import masked_cases, volume_shape
+from mfm_nnunet.data.volumes import masked_cases, read_properties, volume_shape
 from mfm_nnunet.device import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.engine.engine import Batch, Engine, Optimisation, Pictures, split
 from mfm_nnunet.engine.optim import WeightAverage, learning_rate_factor, make_optimizer
@@ -31,7 +32,10 @@ from mfm_nnunet.engine.probe import Probe, in_words, others_waiting
 from mfm_nnunet.engine.state import RunState, load_state, save_state
 from mfm_nnunet.errors import MFMError, is_out_of_memory, report_foreign_state
 from mfm_nnunet.files import digest_of, to_plain
+from mfm_nnunet.images.geometry import letters_of
+from mfm_nnunet.plan import Plan
 from mfm_nnunet.processes import ALONE, World
+from mfm_nnunet.reports import examples
 from mfm_nnunet.reports import progress as reports
 from mfm_nnunet.settings import PretrainSettings, resolved_warmup
 from mfm_nnunet.tasks.base import Augmentation, PretextTask
@@ -135,7 +139,10 @@ class Pretraining:
         reports.write_log(history, self.folder / "log.jsonl")
         if pictures:
             volumes = {name: volume.detach().float().cpu().numpy() for name, volume in pictures.items()}
-            reports.plot_examples(volumes, self.folder / "examples.png", f"{self.folder.name}, epoch {epoch + 1}")
+            title, file = f"{self.description['pretext']}, epoch {epoch + 1}", self.folder / "examples.png"
+            examples.plot_examples(volumes, file, title, frame=self._frame())
+            if epoch == 0:
+                shutil.copyfile(file, self.folder / "examples_first.png")
         is_last = epoch + 1 == self.settings.epochs
         if is_last or time.monotonic() - self._last_plot > reports.SECONDS_BETWEEN_PLOTS:
             self._last_plot = time.monotonic()
@@ -169,6 +176,21 @@ class Pretraining:
 
     def _seed(self, step: int) -> None:
         torch.manual_seed((self.seed * 1_000_003 + (step + 1) * 65_537 + self.world.rank) % (1 << 63))
+
+    def _frame(self) -> examples.Frame | None:
+        """Return the position of the first validation item's pictures; None if it is unknown, or they are no crop."""
+        kind, plan = self.task.pictures_are, Plan.of(self.description["plans"])
+        name = self.validation.case_names(0)[0]
+        file = next(Path(file) for file in self.validation.files if Path(file).stem == name).with_suffix(".pkl")
+        if kind == "changed" or not file.is_file():
+            return None
+        letters = letters_of(read_properties(file))
+        if letters is None:
+            return None
+        spacing = tuple(plan.configuration(self.description["configuration"]).spacing or (1.0, 1.0, 1.0))
+        spacing = spacing if len(spacing) == 3 else (1.0, *spacing)
+        directions = "".join(letters[axis] for axis in plan.content["transpose_forward"])
+        return examples.Frame(directions, spacing, has_letters=kind == "scan")
 
     def _measure_probe(self, epoch: int) -> dict[str, float | None]:
         """Probe the shipped weights and return the columns for the log; empty when no probe is due."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mfm_nnunet.checkpoint import cpu_weights
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import default_workers
 from mfm_nnunet.engine.engine import Optimisation, Pictures
 from mfm_nnunet.errors import MFMError
@@ -118,6 +119,7 @@ class FoldRun:
         # Saved after 'best', so that a resumed run has the best value.
         trainer.save_checkpoint(str(folder / f"checkpoint_{'final' if is_last else 'latest'}.pth"))
         if trainer.local_rank == 0:
+            write_log(self._history(), folder / "log.jsonl")
             if is_last:
                 (folder / "checkpoint_latest.pth").unlink(missing_ok=True)
             # A picture takes more than a second, as long as an epoch on small data.
@@ -143,6 +145,22 @@ class FoldRun:
         if trainer.local_rank == 0:
             write_log(trainer.watch.history, Path(trainer.output_folder) / watch.LOG)
         return lines
+
+    def _history(self) -> list[dict[str, Any]]:
+        """Return the epochs of nnU-Net's log as rows, with the pseudo Dice of each label by name."""
+        manager, log = self._trainer.label_manager, self._trainer.logger.get_checkpoint()
+        outputs = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        by_values = {values: name for name, values in DatasetJson.of(self._trainer.dataset_json).foreground.items()}
+        names = [by_values[label if isinstance(label, tuple) else (int(label),)] for label in outputs]
+        columns = zip(
+            log["train_losses"], log["val_losses"], log["lrs"], log["mean_fg_dice"], log["dice_per_class_or_region"]
+        )
+        return [
+            {"epoch": epoch, "train_loss": train, "validation_loss": validation, "learning_rate": rate,
+             "dice_mean": None if mean != mean else mean,
+             **{f"dice_{name}": None if dice != dice else dice for name, dice in zip(names, each)}}
+            for epoch, (train, validation, rate, mean, each) in enumerate(columns)
+        ]  # fmt: skip
 
     def save_early(self) -> str:
         """Save nothing: nnU-Net's checkpoints contain whole epochs."""

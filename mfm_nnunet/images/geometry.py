@@ -52,6 +52,21 @@ def geometry_of(properties: Mapping[str, Any]) -> Geometry:
     return Geometry(spacing, None, None)
 
 
+def letters_of(properties: Mapping[str, Any]) -> str | None:
+    """Return the directions in which the indices of the reader's array (C, D, H, W) grow, e.g. ``SPL``.
+
+    None for pictures, which have no position.
+    """
+    import nibabel
+
+    direction = geometry_of(properties).direction
+    if direction is None or len(direction) != 3:
+        return None
+    affine = np.eye(4)
+    affine[:3, :3] = direction if "nibabel_stuff" in properties else np.diag([-1.0, -1.0, 1.0]) @ direction
+    return "".join(nibabel.aff2axcodes(affine))[::-1]
+
+
 def properties_for(reader_name: str, properties: Mapping[str, Any]) -> dict[str, Any]:
     """Convert nnU-Net's properties of a NIfTI file to the form of ``reader_name``, if another reader read it.
 

@@ -30,6 +30,7 @@ from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
+from mfm_nnunet.jobs.report import report_prediction, reported
 from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
 from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
 from mfm_nnunet.prediction.classification import write_labels, write_table
@@ -107,6 +108,8 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     source, folder = Path(request.input_folder), Path(request.output_folder)
     previous_stage = Path(request.previous_stage) if request.previous_stage else None
     _check_folders(source, folder, model_folder, previous_stage)
+    if request.references and not Path(request.references).is_dir():
+        raise MFMError("E_NOT_FOUND", f"--references {request.references}: no such folder. Check the path.")
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
@@ -118,7 +121,14 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
         check_output(folder, others, request)
     if request.overwrite:
         warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
-    return _Run(model, source, folder, request).work(found[request.part_id :: request.num_parts])
+    run, own = _Run(model, source, folder, request), found[request.part_id :: request.num_parts]
+
+    def report(problem: str) -> None:
+        if request.report and run.is_begun:
+            report_prediction(model, model_folder, own, run.journal.last, request, problem)
+
+    with reported(report):
+        return run.work(own)
 
 
 def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stage: Path | None) -> None:
@@ -177,6 +187,8 @@ class _Run:
         """Model and settings: they and the images determine the masks. JSON values without paths."""
         self.report = PredictReport(output_folder=folder)
         self.begun: list[str] = []
+        self.is_begun = False
+        """True once the folder is ours to write to."""
 
     def work(self, found: Sequence[Case | CaseFailure]) -> PredictReport:
         """Predict all cases, or record why they failed."""
@@ -186,6 +198,7 @@ class _Run:
                 shutil.rmtree(leftover, ignore_errors=True)
             if not self.request.overwrite:
                 self.journal.require_same_maker(self.identity)
+            self.is_begun = True
             self._write_copies()
             todo = [item for item in found if isinstance(item, Case) and not self._is_settled(item)]
             for failure in (item for item in found if isinstance(item, CaseFailure)):
@@ -291,6 +304,7 @@ class _Run:
                 "output": {file.name: sha256(file) for file in sorted(stage.iterdir())},
                 "seconds": round(time.perf_counter() - start, 3),
                 "memory_steps": list(model.oom_steps),
+                **({"agreement": model.agreement} if model.agreement else {}),
                 "warnings": list(ready.warnings),
                 "versions": _versions(model.device),
             }

@@ -7,6 +7,7 @@ import logging
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mfm_nnunet.engine.state import LONGER, STATE_FILES, flat
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside, read_json, remove_leftovers, write_json
+from mfm_nnunet.jobs.report import report_pretraining, reported
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Plan
@@ -184,7 +186,8 @@ def _pretrain(job: Job, device: torch.device, world: World) -> Path:
             logger.warning("%s: %s", job.folder.parent.name, note)
         for note in notes:
             logger.info("%s", note)
-    return run.train(job.request.continue_training)
+    with reported(partial(report_pretraining, run.folder, run.description) if world.is_main else lambda _: None):
+        return run.train(job.request.continue_training)
 
 
 def select_cases(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
 from mfm_nnunet.jobs import student
 from mfm_nnunet.jobs.classify import train_classifier
+from mfm_nnunet.jobs.report import report_training, reported
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.planning.recipes import apply_recipe
@@ -125,19 +127,22 @@ def _train(request: TrainRequest) -> Path:
             return train_classifier(here, request, inputs.plan, inputs.dataset, inputs.overrides, inputs.weights)
         if folder := student.label_only(here, inputs, check, run_fold):
             return folder
-        return _execute_all(student.teach(here, inputs, check(here, inputs), run_fold))
+        return _execute_all(here, inputs, student.teach(here, inputs, check(here, inputs), run_fold))
 
 
 def run_fold(here: Workspace, inputs: Inputs, changes: Mapping[str, Any]) -> Path:
     """Check, train and validate a fold, with some parts of its job changed; return its folder."""
-    return _execute_all(dataclasses.replace(check(here, inputs), **changes))
+    return _execute_all(here, inputs, dataclasses.replace(check(here, inputs), **changes))
 
 
-def _execute_all(job: Job) -> Path:
-    if job.request.num_gpus > 1:
-        run_processes(execute, (job,), job.request.num_gpus)
-    else:
-        execute(job)
+def _execute_all(here: Workspace, inputs: Inputs, job: Job) -> Path:
+    """Train and validate in one process or in several, and write the report."""
+    report = partial(report_training, here, job.folder, job.plans, inputs.dataset, job.split)
+    with reported(report):
+        if job.request.num_gpus > 1:
+            run_processes(execute, (job,), job.request.num_gpus)
+        else:
+            execute(job)
     return job.folder
 
 

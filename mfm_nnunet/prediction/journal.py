@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 STATUSES = ("started", "stopped", "publishing", "done", "failed")
 FIELDS = (
     "case", "status", "time", "model", "settings", "input", "output", "seconds", "memory_steps", "warnings",
-    "versions", "code", "reason",
+    "versions", "code", "reason", "agreement",
 )  # fmt: skip
 """Fields of a line."""
 SETTINGS_FILE = "predict_from_raw_data_args.json"
@@ -39,6 +39,11 @@ def journal_name(num_parts: int = 1, part_id: int = 0) -> str:
 def table_name(num_parts: int = 1, part_id: int = 0) -> str:
     """Return the file name of a run's table of predicted labels."""
     return journal_name(num_parts, part_id).replace("cases", "predictions").replace(".jsonl", ".csv")
+
+
+def report_name(num_parts: int = 1, part_id: int = 0) -> str:
+    """Return the file name of a run's report."""
+    return journal_name(num_parts, part_id).replace("cases", "report").replace(".jsonl", ".html")
 
 
 class Journal:
@@ -166,8 +171,9 @@ def check_output(folder: Path, other_cases: Sequence[str], request: PredictReque
         return
     if request.num_parts > 1:
         journals = {journal_name(request.num_parts, part) for part in range(request.num_parts)}
-        journals |= {table_name(request.num_parts, part) for part in range(request.num_parts)}
-        journals -= {name(request.num_parts, request.part_id) for name in (journal_name, table_name)}
+        for name in (table_name, report_name):
+            journals |= {name(request.num_parts, part) for part in range(request.num_parts)}
+        journals -= {name(request.num_parts, request.part_id) for name in (journal_name, table_name, report_name)}
         shared = journals | {"dataset.json", "plans.json", SETTINGS_FILE, ERROR_FOLDER}
         others = set(other_cases)
         entries = [name for name in entries if name not in shared and not _belongs_to(name, others)]

@@ -30,6 +30,7 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import autocast, pick_device
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import sha256, whole_number
+from mfm_nnunet.metrics import agreement_of
 from mfm_nnunet.models.networks import build_network, check_architecture
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.classification import HeadInfo, build_classifier, head_weights, read_head
@@ -39,6 +40,8 @@ from mfm_nnunet.reports.progress import track
 logger = logging.getLogger(__name__)
 
 _MODEL_FOLDER = "A model folder has plans.json, dataset.json and folders fold_X with a checkpoint."
+VOXELS_COMPARED = 4_000_000
+"""Number of voxels at which folds are compared."""
 PLAIN_TRAINERS = ("MFMTrainer", "nnUNetTrainer")
 """Trainers that use the plan's network; others build their own."""
 
@@ -70,6 +73,8 @@ class Model:
     """The outputs of each fold of a classifier; empty for a segmentation model."""
     oom_steps: list[str] = field(default_factory=list)
     """Measures taken for lack of memory since the list was last cleared."""
+    agreement: dict[str, float] = field(default_factory=dict)
+    """Mean Dice between the folds by label, of the last image; empty with a single fold."""
 
     def __post_init__(self) -> None:
         self.label_manager: LabelManager = self.plans_manager.get_label_manager(self.dataset_json)
@@ -97,12 +102,14 @@ class Model:
         """
         mirror_axes = self.mirror_axes if mirroring else None
         total: torch.Tensor | None = None
+        of_folds: list[np.ndarray] = []
         for fold in range(max(1, len(self.weights))):
             self.use_fold(fold)
             which = f"{what}, fold {fold + 1} of {len(self.weights)}" if len(self.weights) > 1 else what
             # Entered anew for each fold: autocast caches the weights it has converted.
             with _gpu_settings(self.device, self.autocast_dtype):
                 logits = self._slide(x_CDHW, step_size, mirror_axes, which).to("cpu")
+            of_folds += [_label_thinly(logits, self.label_manager.has_regions)] if len(self.weights) > 1 else []
             total = logits if total is None else total.add_(logits)
         assert total is not None
         if len(self.weights) > 1:
@@ -113,6 +120,8 @@ class Model:
                 "the network's output has NaN or infinite values for this image. Check its intensities; if they "
                 "look normal, the weights are damaged.",
             )
+        names = list(DatasetJson.of(self.dataset_json).foreground)
+        self.agreement = {names[k]: dice for k, dice in agreement_of(of_folds, len(names)).items()}
         return total
 
     @torch.inference_mode()
@@ -195,6 +204,15 @@ class Model:
         for flip in flips:
             prediction += torch.flip(self.network(torch.flip(tile, flip)), flip)
         return prediction.div_(len(flips) + 1)
+
+
+def _label_thinly(logits_KDHW: torch.Tensor, has_regions: bool) -> np.ndarray:
+    """Label every voxel, or of a large image every second or third along each axis."""
+    step = max(1, int(np.ceil((logits_KDHW[0].numel() / VOXELS_COMPARED) ** (1 / 3))))
+    some_KDHW = logits_KDHW[:, ::step, ::step, ::step]
+    if not has_regions:
+        return some_KDHW.argmax(0).numpy()
+    return ((some_KDHW > 0) * torch.arange(1, len(some_KDHW) + 1).view(-1, 1, 1, 1)).amax(0).numpy()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Report on a corpus before anything is trained: ``corpus_report.json`` and ``corpus_report.png``."""
+"""Report on a corpus before anything is trained: ``corpus_report.json``, ``.png`` and ``.html``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from mfm_nnunet.errors import CaseFailure
 from mfm_nnunet.files import write_json
+from mfm_nnunet.reports.html import Report, Section, Table, without_folders
 from mfm_nnunet.reports.progress import save_figure
+from mfm_nnunet.reports.runs import show_pictures
 
 UNNAMED = "unknown"
 """Heading of images whose modality is not known."""
@@ -89,3 +91,46 @@ def draw_corpus(content: Mapping[str, Any], examples: Mapping[str, np.ndarray], 
     refused = f", {len(content['refused'])} refused" if content["refused"] else ""
     figure.suptitle(f"{content['images']} images{refused}", fontsize=11)
     save_figure(figure, file, dpi=100)
+
+
+def describe_page(name: str, content: Mapping[str, Any], picture: Path) -> Report:
+    """Make the page on a corpus from the content of ``corpus_report.json``."""
+    rows = []
+    for kind, own in content["modalities"].items():
+        channel = next(iter((own["intensities"] or {}).values()), None)
+        scale = "-" if channel is None else f"{channel['percentile_00_5']:.4g} to {channel['percentile_99_5']:.4g}"
+        spacing = [_to_text(own["spacing_mm"], part) for part in ("median", "smallest", "largest")]
+        rows.append([kind, own["images"], _to_text(own["size_voxels"], "median"), *spacing, scale])
+    columns = (
+        "modality",
+        "images",
+        "median size [voxels]",
+        "median spacing [mm]",
+        "smallest",
+        "largest",
+        "intensities",
+    )
+    tables = [Table("Modalities", columns, rows)]
+    refused = [[entry["case"], entry["code"], without_folders(entry["reason"])] for entry in content["refused"]]
+    sections = [Section("Images", [_SIZES], _GOOD, tables=tables)]
+    alt = "One example of each modality: " + ", ".join(content["modalities"])
+    if examples := show_pictures("Examples", {picture: alt}, ["The middle slice of one image of each modality."]):
+        sections.insert(0, examples)
+    if refused:
+        texts = ["These images are not used. Repair them or leave them out; then plan the corpus again."]
+        sections.append(
+            Section("Refused", texts, tables=[Table("Refused images", ("case", "code", "reason"), refused)])
+        )
+    facts = {"Images": content["images"], "Modalities": len(content["modalities"]), "Refused": len(refused)}
+    return Report(f"Corpus: {name}", "Unlabelled images for pretraining, as they were read.", facts, sections)
+
+
+_SIZES = "Sizes are those after cropping, slices first. Intensities are the 0.5 and 99.5 percentiles of the foreground."
+_GOOD = (
+    "every modality is named, sizes and spacings of one modality lie within a factor of ten, CT lies between about "
+    "-1000 and 3000, and nothing is refused."
+)
+
+
+def _to_text(spread: Mapping[str, Sequence[float]] | None, part: str) -> str:
+    return "-" if spread is None else " x ".join(f"{value:.3g}" for value in spread[part])

@@ -1,39 +1,127 @@
-"""Draw overlays of segmentations: image, predicted labels as fill, reference as contour.
+"""Draw overlays of segmentations: predicted labels as fill, reference as line, errors in colours of their own.
 
-3D images are shown in three planes through the largest cross-section of the reference, with true proportions and in
-radiological view (the patient's left is on the right). 2D images are shown as they are.
+Legend: H W pixels of a slice, Y X pixels of a panel, 3 red, green, blue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.reports.progress import save_figure
+from mfm_nnunet.files import atomic_write
+from mfm_nnunet.reports.views import OrientedImage, Plane, choose_planes, read_oriented
 
 COLOURS = ("#ff5a4d", "#2fb6ff", "#ffd23f", "#5ddb6b", "#c77dff", "#ff9f1c", "#2ec4b6", "#f72585")
-_INK, _PAPER = "#e8e8e8", "#14161a"
-_INCHES_PER_PANEL = 3.0
-_PLANES = (("axial", ("R", "L", "A", "P")), ("coronal", ("R", "L", "S", "I")), ("sagittal", ("A", "P", "S", "I")))
-"""Name of the plane, and letters at the left, right, top and bottom edge, by the axis that is cut."""
-_EDGES = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"),
-          (0.5, 0.02, "center", "bottom"))  # fmt: skip
+"""Colours of the first labels; the others get :func:`palette`'s."""
+ERRORS = {
+    "predicted, not in the reference (false positive)": "#ff8c1a",
+    "in the reference, not predicted (false negative)": "#3d9bff",
+    "another label than in the reference": "#e648e6",
+    "as in the reference": "#63c174",
+}
+PANEL = 360
+"""Longer side of a panel in pixels."""
+_INK, _PAPER = (232, 232, 232), (20, 22, 26)
+_FILL = 0.42
+_GAP, _LINE = 10, 18
 
 
 @dataclass(frozen=True)
-class _View:
-    """One plane: image (rows from the top), reference, one mask per prediction, and height / width of a pixel."""
+class Labels:
+    """Names and values of labels, and the colour (3) of each value; a value in several regions has the last one's."""
 
-    title: str
-    letters: tuple[str, ...]
-    image: np.ndarray
-    reference: np.ndarray
-    masks: list[np.ndarray]
-    aspect: float
+    values: Mapping[str, tuple[int, ...]]
+
+    def colour(self, name: str) -> tuple[int, int, int]:
+        """Return the colour of a label; it depends on the label's place in the table alone."""
+        red, green, blue = palette(len(self.values))[list(self.values).index(name)]
+        return int(red), int(green), int(blue)
+
+    def table(self, num_values: int) -> np.ndarray:
+        """Return the colour of each value, (num_values, 3) uint8."""
+        table = np.full((num_values, 3), 128, np.uint8)
+        for name, values in self.values.items():
+            table[[value for value in values if value < num_values]] = self.colour(name)
+        return table
+
+    def present(self, *slices: np.ndarray | None) -> list[str]:
+        """List the labels in any of the slices."""
+        found = {int(value) for slice_HW in slices if slice_HW is not None for value in np.unique(slice_HW)}
+        return [name for name, values in self.values.items() if found & set(values)]
+
+
+@functools.lru_cache
+def palette(number: int) -> np.ndarray:
+    """Return colours (number, 3) that differ as much as possible: :data:`COLOURS`, then the farthest from those before.
+
+    Dark and grey colours, which look like tissue, are left out. More than 300 labels repeat them.
+    """
+    chosen = [np.array([int(code[start : start + 2], 16) for start in (1, 3, 5)]) for code in COLOURS]
+    steps = np.arange(0, 256, 36)
+    candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+    candidates = candidates[(candidates.sum(1) > 250) & (np.ptp(candidates, axis=1) > 70)]
+    nearest = np.min([np.abs(candidates - colour).sum(1) for colour in chosen], 0)
+    for _ in range(len(chosen), min(number, len(candidates))):
+        chosen.append(candidates[nearest.argmax()])
+        nearest = np.minimum(nearest, np.abs(candidates - chosen[-1]).sum(1))
+    return np.stack([chosen[place % len(chosen)] for place in range(number)]).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """An image with its mask and its reference, if any, all on one grid."""
+
+    image: OrientedImage
+    mask: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+    def planes(self) -> list[Plane]:
+        """Choose the planes to show: through the reference if it has labels, else through the mask."""
+        masks = [labels > 0 for labels in (self.reference, self.mask) if labels is not None and labels.any()]
+        return choose_planes(self.image.voxels.shape, masks[0] if masks else None)
+
+
+def draw_labels(scan: Scan, plane: Plane, labels: Labels) -> Any:
+    """Draw a panel: the slice, the mask as fill and the reference as line."""
+    base_YX3, grid = _draw_slice(scan.image, plane)
+    highest = max([int(other.max()) for other in (scan.mask, scan.reference) if other is not None], default=0)
+    table = labels.table(highest + 1)
+    if scan.mask is not None:
+        mask_YX = grid.enlarge(plane.cut(scan.mask))
+        _blend(base_YX3, mask_YX > 0, table[mask_YX])
+    if scan.reference is not None:
+        reference_YX = grid.enlarge(plane.cut(scan.reference))
+        edge_YX = _edges(reference_YX)
+        base_YX3[edge_YX] = table[reference_YX[edge_YX]]
+    return _finish(base_YX3, plane, grid)
+
+
+def draw_errors(scan: Scan, plane: Plane) -> Any:
+    """Draw a panel: the slice, with false positives, false negatives, exchanged and correct labels."""
+    assert scan.mask is not None
+    assert scan.reference is not None
+    base_YX3, grid = _draw_slice(scan.image, plane)
+    mask, reference = (grid.enlarge(plane.cut(labels)) for labels in (scan.mask, scan.reference))
+    places = (
+        (mask > 0) & (reference == 0),
+        (mask == 0) & (reference > 0),
+        (mask > 0) & (reference > 0) & (mask != reference),
+        (mask > 0) & (mask == reference),
+    )
+    for number, (place_YX, code) in enumerate(zip(places, ERRORS.values())):
+        _blend(base_YX3, place_YX, np.array(_rgb(code)), 0.75 if number < 3 else 0.4)
+    return _finish(base_YX3, plane, grid)
+
+
+def draw_image(image: OrientedImage, plane: Plane) -> Any:
+    """Draw a panel of the slice alone."""
+    base_YX3, grid = _draw_slice(image, plane, dimmed=False)
+    return _finish(base_YX3, plane, grid)
 
 
 def draw_overlay(
@@ -46,122 +134,144 @@ def draw_overlay(
 ) -> None:
     """Write a PNG with one row per prediction (2D: one column), titled by the keys, e.g. ``MAE, Dice 0.81``.
 
-    ``labels`` maps names to values; colours follow the order of the mapping. Raises RuntimeError (SimpleITK) for a
+    ``labels`` maps names to values. The legend names only labels that are seen. Raises RuntimeError (SimpleITK) for a
     file that is not an image.
     """
-    pixels, spacing = _read_image(image, is_label=False)
-    volumes = [_read_image(path, is_label=True)[0] for path in (reference, *predictions.values())]
-    if pixels.ndim == 2:
-        views = [_View("", (), pixels, volumes[0], volumes[1:], spacing[0] / spacing[1])]
-        panels = [[(name, views[0], number) for number, name in enumerate(predictions)]]
-    else:
-        views = [_cut(axis, pixels, volumes, spacing) for axis in range(3)]
-        panels = [[(name, view, number) for view in views] for number, name in enumerate(predictions)]
-    _draw(file, title, panels, labels)
+    scans = [
+        Scan(read_oriented(image), read_oriented(mask, True).voxels, read_oriented(reference, True).voxels)
+        for mask in predictions.values()
+    ]
+    planes, table = scans[0].planes(), Labels(labels)
+    rows = [[draw_labels(scan, plane, table) for plane in planes] for scan in scans]
+    titles = [[name, *(plane.name for plane in planes)] for name in predictions]
+    if len(planes) == 1:  # beside each other
+        rows, titles = [[row[0] for row in rows]], [["", *predictions]]
+    seen = table.present(*(plane.cut(part) for scan in scans for plane in planes for part in (scan.mask, scan.reference)
+                           if part is not None))  # fmt: skip
+    legend = [(name.replace("_", " "), table.colour(name)) for name in seen]
+    sheet = _arrange(title, rows, titles, legend)
+    with atomic_write(file) as handle:
+        sheet.save(handle, "PNG")
 
 
-def largest_cross_section(mask: np.ndarray, axis: int) -> int:
-    """Find the slice along ``axis`` with most voxels of ``mask``, or one nearer to the middle with nearly as many."""
-    counts, middle = mask.sum(axis=tuple(other for other in range(mask.ndim) if other != axis)), mask.shape[axis] // 2
-    large = np.flatnonzero(counts >= 0.9 * counts.max())
-    return int(large[np.abs(large - middle).argmin()])
+@dataclass(frozen=True)
+class _Grid:
+    """Size of a panel, and of its pixels: ``step`` in mm, or in pixels of the image."""
+
+    size: tuple[int, int]
+    step: float
+    has_mm: bool
+
+    def enlarge(self, labels_HW: np.ndarray) -> np.ndarray:
+        """Enlarge a slice of labels to the panel."""
+        rows, columns = ((np.arange(new) * old // new).clip(0, old - 1) for new, old in zip(self.size, labels_HW.shape))
+        return labels_HW[np.ix_(rows, columns)]
 
 
-def _read_image(path: Path, is_label: bool) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Read an image (D, H, W), axes towards superior, posterior, left, or (H, W), and its spacing in mm."""
-    import SimpleITK as sitk
+def _draw_slice(image: OrientedImage, plane: Plane, dimmed: bool = True) -> tuple[np.ndarray, _Grid]:
+    """Return the grey slice (Y, X, 3), dimmed such that colours stand out on bright tissue too, and its grid."""
+    from PIL import Image
 
-    image = sitk.ReadImage(str(path))
-    if image.GetDimension() == 3 and 1 in image.GetSize():
-        image = image[tuple(0 if size == 1 else slice(None) for size in image.GetSize())]
-    if image.GetDimension() == 3:
-        image = sitk.DICOMOrient(image, "LPS")
-    array = sitk.GetArrayFromImage(image)
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        array = array[..., 0] if is_label else array.mean(-1)
-    return array.astype(np.int64 if is_label else np.float32), tuple(image.GetSpacing()[::-1])
-
-
-def _cut(axis: int, image: np.ndarray, volumes: Sequence[np.ndarray], spacing: Sequence[float]) -> _View:
-    """Cut the view across ``axis``; ``volumes`` are the reference and the masks."""
-    where = largest_cross_section(volumes[0] > 0, axis)
-    name, letters = _PLANES[axis]
-    planes = [np.take(volume, where, axis) for volume in (image, *volumes)]
-    if axis != 0:
-        planes = [plane[::-1] for plane in planes]  # superior is up
-    height, width = (size for other, size in enumerate(spacing) if other != axis)
-    title = f"{name}, slice {where + 1} of {image.shape[axis]}"
-    return _View(title, letters, planes[0], planes[1], planes[2:], height / width)
+    slice_HW = np.nan_to_num(plane.cut(image.voxels).astype(np.float32))
+    height, width = (size * count for size, count in zip(plane.pixel(image.spacing), slice_HW.shape))
+    extents = [size * count for size, count in zip(image.spacing, image.voxels.shape)]
+    step = max(extents) / PANEL  # the same in all planes
+    grid = _Grid((max(1, round(height / step)), max(1, round(width / step))), step, image.has_mm)
+    low, high = np.percentile(slice_HW, [1, 99])
+    brightest = low + max((1.35 if dimmed else 1) * (high - low), 1e-6)
+    grey = Image.fromarray((np.clip((slice_HW - low) / (brightest - low), 0, 1) * 255).astype(np.uint8))
+    enlarged = np.asarray(grey.resize(grid.size[::-1], Image.Resampling.BICUBIC))
+    return np.repeat(enlarged[..., None], 3, 2), grid
 
 
-def _draw(
-    file: Path, title: str, panels: list[list[tuple[str, _View, int]]], labels: Mapping[str, tuple[int, ...]]
-) -> None:
-    from matplotlib.figure import Figure
-
-    num_rows, num_columns = len(panels), len(panels[0])
-    size = (_INCHES_PER_PANEL * num_columns + 0.4, _INCHES_PER_PANEL * num_rows + 1.1)
-    figure = Figure(figsize=size, layout="constrained", facecolor=_PAPER)
-    axes: Any = figure.subplots(num_rows, num_columns, squeeze=False)
-    for row, column in np.ndindex(num_rows, num_columns):
-        name, view, number = panels[row][column]
-        axis = axes[row, column]
-        _draw_panel(axis, view, view.masks[number], labels)
-        is_3d = bool(view.title)
-        if row == 0:
-            axis.set_title(view.title if is_3d else name, color=_INK, fontsize=10)
-        if column == 0 and is_3d:
-            axis.set_ylabel(name, color=_INK, fontsize=10)
-    _draw_legend(figure, labels, max_columns=num_columns)
-    figure.suptitle(title, color=_INK, fontsize=12)
-    save_figure(figure, file, dpi=110)
+def _blend(base_YX3: np.ndarray, place_YX: np.ndarray, colour: np.ndarray, share: float = _FILL) -> None:
+    wanted = colour[place_YX] if colour.ndim == 3 else colour
+    base_YX3[place_YX] = (1 - share) * base_YX3[place_YX] + share * wanted
 
 
-def _draw_panel(axis: Any, view: _View, mask: np.ndarray, labels: Mapping[str, tuple[int, ...]]) -> None:
-    low, high = np.percentile(view.image, [1, 99])
-    image_options = {"aspect": view.aspect, "interpolation": "nearest"}
-    brightest = low + max(1.35 * (high - low), 1e-6)  # dimmed, so that the colours stand out on bright tissue too
-    axis.imshow(view.image, cmap="gray", vmin=low, vmax=brightest, **image_options)
-    fill = np.zeros((*mask.shape, 4), np.float32)
-    for number, values in enumerate(labels.values()):
-        fill[np.isin(mask, values)] = _rgba(number, 0.4)
-    axis.imshow(fill, **image_options)
-    for number, values in enumerate(labels.values()):
-        is_label = np.isin(view.reference, values)
-        if is_label.any() and not is_label.all() and min(is_label.shape) > 1:
-            axis.contour(is_label.astype(float), levels=[0.5], colors=[_colour(number)], linewidths=1.3)
-    axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    for letter, (x, y, horizontal, vertical) in zip(view.letters, _EDGES):
-        box = {"facecolor": _PAPER, "edgecolor": "none", "alpha": 0.6, "pad": 1.5}
-        axis.text(x, y, letter, transform=axis.transAxes, ha=horizontal, va=vertical, color=_INK, fontsize=8, bbox=box)
+def _edges(labels_YX: np.ndarray) -> np.ndarray:
+    """Find the pixels inside a label that lie within two pixels of another label or of the background."""
+    edge_YX = np.zeros(labels_YX.shape, bool)
+    for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
+        for distance in (1, 2):
+            edge_YX |= np.roll(labels_YX, shift * distance, axis) != labels_YX
+    edge_YX[[0, -1], :] = edge_YX[:, [0, -1]] = False  # the border of the image is no border of a label
+    return edge_YX & (labels_YX > 0)
 
 
-def _draw_legend(figure: Any, labels: Mapping[str, tuple[int, ...]], max_columns: int) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
+def _finish(base_YX3: np.ndarray, plane: Plane, grid: _Grid) -> Any:
+    """Add the letters of the orientation and a scale bar."""
+    from PIL import Image, ImageDraw
 
-    entries: list[Any] = []
-    for number, text in enumerate(name.replace("_", " ") for name in labels):
-        entries.append(Patch(facecolor=_colour(number), alpha=0.6, label=f"{text}, predicted"))
-        entries.append(Line2D([], [], color=_colour(number), label=f"{text}, reference"))
-    figure.legend(
-        handles=entries,
-        loc="outside lower center",
-        ncols=min(len(labels), max_columns),
-        fontsize=9,
-        labelcolor=_INK,
-        facecolor=_PAPER,
-        edgecolor="none",
-    )
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+    panel = Image.fromarray(base_YX3)
+    draw = ImageDraw.Draw(panel)
+    rows, columns = grid.size
+    places = ((4, rows / 2, "lm"), (columns - 5, rows / 2, "rm"), (columns / 2, 4, "mt"), (columns / 2, rows - 5, "mb"))
+    for letter, (x, y, anchor) in zip(plane.letters, places):
+        _write(draw, (x, y), letter, anchor)
+    length = _round_length(0.3 * columns * grid.step)
+    x, y = 6, rows - 9
+    pixels = length / grid.step
+    draw.rectangle((x - 1, y - 1, x + pixels + 1, y + 3), fill=_PAPER)
+    draw.rectangle((x, y, x + pixels, y + 2), fill=_INK)
+    _write(draw, (x, y - 5), f"{length:g} {'mm' if grid.has_mm else 'px'}", "lb")
+    return panel
 
 
-def _rgba(number: int, alpha: float) -> tuple[float, float, float, float]:
-    code = _colour(number)
-    red, green, blue = (int(code[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return red, green, blue, alpha
+def _round_length(limit: float) -> float:
+    """Return the largest of 1, 2, 5, 10, 20, ... up to ``limit``."""
+    power = 10.0 ** np.floor(np.log10(limit))
+    return float(max(step for step in (1, 2, 5) if step * power <= limit * (1 + 1e-9)) * power)
+
+
+def _write(draw: Any, place: tuple[float, float], text: str, anchor: str) -> None:
+    box = draw.textbbox(place, text, font=_font(), anchor=anchor)
+    draw.rectangle((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2), fill=_PAPER)
+    draw.text(place, text, _INK, font=_font(), anchor=anchor)
+
+
+@functools.lru_cache
+def _font() -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(14)
+
+
+def _rgb(code: str) -> tuple[int, ...]:
+    return tuple(int(code[start : start + 2], 16) for start in (1, 3, 5))
+
+
+def _arrange(
+    title: str, rows: Sequence[Sequence[Any]], titles: Sequence[Sequence[str]], legend: Iterable[tuple[str, Any]]
+) -> Any:
+    """Put panels on a sheet: a title, rows with a name and titles of their columns, and a legend."""
+    from PIL import Image, ImageDraw
+
+    width = max(sum(panel.width + _GAP for panel in row) for row in rows) + _GAP
+    width = max(width, int(_font().getlength(title)) + 2 * _GAP)
+    entries, x, y = [], _GAP, 0
+    for name, colour in [("fill: predicted, line: reference", None), *legend]:
+        needed = int(_font().getlength(name)) + (34 if colour is not None else 14)
+        if x + needed > width:
+            x, y = _GAP, y + _LINE
+        entries.append((x, y, name, colour))
+        x += needed
+    heads = [2 * _LINE if names[0] else _LINE for names in titles]
+    height = 2 * _LINE + sum(head + max(p.height for p in row) + _GAP for head, row in zip(heads, rows)) + y + 2 * _LINE
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP), title, _INK, font=_font())
+    top = 2 * _LINE
+    for head, row, (name, *columns) in zip(heads, rows, titles):
+        draw.text((_GAP, top), name, _INK, font=_font())
+        left = _GAP
+        for panel, column in zip(row, columns):
+            draw.text((left, top + head - _LINE), column, _INK, font=_font())
+            sheet.paste(panel, (left, top + head))
+            left += panel.width + _GAP
+        top += head + max(panel.height for panel in row) + _GAP
+    for x, y, name, colour in entries:
+        if colour is not None:
+            draw.rectangle((x, top + y + 2, x + 14, top + y + 14), fill=colour)
+        draw.text((x + (20 if colour is not None else 0), top + y), name, _INK, font=_font())
+    return sheet

@@ -1,4 +1,4 @@
-"""Write the report of a study: ``table.md`` and ``study.png``."""
+"""Write the report of a study: ``table.md``, ``study.png`` and ``report.html``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.files import atomic_write
+from mfm_nnunet.reports.html import Report, Section, Table, without_folders
+from mfm_nnunet.reports.runs import show_pictures
 from mfm_nnunet.study.design import SCRATCH
 from mfm_nnunet.study.evaluation import METRICS
 from mfm_nnunet.study.folder import LIKE, OWN, Study
@@ -35,17 +37,47 @@ def make_table(study: Study) -> str:
         advice = " Test on other cases." if num_empty == num_tested else ""
         lines += ["", f"{num_empty} test cases have no label in their reference, so they have no scores.{advice}"]
     for metric in (metrics := METRICS[study.dataset.task]):
-        title = TITLES[metric]
         lines += ["", f"## {_long_title(metric, study)}", ""]
-        compared = ("against scratch", "95 %", f"{_compared_unit(study)} better", "seeds better", "p")
-        columns = ("labels", "start", "seeds", title, *compared, "scratch needs", "saved", "min")
-        lines += _markdown(columns, [_score_row(study, row, metric) for row in rows])
+        lines += _markdown(_columns(study, metric), [_score_row(study, row, metric) for row in rows])
     lines += ["", "## Each label", "", *_per_label(rows, metrics)]
     lines += ["", "## How to read this", "", *_notes(study), *_training(study)]
     if summary["failed"]:
         failed = (in_markdown(f"{name}: {reason}") for name, reason in summary["failed"].items())
         lines += ["", "## Failed", "", *(f"* {line}" for line in failed)]
     return "\n".join(lines) + "\n"
+
+
+def make_page(study: Study, picture: Path) -> Report:
+    """Make the page of a study: the picture, the tables and the notes of ``table.md``."""
+    question, summary = study.question, study.results
+    tables = []
+    for metric in METRICS[study.dataset.task]:
+        rows = [_score_row(study, row, metric) for row in summary["rows"]]
+        tables.append(Table(_long_title(metric, study), _columns(study, metric), rows))
+    alt = "Scores over the number of labels, one line per start; the tables have all numbers."
+    parts = [show_pictures("Scores over labels", {picture: alt}, list_cautions(study), _GOOD),
+             Section("Scores", tables=tables)]  # fmt: skip
+    if summary["failed"]:
+        failed = [[name, without_folders(reason)] for name, reason in summary["failed"].items()]
+        parts.append(Section("Failed", tables=[Table("Failed cells", ("cell", "reason"), failed)]))
+    notes = " ".join([*_notes(study), *_training(study)]).replace("\n ", " ").split("* ")
+    parts.append(Section("How to read this", [without_folders(note.strip()) for note in notes if note.strip()]))
+    finished = f"{summary['num_finished']} of {summary['num_cells']}"
+    facts = {"Finished cells": finished, "Test cases": len(study.test_cases), "Starts": len(study.compared)}
+    title = f"Label efficiency: {question.dataset}, {question.configuration}"
+    subject = f"How many labels does pretraining save? {_test_cases(study)}."
+    return Report(title, subject, facts, [part for part in parts if part], "scores of your data, without pictures")
+
+
+_GOOD = (
+    "the line of a pretrained start lies above scratch by more than the bands are wide, at every number of labels. "
+    "Lines within each other's bands show no difference."
+)
+
+
+def _columns(study: Study, metric: str) -> tuple[str, ...]:
+    compared = ("against scratch", "95 %", f"{_compared_unit(study)} better", "seeds better", "p")
+    return "labels", "start", "seeds", TITLES[metric], *compared, "scratch needs", "saved", "min"
 
 
 def list_cautions(study: Study) -> list[str]:

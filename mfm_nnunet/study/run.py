@@ -26,13 +26,14 @@ from mfm_nnunet.jobs.preflight import (
     read_raw_dataset,
 )
 from mfm_nnunet.plan import Plan
+from mfm_nnunet.reports.html import FILE, write_report
 from mfm_nnunet.reports.progress import Stages
 from mfm_nnunet.study import cells as running
 from mfm_nnunet.study.cells import TRAINING, list_commands, steps_left
 from mfm_nnunet.study.design import Arm, Cell, parse_arms
 from mfm_nnunet.study.evaluation import METRICS, RESULT, require_library
 from mfm_nnunet.study.folder import LIKE, OWN, Study, begin_study, find_begun, read_study, write_study_folder
-from mfm_nnunet.study.report import TITLES, list_cautions, make_table, plot
+from mfm_nnunet.study.report import TITLES, list_cautions, make_page, make_table, plot
 from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise_study
 from mfm_nnunet.study_requests import StudyRequest
 from mfm_nnunet.workspace import Workspace
@@ -270,6 +271,7 @@ def renew(folder: Path, failures: Sequence[CaseFailure] = ()) -> None:
     with atomic_write(folder / TABLE) as handle:
         handle.write(shown(make_table(study)).encode())
     plot(folder / PICTURE, study)
+    write_report(lambda: make_page(study, folder / PICTURE), folder / FILE)
 
 
 def list_gpus(device: str) -> list[str]:

@@ -22,7 +22,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -135,6 +135,8 @@ class PretextTask(Task):
     """Requirement on the network."""
     restoring: ClassVar[Restoring] = "none"
     """Treatment of hidden tokens in ``backbone.restore``."""
+    pictures_are: Literal["scan", "mirrored", "changed"] = "changed"
+    """Position of the pictures: as in the scan, the same up to mirroring, or changed otherwise (rotated, views)."""
     uses_valid: ClassVar[bool] = False
     """If True, anonymised voxels are left out of the loss."""
 

@@ -59,6 +59,7 @@ class MaskedRestoration(PretextTask):
 
     Config = MaskingConfig
     Transform = MaskingTransform
+    pictures_are = "scan"
     uses_valid = True
 
     @classmethod

@@ -80,6 +80,7 @@ class VolumeFusion(PretextTask):
     name = "volume_fusion"
     Config = VolumeFusionConfig
     Transform = VolumeFusionTransform
+    pictures_are = "mirrored"
 
     def __init__(self, config: VolumeFusionConfig, backbone: AbstractBackbone) -> None:
         super().__init__(config, backbone)

@@ -24,7 +24,7 @@ from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus_family import primus_architecture
-from mfm_nnunet.reports.progress import plot_examples
+from mfm_nnunet.reports.examples import plot_examples
 from mfm_nnunet.tasks.base import ItemTransform, PretextTask, find_task, list_tasks
 from tests.builders.architectures import resenc
 

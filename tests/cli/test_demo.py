@@ -17,7 +17,6 @@ from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.demo import data, run
 from mfm_nnunet.demo.run import ARMS, DemoResult, compare, format_result
 from mfm_nnunet.metrics import dice, mean_dice
-from mfm_nnunet.reports import overlays
 
 TEMPLATE_SHAPE = (197, 233, 189)
 AFFINE = np.array([[1, 0, 0, -98], [0, 1, 0, -134], [0, 0, 1, -72], [0, 0, 0, 1]], float)
@@ -143,36 +142,6 @@ def test_compare_scores_and_draws(tmp_path: Path, is_2d: bool) -> None:
     assert "block" in table
     row = next(line for line in table.splitlines() if line.startswith("MAE"))
     assert " ".join(row.split()) == "MAE 0.000 0.000 4 s 5 s -"
-
-
-def test_cross_section_is_the_largest() -> None:
-    mask = np.zeros((5, 6, 7), bool)
-    mask[3, 1:5, 2:6] = True
-    mask[1, 2, 3] = True
-    assert [overlays.largest_cross_section(mask, axis) for axis in range(3)] == [3, 2, 3]
-    assert overlays.largest_cross_section(np.zeros((5, 6, 7), bool), 2) == 3
-
-
-def test_planes_are_shown_the_radiological_way(tmp_path: Path) -> None:
-    """Whatever the order of the axes in the file: the patient's left is at the right, superior and anterior are up."""
-    volume = np.zeros((6, 7, 8), np.float32)  # x to the right, y to anterior, z to superior
-    volume[0, 3, 3], volume[3, 6, 3], volume[3, 3, 7] = 10, 20, 30  # leftmost, most anterior, highest
-    affine = np.diag([1.0, 1, 1, 1])
-    for axes in ([0, 1, 2], [2, 0, 1]):
-        file = tmp_path / "image.nii.gz"
-        nibabel.save(nibabel.Nifti1Image(volume.transpose(axes), affine[:, [*axes, 3]]), file)
-        array, spacing = overlays._read_image(file, is_label=False)
-        views = [overlays._cut(axis, array, [np.ones_like(array)], spacing) for axis in range(3)]
-        assert array.shape == (8, 7, 6)
-        assert array[3, 3, 5] == 10
-        assert array[3, 0, 2] == 20
-        assert array[7, 3, 2] == 30
-        assert [view.image.shape for view in views] == [(7, 6), (8, 6), (8, 7)]
-    reference = np.zeros_like(array)
-    reference[3, 3, 2] = 1
-    coronal = overlays._cut(1, array, [reference], spacing).image
-    assert coronal[0, 2] == 30
-    assert overlays._cut(0, array, [reference], spacing).image[3, 5] == 10
 
 
 def test_dice() -> None:

@@ -33,7 +33,8 @@ def start(folder: Path, task: str, family: str, *words: str) -> subprocess.Popen
 def test_run_leaves_what_the_documentation_promises(tmp_path: Path) -> None:
     final = run(prepare(tmp_path), settings=("pretrain.epochs=6", "pretrain.learning_rate=0.02"))
     names = {file.name for file in final.parent.iterdir()}
-    assert names == {"checkpoint_final.pth", "resume.pth", "settings.json", "log.jsonl", "progress.png", "examples.png"}
+    pictures = {"progress.png", "examples.png", "examples_first.png"}
+    assert names == {"checkpoint_final.pth", "resume.pth", "settings.json", "log.jsonl", "report.html", *pictures}
     rows = [json.loads(line) for line in (final.parent / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(6))
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]

@@ -200,6 +200,16 @@ def test_sides_are_not_mirrored(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert not any("Mirror" in repr(part) for part in classification.make_transforms((16, 16), False).transforms)
 
 
+def test_no_temperature_is_fitted_to_cases_that_trained(tmp_path: Path) -> None:
+    """As in a study, whose folds validate on one of their training cases."""
+    here = labels.prepare(tmp_path)
+    names = [*labels.rows()]
+    split = {"train": names, "val": names[:1]}
+    (here.preprocessed / labels.NAME / "splits_final.json").write_text(json.dumps([split]))
+    folder = labels.run(tmp_path, "2d", head="probe")
+    assert checkpoint.load(folder / "checkpoint_final.pth")["mfm"]["temperature"] is None
+
+
 def test_refusals(tmp_path: Path) -> None:
     here = labels.prepare(tmp_path)
     labels.run(tmp_path, "2d", head="probe")
@@ -207,6 +217,7 @@ def test_refusals(tmp_path: Path) -> None:
         ("E_EXISTS", {"head": "probe"}),
         ("E_NOT_FOUND", {"head": "linear", "continue_training": True}),
         ("E_CONFIG", {"head": "linear", "settings": ("finetune.train=decoder",)}),
+        ("E_CONFIG", {"head": "linear", "settings": ("finetune.mix=cutmix",)}),
         ("E_CONFIG", {"head": "linear", "settings": ("finetune.train=head",)}),
         ("E_CONFIG", {"head": "linear", "num_gpus": 2}),
         ("E_CONFIG", {"head": "forest"}),
@@ -222,16 +233,18 @@ def test_refusals(tmp_path: Path) -> None:
     assert "clasification" in error.value.message
 
 
-def test_a_study_compares_masks(tmp_path: Path) -> None:
+def test_a_study_reads_the_labelled_cases(tmp_path: Path) -> None:
     here = labels.prepare(tmp_path)
     raw = here.raw / labels.NAME
     labels.write_scans(raw / "imagesTr", range(labels.NUM_CASES))
     for name in ("dataset.json", "labels.csv"):
         (raw / name).write_text((here.preprocessed / labels.NAME / name).read_text())
-    with pytest.raises(MFMError) as error:
-        read_labelled(here, labels.NAME)
-    assert error.value.code == "E_CONFIG"
-    assert "mfm_train --head" in error.value.message
+    found = read_labelled(here, labels.NAME)
+    assert found.table is not None
+    assert len(found.cases) == len(found.table.targets) == labels.NUM_CASES
+    text = (raw / "labels.csv").read_text()
+    (raw / "labels.csv").write_text(text.replace("case00,healthy", "case00,"))
+    assert len(read_labelled(here, labels.NAME).cases) == labels.NUM_CASES - 1
 
 
 def xray_dataset(shared_data: Path, workspace: Path, most: int | None = None) -> str:

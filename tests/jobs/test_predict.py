@@ -35,7 +35,7 @@ from mfm_nnunet.requests import PredictRequest
 from tests.builders.groups import started
 from tests.builders.tiny_model import dataset_json, save_model, stock_predictor, tiny_plans, voxels_of, write_scan
 
-BOOKKEEPING = {"cases.jsonl", "dataset.json", "plans.json", "predict_from_raw_data_args.json"}
+BOOKKEEPING = {"cases.jsonl", "dataset.json", "plans.json", "predict_from_raw_data_args.json", "report.html"}
 
 
 @pytest.fixture(scope="module")
