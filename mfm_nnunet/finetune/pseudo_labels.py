@@ -31,6 +31,7 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import append_line, digest_of, inside, open_to_append, read_lines, sha256, write_csv
 from mfm_nnunet.finetune.ranking import rank
+from mfm_nnunet.finetune.watch import Watch
 from mfm_nnunet.images.reading import check_label, read_image, read_label
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.prediction.export import Managers, is_nifti, publish, read_header, require_space, write_case
@@ -63,13 +64,6 @@ class Labelling:
     """Preprocessed labelled images: the ranking prefers images that are unlike them."""
 
     @property
-    def names(self) -> list[str]:
-        """Names of the foreground classes or regions, in the order of the network's outputs."""
-        dataset = DatasetJson.of(self.teachers[0].dataset_json)
-        found = dataset.foreground
-        return list(found) if dataset.has_regions else sorted(found, key=lambda name: found[name])
-
-    @property
     def identity(self) -> str:
         """Hash of the teachers: an image that others labelled is labelled again."""
         return digest_of([teacher.sha256 for teacher in self.teachers])
@@ -84,10 +78,11 @@ class Labelling:
                 if known.get(name, {}).get("identity") != self.identity:
                     feature = describe_image(self.teachers[0], open_array(str(file))[:])
                     append_line(journal, {"case": name, "identity": self.identity, "feature": feature})
+            corrected = self._corrected(known)
             todo = [case for case in self.unlabelled.cases if not self._is_done(known.get(case, {}))]
             with track("pseudo labels", len(todo), "images") as count:
                 for case in todo:
-                    append_line(journal, self._label(case))
+                    append_line(journal, self._label(case, case in corrected))
                     count()
         self._require_foreground()
 
@@ -95,7 +90,13 @@ class Labelling:
         is_same = entry.get("identity") == self.identity and "mask" in entry
         return is_same and (self.folder / SOFT / f"{entry['case']}.b2nd").is_file()
 
-    def _label(self, case: str) -> Entry:
+    def _corrected(self, known: Mapping[str, Entry]) -> set[str]:
+        """Return the images whose mask a person changed, which other teachers must not replace."""
+        ending = self.teachers[0].dataset_json["file_ending"]
+        files = {case: inside(self.folder, f"{case}{ending}") for case, entry in known.items() if "mask" in entry}
+        return {case for case, file in files.items() if file.is_file() and sha256(file) != known[case]["mask"]}
+
+    def _label(self, case: str, is_corrected: bool) -> Entry:
         model = self.teachers[0]
         x_CDHW = open_array(str(self.unlabelled.folder / f"{case}.b2nd"))[:]
         properties = read_properties(self.unlabelled.folder / f"{case}.pkl")
@@ -117,18 +118,20 @@ class Labelling:
             write_soft(inside(self.folder / SOFT, f"{case}.b2nd"), mean_KDHW.numpy(), model.managers)
             write_case(logits.half(), properties, model.managers, inside(stage, case), ending, header=header)
             digest = sha256(stage / f"{case}{ending}")
-            publish(stage, self.folder)
+            if not is_corrected:
+                publish(stage, self.folder)
         spacing = [float(mm) for mm in properties["spacing"]]
         # nnU-Net's readers set the missing spacing of a 2D image to 999 times the others.
         unit = "pixels" if spacing[0] >= 998 * max(spacing[1:]) else "ml"
         # The grid of the plan has other voxels than the image.
         scale = math.prod(properties["shape_after_cropping_and_before_resampling"]) / math.prod(x_CDHW.shape[1:])
         scale *= 1 if unit == "pixels" else math.prod(spacing) / 1000
+        names = Watch.of(DatasetJson.of(model.dataset_json)).names
         return {
             "case": case,
             "identity": self.identity,
             "agreement": agreement(found, agreed),
-            "volumes": {name: int(voxels.sum()) * scale for name, voxels in zip(self.names, agreed)},
+            "volumes": {name: int(voxels.sum()) * scale for name, voxels in zip(names, agreed)},
             "found": [bool(maps.any()) for maps in found],
             "unit": unit,
             "feature": describe_image(model, x_CDHW),
@@ -172,8 +175,7 @@ def agreement(found: Sequence[torch.Tensor], agreed_KDHW: torch.Tensor) -> float
 def describe_image(model: Model, x_CDHW: np.ndarray) -> list[float]:
     """Return the mean of the coarsest features of the teacher's encoder over a preprocessed image."""
     patch = tuple(int(size) for size in model.configuration_manager.patch_size)
-    model.use_fold(0)
-    backbone = make_backbone(model.network, patch, "none")
+    backbone = make_backbone(model.network.to(model.device).eval(), patch, "none")
     views = read_views(x_CDHW, list_places(x_CDHW.shape[1:], patch, "whole"), patch)
     means = [backbone.features(view.to(model.device))[-1].float().flatten(2).mean(2).sum(0) for view in views.split(8)]
     return [round(value, 5) for value in (torch.stack(means).sum(0) / len(views)).tolist()]

@@ -61,7 +61,7 @@ def rank(entries: Sequence[dict[str, Any]], labelled: Sequence[dict[str, Any]]) 
         score_N = np.maximum(1 - agreement_N, LEAST) * distance
         chosen = max(left, key=lambda index: (score_N[index], -index))
         place = float(np.searchsorted(order, agreement_N[chosen])) / len(order)
-        reason = _explain(agreement_N[chosen], place, float(distance[chosen]), name_N[chosen], name_N[chosen] in known)
+        reason = _give_reason(agreement_N[chosen], place, float(distance[chosen]), name_N[chosen], name_N[chosen] in known)
         rows.append((entries[chosen]["case"], float(agreement_N[chosen]), float(distance[chosen]), reason))
         left.remove(chosen)
         approach(own_NF[chosen], entries[chosen]["case"])
@@ -77,7 +77,7 @@ def _usual_distance(x_NF: np.ndarray) -> float:
     return float(np.median(distance_NN.min(1))) or 1.0
 
 
-def _explain(agreement: float, place: float, distance: float, nearest: str, is_labelled: bool) -> str:
+def _give_reason(agreement: float, place: float, distance: float, nearest: str, is_labelled: bool) -> str:
     words = "the teachers agree well"
     if place < 0.2:
         words = "the teachers disagree here more than on most images"

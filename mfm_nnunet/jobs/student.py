@@ -127,7 +127,7 @@ class _Teaching:
             if number < rounds:
                 with results_in(self.here, self.folder / ROUNDS / str(number)) as there:
                     folder = self._train(there, self.block, {"unlabelled": used.unlabelled})
-                logger.info("the student of round %d: validation Dice %s", number, _describe(_dice(folder)))
+                logger.info("the student of round %d: validation Dice %s", number, _in_words(_validation_dice(folder)))
                 teachers = [*teachers, *load_teachers([folder.parent], self.job.device)]
         self._require_the_same(used)
         return used
@@ -147,7 +147,7 @@ class _Teaching:
                 f"--teachers {folders[0]}: one model alone cannot disagree. Give at least two folds or model folders.",
             )
         for fold in sorted({fold for folder in folders for fold in folder.glob("fold_*")}):
-            _warn_of_weakness(fold, _dice(fold))
+            _warn_of_weakness(fold, _validation_dice(fold))
         return found
 
     def _teacher(self, number: int) -> Path:
@@ -265,19 +265,19 @@ def load_teachers(folders: Sequence[Path], device: str) -> list[Model]:
     return found
 
 
-def _dice(fold: Path) -> float:
+def _validation_dice(fold: Path) -> float:
     """Return the validation Dice of a fold; NaN if it was not validated."""
     file = fold / "validation" / "summary.json"
     value = read_json(file, "Validate the fold again: mfm_train --val.") if file.is_file() else {}
     return float(value.get("foreground_mean", {}).get("Dice", math.nan))
 
 
-def _describe(dice: float) -> str:
+def _in_words(dice: float) -> str:
     return "unknown" if math.isnan(dice) else f"{dice:.3f}"
 
 
 def _warn_of_weakness(fold: Path, dice: float) -> None:
-    logger.info("teacher %s: validation Dice %s", fold, _describe(dice))
+    logger.info("teacher %s: validation Dice %s", fold, _in_words(dice))
     if math.isnan(dice):
         logger.warning("%s: this teacher was never validated, so nobody knows what its labels are worth", fold)
     elif dice < WEAK_DICE:

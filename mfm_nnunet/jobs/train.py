@@ -100,7 +100,7 @@ def train(request: TrainRequest) -> Path:
     when less than half of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and
     FloatingPointError when the loss becomes non-finite.
     """
-    return _train(request)
+    return _run(request)
 
 
 @takes(TrainRequest)
@@ -110,10 +110,10 @@ def rank_unlabelled(request: TrainRequest) -> Path:
     Raises the MFMErrors of :func:`train`.
     """
     settings = (*request.settings, "semi.method=student", "semi.rounds=0")
-    return _train(dataclasses.replace(request, settings=settings)) / student.RANKING
+    return _run(dataclasses.replace(request, settings=settings)) / student.RANKING
 
 
-def _train(request: TrainRequest) -> Path:
+def _run(request: TrainRequest) -> Path:
     with use(request.workspace) as here:
         inputs = read_inputs(here, request)
         if inputs.dataset.task in IMAGE_TASKS:

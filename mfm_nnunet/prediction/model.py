@@ -104,7 +104,7 @@ class Model:
         total: torch.Tensor | None = None
         of_folds: list[np.ndarray] = []
         for fold in range(max(1, len(self.weights))):
-            self.use_fold(fold)
+            self._use_fold(fold)
             which = f"{what}, fold {fold + 1} of {len(self.weights)}" if len(self.weights) > 1 else what
             # Entered anew for each fold: autocast caches the weights it has converted.
             with _gpu_settings(self.device, self.autocast_dtype):
@@ -129,7 +129,7 @@ class Model:
         """Return a classifier's probabilities (K), or the number, of a preprocessed image: the mean over the folds."""
         predicted = []
         for fold, head in enumerate(self.heads):
-            self.use_fold(fold)
+            self._use_fold(fold)
             views = head.views(x_CDHW, self.configuration_manager.patch_size)
             with _gpu_settings(self.device, self.autocast_dtype):
                 z_NE = self.network.embed_views(views)  # type: ignore[operator]
@@ -141,8 +141,7 @@ class Model:
             predicted.append(head.probabilities(logits_1K.double().cpu().numpy())[0])
         return np.mean(predicted, axis=0)
 
-    def use_fold(self, fold: int) -> None:
-        """Put the weights of a fold into the network, on the device and in eval mode."""
+    def _use_fold(self, fold: int) -> None:
         if self.weights and self._loaded != fold:
             self.network.load_state_dict(self.weights[fold])
             self._loaded = fold

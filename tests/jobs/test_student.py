@@ -111,9 +111,9 @@ def test_every_phase_of_two_rounds_resumes_exactly(few: Workspace, monkeypatch: 
             kill_at_event(number)
             return lines
 
-        def stop(self: Labelling, case: str, number: int = number) -> Any:
+        def stop(self: Labelling, *given: Any, number: int = number) -> Any:
             kill_at_event(number)
-            return label(self, case)
+            return label(self, *given)
 
         monkeypatch.setattr(FoldRun, "end_epoch", end)
         monkeypatch.setattr(Labelling, "_label", stop)
