@@ -32,6 +32,11 @@ HEADS = ("linear", "attentive", "mil", "probe")
 """Heads of classifiers."""
 
 # Flags of several commands: their spellings and help
+SERIES = "--series", "of DICOM images take these series: all, modalities such as CT, or names"
+KEY_FILE = (
+    "--dicom-key",
+    "write a CSV from the names of DICOM series to their UIDs and folders, which identify patients",
+)
 DEVICE = "-device --device", "auto (default) uses a GPU if there is one; choose it with CUDA_VISIBLE_DEVICES"
 DATASET = "-d --dataset", "name or number of the dataset"
 CONFIGURATION = "-c --configuration", "configuration, e.g. 3d_fullres or 2d"
@@ -87,12 +92,31 @@ class PlanRequest(Request):
     images: str | Path | None = option(
         None,
         "--images",
-        "register unlabelled scans as dataset ID: a folder tree of NIfTI, NRRD, MHA or PNG files, a BIDS dataset or a "
-        "folder of several, a CSV (columns image or image_0, image_1 ...; optional case, subject, modality, dataset, "
-        "anonymisation_mask), nnssl's pretrain_data.json, or an nnU-Net raw folder without labels",
+        "register images as dataset ID, without labels unless --labels is given: a folder tree of NIfTI, NRRD, MHA, "
+        "PNG or DICOM files, a zip archive of DICOM, a BIDS dataset or a folder of several, a CSV (columns image or "
+        "image_0, image_1 ...; optional case, label, subject, modality, dataset, anonymisation_mask), nnssl's "
+        "pretrain_data.json, or an nnU-Net raw folder without labels",
         metavar="SOURCE",
     )
-    name: str | None = option(None, "--name", "name of the corpus that --images registers (default: Corpus)")
+    labels: str | Path | None = option(
+        None,
+        "--labels",
+        "folder of masks with the names of the images in --images (_0000, _seg, _label, _mask do not count)",
+        metavar="FOLDER",
+    )
+    label_names: Sequence[str] | None = option(
+        None,
+        "--label-names",
+        "names of the values in the masks, e.g. 1=liver 2=tumour (default: label_1, label_2 ...)",
+        nargs="+",
+        metavar="VALUE=NAME",
+        check=each(matching(r"[0-9]{1,5}=[^=]*[^=\s][^=]*", "expected value=name, e.g. 1=liver")),
+    )
+    series: Sequence[str] | None = option(None, *SERIES, nargs="+", metavar="SERIES")
+    key_file: str | Path | None = option(None, *KEY_FILE, metavar="FILE")
+    name: str | None = option(
+        None, "--name", "name of the dataset that --images registers (default: Corpus, with labels Labelled)"
+    )
     modality: str | None = option(
         None,
         "--modality",
@@ -164,10 +188,14 @@ class PlanRequest(Request):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.images is not None and len(self.datasets) != 1:
-            raise MFMError("E_CONFIG", "--images registers one corpus: give exactly one -d ID with it.")
-        for name in ("name", "slices", "colour"):
+            raise MFMError("E_CONFIG", "--images registers one dataset: give exactly one -d ID with it.")
+        for name in ("name", "slices", "colour", "labels", "label_names", "series", "key_file"):
             if self.images is None and getattr(self, name) is not None:
-                raise MFMError("E_CONFIG", f"--{name} belongs to --images: it is of a new corpus.")
+                flag_name = {"key_file": "dicom-key"}.get(name, name.replace("_", "-"))
+                raise MFMError("E_CONFIG", f"--{flag_name} belongs to --images: it is of a new dataset.")
+        for name in ("slices", "colour"):
+            if self.labels is not None and getattr(self, name) is not None:
+                raise MFMError("E_CONFIG", f"--{name} is of corpora without labels. Leave it or --labels out.")
         if self.like is not None and self.spacing != "median":
             raise MFMError("E_CONFIG", "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out.")
 
@@ -282,12 +310,13 @@ class TrainRequest(RunRequest):
 
 @dataclass(frozen=True)
 class PredictRequest(Request):
-    """Segment the images of a folder with a trained model."""
+    """Segment images with a trained model."""
 
     input_folder: str | Path = field(
         metadata=flag(
             "-i --input",
-            "folder of images, named as for nnU-Net (case_0000.nii.gz, case_0001.nii.gz ...: one file per channel)",
+            "folder of images, named as for nnU-Net (case_0000.nii.gz, case_0001.nii.gz ...: one file per channel), "
+            "one image, or a folder tree or zip archive of DICOM series",
             metavar="IN",
         )
     )
@@ -326,6 +355,13 @@ class PredictRequest(Request):
     )
     save_probabilities: bool = option(
         False, "--save_probabilities --save-probabilities", "also save the probabilities (.npz)"
+    )
+    series: Sequence[str] | None = option(None, *SERIES, nargs="+", metavar="SERIES")
+    key_file: str | Path | None = option(None, *KEY_FILE, metavar="FILE")
+    dicom_seg: bool = option(
+        False,
+        "--dicom-seg",
+        "also write a DICOM segmentation for each DICOM series, which refers to its slices and names the patient",
     )
     overwrite: bool = option(False, "--overwrite", "replace existing masks in OUT")
     resume: bool = option(

@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mfm_nnunet"
 SPINE = {
-    "List the scans": "jobs.plan data.sources data.cases data.corpus data.labelled data.loops",
+    "List the scans": "jobs.plan jobs.registration data.sources data.dicom data.cases data.corpus data.labelled "
+    "data.loops",
     "Let them in": "images.reading images.decoder images.decode images.integrity images.headers images.nifti "
     "images.geometry",
     "Plan": "planning.fingerprint planning.planner planning.derive planning.like dataset plan "

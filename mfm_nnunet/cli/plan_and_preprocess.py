@@ -14,6 +14,7 @@ DESCRIPTION = """\
 Fingerprint, plan and preprocess labelled datasets and unlabelled corpora.
 
   mfm_plan_and_preprocess -d 701 --images scans/ --name Corpus    a folder of scans without labels, read in place
+  mfm_plan_and_preprocess -d 61 --images scans/ --labels masks/   images and masks of the same names, used in place
   mfm_plan_and_preprocess -d 4                                    a labelled dataset in nnU-Net's raw format
   mfm_plan_and_preprocess -d 4 --like CHECKPOINT                  planned so that a pretrained checkpoint fits
 

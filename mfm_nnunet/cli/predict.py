@@ -11,9 +11,11 @@ from mfm_nnunet.cli.run import run_command
 from mfm_nnunet.requests import PredictRequest
 
 DESCRIPTION = """\
-Predict a folder of images; the masks have the geometry of the images.
+Predict images: a folder, one file, or DICOM; the masks have the geometry of the images.
 
   mfm_predict -i images/ -o masks/ -m MODEL_FOLDER
+  mfm_predict -i scan.nrrd -o masks/ -m MODEL_FOLDER
+  mfm_predict -i dicom/ -o masks/ -m MODEL_FOLDER --dicom-seg     a folder tree, or a zip archive
   mfm_predict -i images/ -o masks/ -d 4 -c 3d_fullres -f 0
 
 Cases that fail are reported, and all others are predicted (exit code 3)."""

@@ -43,6 +43,8 @@ class Case:
     """Name of the original dataset within a collection; "" if unknown."""
     anonymisation_mask: Path | None = None
     """Mask on the image's grid, above 0 where voxels were altered to prevent identification."""
+    slices: tuple[Path, ...] = ()
+    """Files of the DICOM series that the image is read from, in spatial order; ``images`` then holds its name."""
 
     def __post_init__(self) -> None:
         if not self.subject:

@@ -63,7 +63,7 @@ def register_corpus(
         "channel_names": {str(index): name for index, name in enumerate(channel_names)},
         "labels": {"background": 0},
         "numTraining": len(cases),
-        **_file_format(cases, "slices" in settings),
+        **file_format(cases, "slices" in settings),
         **({"mfm": settings} if settings else {}),
     }
     folders = [os.path.dirname(file) for case in cases for file in case.images]
@@ -209,7 +209,7 @@ def _update(folder: Path, cases: list[Case]) -> list[Case]:
     return result
 
 
-def _file_format(cases: Sequence[Case], may_mix: bool) -> dict[str, str]:
+def file_format(cases: Sequence[Case], may_mix: bool) -> dict[str, str]:
     """Choose the most common ``file_ending``, and a reader if stock nnU-Net would not find one for all files."""
     endings = Counter(ending_of(file) for case in cases for file in case.images)
     unknown = [str(file) for case in cases for file in case.images if not ending_of(file)]

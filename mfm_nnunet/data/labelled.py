@@ -92,7 +92,8 @@ def _mapped(folder: Path, dataset_json: Mapping[str, Any]) -> list[Case]:
             name,
             tuple(resolve(file) for file in entry["images"]),
             resolve(entry["label"]) if entry.get("label") else None,
-            subject_of(Path(name)),
+            str(entry.get("subject") or subject_of(Path(name))),
+            str(entry.get("modality") or ""),
         )
         for name, entry in sorted(dataset_json["dataset"].items())
     ]

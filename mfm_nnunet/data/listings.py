@@ -37,8 +37,12 @@ def read_table(file: Path) -> list[Case]:
 
     The images are in the column ``image``, or ``image_0``, ``image_1``, ... for several channels, relative to the file.
     Optional columns: ``case``, ``subject``, ``modality``, ``dataset``, ``anonymisation_mask``; cells may be empty.
+    A column ``label`` of image files makes a labelled dataset; one of anything else is ignored.
     """
     columns, rows = _read_rows(file)
+    labels = [row.get("label", "") for row in rows]
+    if any(labels) and all(ending_of(Path(label)) for label in labels if label):
+        columns = [*columns, "label"]
     problems = [
         f"  line {line}: {f'no such file {row[column]}' if row[column] else f'{column} is empty'}"
         for line, row in enumerate(rows, start=2)
@@ -48,11 +52,14 @@ def read_table(file: Path) -> list[Case]:
     _require_all(file, problems)
     if any(row.get("anatomy_mask") for row in rows):
         _log.warning("%s: the column anatomy_mask is not used. %s", file, REMOVED["pretrain.anatomy_fraction"])
+    masks = [_absolute(row["label"], file.parent) if "label" in columns else None for row in rows]
+    columns = [column for column in columns if column != "label"]
     images = [tuple(_absolute(row[column], file.parent) for column in columns) for row in rows]
     if not images:
         return []
     root = os.path.commonpath([files[0].parent for files in images])
-    return _with_columns(file, rows, named([files[0].relative_to(root) for files in images], images))
+    cases = _with_columns(file, rows, named([files[0].relative_to(root) for files in images], images))
+    return [dataclasses.replace(case, label=mask) for case, mask in zip(cases, masks)]
 
 
 def read_nnssl(file: Path) -> list[Case]:

@@ -57,7 +57,7 @@ def source_signature(case: Case) -> list[list[Any]]:
 
     The entry of the mask carries its name, so it cannot be confused with another file.
     """
-    files = [file for image in case.images for file in files_of(image)]
+    files = [*case.slices] or [file for image in case.images for file in files_of(image)]
     files += files_of(case.label, is_label=True) if case.label is not None else []
     masks = files_of(case.anonymisation_mask, is_label=True) if case.anonymisation_mask is not None else []
     try:
@@ -66,7 +66,7 @@ def source_signature(case: Case) -> list[list[Any]]:
             *([status.st_size, status.st_mtime_ns, "anonymised"] for status in map(Path.stat, masks)),
         ]
     except OSError as error:
-        raise unreadable(error.filename, error) from error
+        raise unreadable(case.name if case.slices else error.filename, error) from error
 
 
 @contextlib.contextmanager

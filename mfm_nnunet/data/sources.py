@@ -1,20 +1,18 @@
 """Sources of a corpus: a folder tree, a BIDS tree, a table, nnssl's index, an nnU-Net raw folder, one image.
 
-DICOM is recognised, even without an ending or in a zip archive, to explain that it must be converted first.
+DICOM series are found by :mod:`mfm_nnunet.data.dicom`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import IO
 
 from mfm_nnunet.data import listings
 from mfm_nnunet.data.cases import (
@@ -32,20 +30,16 @@ from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
 from mfm_nnunet.modalities import kind_of_path
 
-CONVERT_DICOM = "Convert DICOM to NIfTI first: pip install dcm2niix; dcm2niix -z y -o nifti dicom/"
-_DICOM_ENDINGS = (".dcm", ".ima")
-_MOST_FILES = 1000
-"""Limit of files to examine for DICOM; a folder of another kind may hold millions."""
 _RAW_FOLDERS = ("imagesTr", "imagesTs")
 _LABEL_FOLDERS = {"labelsTr", "labelsTs"}
 _log = logging.getLogger(__name__)
 
 
-def index_source(source: Path, with_pictures: bool = False) -> list[Case]:
+def index_source(source: Path, with_pictures: bool = False, with_dicom: bool = False) -> list[Case]:
     """List the cases of a source of images: absolute paths, sorted; no image is opened.
 
     * A folder tree: each image file is a case; hidden files are left out, and so are, with a message, those that are
-      named as masks (:func:`is_named_mask`), DICOM files, and, unless ``with_pictures``, a few pictures among
+      named as masks (:func:`is_named_mask`), and, unless ``with_pictures``, a few pictures among
       volumes. ``sub-XX`` in a path names the subject, and a folder named ``CT``, ``MR``, ``PET``, ``Xray`` or ``US``
       the modality.
     * A BIDS dataset, or a folder that holds several.
@@ -54,8 +48,10 @@ def index_source(source: Path, with_pictures: bool = False) -> list[Case]:
       latter.
     * A single image.
 
+    ``with_dicom`` allows a source that holds nothing but DICOM; the list is then empty.
+
     Raises MFMError: E_NOT_FOUND (no such source, no image in it, images or masks that a listing names), E_CHANNELS
-    (missing channel files, all listed), E_FORMAT (a listing of another form, DICOM, an archive), E_CONFIG (a listing
+    (missing channel files, all listed), E_FORMAT (a listing of another form, an archive), E_CONFIG (a listing
     with a case name twice, or with a variable that is not set), E_MASK (a folder tree in which every image is named as
     a mask).
     """
@@ -70,9 +66,11 @@ def index_source(source: Path, with_pictures: bool = False) -> list[Case]:
         cases = listings.read_nnssl(source)
     elif ending_of(source):
         cases = named([PurePath(source.name)], [(source,)])
-    else:
+    elif not with_dicom:
         raise _unknown_source(source)
-    if not cases:
+    else:
+        cases = []
+    if not cases and not with_dicom:
         known = f"Known endings: {' '.join(IMAGE_ENDINGS)}"
         raise MFMError("E_NOT_FOUND", f"{source}: no image in it. {_what_else(source)}{known}")
     return _each_once(source, cases)
@@ -81,8 +79,6 @@ def index_source(source: Path, with_pictures: bool = False) -> list[Case]:
 def _unknown_source(source: Path) -> MFMError:
     if not os.path.isfile(source):
         return MFMError("E_FORMAT", f"{source}: this is a pipe or device. Give a folder, a table or an image.")
-    if found := _find_dicom(source):
-        return MFMError("E_FORMAT", f"{found}: is DICOM, which is not read. {CONVERT_DICOM}")
     if zipfile.is_zipfile(source):
         return MFMError("E_FORMAT", f"{source}: this is a zip archive. Unpack it and give the folder.")
     endings = " ".join(IMAGE_ENDINGS)
@@ -93,8 +89,6 @@ def _unknown_source(source: Path) -> MFMError:
 
 def _what_else(source: Path) -> str:
     """Describe in sentences what a folder without images contains instead; "" if nothing is recognised."""
-    if advice := advise_dicom(source):
-        return advice
     if not source.is_dir():
         return ""
     if indices := sorted(file for file in source.glob("*.json") if listings.is_of_preprocessed(file)):
@@ -131,8 +125,6 @@ def _folder(source: Path, with_pictures: bool) -> list[Case]:
     files = _without_masks(images, files)
     if not with_pictures:
         files = _without_stray_pictures(images, files)
-    if files and (found := _find_dicom(images)):
-        _log.warning("%s: DICOM files are left out, e.g. %s. %s", images, found, CONVERT_DICOM)
     _warn_of_channels(files)
     cases = named([file.relative_to(images) for file in files], [(file,) for file in files])
     folders = [(images.name, *file.relative_to(images).parts[:-1]) for file in files]
@@ -265,56 +257,3 @@ def _described(case: Case, root: Path, several: bool) -> Case:
 
 def _suffix(file: PurePath) -> str:
     return stem_of(file).rpartition("_")[2]
-
-
-def advise_dicom(place: Path) -> str:
-    """Return sentences about DICOM files found in ``place``, with a trailing blank; "" if there are none."""
-    found = _find_dicom(place)
-    return f"It holds DICOM, e.g. {found}, which is not read. {CONVERT_DICOM} " if found else ""
-
-
-def _find_dicom(place: Path) -> str:
-    """Return the name of a DICOM file: ``place`` itself, or one in that folder or zip archive; "" if there is none.
-
-    Only the first files of a large folder or archive are examined.
-    """
-    if os.path.isfile(place) and zipfile.is_zipfile(place):
-        return _find_in_archive(place)
-    for file in itertools.islice(_all_files(place), _MOST_FILES):
-        if file.suffix.lower() in _DICOM_ENDINGS or _is_dicom(file):
-            return str(file)
-    return ""
-
-
-def _all_files(place: Path) -> Iterator[Path]:
-    if not place.is_dir():
-        yield place
-    for folder, folders, names in os.walk(place):
-        folders.sort()
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _is_dicom(file: Path) -> bool:
-    try:
-        if not file.is_file():  # pipes and devices are not opened
-            return False
-        with open(file, "rb") as stream:
-            return _has_mark(stream)
-    except OSError:
-        return False
-
-
-def _has_mark(stream: IO[bytes]) -> bool:
-    return stream.read(132)[128:] == b"DICM"
-
-
-def _find_in_archive(archive: Path) -> str:
-    try:
-        with zipfile.ZipFile(archive) as content:
-            for entry in content.infolist()[:_MOST_FILES]:
-                is_named = entry.filename.lower().endswith(_DICOM_ENDINGS)
-                if not entry.is_dir() and (is_named or _has_mark(content.open(entry))):
-                    return f"{archive}: {entry.filename}"
-    except (OSError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zipfile.LargeZipFile):
-        pass  # damaged or encrypted: its content is unknown
-    return ""

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import StoppedError
 from mfm_nnunet.processes import World, any_true, gather, largest, mean
 from mfm_nnunet.reports.progress import say, track
+from mfm_nnunet.reports.tracking import Record, open_tracker
 from mfm_nnunet.settings import PretrainSettings, TrainingSettings
 from mfm_nnunet.signals import StopFlag, name_of, stop_on_signal
 from mfm_nnunet.tasks.base import Task, TaskOutput
@@ -44,6 +46,8 @@ class Run(Protocol):
         """Return the settings of the run."""
 
     device: torch.device
+    folder: Path
+    """Where the run writes its files."""
 
     def training_batches(self, first_step: int) -> Iterator[Batch]:
         """Return the batches of all steps from ``first_step`` on."""
@@ -141,6 +145,7 @@ class Engine:
         with (
             stop_on_signal("this step, or the validation of this epoch") as stop,
             track(name, self.total_steps, "steps", first, is_silent=silent) as advance,
+            self._open_tracker() as record,
         ):
             for step in range(first, self.total_steps):
                 start = time.monotonic()
@@ -156,7 +161,7 @@ class Engine:
                 state.epoch_seconds += time.monotonic() - start
                 advance(f"epoch {epoch + 1}/{settings.epochs}, loss {state.loss_sum / state.loss_count:.4f}")
                 if in_epoch + 1 == per_epoch:
-                    self._end_epoch(epoch)
+                    self._end_epoch(epoch, record)
                 if state.step < self.total_steps:
                     self._stop_if_asked(stop)
 
@@ -215,13 +220,19 @@ class Engine:
         gathered = {name: gather(torch.stack(all_), self._world).cpu() for name, all_ in values.items()}
         return self._task.summarise(gathered), pictures
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _open_tracker(self) -> contextlib.AbstractContextManager[Record]:
+        if not self._world.is_main:
+            return contextlib.nullcontext(lambda epoch, results: None)
+        return open_tracker(self._run.folder, self.state.step // self._settings.iterations_per_epoch)
+
+    def _end_epoch(self, epoch: int, record: Record) -> None:
         state, start = self.state, time.monotonic()
         summary, pictures = self.validate(epoch)
         results = {"train_loss": state.loss_sum / state.loss_count}
         results |= {f"validation_{name}": value for name, value in summary.items()}
         results["seconds"] = round(state.epoch_seconds + time.monotonic() - start, 3)
         state.loss_sum, state.loss_count, state.epoch_seconds = 0.0, 0, 0.0
+        record(epoch, results)
         for line in self._run.end_epoch(epoch, results, pictures):
             if self._world.is_main:
                 say(line)

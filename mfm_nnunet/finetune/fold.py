@@ -39,6 +39,7 @@ class FoldRun:
     def __init__(self, trainer: MFMTrainer) -> None:
         self.settings = trainer.settings
         self.device = trainer.device
+        self.folder = Path(trainer.output_folder)
         self._trainer = trainer
         self._validation: Iterator[Batch] = iter(())
         self._last_plot = -SECONDS_BETWEEN_PLOTS

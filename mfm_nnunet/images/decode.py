@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.errors import MFMError, about, nearest
 from mfm_nnunet.files import ending_of, is_unicode
-from mfm_nnunet.images import bitmaps, integrity, nifti, tiff
-from mfm_nnunet.images.decoder import IDLE_SECONDS, receive, send
+from mfm_nnunet.images import bitmaps, dicom, integrity, nifti, tiff
+from mfm_nnunet.images.decoder import IDLE_SECONDS, receive, send, to_json
 from mfm_nnunet.images.geometry import geometry_of, properties_for, require_sane
-from mfm_nnunet.images.integrity import Voxels, files_of, non_finite
+from mfm_nnunet.images.integrity import READING_BYTES_PER_VOXEL, Voxels, files_of, non_finite, require_same_voxels
 from mfm_nnunet.plan_rules import READERS
 
 PROCESSOR_SECONDS = 8
@@ -45,14 +45,19 @@ KEPT_BYTES = 1 << 28
 """Largest voxel memory that is kept for the next file."""
 LARGEST_VALUE = 1e20
 """Squares of larger values would be infinite in float32."""
-VALUE_TOLERANCE = 1e-5
-"""Relative difference between stored and read values that is due to rounding to float32."""
 _ITK_READERS = {
     **dict.fromkeys((".nii", ".nii.gz"), "NiftiImageIO"),
     **dict.fromkeys((".nrrd", ".nhdr"), "NrrdImageIO"),
     **dict.fromkeys((".mha", ".mhd"), "MetaImageIO"),
     ".gipl": "GiplImageIO",
 }
+_FORMATS = {
+    "SimpleITKIO": tuple(_ITK_READERS),
+    "NibabelIO": (".nii", ".nii.gz"),
+    "NaturalImage2DIO": (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"),
+    "Tiff3DIO": (".tif", ".tiff"),
+}
+"""Endings that a reader class of nnU-Net can read, also those that nnU-Net does not list."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,9 @@ def decode_file(
     """
     declared = integrity.declared_by(file)
     _limit(declared.reading_bytes)
-    wanted = reader_name
+    wanted, reader_name = reader_name, _reader_of_format(file, declared.ending, reader_name)
     if declared.start:
-        reader_name = nifti.choose_nifti_reader(file, wanted, declared.start)
+        reader_name = nifti.choose_nifti_reader(file, reader_name, declared.start)
     read = functools.partial(_read_voxels, file, reader_name, is_map, work_folder, memory)
     if declared.reading_bytes < BYTES_READ_BESIDE:
         voxels = integrity.check_content(file, declared)
@@ -98,6 +103,31 @@ def decode_file(
         )
     if array.size == 0:
         raise MFMError("E_HEADER", f"{file}: there are no voxels in it. Export it again.")
+    ranges = _find_ranges(file, array, voxels)
+    if voxels is not None:
+        require_same_voxels(file, reader_name, voxels, array)
+    require_sane(file, array, geometry_of(properties))
+    if reader_name != wanted:
+        with about(file):
+            properties = properties_for(wanted, properties, array.shape[1])
+    return Decoded(array, properties, ranges, nifti.contradiction(declared.start))
+
+
+def decode_series(name: Path, files: Sequence[str], reader_name: str) -> Decoded:
+    """Read the files of a DICOM series (:mod:`mfm_nnunet.images.dicom`), for a plan with this reader."""
+    _limit(sum(os.stat(file).st_size for file in files))
+    with about(name):
+        headers = dicom.read_headers(files)
+        _limit(READING_BYTES_PER_VOXEL * dicom.count_voxels(headers))
+        array, properties = dicom.read_volume(files, headers)
+        ranges = _find_ranges(name, array, None)
+        require_sane(name, array, geometry_of(properties))
+        properties = properties_for(reader_name, properties, array.shape[1])
+    return Decoded(array, properties, ranges, "")
+
+
+def _find_ranges(file: Path, array: np.ndarray, voxels: Voxels | None) -> list[tuple[float, float]]:
+    """Return the lowest and highest value of each channel; refuse values that are not finite (E_NONFINITE)."""
     if voxels is None:
         ranges = [(float(x_DHW.min()), float(x_DHW.max())) for x_DHW in array]
     else:
@@ -112,12 +142,16 @@ def decode_file(
             f"{file}: it has values up to {largest:g}, whose squares are infinite in float32, so it cannot be "
             "normalised. Replace them, or export the image again.",
         )
-    if voxels is not None:
-        _require_same_voxels(file, reader_name, voxels, array)
-    require_sane(file, array, geometry_of(properties))
-    if reader_name != wanted:
-        properties = properties_for(wanted, properties)
-    return Decoded(array, properties, ranges, nifti.contradiction(declared.start))
+    return ranges
+
+
+def _reader_of_format(file: Path, ending: str, wanted: str) -> str:
+    """Return ``wanted``, or nnU-Net's reader for the file's own format if ``wanted`` reads others only."""
+    if ending in _FORMATS.get(wanted.removesuffix("WithReorient"), (ending,)):
+        return wanted
+    if ending in (".tif", ".tiff"):
+        return "NaturalImage2DIO" if tiff.is_2d(file) else "Tiff3DIO"
+    return "SimpleITKIO" if ending in _ITK_READERS else "NaturalImage2DIO"
 
 
 def _read_voxels(
@@ -163,28 +197,6 @@ def find_reader_class(name: str) -> Any:
     if name not in READERS:  # nnU-Net would accept any object of that name in its modules
         raise MFMError("E_CONFIG", f"nnU-Net has no image reader '{name}'. {nearest(name, READERS)}")
     return recursive_find_reader_writer_by_name(name)
-
-
-def _require_same_voxels(file: Path, reader_name: str, voxels: Voxels, array: np.ndarray) -> None:
-    """Compare the reader's voxels with those that the gate found in the file.
-
-    A reader that loses its position in a file silently returns neighbouring voxels or uninitialised memory.
-    """
-    is_same = voxels.num_voxels == array.size
-    if is_same and "Reorient" in reader_name:  # the same voxels in another order
-        expected, found = np.array([voxels.lowest, voxels.highest]), np.array([array.min(), array.max()], float)
-    elif is_same:
-        values = array.reshape(-1)
-        expected, found = voxels.samples, np.append(values[:: voxels.step], values[-1]).astype(float)
-    if is_same:
-        allowed = VALUE_TOLERANCE * np.maximum(np.abs(expected), voxels.rounded_from)
-        is_same = bool(np.all(np.abs(expected - found) <= allowed))
-    if not is_same:
-        raise MFMError(
-            "E_FORMAT",
-            f"{file}: nnU-Net's {reader_name} reads other voxels than the file has, because it interprets the header "
-            "differently. Export it again.",
-        )
 
 
 def _limit(reading_bytes: int) -> None:
@@ -273,7 +285,7 @@ def _reader_failed(file: Path, reader_name: str, error: Exception) -> MFMError:
 
 
 _OF_HEADERS = {"name_reader": name_reader, "count_channels": find_channels}
-"""Requests that need only the header."""
+"""Requests that need only the header of a file."""
 
 
 def serve(descriptor: str, work_folder: str) -> None:
@@ -305,7 +317,13 @@ def _answer_request(channel: socket.socket, request: dict[str, Any], work_folder
         if request["task"] in _OF_HEADERS:
             send(channel, {"answer": _OF_HEADERS[request["task"]](file)})
             return
-        decoded = decode_file(file, request["reader"], request["is_map"], work_folder, memory)
+        if request["task"] == "read_headers":
+            send(channel, {"answer": dicom.try_headers(request["files"])})
+            return
+        if request["task"] == "decode_series":
+            decoded = decode_series(file, request["files"], request["reader"])
+        else:
+            decoded = decode_file(file, request["reader"], request["is_map"], work_folder, memory)
         content = {
             **memory.describe(decoded.array),
             "properties": to_json(decoded.properties),
@@ -387,34 +405,3 @@ def _order_of(array: np.ndarray) -> list[int]:
 def _unnamed_file() -> int:  # for systems without memfd_create
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
-
-
-def to_json(value: Any) -> Any:
-    """Convert nnU-Net's properties to JSON values; :func:`from_json` restores the same types."""
-    if isinstance(value, dict):
-        return {"dict": {key: to_json(item) for key, item in value.items()}}
-    if isinstance(value, tuple):
-        return {"tuple": [to_json(item) for item in value]}
-    if isinstance(value, list):
-        return [to_json(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        kind = "array" if isinstance(value, np.ndarray) else "scalar"
-        return {kind: [value.dtype.str, list(value.shape), value.tobytes().hex()]}
-    assert value is None or isinstance(value, (bool, int, float, str)), f"{type(value).__name__} is not plain"
-    return value
-
-
-def from_json(value: Any) -> Any:
-    """Restore a value converted by :func:`to_json`."""
-    if isinstance(value, list):
-        return [from_json(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "dict":
-        return {key: from_json(item) for key, item in content.items()}
-    if kind == "tuple":
-        return tuple(from_json(item) for item in content)
-    dtype, shape, data = content
-    array = np.frombuffer(bytes.fromhex(data), dtype).reshape(shape).copy()
-    return array if kind == "array" else array[()]

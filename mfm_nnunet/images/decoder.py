@@ -53,16 +53,17 @@ class Reply(NamedTuple):
     voxels: np.ndarray | None
 
 
-def call(file: Path, request: dict[str, Any]) -> Reply:
-    """Send ``request`` about ``file`` to a child and return its answer.
+def call(file: Path, request: dict[str, Any], num_bytes: int | None = None) -> Reply:
+    """Send ``request`` about ``file`` to a child and return its answer; ``num_bytes`` is the size of what it reads.
 
     Raises the MFMError that the child reports; E_READER_CRASH, E_READER_TIMEOUT or E_READER_MEMORY if the file ended
     the child; StoppedError if :func:`end_all` did.
     """
+    num_bytes = _file_size(file) if num_bytes is None else num_bytes
     while True:
         child = _take()
         try:
-            reply = child.ask({"file": str(file), **request}, WALL_SECONDS + _file_size(file) / BYTES_PER_SECOND)
+            reply = child.ask({"file": str(file), **request}, WALL_SECONDS + num_bytes / BYTES_PER_SECOND)
         except BaseException as error:
             child.end()
             if not isinstance(error, (EOFError, OSError)):
@@ -260,6 +261,37 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], int | None]:
             raise EOFError("the other process ended")
         data += more
     return json.loads(data[_LENGTH.size :]), descriptors[0] if descriptors else None
+
+
+def to_json(value: Any) -> Any:
+    """Convert nnU-Net's properties to JSON values; :func:`from_json` restores the same types."""
+    if isinstance(value, dict):
+        return {"dict": {key: to_json(item) for key, item in value.items()}}
+    if isinstance(value, tuple):
+        return {"tuple": [to_json(item) for item in value]}
+    if isinstance(value, list):
+        return [to_json(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        kind = "array" if isinstance(value, np.ndarray) else "scalar"
+        return {kind: [value.dtype.str, list(value.shape), value.tobytes().hex()]}
+    assert value is None or isinstance(value, (bool, int, float, str)), f"{type(value).__name__} is not plain"
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Restore a value converted by :func:`to_json`."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "dict":
+        return {key: from_json(item) for key, item in content.items()}
+    if kind == "tuple":
+        return tuple(from_json(item) for item in content)
+    dtype, shape, data = content
+    array = np.frombuffer(bytes.fromhex(data), dtype).reshape(shape).copy()
+    return array if kind == "array" else array[()]
 
 
 os.register_at_fork(after_in_child=_forget_all)

@@ -67,11 +67,19 @@ def letters_of(properties: Mapping[str, Any]) -> str | None:
     return "".join(nibabel.aff2axcodes(affine))[::-1]
 
 
-def properties_for(reader_name: str, properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert nnU-Net's properties of a NIfTI file to the form of ``reader_name``, if another reader read it.
+def properties_for(reader_name: str, properties: Mapping[str, Any], num_slices: int = 2) -> dict[str, Any]:
+    """Convert nnU-Net's properties of an image to the form of ``reader_name``, if another reader read it.
 
-    The spacing is unchanged. The world coordinates of SimpleITK and nibabel differ in the sign of the first two.
+    The spacing is unchanged, but a picture of one slice has none. The world coordinates of SimpleITK and nibabel differ
+    in the sign of the first two. Raises MFMError: E_DIM (a volume for a reader of pictures), E_SPACING (a picture for a
+    reader of volumes), E_FORMAT (a reader that turns images).
     """
+    if problem := _obstacle(reader_name, properties, num_slices):
+        raise MFMError(*problem)
+    if reader_name == "NaturalImage2DIO":
+        return {"spacing": (999, 1, 1)}
+    if reader_name == "Tiff3DIO":
+        return {"spacing": list(properties["spacing"])}
     spacing = np.array(properties["spacing"][::-1], dtype=float)
     if reader_name == "SimpleITKIO" and "nibabel_stuff" in properties:
         affine = np.array(properties["nibabel_stuff"]["original_affine"], dtype=float)
@@ -91,6 +99,20 @@ def properties_for(reader_name: str, properties: Mapping[str, Any]) -> dict[str,
         affine[:2] *= -1
         return {"nibabel_stuff": {"original_affine": affine}, "spacing": list(spacing[::-1])}
     return dict(properties)
+
+
+def _obstacle(reader_name: str, properties: Mapping[str, Any], num_slices: int) -> tuple[str, str] | None:
+    """Return code and reason if properties cannot be converted for a reader; None if they can."""
+    has_place = "sitk_stuff" in properties or "nibabel_stuff" in properties
+    if reader_name == "NaturalImage2DIO" and num_slices > 1:
+        return "E_DIM", f"this is a volume of {num_slices} slices, and the model or dataset is of flat pictures."
+    if reader_name in ("SimpleITKIO", "NibabelIO") and not has_place:
+        reason = "this picture has no voxel size in mm, and the other images have. Save it in their format."
+        return "E_SPACING", reason
+    own = {**properties.get("sitk_stuff", {}), **properties.get("nibabel_stuff", {})}
+    if "Reorient" in reader_name and not own.keys() & {"original_orientation", "reoriented_affine"}:
+        return "E_FORMAT", f"nnU-Net's {reader_name}, which the plan names, reads NIfTI only. Convert the image."
+    return None
 
 
 def require_sane(file: Path, array: np.ndarray, geometry: Geometry) -> None:

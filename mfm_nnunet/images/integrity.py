@@ -29,6 +29,8 @@ HEADER_BYTES = 540
 """Size of the larger of the two NIfTI headers."""
 NUM_SAMPLES = 4096
 """Number of voxels, evenly spaced over a volume, that are compared with the reader's."""
+VALUE_TOLERANCE = 1e-5
+"""Relative difference between stored and read values that is due to rounding to float32."""
 MAX_DEFLATE_RATIO = 1040
 """Upper limit of the compression ratio of gzip and zlib."""
 READING_BYTES_PER_VOXEL, READING_BYTES_PER_BYTE = 12, 6
@@ -281,6 +283,28 @@ def non_finite(path: Path, num_voxels: int) -> MFMError:
         f"{path}: {num_voxels} voxels are NaN or infinite. One of them would spread over the whole volume when it is "
         "resampled. Replace them, e.g. by the value of air or background.",
     )
+
+
+def require_same_voxels(file: Path, reader_name: str, voxels: Voxels, array: np.ndarray) -> None:
+    """Compare the reader's voxels with those that the gate found in the file.
+
+    A reader that loses its position in a file silently returns neighbouring voxels or uninitialised memory.
+    """
+    is_same = voxels.num_voxels == array.size
+    if is_same and "Reorient" in reader_name:  # the same voxels in another order
+        expected, found = np.array([voxels.lowest, voxels.highest]), np.array([array.min(), array.max()], float)
+    elif is_same:
+        values = array.reshape(-1)
+        expected, found = voxels.samples, np.append(values[:: voxels.step], values[-1]).astype(float)
+    if is_same:
+        allowed = VALUE_TOLERANCE * np.maximum(np.abs(expected), voxels.rounded_from)
+        is_same = bool(np.all(np.abs(expected - found) <= allowed))
+    if not is_same:
+        raise MFMError(
+            "E_FORMAT",
+            f"{file}: nnU-Net's {reader_name} reads other voxels than the file has, because it interprets the header "
+            "differently. Export it again.",
+        )
 
 
 def _require_possible(path: Path, header: headers.VolumeHeader, is_compressed: bool) -> None:

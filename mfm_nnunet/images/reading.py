@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mfm_nnunet.errors import MFMError
+from mfm_nnunet.errors import MFMError, unreadable
 from mfm_nnunet.files import IMAGE_ENDINGS, ending_of
 from mfm_nnunet.images import decoder, nifti
-from mfm_nnunet.images.decode import find_reader_class, from_json
+from mfm_nnunet.images.decode import find_reader_class
 from mfm_nnunet.images.geometry import Geometry, difference, geometry_of
 
 _log = logging.getLogger(__name__)
@@ -98,6 +98,23 @@ def read_image(files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dic
         _log.warning("%s: channel %d has the same value everywhere", files[0], constant.index(True))
     image_CDHW = first.array if not others else np.concatenate([first.array, *(other.array for other in others)])
     return image_CDHW, first.properties
+
+
+def read_series(name: str, files: Sequence[Path], reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read a DICOM series as (1, D, H, W) float32, with the properties of nnU-Net's reader ``reader_name``.
+
+    Messages contain ``name`` and no path. Raises MFMError as :func:`mfm_nnunet.images.dicom.read_volume`, and
+    E_NONFINITE, E_CONSTANT, E_NOT_FOUND.
+    """
+    try:
+        num_bytes = sum(file.stat().st_size for file in files)
+    except OSError as error:
+        raise unreadable(f"{name} (a file of the series)", error) from error
+    request = {"task": "decode_series", "files": [str(file) for file in files], "reader": reader_name}
+    item = _item_of(Path(name), decoder.call(Path(name), request, num_bytes))
+    if item.ranges[0][0] == item.ranges[0][1]:
+        raise MFMError("E_CONSTANT", f"{name}: every voxel has the value {item.ranges[0][0]:g}. Remove the series.")
+    return item.array, item.properties
 
 
 def read_label(file: Path, reader_name: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -191,12 +208,15 @@ def known_labels(dataset_json: Mapping[str, Any]) -> set[int]:
 
 def _read_file(file: Path, reader_name: str, is_map: bool = False) -> _Item:
     """Read one file in a child process (:mod:`mfm_nnunet.images.decode`)."""
-    reply = decoder.call(file, {"task": "decode", "reader": reader_name, "is_map": is_map})
+    return _item_of(file, decoder.call(file, {"task": "decode", "reader": reader_name, "is_map": is_map}))
+
+
+def _item_of(file: Path, reply: decoder.Reply) -> _Item:
     assert reply.voxels is not None, "a decoded image has voxels"
     content, order = reply.content, reply.content["order"]
     shape = [content["shape"][axis] for axis in order]
     array = reply.voxels.reshape(shape).transpose(np.argsort(order))
-    properties = from_json(content["properties"])
+    properties = decoder.from_json(content["properties"])
     nifti.warn_of_contradiction(file, content["contradiction"])
     return _Item(array, properties, geometry_of(properties), content["ranges"])
 

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import re
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mfm_nnunet import workspace as places
 from mfm_nnunet.data import corpus
-from mfm_nnunet.data.cases import PICTURES, Case
+from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.label_table import FILE as TABLE
 from mfm_nnunet.data.label_table import read_label_table
 from mfm_nnunet.data.labelled import warn_of_differences
 from mfm_nnunet.data.preprocess import preprocess_dataset
-from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, dataset_refused
 from mfm_nnunet.fields import takes
-from mfm_nnunet.files import atomic_write, ending_of, parse_json, whole_number, write_json
+from mfm_nnunet.files import atomic_write, parse_json, write_json
 from mfm_nnunet.images import decoder
-from mfm_nnunet.images.reading import count_channels
 from mfm_nnunet.interchange.foreign import require_plan
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.jobs.registration import register
 from mfm_nnunet.jobs.report import report_corpus
-from mfm_nnunet.modalities import kind_of
 from mfm_nnunet.models.families import family_named
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
@@ -51,8 +45,6 @@ FINGERPRINT = {
     "foreground_intensity_properties_per_channel",
 }
 """Keys of a fingerprint that planning reads."""
-_MOST_PICTURES = 9
-"""Number of images whose headers decide if a corpus is greyscale or in colour."""
 
 
 @takes(PlanRequest)
@@ -71,8 +63,10 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     results, failures, num_cases = [], [], 0
     with places.use(request.workspace) as here:
         for dataset in request.datasets:
-            dataset_name = register(here, dataset, request)
+            left_out: list[CaseFailure] = []
+            dataset_name = register(here, dataset, request, left_out)
             cases, failed = fingerprint(here, dataset_name, request.num_processes)
+            failed = [*left_out, *failed]
             num_cases += len(cases) + len(failed)
             if corpus.is_corpus(here.raw_folder(dataset_name)):
                 report_corpus(here, dataset_name, cases, failed)
@@ -86,52 +80,6 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     if failures:
         raise CasesFailedError(failures, num_cases)
     return results
-
-
-def register(here: Workspace, dataset: str | int, request: PlanRequest) -> str:
-    """Return the dataset's name; if the request has images, register the corpus first."""
-    if request.images is None:
-        dataset_name = here.dataset_name(dataset)
-        if request.modality is not None and corpus.is_corpus(here.raw_folder(dataset_name)):
-            raise MFMError("E_CONFIG", "--modality of a corpus belongs to --images: register it again with both.")
-        return dataset_name
-    if whole_number(str(dataset)) is None:  # a corpus that is registered again may be given by name
-        with contextlib.suppress(MFMError):
-            dataset = here.dataset_name(dataset)
-    whole = re.fullmatch(r"Dataset(\d+)_(.+)", str(dataset))
-    number = whole_number(whole[1] if whole else str(dataset))
-    if number is None or not 1 <= number <= 999:
-        raise MFMError("E_CONFIG", f"-d {dataset}: a new corpus needs a number from 1 to 999.")
-    dataset_name = f"Dataset{number:03d}_{request.name or (whole[2] if whole else 'Corpus')}"
-    others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]
-    if others:
-        raise MFMError("E_EXISTS", f"-d {dataset}: this number is taken by {others[0]}. Choose another.")
-    given = {"modality": request.modality, "slices": request.slices, "colour": request.colour}
-    known = corpus.read_settings(here.raw / dataset_name)
-    settings = known | {name: value for name, value in given.items() if value is not None}
-    cases = index_source(Path(request.images), "slices" in settings)
-    cases = [replace(case, modality=case.modality or settings.get("modality", "")) for case in cases]
-    corpus.register_corpus(here.raw, dataset_name, cases, _channel_names(cases, settings), settings)
-    return dataset_name
-
-
-def _channel_names(cases: list[Case], settings: Mapping[str, Any]) -> list[str]:
-    """Name the channels, as nnU-Net normalises by name: Hounsfield units are kept if every case is a CT."""
-    is_ct = all(kind_of(case.modality) == "ct" for case in cases)
-    return ["CT" if is_ct else f"channel{number}" for number in range(_num_channels(cases, settings))]
-
-
-def _num_channels(cases: list[Case], settings: Mapping[str, Any]) -> int:
-    """Return the number of channels of most cases, from their headers; a colour image has several in one file."""
-    if colour := settings.get("colour"):
-        return {"grey": 1, "rgb": 3}[colour]
-    if volumes := [case for case in cases if ending_of(case.images[0]) not in PICTURES]:
-        return len(volumes[0].images)
-    found: Counter[int] = Counter()
-    for case in cases[:: max(1, len(cases) // _MOST_PICTURES)][:_MOST_PICTURES]:
-        with contextlib.suppress(MFMError):  # planning refuses it and gives the reason
-            found[sum(map(count_channels, case.images))] += 1
-    return found.most_common(1)[0][0] if found else len(cases[0].images)
 
 
 def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -> tuple[list[Case], list[CaseFailure]]:

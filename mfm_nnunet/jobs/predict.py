@@ -24,14 +24,25 @@ from typing import Any
 import torch
 
 from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.dicom import find_series, require_choice, write_key
 from mfm_nnunet.data.loops import attempt, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
-from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, nearest
+from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
+from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.jobs.report import report_prediction, reported
-from mfm_nnunet.prediction.cases import PreparedCase, find_cases, hash_inputs, prepare_case
+from mfm_nnunet.prediction import dicom_seg
+from mfm_nnunet.prediction.cases import (
+    PreparedCase,
+    case_name_of,
+    check_previous_stage,
+    find_cases,
+    hash_inputs,
+    prepare_case,
+)
 from mfm_nnunet.prediction.classification import ENDING as LABELS_ENDING
 from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
@@ -66,7 +77,9 @@ class PredictReport:
 
 @takes(PredictRequest)
 def predict(request: PredictRequest) -> PredictReport:
-    """Segment, or classify, every case of a folder. The masks have the exact geometry of their images.
+    """Segment, or classify, every case of a folder, a file or a zip archive of DICOM series.
+
+    The masks have the exact geometry of their images and the file ending of the model's dataset.
 
     The model is given by its folder, or by its dataset, configuration, plan and trainer. A non-empty output folder is
     refused without ``overwrite`` or ``resume``. Raises MFMError before anything is written when model, folders or
@@ -110,34 +123,40 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     _check_folders(source, folder, model_folder, previous_stage)
     if request.references and not Path(request.references).is_dir():
         raise MFMError("E_NOT_FOUND", f"--references {request.references}: no such folder. Check the path.")
+    if request.dicom_seg:
+        dicom_seg.load_highdicom()
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
-    _check_previous_stage(model, previous_stage)
-    found = find_cases(source, model, previous_stage)
-    names = [item.name if isinstance(item, Case) else item.case for item in found]
-    if request.num_parts > 1:
-        others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
-        check_output(folder, others, request)
-    if request.overwrite:
-        warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
-    run, own = _Run(model, source, folder, request), found[request.part_id :: request.num_parts]
+    check_previous_stage(model, previous_stage)
+    with find_series(source, request.series or ()) as series:
+        require_choice(series, request.series or ())
+        found = find_cases(source, model, previous_stage, series)
+        if request.dicom_seg and not series:
+            raise MFMError("E_CONFIG", f"--dicom-seg: {source} holds no DICOM series to refer to. Leave it out.")
+        if request.key_file is not None:
+            write_key(Path(request.key_file), series)
+        names = [case_name_of(item) for item in found]
+        if request.num_parts > 1:
+            others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
+            check_output(folder, others, request)
+        if request.overwrite:
+            warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
+        run, own = _Run(model, source, folder, request), found[request.part_id :: request.num_parts]
 
-    def report(problem: str) -> None:
-        if request.report and run.is_begun:
-            report_prediction(model, model_folder, own, run.journal.last, request, problem)
+        def report(problem: str) -> None:
+            if request.report and run.is_begun:
+                report_prediction(model, model_folder, own, run.journal.last, request, problem)
 
-    with reported(report):
-        return run.work(own)
+        with reported(report):
+            return run.work(own)
 
 
 def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stage: Path | None) -> None:
-    """Refuse an input that is not a folder, and an output that is one of the other folders."""
-    if not source.is_dir():
-        advice = "this is a file. Put the image into a folder, and give the folder."
-        raise MFMError(
-            "E_NOT_FOUND", f"{source}: {advice if source.exists() else 'no such input folder. Check the path.'}"
-        )
+    """Refuse an input that does not exist, and an output that is one of the other folders."""
+    if not source.is_dir() and not source.is_file():
+        reason = "this is a pipe or device." if source.exists() else "no such input folder or file. Check the path."
+        raise MFMError("E_NOT_FOUND", f"{source}: {reason}")
     target = folder.resolve()
     taken = {"model folder": model_folder, "folder of the previous stage's masks": previous_stage}
     clash = next((name for name, other in taken.items() if other is not None and target == other.resolve()), None)
@@ -148,20 +167,6 @@ def _check_folders(source: Path, folder: Path, model_folder: Path, previous_stag
     require_unicode(folder, "the output folder")
     if folder.exists() and not folder.is_dir():
         raise MFMError("E_EXISTS", f"{folder}: this is a file. Give a folder for the masks.")
-
-
-def _check_previous_stage(model: Model, folder: Path | None) -> None:
-    needed = model.configuration_manager.previous_stage_name
-    if needed is not None and folder is None:
-        raise MFMError(
-            "E_CONFIG",
-            f"the model is the second stage of a cascade: predict the same images with configuration '{needed}' first "
-            "and give that folder (-prev_stage_predictions).",
-        )
-    if needed is None and folder is not None:
-        raise MFMError("E_CONFIG", "-prev_stage_predictions: the model takes no previous stage. Leave it out.")
-    if folder is not None and not folder.is_dir():
-        raise MFMError("E_NOT_FOUND", f"{folder}: no such folder. Give the masks of the previous stage.")
 
 
 class _Run:
@@ -254,7 +259,7 @@ class _Run:
         last = self.journal.last.get(case.name)
         try:
             expected = {**self.identity, "input": hash_inputs(case) if last else {}}
-            is_done = self.journal.is_done(case.name, self._output_names(case.name), expected)
+            is_done = self.journal.is_done(case.name, self._output_names(case.name, case.slices), expected)
         except MFMError as error:
             self._fail(CaseFailure(case.name, error.code, error.message))
             return True
@@ -325,14 +330,25 @@ class _Run:
                 logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
                 header=ready.header, save_probabilities=request.save_probabilities,
             )  # fmt: skip
+            if request.dicom_seg and case.slices:
+                self._write_segmentation(case, stage)
+
+    def _write_segmentation(self, case: Case, stage: Path) -> None:
+        reader = self.model.plans_manager.plans["image_reader_writer"]
+        mask_1DHW, _ = read_label(inside(stage, f"{case.name}{self.ending}"), reader)
+        labels = DatasetJson.of(self.model.dataset_json).foreground
+        target = inside(stage, f"{case.name}{dicom_seg.ENDING}")
+        with about(case.name):
+            dicom_seg.write_segmentation(mask_1DHW[0], case.slices, labels, self.model.sha256, target)
 
     def _write_labels(self, case: Case, ready: PreparedCase, stage: Path) -> None:
         predicted_K = self.model.predict_labels(ready.x_CDHW)
         write_labels(self.model.heads[0], predicted_K, inside(stage, f"{case.name}{self.ending}"))
 
     def _remove_outdated(self, name: str, stage: Path) -> None:
-        """Remove old probabilities of a case, which do not match its new mask."""
-        for old in (inside(self.folder, f"{name}{ending}") for ending in (self.ending, *PROBABILITIES)):
+        """Remove old probabilities and segmentations of a case, which do not match its new mask."""
+        endings = (self.ending, *PROBABILITIES, dicom_seg.ENDING)
+        for old in (inside(self.folder, f"{name}{ending}") for ending in endings):
             if not os.path.isfile(old) or os.path.exists(stage / old.name):
                 continue
             if self.request.overwrite or sha256(old) in self.journal.written.get(old.name, ()):
@@ -359,8 +375,9 @@ class _Run:
             return failure
         return replace(failure, reason=f"{failure.reason} (traceback: {ERROR_FOLDER}/{file.name})", details="")
 
-    def _output_names(self, case: str) -> list[str]:
-        endings = (self.ending, *(PROBABILITIES if self.request.save_probabilities else ()))
+    def _output_names(self, case: str, slices: Sequence[Path] = ()) -> list[str]:
+        endings = [self.ending, *(PROBABILITIES if self.request.save_probabilities else ())]
+        endings += [dicom_seg.ENDING] if self.request.dicom_seg and slices else []
         return [f"{case}{ending}" for ending in endings]
 
     def _fail(self, failure: CaseFailure, seconds: float = 0.0) -> None:

@@ -122,7 +122,7 @@ def _predicted_case(
     reference = inside(Path(request.references), f"{name}{ending}") if request.references else None
     return PredictedCase(
         name,
-        image=item.images[0] if isinstance(item, Case) else None,
+        image=(item.slices or item.images[0]) if isinstance(item, Case) else None,
         mask=inside(folder, f"{name}{ending}"),
         reference=reference if reference is not None and reference.is_file() else None,
         status=STATES.get(status, status),

@@ -39,8 +39,8 @@ class PredictedCase:
     """What is known about a case: files, and how its prediction ended."""
 
     name: str
-    image: Path | None = None
-    """First channel."""
+    image: Path | Sequence[Path] | None = None
+    """First channel; several files are the slices of a DICOM series."""
     mask: Path | None = None
     reference: Path | None = None
     status: str = "done"

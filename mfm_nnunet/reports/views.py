@@ -78,11 +78,14 @@ class Plane:
         return height, width
 
 
-def read_oriented(file: Path, is_label: bool = False) -> OrientedImage:
-    """Read an image; colours become grey. Raises RuntimeError (SimpleITK) for a file that is not an image."""
+def read_oriented(file: Path | Sequence[Path], is_label: bool = False) -> OrientedImage:
+    """Read an image, or the sorted slices of a DICOM series; colours become grey.
+
+    Raises RuntimeError (SimpleITK) for a file that is not an image.
+    """
     import SimpleITK as sitk
 
-    image = sitk.ReadImage(str(file))
+    image = sitk.ReadImage(str(file) if isinstance(file, Path) else [str(name) for name in file])
     array, spacing = sitk.GetArrayViewFromImage(image), image.GetSpacing()[::-1]
     if image.GetNumberOfComponentsPerPixel() > 1:
         array = array[..., 0] if is_label else array.mean(-1)
@@ -91,7 +94,9 @@ def read_oriented(file: Path, is_label: bool = False) -> OrientedImage:
     if image.GetDimension() == 3:
         name = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
         array, spacing = reorient(array, name[::-1], spacing)
-    return OrientedImage(*_without_single(array, spacing), ending_of(file) not in PICTURES)
+    return OrientedImage(
+        *_without_single(array, spacing), not isinstance(file, Path) or ending_of(file) not in PICTURES
+    )
 
 
 def reorient(

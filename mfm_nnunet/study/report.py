@@ -39,7 +39,7 @@ def make_table(study: Study) -> str:
     for metric in (metrics := METRICS[study.dataset.task]):
         lines += ["", f"## {_long_title(metric, study)}", ""]
         lines += _markdown(_columns(study, metric), [_score_row(study, row, metric) for row in rows])
-    lines += ["", "## Each label", "", *_per_label(rows, metrics)]
+    lines += ["", "## Each label", "", *_per_label(rows, {metric: _title_of_one(metric, study) for metric in metrics})]
     lines += ["", "## How to read this", "", *_notes(study), *_training(study)]
     if summary["failed"]:
         failed = (in_markdown(f"{name}: {reason}") for name, reason in summary["failed"].items())
@@ -206,14 +206,20 @@ def _limits(study: Study) -> tuple[int, int]:
     return min(numbers), max(numbers)
 
 
-def _per_label(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
-    names = list(rows[0][metrics[0]]["per_label"]) if rows else []
+def _title_of_one(metric: str, study: Study) -> str:
+    """Return the title of a metric of one label: the balanced accuracy of classes is the mean of their recalls."""
+    is_recall = metric == "balanced_accuracy" and study.dataset.task == "classification"
+    return "recall" if is_recall else TITLES[metric]
+
+
+def _per_label(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    names = list(rows[0][next(iter(titles))]["per_label"]) if rows else []
     lacking = list(rows[0]["false_positives"]) if rows else []
-    columns = [f"{name}, {title}" for name in names for title in map(TITLES.get, metrics)]
+    columns = [f"{name}, {title}" for name in names for title in titles.values()]
     columns += [f"{name}, false positives" for name in lacking]
     cells = []
     for row in rows:
-        scores = [_format_score(row[metric]["per_label"][name]) for name in names for metric in metrics]
+        scores = [_format_score(row[metric]["per_label"][name]) for name in names for metric in titles]
         scores += ["{predicted} of {cases}".format(**row["false_positives"][name]) for name in lacking]
         cells.append([str(row["labels"]), row["arm"], *scores])
     return _markdown(["labels", "start", *columns], cells)

@@ -287,27 +287,6 @@ def test_two_files_of_one_channel(tmp_path: Path) -> None:
     assert "a_0000.nii and a_0000.nii.gz" in message
 
 
-DICOM = b"\0" * 128 + b"DICM" + b"\0" * 20
-
-
-def test_dicom_without_endings_is_recognised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In a folder, as a single file, in a zip archive, and beside images."""
-    folder = tmp_path / "patient"
-    (file,) = touch(folder, "series/IM0001")
-    file.write_bytes(DICOM)
-    convert = "pip install dcm2niix; dcm2niix -z y -o nifti dicom/"
-    assert convert in refusal("E_NOT_FOUND", index_source, folder)
-    assert convert in refusal("E_FORMAT", index_source, file)
-    archive = tmp_path / "patient.zip"
-    with zipfile.ZipFile(archive, "w") as content:
-        content.writestr("readme.txt", "x")
-        content.write(file, "series/IM0001")
-    refusal("E_FORMAT", index_source, archive, words=(convert, "series/IM0001"))
-    touch(folder, "a.nii.gz")
-    assert len(index_source(folder)) == 1
-    assert convert in caplog.text
-
-
 def test_archives_without_dicom(tmp_path: Path) -> None:
     archive = tmp_path / "scans" / "scans.zip"
     archive.parent.mkdir()

@@ -449,24 +449,45 @@ def test_names_without_a_channel_number(model: Path, scans: Path, out: Path, tmp
     assert not (tmp_path / "out2").exists()
 
 
-def test_images_of_another_ending_are_not_left_out_silently(
+def test_formats_may_be_mixed(
     model: Path, scans: Path, out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Volumes of any format give the same mask on their own grid; pictures are left out, doubled names refused."""
     source = tmp_path / "scans"
     source.mkdir()
-    for name in ("a_0000.nii.gz", "b_0000.NII.GZ", "c_0000.nii", "d_0000.nrrd", "notes.txt"):
-        shutil.copy(scans / "a_0000.nii.gz", source / name)
+    image = sitk.ReadImage(str(scans / "a_0000.nii.gz"))
+    for name in ("a_0000.nii.gz", "b_0000.nrrd", "c_0000.nii", "d_0000.mha", "e_0000.mha", "e_0000.nrrd"):
+        sitk.WriteImage(image, str(source / name))
+    shutil.copy(scans / "a_0000.nii.gz", source / "f_0000.NII.GZ")
+    (source / "g.png").write_bytes(b"left out")
     with caplog.at_level("WARNING"), pytest.raises(CasesFailedError) as caught:
         predict_folder(model, source, out)
-    assert {failure.case: failure.code for failure in caught.value.failures} == {
-        "b_0000.NII.GZ": "E_FORMAT",
-        "c_0000.nii": "E_FORMAT",
-    }
-    assert "Rename it to b_0000.nii.gz" in str(caught.value)
-    assert "Convert it to c_0000.nii.gz" in str(caught.value)
+    codes = {failure.case: failure.code for failure in caught.value.failures}
+    assert codes == {"e": "E_CONFIG", "f_0000.NII.GZ": "E_FORMAT"}
+    assert "Rename it to f_0000.nii.gz" in str(caught.value)
     assert "1 images are left out" in caplog.text
-    assert "d_0000.nrrd" in caplog.text
-    assert _masks(out).keys() == {"a.nii.gz"}
+    assert _masks(out).keys() == {f"{name}.nii.gz" for name in "abcd"}
+    for name in "bcd":
+        assert np.array_equal(voxels_of(out / f"{name}.nii.gz"), voxels_of(out / "a.nii.gz"))
+        mask = sitk.ReadImage(str(out / f"{name}.nii.gz"))
+        for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+            assert np.allclose(getattr(mask, get)(), getattr(image, get)(), atol=1e-6)
+
+
+def test_one_file(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:
+    """Of a folder with others; of several channels any one names the case; a file of another kind is refused."""
+    assert predict_folder(model, scans / "b.1_0000.nii.gz", out).done == ["b.1"]
+    two = save_model(tmp_path / "m", tiny_plans(channels=2), dataset_json(channels=("T1", "T2")))
+    (tmp_path / "in").mkdir()
+    for name in ("x", "y"):
+        for channel in (0, 1):
+            write_scan(tmp_path / "in" / f"{name}_000{channel}.nii.gz", channel)
+    assert predict_folder(two, tmp_path / "in" / "y_0001.nii.gz", tmp_path / "out2").done == ["y"]
+    (tmp_path / "notes.txt").write_text("x")
+    for file in (tmp_path / "notes.txt", tmp_path / "nowhere.nii.gz"):
+        with pytest.raises(MFMError, match="E_NOT_FOUND"):
+            predict_folder(model, file, tmp_path / "out3")
+    assert not (tmp_path / "out3").exists()
 
 
 def test_names_that_some_file_systems_take_for_one(model: Path, scans: Path, out: Path, tmp_path: Path) -> None:

@@ -218,6 +218,7 @@ def test_the_table_counts_labels(tmp_path: Path) -> None:
     lines = report.make_table(study).splitlines()
     titles = [line for line in lines if line.startswith("## ")]
     assert titles == ["## Balanced accuracy", "## AUROC", "## Each label", "## How to read this"]
+    assert "| labels | start | ill, recall | ill, AUROC | well, recall | well, AUROC |" in lines
     rows_of = {row["arm"]: row for row in study.results["rows"] if row["labels"] == 2}
     assert rows_of["probe"]["auroc"]["mean"] == pytest.approx(1)
     assert rows_of["scratch"]["auroc"]["mean"] < 0.9
