@@ -61,7 +61,9 @@ def rank(entries: Sequence[dict[str, Any]], labelled: Sequence[dict[str, Any]]) 
         score_N = np.maximum(1 - agreement_N, LEAST) * distance
         chosen = max(left, key=lambda index: (score_N[index], -index))
         place = float(np.searchsorted(order, agreement_N[chosen])) / len(order)
-        reason = _give_reason(agreement_N[chosen], place, float(distance[chosen]), name_N[chosen], name_N[chosen] in known)
+        reason = _give_reason(
+            agreement_N[chosen], place, float(distance[chosen]), name_N[chosen], name_N[chosen] in known
+        )
         rows.append((entries[chosen]["case"], float(agreement_N[chosen]), float(distance[chosen]), reason))
         left.remove(chosen)
         approach(own_NF[chosen], entries[chosen]["case"])
