@@ -273,7 +273,7 @@ def choose(folder: Path, unlabelled: Unlabelled, drop: float, corrections: Mappi
     kept = tuple(case for case in names if case not in dropped)
     if not kept:
         raise MFMError("E_CONFIG", f"{folder}: there is no pseudo-labelled image. Lower semi.drop={drop}.")
-    write_table(folder, [entries[case] for case in names], dropped, corrections)
+    write_agreements(folder, [entries[case] for case in names], dropped, corrections)
     known = [entry for name, entry in entries.items() if "mask" not in entry or name in corrections]
     rank([entries[case] for case in names if case not in corrections], known).write(folder / RANKING)
     files = {case: inside(hard if case in corrections else folder / SOFT, f"{case}.b2nd") for case in kept}
@@ -281,7 +281,9 @@ def choose(folder: Path, unlabelled: Unlabelled, drop: float, corrections: Mappi
     return Used(replace(unlabelled, cases=kept, labels=files), digest_of(content))
 
 
-def write_table(folder: Path, entries: Sequence[Entry], dropped: set[str], corrections: Mapping[str, Path]) -> None:
+def write_agreements(
+    folder: Path, entries: Sequence[Entry], dropped: set[str], corrections: Mapping[str, Path]
+) -> None:
     """Write ``pseudo_labels.csv``, the images on which the teachers agree least first."""
 
     def use(case: str) -> str:

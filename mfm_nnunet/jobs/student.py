@@ -127,7 +127,9 @@ class _Teaching:
             if number < rounds:
                 with results_in(self.here, self.folder / ROUNDS / str(number)) as there:
                     folder = self._train(there, self.block, {"unlabelled": used.unlabelled})
-                logger.info("the student of round %d: validation Dice %s", number, _in_words(_validation_dice(folder)))
+                logger.info(
+                    "the student of round %d: validation Dice %s", number, _format_dice(_validation_dice(folder))
+                )
                 teachers = [*teachers, *load_teachers([folder.parent], self.job.device)]
         self._require_the_same(used)
         return used
@@ -272,12 +274,12 @@ def _validation_dice(fold: Path) -> float:
     return float(value.get("foreground_mean", {}).get("Dice", math.nan))
 
 
-def _in_words(dice: float) -> str:
+def _format_dice(dice: float) -> str:
     return "unknown" if math.isnan(dice) else f"{dice:.3f}"
 
 
 def _warn_of_weakness(fold: Path, dice: float) -> None:
-    logger.info("teacher %s: validation Dice %s", fold, _in_words(dice))
+    logger.info("teacher %s: validation Dice %s", fold, _format_dice(dice))
     if math.isnan(dice):
         logger.warning("%s: this teacher was never validated, so nobody knows what its labels are worth", fold)
     elif dice < WEAK_DICE:
