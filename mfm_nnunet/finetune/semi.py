@@ -48,14 +48,14 @@ def make_task(trainer: MFMTrainer) -> SegmentationTask:
     return SegmentationTask(*_parts(trainer)) if method is None else MAKERS[method](trainer)
 
 
-def _parts(trainer: MFMTrainer) -> tuple[Any, ...]:
+def _parts(trainer: MFMTrainer) -> tuple[Any, Any, Any, Any]:
     labels = trainer.label_manager
     return trainer.network, trainer.loss, labels.has_regions, labels.ignore_label
 
 
 MAKERS: dict[str, Callable[[MFMTrainer], SegmentationTask]] = {
     "consistency": lambda trainer: ConsistencyTask(*_parts(trainer)),
-    "student": lambda trainer: StudentTask(*_parts(trainer), soft=soft_targets_of(trainer)),
+    "student": lambda trainer: StudentTask(*_parts(trainer), soft_targets_of(trainer)),
 }
 """What makes the task of each method."""
 

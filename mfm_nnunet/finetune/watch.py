@@ -15,7 +15,8 @@ import numpy as np
 
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.reports.progress import plot_examples, plot_watch
+from mfm_nnunet.reports.examples import plot_examples
+from mfm_nnunet.reports.progress import plot_watch
 
 LOG, PLOT, EXAMPLES = "unlabelled.jsonl", "unlabelled.png", "unlabelled_examples.png"
 WEAK_DICE = 0.6
