@@ -157,19 +157,25 @@ class SliceSettings:
 class SemiSettings:
     """Settings of training with unlabelled images beside the labelled ones (``--unlabelled``)."""
 
-    method: Literal["consistency", "student"] | None = None
-    """consistency: the network labels an unlabelled crop, and learns these labels on a stronger view of it. student:
-    several teachers label the images first, and a new network learns from both."""
+    method: Literal["consistency", "mean_teacher", "student"] | None = None
+    """consistency: the network labels an unlabelled crop, and learns these labels on a stronger view of it.
+    mean_teacher: the averaged weights label it, and it exchanges a box with a labelled crop (arXiv 2305.00673).
+    student: several teachers label the images first, and a new network learns from both."""
     weight: float | None = ranged(None, 0, 100)
-    """Weight w of the unlabelled crops: the loss is (labelled + w unlabelled) / (1 + w). None: 1."""
+    """Weight w of the unlabelled crops: the loss is (labelled + w unlabelled) / (1 + w). None: 1 for consistency and
+    student, 0.5 for mean_teacher."""
     start: float | None = ranged(None, 0, 1)
-    """Share of the steps that train on labels alone, before the unlabelled images come. None: 0.1 for consistency, 0
-    for student, whose teachers have trained on them."""
+    """Share of the steps that train on labels alone, before the unlabelled images come. None: 0.1; 0 for student, whose
+    teachers have trained on them."""
     ramp: float | None = ranged(None, 0, 1)
-    """Share of the steps, from ``start`` on, in which the weight rises. None: 0."""
+    """Share of the steps, from ``start`` on, in which the weight rises. None: 0; 0.4 for mean_teacher."""
     strong: Literal["auto", "turn", "intensity"] = "auto"
-    """The stronger view is turned by multiples of 90 degrees and mirrored, or has other intensities. auto: turned where
-    nnU-Net itself turns crops fully and mirrors them (2D, flat patches), else other intensities."""
+    """consistency: the stronger view is turned by multiples of 90 degrees and mirrored, or has other intensities. auto:
+    turned where nnU-Net itself turns crops fully and mirrors them (2D, flat patches), else other intensities."""
+    box: float = ranged(2 / 3, 0, 1, above=True, below=True)
+    """mean_teacher: sides of the exchanged box, as a share of the crop's."""
+    largest_component: bool = False
+    """mean_teacher: keep the largest component of each class of a pseudo label. For single organs, not for lesions."""
     teachers: int = ranged(3, 2, 20)
     """student: teachers that are trained, each under a seed of its own; from 8 labelled cases on, each without another
     eighth of them."""

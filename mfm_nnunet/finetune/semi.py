@@ -8,6 +8,7 @@ To add a method: name it in ``SemiSettings.method`` and PUBLISHED, and write its
 
 from __future__ import annotations
 
+import copy
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from mfm_nnunet.finetune.loading import Batch, Loaded, make_deterministic, read_
 from mfm_nnunet.finetune.student import make_student_batches, soft_targets_of
 from mfm_nnunet.settings import SemiSettings, to_dict
 from mfm_nnunet.tasks.consistency import ConsistencyTask, turn
+from mfm_nnunet.tasks.mean_teacher import MeanTeacherTask
+from mfm_nnunet.tasks.mixing import draw_box
 from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.tasks.student import StudentTask
 
@@ -53,8 +56,21 @@ def _parts(trainer: MFMTrainer) -> tuple[Any, Any, Any, Any]:
     return trainer.network, trainer.loss, labels.has_regions, labels.ignore_label
 
 
+def _mean_teacher(trainer: MFMTrainer) -> MeanTeacherTask:
+    """Make the task; without an ignore label in the dataset, the loss of the mixed crops gets one."""
+    labels, partial = trainer.label_manager, copy.copy(trainer)
+    ignored = labels.ignore_label
+    if ignored is None:
+        ignored = labels.num_segmentation_heads
+        partial.label_manager = types.SimpleNamespace(has_regions=labels.has_regions, ignore_label=ignored)
+    average, keeps_largest = trainer.optimisation.averaged, trainer.block.semi.largest_component
+    network, *parts = _parts(trainer)
+    return MeanTeacherTask(network, partial._build_loss(), ignored, average, keeps_largest, *parts)
+
+
 MAKERS: dict[str, Callable[[MFMTrainer], SegmentationTask]] = {
     "consistency": lambda trainer: ConsistencyTask(*_parts(trainer)),
+    "mean_teacher": _mean_teacher,
     "student": lambda trainer: StudentTask(*_parts(trainer), soft_targets_of(trainer)),
 }
 """What makes the task of each method."""
@@ -125,7 +141,7 @@ class _Outside:
 
 @dataclass(frozen=True)
 class Views:
-    """Make the stronger view of crops: turned and mirrored by ``turns``, or of other intensities."""
+    """Make the stronger view of crops, turned and mirrored or of other intensities, and draw a box to exchange."""
 
     turns: bool
     quarters: int
@@ -133,16 +149,24 @@ class Views:
     flips: tuple[bool, ...]
     """Axes that may be mirrored."""
     intensities: ComposeTransforms
+    box: float
+    """Sides of the box, as a share of the crop's."""
 
     def __call__(self, weak_BCDHW: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Return the stronger view, and how it was turned. Changes of intensity draw from the global generators."""
+        """Return the stronger view, how it was turned, and the box (axes, 2).
+
+        Changes of intensity draw from the global generators.
+        """
+        turns = torch.zeros(len(weak_BCDHW), 1 + len(self.flips), dtype=torch.int64)
         if self.turns:
-            drawn = [[self.quarters * int(rng.integers(4)) % 4, *(rng.random(len(self.flips)) < 0.5) * self.flips]
-                     for _ in weak_BCDHW]  # fmt: skip
-            turns = torch.tensor(np.array(drawn, np.int64))
-            return {"strong": turn(weak_BCDHW, turns), "turns": turns}
-        strong = torch.stack([self.intensities(image=weak.clone())["image"] for weak in weak_BCDHW])
-        return {"strong": strong, "turns": torch.zeros(len(strong), 1 + len(self.flips), dtype=torch.int64)}
+            for drawn in turns:
+                flips = (rng.random(len(self.flips)) < 0.5) & self.flips
+                drawn[:] = torch.tensor([self.quarters * rng.integers(4) % 4, *flips])
+            strong = turn(weak_BCDHW, turns)
+        else:
+            strong = torch.stack([self.intensities(image=weak.clone())["image"] for weak in weak_BCDHW])
+        box = draw_box(weak_BCDHW.shape[2:], self.box, rng)
+        return {"strong": strong, "turns": turns, "box": torch.tensor([[side.start, side.stop] for side in box])}
 
 
 @dataclass(frozen=True)
@@ -224,11 +248,14 @@ def choose_views(trainer: MFMTrainer, augmentation: tuple[Any, ...]) -> Views:
 
     Elsewhere, e.g. in 3D, classes may be told apart by their direction, as anterior and posterior hippocampus are.
     """
-    manager, strong = trainer.configuration_manager, trainer.block.semi.strong
+    manager, settings = trainer.configuration_manager, trainer.block.semi
     rotation, do_dummy_2d, _, mirror = augmentation
     patch, spacing = manager.patch_size, manager.spacing or (1.0, 1.0)
     is_square = patch[-1] == patch[-2] and math.isclose(spacing[-1], spacing[-2], rel_tol=0.05)
-    turns = strong == "turn" or (strong == "auto" and bool(mirror) and max(np.atleast_1d(rotation)) >= math.pi)
+    allowed = settings.strong == "turn" or (
+        settings.strong == "auto" and bool(mirror) and max(np.atleast_1d(rotation)) >= math.pi
+    )
+    turns = allowed and settings.method == "consistency"  # a mixed crop has one geometry
     transforms = trainer.get_training_transforms(patch, rotation, None, mirror, do_dummy_2d)
     changes = [step for step in transforms.transforms if isinstance(step, RandomTransform)]
     for change in changes:
@@ -238,5 +265,5 @@ def choose_views(trainer: MFMTrainer, augmentation: tuple[Any, ...]) -> Views:
     flips = tuple(axis in (mirror or ()) for axis in range(len(patch)))
     if trainer.local_rank == 0:
         kind = "turned and mirrored" if turns else "of other intensities"
-        trainer.print_to_log_file(f"unlabelled crops: the stronger view is {kind} (semi.strong={strong})")
-    return Views(turns, 1 if is_square else 2, flips, intensities)
+        trainer.print_to_log_file(f"unlabelled crops: the stronger view is {kind} (semi.strong={settings.strong})")
+    return Views(turns, 1 if is_square else 2, flips, intensities, settings.box)

@@ -43,8 +43,11 @@ MAY_DIFFER = ("num_workers", "finetune.checkpoint.licence", "finetune.checkpoint
 """Settings that a resumed run may change because they do not affect its result."""
 FEW_CASES = 10
 """Largest number of labelled cases for which published adapters were as good as training all weights."""
+TEACHER_DECAY = 0.99
+"""Decay of the averaged weights that teach (arXiv 2305.00673)."""
 PUBLISHED: dict[str, dict[str, float]] = {
     "consistency": {"weight": 1.0, "ramp": 0.0, "start": 0.1},
+    "mean_teacher": {"weight": 0.5, "ramp": 0.4, "start": 0.1},
     "student": {"weight": 1.0, "ramp": 0.0, "start": 0.0},
 }
 """Weight of the unlabelled images, share of the steps in which it rises, and share before it, by method."""
@@ -146,7 +149,11 @@ def resolve(
         decoder_epochs=resolved_decoder_epochs(settings),
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,
     )
-    return dataclasses.replace(block, finetune=settings, semi=resolve_semi(block.semi))
+    semi = resolve_semi(block.semi)
+    if semi.method == "mean_teacher" and settings.ema_decay is None:
+        logger.info("finetune.ema_decay=%g: the averaged weights teach, and are validated and shipped", TEACHER_DECAY)
+        settings = dataclasses.replace(settings, ema_decay=TEACHER_DECAY)
+    return dataclasses.replace(block, finetune=settings, semi=semi)
 
 
 def resolve_semi(semi: SemiSettings) -> SemiSettings:

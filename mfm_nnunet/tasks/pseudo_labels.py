@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mfm_nnunet.models.backbone import modes_kept
 from mfm_nnunet.tasks.base import TaskOutput
+from mfm_nnunet.tasks.mixing import downsample_targets
 from mfm_nnunet.tasks.segmentation import SegmentationTask
 
 CONFIDENT = 0.95
@@ -67,12 +68,8 @@ class PseudoLabelTask(SegmentationTask):
         """Return a target in the form and the types of ``like``, by nearest neighbours, as nnU-Net's loaders do."""
         if not isinstance(like, list):
             return target.to(like.dtype)
-        resized = [
-            target if other.shape[2:] == target.shape[2:] else
-            torch.nn.functional.interpolate(target.float(), other.shape[2:], mode="nearest-exact")
-            for other in like
-        ]  # fmt: skip
-        return [one.to(other.dtype) for one, other in zip(resized, like)]
+        scales = [[small / whole for small, whole in zip(one.shape[2:], target.shape[2:])] for one in like]
+        return [one.to(other.dtype) for one, other in zip(downsample_targets(target, scales), like)]
 
     def _harden(self, output_BKDHW: Tensor) -> Tensor:
         if not self._has_regions:
