@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from mfm_nnunet.jobs.plan import plan_and_preprocess
     from mfm_nnunet.jobs.predict import predict
     from mfm_nnunet.jobs.pretrain import pretrain
-    from mfm_nnunet.jobs.train import rank_unlabelled, train
+    from mfm_nnunet.jobs.rank import rank_unlabelled
+    from mfm_nnunet.jobs.train import train
 
 __all__ = [
     "__version__",
@@ -35,7 +36,7 @@ _HOMES = {
     "plan_and_preprocess": "jobs.plan",
     "predict": "jobs.predict",
     "pretrain": "jobs.pretrain",
-    "rank_unlabelled": "jobs.train",
+    "rank_unlabelled": "jobs.rank",
     "train": "jobs.train",
 }
 

@@ -161,6 +161,18 @@ def available_memory() -> int:
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_memory_limits()])
 
 
+def memory_in_use(device: torch.device) -> tuple[int, int]:
+    """Return the most bytes that this process used so far, on the GPU or in main memory, and the bytes available."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    import resource  # not on Windows, like the rest of training
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024, available_memory()
+
+
 def require_memory(needed: int, what: str, advice: str) -> None:
     """Raise MFMError (E_TOO_LARGE) if ``what``, the beginning of a sentence, needs more than the available memory."""
     available = available_memory()

@@ -40,6 +40,7 @@ KEY_FILE = (
 DEVICE = "-device --device", "auto (default) uses a GPU if there is one; choose it with CUDA_VISIBLE_DEVICES"
 DATASET = "-d --dataset", "name or number of the dataset"
 CONFIGURATION = "-c --configuration", "configuration, e.g. 3d_fullres or 2d"
+DRY_RUN = "--dry-run", "print what would be done and what it costs, and write nothing"
 PLANS = (
     "-p --plans",
     "name of the plan (default: the one made like the given checkpoint, else the only one, else mfmPlans)",
@@ -184,6 +185,7 @@ class PlanRequest(Request):
         None, "-np --num-processes", "number of processes (default: the CPU cores)", metavar="N", check=at_least_one
     )
     preprocess: bool = option(True, "--no_pp --no-preprocessing", "plan only")
+    dry_run: bool = option(False, *DRY_RUN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,6 +228,7 @@ class RunRequest(ConfigurationRequest):
     )
     device: str = option("auto", *DEVICE, choices=DEVICES)
     num_gpus: int = option(1, "-num_gpus --num-gpus", "number of GPUs", metavar="N", check=at_least_one)
+    dry_run: bool = option(False, *DRY_RUN)
 
 
 @dataclass(frozen=True)
@@ -380,6 +383,7 @@ class PredictRequest(Request):
         1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
     )
     part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=_part)
+    dry_run: bool = option(False, *DRY_RUN)
     device: str = option("auto", *DEVICE, choices=DEVICES)
 
     def __post_init__(self) -> None:

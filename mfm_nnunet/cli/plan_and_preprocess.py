@@ -45,4 +45,5 @@ def _run(arguments: argparse.Namespace) -> None:
     from mfm_nnunet import plan_and_preprocess
 
     for result in plan_and_preprocess(**options):
-        terminal.print_path(result.file)
+        if not arguments.dry_run:
+            terminal.print_path(result.file)

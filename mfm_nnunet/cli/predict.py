@@ -50,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from mfm_nnunet import predict
 
     report = predict(**options)
-    print(f"predictions: {report.table}" if report.table else f"masks: {arguments.output_folder}")
+    if not arguments.dry_run:
+        print(f"predictions: {report.table}" if report.table else f"masks: {arguments.output_folder}")
 
 
 def _set_verbosity(arguments: argparse.Namespace) -> None:

@@ -45,7 +45,9 @@ def _run(arguments: argparse.Namespace) -> None:
     options = common.options_of(PretrainRequest, arguments)
     from mfm_nnunet import pretrain
 
-    terminal.print_path(pretrain(**options))
+    checkpoint = pretrain(**options)
+    if not arguments.dry_run:
+        terminal.print_path(checkpoint)
 
 
 def _list_tasks(arguments: argparse.Namespace) -> None:

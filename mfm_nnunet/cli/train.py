@@ -42,4 +42,5 @@ def _run(arguments: argparse.Namespace) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints progress; stdout gets the result
         folder = train(**options)
-    terminal.print_path(folder)
+    if not arguments.dry_run:
+        terminal.print_path(folder)

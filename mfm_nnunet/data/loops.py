@@ -112,6 +112,18 @@ def in_threads(
             yield case, future.result()
 
 
+def one_ahead(begin: Callable[[Case], Future[Result]], cases: Iterable[Case]) -> Iterator[tuple[Case, Future[Result]]]:
+    """Yield each case with its preparation, while that of the next case is already running."""
+    waiting: tuple[Case, Future[Result]] | None = None
+    for case in cases:
+        submitted = (case, begin(case))
+        if waiting is not None:
+            yield waiting
+        waiting = submitted
+    if waiting is not None:
+        yield waiting
+
+
 @contextlib.contextmanager
 def reader_threads(number: int) -> Iterator[ThreadPoolExecutor]:
     """Yield an executor for reading. On an early exit, such as a signal, its threads are not waited for."""

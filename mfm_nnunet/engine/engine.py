@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_nnunet import checkpoint
-from mfm_nnunet.device import autocast
+from mfm_nnunet.device import autocast, memory_in_use
 from mfm_nnunet.engine.optim import SMALLEST_LOSS_SCALE, WeightAverage
 from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import StoppedError
@@ -30,6 +31,10 @@ from mfm_nnunet.settings import PretrainSettings, TrainingSettings
 from mfm_nnunet.signals import StopFlag, name_of, stop_on_signal
 from mfm_nnunet.tasks.base import Task, TaskOutput
 
+TIMED_STEPS = 3
+"""First steps of a run, from which its time and memory are told."""
+VALIDATION_COST = 1 / 3
+"""Time of a validation batch as a share of a training step: the forward pass alone."""
 Batch = dict[str, Any]
 """Tensors, or lists of them. Other values are passed through unchanged."""
 Pictures = Mapping[str, Tensor] | None
@@ -139,7 +144,7 @@ class Engine:
         or gradient that is not finite.
         """
         run, state, settings = self._run, self.state, self._settings
-        first, per_epoch = state.step, settings.iterations_per_epoch
+        first, per_epoch, seconds = state.step, settings.iterations_per_epoch, list[float]()
         stream = run.training_batches(first)
         name, silent = "pretraining" if self._section == "pretrain" else "training", not self._world.is_main
         with (
@@ -150,20 +155,51 @@ class Engine:
             for step in range(first, self.total_steps):
                 start = time.monotonic()
                 epoch, in_epoch = divmod(step, per_epoch)
-                if in_epoch == 0 or step == first:
-                    self._module.train()
-                    run.begin_epoch(epoch)
-                batch = next(stream)
-                run.begin_step(step)
-                state.loss_sum += self.step(batch, step)
+                state.loss_sum += self._next_step(stream, step, is_first=step == first)
                 state.loss_count += 1
                 state.step = step + 1
-                state.epoch_seconds += time.monotonic() - start
+                seconds.append(time.monotonic() - start)
+                state.epoch_seconds += seconds[-1]
+                if len(seconds) == TIMED_STEPS and self._world.is_main:
+                    say(self._describe_cost(seconds))
                 advance(f"epoch {epoch + 1}/{settings.epochs}, loss {state.loss_sum / state.loss_count:.4f}")
                 if in_epoch + 1 == per_epoch:
                     self._end_epoch(epoch, record)
                 if state.step < self.total_steps:
                     self._stop_if_asked(stop)
+
+    def rehearse(self) -> None:
+        """Take the first steps and say how long the run takes and how much memory. Nothing is validated or saved."""
+        first, seconds = self.state.step, []
+        stream = self._run.training_batches(first)
+        for step in range(first, min(first + TIMED_STEPS, self.total_steps)):
+            start = time.monotonic()
+            self._next_step(stream, step, is_first=step == first)
+            seconds.append(time.monotonic() - start)
+        if seconds:
+            say(self._describe_cost(seconds))
+
+    def _next_step(self, stream: Iterator[Batch], step: int, is_first: bool) -> float:
+        """Take the next step of the run, on the next batch of ``stream``, and return its loss."""
+        epoch, in_epoch = divmod(step, self._settings.iterations_per_epoch)
+        if in_epoch == 0 or is_first:
+            self._module.train()
+            self._run.begin_epoch(epoch)
+        batch = next(stream)
+        self._run.begin_step(step)
+        return self.step(batch, step)
+
+    def _describe_cost(self, seconds: Sequence[float]) -> str:
+        """Return a line on the time and memory of the steps left, from the seconds of some steps."""
+        settings, each = self._settings, statistics.median(seconds)
+        validation = VALIDATION_COST * settings.validation_iterations / settings.iterations_per_epoch
+        hours = each * (1 + validation) * (self.total_steps - self.state.step) / 3600
+        used, available = memory_in_use(self._run.device)
+        return (
+            f"{len(seconds)} steps timed on {self._run.device}: {each:.2f} s each, so {self.total_steps} steps in "
+            f"{settings.epochs} epochs need about {f'{hours:.1f} hours' if hours >= 1 else f'{hours * 60:.1f} minutes'}"
+            f" from here; memory so far {used / 1e9:.1f} of {available / 1e9:.1f} GB"
+        )
 
     def step(self, batch: Batch, number: int) -> float:
         """Take optimisation step ``number`` (0-based) and return its loss, the mean over all processes.

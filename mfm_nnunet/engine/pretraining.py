@@ -104,6 +104,12 @@ class Pretraining:
             (self.folder / "resume_previous.pth").unlink(missing_ok=True)
         return final
 
+    def rehearse(self, continue_training: bool = False) -> None:
+        """Take a few steps and say what the run costs; nothing is written."""
+        if continue_training:
+            self._load()
+        self._engine.rehearse()
+
     # The Run protocol
 
     def training_batches(self, first_step: int, num_workers: int | None = None) -> Iterator[Batch]:

@@ -186,6 +186,10 @@ class ClassificationRun:
         self.engine.train()
         (self.folder / STATE_FILES[1]).unlink(missing_ok=True)
 
+    def rehearse(self) -> None:
+        """Take a few steps and say what the run costs."""
+        self.engine.rehearse()
+
     # The Run protocol
 
     @property

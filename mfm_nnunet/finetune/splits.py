@@ -27,8 +27,10 @@ Maker = Callable[[Sequence[str], Mapping[str, str]], list[Split]]
 """Makes folds of cases; the mapping gives the subject of a case."""
 
 
-def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selection, make: Maker | None = None) -> Split:
-    """Return the training and validation cases of ``fold``; write the split file if there is none.
+def choose_split(
+    fold: int | str, preprocessed_folder: Path, selection: Selection, make: Maker | None = None, *, keep: bool = True
+) -> Split:
+    """Return the training and validation cases of ``fold``; write the split file if there is none (``keep``).
 
     ``make`` makes folds of cases and their subjects, by default :func:`make_splits`. Only cases of ``selection`` are
     used. Other cases that are preprocessed or in the file are left out with a warning. Raises MFMError: E_CONFIG (no
@@ -46,7 +48,9 @@ def choose_split(fold: int | str, preprocessed_folder: Path, selection: Selectio
         logger.warning("%s: %s", preprocessed_folder.name, selection.notes()[0])
     if fold == "all":
         return {"train": selection.names, "val": selection.names}
-    splits = ensure_splits(preprocessed_folder, selection.names, {c.name: c.subject for c in selection.cases}, make)
+    splits = ensure_splits(
+        preprocessed_folder, selection.names, {c.name: c.subject for c in selection.cases}, make, keep
+    )
     if not isinstance(fold, int) or not 0 <= fold < len(splits):
         raise MFMError(
             "E_CONFIG",
@@ -68,16 +72,18 @@ def ensure_splits(
     cases: Sequence[str],
     subjects: Mapping[str, str] | None = None,
     make: Maker | None = None,
+    keep: bool = True,
 ) -> list[Split]:
-    """Read the folds in ``splits_final.json``; write the file first if there is none.
+    """Read the folds in ``splits_final.json``; write the file first if there is none (``keep``).
 
     ``subjects`` maps a case to its subject. Other cases count as a subject each.
     """
     file = preprocessed_folder / "splits_final.json"
     if not file.is_file():
         splits = (make or make_splits)(cases, subjects or {})
-        with atomic_write(file) as handle:
-            handle.write(json.dumps(splits, indent=4).encode())
+        if keep:
+            with atomic_write(file) as handle:
+                handle.write(json.dumps(splits, indent=4).encode())
         return splits
     try:
         splits = parse_json(file.read_bytes())

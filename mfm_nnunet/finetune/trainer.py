@@ -242,6 +242,11 @@ class MFMTrainer(nnUNetTrainer):
         self.make_engine().train()
         self.print_to_log_file("Training done.")
 
+    def rehearse(self) -> None:
+        """Take a few steps and say what the run costs."""
+        self._start()
+        self.make_engine().rehearse()
+
     def make_engine(self) -> Engine:
         """Make the engine that trains from the current epoch on."""
         world = ALONE

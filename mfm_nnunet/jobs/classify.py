@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ from mfm_nnunet.finetune.probing import cached_features, fit_probe
 from mfm_nnunet.finetune.splits import choose_split, ensure_splits
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import read_checkpoint
+from mfm_nnunet.jobs.dry_run import scratch_results
 from mfm_nnunet.jobs.pretrain import select_cases
+from mfm_nnunet.jobs.report import report_classifier, reported
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.classifier import Classifier
 from mfm_nnunet.models.networks import build_network
@@ -96,10 +99,17 @@ def train_classifier(
     Raises MFMError for errors the user can fix, StoppedError after a stop signal.
     """
     job = _check(here, request, plan, dataset, overrides, weights)
+    if request.dry_run:
+        with scratch_results() as folder, training_threads(job.device), out_of_memory_is_an_error(_LESS_MEMORY):
+            if job.head != "probe" and not request.only_validate:
+                _make_run(dataclasses.replace(job, folder=folder)).rehearse()
+        logger.info("dry run: nothing was written into %s", job.folder)
+        return job.folder
     job.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(job.folder)
     logger.info("run folder: %s", job.folder)
     with (
+        reported(partial(report_classifier, job.folder)),
         report_full_disk(job.folder),
         training_threads(job.device),
         stop_on_signal(),
@@ -135,7 +145,7 @@ def _check(
             f"mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plan.name}",
         )
     table, selection = _labels(here, dataset_name, dataset, selection)
-    split = choose_split(request.fold, data.parent, selection, table.make_splits)
+    split = choose_split(request.fold, data.parent, selection, table.make_splits, keep=not request.dry_run)
     folder = inside(
         here.results, dataset_name, f"MFMTrainer_{head}__{plan.name}__{configuration}", f"fold_{request.fold}"
     )
@@ -160,11 +170,12 @@ def _check(
         "dataset_json": {**dataset.shared(), "classes": list(table.classes)},
     }
     is_longer = is_resumed and run_settings.is_longer(folder, block, plan.content)
-    _write_description(folder, plan, init_args, block if is_longer or not is_resumed else None)
+    if not request.dry_run:
+        _write_description(folder, plan, init_args, block if is_longer or not is_resumed else None)
     logger.info("settings:\n%s", run_settings.format_settings(block))
     logger.info("%s", table.describe())
     logger.info("%d training and %d validation cases", len(split["train"]), len(split["val"]))
-    num_folds = len(ensure_splits(data.parent, selection.names)) if request.fold != "all" else 0
+    num_folds = 0 if request.fold == "all" or request.dry_run else len(ensure_splits(data.parent, selection.names))
     return Job(head, plan, images, block, folder, device, init_args, pretrained, num_folds)
 
 
@@ -286,16 +297,19 @@ def _build_classifier(job: Job) -> tuple[Classifier, set[str] | None]:
     return classifier, new
 
 
-def _train(job: Job, request: TrainRequest) -> None:
+def _make_run(job: Job) -> ClassificationRun:
     classifier, new = _build_classifier(job)
     weights = torch.ones(1)
     if job.images.table.task != "regression":
         weights = torch.from_numpy(job.images.table.class_weights(job.images.split["train"]))
     task = ClassificationTask(classifier, job.images.table.task, weights)
     workers = default_workers() if job.block.num_workers is None else job.block.num_workers
-    run = ClassificationRun(
-        task, job.images, job.block, job.folder, job.device, job.init_args, new, workers
-    )  # fmt: skip
+    return ClassificationRun(task, job.images, job.block, job.folder, job.device, job.init_args, new, workers)
+
+
+def _train(job: Job, request: TrainRequest) -> None:
+    run = _make_run(job)
+    classifier = run.task.classifier
     run.train(request.continue_training or request.only_validate)
     logits = predict_validation(run)
     with run.optimisation.averaged():

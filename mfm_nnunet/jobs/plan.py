@@ -24,6 +24,7 @@ from mfm_nnunet.files import atomic_write, parse_json, write_json
 from mfm_nnunet.images import decoder
 from mfm_nnunet.interchange.foreign import require_plan
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.jobs.dry_run import scratch_workspace
 from mfm_nnunet.jobs.registration import register
 from mfm_nnunet.jobs.report import report_corpus
 from mfm_nnunet.models.families import family_named
@@ -62,6 +63,8 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     configurations = None if request.configurations is None else tuple(request.configurations)
     results, failures, num_cases = [], [], 0
     with places.use(request.workspace) as here:
+        if request.dry_run:
+            return _rehearse(here, request, source)
         for dataset in request.datasets:
             left_out: list[CaseFailure] = []
             dataset_name = register(here, dataset, request, left_out)
@@ -79,6 +82,29 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
             failures += failed
     if failures:
         raise CasesFailedError(failures, num_cases)
+    return results
+
+
+def _rehearse(here: Workspace, request: PlanRequest, source: Template | None) -> list[PlanResult]:
+    """Plan in a scratch workspace and say what would be written. Returns the plans with their final places."""
+    results = []
+    for dataset in request.datasets:
+        with scratch_workspace(here) as scratch:
+            left_out: list[CaseFailure] = []
+            dataset_name = register(scratch, dataset, replace(request, key_file=None), left_out)
+            cases, failed = fingerprint(scratch, dataset_name, request.num_processes)
+            failed = [*left_out, *failed]
+            result = plan(scratch, dataset_name, request, source)
+            is_corpus = corpus.is_corpus(scratch.raw / dataset_name)
+        result = replace(result, file=here.preprocessed / dataset_name / result.file.name)
+        logger.info("%s\n%s", dataset_name, format_table(result.decisions))
+        for failure in failed:
+            logger.warning("would be left out: %s", failure)
+        asked = None if request.configurations is None else tuple(request.configurations)
+        names = ", ".join(_to_preprocess(result.plans, asked, is_corpus)) if request.preprocess else "nothing"
+        text = "dry run: nothing was written. It would write %s, and preprocess %d cases for: %s"
+        logger.info(text, result.file, len(cases), names)
+        results.append(result)
     return results
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ import torch
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.dicom import find_series, require_choice, write_key
-from mfm_nnunet.data.loops import attempt, reader_threads
+from mfm_nnunet.data.loops import attempt, one_ahead, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
@@ -33,6 +33,7 @@ from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
 from mfm_nnunet.images import decoder
 from mfm_nnunet.images.reading import read_label
+from mfm_nnunet.jobs.dry_run import describe_prediction
 from mfm_nnunet.jobs.report import report_prediction, reported
 from mfm_nnunet.prediction import dicom_seg
 from mfm_nnunet.prediction.cases import (
@@ -134,12 +135,15 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
         found = find_cases(source, model, previous_stage, series)
         if request.dicom_seg and not series:
             raise MFMError("E_CONFIG", f"--dicom-seg: {source} holds no DICOM series to refer to. Leave it out.")
-        if request.key_file is not None:
+        if request.key_file is not None and not request.dry_run:
             write_key(Path(request.key_file), series)
         names = [case_name_of(item) for item in found]
         if request.num_parts > 1:
             others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]
             check_output(folder, others, request)
+        if request.dry_run:
+            describe_prediction(model, found, request)
+            return PredictReport(output_folder=folder)
         if request.overwrite:
             warn_of_others(folder, {f"{name}{model.dataset_json['file_ending']}" for name in names})
         run, own = _Run(model, source, folder, request), found[request.part_id :: request.num_parts]
@@ -214,7 +218,7 @@ class _Run:
             try:
                 with reader_threads(1) as reader, track("predicting", len(todo), lines=False) as advance:
                     ahead = itertools.chain.from_iterable(
-                        _one_ahead(partial(self._begin, reader), group) for group in groups
+                        one_ahead(partial(self._begin, reader), group) for group in groups
                     )
                     for number, (case, prepared) in enumerate(ahead, start=1):
                         outcome = self._attempt(case, prepared)
@@ -397,20 +401,6 @@ class _Run:
             for name in self.begun:
                 if self.journal.last.get(name, {}).get("status") == "started":
                     self.journal.write(name, "stopped", **self.identity)
-
-
-def _one_ahead(
-    begin: Callable[[Case], Future[PreparedCase]], cases: Sequence[Case]
-) -> Iterator[tuple[Case, Future[PreparedCase]]]:
-    """Yield each case with its preparation, while that of the next case is already running."""
-    waiting: tuple[Case, Future[PreparedCase]] | None = None
-    for case in cases:
-        submitted = (case, begin(case))
-        if waiting is not None:
-            yield waiting
-        waiting = submitted
-    if waiting is not None:
-        yield waiting
 
 
 def _versions(device: torch.device) -> dict[str, str]:

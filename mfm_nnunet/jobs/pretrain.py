@@ -65,7 +65,7 @@ def pretrain(request: PretrainRequest) -> Path:
     on a stop signal, FloatingPointError when the loss becomes non-finite.
     """
     with use(request.workspace) as here:
-        return launch(here, request) if request.num_gpus > 1 else pretrain_here(here, request)
+        return launch(here, request) if request.num_gpus > 1 and not request.dry_run else pretrain_here(here, request)
 
 
 def launch(here: Workspace, request: PretrainRequest) -> Path:
@@ -176,6 +176,11 @@ def pretrain_here(here: Workspace, request: PretrainRequest) -> Path:
 def _pretrain(job: Job, device: torch.device, world: World) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
     run, notes = _prepare(job, device, world)
+    if job.request.dry_run:
+        _describe(run)
+        run.rehearse(job.request.continue_training)
+        logger.info("dry run: nothing was written")
+        return job.folder / "checkpoint_final.pth"
     if job.probe is not None:
         with others_waiting(world):
             if world.is_main:
@@ -337,9 +342,16 @@ def _announce(run: Pretraining, is_new: bool) -> None:
         if begun.get("pretrain", {}).get("epochs", math.inf) < run.settings.epochs:
             logger.info(LONGER, begun["pretrain"]["epochs"], run.settings.epochs)
             write_json(run.folder / SETTINGS, {**begun, "pretrain": values["pretrain"]}, indent=2)
+    _describe(run)
+
+
+def _describe(run: Pretraining) -> None:
+    """Log the settings of a run, its data and its network."""
+    about_run = run.description
     millions = sum(parameter.numel() for parameter in run.task.backbone.network.parameters()) / 1e6
     logger.info("run folder: %s", run.folder)
-    shown = flat({"pretext": values["pretext_config"], **{n: values[n] for n in ("pretrain", "seed", "num_workers")}})
+    values = {name: about_run[name] for name in ("pretrain", "seed")}
+    shown = flat({"pretext": about_run["pretext_config"], **values, "num_workers": run.num_workers})
     logger.info("settings:\n%s", "\n".join(f"  {name} = {value}" for name, value in shown.items()))
     logger.info(
         "%s on %d volumes, %d held out; network of %.2f million parameters, patch %s, batch %d, on %s",

@@ -17,6 +17,7 @@ from mfm_nnunet.data.slices import as_in_corpus, reader_of
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError
 from mfm_nnunet.files import inside, read_json, read_lines, write_json
+from mfm_nnunet.images.geometry import letters_of
 from mfm_nnunet.images.reading import read_image
 from mfm_nnunet.modalities import kind_of
 from mfm_nnunet.prediction.journal import report_name, table_name
@@ -26,7 +27,7 @@ from mfm_nnunet.reports import runs
 from mfm_nnunet.reports.html import FILE, Report, Section, Table, without_folders, write_report
 from mfm_nnunet.reports.measures import measure, summarise_volumes
 from mfm_nnunet.reports.segmentation import PredictedCase, describe_masks
-from mfm_nnunet.reports.views import read_oriented
+from mfm_nnunet.reports.views import read_oriented, reorient
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.workspace import Workspace
 
@@ -69,8 +70,11 @@ def report_corpus(here: Workspace, dataset_name: str, cases: list[Case], failure
         if kind not in examples:
             with contextlib.suppress(MFMError):  # a file that vanished meanwhile is reported by preprocessing
                 reader = reader_of(case, fingerprint["mfm"]["reader"], settings)
-                image_CDHW, _ = as_in_corpus(*read_image(case.images, reader), case, settings)
-                examples[kind] = image_CDHW[0, image_CDHW.shape[1] // 2]
+                image_CDHW, properties = as_in_corpus(*read_image(case.images, reader), case, settings)
+                shown, letters = image_CDHW[0], letters_of(properties)
+                if letters:
+                    shown, _ = reorient(shown, letters, properties["spacing"])
+                examples[kind] = shown[len(shown) // 2]
     reports.draw_corpus(content, dict(sorted(examples.items())), file.with_suffix(".png"))
     logger.info("%s\n%s", dataset_name, "\n".join(reports.summarise_corpus(content)))
     write_report(lambda: reports.describe_page(dataset_name, content, file.with_suffix(".png")), names[2])
@@ -193,9 +197,46 @@ def report_training(
 
 
 _SUBJECT_OF_TRAINING = (
-    "A segmentation network, trained on one part of the labelled cases and validated on the others. Scores of "
+    "A network, trained on one part of the labelled cases and validated on the others. Scores of "
     "validation cases tell how it does on scans like these, and nothing about scans of other machines or hospitals."
 )
+
+
+def report_classifier(folder: Path, problem: str = "") -> None:
+    """Write the report of a fold of a classifier: scores, curves, reliability, weights, settings."""
+
+    def make() -> Report:
+        history, settings = _read_run(folder)
+        file = folder / "metrics.json"
+        result = read_json(file, "") if file.is_file() else {}
+        scores = {name: score for name, score in result.items() if isinstance(score, Mapping) and "low" in score}
+        rows = [
+            [name.replace("_", " "), *(score[key] for key in ("value", "low", "high"))]
+            for name, score in scores.items()
+        ]
+        sections = [Section("This run", flags=[f"The run ended early: {without_folders(problem)}"])] if problem else []
+        if rows:
+            columns = ("score", "value", "95 % from", "to")
+            tables = [Table("Scores of the validation cases, with intervals over subjects", columns, rows)]
+            sections.append(Section("Scores", good=_GOOD_SCORES, tables=tables))
+        pictures = {
+            folder / "reliability.png": "Share of hits against the stated probability, and the number of cases",
+            folder / "agreement.png": "Predicted against true numbers, and their differences",
+        }
+        if shown := runs.show_pictures("Predictions", pictures, good="points lie near the dotted line."):
+            sections.append(shown)
+        sections += [runs.show_curves(history, runs.GOOD_LOSSES)] if history else []
+        if (folder / "transfer.json").is_file():
+            sections.append(runs.show_transfer(read_json(folder / "transfer.json", "")))
+        sections.append(runs.show_settings(settings, {}))
+        facts = {"Epochs": len(history), "Validation cases": result.get("num_cases")}
+        title = f"Training of a classifier, {folder.name.replace('_', ' ')}"
+        return Report(title, _SUBJECT_OF_TRAINING, facts, sections, "scores of your data, without pictures of patients")
+
+    write_report(make, folder / FILE)
+
+
+_GOOD_SCORES = "the lower ends of the intervals are still useful. Wide intervals mean too few cases to tell."
 
 
 def _read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -33,6 +33,7 @@ from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
 from mfm_nnunet.jobs import student
 from mfm_nnunet.jobs.classify import train_classifier
+from mfm_nnunet.jobs.dry_run import scratch_results
 from mfm_nnunet.jobs.report import report_training, reported
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
@@ -100,20 +101,11 @@ def train(request: TrainRequest) -> Path:
     when less than half of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and
     FloatingPointError when the loss becomes non-finite.
     """
-    return _run(request)
+    return run_request(request)
 
 
-@takes(TrainRequest)
-def rank_unlabelled(request: TrainRequest) -> Path:
-    """Rank unlabelled scans by what to label next, and return the table; ``teachers`` or new ones look at them.
-
-    Raises the MFMErrors of :func:`train`.
-    """
-    settings = (*request.settings, "semi.method=student", "semi.rounds=0")
-    return _run(dataclasses.replace(request, settings=settings)) / student.RANKING
-
-
-def _run(request: TrainRequest) -> Path:
+def run_request(request: TrainRequest) -> Path:
+    """Do what :func:`train` does."""
     with use(request.workspace) as here:
         inputs = read_inputs(here, request)
         if inputs.dataset.task in IMAGE_TASKS:
@@ -125,6 +117,11 @@ def _run(request: TrainRequest) -> Path:
                     f"{inputs.plan.dataset_name} has labels of whole images. Leave it out.",
                 )
             return train_classifier(here, request, inputs.plan, inputs.dataset, inputs.overrides, inputs.weights)
+        if request.dry_run:
+            job = check(here, inputs)
+            with scratch_results():
+                execute(job)
+            return job.folder
         if folder := student.label_only(here, inputs, check, run_fold):
             return folder
         return _execute_all(here, inputs, student.teach(here, inputs, check(here, inputs), run_fold))
@@ -181,10 +178,11 @@ def check(here: Workspace, inputs: Inputs) -> Job:
             f"--head {request.head}: the dataset has masks. Heads are for datasets with labels.csv and a task in "
             "dataset.json (documentation/how_to/classify.md).",
         )
-    selection, split = _check_data(here, plan, configuration, request.fold, dataset)
+    selection, split = _check_data(here, plan, request, dataset)
     folder, start_from = _find_folder(here.results / plan.dataset_name, plan, request)
     used = _pick_device(request)
-    remove_leftovers(folder)
+    if not request.dry_run:
+        remove_leftovers(folder)
     # The settings must be readable, and the names trusted, before nnU-Net builds the network.
     with about(inputs.plans_file):
         block, num_channels = plan.mfm, plan.configuration(configuration).num_channels
@@ -205,7 +203,8 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     )
     block, unlabelled = _with_unlabelled(here, inputs, block, labelled)
     is_new = start_from is None and not request.continue_training
-    if is_new or run_settings.is_longer(folder, block, plan.content):
+    is_changed = is_new or run_settings.is_longer(folder, block, plan.content)
+    if is_changed and not request.dry_run:
         run_settings.save_settings(folder, block, plan.content)
     logger.info("run folder: %s", folder)
     logger.info("settings:\n%s", run_settings.format_settings(block))
@@ -239,7 +238,13 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
         trainer.pretrained_checkpoint = job.pretrained
         if job.start_from is not None:
             trainer.load_checkpoint(str(job.start_from))
-        if not request.only_validate and trainer.current_epoch < trainer.num_epochs:
+        is_to_train = not request.only_validate and trainer.current_epoch < trainer.num_epochs
+        if request.dry_run:
+            if is_to_train:
+                trainer.rehearse()
+            logger.info("then %d cases are predicted and scored. Dry run: nothing was written", len(job.split["val"]))
+            return
+        if is_to_train:
             trainer.run_training()
     with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):
         trainer.perform_actual_validation(request.save_probabilities)
@@ -284,10 +289,9 @@ def _read_dataset(here: Workspace, dataset_name: str) -> DatasetJson:
     return dataset
 
 
-def _check_data(
-    here: Workspace, plan: Plan, configuration: str, fold: int | str, dataset: DatasetJson
-) -> tuple[Selection, Split]:
+def _check_data(here: Workspace, plan: Plan, request: TrainRequest, dataset: DatasetJson) -> tuple[Selection, Split]:
     """Check the configuration and its preprocessed data, and return the dataset's cases and those of the fold."""
+    configuration = request.configuration
     dataset_name, resolved = plan.dataset_name, plan.configuration(configuration)
     again = f"Run: mfm_plan_and_preprocess -d {dataset_name} -c {configuration} -pl {plan.name}"
     if missing := set(resolved.next_stages) - set(plan.configuration_names):  # nnU-Net only looks it up after training
@@ -314,7 +318,7 @@ def _check_data(
             f"intensities differ), e.g. {stale[0]}. {again}",
         )
     read_fingerprint(folder)
-    return selection, choose_split(fold, folder, selection)
+    return selection, choose_split(request.fold, folder, selection, keep=not request.dry_run)
 
 
 def _with_unlabelled(
@@ -328,6 +332,11 @@ def _with_unlabelled(
     run_settings.require_both(corpus, block.semi, inputs.overrides)
     if corpus is None or request.only_validate:
         return block, None
+    if request.dry_run:
+        raise MFMError(
+            "E_CONFIG",
+            f"--dry-run writes nothing, and --unlabelled {corpus} preprocesses these images. Leave one of them out.",
+        )
     if labelled.plan.configuration(request.configuration).previous_stage:
         raise MFMError(
             "E_CONFIG",

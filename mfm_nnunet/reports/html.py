@@ -107,10 +107,15 @@ def render(report: Report) -> str:
 def _finalise(value: Any) -> Any:
     """Escape control characters in texts; write numbers briefly, and a dash for none."""
     if isinstance(value, float):
-        return "-" if value != value else f"{value:.4g}"
+        return "-" if value != value else format_number(value)
     if value is None:
         return "-"
     return escaped(value) if type(value) is str else value
+
+
+def format_number(value: float) -> str:
+    """Format a number with four digits, and without an exponent if it is large."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def package_versions() -> dict[str, str]:

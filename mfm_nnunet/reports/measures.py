@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mfm_nnunet.reports.html import format_number
 from mfm_nnunet.reports.views import OrientedImage
 
 FENCE = 2.0
@@ -140,9 +141,9 @@ def _find_outliers(measured: Measured, training: Mapping[str, Any]) -> list[str]
             is_expected = known.get("num_cases", 0) >= max(FEWEST_CASES, ALWAYS * training["num_cases"])
             missing += [name] * is_expected
         elif usual and volume < usual[0]:
-            small.append(f"{name} ({volume:.3g}, usually from {usual[0]:.3g} {measured.unit})")
+            small.append(f"{name} ({format_number(volume)}, usually from {format_number(usual[0])} {measured.unit})")
         elif usual and volume > usual[1]:
-            large.append(f"{name} ({volume:.3g}, usually up to {usual[1]:.3g} {measured.unit})")
+            large.append(f"{name} ({format_number(volume)}, usually up to {format_number(usual[1])} {measured.unit})")
     found = (("not found, though the training set nearly always has it", missing), ("unusually small", small),
              ("unusually large", large))  # fmt: skip
     return [f"{text}: {_first_names(names)}" for text, names in found if names]

@@ -23,9 +23,10 @@ GOOD_PRETRAINING = (
     "and the held-out crops are few but always the same."
 )
 GOOD_EXAMPLES = (
-    "at the last epoch shapes and edges of the organs continue through what was hidden; fine texture stays blurred, as "
-    "it cannot be guessed. At the first epoch hidden places are flat. If nothing changed, the run was too short or its "
-    "learning rate does not fit."
+    "at the last epoch the last column is nearer to its target than at the first. Where voxels were hidden, shapes and "
+    "edges of the organs continue through them, and fine texture stays blurred, as it cannot be guessed. Where classes "
+    "are predicted, they look like the label. If nothing changed, the run was too short or its learning rate does not "
+    "fit."
 )
 GOOD_TRANSFER = (
     "all of the encoder comes from the checkpoint, and new weights are only output layers. Anything else needs the "

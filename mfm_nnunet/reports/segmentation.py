@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.metrics import mean_dice
-from mfm_nnunet.reports.html import Picture, Section, Table, embed_image, without_folders
+from mfm_nnunet.reports.html import Picture, Section, Table, embed_image, format_number, without_folders
 from mfm_nnunet.reports.measures import Measured, find_flags, measure, usual_range
 from mfm_nnunet.reports.overlays import ERRORS, Labels, Scan, draw_errors, draw_labels
 from mfm_nnunet.reports.views import OrientedImage, Plane, read_oriented
@@ -28,6 +28,7 @@ GOOD_PICTURES = (
     "letters name the directions (R right, L left, A anterior, P posterior, S superior, I inferior), and the patient's "
     "left is on the right."
 )
+GOOD_FLAT = "the colour fills the organ up to its edge, in one piece."
 GOOD_ERRORS = (
     " Errors are thin rims along edges, in both colours. Whole blobs in one colour are structures that were invented "
     "(false positive) or missed (false negative)."
@@ -153,7 +154,7 @@ def _list_each_label(seen: Sequence[_Seen], labels: Mapping[str, Any], training:
         median = known["quartiles"][2] if known.get("num_cases") else None
         scores = [one.dice[name] for one in measured if name in one.dice]
         row = [name, f"{len(volumes)} of {len(measured)}", volumes[len(volumes) // 2] if volumes else None]
-        row += [median, f"{usual[0]:.3g} to {usual[1]:.3g}" if usual else "-"] if training else []
+        row += [median, f"{format_number(usual[0])} to {format_number(usual[1])}" if usual else "-"] if training else []
         rows.append([*row, *([mean_dice(scores)] if any(one.dice for one in measured) else [])])
     unit = measured[0].unit
     columns = ["label", "found in", f"median here [{unit}]"]
@@ -217,9 +218,11 @@ def _show(parts: Sequence[Section], seen: Sequence[_Seen]) -> Section:
     has_errors = any(one.measured and one.measured.dice for one in seen)
     number = sum(one.measured is not None for one in seen)
     texts = [f"{len(parts)} of {number} masks: flagged ones first" + (", then the lowest Dice." if has_errors else ".")]
-    texts.append("Slices go through the largest cross-section.")
+    is_flat = all(len(part.pictures) <= 2 for part in parts)
+    texts += [] if is_flat else ["Slices go through the largest cross-section."]
+    good = (GOOD_FLAT if is_flat else GOOD_PICTURES) + (GOOD_ERRORS if has_errors else "")
     legend = list(ERRORS.items()) if has_errors else []
-    return Section("Pictures", texts, GOOD_PICTURES + (GOOD_ERRORS if has_errors else ""), legend=legend, parts=parts)
+    return Section("Pictures", texts, good, legend=legend, parts=parts)
 
 
 def _hex(colour: tuple[int, int, int]) -> str:

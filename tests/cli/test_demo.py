@@ -17,6 +17,7 @@ from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.demo import data, run
 from mfm_nnunet.demo.run import ARMS, DemoResult, compare, format_result
 from mfm_nnunet.metrics import dice, mean_dice
+from mfm_nnunet.reports.html import render
 
 TEMPLATE_SHAPE = (197, 233, 189)
 AFFINE = np.array([[1, 0, 0, -98], [0, 1, 0, -134], [0, 0, 1, -72], [0, 0, 0, 1]], float)
@@ -138,6 +139,10 @@ def test_compare_scores_and_draws(tmp_path: Path, is_2d: bool) -> None:
     assert min(pixels.shape[:2]) > 300
     red = (pixels[..., 0].astype(int) - pixels[..., 2] > 60).mean()
     assert red > 0.005, "neither fill nor contour of the label was drawn"
+    page = render(run.make_demo_report(result, split))
+    assert page.count("<img ") == (2 if is_2d else 6)
+    assert "case4" in page
+    assert '<th scope="row">MAE</th><td class="n">0</td>' in page
     table = format_result(result)
     assert "block" in table
     row = next(line for line in table.splitlines() if line.startswith("MAE"))
@@ -217,6 +222,8 @@ def test_the_whole_way(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[
         assert all(str(mask) in printed for mask in masks)
         assert title in printed
     assert sorted(file.stem for file in (folder / "overlays").iterdir()) == cases
+    assert f"Report: {folder / 'report.html'}" in printed
+    assert (folder / "report.html").is_file()
     record = json.loads((folder / run.RECORD).read_text())
     assert set(record["dice"]) == set(ARMS)
     assert command.main(line) == 2

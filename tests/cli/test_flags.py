@@ -81,7 +81,7 @@ def test_every_flag_is_explained_and_no_other_is_taken(name: str, capsys: pytest
         assert len(message.splitlines()) <= 5
 
 
-@pytest.mark.parametrize("flag", ["--dry-run", "--wandb"])
+@pytest.mark.parametrize("flag", ["--telemetry", "--wandb"])
 def test_a_flag_like_none_proposes_none(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("pretrain").main(["701", "3d_fullres", flag])

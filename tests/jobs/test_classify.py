@@ -58,6 +58,10 @@ def test_training_and_prediction_agree(tmp_path: Path, family: str, configuratio
         labels.write_scans(tmp_path / "in", numbers), tmp_path / "out", model_folder=folder.parent, device="cpu"
     )
     assert report.table is not None
+    page = (folder / "report.html").read_text()
+    assert page.count("<img ") == 1, "the reliability"
+    assert f'auroc</th><td class="n">{result["auroc"]["value"]:.4g}</td>' in page
+    assert all(f">{case}</th>" in (tmp_path / "out" / "report.html").read_text() for case in validation)
     predicted = table(report.table)
     for case, row in validation.items():
         stated = np.log([float(row["healthy"]), float(row["ill"])]) / result["temperature"]

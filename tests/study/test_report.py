@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.reports.html import render
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, to_dict
 from mfm_nnunet.study import report, summary
 from mfm_nnunet.study.design import Cell
@@ -349,3 +350,17 @@ def test_the_picture(tmp_path: Path, num_labels: int) -> None:
     assert min(pixels.shape[:2]) > 400
     is_blue = (pixels[..., 2] - pixels[..., 0] > 100).mean()
     assert is_blue > 0.0002, "the line of the second arm was not drawn"
+
+
+def test_the_page_has_the_tables_and_the_picture(tmp_path: Path) -> None:
+    study = summarised(STUDY, RESULTS, CaseFailure("scratch, 20 labels", "E_OOM", "killed in /home/doe/a.log"))
+    report.plot(tmp_path / "study.png", study)
+    page = render(report.make_page(study, tmp_path / "study.png"))
+    assert page.count("<img ") == 1
+    rows = [line for line in report.make_table(study).splitlines() if line.startswith("| 5 | mae | 2 |")]
+    assert len(rows) == 2
+    for cell in rows[0].split(" | ")[3:8]:
+        assert f">{cell}</td>" in page
+    assert "Finished cells</dt><dd>12 of 12<" in page
+    assert "killed in a.log" in page
+    assert "Wilcoxon" in page
