@@ -12,10 +12,12 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.errors import OUT_OF_SHARED_MEMORY_WORDS, MFMError, is_out_of_memory
+from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import num_cores
 
 if TYPE_CHECKING:
@@ -209,3 +211,25 @@ def training_threads(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def gpu_settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Use mixed precision and cuDNN's search on a CUDA device, like stock nnU-Net; restore the settings afterwards."""
+    import torch
+
+    before, is_gpu = torch.backends.cudnn.benchmark, device.type == "cuda"
+    torch.backends.cudnn.benchmark = before or is_gpu
+    try:
+        with autocast(device, dtype if is_gpu else None):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def describe_versions(device: torch.device) -> dict[str, str]:
+    """Return the versions of what makes a mask, and the kind of device."""
+    import torch
+
+    names = {"mfm_nnunet": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__}
+    return {**names, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}

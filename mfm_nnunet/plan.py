@@ -38,6 +38,8 @@ SHARED_KEYS = (
 """Keys of a plan that are copied into checkpoints."""
 CORPUS_SETTINGS = ("slices", "colour")
 """Settings of a corpus, ``mfm`` in its dataset.json, that determine preprocessed files."""
+STORED = (*CORPUS_SETTINGS, "universal")
+"""All such entries, with the classes of a union of datasets."""
 PREPROCESSOR = "DefaultPreprocessor"
 """nnU-Net's class that our preprocessing replaces; older plans do not name one."""
 NORMALISED_BY_CASE = frozenset(NORMALISATIONS) - {CT}
@@ -252,7 +254,7 @@ class Plan:
             **{name: dataset.content.get(name) for name in ("labels", "regions_class_order")},
             "intensities": self._intensities(configuration),
             **({"modalities": self.modalities} if self.modalities else {}),
-            **{name: value for name, value in dataset.content.get("mfm", {}).items() if name in CORPUS_SETTINGS},
+            **{name: value for name, value in dataset.content.get("mfm", {}).items() if name in STORED},
         }
 
     def _prediction(self, configuration: str) -> dict[str, Any]:

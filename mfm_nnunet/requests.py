@@ -139,6 +139,20 @@ class PlanRequest(Request):
         "one channel (grey: colours become luminance) or three (rgb: grey is repeated)",
         choices=("grey", "rgb"),
     )
+    universal: Sequence[str | int] | None = option(
+        None,
+        "--universal",
+        "make dataset ID of these labelled datasets, for one model of all their classes; nothing is copied but labels",
+        nargs="+",
+        metavar="DATASET",
+    )
+    add_to: str | Path | None = option(
+        None,
+        "--add-to",
+        "with --universal: extend this model by further datasets. Its classes keep their numbers; those whose dataset "
+        "is not listed are learned from the model's own predictions",
+        metavar="MODEL_FOLDER",
+    )
     configurations: Sequence[str] | None = option(
         None,
         "-c --configuration",
@@ -192,14 +206,24 @@ class PlanRequest(Request):
         if self.images is not None and len(self.datasets) != 1:
             raise MFMError("E_CONFIG", "--images registers one dataset: give exactly one -d ID with it.")
         for name in ("name", "slices", "colour", "labels", "label_names", "series", "key_file"):
-            if self.images is None and getattr(self, name) is not None:
+            is_new = self.images is not None or (name == "name" and self.universal is not None)
+            if not is_new and getattr(self, name) is not None:
                 flag_name = {"key_file": "dicom-key"}.get(name, name.replace("_", "-"))
                 raise MFMError("E_CONFIG", f"--{flag_name} belongs to --images: it is of a new dataset.")
         for name in ("slices", "colour"):
             if self.labels is not None and getattr(self, name) is not None:
                 raise MFMError("E_CONFIG", f"--{name} is of corpora without labels. Leave it or --labels out.")
+        self._check_union()
         if self.like is not None and self.spacing != "median":
             raise MFMError("E_CONFIG", "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out.")
+
+    def _check_union(self) -> None:
+        if self.add_to is not None and (self.universal is None or self.like is not None):
+            raise MFMError("E_CONFIG", "--add-to belongs to --universal, and takes the place of --like.")
+        if self.universal is not None and len(self.datasets) != 1:
+            raise MFMError("E_CONFIG", "--universal makes one dataset: give exactly one -d ID with it.")
+        if self.universal is not None and (self.images is not None or self.modality is not None):
+            raise MFMError("E_CONFIG", "--universal is for labelled datasets: leave --images and --modality out.")
 
 
 @dataclass(frozen=True)
@@ -379,6 +403,19 @@ class PredictRequest(Request):
         None, "--references", "folder of reference masks, to compare the masks with in the report", metavar="DIR"
     )
     report: bool = option(True, "--no-report", "do not write report.html beside the masks")
+    classes: Sequence[str] | None = option(
+        None,
+        "--classes",
+        "classes to predict (default: all); the rest is background, and takes no memory behind the network",
+        nargs="+",
+        metavar="NAME",
+    )
+    classes_of: str | int | None = option(
+        None,
+        "--classes-of",
+        "of a model of several datasets: the classes that this dataset annotates, and its normalisation",
+        metavar="DATASET",
+    )
     num_parts: int = option(
         1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
     )

@@ -125,6 +125,9 @@ class FinetuneSettings(TrainingSettings):
     """copy_paste, lesion_paste: paste these labels together, or one of them, drawn anew for each crop."""
     mix_start: int = ranged(0, 0, LARGEST)
     """Step of the training from which crops are mixed."""
+    partial_labels: Literal["auto", "heads", "background"] = "auto"
+    """Union of datasets: what a class is where it is not annotated. auto: unknown (marginal softmax, or masked
+    sigmoids); heads: as if each dataset had an output layer of its own; background: as the label map says."""
     checkpoint: dict[str, Any] | None = None
     """Origin of the weights: {"name", "sha256", "pretext"}; None for training from scratch. Never a path."""
 
@@ -215,6 +218,8 @@ class MFMBlock:
     corpus: dict[str, Any] | None = None
     """Settings of the corpus: {"slices": :class:`SliceSettings`, "colour": "grey" or "rgb"}, where it has them."""
     semi: SemiSettings = field(default_factory=SemiSettings)
+    universal: dict[str, Any] | None = None
+    """Classes of a union of datasets, see :mod:`mfm_nnunet.data.class_table`."""
     network: str = "resenc"
     """Family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT

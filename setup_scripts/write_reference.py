@@ -41,7 +41,9 @@ REFERENCE = DOCUMENTATION / "reference"
 FAMILY = ("nnunetv2", "dynamic_network_architectures", "acvl_utils", "batchgenerators", "batchgeneratorsv2")
 """nnU-Net and the packages of its authors that come with it."""
 WIDTH = 150
-IN_THE_PLAN_ONLY = ("finetune.checkpoint", "semi.corpus", "source", "modalities", "corpus", "network", "format")
+IN_THE_PLAN_ONLY = (
+    *("finetune.checkpoint", "semi.corpus", "source", "modalities", "corpus", "universal", "network", "format"),
+)
 Row = dict[str, str]
 
 

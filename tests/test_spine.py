@@ -28,6 +28,7 @@ BESIDE = {
     *("terminal", "modalities", "planning.mixed", "data.slices", "jobs.report", "reports.corpus"),
     *("engine.probe", "prediction.classification", "reports.progress", "tasks.registry"),
     *("models.pctnet_family", "models.primus_family", "models.swin_family"),
+    *("data.class_table", "finetune.universal", "jobs.universal", "prediction.selection"),
     *("interchange.folder", "interchange.foreign", "interchange.hub", "interchange.read"),
 }
 """The utilities at the root, reports, and rooms that are asked and answer no."""

@@ -18,7 +18,7 @@ from mfm_nnunet.fields import ASSIGNMENT, Request
 from mfm_nnunet.version import __version__
 
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_NOT_SET = ("source", "modalities", "corpus", "network", "format")
+_NOT_SET = ("source", "modalities", "corpus", "universal", "network", "format")
 """Fields of a plan's block that are not settings of a run."""
 _ALIKE = 0.65
 """Minimum similarity of a proposed flag, from 0 to 1: ``--run-name`` must not be proposed for ``--dry-run``."""

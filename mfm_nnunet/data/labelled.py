@@ -20,6 +20,7 @@ from mfm_nnunet.data.cases import (
     spelling_of,
     subject_of,
 )
+from mfm_nnunet.data.class_table import describe_cases
 from mfm_nnunet.data.label_table import FILE, read_label_table
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.errors import MFMError
@@ -47,7 +48,7 @@ def raw_cases(folder: Path, dataset_json: Mapping[str, Any], need_mapped_files: 
         cases = _with_table(folder, dataset_json, cases)
     if need_mapped_files or not is_mapped:
         _require_files(folder, cases)
-    return cases
+    return describe_cases(cases, dataset_json)
 
 
 def _with_table(folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[Case]) -> list[Case]:

@@ -210,7 +210,7 @@ class PreprocessJob:
 
     def _write(self, scan: _Scan, configuration: str, case: Case) -> None:
         modality = case.modality
-        if case.label is not None:
+        if case.label is not None and not modality:
             modality = kind_of_channel(DatasetJson.of(json.loads(self.dataset_json)).channels[0])
         with about(case.images[0]):
             plans_manager, configuration_manager = _managers(self.plans, configuration, kind_of(modality))

@@ -6,11 +6,13 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import nn
 
 from mfm_nnunet.checkpoint import cpu_weights
@@ -23,6 +25,7 @@ from mfm_nnunet.finetune import groups, semi, watch
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, make_loaders, read_batches, seed_everything, seed_of
 from mfm_nnunet.finetune.mixing import mix_batches
 from mfm_nnunet.finetune.student import finish_rates
+from mfm_nnunet.finetune.universal import UnionLoader
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.reports.progress import write_log
 from mfm_nnunet.settings import FinetuneSettings
@@ -57,8 +60,9 @@ class FoldRun:
             ("training", self.settings.iterations_per_epoch, num_workers),
             ("validation", self.settings.validation_iterations, (num_workers + 1) // 2),
         )
-        is_mixed = self.settings.mix != "none"
-        for loader, (name, per_epoch, workers) in zip(make_loaders(trainer, is_mixed), parts):
+        is_mixed, union = self.settings.mix != "none", trainer.union
+        make = nnUNetDataLoader if union is None else partial(UnionLoader, union.sampling)
+        for loader, (name, per_epoch, workers) in zip(make_loaders(trainer, is_mixed, make), parts):
             source = SeededBatches(loader, trainer.block.seed, f"{name} {trainer.local_rank}")
             if is_mixed and name == "training":
                 source = mix_batches(source, trainer)
@@ -112,6 +116,7 @@ class FoldRun:
             f"{results['seconds']:.1f} s  ETA {left}"
         ]
         lines += self._watch(epoch, results)
+        lines += trainer.task.describe_epoch()
         folder, is_last = Path(trainer.output_folder), epoch + 1 == self.settings.epochs
         if trainer._best_ema is None or ema > trainer._best_ema:
             trainer._best_ema = ema

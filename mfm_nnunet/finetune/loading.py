@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,13 @@ def read_batches(source: Dataset, first: int, last: int, num_workers: int, pin_m
     return read_in_order(source, num_workers, pin_memory, _keep, batch_size=None, sampler=range(first, last))
 
 
-def make_loaders(trainer: nnUNetTrainer, full_targets: bool = False) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
+def make_loaders(
+    trainer: nnUNetTrainer, full_targets: bool = False, make: Callable[..., nnUNetDataLoader] = nnUNetDataLoader
+) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
     """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms.
 
-    ``full_targets``: targets of training have full resolution, and are not reduced for deep supervision.
+    ``full_targets``: targets of training have full resolution, and are not reduced for deep supervision. ``make`` takes
+    the arguments of nnU-Net's class.
     """
     rotation, do_dummy_2d, initial_patch, mirror_axes = (
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -91,7 +94,7 @@ def make_loaders(trainer: nnUNetTrainer, full_targets: bool = False) -> tuple[nn
     make_deterministic(training)
     datasets = trainer.get_tr_and_val_datasets()
     return tuple(
-        nnUNetDataLoader(
+        make(
             dataset, trainer.batch_size, size, patch, labels, trainer.oversample_foreground_percent,
             probabilistic_oversampling=trainer.probabilistic_oversampling, transforms=transforms,
         )

@@ -18,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from mfm_nnunet import checkpoint
+from mfm_nnunet.data.class_table import ClassTable, require_confirmed
 from mfm_nnunet.data.unlabelled import Unlabelled
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import (
@@ -32,7 +33,7 @@ from mfm_nnunet.engine.optim import WeightAverage, make_optimizer
 from mfm_nnunet.engine.state import RunState
 from mfm_nnunet.errors import MFMError, StoppedError
 from mfm_nnunet.files import to_plain, write_json
-from mfm_nnunet.finetune import fold, groups, semi, validation
+from mfm_nnunet.finetune import fold, groups, semi, universal, validation
 from mfm_nnunet.finetune.groups import EpochSchedule, Phases
 from mfm_nnunet.finetune.loading import (
     check_next_stage,
@@ -74,6 +75,8 @@ class MFMTrainer(nnUNetTrainer):
     """
     optimisation: Optimisation
     """Made by :meth:`prepare`."""
+    task: SegmentationTask
+    """Made by :meth:`make_engine`."""
     split: Split | None = None
     """Training and validation cases; None until they are chosen."""
     unlabelled: Unlabelled | None = None
@@ -87,6 +90,7 @@ class MFMTrainer(nnUNetTrainer):
         block = block_of(plans)
         super().__init__(plans, configuration, fold, DatasetJson.of(dataset_json).shared(), device)
         self.block = block
+        self.union = None if block.universal is None else ClassTable.of(block.universal)
         self.settings = block.finetune
         self.watch = Watch.of(DatasetJson.of(dataset_json))
         self.initial_lr = family_named(block.network).learning_rate(self.settings)
@@ -126,6 +130,9 @@ class MFMTrainer(nnUNetTrainer):
         if self.settings.train == "lora":
             seed_everything(seed_of(self.block.seed, "adapters", 0))
             groups.add_adapters(network, self.settings.lora_rank, self.settings.lora_alpha)
+        if self.union is not None and self.union.num_old and self.settings.train == "head":
+            self.weight_decay = 0.0
+            universal.keep_old_outputs(network, universal.count_old_outputs(self.union))
         self.prepare(new)
         self._first_weight = next(network.parameters()).detach().clone()
 
@@ -170,6 +177,8 @@ class MFMTrainer(nnUNetTrainer):
         given = self.pretrained_checkpoint
         reading = given if isinstance(given, Reading) else read_checkpoint(given)
         report = transfer_into(self, reading, parts, self.settings.transfer)
+        if self.union is not None and self.union.num_old:
+            universal.take_old_outputs(self, self.union, reading)
         reading.release()
         groups.require_no_random_rest(self.settings, unwrapped(self.network), [entry.name for entry in report.new])
         return groups.first_names(unwrapped(self.network), self.settings, untrained_names(report, self.network))
@@ -200,7 +209,7 @@ class MFMTrainer(nnUNetTrainer):
             [{"params": [parameters[name] for name in group.names]} for group in described],
             settings.optimizer,
             self.initial_lr,
-            settings.weight_decay,
+            self.weight_decay,
         )
         phases = Phases.of(settings, self.new_weights is not None)
         return optimizer, EpochSchedule(optimizer, described, self.initial_lr, phases)
@@ -253,7 +262,8 @@ class MFMTrainer(nnUNetTrainer):
         if self.is_ddp:
             world = World(self.local_rank, torch.distributed.get_world_size(), self.local_rank)
         start = RunState(self.current_epoch * self.settings.iterations_per_epoch)
-        return Engine(semi.make_task(self), fold.FoldRun(self), self.optimisation, world, start)
+        self.task = universal.make_task(self) if self.block.semi.method is None else semi.make_task(self)
+        return Engine(self.task, fold.FoldRun(self), self.optimisation, world, start)
 
     def _start(self) -> None:
         """Run the last checks, and describe the model in its folder."""
@@ -262,7 +272,11 @@ class MFMTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         groups.require_pretrained(self.settings, self.new_weights is not None)
-        fingerprint = read_fingerprint(Path(self.preprocessed_dataset_folder_base))
+        base = Path(self.preprocessed_dataset_folder_base)
+        if self.block.universal is not None:
+            raw = [Path(nnUNet_raw) / base.name] if nnUNet_raw.is_set() else []
+            require_confirmed([*raw, base], self.block.universal)
+        fingerprint = read_fingerprint(base)
         plans, folder = self.plans_manager.plans, Path(self.output_folder_base)
         contents = {"plans": plans, "dataset": self.dataset_json, "dataset_fingerprint": fingerprint}
         if self.local_rank == 0:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from mfm_nnunet.data.storage import remove_dead_stages, staging
@@ -23,17 +22,27 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, report_full_disk
 from mfm_nnunet.finetune.loading import require_geometry
+from mfm_nnunet.finetune.universal import add_datasets, annotated_labels
 from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.model import Model
 from mfm_nnunet.reports.progress import track
 
+if TYPE_CHECKING:
+    from mfm_nnunet.finetune.trainer import MFMTrainer
+    from mfm_nnunet.prediction.selection import ChosenOutputs
+
 Label = int | tuple[int, ...]
 
 
-def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[str]:
-    """Predict and evaluate the validation cases of the trainer's fold. Yield each case's name once predicted."""
-    folder = Path(trainer.output_folder) / "validation"
+def validate_fold(
+    trainer: MFMTrainer, save_probabilities: bool, name: str = "validation", selection: ChosenOutputs | None = None
+) -> Iterator[str]:
+    """Predict and evaluate the validation cases of the trainer's fold. Yield each case's name once predicted.
+
+    ``name`` is that of the folder of masks. ``selection`` limits the classes that are predicted.
+    """
+    folder = Path(trainer.output_folder) / name
     folder.mkdir(parents=True, exist_ok=True)
     remove_dead_stages(folder)
     _, cases = trainer.do_split()
@@ -44,6 +53,7 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
         trainer.network, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, trainer.device,
         mirror_axes=tuple(axes) if axes else None,
         autocast_dtype=torch.bfloat16 if getattr(trainer, "autocast_dtype", None) is torch.bfloat16 else torch.float16,
+        selection=selection,
     )  # fmt: skip
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(cases))
     with track("validating the fold", len(dataset.identifiers), lines=False) as advance:
@@ -56,7 +66,10 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
             logits = model.predict_logits(image_CDHW, what=case)
             with track(f"{case}: writing the mask"), staging(folder) as stage:
                 target = inside(stage, case)
-                write_case(logits, properties, model.managers, target, ending, save_probabilities=save_probabilities)
+                write_case(
+                    logits, properties, model.managers, target, ending, save_probabilities=save_probabilities,
+                    values=selection.values if selection else None,
+                )  # fmt: skip
                 publish(stage, folder)
             advance()
             yield case
@@ -64,8 +77,11 @@ def validate_fold(trainer: nnUNetTrainer, save_probabilities: bool) -> Iterator[
     trainer.print_to_log_file(format_dice(evaluate(trainer, cases, folder), trainer.dataset_json))
 
 
-def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Path) -> dict[str, Any]:
-    """Compute metrics of the predicted ``cases`` against ``gt_segmentations`` and write ``summary.json``."""
+def evaluate(trainer: MFMTrainer, cases: Iterable[str], prediction_folder: Path) -> dict[str, Any]:
+    """Compute metrics of the predicted ``cases`` against ``gt_segmentations`` and write ``summary.json``.
+
+    A case of a union counts for the classes that its dataset annotates.
+    """
     ending, labels = trainer.dataset_json["file_ending"], trainer.label_manager
     reference = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations"
     names = [case + ending for case in sorted(cases)]
@@ -77,12 +93,13 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
             "the reference segmentations of the validation cases are missing: " + ", ".join(missing[:5]) +
             ". Run mfm_plan_and_preprocess for this dataset again.",
         )  # fmt: skip
-    summary = summarise(
-        files,
-        trainer.plans_manager.plans["image_reader_writer"],
-        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
-        labels.ignore_label,
-    )
+    all_labels = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    annotated = None if trainer.union is None else [annotated_labels(trainer.union, case) for case in sorted(cases)]
+    reader_name = trainer.plans_manager.plans["image_reader_writer"]
+    summary = summarise(files, reader_name, all_labels, labels.ignore_label, annotated)
+    if trainer.union is not None:
+        for line in add_datasets(summary, trainer.union, sorted(cases)):
+            trainer.print_to_log_file(line)
     with report_full_disk(prediction_folder / "summary.json"), staging(prediction_folder) as stage:
         save_summary_json(summary, str(stage / "summary.json"))
         publish(stage, prediction_folder)
@@ -90,17 +107,24 @@ def evaluate(trainer: nnUNetTrainer, cases: Iterable[str], prediction_folder: Pa
 
 
 def summarise(
-    files: Sequence[tuple[Path, Path]], reader_name: str, labels: Sequence[Label], ignore_label: int | None
+    files: Sequence[tuple[Path, Path]],
+    reader_name: str,
+    labels: Sequence[Label],
+    ignore_label: int | None,
+    annotated: Sequence[Collection[Label]] | None = None,
 ) -> dict[str, Any]:
     """Return metrics of (reference, prediction) pairs in nnU-Net's layout: per case, per label, foreground mean.
 
     A label that is in neither masks nor references is NaN, as in nnU-Net. There the foreground mean becomes NaN too;
-    here it is the mean over the labels that have a value.
+    here it is the mean over the labels that have a value. ``annotated`` has the labels that each case is marked with,
+    if not all are; the metrics of the others are NaN.
     """
     # Instead of nnU-Net's reader of that name, one with our checks of the file.
     reader: Any = types.SimpleNamespace(read_seg=lambda file: read_label(Path(file), reader_name))
     results = [compute_metrics(str(truth), str(mask), reader, list(labels), ignore_label) for truth, mask in files]
     names = list(results[0]["metrics"][labels[0]])
+    for result, own in zip(results, annotated or ()):
+        result["metrics"] |= {label: dict.fromkeys(names, math.nan) for label in labels if label not in own}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a label that no case has: the mean of nothing is NaN
         mean: dict[Label, dict[str, Any]] = {

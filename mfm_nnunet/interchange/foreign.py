@@ -189,7 +189,7 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
     own = {
         **Plan.of(plans).shared(),
         "configurations": {configuration: {**planned, "architecture": architecture}},
-        "mfm": to_dict(MFMBlock(network=parts.family.name)),
+        "mfm": to_dict(MFMBlock(network=parts.family.name)) | _of_union(plans),
     }
     mfm = _description(parts, own, converted.weights, converted.patch_size, "supervised", configuration)
     info = plans.get("pretrain_info")  # nnU-Net's development code: the checkpoint the model was fine-tuned from
@@ -197,6 +197,12 @@ def from_nnunet(raw: Mapping[str, Any], token_order: TokenOrder | None) -> Readi
     mfm |= _started_from(raw.get("mfm"))
     mfm["source"] = {"layout": "nnU-Net", "trainer": str(raw.get("trainer_name"))}
     return Reading({"network_weights": converted.weights, "mfm": mfm}, "nnU-Net", converted.others, tuple(notes))
+
+
+def _of_union(plans: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of our block that a plan like a model of several datasets needs."""
+    ours = plans.get("mfm")
+    return {name: ours[name] for name in ("modalities", "universal") if isinstance(ours, Mapping) and ours.get(name)}
 
 
 def report_unused(token_order: TokenOrder | None) -> None:

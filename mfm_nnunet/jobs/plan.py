@@ -27,6 +27,7 @@ from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
 from mfm_nnunet.jobs.dry_run import scratch_workspace
 from mfm_nnunet.jobs.registration import register
 from mfm_nnunet.jobs.report import report_corpus
+from mfm_nnunet.jobs.universal import name_of_union, register_union
 from mfm_nnunet.models.families import family_named
 from mfm_nnunet.models.networks import check_architecture
 from mfm_nnunet.plan import ARCHITECTURE_KEYS, INTENSITIES, Plan
@@ -67,13 +68,18 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
             return _rehearse(here, request, source)
         for dataset in request.datasets:
             left_out: list[CaseFailure] = []
-            dataset_name = register(here, dataset, request, left_out)
+            own, own_source = request, source
+            if (union := name_of_union(here, dataset, request)) is not None:
+                dataset_name, own = union, register_union(here, union, request)
+                own_source = source if own.like == request.like else check_request(own)
+            else:
+                dataset_name = register(here, dataset, request, left_out)
             cases, failed = fingerprint(here, dataset_name, request.num_processes)
             failed = [*left_out, *failed]
             num_cases += len(cases) + len(failed)
             if corpus.is_corpus(here.raw_folder(dataset_name)):
                 report_corpus(here, dataset_name, cases, failed)
-            result = plan(here, dataset_name, request, source)
+            result = plan(here, dataset_name, own, own_source)
             logger.info("%s\n%s", dataset_name, format_table(result.decisions))
             logger.info("plan written to %s", result.file)
             if request.preprocess:

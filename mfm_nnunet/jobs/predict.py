@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from mfm_nnunet.data.dicom import find_series, require_choice, write_key
 from mfm_nnunet.data.loops import attempt, one_ahead, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.dataset import DatasetJson
+from mfm_nnunet.device import describe_versions
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
@@ -49,9 +49,9 @@ from mfm_nnunet.prediction.classification import write_labels, write_table
 from mfm_nnunet.prediction.export import publish, require_space, write_case
 from mfm_nnunet.prediction.journal import ERROR_FOLDER, SETTINGS_FILE, Journal, check_output, table_name, warn_of_others
 from mfm_nnunet.prediction.model import Model, load_model
+from mfm_nnunet.prediction.selection import choose_outputs, describe_choice
 from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
-from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import DEFAULT_PLAN, Workspace, only_one, use
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,7 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
+    model = choose_outputs(model, request.classes, request.classes_of)
     check_previous_stage(model, previous_stage)
     with find_series(source, request.series or ()) as series:
         require_choice(series, request.series or ())
@@ -191,6 +192,7 @@ class _Run:
             "mirroring": request.mirroring,
             "save_probabilities": request.save_probabilities,
             "cascade": request.previous_stage is not None,
+            **describe_choice(request.classes, request.classes_of),
         }
         self.identity: dict[str, Any] = {"model": model.sha256, "settings": settings}
         """Model and settings: they and the images determine the masks. JSON values without paths."""
@@ -238,11 +240,14 @@ class _Run:
 
     def _write_copies(self) -> None:
         """Write the files that nnU-Net's post-processing, evaluation and ensembling expect next to the masks."""
-        device = self.model.device
         copies = {
             "dataset.json": self.model.dataset_json,
             "plans.json": self.model.plans_manager.plans,
-            SETTINGS_FILE: {**self.identity, "device": str(device), "versions": _versions(device)},
+            SETTINGS_FILE: {
+                **self.identity,
+                "device": str(self.model.device),
+                "versions": describe_versions(self.model.device),
+            },
         }
         for name, content in copies.items():
             write_json(self.folder / name, content, indent=4)
@@ -315,7 +320,7 @@ class _Run:
                 "memory_steps": list(model.oom_steps),
                 **({"agreement": model.agreement} if model.agreement else {}),
                 "warnings": list(ready.warnings),
-                "versions": _versions(model.device),
+                "versions": describe_versions(model.device),
             }
             # Before the files get their final names: a run killed now must still recognise them as its own.
             self.journal.write(case.name, "publishing", code="", reason="", **entry)
@@ -331,8 +336,9 @@ class _Run:
         )
         with track(f"{case.name}: writing the mask"):
             write_case(
-                logits, ready.properties, model.managers, inside(stage, case.name), self.ending,
-                header=ready.header, save_probabilities=request.save_probabilities,
+                logits, ready.properties, model.managers, inside(stage, case.name), self.ending, header=ready.header,
+                save_probabilities=request.save_probabilities,
+                values=model.selection.values if model.selection else None,
             )  # fmt: skip
             if request.dicom_seg and case.slices:
                 self._write_segmentation(case, stage)
@@ -401,8 +407,3 @@ class _Run:
             for name in self.begun:
                 if self.journal.last.get(name, {}).get("status") == "started":
                     self.journal.write(name, "stopped", **self.identity)
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    names = {"mfm_nnunet": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__}
-    return {**names, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}

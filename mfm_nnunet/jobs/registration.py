@@ -68,15 +68,15 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest, left_out
         if request.key_file is not None:
             dicom.write_key(Path(request.key_file), series)
         if request.labels is not None:
-            folder = _new_folder(here, number, name or "Labelled")
+            folder = new_folder(here, number, name or "Labelled")
             good = _require_good(folder.name, series)
             cases = _pair_series(folder, good, images, Path(request.labels), request) if good else None
             cases = cases or pairs.pair_folders(images, Path(request.labels))
             return _register_labelled(folder, cases, request)
         cases = index_source(images, "slices" in given, with_dicom=bool(series))
         if any(case.label is not None for case in cases):
-            return _register_labelled(_new_folder(here, number, name or "Labelled"), cases, request)
-        folder = _new_folder(here, number, name or "Corpus")
+            return _register_labelled(new_folder(here, number, name or "Labelled"), cases, request)
+        folder = new_folder(here, number, name or "Corpus")
         settings = corpus.read_settings(folder) | given
         cases += _convert(folder / DICOM_FOLDER, [item for item in series if item.failure is None], "", left_out)
         left_out += [item.failure for item in series if item.failure is not None]
@@ -87,7 +87,7 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest, left_out
     return folder.name
 
 
-def _new_folder(here: Workspace, number: int, name: str) -> Path:
+def new_folder(here: Workspace, number: int, name: str) -> Path:
     """Return the raw folder of a new dataset; refuse a number that another dataset has (E_EXISTS)."""
     dataset_name = f"Dataset{number:03d}_{name}"
     others = [n for n in here.dataset_names() if n.startswith(dataset_name[:11]) and n != dataset_name]

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from mfm_nnunet.checkpoint import load_weights
+from mfm_nnunet.data.class_table import require_confirmed
 from mfm_nnunet.data.corpus import Selection
 from mfm_nnunet.data.storage import stale_cases
-from mfm_nnunet.data.unlabelled import Labelled, Unlabelled, prepare_unlabelled
+from mfm_nnunet.data.unlabelled import Labelled, Unlabelled
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.device import out_of_memory_is_an_error, pick_device, require_scaled_fp16, training_threads
 from mfm_nnunet.errors import MFMError, about, nearest
@@ -29,12 +30,15 @@ from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
+from mfm_nnunet.finetune.universal import BEFORE, compare_old_classes, select_old_classes
+from mfm_nnunet.finetune.validation import validate_fold
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
 from mfm_nnunet.jobs import student
 from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.jobs.dry_run import scratch_results
 from mfm_nnunet.jobs.report import report_training, reported
+from mfm_nnunet.jobs.unlabelled import add_unlabelled
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.planning.recipes import apply_recipe
@@ -178,6 +182,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
             f"--head {request.head}: the dataset has masks. Heads are for datasets with labels.csv and a task in "
             "dataset.json (documentation/how_to/classify.md).",
         )
+    _check_union(here, plan, request)
     selection, split = _check_data(here, plan, request, dataset)
     folder, start_from = _find_folder(here.results / plan.dataset_name, plan, request)
     used = _pick_device(request)
@@ -201,7 +206,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     labelled = Labelled(
         plan, configuration, dataset, selection.cases, split["train"], set(split["val"]) - set(split["train"])
     )
-    block, unlabelled = _with_unlabelled(here, inputs, block, labelled)
+    block, unlabelled = add_unlabelled(here, inputs, block, labelled)
     is_new = start_from is None and not request.continue_training
     is_changed = is_new or run_settings.is_longer(folder, block, plan.content)
     if is_changed and not request.dry_run:
@@ -245,9 +250,27 @@ def _train_and_validate(job: Job, device: torch.device) -> None:
             logger.info("then %d cases are predicted and scored. Dry run: nothing was written", len(job.split["val"]))
             return
         if is_to_train:
+            _validate_old_classes(trainer)
             trainer.run_training()
     with out_of_memory_is_an_error(_LESS_MEMORY_TO_VALIDATE):
         trainer.perform_actual_validation(request.save_probabilities)
+    if _extends_model(trainer) and (Path(trainer.output_folder) / BEFORE / "summary.json").is_file():
+        for line in compare_old_classes(trainer):
+            trainer.print_to_log_file(line)
+
+
+def _extends_model(trainer: MFMTrainer) -> bool:
+    return trainer.union is not None and trainer.union.num_old > 0
+
+
+def _validate_old_classes(trainer: MFMTrainer) -> None:
+    """Validate the classes of an extended model before it learns more, at the start of a new run."""
+    if not _extends_model(trainer) or trainer.current_epoch or trainer.pretrained_checkpoint is None:
+        return
+    if not trainer.was_initialized:
+        trainer.initialize()
+    for case in validate_fold(trainer, False, BEFORE, select_old_classes(trainer)):
+        trainer.print_to_log_file(f"old classes of {case} predicted")
 
 
 # Checks
@@ -321,37 +344,14 @@ def _check_data(here: Workspace, plan: Plan, request: TrainRequest, dataset: Dat
     return selection, choose_split(request.fold, folder, selection, keep=not request.dry_run)
 
 
-def _with_unlabelled(
-    here: Workspace, inputs: Inputs, block: MFMBlock, labelled: Labelled
-) -> tuple[MFMBlock, Unlabelled | None]:
-    """Prepare the unlabelled images of a run, if any, and describe them in its settings."""
-    request, before = inputs.request, block.semi.corpus
-    corpus = request.unlabelled
-    if corpus is None and before is not None:
-        corpus = before["name"]
-    run_settings.require_both(corpus, block.semi, inputs.overrides)
-    if corpus is None or request.only_validate:
-        return block, None
-    if request.dry_run:
-        raise MFMError(
-            "E_CONFIG",
-            f"--dry-run writes nothing, and --unlabelled {corpus} preprocesses these images. Leave one of them out.",
-        )
-    if labelled.plan.configuration(request.configuration).previous_stage:
-        raise MFMError(
-            "E_CONFIG",
-            f"--unlabelled {corpus}: {request.configuration} refines the masks of another stage, which these images "
-            "do not have. Use --unlabelled with the other configurations.",
-        )
-    unlabelled = prepare_unlabelled(here, corpus, labelled)
-    if before not in (None, unlabelled.description):
-        raise MFMError(
-            "E_CONFIG",
-            f"--c continues the same run, but its unlabelled images differ: they were {before}, are "
-            f"{unlabelled.description}. Put the images back, or start a new run.",
-        )
-    logger.info("--unlabelled %s: %d images without labels", unlabelled.name, len(unlabelled.cases))
-    return dataclasses.replace(block, semi=dataclasses.replace(block.semi, corpus=unlabelled.description)), unlabelled
+def _check_union(here: Workspace, plan: Plan, request: TrainRequest) -> None:
+    """Refuse to train a union whose classes nobody confirmed, or on several GPUs: the loss sums over one batch."""
+    if (table := plan.mfm.universal) is None:
+        return
+    name = plan.dataset_name
+    require_confirmed([inside(here.raw, name), inside(here.preprocessed, name)], table)
+    if request.num_gpus > 1:
+        raise MFMError("E_CONFIG", f"-num_gpus {request.num_gpus}: {name} is a union, which trains on one GPU. Use 1.")
 
 
 def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path, Path | None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mfm_nnunet.data.slices import is_picture
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.models.families import NetworkFamily, family_named, family_of_architecture
+from mfm_nnunet.models.families import NetworkFamily, family_named, family_of_architecture, family_of_class
 from mfm_nnunet.models.sizing import pad_to_multiple
 from mfm_nnunet.plan import INTENSITIES, Configuration, Plan
 from mfm_nnunet.planning.derive import slices_first, times
@@ -162,3 +162,12 @@ def _per_channel(values: Sequence[Any], num_channels: int, source: Template) -> 
         f"({', '.join(map(str, values))}), the dataset has {num_channels}, so they cannot be matched. "
         f"Use a checkpoint with one channel or {num_channels}.",
     )
+
+
+def networks_of(plans: Mapping[str, Any]) -> set[str]:
+    """Return the ``--network`` names of a plan's configurations."""
+    configurations = [value for value in plans["configurations"].values() if isinstance(value, dict)]
+    architectures = [value.get("architecture") for value in configurations]
+    names = [(architecture or {}).get("network_class_name") for architecture in architectures]
+    families = [family_of_class(str(name)) for name in names]
+    return {family.variant(a) if family else str(n) for n, a, family in zip(names, architectures, families) if a}

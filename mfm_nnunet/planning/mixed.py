@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from mfm_nnunet.data.cases import Case
+from mfm_nnunet.data.class_table import union_of
 from mfm_nnunet.data.slices import is_picture
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.modalities import kind_of, kind_of_channel, rule_for
+from mfm_nnunet.modalities import has_window, kind_of, kind_of_channel, rule_for
 from mfm_nnunet.plan import INTENSITIES, Plan
 from mfm_nnunet.planning.derive import Decision
 from mfm_nnunet.planning.like import Template
@@ -87,9 +88,12 @@ def explain_modalities(table: Mapping[str, Any]) -> list[Decision]:
 def kinds_of(cases: Sequence[Case], dataset_json: Mapping[str, Any]) -> list[str]:
     """List the kinds of images of a corpus that is normalised by modality; empty for others.
 
-    This is a corpus of several kinds, and one that was registered with ``--modality``. Raises MFMError (E_CONFIG) if
-    the kind of one of its images is not known.
+    This is a corpus of several kinds, one that was registered with ``--modality``, and a union of labelled datasets of
+    which some have a window. Raises MFMError (E_CONFIG) if the kind of one of its images is not known.
     """
+    if union_of(dataset_json) is not None:
+        found = sorted({case.modality for case in cases})
+        return found if len(found) > 1 and any(map(has_window, found)) else []
     kinds = Counter(kind_of(case.modality) for case in cases)
     is_asked = "modality" in dataset_json.get("mfm", {})
     if any(case.label is not None for case in cases) or not (is_asked or len(set(kinds) - {""}) > 1):

@@ -24,16 +24,17 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mfm_nnunet.data import corpus
+from mfm_nnunet.data.class_table import union_of
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import parse_json, to_plain, write_json
 from mfm_nnunet.modalities import kind_of
-from mfm_nnunet.models.families import NetworkFamily, Sizing, family_named, family_of_architecture, family_of_class
+from mfm_nnunet.models.families import NetworkFamily, Sizing, family_named, family_of_architecture
 from mfm_nnunet.models.memory import estimate_training_memory, num_parameters
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.sizing import MIN_EDGE, too_little_memory
 from mfm_nnunet.plan import CORPUS_SETTINGS, INTENSITIES, Plan
-from mfm_nnunet.planning import derive, like, mixed
+from mfm_nnunet.planning import derive, like, mixed, universal
 from mfm_nnunet.planning.derive import Decision, times
 from mfm_nnunet.planning.fingerprint import choose_reader
 from mfm_nnunet.settings import MFMBlock, to_dict
@@ -66,7 +67,6 @@ class MFMPlanner(ResEncUNetPlanner):
         fingerprint_file = Path(str(stock.nnUNet_preprocessed)) / name / "dataset_fingerprint.json"
         _require_file(raw / "dataset.json", "Register the images, or check the dataset's folder.")
         _require_file(fingerprint_file, f"Run mfm_plan_and_preprocess -d {name}, which makes it first.")
-        self.is_corpus = corpus.is_corpus(raw)
         self.budget = derive.choose_budget(gpu_memory_target_in_gb, _gpu_memory_gb())
         # Stock lists imagesTr only to choose a reader. A corpus has no imagesTr, and the reader is chosen below.
         # Stock reads JSON as UTF-8 without a byte order mark.
@@ -76,6 +76,8 @@ class MFMPlanner(ResEncUNetPlanner):
         ):
             super().__init__(name, 8, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose)
         self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # normalised, unlike the file
+        self.is_corpus, self.union = corpus.is_corpus(raw), union_of(self.dataset_json)
+        self.is_mixed = self.is_corpus or self.union is not None
         self.dataset_json.setdefault("numTraining", len(self.dataset_fingerprint["spacings"]))
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
@@ -108,8 +110,10 @@ class MFMPlanner(ResEncUNetPlanner):
     def plan_experiment(self) -> dict[str, Any]:
         """Plan all configurations, write the plan file and return the plan. Stock's output goes to the debug log."""
         is_stock = self.family.is_sized_by_nnunet and not self.source
-        if self.is_corpus or not self.has_masks or self.is_original_spacing or not is_stock:
-            self.lowres_creation_threshold = 0  # a low resolution needs labels, resampling and stock's network
+        if self.is_mixed or not self.has_masks or self.is_original_spacing or not is_stock:
+            self.lowres_creation_threshold = (
+                0  # a low resolution needs labels of one dataset, resampling, stock's U-Net
+            )
         if not is_stock:
             self._apply(_without_limit(self.preset))  # stock's U-Net is discarded, so it need not fit the budget
         measured = self.dataset_fingerprint
@@ -239,6 +243,8 @@ class MFMPlanner(ResEncUNetPlanner):
         for name, configuration in plans["configurations"].items():
             if "data_identifier" in configuration:
                 configuration["data_identifier"] = Plan.of(plans).make_data_identifier(name, dataset)
+        if self.union:
+            universal.require_spacings(self.union, self.dataset_fingerprint, Plan.of(plans))
         self.planned = tuple(plans["configurations"])
         if self.plans_file.is_file():
             self._merge(plans)
@@ -252,7 +258,7 @@ class MFMPlanner(ResEncUNetPlanner):
                 f"{source.entry['name']} was pretrained in 3D and {self.dataset_name} has only 2D images. "
                 "Use a checkpoint pretrained with the configuration 2d.",
             )
-        if not (self.is_corpus and source.plan.modalities):
+        if not (self.is_mixed and source.plan.modalities):
             source = mixed.for_dataset(source, self.modality, self.dataset_json, plans[INTENSITIES])
         return like.plan_like(plans, source)
 
@@ -267,8 +273,9 @@ class MFMPlanner(ResEncUNetPlanner):
             pretrain,
             finetune,
             self.source.entry if self.source else None,
-            modalities=mixed.modalities_of(self.dataset_fingerprint, self.source, self.is_corpus),
+            modalities=mixed.modalities_of(self.dataset_fingerprint, self.source, self.is_mixed),
             corpus={name: self.settings[name] for name in CORPUS_SETTINGS if name in self.settings} or None,
+            universal=dict(self.union) if self.union else None,
             network=self.family.name,
         )
 
@@ -283,7 +290,7 @@ class MFMPlanner(ResEncUNetPlanner):
         ours = STOCK_CONFIGURATIONS if self.wanted is None else set(plans["configurations"])
         others = {name: value for name, value in old["configurations"].items() if name not in ours}
         shared = ("transpose_forward", "image_reader_writer", INTENSITIES)
-        if _networks(old) == _networks(plans) and all(old.get(key) == plans[key] for key in shared):
+        if like.networks_of(old) == like.networks_of(plans) and all(old.get(key) == plans[key] for key in shared):
             plans["configurations"].update(others)
         if changed := derive.changed_keys(old, plans):
             logger.warning(
@@ -393,15 +400,6 @@ def _replaced_in_stock(**functions: Any) -> Iterator[None]:
         yield
     finally:
         vars(stock).update(before)
-
-
-def _networks(plans: Mapping[str, Any]) -> set[str]:
-    """Return the ``--network`` names of a plan's configurations."""
-    configurations = [value for value in plans["configurations"].values() if isinstance(value, dict)]
-    architectures = [value.get("architecture") for value in configurations]
-    names = [(architecture or {}).get("network_class_name") for architecture in architectures]
-    families = [family_of_class(str(name)) for name in names]
-    return {family.variant(a) if family else str(n) for n, a, family in zip(names, architectures, families) if a}
 
 
 def _without_limit(preset: derive.ResEncPreset) -> derive.ResEncPreset:

@@ -194,12 +194,14 @@ def write_case(
     *,
     header: nibabel.Nifti1Header | None = None,
     save_probabilities: bool = False,
+    values: np.ndarray | None = None,
 ) -> None:
     """Write a case's mask and, on request, nnU-Net's ``.npz`` and ``.pkl`` next to it (for its ensembling).
 
     ``target_truncated`` is the mask's path without its ending, in a staging folder, as nothing is written atomically.
-    ``header`` is the scan's NIfTI header, which is copied to the mask; without it nnU-Net's writer is used. Raises
-    MFMError (E_DISK_FULL, E_GEOMETRY), and E_CONFIG if nnU-Net's writer class changes the labels.
+    ``header`` is the scan's NIfTI header, which is copied to the mask; without it nnU-Net's writer is used.
+    ``values`` replace the labels of the mask, by their number. Raises MFMError (E_DISK_FULL, E_GEOMETRY), and E_CONFIG
+    if nnU-Net's writer class changes the labels.
     """
     if save_probabilities:
         mask, probabilities = logits_to_probabilities(logits_KDHW, properties, managers)
@@ -208,6 +210,8 @@ def write_case(
             save_pickle(properties, f"{target_truncated}.pkl")
     else:
         mask = logits_to_mask(logits_KDHW, properties, managers)
+    if values is not None:
+        mask = values[mask]
     write_mask(mask, properties, managers[0], Path(f"{target_truncated}{file_ending}"), header)
 
 

@@ -11,10 +11,10 @@ import inspect
 import io
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 from mfm_nnunet.checkpoint import load_weights
 from mfm_nnunet.data.sizes import sliding_windows
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.device import autocast, pick_device
+from mfm_nnunet.device import gpu_settings, pick_device
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import sha256, whole_number
 from mfm_nnunet.metrics import agreement_of
@@ -36,6 +36,9 @@ from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.classification import HeadInfo, build_classifier, head_weights, read_head
 from mfm_nnunet.prediction.export import Managers
 from mfm_nnunet.reports.progress import track
+
+if TYPE_CHECKING:
+    from mfm_nnunet.prediction.selection import ChosenOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,9 @@ class Model:
     """Hash of weights, plan and labels together."""
     heads: tuple[HeadInfo, ...] = ()
     """The outputs of each fold of a classifier; empty for a segmentation model."""
+    configuration: str = ""
+    selection: ChosenOutputs | None = None
+    """The outputs to predict; None for all."""
     oom_steps: list[str] = field(default_factory=list)
     """Measures taken for lack of memory since the list was last cleared."""
     agreement: dict[str, float] = field(default_factory=dict)
@@ -78,6 +84,8 @@ class Model:
 
     def __post_init__(self) -> None:
         self.label_manager: LabelManager = self.plans_manager.get_label_manager(self.dataset_json)
+        if self.selection is not None:
+            self.label_manager = self.selection.label_manager
         self._loaded: int | None = None
 
     @property
@@ -107,7 +115,7 @@ class Model:
             self._use_fold(fold)
             which = f"{what}, fold {fold + 1} of {len(self.weights)}" if len(self.weights) > 1 else what
             # Entered anew for each fold: autocast caches the weights it has converted.
-            with _gpu_settings(self.device, self.autocast_dtype):
+            with gpu_settings(self.device, self.autocast_dtype):
                 logits = self._slide(x_CDHW, step_size, mirror_axes, which).to("cpu")
             of_folds += [_label_thinly(logits, self.label_manager.has_regions)] if len(self.weights) > 1 else []
             total = logits if total is None else total.add_(logits)
@@ -131,7 +139,7 @@ class Model:
         for fold, head in enumerate(self.heads):
             self._use_fold(fold)
             views = head.views(x_CDHW, self.configuration_manager.patch_size)
-            with _gpu_settings(self.device, self.autocast_dtype):
+            with gpu_settings(self.device, self.autocast_dtype):
                 z_NE = self.network.embed_views(views)  # type: ignore[operator]
             logits_1K = self.network.head(z_NE[None])  # type: ignore[operator]
             if not torch.isfinite(logits_1K).all():
@@ -194,15 +202,18 @@ class Model:
 
     def _mirrored(self, tile: torch.Tensor, mirror_axes: Sequence[int] | None) -> torch.Tensor:
         """Return the mean prediction over all combinations of mirrored axes."""
-        prediction = self.network(tile)
+        prediction = self._forward(tile)
         if not mirror_axes:
             return prediction
         axes = [axis + 2 for axis in mirror_axes]
         assert max(axes) < tile.ndim, f"mirror axes {tuple(mirror_axes)} for a patch of {tile.ndim - 2} axes"
         flips = [flip for size in range(1, len(axes) + 1) for flip in itertools.combinations(axes, size)]
         for flip in flips:
-            prediction += torch.flip(self.network(torch.flip(tile, flip)), flip)
+            prediction += torch.flip(self._forward(torch.flip(tile, flip)), flip)
         return prediction.div_(len(flips) + 1)
+
+    def _forward(self, tile: torch.Tensor) -> torch.Tensor:
+        return self.network(tile) if self.selection is None else self.selection(self.network(tile))
 
 
 def _label_thinly(logits_KDHW: torch.Tensor, has_regions: bool) -> np.ndarray:
@@ -212,18 +223,6 @@ def _label_thinly(logits_KDHW: torch.Tensor, has_regions: bool) -> np.ndarray:
     if not has_regions:
         return some_KDHW.argmax(0).numpy()
     return ((some_KDHW > 0) * torch.arange(1, len(some_KDHW) + 1).view(-1, 1, 1, 1)).amax(0).numpy()
-
-
-@contextlib.contextmanager
-def _gpu_settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Use mixed precision and cuDNN's search on a CUDA device, like stock nnU-Net; restore the settings afterwards."""
-    before, is_gpu = torch.backends.cudnn.benchmark, device.type == "cuda"
-    torch.backends.cudnn.benchmark = before or is_gpu
-    try:
-        with autocast(device, dtype if is_gpu else None):
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def load_model(
@@ -267,6 +266,7 @@ def load_model(
         autocast_dtype=torch.bfloat16 if first.precision == "bf16" else torch.float16,
         sha256=hashlib.sha256("".join(map(sha256, described)).encode()).hexdigest(),
         heads=tuple(fold.head for fold in trained if fold.head is not None),
+        configuration=configuration,
     )
     for fold in trained:
         try:

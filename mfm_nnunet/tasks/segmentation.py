@@ -57,6 +57,10 @@ class SegmentationTask(Task):
         dice = 2 * hits / (2 * hits + excess + missed)
         return {"loss": np.mean(values["loss"].numpy()), "dice": list(dice.numpy())}
 
+    def describe_epoch(self) -> list[str]:
+        """Return lines for the log on what the steps of an epoch trained."""
+        return []
+
     def _count(self, output_BKDHW: Tensor, target_BCDHW: Tensor) -> dict[str, Tensor]:
         counts: Tensor | bool = True
         if self._has_regions:
