@@ -56,6 +56,7 @@ from mfm_nnunet.processes import ALONE, World, largest
 from mfm_nnunet.settings import FORMAT, block_of, to_dict
 from mfm_nnunet.signals import stop_on_signal
 from mfm_nnunet.tasks.losses import halving_weights
+from mfm_nnunet.tasks.segmentation import SegmentationTask
 from mfm_nnunet.workspace import num_cores
 
 CUDA = torch.device("cuda")

@@ -37,8 +37,8 @@ def add_unlabelled(
     if labelled.plan.mfm.universal is not None:
         raise MFMError(
             "E_CONFIG",
-            f"--unlabelled {corpus}: {labelled.plan.dataset_name} is a union of datasets, which trains with labels alone. "
-            "Leave it out.",
+            f"--unlabelled {corpus}: {labelled.plan.dataset_name} is a union of datasets, which trains with labels "
+            "alone. Leave it out.",
         )
     if labelled.plan.configuration(request.configuration).previous_stage:
         raise MFMError(
