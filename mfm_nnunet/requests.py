@@ -46,6 +46,8 @@ PLANS = (
     "name of the plan (default: the one made like the given checkpoint, else the only one, else mfmPlans)",
 )
 TRAINER = "-tr --trainer", "trainer class"
+WEIGHTS = "-pretrained_weights --pretrained-weights", "start from these weights (default: from scratch)"
+LICENCE = "--accept-licence", "accept a licence that restricts the use of weights, by its name, e.g. cc-by-nc-4.0"
 
 
 def _spacing(value: Any) -> str | tuple[float, ...]:
@@ -165,7 +167,8 @@ class PlanRequest(Request):
         "resenc",
         "--network",
         "residual encoder U-Net (default), Primus transformer (V2, V3: convolutional stem), Swin U-Net, PCT-Net "
-        "(convolutions and window attention in parallel), or your own",
+        "(convolutions and window attention in parallel), timm:NAME (an encoder for natural images, such as DINOv2), "
+        "or your own",
     )
     memory_gb: float | None = option(
         None,
@@ -252,6 +255,8 @@ class RunRequest(ConfigurationRequest):
     )
     device: str = option("auto", *DEVICE, choices=DEVICES)
     num_gpus: int = option(1, "-num_gpus --num-gpus", "number of GPUs", metavar="N", check=at_least_one)
+    pretrained_weights: str | Path | None = option(None, *WEIGHTS, metavar="CHECKPOINT")
+    accept_licence: str | None = option(None, *LICENCE, metavar="NAME")
     dry_run: bool = option(False, *DRY_RUN)
 
 
@@ -295,12 +300,6 @@ class TrainRequest(RunRequest):
         "(frozen encoder and logistic regression: seconds)",
         metavar="HEAD",
         check=one_of(*HEADS),
-    )
-    pretrained_weights: str | Path | None = option(
-        None,
-        "-pretrained_weights --pretrained-weights",
-        "start from these weights (default: from scratch)",
-        metavar="CHECKPOINT",
     )
     unlabelled: str | int | None = option(
         None,

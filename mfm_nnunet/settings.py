@@ -88,10 +88,10 @@ class FinetuneSettings(TrainingSettings):
     all (arXiv 2410.23132); where nothing came from one, the plain warm-up."""
     decoder_epochs: int | None = ranged(None, 2, 10**6)
     """sawtooth: epochs of its first phase. None: 5 % of the epochs from 300 epochs on, else 10 %, at least 2."""
-    train: Literal["all", "decoder", "head", "lora"] = "all"
-    """Trained part of the network. decoder: the encoder is frozen; head: all but the output layers is (a linear probe);
-    lora: the decoder and low-rank adapters in the encoder are trained (arXiv 2106.09685, Primus only). A stem that was
-    adapted to other channels is always trained."""
+    train: Literal["auto", "all", "decoder", "head", "lora"] = "all"
+    """Trained part of the network. auto: as the family advises, else all. decoder: the encoder is frozen; head: all but
+    the output layers is (a linear probe); lora: the decoder and low-rank adapters in the encoder are trained (arXiv
+    2106.09685, transformers only). A stem that was adapted to several other channels is always trained."""
     lora_rank: int = ranged(8, 1, 2**16)
     """lora: rank of the adapters."""
     lora_alpha: float = ranged(16.0, 0, LARGEST, above=True)

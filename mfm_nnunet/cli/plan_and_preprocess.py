@@ -21,12 +21,19 @@ Fingerprint, plan and preprocess labelled datasets and unlabelled corpora.
 Every decision is printed with its reason. The last lines on stdout are the paths of the plans."""
 
 
+class _Networks(tuple[str, ...]):
+    """Names of networks. Behind a colon may follow what only the network's family can check."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).partition(":")[0])
+
+
 def build_parser() -> common.StrictParser:
     """Define the flags of the command."""
     parser = common.make_parser("mfm_plan_and_preprocess", DESCRIPTION)
     from mfm_nnunet.models.families import network_names  # without torch
 
-    parser.add_request(PlanRequest, network=tuple(network_names()))
+    parser.add_request(PlanRequest, network=_Networks(network_names()))
     text = "ignored, because every file is always verified; accepted for nnU-Net's scripts"
     parser.flag("--verify_dataset_integrity", text, action="store_true")
     return parser

@@ -219,7 +219,7 @@ class ClassificationRun:
         """Set the rates and freeze what does not learn yet."""
         self._schedule.step(epoch)
         trained = self._schedule.trained_names(epoch)
-        self.optimisation.frozen = groups.freeze(self.task.classifier, trained, False)
+        self.optimisation.frozen = groups.freeze(self.task.classifier, trained, False, self.new_weights is not None)
         self.task.is_frozen = not any(name.startswith("backbone.") for name in trained)
         self.task.train()
 

@@ -93,7 +93,8 @@ class FoldRun:
             # (https://github.com/pytorch/pytorch/issues/139476).
             torch.compiler.reset()
         self._trained = trained
-        trainer.optimisation.frozen = groups.freeze(unwrapped(trainer.network), trained, trainer.is_ddp)
+        is_pretrained = trainer.new_weights is not None
+        trainer.optimisation.frozen = groups.freeze(unwrapped(trainer.network), trained, trainer.is_ddp, is_pretrained)
 
     def begin_step(self, step: int) -> None:
         """Do nothing: rates and seeds are set at each epoch."""

@@ -72,11 +72,15 @@ def first_names(network: nn.Module, settings: FinetuneSettings, untrained: set[s
     return untrained | {name for name, _ in network.named_parameters()} - family_of(network).encoder_names(network)
 
 
-def freeze(network: nn.Module, trained: Collection[str], keep_gradients: bool) -> list[nn.Parameter]:
+def freeze(
+    network: nn.Module, trained: Collection[str], keep_gradients: bool, is_pretrained: bool = False
+) -> list[nn.Parameter]:
     """Freeze all parameters except ``trained`` and return the frozen ones, which weight decay and momentum then ignore.
 
-    Frozen norms also keep their running statistics. ``keep_gradients`` is for DistributedDataParallel, which expects a
-    gradient of every parameter that had one when it was built: they are computed, and the engine drops them.
+    Frozen norms also keep their running statistics, and so do pretrained ones that a family marks
+    (``keeps_statistics``): those of a few small batches are worse. ``keep_gradients`` is for DistributedDataParallel,
+    which expects a gradient of every parameter that had one when it was built: they are computed, and the engine drops
+    them.
     """
     frozen = []
     for name, parameter in network.named_parameters():
@@ -86,7 +90,10 @@ def freeze(network: nn.Module, trained: Collection[str], keep_gradients: bool) -
     places = {id(parameter) for parameter in frozen}
     for module in network.modules():
         own = list(module.parameters(recurse=False))
-        if getattr(module, "running_mean", None) is not None and own and all(id(p) in places for p in own):
+        if getattr(module, "running_mean", None) is None:
+            continue
+        is_kept = is_pretrained and getattr(module, "keeps_statistics", False)
+        if is_kept or (own and all(id(p) in places for p in own)):
             module.eval()
     return frozen
 

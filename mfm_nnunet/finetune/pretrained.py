@@ -142,6 +142,8 @@ def _note_differences(reading: Reading, plans: PlansManager, own: ConfigurationM
     The weights still load, but see images unlike those they were trained on.
     """
     theirs = reading.configuration
+    if not theirs:
+        return []
     pairs = []
     if Configuration("", theirs).is_resampled and len(theirs["spacing"]) == len(own.spacing):
         pairs.append(("spacing in mm", np.round(own.spacing, 3).tolist(), np.round(theirs["spacing"], 3).tolist()))
@@ -176,6 +178,8 @@ def untrained_names(report: TransferReport, network: nn.Module) -> set[str]:
     """
     plain = unwrapped(network)
     stem = family_of(plain).stem_names(plain)
-    projections = tuple(f"{e.name.rpartition('.')[0]}." for e in report.adapted if e.name in stem)
+    adapted = [entry.name for entry in report.adapted if entry.name in stem]
+    adapted = [name for name in adapted if plain.get_parameter(name).shape[1] > 1]  # the sum is exact for one channel
+    projections = tuple(f"{name.rpartition('.')[0]}." for name in adapted)
     new = {entry.name for entry in report.new}
     return {name for name, _ in plain.named_parameters() if name in new or name.startswith(projections)}

@@ -83,7 +83,7 @@ def advise(family: NetworkFamily, num_cases: int, pretext: str | None, has_decod
 
 def advise_as_begun(settings: FinetuneSettings) -> list[Advice]:
     """Return the values that a run started with, as advice for settings left open when it is resumed."""
-    names = ("learning_rate", "warmup_epochs", "decoder_epochs", "layer_decay", "parts")
+    names = ("learning_rate", "warmup_epochs", "decoder_epochs", "layer_decay", "parts", "train")
     values = {name: getattr(settings, name) for name in names}
     return [Advice(name, value, "as this run began") for name, value in values.items() if value not in (None, "auto")]
 
@@ -101,6 +101,9 @@ def resolve_new(
     if reading is not None:
         origin = reading.origin
         advice = advise(family_of(network), num_cases, origin["pretext"], has_decoder(reading, network))
+        values, reason = family_of(network).advise_training(network, num_cases)
+        advice = [item for item in advice if item.name not in values]
+        advice += [Advice(name, value, reason) for name, value in values.items()]
     resolved = resolve(block, overrides, origin, advice)
     if override(block, overrides).finetune.learning_rate is None:
         of = block.network, resolved.finetune.optimizer, "scratch" if origin is None else "a checkpoint"
@@ -145,6 +148,7 @@ def resolve(
     settings = dataclasses.replace(
         settings,
         learning_rate=family_named(block.network).learning_rate(settings),
+        train="all" if settings.train == "auto" else settings.train,
         warmup_epochs=resolved_warmup(settings.warmup_epochs, settings.epochs),
         decoder_epochs=resolved_decoder_epochs(settings),
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,

@@ -8,6 +8,7 @@ and resumed ends in the same weights as an uninterrupted one, bit for bit on the
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ class MFMTrainer(nnUNetTrainer):
         self.union = None if block.universal is None else ClassTable.of(block.universal)
         self.settings = block.finetune
         self.watch = Watch.of(DatasetJson.of(dataset_json))
+        if self.settings.train == "auto":  # stock nnU-Net's command, which takes no advice
+            self.settings = replace(self.settings, train="all")
         self.initial_lr = family_named(block.network).learning_rate(self.settings)
         self.weight_decay = self.settings.weight_decay
         self.num_epochs = self.settings.epochs
@@ -198,7 +201,7 @@ class MFMTrainer(nnUNetTrainer):
             self.grad_scaler or torch.amp.GradScaler(self.device.type, enabled=False),
             self.autocast_dtype,
             WeightAverage(network, decay, trained) if decay is not None else None,
-            frozen=groups.freeze(network, trained, self.is_ddp),
+            frozen=groups.freeze(network, trained, self.is_ddp, new_weights is not None),
         )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule]:

@@ -28,7 +28,7 @@ from mfm_nnunet.settings import FORMAT, MFMBlock, to_dict
 
 logger = logging.getLogger(__name__)
 
-Layout = Literal["mfm_nnunet", "nnssl", "nnU-Net", "weights alone"]
+Layout = Literal["mfm_nnunet", "nnssl", "nnU-Net", "weights alone", "timm"]
 TokenOrder = Literal["whd", "hwd"]
 NORMALIZATIONS = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
 """Normalisations that need only the image. CTNormalization needs intensities, which nnssl's files do not have."""
@@ -87,6 +87,12 @@ def require_plan(reading: Reading, *keys: str) -> None:
 
     Training can start from weights alone; planning, building and describing the network need its plan.
     """
+    if reading.layout == "timm":
+        raise MFMError(
+            "E_MODEL_MISMATCH",
+            "it has bare weights, without the plan of a network. If they are of timm, plan with --network timm:NAME "
+            "and give them to mfm_train or mfm_pretrain with -pretrained_weights.",
+        )
     plans = reading.mfm["plans"] if isinstance(reading.mfm.get("plans"), dict) else {}
     problem = plan_problem(plans)
     if not problem and reading.configuration.get("architecture") is None:

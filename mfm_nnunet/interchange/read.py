@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mfm_nnunet import checkpoint, files
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.files import read_json
@@ -35,8 +37,10 @@ from mfm_nnunet.interchange.foreign import (
     require_plan,
 )
 from mfm_nnunet.interchange.hub import fetch
+from mfm_nnunet.interchange.natural import ENDING, bare_weights, from_timm, read_tensors, settle_licence, timm_config
 from mfm_nnunet.interchange.nnssl_export import write_nnssl
 from mfm_nnunet.interchange.verify import require_complete
+from mfm_nnunet.models.families import family_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ WEIGHTS_BY_OTHERS = ("model_state_dict", "model")
 KNOWN = (
     "mfm_nnunet (network_weights and mfm; or a folder with model.safetensors and config.json), nnssl and OpenMind "
     "(network_weights, nnssl_adaptation_plan), nnU-Net (network_weights, init_args), network_weights alone, "
-    "PyMIC and MIS-FM (model_state_dict), VISION-MAE (model)"
+    "PyMIC and MIS-FM (model_state_dict), VISION-MAE (model), timm (tensors alone)"
 )
 
 
@@ -58,10 +62,12 @@ def find_checkpoint(address: str | Path) -> Path:
     Raises MFMError (E_NOT_FOUND) if there is none, and those of :func:`mfm_nnunet.interchange.hub.fetch`.
     """
     place = fetch(address)
-    if place.name == WEIGHTS and place.is_file():
+    if place.name == WEIGHTS and place.is_file() and is_folder_checkpoint(place.parent):
         place = place.parent
     if not place.is_dir() or is_folder_checkpoint(place):
         return place
+    if (place / WEIGHTS).is_file() and timm_config(place):
+        return place / WEIGHTS
     if (place / FILE).is_file():
         return place / FILE
     if (place / WEIGHTS).is_file():
@@ -91,6 +97,8 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
         content = read_folder(place)
         with about(place / CONFIG):
             reading = ours(content)
+    elif place.suffix == ENDING:
+        reading = from_timm(read_tensors(place), place.parent)
     else:
         raw = checkpoint.load(place)
         with about(place):
@@ -103,6 +111,16 @@ def read_checkpoint(place: Path, token_order: TokenOrder | None = None) -> Readi
         reading.mfm["licence"] = licence
     for note in reading.notes:
         logger.info("%s: %s", place.name, note)
+    return reading
+
+
+def read_initial(place: Path, network: nn.Module, accepted_licence: str | None) -> Reading:
+    """Read the weights that ``network`` starts from, as :func:`read_checkpoint`, and settle their licence.
+
+    Raises MFMError (E_CONFIG) if the licence must be accepted by its name and is not.
+    """
+    reading = read_checkpoint(place)
+    settle_licence(reading, family_of(network), network, accepted_licence)
     return reading
 
 
@@ -161,6 +179,8 @@ def _require_same_licence(known: str | None, given: str) -> None:
 def _recognised(raw: Mapping[str, Any], place: Path, token_order: TokenOrder | None) -> Reading:
     if name := next((name for name in WEIGHTS_BY_OTHERS if isinstance(raw.get(name), dict)), None):
         raw = {"network_weights": raw[name], **raw}
+    if (bare := bare_weights(raw)) is not None:
+        return from_timm(bare, place.parent)
     if not isinstance(raw.get("network_weights"), dict):
         keys = ", ".join(map(str, list(raw)[:5])) or "nothing"
         raise MFMError(

@@ -52,7 +52,7 @@ from mfm_nnunet.finetune.pretrained import transfer_with_report, untrained_names
 from mfm_nnunet.finetune.probing import cached_features, fit_probe
 from mfm_nnunet.finetune.splits import choose_split, ensure_splits
 from mfm_nnunet.interchange.foreign import Reading
-from mfm_nnunet.interchange.read import read_checkpoint
+from mfm_nnunet.interchange.read import read_initial
 from mfm_nnunet.jobs.dry_run import scratch_results
 from mfm_nnunet.jobs.pretrain import select_cases
 from mfm_nnunet.jobs.report import report_classifier, reported
@@ -153,8 +153,10 @@ def _check(
         refuse_links(written)
     is_resumed = _is_resumed(folder, request, head)
     device = pick_device(request.device)
-    pretrained = read_checkpoint(weights) if weights is not None and not is_resumed else None
     network = build_network(plan.content, configuration, plan.configuration(configuration).num_channels, 1)
+    pretrained = None
+    if weights is not None and not is_resumed:
+        pretrained = read_initial(weights, network, request.accept_licence)
     planned = _mirror_no_sides(plan.mfm, table)
     if is_resumed:
         block = run_settings.resolve_resumed(planned, overrides, None, folder, plan.content)

@@ -213,7 +213,7 @@ def read_source(path: Path) -> Template:
 
 def check_request(request: PlanRequest) -> Template | None:
     """Refuse an unknown network before reading a dataset, and return the checkpoint that the plan must fit."""
-    family_named(request.network)
+    family_named(request.network).require_variant(request.network)
     source = read_source(Path(request.like)) if request.like else None
     if source and request.network not in ("resenc", source.variant):
         holds = f"a {source.family.title} (--network {source.variant})"

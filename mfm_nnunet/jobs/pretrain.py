@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.data import corpus
@@ -26,9 +27,12 @@ from mfm_nnunet.engine.state import LONGER, STATE_FILES, flat
 from mfm_nnunet.errors import MFMError, about
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside, read_json, remove_leftovers, write_json
+from mfm_nnunet.finetune.pretrained import has_decoder, transfer_with_report
+from mfm_nnunet.interchange.read import find_checkpoint, read_initial
 from mfm_nnunet.jobs.report import report_pretraining, reported
 from mfm_nnunet.models.backbone import make_backbone
 from mfm_nnunet.models.networks import build_network
+from mfm_nnunet.models.transfer import Parts
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.planning.recipes import apply_recipe
 from mfm_nnunet.processes import World, join_world, leave_world, run_processes
@@ -262,6 +266,7 @@ def _prepare(job: Job, device: torch.device, world: World) -> tuple[Pretraining,
     num_outputs = task_class.num_outputs(resolved.pretext, num_inputs)
     with about(f"{plan.name}.json"):
         network = build_network(plan.content, configuration, num_inputs, num_outputs)
+    started_from = _start_from(job, network)
     backbone = make_backbone(network, patch_size, task_class.restoring)
     config = task_class.resolve(resolved.pretext, backbone.geometry())
     task = task_class(config, backbone)
@@ -293,7 +298,8 @@ def _prepare(job: Job, device: torch.device, world: World) -> tuple[Pretraining,
             "hash": corpus.corpus_hash(cases, sizes),
         },
         "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
-        "citations": list(task_class.citations),
+        "citations": [*task_class.citations, *(started_from.pop("citations", None) or [])],
+        **started_from,
         "trained": "network" if task_class.trains_decoder else "encoder",
     }
     workers = default_workers(world.size) if resolved.num_workers is None else resolved.num_workers
@@ -302,6 +308,30 @@ def _prepare(job: Job, device: torch.device, world: World) -> tuple[Pretraining,
         resolved.seed, workers, world, job.probe,
     )  # fmt: skip
     return run, streams.notes
+
+
+def _start_from(job: Job, network: nn.Module) -> dict[str, Any]:
+    """Transfer the initial weights of a new run, and return their licence, citations and origin for its checkpoints.
+
+    A resumed run reads them off the report that it wrote when it began.
+    """
+    request, report = job.request, job.folder / "transfer.json"
+    if request.pretrained_weights is None and not (request.continue_training and report.is_file()):
+        return {}
+    if request.continue_training:
+        known = read_json(report, "Start the run again under another --run-name.")
+    else:
+        reading = read_initial(find_checkpoint(request.pretrained_weights or ""), network, request.accept_licence)
+        known = {**reading.origin, "checkpoint": reading.origin["name"], "layout": reading.layout}
+        job.folder.mkdir(parents=True, exist_ok=True)
+        parts: Parts = "encoder_decoder" if has_decoder(reading, network) else "encoder"
+        plans, configuration = job.plan.content, request.configuration
+        transfer_with_report(reading, network, plans, configuration, job.folder, parts, "fit")
+        reading.release()
+    source = {"layout": known["layout"], "file": known["checkpoint"], "sha256": known["sha256"]}
+    source["notes"] = [f"pretraining continued from these weights ({known.get('pretext') or 'unknown task'})"]
+    own = {name: known[name] for name in ("licence", "citations") if known.get(name)}
+    return {**own, "source": source}
 
 
 def _require_enough_items(settings: mfm_settings.PretrainSettings, smallest: int) -> None:

@@ -33,7 +33,7 @@ from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.finetune.universal import BEFORE, compare_old_classes, select_old_classes
 from mfm_nnunet.finetune.validation import validate_fold
 from mfm_nnunet.interchange.foreign import Reading
-from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
+from mfm_nnunet.interchange.read import find_checkpoint, read_initial, sha256
 from mfm_nnunet.jobs import student
 from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.jobs.dry_run import scratch_results
@@ -192,7 +192,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     with about(inputs.plans_file):
         block, num_channels = plan.mfm, plan.configuration(configuration).num_channels
         network = build_network(plan.content, configuration, num_channels, 2)
-    reading = read_checkpoint(inputs.weights) if inputs.weights is not None else None
+    reading = read_initial(inputs.weights, network, request.accept_licence) if inputs.weights is not None else None
     if start_from is None and not request.continue_training:
         block = run_settings.resolve_new(block, overrides, reading, network, len(split["train"]))
     else:

@@ -34,6 +34,7 @@ BUILT_IN = {
     "primus_v3": "mfm_nnunet.models.primus_family",
     "swin": "mfm_nnunet.models.swin_family",
     "pctnet": "mfm_nnunet.models.pctnet_family",
+    "timm": "mfm_nnunet.models.natural_family",
 }
 """Modules of the families by ``--network`` name."""
 
@@ -45,8 +46,8 @@ Need = Literal["any", "tokens", "sparse encoder"]
 """Requirement of a pretext task: none, tokens, or an encoder that can run sparsely."""
 
 MEETING: dict[Need, tuple[str, ...]] = {
-    "any": ("resenc", "primus", "swin", "pctnet"),
-    "tokens": ("primus", "swin"),
+    "any": ("resenc", "primus", "swin", "pctnet", "timm"),
+    "tokens": ("primus", "swin", "timm"),
     "sparse encoder": ("resenc",),
 }
 """Built-in families that meet each need. Written down because ``mfm_pretrain --list`` must not load torch."""
@@ -89,6 +90,8 @@ class TrainingDefaults:
     gradient_clip: float
     reason: str
     deep_supervision: bool = False
+    train: Literal["auto", "all"] = "all"
+    """Value of ``finetune.train``; auto: as :meth:`NetworkFamily.advise_training` says."""
 
 
 class NetworkFamily(ABC):
@@ -134,6 +137,11 @@ class NetworkFamily(ABC):
         """Return the default name of a plan, e.g. ``mfmPrimusV2Plans`` for ``primus_v2``."""
         return f"mfm{''.join(word.capitalize() for word in re.split(r'[_.-]', variant))}Plans"
 
+    def require_variant(self, variant: str) -> None:
+        """Raise MFMError (E_CONFIG) if a ``--network`` name that leads to this family means no network of it."""
+        if ":" in variant:
+            raise MFMError("E_CONFIG", f"network {variant}: {self.title}s have no names of their own. Leave it out.")
+
     @abstractmethod
     def steps(self, kwargs: Mapping[str, Any], num_axes: int) -> list[int] | None:
         """Return the sizes per axis that a patch must be multiples of; None if ``kwargs`` do not determine them."""
@@ -151,6 +159,15 @@ class NetworkFamily(ABC):
 
     def with_patch(self, architecture: Mapping[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
         """Return the ``architecture`` for another patch size; unchanged if it does not depend on the patch."""
+        return dict(architecture)
+
+    def with_intensities(
+        self, architecture: Mapping[str, Any], schemes: Sequence[str], intensities: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the ``architecture`` for channels normalised by ``schemes``; unchanged if it does not depend on them.
+
+        ``intensities`` are those of the plan, by the channel's number.
+        """
         return dict(architecture)
 
     def plan_network(self, sizing: Sizing) -> PlannedNetwork:
@@ -176,7 +193,15 @@ class NetworkFamily(ABC):
         """Describe :meth:`steps` briefly."""
         return "multiples of the strides"
 
+    def licence(self, network: nn.Module) -> str | None:
+        """Return the licence of the published weights that this network is named after; None if there are none."""
+        return None
+
     # Training
+
+    def advise_training(self, network: nn.Module, num_cases: int) -> tuple[dict[str, Any], str]:
+        """Return fine-tuning settings for weights of others with this many labelled cases, and the reason."""
+        return {}, ""
 
     def learning_rate(self, settings: FinetuneSettings) -> float:
         """Return the learning rate for ``settings``, by default the published one for scratch or checkpoint.
@@ -289,14 +314,15 @@ def network_names() -> list[str]:
 
 
 def family_named(name: str) -> NetworkFamily:
-    """Return the family with the name used in a plan or ``--network``.
+    """Return the family with the name used in a plan or ``--network``; ``timm:NAME`` leads to that of ``timm``.
 
     Raises MFMError (E_CONFIG) for an unknown name.
     """
     modules = _modules()
-    if name not in modules:
+    kind = name.partition(":")[0]
+    if kind not in modules:
         raise MFMError("E_CONFIG", f"network {name}: there is no such network. {nearest(name, modules)}")
-    return _load(modules[name])
+    return _load(modules[kind])
 
 
 def family_of(network: nn.Module) -> NetworkFamily:

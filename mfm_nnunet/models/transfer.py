@@ -226,7 +226,8 @@ class _Transfer:
             )
         value, kind, how = self._fit(self.weights[name], tensor, names, source_patch_size)
         if name not in names and value is not None:
-            how = "; ".join(filter(None, (f"{name} of the checkpoint, whose network has another depth", how)))
+            other = f"{name} of the checkpoint, whose network has other names or another depth"
+            how = "; ".join(filter(None, (other, how)))
         return _Decision(names, sources, tensor, value, kind, how)
 
     def _fit(

@@ -24,7 +24,7 @@ import numpy as np
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.families import NetworkFamily, family_named
 from mfm_nnunet.models.memory import MemoryEstimate
-from mfm_nnunet.plan import Configuration
+from mfm_nnunet.plan import INTENSITIES, Configuration
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, PretrainSettings, resolved_warmup
 
 SMALL_NETWORK_BELOW_GB = 6.0
@@ -251,7 +251,12 @@ def settings_for(network: str, is_cpu: bool, batch_size: int) -> tuple[PretrainS
     finetune_rate = defaults.learning_rate if is_cpu else None
     return (
         PretrainSettings(**shared, batch_size=batch_size, learning_rate=defaults.learning_rate),
-        FinetuneSettings(**shared, learning_rate=finetune_rate, deep_supervision=defaults.deep_supervision),
+        FinetuneSettings(
+            **shared,
+            learning_rate=finetune_rate,
+            deep_supervision=defaults.deep_supervision,
+            train=defaults.train,
+        ),
     )
 
 
@@ -285,6 +290,15 @@ def select_configurations(
         if value.get("next_stage") not in (None, *kept):
             del value["next_stage"]  # nnU-Net looks up the next stage after training and fails if it is missing
     return result
+
+
+def fit_to_intensities(plans: Mapping[str, Any], family: NetworkFamily) -> None:
+    """Fit the networks of a plan to its normalisation, in place."""
+    for own in plans["configurations"].values():
+        if "architecture" in own:
+            own["architecture"] = family.with_intensities(
+                own["architecture"], own["normalization_schemes"], plans[INTENSITIES]
+            )
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

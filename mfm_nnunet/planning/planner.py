@@ -229,14 +229,15 @@ class MFMPlanner(ResEncUNetPlanner):
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Extend stock's plan (checkpoint, wanted configurations, identifiers, our block) and write it atomically."""
         plans = to_plain(plans)
-        axes = plans["transpose_forward"]
-        spacings = np.array(self.dataset_fingerprint["spacings"])[:, axes]
+        spacings = np.array(self.dataset_fingerprint["spacings"])[:, plans["transpose_forward"]]
         plans["original_median_spacing_after_transp"] = [float(value) for value in np.median(spacings, 0)]
         if self.source:
             plans = self._like(plans, self.source)
         elif self.modality and not self.is_corpus:
             plans = mixed.normalise_by(plans, kind_of(self.modality))
         plans["configurations"] = derive.select_configurations(plans["configurations"], self.wanted)
+        if not self.source:
+            derive.fit_to_intensities(plans, self.family)
         derive.require_two_stages(plans["configurations"])
         dataset = DatasetJson.of(self.dataset_json)
         plans["mfm"] = to_dict(self._block(plans))

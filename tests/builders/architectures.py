@@ -92,3 +92,12 @@ def swin(patch_size: Sequence[int], **changes: Any) -> dict[str, Any]:
         "arch_kwargs": kwargs | changes,
         "_kw_requires_import": [],
     }
+
+
+def natural(patch_size: Sequence[int], encoder: str = "test_vit", **changes: Any) -> dict[str, Any]:
+    """One of the small encoders that timm tests itself with; ``test_vit`` has six blocks and patches of 16 voxels."""
+    from mfm_nnunet.models.natural_family import natural_architecture
+
+    architecture = natural_architecture(encoder, "slices", (4, 4, 8, 8, 8, 8), patch_size, (1, 1))
+    architecture["arch_kwargs"] |= changes
+    return architecture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ def tissue(request: CropRequest, channels: int, rng: np.random.Generator, smalle
     return np.stack(waves).astype(np.float32)
 
 
+def tissue_for(task: PretextTask) -> Reader:
+    """Tissue of images that hold two cells of the task's network along each axis, and at least 20 voxels."""
+    return functools.partial(tissue, smallest=max(20, *(2 * cell for cell in task.backbone.crop_cell())))
+
+
 def noise(request: CropRequest, channels: int, rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((channels, *request.size)).astype(np.float32)
 
@@ -61,8 +67,9 @@ def stack(items: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
 
 
-def make_batch(task: PretextTask, size: int = 2, seed: int = 0, read: Reader = tissue) -> dict[str, Tensor]:
+def make_batch(task: PretextTask, size: int = 2, seed: int = 0, read: Reader | None = None) -> dict[str, Tensor]:
     """A batch of ``size`` items, each with a generator of its own."""
     transform = task.transform(task.config, task.backbone.patch_size)
     rngs = [np.random.default_rng([seed, index]) for index in range(size)]
+    read = read or tissue_for(task)
     return stack([make_item(transform, task.backbone.num_inputs, rng, read) for rng in rngs])

@@ -18,7 +18,7 @@ from torch import nn
 
 from mfm_nnunet.models.backbone import AbstractBackbone, Restoring, make_backbone
 from mfm_nnunet.models.networks import build_network
-from tests.builders.architectures import pctnet, primus, resenc, swin
+from tests.builders.architectures import natural, pctnet, primus, resenc, swin
 
 CONFIGURATION = "3d_fullres"
 
@@ -46,6 +46,7 @@ NETWORKS = {
     ),
     "swin": TinyNetwork(swin, {"drop_path_rate": 0.0}),
     "pctnet": TinyNetwork(pctnet),
+    "timm": TinyNetwork(natural, cubic=(4, 32, 32), flat=(32, 64), uneven=(8, 48, 32)),
     "small": TinyNetwork(lambda patch: small_network.architecture("small", len(patch))),
 }
 """By the value of ``--network``; "small" is the network of tests/packages."""

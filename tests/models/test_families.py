@@ -162,6 +162,7 @@ SIZED = [
 
 @pytest.mark.parametrize(("name", "shape", "memory_gb"), SIZED)
 def test_what_is_planned_can_be_built(name: str, shape: tuple[float, ...], memory_gb: float | None) -> None:
+    name = {"timm": "timm:test_vit"}.get(name, name)
     family, stock = family_named(name), {"architecture": resenc(len(shape), (8, 8, 8, 8))}
     planned = family.plan_network(Sizing(name, shape, (1.0,) * len(shape), memory_gb, 2, 3, stock))
     architecture = planned.architecture

@@ -24,7 +24,7 @@ from mfm_nnunet import settings as mfm_settings
 from mfm_nnunet.models.families import family_named, family_of
 from mfm_nnunet.models.transfer import transfer_weights
 from mfm_nnunet.tasks.base import ItemTransform, PretextTask, find_task, list_tasks
-from tests.builders.tasks import make_batch, make_item, make_task, tissue
+from tests.builders.tasks import make_batch, make_item, make_task, tissue_for
 from tests.builders.tiny_plans import NETWORKS, tiny_network
 
 VARIANTS: dict[str, list[str]] = {
@@ -194,7 +194,7 @@ def test_anonymised_voxels_are_passed_on_and_left_out(case: Case) -> None:
     batches = []
     for given in (None, True):
         rng = np.random.default_rng(3)
-        crops = [tissue(request, case.channels, rng) for request in transform.requests(rng)]
+        crops = [tissue_for(task)(request, case.channels, rng) for request in transform.requests(rng)]
         valid = None if given is None else [np.ones((1, *crop.shape[1:]), bool) for crop in crops]
         item = transform(crops, rng, valid)
         batches.append({key: torch.from_numpy(np.ascontiguousarray(value))[None] for key, value in item.items()})
@@ -223,7 +223,9 @@ def test_config_survives_json_and_items_their_transport(case: Case) -> None:
     transform = task.transform(task.config, case.patch)
     assert isinstance(transform, ItemTransform)
     unpickled = pickle.loads(pickle.dumps(transform))
-    items = [make_item(one, case.channels, np.random.default_rng(7), tissue) for one in (transform, unpickled)]
+    items = [
+        make_item(one, case.channels, np.random.default_rng(7), tissue_for(task)) for one in (transform, unpickled)
+    ]
     assert items[0].keys() == items[1].keys()
     assert all(np.array_equal(items[0][key], items[1][key]) for key in items[0])
     other, same, first = (make_batch(task, seed=seed) for seed in (1, 1, 0))
