@@ -12,31 +12,43 @@ from typing import TYPE_CHECKING, Any
 from mfm_nnunet.version import __version__
 
 if TYPE_CHECKING:
+    from mfm_nnunet.errors import MFMError
     from mfm_nnunet.jobs.checkpoint import convert_checkpoint, describe_checkpoint
+    from mfm_nnunet.jobs.doctor import doctor
+    from mfm_nnunet.jobs.info import info
     from mfm_nnunet.jobs.plan import plan_and_preprocess
     from mfm_nnunet.jobs.predict import predict
     from mfm_nnunet.jobs.pretrain import pretrain
     from mfm_nnunet.jobs.rank import rank_unlabelled
     from mfm_nnunet.jobs.train import train
+    from mfm_nnunet.study.run import run_study
 
 __all__ = [
+    "MFMError",
     "__version__",
     "convert_checkpoint",
     "describe_checkpoint",
+    "doctor",
+    "info",
     "plan_and_preprocess",
     "predict",
     "pretrain",
     "rank_unlabelled",
+    "run_study",
     "train",
 ]
 
 _HOMES = {
+    "MFMError": "errors",
     "convert_checkpoint": "jobs.checkpoint",
     "describe_checkpoint": "jobs.checkpoint",
+    "doctor": "jobs.doctor",
+    "info": "jobs.info",
     "plan_and_preprocess": "jobs.plan",
     "predict": "jobs.predict",
     "pretrain": "jobs.pretrain",
     "rank_unlabelled": "jobs.rank",
+    "run_study": "study.run",
     "train": "jobs.train",
 }
 
@@ -45,3 +57,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"mfm_nnunet.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'mfm_nnunet' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

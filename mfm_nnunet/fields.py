@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -22,6 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
+SPACINGS = ("median", "onemm", "original")
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 
 
@@ -82,8 +83,25 @@ def takes(request: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T
 def assignments(examples: str, *parts: str) -> Any:
     """Return the field of ``--set``, which accepts these parts of the settings and those outside all parts."""
     text = f"change a setting; several may follow, e.g. {examples}"
-    check = each(matching(rf"(?s){ASSIGNMENT.pattern}.*", "expected name=value"))
+    check_each = each(matching(rf"(?s){ASSIGNMENT.pattern}.*", "expected name=value"))
+    check = lambda values: check_each(as_assignments(values) if isinstance(values, Mapping) else values)  # noqa: E731
     return option((), "--set", text, action="append", metavar="NAME=VALUE", parts=parts, check=check)
+
+
+def as_assignments(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return settings, nested or with dotted names, as ``name=value`` strings."""
+    found: list[str] = []
+    for name, value in settings.items():
+        is_nested = isinstance(value, Mapping)
+        found += as_assignments(value, f"{prefix}{name}.") if is_nested else [f"{prefix}{name}={as_text(value)}"]
+    return found
+
+
+def as_text(value: Any) -> str:
+    """Format a value as for ``--set name=``."""
+    if value is None:
+        return "none"
+    return ",".join(map(as_text, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 # Legal values
@@ -117,6 +135,20 @@ def to_fold(value: Any) -> int | str:
     if number is None and value != "all":
         raise ValueError("expected a number from 0, or 'all'")
     return "all" if number is None else number
+
+
+def to_spacing(value: Any) -> str | tuple[float, ...]:
+    """Convert ``value`` to a word for a spacing, or to three lengths in mm."""
+    words = [value] if isinstance(value, str) else list(value)
+    if len(words) == 1 and words[0] in SPACINGS:
+        return str(words[0])
+    try:
+        lengths = tuple(float(word) for word in words)
+    except (TypeError, ValueError):
+        lengths = ()
+    if len(lengths) != 3 or not all(1e-3 <= length <= 1e3 for length in lengths):
+        raise ValueError("expected median, onemm, original or three lengths in mm")
+    return lengths
 
 
 def one_of(*legal: str) -> Callable[[Any], str]:

@@ -20,13 +20,13 @@ from mfm_nnunet.fields import (
     one_of,
     option,
     to_fold,
+    to_spacing,
 )
 from mfm_nnunet.files import is_file_name, whole_number
 from mfm_nnunet.settings import SliceSettings, override, to_dict
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """All configurations of nnU-Net; those of a dataset are known only after reading its images."""
-SPACINGS = ("median", "onemm", "original")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 HEADS = ("linear", "attentive", "mil", "probe")
 """Heads of classifiers."""
@@ -46,21 +46,11 @@ PLANS = (
     "name of the plan (default: the one made like the given checkpoint, else the only one, else mfmPlans)",
 )
 TRAINER = "-tr --trainer", "trainer class"
+UNLABELLED = "--unlabelled", "also learn from images of this corpus or dataset, without labels; --set semi.method=NAME"
+TEACHERS = "--teachers", "semi.method=student: models, each fold of which is a teacher (default: they are trained)"
+PSEUDO_LABELS = "--pseudo-labels", "semi.method=student: a folder of pseudo labels, or of corrected masks alone"
 WEIGHTS = "-pretrained_weights --pretrained-weights", "start from these weights (default: from scratch)"
 LICENCE = "--accept-licence", "accept a licence that restricts the use of weights, by its name, e.g. cc-by-nc-4.0"
-
-
-def _spacing(value: Any) -> str | tuple[float, ...]:
-    words = [value] if isinstance(value, str) else list(value)
-    if len(words) == 1 and words[0] in SPACINGS:
-        return str(words[0])
-    try:
-        lengths = tuple(float(word) for word in words)
-    except (TypeError, ValueError):
-        lengths = ()
-    if len(lengths) != 3 or not all(1e-3 <= length <= 1e3 for length in lengths):
-        raise ValueError("expected median, onemm, original or three lengths in mm")
-    return lengths
 
 
 def _slices(value: Any) -> dict[str, Any]:
@@ -183,7 +173,7 @@ class PlanRequest(Request):
         "median (default), onemm, original, or three lengths in mm, slices first as in nnU-Net (Z Y X)",
         nargs="+",
         metavar="S",
-        check=_spacing,
+        check=to_spacing,
     )
     like: str | Path | None = option(
         None,
@@ -249,7 +239,7 @@ class RunRequest(ConfigurationRequest):
         "settings of a run: the name of a shipped recipe, or a .json file; --set overrides them",
         metavar="NAME|FILE",
     )
-    settings: Sequence[str] = ()
+    settings: Sequence[str] | Mapping[str, Any] = ()
     continue_training: bool = option(
         False, "--c", "resume a stopped or killed run with its own settings; more epochs also continue a finished one"
     )
@@ -281,7 +271,9 @@ class PretrainRequest(RunRequest):
         "labelled dataset; every few epochs a linear probe on it logs a Dice (off by default)",
         metavar="DATASET",
     )
-    settings: Sequence[str] = assignments("pretrain.epochs=300 pretrain.batch_size=4 seed=1", "pretrain")
+    settings: Sequence[str] | Mapping[str, Any] = assignments(
+        "pretrain.epochs=300 pretrain.batch_size=4 seed=1", "pretrain"
+    )
 
 
 @dataclass(frozen=True)
@@ -301,28 +293,14 @@ class TrainRequest(RunRequest):
         metavar="HEAD",
         check=one_of(*HEADS),
     )
-    unlabelled: str | int | None = option(
-        None,
-        "--unlabelled",
-        "also learn from the images of this corpus or dataset, without their labels; needs --set semi.method=NAME",
-        metavar="CORPUS",
-    )
-    teachers: Sequence[str | Path] | None = option(
-        None,
-        "--teachers",
-        "semi.method=student: model folders, each fold of which is a teacher (default: teachers are trained)",
-        nargs="+",
-        metavar="MODEL_FOLDER",
-    )
-    pseudo_labels: str | Path | None = option(
-        None,
-        "--pseudo-labels",
-        "semi.method=student: a folder of pseudo labels, with or without corrected masks, or of corrected masks alone",
-        metavar="DIR",
-    )
+    unlabelled: str | int | None = option(None, *UNLABELLED, metavar="CORPUS")
+    teachers: Sequence[str | Path] | None = option(None, *TEACHERS, nargs="+", metavar="MODEL_FOLDER")
+    pseudo_labels: str | Path | None = option(None, *PSEUDO_LABELS, metavar="DIR")
     only_validate: bool = option(False, "--val", "only validate a finished run")
     save_probabilities: bool = option(False, "--npz", "save the probabilities of the validation")
-    settings: Sequence[str] = assignments("finetune.epochs=200 semi.method=consistency seed=1", "finetune", "semi")
+    settings: Sequence[str] | Mapping[str, Any] = assignments(
+        "finetune.epochs=200 semi.method=consistency seed=1", "finetune", "semi"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -338,7 +316,7 @@ class TrainRequest(RunRequest):
 class PredictRequest(Request):
     """Segment images with a trained model."""
 
-    input_folder: str | Path = field(
+    input_folder: Any = field(
         metadata=flag(
             "-i --input",
             "folder of images, named as for nnU-Net (case_0000.nii.gz, case_0001.nii.gz ...: one file per channel), "
@@ -346,8 +324,13 @@ class PredictRequest(Request):
             metavar="IN",
         )
     )
-    output_folder: str | Path = field(metadata=flag("-o --output", "folder for the masks", metavar="OUT"))
+    output_folder: str | Path = option(  # None only for an image in memory
+        None, "-o --output", "folder for the masks", metavar="OUT", required=True
+    )
     _: KW_ONLY
+    spacing: Sequence[float] | None = field(
+        default=None, metadata={"help": "in Python, for an image as an array: lengths of its voxels in mm, by axis"}
+    )
     model_folder: str | Path | None = option(
         None, "-m --model", "model folder, with fold_* in it; or give -d -c -f instead", metavar="MODEL_FOLDER"
     )
@@ -424,6 +407,8 @@ class PredictRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.input_folder, (str, Path)) == (self.output_folder is None):
+            raise MFMError("E_CONFIG", "-o OUT is needed for a folder, and left out for an image in memory.")
         names = (self.dataset, self.configuration)
         if self.model_folder is not None and names != (None, None):
             raise MFMError("E_CONFIG", "give the model as -m MODEL_FOLDER or as -d DATASET -c CONFIG, not both.")

@@ -34,7 +34,7 @@ SAME_STOP_SECONDS_ALONE = 0.5
 """The same for a process whose parent does not pass signals on; ``timeout`` sends SIGTERM twice."""
 SECONDS_WITHOUT_A_WORD = 0.5
 """A process that ends sooner prints only the reason why it ended."""
-SECONDS_TO_END = 5.0
+SECONDS_TO_END = 2.0
 """Time that a library call in the main thread gets after the second signal."""
 
 
@@ -266,7 +266,7 @@ def _acknowledge(flag: StopFlag, number: int) -> None:
     end = "" if flag.is_raising else f" after {flag.after}"
     again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
     lead = "\n" if sys.stderr.isatty() else ""  # below a progress line
-    logger.warning("%s%s: stopping%s; %s to stop at once", lead, name_of(number), end, again)
+    logger.warning(f"{lead}%s: stopping%s; %s to stop at once", name_of(number), end, again)
 
 
 def _has_parent() -> bool:

@@ -3,9 +3,10 @@
 # ruff: noqa: RUF009 (option makes a dataclass field)
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mfm_nnunet.fields import Request, assignments, at_least_one, flag, option
 from mfm_nnunet.requests import DEVICE, DEVICES, ConfigurationRequest
@@ -65,7 +66,9 @@ class StudyRequest(ConfigurationRequest):
         "plan that all arms share (default: a new one that fits the first checkpoint)",
         metavar="PLANS",
     )
-    settings: Sequence[str] = assignments("finetune.epochs=200 finetune.learning_rate=1e-3", "finetune")
+    settings: Sequence[str] | Mapping[str, Any] = assignments(
+        "finetune.epochs=200 finetune.learning_rate=1e-3", "finetune"
+    )
     tolerance_mm: float = option(
         1.0,
         "--tolerance-mm",
@@ -98,5 +101,7 @@ class DemoRequest(Request):
     overwrite: bool = option(
         False, "--overwrite", "remove the files of an earlier demo in the workspace and start again"
     )
-    settings: Sequence[str] = assignments("pretrain.epochs=10 finetune.epochs=10 seed=1", "pretrain", "finetune")
+    settings: Sequence[str] | Mapping[str, Any] = assignments(
+        "pretrain.epochs=10 finetune.epochs=10 seed=1", "pretrain", "finetune"
+    )
     device: str = option("auto", *DEVICE, choices=DEVICES)

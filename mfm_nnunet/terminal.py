@@ -8,11 +8,12 @@ printed at all.
 from __future__ import annotations
 
 import contextlib
+import html
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -42,6 +43,15 @@ def in_markdown(text: str) -> str:
     """Escape foreign text for a line or cell of Markdown: no HTML, links, table borders or line breaks."""
     line = re.sub(r"\s*\n\s*", " ", escaped(text))
     return line.replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table for a notebook, with every cell escaped."""
+    cells = [[html.escape(escaped(str(cell))) for cell in row] for row in (header, *rows)]
+    first, *others = cells
+    lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in first)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in others]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def print_path(path: Path) -> None:

@@ -10,24 +10,21 @@ a person wrote, e.g. the meaning of a flag; a new row begins with the help text 
 from __future__ import annotations
 
 import ast
-import dataclasses
-import inspect
-import itertools
 import json
 import re
 import sys
 import textwrap
-import types
 from argparse import Action
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mfm_nnunet.jobs.info import IN_THE_PLAN_ONLY, describe_setting, setting_text  # noqa: E402
 from mfm_nnunet.models.families import GROUP  # noqa: E402
 from mfm_nnunet.planning.derive import settings_for  # noqa: E402
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, setting_names, to_dict  # noqa: E402
@@ -41,9 +38,6 @@ REFERENCE = DOCUMENTATION / "reference"
 FAMILY = ("nnunetv2", "dynamic_network_architectures", "acvl_utils", "batchgenerators", "batchgeneratorsv2")
 """nnU-Net and the packages of its authors that come with it."""
 WIDTH = 150
-IN_THE_PLAN_ONLY = (
-    *("finetune.checkpoint", "semi.corpus", "source", "modalities", "corpus", "universal", "network", "format"),
-)
 Row = dict[str, str]
 
 
@@ -172,59 +166,8 @@ def task_page(name: str) -> Callable[[str], str]:
 
 
 def _setting(name: str, settings: Any, prefix: str = "", column: str = "name") -> Row:
-    *path, last = name.split(".")
-    for part in path:
-        settings = getattr(settings, part)
-    item = next(item for item in dataclasses.fields(settings) if item.name == last)
-    hint = get_type_hints(type(settings))[last]
-    row = {column: f"`{prefix}{name}`", "type": type_name(hint), "default": shown(getattr(settings, last))}
-    return row | {"legal values": _legal(hint, item.metadata.get("range")), "else": _docstring(type(settings), last)}
-
-
-def type_name(hint: Any) -> str:
-    """Return a field's type as the tables call it."""
-    options = [option for option in get_args(hint) if option is not type(None)]
-    if type(None) in get_args(hint):
-        return f"{type_name(options[0])} or none"
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(type_name(option) for option in options)
-    if get_origin(hint) is tuple:
-        word = "word" if options[0] is str else options[0].__name__
-        return f"{word}s" if ... in options else f"{len(options)} {options[0].__name__}s"
-    return {Literal: "word", dict: "table"}.get(get_origin(hint)) or hint.__name__
-
-
-def shown(value: Any) -> str:
-    """Return a value as ``--set`` takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(shown, value)) or "none"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _legal(hint: Any, legal: Any) -> str:
-    if get_origin(hint) is Literal:
-        return ", ".join(get_args(hint))
-    if hint is bool:
-        return "true, false"
-    if legal is None:
-        return ""
-    if legal.high >= 1024:
-        return f"{'above' if legal.above else 'from'} {legal.low:g}"
-    if legal.above and legal.below:
-        return f"between {legal.low:g} and {legal.high:g}"
-    low = f"above {legal.low:g}, up to" if legal.above else f"{legal.low:g} to"
-    return f"{low} {'below ' if legal.below else ''}{legal.high:g}"
-
-
-def _docstring(cls: type, name: str) -> str:
-    """Return the string below a field in the source of its class."""
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    body = node.body if isinstance(node, ast.ClassDef) else []
-    for item, after in itertools.pairwise(body):
-        is_field = isinstance(item, ast.AnnAssign) and ast.unparse(item.target) == name
-        if is_field and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            return " ".join(str(after.value.value).split())
-    return ""
+    row = describe_setting(name, settings, prefix)
+    return {column: f"`{row.pop('name')}`", "else": row.pop("meaning"), **row}
 
 
 def _planned() -> Iterator[Row]:
@@ -246,7 +189,7 @@ def _planned() -> Iterator[Row]:
 def _value(name: str, settings: Any) -> str:
     for part in name.split("."):
         settings = getattr(settings, part)
-    return shown(settings)
+    return setting_text(settings)
 
 
 def _wrapped_json(content: dict[str, Any]) -> str:

@@ -69,7 +69,8 @@ class StrictParser(argparse.ArgumentParser):
             if "action" in details:
                 default, self.settings = [], item.metadata["parts"]
             default = [default] if "nargs" in details and default is not None else default
-            self.add_argument(*names, help=text, dest=item.name, default=default, **details)
+            is_required = item.metadata.get("required", False)
+            self.add_argument(*names, help=text, dest=item.name, default=default, required=is_required, **details)
 
     def merge_positions(self, request: type[Request], arguments: argparse.Namespace) -> None:
         """Merge each positional argument with its flag; an error if a required one is missing or they differ."""
@@ -125,6 +126,7 @@ def options_of(request: type[Request], arguments: argparse.Namespace) -> dict[st
     options: dict[str, Any] = {
         item.name: not values[f"no_{item.name}"] if item.default is True else values[item.name]
         for item in fields(request)
+        if {item.name, f"no_{item.name}"} & set(values)  # others are for Python only
     }
     return vars(request(**options))
 

@@ -50,9 +50,9 @@ def _run(arguments: argparse.Namespace) -> None:
         folder = run.study_folder(arguments.output, arguments.workspace)
         run.renew(folder)
     else:
-        request = StudyRequest(**common.options_of(StudyRequest, arguments))
+        options = common.options_of(StudyRequest, arguments)
         with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints progress; stdout gets the result
-            folder = run.run_study(request)
+            folder = run.run_study(**options)
     print((folder / "table.md").read_text(encoding="utf-8"))
     for name in ("table.md", "study.png", "study.json", "commands.sh"):
         terminal.print_path(folder / name)

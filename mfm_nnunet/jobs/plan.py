@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from mfm_nnunet.planning.like import Template
 from mfm_nnunet.planning.mixed import kinds_of
 from mfm_nnunet.planning.planner import MFMPlanner
 from mfm_nnunet.requests import PlanRequest
+from mfm_nnunet.terminal import html_table
 from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -68,12 +69,7 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
             return _rehearse(here, request, source)
         for dataset in request.datasets:
             left_out: list[CaseFailure] = []
-            own, own_source = request, source
-            if (union := name_of_union(here, dataset, request)) is not None:
-                dataset_name, own = union, register_union(here, union, request)
-                own_source = source if own.like == request.like else check_request(own)
-            else:
-                dataset_name = register(here, dataset, request, left_out)
+            dataset_name, own, own_source = _register(here, dataset, request, source, left_out)
             cases, failed = fingerprint(here, dataset_name, request.num_processes)
             failed = [*left_out, *failed]
             num_cases += len(cases) + len(failed)
@@ -91,16 +87,27 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     return results
 
 
+def _register(
+    here: Workspace, dataset: str | int, request: PlanRequest, source: Template | None, left_out: list[CaseFailure]
+) -> tuple[str, PlanRequest, Template | None]:
+    """Register a dataset or a union. Returns its name, and the request and the template to plan it with."""
+    if (union := name_of_union(here, dataset, request)) is None:
+        return register(here, dataset, request, left_out), request, source
+    own = register_union(here, union, request)
+    return union, own, source if own.like == request.like else check_request(own)
+
+
 def _rehearse(here: Workspace, request: PlanRequest, source: Template | None) -> list[PlanResult]:
     """Plan in a scratch workspace and say what would be written. Returns the plans with their final places."""
     results = []
     for dataset in request.datasets:
         with scratch_workspace(here) as scratch:
             left_out: list[CaseFailure] = []
-            dataset_name = register(scratch, dataset, replace(request, key_file=None), left_out)
+            quiet = replace(request, key_file=None)
+            dataset_name, own, own_source = _register(scratch, dataset, quiet, source, left_out)
             cases, failed = fingerprint(scratch, dataset_name, request.num_processes)
             failed = [*left_out, *failed]
-            result = plan(scratch, dataset_name, request, source)
+            result = plan(scratch, dataset_name, own, own_source)
             is_corpus = corpus.is_corpus(scratch.raw / dataset_name)
         result = replace(result, file=here.preprocessed / dataset_name / result.file.name)
         logger.info("%s\n%s", dataset_name, format_table(result.decisions))
@@ -227,9 +234,13 @@ def check_request(request: PlanRequest) -> Template | None:
 class PlanResult:
     """A plan, its file, and its decisions with their reasons."""
 
-    plans: dict[str, Any]
+    plans: dict[str, Any] = field(repr=False)
     file: Path
-    decisions: list[Decision]
+    decisions: list[Decision] = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        """Return the table of decisions for notebooks."""
+        return html_table(("decision", "value", "reason"), [tuple(item) for item in self.decisions])
 
 
 def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: Template | None = None) -> PlanResult:

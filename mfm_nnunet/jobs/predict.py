@@ -34,6 +34,7 @@ from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_uni
 from mfm_nnunet.images import decoder
 from mfm_nnunet.images.reading import read_label
 from mfm_nnunet.jobs.dry_run import describe_prediction
+from mfm_nnunet.jobs.predict_image import predict_image
 from mfm_nnunet.jobs.report import report_prediction, reported
 from mfm_nnunet.prediction import dicom_seg
 from mfm_nnunet.prediction.cases import (
@@ -52,6 +53,7 @@ from mfm_nnunet.prediction.model import Model, load_model
 from mfm_nnunet.prediction.selection import choose_outputs, describe_choice
 from mfm_nnunet.reports.progress import track
 from mfm_nnunet.requests import PredictRequest
+from mfm_nnunet.terminal import html_table
 from mfm_nnunet.workspace import DEFAULT_PLAN, Workspace, only_one, use
 
 logger = logging.getLogger(__name__)
@@ -75,12 +77,20 @@ class PredictReport:
     table: Path | None = None
     """``predictions.csv`` of a classifier."""
 
+    def _repr_html_(self) -> str:
+        """Return a table of the cases for notebooks."""
+        rows = [(case, "done") for case in self.done] + [(case, "kept") for case in self.skipped]
+        return html_table(("case", "outcome"), rows + [(f.case, f"{f.code} {f.reason}") for f in self.failures])
+
 
 @takes(PredictRequest)
-def predict(request: PredictRequest) -> PredictReport:
+def predict(request: PredictRequest) -> Any:
     """Segment, or classify, every case of a folder, a file or a zip archive of DICOM series.
 
     The masks have the exact geometry of their images and the file ending of the model's dataset.
+
+    In place of a folder it takes one image in memory, without an output folder, and returns its mask: a SimpleITK or
+    nibabel image, or an array (axes Z Y X, with channels first if there are several) with its ``spacing`` in mm.
 
     The model is given by its folder, or by its dataset, configuration, plan and trainer. A non-empty output folder is
     refused without ``overwrite`` or ``resume``. Raises MFMError before anything is written when model, folders or
@@ -89,6 +99,8 @@ def predict(request: PredictRequest) -> PredictReport:
     decoder.warm()
     with use(request.workspace) as here:
         model_folder = Path(request.model_folder) if request.model_folder else _find_model(here, request)
+        if request.output_folder is None:
+            return predict_image(request, lambda asked: _predict_folder(model_folder, asked), model_folder)
         report = _predict_folder(model_folder, request)
     if report.failures:
         num_cases = len(report.done) + len(report.skipped) + len(report.failures)
@@ -225,8 +237,7 @@ class _Run:
                     for number, (case, prepared) in enumerate(ahead, start=1):
                         outcome = self._attempt(case, prepared)
                         advance()
-                        left = f"; about {advance.left()} left" if number < len(todo) else ""
-                        logger.info("%d of %d  %s%s", number, len(todo), outcome, left)
+                        logger.info("%d of %d  %s; about %s left", number, len(todo), outcome, advance.left())
             except BaseException:
                 self._note_stop()
                 raise

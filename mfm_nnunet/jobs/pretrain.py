@@ -181,7 +181,7 @@ def _pretrain(job: Job, device: torch.device, world: World) -> Path:
     require_divisible(job.resolved.pretrain.batch_size, job.resolved.pretrain.accumulation, world.size)
     run, notes = _prepare(job, device, world)
     if job.request.dry_run:
-        _describe(run)
+        _describe_run(run)
         run.rehearse(job.request.continue_training)
         logger.info("dry run: nothing was written")
         return job.folder / "checkpoint_final.pth"
@@ -372,10 +372,10 @@ def _announce(run: Pretraining, is_new: bool) -> None:
         if begun.get("pretrain", {}).get("epochs", math.inf) < run.settings.epochs:
             logger.info(LONGER, begun["pretrain"]["epochs"], run.settings.epochs)
             write_json(run.folder / SETTINGS, {**begun, "pretrain": values["pretrain"]}, indent=2)
-    _describe(run)
+    _describe_run(run)
 
 
-def _describe(run: Pretraining) -> None:
+def _describe_run(run: Pretraining) -> None:
     """Log the settings of a run, its data and its network."""
     about_run = run.description
     millions = sum(parameter.numel() for parameter in run.task.backbone.network.parameters()) / 1e6

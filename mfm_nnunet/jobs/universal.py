@@ -174,9 +174,8 @@ def _propose(folder: Path, sources: Sequence[Part], model: Path | None) -> None:
         old = table_of_model(plan.dataset_name, plan.mfm.universal, dataset)
         annotated = {row.name for row in old.rows if set(row.labels) & set(entries)}
         pseudo = [name for name in old.names if name not in annotated]
-        for key, entry in entries.items():
-            if pseudo and key not in old.datasets:
-                entry["pseudo"] = pseudo
+        for entry in entries.values() if pseudo else ():
+            entry["pseudo"] = pseudo
         if pseudo and not old.exclusive:
             raise MFMError(
                 "E_CONFIG",

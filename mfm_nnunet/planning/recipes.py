@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, about, nearest
+from mfm_nnunet.fields import as_assignments
 from mfm_nnunet.files import read_json
 from mfm_nnunet.settings import override
 
@@ -81,7 +82,7 @@ def read_recipe(name: str | Path) -> Recipe:
     content = read_json(file, "A recipe is a JSON file with about, command and settings.", "E_CONFIG")
     if problem := _problem(content):
         raise MFMError("E_CONFIG", f"{file}: {problem}")
-    assignments = tuple(f"{setting}={_as_text(value)}" for setting, value in content["settings"].items())
+    assignments = tuple(as_assignments(content["settings"]))
     return Recipe(
         file, content["about"], content["command"], assignments, content.get("pretext"), content.get("network")
     )
@@ -111,10 +112,3 @@ def _problem(content: Mapping[str, Any]) -> str:
         return f"a recipe needs '{wrong[0]}', a text."
     nested = [name for name, value in content["settings"].items() if isinstance(value, dict)]
     return f"{nested[0]} is a table; write its settings with dotted names." if nested else ""
-
-
-def _as_text(value: Any) -> str:
-    """Format a JSON value as for ``--set name=``."""
-    if value is None:
-        return "none"
-    return ",".join(map(_as_text, value)) if isinstance(value, list) else str(value)

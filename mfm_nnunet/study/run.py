@@ -14,6 +14,7 @@ from mfm_nnunet import workspace
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.device import pick_device
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
+from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, digest_of, shown, write_json
 from mfm_nnunet.jobs.preflight import (
     RawDataset,
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 TABLE, PICTURE, COMMANDS = "table.md", "study.png", "commands.sh"
 
 
+@takes(StudyRequest)
 def run_study(request: StudyRequest) -> Path:
     """Train every arm with every number of labels and seed, and test all on one fixed split.
 

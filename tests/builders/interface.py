@@ -16,7 +16,7 @@ from mfm_nnunet.tasks.registry import list_tasks
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "mfm_nnunet"
-COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo", "study")
+COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo", "study", "info", "doctor")
 RAISED = re.compile(r"""["'](E_[A-Z]+(?:_[A-Z]+)*)(?=["']|  )""")
 """A code as an argument, or at the beginning of a message."""
 
