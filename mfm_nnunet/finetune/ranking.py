@@ -80,7 +80,7 @@ def _usual_distance(x_NF: np.ndarray) -> float:
 
 
 def _give_reason(agreement: float, place: float, distance: float, nearest: str, is_labelled: bool) -> str:
-    words = "the teachers agree well"
+    words = "the teachers agree here at least as well as usual"
     if place < 0.2:
         words = "the teachers disagree here more than on most images"
     elif place < 0.5:

@@ -45,7 +45,7 @@ STRONGER = 2.0
 # The task and its weight
 
 
-def make_task(trainer: MFMTrainer) -> SegmentationTask:
+def make_unlabelled_task(trainer: MFMTrainer) -> SegmentationTask:
     """Make the task of the trainer's method; plain segmentation without one."""
     method = trainer.block.semi.method
     return SegmentationTask(*_parts(trainer)) if method is None else MAKERS[method](trainer)
@@ -87,7 +87,7 @@ def require_images(trainer: MFMTrainer) -> None:
         )
 
 
-def describe(trainer: MFMTrainer) -> dict[str, Any]:
+def describe_unlabelled(trainer: MFMTrainer) -> dict[str, Any]:
     """Return what a checkpoint says about the unlabelled images: settings and rows of the watch; empty without any."""
     semi = trainer.block.semi
     return {} if semi.method is None else {"semi": to_dict(semi), "unlabelled_history": trainer.watch.history}

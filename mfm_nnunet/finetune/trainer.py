@@ -266,7 +266,7 @@ class MFMTrainer(nnUNetTrainer):
         if self.is_ddp:
             world = World(self.local_rank, torch.distributed.get_world_size(), self.local_rank)
         start = RunState(self.current_epoch * self.settings.iterations_per_epoch)
-        self.task = universal.make_task(self) if self.block.semi.method is None else semi.make_task(self)
+        self.task = universal.make_task(self) if self.block.semi.method is None else semi.make_unlabelled_task(self)
         return Engine(self.task, fold.FoldRun(self), self.optimisation, world, start)
 
     def _start(self) -> None:
@@ -337,7 +337,7 @@ class MFMTrainer(nnUNetTrainer):
                 "source": self.block.source,
                 "new_weights": None if self.new_weights is None else sorted(self.new_weights),
                 "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
-                **semi.describe(self),
+                **semi.describe_unlabelled(self),
             },
         }
         return to_plain(content)
