@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mfm_nnunet.jobs.plan import plan_and_preprocess
     from mfm_nnunet.jobs.predict import predict
     from mfm_nnunet.jobs.pretrain import pretrain
+    from mfm_nnunet.jobs.rank import rank_unlabelled
     from mfm_nnunet.jobs.train import train
     from mfm_nnunet.study.run import run_study
 
@@ -32,6 +33,7 @@ __all__ = [
     "plan_and_preprocess",
     "predict",
     "pretrain",
+    "rank_unlabelled",
     "run_study",
     "train",
 ]
@@ -45,6 +47,7 @@ _HOMES = {
     "plan_and_preprocess": "jobs.plan",
     "predict": "jobs.predict",
     "pretrain": "jobs.pretrain",
+    "rank_unlabelled": "jobs.rank",
     "run_study": "study.run",
     "train": "jobs.train",
 }

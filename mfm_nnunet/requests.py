@@ -46,7 +46,9 @@ PLANS = (
     "name of the plan (default: the one made like the given checkpoint, else the only one, else mfmPlans)",
 )
 TRAINER = "-tr --trainer", "trainer class"
-UNLABELLED = "--unlabelled", "also learn from these images without labels; needs --set semi.method=NAME"
+UNLABELLED = "--unlabelled", "also learn from images of this corpus or dataset, without labels; --set semi.method=NAME"
+TEACHERS = "--teachers", "semi.method=student: models, each fold of which is a teacher (default: they are trained)"
+PSEUDO_LABELS = "--pseudo-labels", "semi.method=student: a folder of pseudo labels, or of corrected masks alone"
 WEIGHTS = "-pretrained_weights --pretrained-weights", "start from these weights (default: from scratch)"
 LICENCE = "--accept-licence", "accept a licence that restricts the use of weights, by its name, e.g. cc-by-nc-4.0"
 
@@ -292,6 +294,8 @@ class TrainRequest(RunRequest):
         check=one_of(*HEADS),
     )
     unlabelled: str | int | None = option(None, *UNLABELLED, metavar="CORPUS")
+    teachers: Sequence[str | Path] | None = option(None, *TEACHERS, nargs="+", metavar="MODEL_FOLDER")
+    pseudo_labels: str | Path | None = option(None, *PSEUDO_LABELS, metavar="DIR")
     only_validate: bool = option(False, "--val", "only validate a finished run")
     save_probabilities: bool = option(False, "--npz", "save the probabilities of the validation")
     settings: Sequence[str] | Mapping[str, Any] = assignments(

@@ -160,17 +160,18 @@ class SliceSettings:
 class SemiSettings:
     """Settings of training with unlabelled images beside the labelled ones (``--unlabelled``)."""
 
-    method: Literal["consistency", "mean_teacher"] | None = None
+    method: Literal["consistency", "mean_teacher", "student"] | None = None
     """consistency: the network labels an unlabelled crop, and learns these labels on a stronger view of it.
-    mean_teacher: the averaged weights label it, and it exchanges a box with a labelled crop (arXiv 2305.00673)."""
+    mean_teacher: the averaged weights label it, and it exchanges a box with a labelled crop (arXiv 2305.00673).
+    student: several teachers label the images first, and a new network learns from both."""
     weight: float | None = ranged(None, 0, 100)
-    """Weight w of the unlabelled crops: the loss is (labelled + w unlabelled) / (1 + w). None: 1 for consistency,
-    0.5 for mean_teacher."""
-    start: float = ranged(0.1, 0, 1)
-    """Share of the steps that train on labels alone, before the unlabelled images come."""
+    """Weight w of the unlabelled crops: the loss is (labelled + w unlabelled) / (1 + w). None: 1 for consistency and
+    student, 0.5 for mean_teacher."""
+    start: float | None = ranged(None, 0, 1)
+    """Share of the steps that train on labels alone, before the unlabelled images come. None: 0.1; 0 for student, whose
+    teachers have trained on them."""
     ramp: float | None = ranged(None, 0, 1)
-    """Share of the steps, from ``start`` on, in which the weight rises. None: 0 for consistency, 0.4 for
-    mean_teacher."""
+    """Share of the steps, from ``start`` on, in which the weight rises. None: 0; 0.4 for mean_teacher."""
     strong: Literal["auto", "turn", "intensity"] = "auto"
     """consistency: the stronger view is turned by multiples of 90 degrees and mirrored, or has other intensities. auto:
     turned where nnU-Net itself turns crops fully and mirrors them (2D, flat patches), else other intensities."""
@@ -178,6 +179,24 @@ class SemiSettings:
     """mean_teacher: sides of the exchanged box, as a share of the crop's."""
     largest_component: bool = False
     """mean_teacher: keep the largest component of each class of a pseudo label. For single organs, not for lesions."""
+    teachers: int = ranged(3, 2, 20)
+    """student: teachers that are trained, each under a seed of its own; from 8 labelled cases on, each without another
+    eighth of them."""
+    teacher_share: float = ranged(0.5, 0, 1, above=True)
+    """student: epochs of a teacher as a share of ``finetune.epochs``, which are the student's."""
+    rounds: int = ranged(1, 0, 2)
+    """student: 1: teachers, labels, student. 2: the student becomes one of the teachers of a second student. 0: only
+    label and rank the images."""
+    drop: float = ranged(0.1, 0, 1, below=True)
+    """student: share of the images, those on which the teachers agree least, that are not used."""
+    sure: float = ranged(0.8, 0, 1)
+    """student: a voxel counts fully if its likeliest class has at least this probability, ..."""
+    unsure: float = ranged(0.3, 0, 1)
+    """student: ... and with this weight otherwise."""
+    cutmix: float = ranged(0.5, 0, 1)
+    """student: probability that a box of a labelled crop is pasted into a pseudo-labelled one."""
+    finish: float = ranged(0.1, 0, 1, below=True)
+    """student: share of the steps, the last ones, on labels alone, at a tenth of the peak rate falling to 0."""
     corpus: dict[str, Any] | None = None
     """Unlabelled images of the run: {"name", "num_cases", "hash"}. Never a path."""
 
@@ -198,9 +217,9 @@ class MFMBlock:
     ``--like`` its checkpoint contains the normalisation of its own kind alone."""
     corpus: dict[str, Any] | None = None
     """Settings of the corpus: {"slices": :class:`SliceSettings`, "colour": "grey" or "rgb"}, where it has them."""
+    semi: SemiSettings = field(default_factory=SemiSettings)
     universal: dict[str, Any] | None = None
     """Classes of a union of datasets, see :mod:`mfm_nnunet.data.class_table`."""
-    semi: SemiSettings = field(default_factory=SemiSettings)
     network: str = "resenc"
     """Family of the network, see :mod:`mfm_nnunet.models.families`."""
     format: int = FORMAT

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -175,6 +175,17 @@ def use_only(root: str | os.PathLike[str]) -> Iterator[Workspace]:
             yield here
     finally:
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def results_in(here: Workspace, folder: Path) -> Iterator[Workspace]:
+    """Let the models trained inside lie in ``folder``; yields the workspace with it."""
+    before = os.environ["nnUNet_results"]
+    os.environ["nnUNet_results"] = str(folder)
+    try:
+        yield replace(here, results=folder)
+    finally:
+        os.environ["nnUNet_results"] = before
 
 
 def num_cores() -> int:

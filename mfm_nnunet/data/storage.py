@@ -195,10 +195,10 @@ def store_case(stage: Path, folder: Path, case: str, content: Content, patch_siz
     with atomic_write(staged[".pkl"]) as file:
         pickle.dump(content.properties, file)
     if content.seg_1DHW is not None:
-        _write_array(content.seg_1DHW.astype(np.int16, copy=False), patch_size, staged["_seg.b2nd"])
+        write_array(content.seg_1DHW.astype(np.int16, copy=False), patch_size, staged["_seg.b2nd"])
     if content.anonymised is not None:
-        _write_array(content.anonymised.astype(np.uint8), patch_size, staged["anonymised"])
-    _write_array(content.data_CDHW.astype(np.float32, copy=False), patch_size, staged[".b2nd"])
+        write_array(content.anonymised.astype(np.uint8), patch_size, staged["anonymised"])
+    write_array(content.data_CDHW.astype(np.float32, copy=False), patch_size, staged[".b2nd"])
     with report_full_disk(folder):
         targets = case_files(folder, case)
         # Remove an outdated case first: new properties and masks must never lie beside old voxels.
@@ -209,7 +209,7 @@ def store_case(stage: Path, folder: Path, case: str, content: Content, patch_siz
             os.replace(finished, targets[key])
 
 
-def _write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:
+def write_array(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:
     """Write a blosc2 file with the chunks, filter and codec of ``nnUNetDatasetBlosc2.save_case``."""
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 

@@ -47,6 +47,8 @@ class Unlabelled:
     cases: tuple[str, ...]
     digest: str
     """Hash of names and sizes of the scans; it reveals neither."""
+    labels: Mapping[str, Path] | None = None
+    """File of each image's soft labels (:mod:`mfm_nnunet.finetune.pseudo_labels`)."""
 
     @property
     def description(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mfm_nnunet.files import report_full_disk, to_plain
 from mfm_nnunet.finetune import groups, semi, watch
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, make_loaders, read_batches, seed_everything, seed_of
 from mfm_nnunet.finetune.mixing import mix_batches
+from mfm_nnunet.finetune.student import finish_rates
 from mfm_nnunet.finetune.universal import UnionLoader
 from mfm_nnunet.models.transfer import unwrapped
 from mfm_nnunet.reports.progress import write_log
@@ -81,6 +82,7 @@ class FoldRun:
         trainer = self._trainer
         seed_everything(seed_of(trainer.block.seed, f"epoch {trainer.local_rank}", epoch))
         trainer.lr_scheduler.step(epoch)
+        finish_rates(trainer, epoch)
         rate = trainer.optimizer.param_groups[0]["lr"]
         trainer.logger.log("epoch_start_timestamps", time.time(), epoch)
         trainer.logger.log("lrs", rate, epoch)

@@ -9,8 +9,6 @@ To add a method: name it in ``SemiSettings.method`` and PUBLISHED, and write its
 from __future__ import annotations
 
 import copy
-import dataclasses
-import logging
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -26,73 +24,34 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mfm_nnunet.data.unlabelled import Labelled, Unlabelled, prepare_unlabelled
 from mfm_nnunet.data.volumes import Volume, open_array
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.finetune import universal
 from mfm_nnunet.finetune.loading import Batch, Loaded, make_deterministic, read_batches, seed_of, seeded
-from mfm_nnunet.finetune.settings import require_both
-from mfm_nnunet.requests import TrainRequest
-from mfm_nnunet.settings import MFMBlock, SemiSettings, to_dict
+from mfm_nnunet.finetune.student import make_student_batches, soft_targets_of
+from mfm_nnunet.settings import SemiSettings, to_dict
 from mfm_nnunet.tasks.consistency import ConsistencyTask, turn
 from mfm_nnunet.tasks.mean_teacher import MeanTeacherTask
 from mfm_nnunet.tasks.mixing import draw_box
 from mfm_nnunet.tasks.segmentation import SegmentationTask
-from mfm_nnunet.workspace import Workspace
+from mfm_nnunet.tasks.student import StudentTask
 
 if TYPE_CHECKING:
     from mfm_nnunet.finetune.trainer import MFMTrainer
-
-logger = logging.getLogger(__name__)
 
 STRONGER = 2.0
 """The stronger view has each change of intensity with so many times nnU-Net's probability."""
 
 
-# The images, the task and its weight
+# The task and its weight
 
 
-def with_unlabelled(
-    here: Workspace, request: TrainRequest, overrides: Sequence[str], block: MFMBlock, labelled: Labelled
-) -> tuple[MFMBlock, Unlabelled | None]:
-    """Prepare the unlabelled images of a run, if any, and describe them in its settings."""
-    before, corpus = block.semi.corpus, request.unlabelled
-    if corpus is None and before is not None:
-        corpus = before["name"]
-    require_both(corpus, block.semi, overrides)
-    if corpus is None or request.only_validate:
-        return block, None
-    if labelled.plan.configuration(request.configuration).previous_stage:
-        raise MFMError(
-            "E_CONFIG",
-            f"--unlabelled {corpus}: {request.configuration} refines the masks of another stage, which these images "
-            "do not have. Use --unlabelled with the other configurations.",
-        )
-    if block.universal is not None:
-        raise MFMError("E_CONFIG", f"--unlabelled {corpus}: a union of datasets trains with labels only. Leave it out.")
-    if request.dry_run:
-        raise MFMError(
-            "E_CONFIG",
-            f"--dry-run and --unlabelled {corpus}: these images are preprocessed first, which writes. Leave one out.",
-        )
-    unlabelled = prepare_unlabelled(here, corpus, labelled)
-    if before not in (None, unlabelled.description):
-        raise MFMError(
-            "E_CONFIG",
-            f"--c continues the same run, but its unlabelled images differ: they were {before}, are "
-            f"{unlabelled.description}. Put the images back, or start a new run.",
-        )
-    logger.info("--unlabelled %s: %d images without labels", unlabelled.name, len(unlabelled.cases))
-    return dataclasses.replace(block, semi=dataclasses.replace(block.semi, corpus=unlabelled.description)), unlabelled
-
-
-def choose_task(trainer: MFMTrainer) -> SegmentationTask:
-    """Make the task of the trainer's method; without one, that of labels alone."""
+def make_unlabelled_task(trainer: MFMTrainer) -> SegmentationTask:
+    """Make the task of the trainer's method; plain segmentation without one."""
     method = trainer.block.semi.method
-    return universal.make_task(trainer) if method is None else MAKERS[method](trainer)
+    return SegmentationTask(*_parts(trainer)) if method is None else MAKERS[method](trainer)
 
 
-def _parts(trainer: MFMTrainer) -> tuple[Any, ...]:
+def _parts(trainer: MFMTrainer) -> tuple[Any, Any, Any, Any]:
     labels = trainer.label_manager
     return trainer.network, trainer.loss, labels.has_regions, labels.ignore_label
 
@@ -112,6 +71,7 @@ def _mean_teacher(trainer: MFMTrainer) -> MeanTeacherTask:
 MAKERS: dict[str, Callable[[MFMTrainer], SegmentationTask]] = {
     "consistency": lambda trainer: ConsistencyTask(*_parts(trainer)),
     "mean_teacher": _mean_teacher,
+    "student": lambda trainer: StudentTask(*_parts(trainer), soft_targets_of(trainer)),
 }
 """What makes the task of each method."""
 
@@ -127,7 +87,7 @@ def require_images(trainer: MFMTrainer) -> None:
         )
 
 
-def describe_images(trainer: MFMTrainer) -> dict[str, Any]:
+def describe_unlabelled(trainer: MFMTrainer) -> dict[str, Any]:
     """Return what a checkpoint says about the unlabelled images: settings and rows of the watch; empty without any."""
     semi = trainer.block.semi
     return {} if semi.method is None else {"semi": to_dict(semi), "unlabelled_history": trainer.watch.history}
@@ -136,12 +96,14 @@ def describe_images(trainer: MFMTrainer) -> dict[str, Any]:
 def weight_at(semi: SemiSettings, step: int, total_steps: int) -> float:
     """Return the weight of the unlabelled crops: 0 before ``start``, then w exp(-5 (1 - t)^2) with t from 0 to 1.
 
-    The ramp is that of arXiv 1610.02242.
+    A student's last steps have weight 0 too. The ramp is that of arXiv 1610.02242.
     """
     assert semi.weight is not None, "the settings are resolved"
     assert semi.ramp is not None, "the settings are resolved"
+    assert semi.start is not None, "the settings are resolved"
     first, length = round(semi.start * total_steps), semi.ramp * total_steps
-    if step < first:
+    is_last = semi.method == "student" and step >= round((1 - semi.finish) * total_steps)
+    if step < first or is_last:
         return 0.0
     time = min(1.0, (step - first) / length) if length else 1.0
     return semi.weight * math.exp(-5 * (1 - time) ** 2)
@@ -233,9 +195,15 @@ def join(
     epoch, pin = first_step // settings.iterations_per_epoch, trainer.device.type == "cuda"
     augmentation = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     augmented, plain = make_unlabelled_loaders(trainer, augmentation)
-    first = next((step for step in range(first_step, total) if weight_at(semi, step, total)), total)
-    source = UnlabelledBatches(augmented, trainer.block.seed, f"unlabelled {rank}", choose_views(trainer, augmentation))
-    streams = read_batches(source, first, total, num_workers, pin) if first < total else iter(())
+    streams: Iterator[Batch] = iter(())
+    if steps := [step for step in range(first_step, total) if weight_at(semi, step, total)]:
+        source: Dataset
+        if semi.method == "student":
+            source = make_student_batches(trainer, augmentation)
+        else:
+            views = choose_views(trainer, augmentation)
+            source = UnlabelledBatches(augmented, trainer.block.seed, f"unlabelled {rank}", views)
+        streams = read_batches(source, steps[0], steps[-1] + 1, num_workers, pin)
     measured = UnlabelledBatches(plain, trainer.block.seed, f"unlabelled validation {rank}")
     begin, end = (n * settings.validation_iterations for n in (epoch, settings.epochs))
     watched = read_batches(measured, begin, end, (num_workers + 1) // 2, pin)

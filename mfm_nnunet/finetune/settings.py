@@ -45,8 +45,12 @@ FEW_CASES = 10
 """Largest number of labelled cases for which published adapters were as good as training all weights."""
 TEACHER_DECAY = 0.99
 """Decay of the averaged weights that teach (arXiv 2305.00673)."""
-PUBLISHED: dict[str, tuple[float, float]] = {"consistency": (1.0, 0.0), "mean_teacher": (0.5, 0.4)}
-"""Weight of the unlabelled images and share of the steps in which it rises, by method."""
+PUBLISHED: dict[str, dict[str, float]] = {
+    "consistency": {"weight": 1.0, "ramp": 0.0, "start": 0.1},
+    "mean_teacher": {"weight": 0.5, "ramp": 0.4, "start": 0.1},
+    "student": {"weight": 1.0, "ramp": 0.0, "start": 0.0},
+}
+"""Weight of the unlabelled images, share of the steps in which it rises, and share before it, by method."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,8 @@ def resolve_semi(semi: SemiSettings) -> SemiSettings:
     require_in_range(semi, "semi.")
     if semi.method is None:
         return semi
-    weight, ramp = PUBLISHED[semi.method]
-    return dataclasses.replace(
-        semi, weight=weight if semi.weight is None else semi.weight, ramp=ramp if semi.ramp is None else semi.ramp
-    )
+    open_ones = {name: value for name, value in PUBLISHED[semi.method].items() if getattr(semi, name) is None}
+    return dataclasses.replace(semi, **open_ones)  # type: ignore[arg-type]
 
 
 def require_both(corpus: object, semi: SemiSettings, overrides: Sequence[str]) -> None:

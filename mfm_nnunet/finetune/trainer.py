@@ -265,7 +265,8 @@ class MFMTrainer(nnUNetTrainer):
         world = ALONE
         if self.is_ddp:
             world = World(self.local_rank, torch.distributed.get_world_size(), self.local_rank)
-        self.task, start = semi.choose_task(self), RunState(self.current_epoch * self.settings.iterations_per_epoch)
+        start = RunState(self.current_epoch * self.settings.iterations_per_epoch)
+        self.task = universal.make_task(self) if self.block.semi.method is None else semi.make_unlabelled_task(self)
         return Engine(self.task, fold.FoldRun(self), self.optimisation, world, start)
 
     def _start(self) -> None:
@@ -336,7 +337,7 @@ class MFMTrainer(nnUNetTrainer):
                 "source": self.block.source,
                 "new_weights": None if self.new_weights is None else sorted(self.new_weights),
                 "versions": {package: version(package) for package in ("mfm_nnunet", "nnunetv2", "torch")},
-                **semi.describe_images(self),
+                **semi.describe_unlabelled(self),
             },
         }
         return to_plain(content)

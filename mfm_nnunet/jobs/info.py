@@ -18,14 +18,7 @@ from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.registry import list_tasks
 
 IN_THE_PLAN_ONLY = (
-    "finetune.checkpoint",
-    "semi.corpus",
-    "source",
-    "modalities",
-    "corpus",
-    "universal",
-    "network",
-    "format",
+    *("finetune.checkpoint", "semi.corpus", "source", "modalities", "corpus", "universal", "network", "format"),
 )
 """Fields of a plan's block that ``--set`` does not take."""
 Row = dict[str, str]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,17 @@ from mfm_nnunet.files import inside, refuse_links, remove_leftovers, report_full
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
 from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
-from mfm_nnunet.finetune.semi import with_unlabelled
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.finetune.universal import BEFORE, compare_old_classes, select_old_classes
 from mfm_nnunet.finetune.validation import validate_fold
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.interchange.read import find_checkpoint, read_initial, sha256
+from mfm_nnunet.jobs import student
 from mfm_nnunet.jobs.classify import train_classifier
 from mfm_nnunet.jobs.dry_run import scratch_results
 from mfm_nnunet.jobs.report import report_training, reported
+from mfm_nnunet.jobs.unlabelled import add_unlabelled
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.plan import Configuration, Plan
 from mfm_nnunet.planning.recipes import apply_recipe
@@ -103,6 +105,11 @@ def train(request: TrainRequest) -> Path:
     when less than half of the encoder's parameters match the checkpoint), StoppedError on SIGTERM or Ctrl-C, and
     FloatingPointError when the loss becomes non-finite.
     """
+    return run_request(request)
+
+
+def run_request(request: TrainRequest) -> Path:
+    """Do what :func:`train` does."""
     with use(request.workspace) as here:
         inputs = read_inputs(here, request)
         if inputs.dataset.task in IMAGE_TASKS:
@@ -114,17 +121,29 @@ def train(request: TrainRequest) -> Path:
                     f"{inputs.plan.dataset_name} has labels of whole images. Leave it out.",
                 )
             return train_classifier(here, request, inputs.plan, inputs.dataset, inputs.overrides, inputs.weights)
-        job = check(here, inputs)
         if request.dry_run:
+            job = check(here, inputs)
             with scratch_results():
                 execute(job)
             return job.folder
-        report = partial(report_training, here, job.folder, job.plans, inputs.dataset, job.split)
-        with reported(report):
-            if request.num_gpus > 1:
-                run_processes(execute, (job,), request.num_gpus)
-            else:
-                execute(job)
+        if folder := student.label_only(here, inputs, check, run_fold):
+            return folder
+        return _execute_all(here, inputs, student.teach(here, inputs, check(here, inputs), run_fold))
+
+
+def run_fold(here: Workspace, inputs: Inputs, changes: Mapping[str, Any]) -> Path:
+    """Check, train and validate a fold, with some parts of its job changed; return its folder."""
+    return _execute_all(here, inputs, dataclasses.replace(check(here, inputs), **changes))
+
+
+def _execute_all(here: Workspace, inputs: Inputs, job: Job) -> Path:
+    """Train and validate in one process or in several, and write the report."""
+    report = partial(report_training, here, job.folder, job.plans, inputs.dataset, job.split)
+    with reported(report):
+        if job.request.num_gpus > 1:
+            run_processes(execute, (job,), job.request.num_gpus)
+        else:
+            execute(job)
     return job.folder
 
 
@@ -174,7 +193,7 @@ def check(here: Workspace, inputs: Inputs) -> Job:
         block, num_channels = plan.mfm, plan.configuration(configuration).num_channels
         network = build_network(plan.content, configuration, num_channels, 2)
     reading = read_initial(inputs.weights, network, request.accept_licence) if inputs.weights is not None else None
-    if start_from is None:
+    if start_from is None and not request.continue_training:
         block = run_settings.resolve_new(block, overrides, reading, network, len(split["train"]))
     else:
         block = run_settings.resolve_resumed(block, overrides, reading, folder, plan.content)
@@ -187,8 +206,9 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     labelled = Labelled(
         plan, configuration, dataset, selection.cases, split["train"], set(split["val"]) - set(split["train"])
     )
-    block, unlabelled = with_unlabelled(here, request, overrides, block, labelled)
-    is_changed = start_from is None or run_settings.is_longer(folder, block, plan.content)
+    block, unlabelled = add_unlabelled(here, inputs, block, labelled)
+    is_new = start_from is None and not request.continue_training
+    is_changed = is_new or run_settings.is_longer(folder, block, plan.content)
     if is_changed and not request.dry_run:
         run_settings.save_settings(folder, block, plan.content)
     logger.info("run folder: %s", folder)
@@ -357,7 +377,8 @@ def _find_folder(results: Path, plan: Plan, request: TrainRequest) -> tuple[Path
         raise MFMError(
             "E_NOT_FOUND", f"{folder}: no finished training here ({FINAL}). Train first, or continue with --c."
         )
-    if request.continue_training and existing is None:
+    # A student is begun when its teachers are.
+    if request.continue_training and existing is None and not (folder / student.TEACHERS).is_dir():
         raise MFMError("E_NOT_FOUND", f"{folder}: no checkpoint to continue from. Start without --c.")
     if existing is not None and not (request.continue_training or request.only_validate):
         raise MFMError(

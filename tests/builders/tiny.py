@@ -95,3 +95,17 @@ def _write_case(base: Path, name: str, rng: np.random.Generator) -> None:
     nnUNetDatasetBlosc2.save_case(image[None], label[None], properties, target, (1, *SHAPE), (1, 8, 8, 8))
     save_pickle(properties, target + ".pkl")
     sitk.WriteImage(sitk.GetImageFromArray(label.astype(np.uint8)), str(base / "gt_segmentations" / f"{name}.nii.gz"))
+
+
+def add_raw(workspace: Workspace, num_cases: int = 6) -> None:
+    """Write raw images and labels on the grid of the preprocessed ones, for what reads the scans again."""
+    base, raw = workspace.preprocessed / NAME, workspace.raw / NAME
+    for folder in (raw / "imagesTr", raw / "labelsTr"):
+        folder.mkdir(parents=True)
+    content = json.loads((base / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({key: content[key] for key in content if key != "training"}))
+    for index in range(num_cases):
+        name, rng = f"subject-{index:02d}", np.random.default_rng(index)
+        image = sitk.GetImageFromArray(rng.normal(5, 1, SHAPE).astype(np.float32))
+        sitk.WriteImage(image, str(raw / "imagesTr" / f"{name}_0000.nii.gz"))
+        (raw / "labelsTr" / f"{name}.nii.gz").write_bytes((base / "gt_segmentations" / f"{name}.nii.gz").read_bytes())

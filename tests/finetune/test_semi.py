@@ -36,7 +36,7 @@ def without_semi(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "student"])
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d", "primus"])
 def test_weight_0_is_supervised_training_bit_for_bit(few: Workspace, method: str, configuration: str) -> None:
     options: dict[str, Any] = {"configuration": configuration, "overrides": ("finetune.ema_decay=0.99",)}
