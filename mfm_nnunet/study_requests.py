@@ -60,6 +60,12 @@ class StudyRequest(ConfigurationRequest):
         "file of subjects, one per line: the first seed labels them in this order (default: drawn, as for other seeds)",
         metavar="FILE",
     )
+    unlabelled: str | int | None = option(
+        None,
+        "--unlabelled",
+        "corpus for the arms with semi.method; the dataset itself: its cases that a subset leaves without label",
+        metavar="CORPUS",
+    )
     plans_name: str | None = option(
         None,
         "-p --plans",

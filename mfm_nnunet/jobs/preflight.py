@@ -15,6 +15,7 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.label_table import FILE as TABLE
 from mfm_nnunet.data.label_table import LabelTable, read_label_table
 from mfm_nnunet.data.loops import in_threads, with_progress
+from mfm_nnunet.data.unlabelled import Labelled, prepare_unlabelled
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
 from mfm_nnunet.errors import CaseFailure, dataset_refused, unreadable
 from mfm_nnunet.files import digest_of
@@ -114,6 +115,16 @@ def preprocess_plan(here: Workspace, plan: Plan, configuration: str) -> None:
     cases, _ = preparation.fingerprint(here, plan.dataset_name, None)
     result = preparation.PlanResult(dict(plan.content), here.plans_file(plan.dataset_name, plan.name), [])
     preparation.preprocess(here, plan.dataset_name, cases, result, (configuration,), None)
+
+
+def prepare_corpus(here: Workspace, plan: Plan, configuration: str, name: str, training: Sequence[str]) -> None:
+    """Preprocess and check unlabelled images for trainings that may run at the same time.
+
+    ``training`` are the cases of one of them. Raises the same MFMError as the training itself.
+    """
+    raw = here.raw_folder(plan.dataset_name)
+    dataset, cases = DatasetJson.of(corpus.read_dataset_json(raw)), corpus.load_cases(raw)
+    prepare_unlabelled(here, name, Labelled(plan, configuration, dataset, cases, training, ()))
 
 
 def configuration_of(checkpoint: Path | None, configuration: str) -> str:

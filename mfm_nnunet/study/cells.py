@@ -78,13 +78,14 @@ def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
     }
     common = ("--workspace", str(folder), *(() if device == "auto" else ("-device", device)))
     weights = () if arm.file is None else ("-pretrained_weights", arm.file)
+    corpus = ("--unlabelled", arm.unlabelled.partition(" ")[0]) if arm.unlabelled else ()
     settings = ("--set", *question.settings, *arm.settings, f"seed={cell.seed}")
     train = ("mfm_train", question.dataset, question.configuration, fold, "-p", study.plans_name)
     head = ("--head", study.head(cell.arm)) if study.head(cell.arm) else ()
     predict = ("mfm_predict", "-i", str(study.test_folder), "-o", str(folder / "masks"), "-m", str(model), "-f", fold)
     tta = () if question.mirroring else ("--disable_tta",)
     return (
-        Step(TRAINING, (*train, *head, *weights, *common, *settings), environment),
+        Step(TRAINING, (*train, *head, *weights, *corpus, *common, *settings), environment),
         Step("prediction", (*predict, "--resume", *tta, *common), environment),
         Step("scores", ("python", "-m", "mfm_nnunet.study.evaluation", str(study.folder), str(folder))),
     )

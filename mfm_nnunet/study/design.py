@@ -41,6 +41,14 @@ class Arm:
     """``finetune.name=value`` settings of this arm only; they override the study's."""
     head: str = ""
     """Head of a classifier; "" for the default, and for masks."""
+    unlabelled: str = ""
+    """Name and hash of the corpus that it also learns from; "" without one."""
+
+    @property
+    def method(self) -> str:
+        """Method for unlabelled images; "" without one."""
+        values = [setting.partition("=")[2] for setting in self.settings if setting.startswith("semi.method=")]
+        return values[-1] if values and values[-1] != "none" else ""
 
 
 @dataclass(frozen=True, order=True)

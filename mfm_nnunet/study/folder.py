@@ -308,8 +308,9 @@ def _require_same_question(before: Study, now: Study) -> None:
         # Folders are named after arms, and some file systems ignore case.
         if (other := known.get(name.casefold(), name)) != name:
             reason = f"already has an arm '{other}'"
-        elif (old.sha256, old.settings, old.head) != (arm.sha256, arm.settings, arm.head):
-            kind = "had another checkpoint" if old.sha256 != arm.sha256 else "was trained with other settings"
+        elif dataclasses.replace(old, file=None) != dataclasses.replace(arm, file=None):
+            kind = "was trained with other settings or unlabelled images"
+            kind = "had another checkpoint" if old.sha256 != arm.sha256 else kind
             reason = f"arm '{name}' {kind}"
         if reason:
             raise MFMError("E_CONFIG", f"{now.folder}: {reason}. Name '{name}' differently: NAME=CHECKPOINT.")
@@ -363,6 +364,16 @@ def write_study_folder(study: Study, dataset: RawDataset) -> None:
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, value)
+
+
+def link_corpus(study: Study, raw: Path) -> None:
+    """Link the raw folder of a corpus into the study's workspace, and the test images, which must not be in it."""
+    for link, target in (
+        (study.workspace / "nnUNet_raw" / raw.name, raw),
+        (study.workspace / "nnUNet_raw" / study.question.dataset / "imagesTs", study.test_folder),
+    ):
+        if not link.exists():
+            link.symlink_to(target.resolve())
 
 
 def _test_links(study: Study) -> dict[Path, Path]:

@@ -23,6 +23,7 @@ from mfm_nnunet.jobs.preflight import (
     check_start,
     configuration_of,
     hash_checkpoint,
+    prepare_corpus,
     preprocess_plan,
     read_raw_dataset,
 )
@@ -33,7 +34,16 @@ from mfm_nnunet.study import cells as running
 from mfm_nnunet.study.cells import TRAINING, list_commands, steps_left
 from mfm_nnunet.study.design import Arm, Cell, parse_arms
 from mfm_nnunet.study.evaluation import METRICS, RESULT, require_library
-from mfm_nnunet.study.folder import LIKE, OWN, Study, begin_study, find_begun, read_study, write_study_folder
+from mfm_nnunet.study.folder import (
+    LIKE,
+    OWN,
+    Study,
+    begin_study,
+    find_begun,
+    link_corpus,
+    read_study,
+    write_study_folder,
+)
 from mfm_nnunet.study.report import TITLES, list_cautions, make_page, make_table, plot
 from mfm_nnunet.study.summary import Tested, read_result, read_results, summarise_study
 from mfm_nnunet.study_requests import StudyRequest
@@ -65,6 +75,7 @@ def run_study(request: StudyRequest) -> Path:
         if request.subjects is None and (file := here.raw_folder(dataset.name) / "subjects.csv").is_file():
             logger.info("%s: the subjects of the cases are read from it", file)
             request = dataclasses.replace(request, subjects=file)
+        arms, corpus = add_corpus(here, request, dataset, arms)
         if request.plans_name is not None:
             given = read_given_plan(here, dataset.name, request.plans_name, configuration)
             plans = f"{given.name} {digest_of(given.content)}"
@@ -77,6 +88,9 @@ def run_study(request: StudyRequest) -> Path:
         stages.begin("Plan and preprocess")
         write_study_folder(study, dataset)
         plan = prepare_data(own, study, given)
+        if corpus is not None:
+            link_corpus(study, corpus)
+            prepare_corpus(own, plan, configuration, corpus.name, study.folds[0].train)
         check_arms(study, arms, plan, min(cell.num_labels for cell in cells))
         check_labelled_cases(
             study.linked_cases(), plan.content["image_reader_writer"], study.dataset_json, f"{dataset.name}, test split"
@@ -109,6 +123,35 @@ def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
         reason = f"{len(unlabelled)} of {len(found.cases)} cases have no label, e.g. {unlabelled[0]}"
         raise MFMError("E_NOT_FOUND", f"{raw / 'dataset.json'}: {reason}. Add the labels, or remove these cases.")
     return found
+
+
+def add_corpus(
+    here: Workspace, request: StudyRequest, dataset: RawDataset, arms: Mapping[str, Arm]
+) -> tuple[dict[str, Arm], Path | None]:
+    """Return the arms with the corpus for those that use one, and its raw folder; None without such arms.
+
+    Raises MFMError (E_CONFIG) for such arms without a corpus, a corpus without them, and whole-image labels.
+    """
+    users, corpus = [name for name, arm in arms.items() if arm.method], request.unlabelled
+    if not users and corpus is None:
+        return dict(arms), None
+    if not users:
+        advice = "Add one with semi.method, e.g. scratch,semi.method=consistency."
+        raise MFMError("E_CONFIG", f"--unlabelled {corpus}: no arm learns from unlabelled images. {advice}")
+    if corpus is None:
+        raise MFMError(
+            "E_CONFIG",
+            f"arm {users[0]}: semi.method={arms[users[0]].method} needs unlabelled images. Add --unlabelled CORPUS, or "
+            f"--unlabelled {dataset.name} for the cases that a subset leaves without label.",
+        )
+    if dataset.table is not None:
+        raise MFMError("E_CONFIG", f"--unlabelled {corpus}: unlabelled images train with masks only. Leave it out.")
+    raw = here.raw_folder(here.dataset_name(corpus))
+    found = dataset if raw.name == dataset.name else read_raw_dataset(raw)
+    described = f"{found.name} {found.digest}"
+    return {
+        name: dataclasses.replace(arm, unlabelled=described if arm.method else "") for name, arm in arms.items()
+    }, raw
 
 
 def read_given_plan(here: Workspace, dataset_name: str, plans_name: str, configuration: str) -> Plan:

@@ -13,10 +13,13 @@ import pytest
 from mfm_nnunet import workspace
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import digest_of, sha256, write_json
+from mfm_nnunet.jobs.preflight import RawDataset, read_raw_dataset
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.study import run
+from mfm_nnunet.study.cells import all_steps
 from mfm_nnunet.study.design import Arm
-from mfm_nnunet.study.folder import Study
+from mfm_nnunet.study.folder import Study, link_corpus
+from mfm_nnunet.study_requests import StudyRequest
 from tests.builders import small, tiny
 from tests.builders.tiny_data import pretrained_checkpoint
 from tests.builders.training import pretrained_file
@@ -143,3 +146,45 @@ def test_gpus_that_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.list_gpus("cuda") == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a")
     assert run.list_gpus("auto") == ["3", "GPU-a"]
+
+
+def test_a_corpus_is_for_the_arms_that_use_one(tmp_path: Path) -> None:
+    raw = small.write_raw(tmp_path)
+    semi = Arm(settings=("finetune.epochs=2", "semi.method=consistency"))
+    off = dataclasses.replace(semi, settings=(*semi.settings, "semi.method=none"))
+    arms, dataset = {"scratch": small.SCRATCH, "off": off, "semi": semi}, read_raw_dataset(raw)
+    with workspace.use(tmp_path) as here:
+
+        def add(corpus: str | None, arms: dict[str, Arm], dataset: RawDataset = dataset) -> Any:
+            request = StudyRequest(small.NAME, "2d", labels=("1",), arms=(), unlabelled=corpus)
+            return run.add_corpus(here, request, dataset, arms)
+
+        found, folder = add("4", arms)
+        assert folder == raw
+        assert found["semi"].unlabelled == f"{small.NAME} {dataset.digest}"
+        assert [found[name].unlabelled for name in ("scratch", "off")] == ["", ""]
+        assert add(None, {"off": off}) == ({"off": off}, None)
+        for corpus, wrong in ((None, arms), ("4", {"scratch": small.SCRATCH}), ("5", arms)):
+            with pytest.raises(MFMError, match=r"E_CONFIG|E_NOT_FOUND"):
+                add(corpus, wrong)
+        with pytest.raises(MFMError, match=r"E_CONFIG.*masks only"):
+            add("4", arms, dataclasses.replace(dataset, table=object()))  # type: ignore[arg-type]
+
+
+def test_a_study_shows_its_cells_the_corpus_and_the_test_images(tmp_path: Path) -> None:
+    small.write_raw(tmp_path)
+    other = tmp_path / "elsewhere" / "Dataset700_Corpus"
+    other.mkdir(parents=True)
+    arm = Arm(settings=("semi.method=consistency",), unlabelled="Dataset700_Corpus hash")
+    study, cells = small.begin(tmp_path, {"scratch": small.SCRATCH, "semi": arm})
+    link_corpus(study, other)
+    link_corpus(study, other)
+    raw = study.workspace / "nnUNet_raw"
+    assert (raw / other.name).resolve() == other
+    assert (raw / small.NAME / "imagesTs").resolve() == study.test_folder.resolve()
+    words = {cell.arm: all_steps(study, cell, "cpu")[0].words for cell in cells}
+    assert "--unlabelled" not in words["scratch"]
+    assert words["semi"][words["semi"].index("--unlabelled") + 1] == other.name
+    study.cell_folder(study.asked[0]).mkdir(parents=True)
+    with pytest.raises(MFMError, match=r"E_CONFIG.*unlabelled images"):
+        small.begin(tmp_path, {"semi": dataclasses.replace(arm, unlabelled="Dataset700_Corpus other")})
