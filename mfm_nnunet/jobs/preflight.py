@@ -14,6 +14,7 @@ from mfm_nnunet.data import corpus
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.label_table import FILE as TABLE
 from mfm_nnunet.data.label_table import LabelTable, read_label_table
+from mfm_nnunet.data.labelled import read_subjects
 from mfm_nnunet.data.loops import in_threads, with_progress
 from mfm_nnunet.data.unlabelled import Labelled, prepare_unlabelled
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson
@@ -33,7 +34,7 @@ from mfm_nnunet.requests import PlanRequest
 from mfm_nnunet.settings import MFMBlock
 from mfm_nnunet.workspace import Workspace
 
-__all__ = ["TABLE", "Case", "find_checkpoint"]
+__all__ = ["TABLE", "Case", "find_checkpoint", "read_subjects"]
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ order is the same on every computer, and a case added to the dataset does not mo
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.jobs.preflight import Case, find_checkpoint, hash_checkpoint
+from mfm_nnunet.jobs.preflight import find_checkpoint, hash_checkpoint
 from mfm_nnunet.requests import HEADS
 
 logger = logging.getLogger(__name__)
@@ -126,31 +125,6 @@ def _name_after(file: Path) -> str:
         task, *rest = folder.removeprefix(_RUN_FOLDER).split("__")
         return "_".join([task, *rest[2:]])
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", file.stem)
-
-
-def read_subjects(file: str | Path | None, cases: Sequence[Case]) -> dict[str, str]:
-    """Return the subject of every case: from a CSV with the columns ``case`` and ``subject``, else from its name."""
-    if file is None:
-        return {case.name: case.subject for case in cases}
-    flag = f"--subjects {file}"
-    if not Path(file).is_file():
-        raise MFMError("E_NOT_FOUND", f"{flag}: no such file. Give a CSV with the columns case and subject.")
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
-            rows = list(csv.DictReader(handle, skipinitialspace=True))
-        pairs = {(row["case"].strip(), row["subject"].strip()) for row in rows}
-    except (KeyError, AttributeError, ValueError, csv.Error) as error:
-        raise MFMError("E_FORMAT", f"{flag}: expected a CSV with the columns case and subject.") from error
-    subject_of = dict(sorted(pairs))
-    if len(subject_of) < len(pairs):
-        case = min(case for case, subject in pairs if subject_of[case] != subject)
-        subjects = " and ".join(sorted(subject for other, subject in pairs if other == case))
-        raise MFMError("E_CONFIG", f"{flag}: case {case} has the subjects {subjects}. Keep one line per case.")
-    if missing := [case.name for case in cases if not subject_of.get(case.name)]:
-        raise MFMError("E_CONFIG", f"{flag}: {len(missing)} cases have no subject, e.g. {missing[0]}. Add them.")
-    if others := sorted(set(subject_of) - {case.name for case in cases}):
-        logger.warning("%s: %d cases are not in the dataset, e.g. %s", flag, len(others), others[0])
-    return {case.name: subject_of[case.name] for case in cases}
 
 
 def read_order(file: str | Path | None, subjects: Mapping[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from mfm_nnunet.dataset import IMAGE_TASKS, DatasetJson, check_dataset_json
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import inside, is_file_name, read_json, write_csv, write_json
-from mfm_nnunet.jobs.preflight import TABLE, Case, RawDataset, list_companions
+from mfm_nnunet.jobs.preflight import TABLE, Case, RawDataset, list_companions, read_subjects
 from mfm_nnunet.requests import HEADS
 from mfm_nnunet.settings import from_dict
 from mfm_nnunet.study.design import (
@@ -29,7 +29,6 @@ from mfm_nnunet.study.design import (
     draw_test,
     is_arm_name,
     read_order,
-    read_subjects,
 )
 from mfm_nnunet.study_requests import StudyRequest
 from mfm_nnunet.version import __version__
@@ -219,7 +218,9 @@ def begin_study(
         raise MFMError("E_CONFIG", f"--tolerance-mm {request.tolerance_mm}: expected a length in mm, 0 or more.")
     if any(setting.partition("=")[0].strip() == "seed" for setting in request.settings):
         raise MFMError("E_CONFIG", "--set seed: the study sets the seed of each cell. Give their number with --seeds.")
-    subjects = read_subjects(request.subjects, dataset.cases)
+    subjects = {case.name: case.subject for case in dataset.cases}
+    if request.subjects is not None:
+        subjects = read_subjects(Path(request.subjects), dataset.cases, f"--subjects {request.subjects}")
     strata = _stratify(dataset, subjects)
     test = draw_test(subjects, str(request.test), strata)
     num_subjects = len(set(subjects.values())) - len({subjects[case] for case in test})

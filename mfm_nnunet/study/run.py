@@ -68,13 +68,9 @@ def run_study(request: StudyRequest) -> Path:
     gpus = list_gpus(request.device)
     folder = study_folder(request.output, request.workspace).absolute()
     configuration, given, plans = request.configuration, None, None
-    stages = Stages(3)
-    with stages, workspace.use(request.workspace) as here:
-        stages.begin("Check the data, the checkpoints and the settings")
+    stages = Stages(2)
+    with workspace.use(request.workspace) as here:
         dataset = read_labelled(here, request.dataset)
-        if request.subjects is None and (file := here.raw_folder(dataset.name) / "subjects.csv").is_file():
-            logger.info("%s: the subjects of the cases are read from it", file)
-            request = dataclasses.replace(request, subjects=file)
         arms, corpus = add_corpus(here, request, dataset, arms)
         if request.plans_name is not None:
             given = read_given_plan(here, dataset.name, request.plans_name, configuration)

@@ -377,3 +377,11 @@ def test_real_datasets(shared_data: Path) -> None:
         assert len(index_source(folder)) == len(cases)
     assert len(index_source(shared_data / "unlabelled" / "XRAY")) == 140
     assert len({case.name for case in index_source(shared_data / "unlabelled")}) == 183
+
+
+def test_a_table_beside_the_dataset_names_the_subjects(tmp_path: Path) -> None:
+    folder = dataset(tmp_path)
+    (folder / "subjects.csv").write_text("case,subject\na,p1\nb_c,p1\n")
+    assert {case.name: case.subject for case in load_cases(folder)} == {"a": "p1", "b_c": "p1"}
+    (folder / "subjects.csv").write_text("case,subject\na,p1\n")
+    refusal("E_CONFIG", load_cases, folder, words=("subjects.csv", "b_c"))
