@@ -238,9 +238,10 @@ def list_series(series: Sequence[Series]) -> str:
     return "\n".join(f"  {item.name}: {item.description}" for item in series)
 
 
-def write_key(file: Path, series: Sequence[Series]) -> None:
-    """Write a CSV that leads from the names of series to their UIDs and folders; it identifies patients."""
-    rows = [(item.name, item.uid, str(item.files[0].parent)) for item in series]
+def write_key(file: Path, series: Sequence[Series], source: Path) -> None:
+    """Write a CSV that leads from names of series to UIDs and folders, or the archive; it identifies patients."""
+    is_folder = source.is_dir()
+    rows = [(item.name, item.uid, str(item.files[0].parent if is_folder else source)) for item in series]
     write_csv(file, ("name", "SeriesInstanceUID", "folder"), rows)
     _log.warning("%s leads from names to patients: keep it where the scans are kept.", file)
 

@@ -149,7 +149,7 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
         if request.dicom_seg and not series:
             raise MFMError("E_CONFIG", f"--dicom-seg: {source} holds no DICOM series to refer to. Leave it out.")
         if request.key_file is not None and not request.dry_run:
-            write_key(Path(request.key_file), series)
+            write_key(Path(request.key_file), series, source)
         names = [case_name_of(item) for item in found]
         if request.num_parts > 1:
             others = [name for k, name in enumerate(names) if k % request.num_parts != request.part_id]

@@ -66,7 +66,7 @@ def register(here: Workspace, dataset: str | int, request: PlanRequest, left_out
     images = Path(request.images)
     with dicom.find_series(images, request.series or ()) as series:
         if request.key_file is not None:
-            dicom.write_key(Path(request.key_file), series)
+            dicom.write_key(Path(request.key_file), series, images)
         if request.labels is not None:
             folder = new_folder(here, number, name or "Labelled")
             good = _require_good(folder.name, series)
@@ -191,10 +191,13 @@ def _register_labelled(folder: Path, cases: Sequence[Case], request: PlanRequest
     values = pairs.find_values(cases, request.num_processes or places.num_cores())
     labels, new = pairs.name_labels(values, _parse_names(request.label_names or ()))
     folder.mkdir(parents=True, exist_ok=True)
-    if any(new[value] != value for value in values):
-        cases = [replace(case, label=_renumber(case, new, folder)) for case in cases]
+    changed = [value for value in sorted(values) if new[value] != value]
+    if changed:
         text = "the values in the masks are numbered anew in %s: %s"
-        logger.info(text, folder / LABELS, ", ".join(f"{old} -> {new[old]}" for old in sorted(values)))
+        logger.info(text, folder / LABELS, ", ".join(f"{old} -> {new[old]}" for old in changed))
+    # Masks of DICOM series may be called after patients, so they are written anew, too.
+    if changed or folder.absolute() in cases[0].images[0].parents:
+        cases = [replace(case, label=_renumber(case, new, folder)) for case in cases]
     settings = {} if request.modality is None else {"modality": request.modality}
     cases = [replace(case, modality=case.modality or request.modality or "") for case in cases]
     form = corpus.file_format(cases, may_mix=False)

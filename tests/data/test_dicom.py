@@ -111,7 +111,7 @@ def test_the_choice(tree: Path) -> None:
 
 def test_the_key_is_written_on_request(tree: Path, tmp_path: Path) -> None:
     with find_series(tree) as found:
-        write_key(tmp_path / "key.csv", found)
+        write_key(tmp_path / "key.csv", found, tree)
     with open(tmp_path / "key.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["SeriesInstanceUID"] for row in rows} == {dicom.uid("series", 1, "ct"), dicom.uid("series", 1, "pet"),

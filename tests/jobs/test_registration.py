@@ -174,6 +174,7 @@ def test_masks_of_series(tree: Path, tmp_path: Path) -> None:
     assert (folder / "imagesTr").is_dir()
     cases = load_cases(folder)
     assert [case.name[:3] for case in cases] == ["ct_", "ct_"]
+    assert not [word for word in ("DOE", "doe^", "MRN") if word in (folder / "dataset.json").read_text()]
     image, label = (nibabel.load(file) for file in (cases[0].images[0], cases[0].label))
     assert np.array_equal(image.get_fdata() > 0, label.get_fdata() > 0)
     refusal("E_NOT_FOUND", lambda: plan(tmp_path, tree, labels=tmp_path / "masks", series=["MR"]))
