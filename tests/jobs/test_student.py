@@ -143,11 +143,11 @@ def test_labels_alone_then_corrected_masks_are_given_back(few: Workspace, tmp_pa
     hard = open_array(str(fold / "corrected" / "subject-03.b2nd"))[:]
     assert set(np.unique(hard)) == {0, 255}
     assert np.array_equal(hard.argmax(0), voxels)
-    (fold / "checkpoint_final.pth").rename(fold / "checkpoint_latest.pth")
-    refused("E_CONFIG", "--pseudo-labels", lambda: learn(few, "semi.drop=0.6", continue_training=True))
+    longer = ("semi.drop=0.6", "finetune.epochs=3")
+    refused("E_CONFIG", "--pseudo-labels", lambda: learn(few, *longer, continue_training=True))
     sitk.WriteImage(mask, str(folder / "subject-04.nii.gz"))
     again = {"continue_training": True, "pseudo_labels": folder}
-    refused("E_CONFIG", "corrected meanwhile", lambda: learn(few, "semi.drop=0.6", **again))
+    refused("E_CONFIG", "corrected meanwhile", lambda: learn(few, *longer, **again))
 
 
 def test_bad_corrections_are_refused_by_name(few: Workspace, tmp_path: Path) -> None:
