@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 
 from mfm_nnunet.dataset import DatasetJson
@@ -64,10 +65,11 @@ class Watch:
 
     def draw(self, folder: Path, pictures: Mapping[str, Any] | None) -> None:
         """Draw the rows and an example into the run folder."""
-        plot_watch(self.history, self.names, folder / PLOT)
-        if pictures:
-            shown = {name: volume.cpu().numpy() for name, volume in pictures.items()}
-            plot_examples(shown, folder / EXAMPLES, "an unlabelled crop, and what the network says about it")
+        with matplotlib.style.context("default"):  # nnU-Net's progress.png leaves letters two and a half times as large
+            plot_watch(self.history, self.names, folder / PLOT)
+            if pictures:
+                shown = {name: volume.cpu().numpy() for name, volume in pictures.items()}
+                plot_examples(shown, folder / EXAMPLES, "an unlabelled crop, and what the network says about it")
 
     def require_no_collapse(self, folder: Path) -> None:
         """Raise MFMError (E_COLLAPSED) if the last epochs are a collapse."""
