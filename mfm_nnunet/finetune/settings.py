@@ -134,8 +134,7 @@ def resolve(
     Advice is used for settings still open after the overrides, and logged with its reason. Raises MFMError (E_CONFIG)
     for an unknown setting, one that does not belong to training, or an invalid value.
     """
-    for assignment in overrides:
-        _require_of_training(assignment.partition("=")[0].strip(), block)
+    require_of_training(overrides, block)
     block = override(block, overrides)
     settings = block.finetune
     require_legal(settings, "finetune.")
@@ -269,7 +268,13 @@ def plan_hash(plans: Mapping[str, Any]) -> str:
     return digest_of(stock)
 
 
-def _require_of_training(name: str, block: MFMBlock) -> None:
+def require_of_training(overrides: Sequence[str], block: MFMBlock) -> None:
+    """Raise MFMError (E_CONFIG) for an override that is no setting of a training."""
+    for assignment in overrides:
+        _require_setting(assignment.partition("=")[0].strip(), block)
+
+
+def _require_setting(name: str, block: MFMBlock) -> None:
     if name == "finetune.checkpoint":
         raise MFMError("E_CONFIG", f"--set {name}: give the checkpoint with -pretrained_weights.")
     if name == "semi.corpus":

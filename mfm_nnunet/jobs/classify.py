@@ -109,7 +109,7 @@ def train_classifier(
     remove_leftovers(job.folder)
     logger.info("run folder: %s", job.folder)
     with (
-        reported(partial(report_classifier, job.folder)),
+        reported(partial(report_classifier, job.folder), job.folder),
         report_full_disk(job.folder),
         training_threads(job.device),
         stop_on_signal(),

@@ -195,7 +195,8 @@ def _pretrain(job: Job, device: torch.device, world: World) -> Path:
             logger.warning("%s: %s", job.folder.parent.name, note)
         for note in notes:
             logger.info("%s", note)
-    with reported(partial(report_pretraining, run.folder, run.description) if world.is_main else lambda _: None):
+    report = partial(report_pretraining, run.folder, run.description) if world.is_main else lambda _: None
+    with reported(report, run.folder):
         return run.train(job.request.continue_training)
 
 

@@ -15,7 +15,7 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.listings import read_csv
 from mfm_nnunet.data.slices import as_in_corpus, reader_of
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.errors import CaseFailure, MFMError
+from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError
 from mfm_nnunet.files import inside, read_json, read_lines, write_json
 from mfm_nnunet.images.geometry import letters_of
 from mfm_nnunet.images.reading import read_image
@@ -31,6 +31,7 @@ from mfm_nnunet.reports.views import read_oriented, reorient
 from mfm_nnunet.requests import PredictRequest
 from mfm_nnunet.workspace import Workspace
 
+LOG = "log.jsonl"
 logger = logging.getLogger(__name__)
 
 VOLUMES = "volumes.json"
@@ -42,15 +43,27 @@ STATES = {"started": "died while it was predicted", "stopped": "stopped", "publi
 
 
 @contextlib.contextmanager
-def reported(report: Callable[[str], None]) -> Iterator[None]:
-    """Call ``report`` at the end of the block, with the reason if it ended early; the reason is raised on."""
+def reported(report: Callable[[str], None], folder: Path | None = None) -> Iterator[None]:
+    """Call ``report`` at the end of the block, with the reason if it ended early; the reason is raised on.
+
+    A run in ``folder`` that was refused, so that its log did not grow, keeps the report that it has.
+    """
+    log = folder / LOG if folder is not None else None
+    before = _changed_at(log)
     try:
         yield
     except BaseException as error:
+        was_refused = isinstance(error, MFMError) and not isinstance(error, CasesFailedError)
+        if was_refused and log is not None and _changed_at(log) == before:
+            raise
         first_line = (str(error).splitlines() or [""])[0]
         report(first_line or type(error).__name__)
         raise
     report("")
+
+
+def _changed_at(file: Path | None) -> int | None:
+    return file.stat().st_mtime_ns if file is not None and file.is_file() else None
 
 
 def report_corpus(here: Workspace, dataset_name: str, cases: list[Case], failures: list[CaseFailure]) -> None:
@@ -240,8 +253,8 @@ _GOOD_SCORES = "the lower ends of the intervals are still useful. Wide intervals
 
 
 def _read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the epochs of ``log.jsonl`` and the settings of a run, as far as they are there."""
-    history = [row for row in read_lines(folder / "log.jsonl") if isinstance(row, dict)]
+    """Return the epochs of the log and the settings of a run, as far as they are there."""
+    history = [row for row in read_lines(folder / LOG) if isinstance(row, dict)]
     file = folder / "settings.json"
     return history, read_json(file, "") if file.is_file() else {}
 

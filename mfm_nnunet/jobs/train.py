@@ -139,7 +139,7 @@ def run_fold(here: Workspace, inputs: Inputs, changes: Mapping[str, Any]) -> Pat
 def _execute_all(here: Workspace, inputs: Inputs, job: Job) -> Path:
     """Train and validate in one process or in several, and write the report."""
     report = partial(report_training, here, job.folder, job.plans, inputs.dataset, job.split)
-    with reported(report):
+    with reported(report, job.folder):
         if job.request.num_gpus > 1:
             run_processes(execute, (job,), job.request.num_gpus)
         else:
@@ -164,6 +164,7 @@ def read_inputs(here: Workspace, request: TrainRequest) -> Inputs:
     plans_file = here.plans_file(dataset_name, request.plans_name)
     plan = _read_plan(plans_file, dataset_name)
     overrides = tuple(request.settings)
+    run_settings.require_of_training(overrides, plan.mfm)
     if request.recipe is not None:
         overrides = (*apply_recipe(request.recipe, plan.mfm, plan.family), *overrides)
     return Inputs(request, plans_file, plan, _read_dataset(here, dataset_name), overrides, weights)
@@ -293,6 +294,8 @@ def _read_plan(file: Path, dataset_name: str) -> Plan:
             f"{file}: this plan belongs to {plan.dataset_name}. Plan {dataset_name} again, or correct 'dataset_name' "
             "and preprocess.",
         )
+    with about(file):
+        plan.mfm  # noqa: B018  # refused here if our block is damaged
     return plan
 
 

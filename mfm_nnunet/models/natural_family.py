@@ -206,7 +206,7 @@ class NaturalFamily(NetworkFamily):
         return "multiples of its tokens, or of its coarsest map's"
 
     def licence(self, network: Any) -> str | None:
-        return _config(network.sizes.encoder).get("license")
+        return _config(network.sizes.encoder).get("license") or "unknown"
 
     # Training
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def test_runs_are_never_overwritten(site: Site) -> None:
     with unchanged(site.results):
         refused(site.pretrain(), "E_EXISTS", site.run_folder, "--c", "--run-name")
         refused(site.train(0), "E_EXISTS", "finished", "--c")
-        refused(site.pretrain("--c", settings=TWO_EPOCHS["pretrain"]), "E_CONFIG", "pretrain.epochs was 1, is 2")
-        refused(site.train(0, "--c", settings=TWO_EPOCHS["train"]), "E_CONFIG", "finetune.epochs was 1, is 2")
+        for call, part in ((site.pretrain, "pretrain"), (partial(site.train, 0), "finetune")):
+            other = f"{part}.gradient_clip"
+            refused(call("--c", settings=[f"{other}=0.5"]), "E_CONFIG", other)
         refused(site.run("train", 5, "3d_fullres", 0, "--c", "--val"), "E_CONFIG", "--val")
 
 

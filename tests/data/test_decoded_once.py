@@ -101,10 +101,10 @@ def test_registering_pictures_decodes_none(tmp_path: Path, monkeypatch: pytest.M
     for i in range(4):
         Image.fromarray(COLOUR if i else GREY).save(tmp_path / "scans" / f"{i}.png")
     count = Count(monkeypatch)
-    from mfm_nnunet.jobs import plan as job
+    from mfm_nnunet.jobs import registration
     from mfm_nnunet.requests import PlanRequest
 
     with use(tmp_path) as here:
-        name = job.register(here, 701, PlanRequest([701], images=tmp_path / "scans"))
+        name = registration.register(here, 701, PlanRequest([701], images=tmp_path / "scans"), [])
         assert len(corpus.read_dataset_json(here.raw / name)["channel_names"]) == 3
     assert not count.decoded.total()

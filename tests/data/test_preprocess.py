@@ -269,14 +269,14 @@ def test_full_disk_stops_and_keeps_what_is_done(tmp_path: Path) -> None:
 
 def test_a_staged_file_that_is_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The label map belongs to the case: without it, the case would be one without labels."""
-    cases, write = make_dataset(tmp_path / "raw", 2), storage._write_array
+    cases, write = make_dataset(tmp_path / "raw", 2), storage.write_array
 
     def lost(array: np.ndarray, patch_size: tuple[int, ...], file: Path) -> None:
         write(array, patch_size, file)
         if file.name == "_seg.b2nd~case0":
             file.unlink()
 
-    monkeypatch.setattr(storage, "_write_array", lost)
+    monkeypatch.setattr(storage, "write_array", lost)
     report = run(cases, tmp_path / "out")
     assert [failure.case for failure in report.failures] == ["case0"]
     assert report.done == ["case1"]

@@ -30,7 +30,7 @@ from mfm_nnunet.planning.like import plan_like
 from mfm_nnunet.tasks.base import PretextTask, list_tasks
 from mfm_nnunet.tasks.mae import MAE
 from tests.builders.tasks import make_batch, make_task
-from tests.builders.tiny_plans import tiny_backbone, tiny_network
+from tests.builders.tiny_plans import NETWORKS, tiny_backbone, tiny_network
 from tests.builders.tiny_run import CONFIGURATION, prepare, request, run, run_folder, same, weights
 from tests.builders.training import refused
 
@@ -45,7 +45,7 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
 
 
 def task_of(name: str, family: str) -> PretextTask:
-    return make_task(name, family, PATCH)
+    return make_task(name, family, NETWORKS[family].cubic if family == "timm" else PATCH)
 
 
 # Accumulation

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from mfm_nnunet.data import loops
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.prediction.model import Model, load_model
+from mfm_nnunet.reports import progress
 from tests.builders.tiny_model import REGIONS, dataset_json, save_model, stock_predictor, tiny_plans
 
 
@@ -219,25 +219,24 @@ def test_models_of_other_stock_trainers_load(tmp_path: Path) -> None:
     assert torch.equal(load_model(folder, device="cpu").predict_logits(x_CDHW), expected)
 
 
-def test_a_long_prediction_says_how_many_tiles_are_done(
-    model_3d: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(loops, "SECONDS_BETWEEN_LINES", 0.01)
+def test_a_long_prediction_says_how_many_tiles_are_done(model_3d: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
     model, mirrored, tiles = load_model(model_3d, (0, 1), device="cpu"), Model._mirrored, []
 
     def when_said(self: Model, *arguments: Any) -> torch.Tensor:
         until = time.monotonic() + 60
-        while not any(f": {len(tiles) % 2} of 2 tiles" in m for m in caplog.messages) and time.monotonic() < until:
+        while not any(f": {len(tiles) % 2} of 2 tiles" in m for m in said) and time.monotonic() < until:
             time.sleep(0.01)
         tiles.append(1)
         return mirrored(self, *arguments)
 
     monkeypatch.setattr(Model, "_mirrored", when_said)
-    with caplog.at_level("INFO"):
-        model.predict_logits(torch.randn(1, 16, 16, 24), what="case0")
+    model.predict_logits(torch.randn(1, 16, 16, 24), what="case0")
     assert len(tiles) == 4
-    assert caplog.messages[0] == "case0, fold 1 of 2: 0 of 2 tiles"
-    assert any(re.fullmatch(r"case0, fold 1 of 2: 1 of 2 tiles, about 0:\d\d:\d\d left", m) for m in caplog.messages)
+    assert said[0] == "case0, fold 1 of 2: 0 of 2 tiles"
+    assert any(re.fullmatch(r"case0, fold 1 of 2: 1 of 2 tiles, about 0:\d\d:\d\d left", m) for m in said)
 
 
 @torch.inference_mode()
