@@ -16,10 +16,10 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 29_415,
-    "spine lines": 15_215,
-    "files": 154,
-    "files with one importer": 27,
+    "package lines": 38_873,
+    "spine lines": 16_506,
+    "files": 200,
+    "files with one importer": 32,
     "modules over 420 lines": 0,
     "functions with over 8 parameters": 0,
     "functions over 60 lines": 0,

@@ -84,7 +84,7 @@ def settle_licence(reading: Reading, family: NetworkFamily, network: Any, accept
     if known is None:
         raise MFMError(
             "E_MODEL_CORRUPT",
-            f"{reading.place.name}: unknown checkpoint layout: tensors alone. Only networks of timm start from such a "
+            f"{reading.place}: unknown checkpoint layout: tensors alone. Only networks of timm start from such a "
             "file (plan with --network timm:NAME).",
         )
     licence = reading.mfm.setdefault("licence", known)

@@ -58,7 +58,8 @@ def train_all(
         text = text.replace('!"', '"')
         yield python(
             f"import pathlib, sys; folder = pathlib.Path({str(folder)!r}); folder.mkdir(parents=True, exist_ok=True); "
-            f"(folder / 'runs').open('a').write('x')\n{code}\n(folder / 'result.json').write_text({text!r})"
+            f"(folder / 'runs').open('a').write('x')\n{code}\n(folder / 'new').write_text({text!r})\n"
+            "(folder / 'new').rename(folder / 'result.json')"
         )
 
     monkeypatch.setattr(run, "steps_left", steps)
