@@ -76,16 +76,15 @@ def settle_licence(reading: Reading, family: NetworkFamily, network: Any, accept
     """Record the licence of timm's weights, and refuse one that restricts use unless it is accepted by its name.
 
     It is the one stated beside the file, else the one that timm states for the encoder of the plan. Weights trained
-    from them keep it. Raises MFMError: E_CONFIG, and E_MODEL_CORRUPT if the network is none of timm's.
+    from them keep it. Raises MFMError: E_CONFIG, and E_MODEL_MISMATCH if the network is none of timm's.
     """
     if reading.layout != "timm":
         return
     known = family.licence(network)
     if known is None:
         raise MFMError(
-            "E_MODEL_CORRUPT",
-            f"{reading.place}: unknown checkpoint layout: tensors alone. Only networks of timm start from such a "
-            "file (plan with --network timm:NAME).",
+            "E_MODEL_MISMATCH",
+            f"{reading.place}: tensors alone. Only networks of timm start from them (plan with --network timm:NAME).",
         )
     licence = reading.mfm.setdefault("licence", known)
     if licence.casefold() in OPEN_LICENCES or (accepted or "").casefold() == licence.casefold():

@@ -163,10 +163,11 @@ def read_inputs(here: Workspace, request: TrainRequest) -> Inputs:
     assert request.plans_name is not None, "it is chosen"
     plans_file = here.plans_file(dataset_name, request.plans_name)
     plan = _read_plan(plans_file, dataset_name)
-    overrides = tuple(request.settings)
-    run_settings.require_of_training(overrides, plan.mfm)
+    with about(plans_file):
+        block, overrides = plan.mfm, tuple(request.settings)
+    run_settings.require_of_training(overrides, block)
     if request.recipe is not None:
-        overrides = (*apply_recipe(request.recipe, plan.mfm, plan.family), *overrides)
+        overrides = (*apply_recipe(request.recipe, block, plan.family), *overrides)
     return Inputs(request, plans_file, plan, _read_dataset(here, dataset_name), overrides, weights)
 
 
@@ -189,7 +190,6 @@ def check(here: Workspace, inputs: Inputs) -> Job:
     used = _pick_device(request)
     if not request.dry_run:
         remove_leftovers(folder)
-    # The settings must be readable, and the names trusted, before nnU-Net builds the network.
     with about(inputs.plans_file):
         block, num_channels = plan.mfm, plan.configuration(configuration).num_channels
         network = build_network(plan.content, configuration, num_channels, 2)
@@ -294,8 +294,6 @@ def _read_plan(file: Path, dataset_name: str) -> Plan:
             f"{file}: this plan belongs to {plan.dataset_name}. Plan {dataset_name} again, or correct 'dataset_name' "
             "and preprocess.",
         )
-    with about(file):
-        plan.mfm  # noqa: B018  # refused here if our block is damaged
     return plan
 
 

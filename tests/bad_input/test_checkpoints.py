@@ -69,10 +69,18 @@ NONE: dict[str, tuple[str, Callable[[Site, Path], Any]]] = {
     "flipped": ("E_MODEL_CORRUPT", flipped),
     "another archive": ("E_MODEL_CORRUPT", archive),
     "a list": ("E_MODEL_CORRUPT", saved([1, 2])),
-    "of another program": ("E_MODEL_CORRUPT", saved({"state_dict": {"a": torch.zeros(2)}})),
+    "of another program": ("E_MODEL_CORRUPT", saved({"weights": {"a": torch.zeros(2)}})),
     "with a payload": ("E_MODEL_UNSAFE", with_payload),
     "a pickled payload": ("E_MODEL_UNSAFE", pickled_payload),
 }
+
+
+def test_tensors_alone_start_no_other_network_than_those_of_timm(site: Site) -> None:
+    file = site.folder / "weights.pth"
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, file)
+    with unchanged(site.folder):
+        refused(site.train(1, "-pretrained_weights", file), "E_MODEL_MISMATCH", file, "--network timm:NAME")
+        refused(site.plan("-d", 5, "--like", file, "-pl", "mfmNew"), "E_MODEL_MISMATCH", file, "--network timm:NAME")
 
 
 @pytest.mark.parametrize("kind", NONE)
