@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.signals import stop_signals_ignored
+
+_open: weakref.WeakSet[Generator] = weakref.WeakSet()
+"""Streams of batches that may have workers."""
 
 
 def read_in_order(
@@ -32,7 +37,19 @@ def read_in_order(
         generator=torch.Generator(),  # otherwise the loader draws from the global generator
         **how,
     )
-    return _raising(iter(loader))
+    stream = _raising(iter(loader))
+    _open.add(stream)
+    return stream
+
+
+@atexit.register
+def end_workers() -> None:
+    """End the workers of all streams of this process.
+
+    At exit, multiprocessing would terminate those that are left, and torch would report them as killed.
+    """
+    for stream in list(_open):
+        stream.close()
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -82,7 +99,7 @@ class _CollateUnlessError:
         return found[0] if found else self.collate(items)
 
 
-def _raising(loaded: Iterator[Any]) -> Iterator[Any]:
+def _raising(loaded: Iterator[Any]) -> Generator[Any, None, None]:
     for batch in loaded:
         if isinstance(batch, Exception):
             raise batch

@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.data.class_table import ClassTable, require_confirmed
+from mfm_nnunet.data.loading import end_workers
 from mfm_nnunet.data.unlabelled import Unlabelled
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.device import (
@@ -252,7 +253,10 @@ class MFMTrainer(nnUNetTrainer):
     def run_training(self) -> None:
         """Train to the last epoch with the engine."""
         self._start()
-        self.make_engine().train()
+        try:
+            self.make_engine().train()
+        finally:
+            end_workers()  # the validation needs their memory
         self.print_to_log_file("Training done.")
 
     def rehearse(self) -> None:

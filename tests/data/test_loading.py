@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from mfm_nnunet.data.loading import read_in_order
+from mfm_nnunet.data.loading import end_workers, read_in_order
 from mfm_nnunet.errors import MFMError
 from tests.builders.groups import started
 
@@ -86,3 +87,19 @@ def test_errors_of_a_worker_arrive_as_they_were_raised(error: type[Exception], h
         next(stream)
     if error is MFMError:
         assert caught.value.code == "E_SHORT_DATA"  # type: ignore[attr-defined]
+
+
+class Places(Dataset):
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_workers_of_unfinished_streams_are_ended() -> None:
+    """At exit too, where multiprocessing would terminate them and torch report them as killed."""
+    before = set(multiprocessing.active_children())
+    stream = read_in_order(Places(), 2, False, int, batch_size=None, sampler=range(9))
+    assert next(stream) == 0
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    end_workers()
+    assert not set(multiprocessing.active_children()) - before
+    assert list(stream) == []
