@@ -203,7 +203,7 @@ class _Teaching:
         corrections |= pseudo_labels.find_corrections([folder, *extra], ending, entries)
         hard = self.folder / CORRECTED
         if corrections:
-            logger.info("%d corrected masks are true labels: %s", len(corrections), ", ".join(sorted(corrections)))
+            logger.info("true labels from corrected masks: %d, %s", len(corrections), ", ".join(sorted(corrections)))
             dataset_json = DatasetJson.of(self.job.dataset_json).content
             pseudo_labels.harden_corrections(corrections, hard, images, sources, self.managers, dict(dataset_json))
         used = pseudo_labels.choose(folder, images, self.block.semi.drop, corrections, hard)
