@@ -65,11 +65,19 @@ def __getattr__(name: str) -> Any:
         home = f"mfm_nnunet.{_HOMES[name]}"
         is_new = home not in sys.modules
         module = importlib.import_module(home)
-        if is_new and "matplotlib" in sys.modules and "MPLBACKEND" in os.environ:
-            # nnU-Net's import switches to a backend without a display: later figures of a notebook would not appear.
-            sys.modules["matplotlib"].use(os.environ["MPLBACKEND"])
+        if is_new:
+            _restore_backend()
         return getattr(module, name)
     raise AttributeError(f"module 'mfm_nnunet' has no attribute '{name}'")
+
+
+def _restore_backend() -> None:
+    """Undo nnU-Net's switch to a backend without a display, so that later figures of a notebook appear."""
+    backend, matplotlib = os.environ.get("MPLBACKEND"), sys.modules.get("matplotlib")
+    if backend and matplotlib and matplotlib.get_backend() != backend:
+        matplotlib.rcParams["backend"] = backend  # first: a notebook's backend asks for it while it is loaded
+        if pyplot := sys.modules.get("matplotlib.pyplot"):
+            pyplot.switch_backend(backend)
 
 
 def __dir__() -> list[str]:
