@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import shown, whole_number
+from mfm_nnunet.files import is_file_name, shown, whole_number
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -176,3 +176,18 @@ def matching(pattern: str, rule: str) -> Callable[[str], str]:
 def each(check: Callable[[Any], T]) -> Callable[[Sequence[Any]], tuple[T, ...]]:
     """Return a check for sequences that applies ``check`` to each item."""
     return lambda values: tuple(check(value) for value in values)
+
+
+def to_file_name(value: str) -> str:
+    """Return the plain name of a file in a fold's folder."""
+    if not is_file_name(value) or "*" in value:
+        raise ValueError("expected the name of a file in the fold folders, without a path")
+    return value
+
+
+def to_part(value: Any) -> int:
+    """Return the number of a part."""
+    number = whole_number(str(value))
+    if number is None:
+        raise ValueError("expected a number from 0")
+    return number

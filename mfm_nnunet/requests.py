@@ -19,10 +19,11 @@ from mfm_nnunet.fields import (
     number_between,
     one_of,
     option,
+    to_file_name,
     to_fold,
+    to_part,
     to_spacing,
 )
-from mfm_nnunet.files import is_file_name, whole_number
 from mfm_nnunet.settings import SliceSettings, override, to_dict
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
@@ -50,6 +51,7 @@ UNLABELLED = "--unlabelled", "also learn from images of this corpus or dataset, 
 TEACHERS = "--teachers", "semi.method=student: models, each fold of which is a teacher (default: they are trained)"
 PSEUDO_LABELS = "--pseudo-labels", "semi.method=student: a folder of pseudo labels, or of corrected masks alone"
 WEIGHTS = "-pretrained_weights --pretrained-weights", "start from these weights (default: from scratch)"
+WORD = matching(r"[A-Za-z0-9][A-Za-z0-9 _-]*", "expected a word like CT, MR, PET, Xray or US")
 LICENCE = "--accept-licence", "accept a licence that restricts the use of weights, by its name, e.g. cc-by-nc-4.0"
 
 
@@ -59,19 +61,6 @@ def _slices(value: Any) -> dict[str, Any]:
         return to_dict(override(SliceSettings(), words))
     except MFMError as error:
         raise ValueError(error.message.removeprefix("--set ")) from None
-
-
-def _checkpoint_name(value: str) -> str:
-    if not is_file_name(value) or "*" in value:
-        raise ValueError("expected the name of a file in the fold folders, without a path")
-    return value
-
-
-def _part(value: Any) -> int:
-    number = whole_number(str(value))
-    if number is None:
-        raise ValueError("expected a number from 0")
-    return number
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,14 @@ class PlanRequest(Request):
         "--modality",
         "modality of scans whose source names none, or of a labelled dataset: CT, MR, PET, Xray, US ...",
         metavar="WORD",
-        check=matching(r"[A-Za-z0-9][A-Za-z0-9 _-]*", "expected a word like CT, MR, PET, Xray or US"),
+        check=WORD,
+    )
+    pet: Literal["suv", "percentile"] | None = option(
+        None,
+        "--pet",
+        "normalisation of PET: one window of uptake values for all (suv), or percentiles of each image (default: by "
+        "the values of the images)",
+        choices=("suv", "percentile"),
     )
     slices: Sequence[str] | Mapping[str, Any] | None = option(
         None,
@@ -207,8 +203,9 @@ class PlanRequest(Request):
             if self.labels is not None and getattr(self, name) is not None:
                 raise MFMError("E_CONFIG", f"--{name} is of corpora without labels. Leave it or --labels out.")
         self._check_union()
-        if self.like is not None and self.spacing != "median":
-            raise MFMError("E_CONFIG", "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out.")
+        for name, is_given in (("spacing", self.spacing != "median"), ("pet", self.pet is not None)):
+            if self.like is not None and is_given:
+                raise MFMError("E_CONFIG", f"--{name} and --like: the checkpoint decides that. Leave --{name} out.")
 
     def _check_union(self) -> None:
         if self.add_to is not None and (self.universal is None or self.like is not None):
@@ -351,7 +348,7 @@ class PredictRequest(Request):
         "-chk --checkpoint",
         "checkpoint in the fold folders",
         metavar="FILE",
-        check=_checkpoint_name,
+        check=to_file_name,
     )
     step_size: float = option(
         0.5, "-step_size --step-size", "step of the sliding window as a share of the patch", metavar="SHARE",
@@ -398,10 +395,13 @@ class PredictRequest(Request):
         "of a model of several datasets: the classes that this dataset annotates, and its normalisation",
         metavar="DATASET",
     )
+    modality: str | None = option(
+        None, "--modality", "of a model that normalises by modality: that of these images", metavar="WORD", check=WORD
+    )
     num_parts: int = option(
         1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
     )
-    part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=_part)
+    part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=to_part)
     dry_run: bool = option(False, *DRY_RUN)
     device: str = option("auto", *DEVICE, choices=DEVICES)
 

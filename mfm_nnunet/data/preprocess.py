@@ -31,9 +31,9 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.files import inside, report_full_disk, to_plain
 from mfm_nnunet.images import reading
-from mfm_nnunet.modalities import kind_of, kind_of_channel
+from mfm_nnunet.modalities import Z_SCORE, kind_of, kind_of_channel
 from mfm_nnunet.plan import Configuration, Plan
-from mfm_nnunet.plan_rules import CT
+from mfm_nnunet.plan_rules import CT, PERCENTILES
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -98,6 +98,7 @@ class _Target:
     folder: Path
     digest: str
     manifest: storage.Manifest
+    is_by_modality: bool
     report: PreprocessReport = field(default_factory=PreprocessReport)
 
     @classmethod
@@ -108,12 +109,17 @@ class _Target:
         folder = inside(preprocessed_folder, configuration.data_identifier)
         with report_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        return cls(name, folder, plan.preprocessing_digest(name, dataset), storage.Manifest.read(folder))
+        manifest = storage.Manifest.read(folder)
+        return cls(name, folder, plan.preprocessing_digest(name, dataset), manifest, bool(plan.modalities))
+
+    def sources(self, case: Case, signature: list[list[Any]]) -> list[list[Any]]:
+        """Return the signature of a case's files, and its modality if that decides the normalisation."""
+        return [*signature, [0, 0, f"modality {kind_of(case.modality)}"]] if self.is_by_modality else signature
 
     def holds(self, case: Case) -> bool:
         """Return whether a case is finished, and report it as reused. Unreadable sources fail later, in their turn."""
         try:
-            is_finished = self.manifest.holds(case.name, self.digest, source_signature(case))
+            is_finished = self.manifest.holds(case.name, self.digest, self.sources(case, source_signature(case)))
         except MFMError:
             return False
         if is_finished:
@@ -142,7 +148,7 @@ def _preprocess_all(job: PreprocessJob, cases: Sequence[Case], targets: Sequence
                 if isinstance(result, CaseFailure):
                     target.report.failures.append(result)
                 else:
-                    target.manifest.add(case.name, target.digest, result)
+                    target.manifest.add(case.name, target.digest, target.sources(case, result))
                     target.report.done.append(case.name)
 
 
@@ -384,6 +390,10 @@ def _normalise(
     intensities = plans_manager.foreground_intensity_properties_per_channel
     for c, scheme in enumerate(configuration_manager.normalization_schemes):
         known = intensities.get(str(c))
+        if scheme == PERCENTILES:
+            scheme = Z_SCORE
+            if (own := data_CDHW[c][data_CDHW[c] != 0]).size:
+                np.clip(data_CDHW[c], *np.percentile(own, (0.5, 99.5)), out=data_CDHW[c])
         if scheme == CT and not known:
             raise MFMError("E_CONFIG", f"the plan has no intensities of channel {c}, and {CT} needs them. Plan again.")
         normaliser = getattr(default_normalization_schemes, scheme)(

@@ -263,6 +263,9 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: 
     planner = MFMPlanner(dataset_name, request.memory_gb, plans_name=name, overwrite_target_spacing=target)
     planner.family, planner.variant = family, source.variant if source else request.network
     planner.spacing, planner.source, planner.modality = request.spacing, source, request.modality or ""
+    planner.pet = request.pet or ""
+    if request.modality and request.images is None and planner.is_mixed:
+        raise MFMError("E_CONFIG", f"--modality: each case of {dataset_name} has one of its own. Leave it out.")
     planner.wanted = tuple(request.configurations) if request.configurations else None
     own = Plan.of(planner.plan_experiment())
     if source:

@@ -141,7 +141,7 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
-    model = choose_outputs(model, request.classes, request.classes_of)
+    model = choose_outputs(model, request.classes, request.classes_of, request.modality)
     check_previous_stage(model, previous_stage)
     with find_series(source, request.series or ()) as series:
         require_choice(series, request.series or ())
@@ -204,7 +204,7 @@ class _Run:
             "mirroring": request.mirroring,
             "save_probabilities": request.save_probabilities,
             "cascade": request.previous_stage is not None,
-            **describe_choice(request.classes, request.classes_of),
+            **describe_choice(request.classes, request.classes_of, request.modality),
         }
         self.identity: dict[str, Any] = {"model": model.sha256, "settings": settings}
         """Model and settings: they and the images determine the masks. JSON values without paths."""
