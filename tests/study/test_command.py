@@ -220,7 +220,7 @@ def run_cells_here(todo: list[Cell], steps: cells.Steps, *given: Any) -> list[Ca
 def test_teachers_and_students_are_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The unlabelled images are the cases that the subset leaves without label; each cell is trained, predicted, scored."""
+    """The unlabelled images are the cases that the subset leaves without label; each cell ends with a score."""
     import mfm_nnunet
 
     monkeypatch.setattr(cells, "run_cells", run_cells_here)
