@@ -204,7 +204,7 @@ OF_PLANNERS = attributes("self", within="planning.planner", inside="MFMPlanner")
 OWN_OF_PLANNER = {
     "budget", "explain", "has_masks", "is_corpus", "is_mixed", "is_original_spacing", "family", "planned", "plans_file",
     "preset",
-    "modality", "settings", "slice_axis", "source", "spacing", "union", "variant", "wanted", "_apply", "_block",
+    "modality", "pet", "settings", "slice_axis", "source", "spacing", "union", "variant", "wanted", "_apply", "_block",
     "_choose_axis_order",
     "_explain_configuration", "_is_sliced", "_like", "_merge", "_require_memory", "_sizing",
 }  # fmt: skip
