@@ -347,12 +347,9 @@ class PredictRequest(Request):
     plans_name: str | None = option(None, *PLANS, metavar="PLANS")
     trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
     checkpoint_name: str = option(
-        "checkpoint_final.pth",
-        "-chk --checkpoint",
-        "checkpoint in the fold folders",
-        metavar="FILE",
+        "checkpoint_final.pth", "-chk --checkpoint", "checkpoint in the fold folders", metavar="FILE",
         check=_checkpoint_name,
-    )
+    )  # fmt: skip
     step_size: float = option(
         0.5, "-step_size --step-size", "step of the sliding window as a share of the patch", metavar="SHARE",
         check=number_between(0, 1, "above 0 and at most 1"),
@@ -361,6 +358,9 @@ class PredictRequest(Request):
         True,
         "--disable_tta --disable-tta",
         "do not average over mirrored images: up to eight times faster, less accurate",
+    )
+    fast: bool = option(
+        False, "--fast", "predict without mirroring, on a CPU also in bf16 if it computes in it: masks differ a little"
     )
     save_probabilities: bool = option(
         False, "--save_probabilities --save-probabilities", "also save the probabilities (.npz)"
@@ -393,11 +393,9 @@ class PredictRequest(Request):
         metavar="NAME",
     )
     classes_of: str | int | None = option(
-        None,
-        "--classes-of",
-        "of a model of several datasets: the classes that this dataset annotates, and its normalisation",
-        metavar="DATASET",
-    )
+        None, "--classes-of", "of a model of several datasets: the classes that this dataset annotates, and its "
+        "normalisation", metavar="DATASET",
+    )  # fmt: skip
     num_parts: int = option(
         1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
     )
@@ -409,6 +407,7 @@ class PredictRequest(Request):
         super().__post_init__()
         if isinstance(self.input_folder, (str, Path)) == (self.output_folder is None):
             raise MFMError("E_CONFIG", "-o OUT is needed for a folder, and left out for an image in memory.")
+        object.__setattr__(self, "mirroring", self.mirroring and not self.fast)
         names = (self.dataset, self.configuration)
         if self.model_folder is not None and names != (None, None):
             raise MFMError("E_CONFIG", "give the model as -m MODEL_FOLDER or as -d DATASET -c CONFIG, not both.")
