@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.fields import (
+    PartRequest,
     Request,
     assignments,
     at_least_one,
@@ -22,7 +23,7 @@ from mfm_nnunet.fields import (
     to_fold,
     to_spacing,
 )
-from mfm_nnunet.files import is_file_name, whole_number
+from mfm_nnunet.files import is_file_name
 from mfm_nnunet.settings import SliceSettings, override, to_dict
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
@@ -67,15 +68,8 @@ def _checkpoint_name(value: str) -> str:
     return value
 
 
-def _part(value: Any) -> int:
-    number = whole_number(str(value))
-    if number is None:
-        raise ValueError("expected a number from 0")
-    return number
-
-
 @dataclass(frozen=True)
-class PlanRequest(Request):
+class PlanRequest(PartRequest):
     """Plan and preprocess datasets; what is not given is derived from the data."""
 
     datasets: Sequence[str | int] = field(
@@ -196,6 +190,11 @@ class PlanRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_parts > 1 and (not self.preprocess or self.images or self.universal or self.like):
+            text = (
+                "-num_parts: parts only preprocess what was planned before. Plan once, with --no_pp and without parts."
+            )
+            raise MFMError("E_CONFIG", text)
         if self.images is not None and len(self.datasets) != 1:
             raise MFMError("E_CONFIG", "--images registers one dataset: give exactly one -d ID with it.")
         for name in ("name", "slices", "colour", "labels", "label_names", "series", "key_file"):
@@ -313,7 +312,7 @@ class TrainRequest(RunRequest):
 
 
 @dataclass(frozen=True)
-class PredictRequest(Request):
+class PredictRequest(PartRequest):
     """Segment images with a trained model."""
 
     input_folder: Any = field(
@@ -396,10 +395,6 @@ class PredictRequest(Request):
         None, "--classes-of", "of a model of several datasets: the classes that this dataset annotates, and its "
         "normalisation", metavar="DATASET",
     )  # fmt: skip
-    num_parts: int = option(
-        1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
-    )
-    part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=_part)
     dry_run: bool = option(False, *DRY_RUN)
     device: str = option("auto", *DEVICE, choices=DEVICES)
 
@@ -413,7 +408,5 @@ class PredictRequest(Request):
             raise MFMError("E_CONFIG", "give the model as -m MODEL_FOLDER or as -d DATASET -c CONFIG, not both.")
         if self.model_folder is None and None in names:
             raise MFMError("E_CONFIG", "which model? Give -m MODEL_FOLDER, or -d DATASET -c CONFIG.")
-        if self.part_id >= self.num_parts:
-            raise MFMError("E_CONFIG", f"-part_id {self.part_id}: parts are numbered from 0 to -num_parts minus 1.")
         if self.overwrite and self.resume:
             raise MFMError("E_CONFIG", "--overwrite replaces the masks and --resume keeps them: give one of them.")

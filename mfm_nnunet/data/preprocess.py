@@ -60,30 +60,34 @@ def preprocess_dataset(
     dataset_json: dict[str, Any],
     preprocessed_folder: Path,
     num_processes: int = 1,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, PreprocessReport]:
     """Preprocess ``cases`` into ``preprocessed_folder/<data_identifier>/`` and report each configuration.
 
-    A case is reused if the manifest beside that folder lists it with the same sources and settings. Labels are copied
-    to ``gt_segmentations/``. Raises MFMError: E_CONFIG (unknown configuration, a foreign preprocessor), E_DISK_FULL
-    (finished cases are kept; run again to resume).
+    ``part`` (i, n) is every n-th case from the i-th on; other commands do the rest. A case is reused if the manifest
+    beside that folder lists it with the same sources and settings. Labels are copied to ``gt_segmentations/``. Raises
+    MFMError: E_CONFIG (unknown configuration, a foreign preprocessor), E_DISK_FULL (finished cases are kept; run again
+    to resume).
     """
     plan, dataset = Plan.of(plans), DatasetJson.of(dataset_json)
-    targets = {name: _Target.find(plan, name, dataset, preprocessed_folder) for name in configurations}
+    suffix = f"_{part[0]}of{part[1]}" if part[1] > 1 else ""
+    targets = {name: _Target.find(plan, name, dataset, preprocessed_folder, suffix) for name in configurations}
     groups: dict[tuple[str, ...], list[Case]] = {}
     for target in targets.values():
         target.warn_of_others(cases)
-    for case in cases:
+    for case in cases[part[0] :: part[1]]:
         missing = tuple(name for name, target in targets.items() if not target.holds(case))
         groups.setdefault(missing, []).append(case)
-    storage.remove_dead_stages(preprocessed_folder)
-    with storage.staging(preprocessed_folder) as stage:
+    prefix = f"{storage.STAGING_PREFIX}{f'{suffix[1:]}_' if suffix else ''}"
+    storage.remove_dead_stages(preprocessed_folder, prefix)
+    with storage.staging(preprocessed_folder, prefix) as stage:
         folders = {name: target.folder for name, target in targets.items()}
         job = PreprocessJob(json.dumps(to_plain(plans)), json.dumps(to_plain(dataset_json)), folders, stage)
         for case in groups.pop((), []):
             job.copy_label(case)
         for missing, todo in groups.items():
-            part = replace(job, folders={name: folders[name] for name in missing})
-            _preprocess_all(part, todo, [targets[name] for name in missing], num_processes)
+            own = replace(job, folders={name: folders[name] for name in missing})
+            _preprocess_all(own, todo, [targets[name] for name in missing], num_processes)
     for target in targets.values():
         target.report.done.sort()
         target.report.failures.sort(key=lambda failure: failure.case)
@@ -101,14 +105,14 @@ class _Target:
     report: PreprocessReport = field(default_factory=PreprocessReport)
 
     @classmethod
-    def find(cls, plan: Plan, name: str, dataset: DatasetJson, preprocessed_folder: Path) -> _Target:
+    def find(cls, plan: Plan, name: str, dataset: DatasetJson, preprocessed_folder: Path, part: str) -> _Target:
         configuration = plan.configuration(name)
         if problem := configuration.preprocessor_problem:
             raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that made the plan, or plan here.")
         folder = inside(preprocessed_folder, configuration.data_identifier)
         with report_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        return cls(name, folder, plan.preprocessing_digest(name, dataset), storage.Manifest.read(folder))
+        return cls(name, folder, plan.preprocessing_digest(name, dataset), storage.Manifest.read(folder, part))
 
     def holds(self, case: Case) -> bool:
         """Return whether a case is finished, and report it as reused. Unreadable sources fail later, in their turn."""
