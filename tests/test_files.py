@@ -122,7 +122,7 @@ def test_a_file_that_is_being_renamed_is_no_leftover(tmp_path: Path, monkeypatch
     replace = os.replace
 
     def others_look_first(source: Path, target: Path) -> None:
-        code = "import sys; from mfm_nnunet.files import remove_leftovers; remove_leftovers(sys.argv[1])"
+        code = "import sys, pathlib, mfm_nnunet.files as files; files.remove_leftovers(pathlib.Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
         replace(source, target)
 
