@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.fields import (
+    PartRequest,
     Request,
     assignments,
     at_least_one,
@@ -21,7 +22,6 @@ from mfm_nnunet.fields import (
     option,
     to_file_name,
     to_fold,
-    to_part,
     to_spacing,
 )
 from mfm_nnunet.settings import SliceSettings, override, to_dict
@@ -64,7 +64,7 @@ def _slices(value: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class PlanRequest(Request):
+class PlanRequest(PartRequest):
     """Plan and preprocess datasets; what is not given is derived from the data."""
 
     datasets: Sequence[str | int] = field(
@@ -192,6 +192,11 @@ class PlanRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_parts > 1 and (not self.preprocess or self.images or self.universal or self.like):
+            text = (
+                "-num_parts: parts only preprocess what was planned before. Plan once, with --no_pp and without parts."
+            )
+            raise MFMError("E_CONFIG", text)
         if self.images is not None and len(self.datasets) != 1:
             raise MFMError("E_CONFIG", "--images registers one dataset: give exactly one -d ID with it.")
         for name in ("name", "slices", "colour", "labels", "label_names", "series", "key_file"):
@@ -310,7 +315,7 @@ class TrainRequest(RunRequest):
 
 
 @dataclass(frozen=True)
-class PredictRequest(Request):
+class PredictRequest(PartRequest):
     """Segment images with a trained model."""
 
     input_folder: Any = field(
@@ -344,12 +349,9 @@ class PredictRequest(Request):
     plans_name: str | None = option(None, *PLANS, metavar="PLANS")
     trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
     checkpoint_name: str = option(
-        "checkpoint_final.pth",
-        "-chk --checkpoint",
-        "checkpoint in the fold folders",
-        metavar="FILE",
+        "checkpoint_final.pth", "-chk --checkpoint", "checkpoint in the fold folders", metavar="FILE",
         check=to_file_name,
-    )
+    )  # fmt: skip
     step_size: float = option(
         0.5, "-step_size --step-size", "step of the sliding window as a share of the patch", metavar="SHARE",
         check=number_between(0, 1, "above 0 and at most 1"),
@@ -358,6 +360,9 @@ class PredictRequest(Request):
         True,
         "--disable_tta --disable-tta",
         "do not average over mirrored images: up to eight times faster, less accurate",
+    )
+    fast: bool = option(
+        False, "--fast", "predict without mirroring, on a CPU also in bf16 if it computes in it: masks differ a little"
     )
     save_probabilities: bool = option(
         False, "--save_probabilities --save-probabilities", "also save the probabilities (.npz)"
@@ -390,18 +395,12 @@ class PredictRequest(Request):
         metavar="NAME",
     )
     classes_of: str | int | None = option(
-        None,
-        "--classes-of",
-        "of a model of several datasets: the classes that this dataset annotates, and its normalisation",
-        metavar="DATASET",
-    )
+        None, "--classes-of", "of a model of several datasets: the classes that this dataset annotates, and its "
+        "normalisation", metavar="DATASET",
+    )  # fmt: skip
     modality: str | None = option(
         None, "--modality", "of a model that normalises by modality: that of these images", metavar="WORD", check=WORD
     )
-    num_parts: int = option(
-        1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
-    )
-    part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=to_part)
     dry_run: bool = option(False, *DRY_RUN)
     device: str = option("auto", *DEVICE, choices=DEVICES)
 
@@ -409,12 +408,11 @@ class PredictRequest(Request):
         super().__post_init__()
         if isinstance(self.input_folder, (str, Path)) == (self.output_folder is None):
             raise MFMError("E_CONFIG", "-o OUT is needed for a folder, and left out for an image in memory.")
+        object.__setattr__(self, "mirroring", self.mirroring and not self.fast)
         names = (self.dataset, self.configuration)
         if self.model_folder is not None and names != (None, None):
             raise MFMError("E_CONFIG", "give the model as -m MODEL_FOLDER or as -d DATASET -c CONFIG, not both.")
         if self.model_folder is None and None in names:
             raise MFMError("E_CONFIG", "which model? Give -m MODEL_FOLDER, or -d DATASET -c CONFIG.")
-        if self.part_id >= self.num_parts:
-            raise MFMError("E_CONFIG", f"-part_id {self.part_id}: parts are numbered from 0 to -num_parts minus 1.")
         if self.overwrite and self.resume:
             raise MFMError("E_CONFIG", "--overwrite replaces the masks and --resume keeps them: give one of them.")
