@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import shown, whole_number
+from mfm_nnunet.files import is_file_name, shown, whole_number
 from mfm_nnunet.settings import changes
 
 P = ParamSpec("P")
@@ -124,6 +124,13 @@ def at_least_one(value: Any) -> int:
     raise ValueError("expected a number of at least 1")
 
 
+def at_least_zero(value: Any) -> int:
+    """Convert ``value`` to a whole number from 0."""
+    if (number := whole_number(str(value))) is None:
+        raise ValueError("expected a number from 0")
+    return number
+
+
 def number_between(low: float, high: float, rule: str) -> Callable[[Any], float]:
     """Return a check for numbers above ``low`` up to ``high``; ``rule`` ends its message."""
 
@@ -186,3 +193,26 @@ def matching(pattern: str, rule: str) -> Callable[[str], str]:
 def each(check: Callable[[Any], T]) -> Callable[[Sequence[Any]], tuple[T, ...]]:
     """Return a check for sequences that applies ``check`` to each item."""
     return lambda values: tuple(check(value) for value in values)
+
+
+def to_file_name(value: str) -> str:
+    """Return the plain name of a file in a fold's folder."""
+    if not is_file_name(value) or "*" in value:
+        raise ValueError("expected the name of a file in the fold folders, without a path")
+    return value
+
+
+@dataclass(frozen=True)
+class PartRequest(Request):
+    """Base of requests whose cases several commands may share, e.g. the tasks of a job array."""
+
+    _: KW_ONLY
+    num_parts: int = option(
+        1, "-num_parts --num-parts", "number of commands that share the cases", metavar="N", check=at_least_one
+    )
+    part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=at_least_zero)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.part_id >= self.num_parts:
+            raise MFMError("E_CONFIG", f"-part_id {self.part_id}: parts are numbered from 0 to -num_parts minus 1.")

@@ -1,6 +1,6 @@
 """Published pretrained weights by name: where they are, what identifies them, their licence, paper and memory need.
 
-``sha256`` and ``commit`` are given where they are publicly known (decision 55). Other entries are pinned at the first
+``sha256`` and ``commit`` are given where they are publicly known (decision 57). Other entries are pinned at the first
 download: see :func:`mfm_nnunet.interchange.hub.fetch`.
 """
 
