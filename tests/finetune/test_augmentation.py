@@ -29,7 +29,7 @@ KINDS = {"3d": ((24, 20, 28), False), "flat": ((6, 28, 32), True), "2d": ((30, 2
 """Patch, and whether slices are augmented one by one (nnU-Net's dummy 2D)."""
 
 NOT_SEEDED = (ApplyRandomBinaryOperatorTransform, RemoveRandomConnectedComponentFromOneHotEncodingTransform)
-"""Of a cascade: two runs of stock's loader with one seed differ."""
+"""Of a cascade. They shuffle a list that they keep, so with stock's loader too a batch depends on those before it."""
 
 
 @pytest.fixture(scope="module")
