@@ -6,6 +6,7 @@ A field defines its default, its flag, its help and its legal values once. Nothi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -17,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import is_file_name, shown, whole_number
+from mfm_nnunet.settings import changes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,10 +83,18 @@ def takes(request: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T
 
 
 def assignments(examples: str, *parts: str) -> Any:
-    """Return the field of ``--set``, which accepts these parts of the settings and those outside all parts."""
+    """Return the field of ``--set``, which accepts these parts of the settings and those outside all parts.
+
+    In Python it also takes a dict, nested or with dotted names, or a settings dataclass: what it has otherwise than the
+    defaults is changed.
+    """
     text = f"change a setting; several may follow, e.g. {examples}"
     check_each = each(matching(rf"(?s){ASSIGNMENT.pattern}.*", "expected name=value"))
-    check = lambda values: check_each(as_assignments(values) if isinstance(values, Mapping) else values)  # noqa: E731
+
+    def check(values: Any) -> tuple[str, ...]:
+        given = changes(values) if dataclasses.is_dataclass(values) else values
+        return check_each(as_assignments(given) if isinstance(given, Mapping) else given)
+
     return option((), "--set", text, action="append", metavar="NAME=VALUE", parts=parts, check=check)
 
 

@@ -38,7 +38,7 @@ from mfm_nnunet.planning.like import Template
 from mfm_nnunet.planning.mixed import kinds_of
 from mfm_nnunet.planning.planner import MFMPlanner
 from mfm_nnunet.requests import PlanRequest
-from mfm_nnunet.terminal import html_table
+from mfm_nnunet.terminal import Rows, html_table
 from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
         request = replace(request, like=find_checkpoint(request.like))
     source = check_request(request)  # before hours of reading
     configurations = None if request.configurations is None else tuple(request.configurations)
-    results, failures, num_cases = [], [], 0
+    results, failures, num_cases = Rows(), [], 0
     with places.use(request.workspace) as here:
         if request.num_parts > 1:
             return [_preprocess_part(here, dataset, request, configurations) for dataset in request.datasets]
@@ -122,7 +122,7 @@ def _register(
 
 def _rehearse(here: Workspace, request: PlanRequest, source: Template | None) -> list[PlanResult]:
     """Plan in a scratch workspace and say what would be written. Returns the plans with their final places."""
-    results = []
+    results = Rows()
     for dataset in request.datasets:
         with scratch_workspace(here) as scratch:
             left_out: list[CaseFailure] = []
