@@ -7,6 +7,8 @@ exit the process.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mfm_nnunet.version import __version__
@@ -21,10 +23,14 @@ if TYPE_CHECKING:
     from mfm_nnunet.jobs.pretrain import pretrain
     from mfm_nnunet.jobs.rank import rank_unlabelled
     from mfm_nnunet.jobs.train import train
+    from mfm_nnunet.settings import FinetuneSettings, PretrainSettings, SemiSettings
     from mfm_nnunet.study.run import run_study
 
 __all__ = [
+    "FinetuneSettings",
     "MFMError",
+    "PretrainSettings",
+    "SemiSettings",
     "__version__",
     "convert_checkpoint",
     "describe_checkpoint",
@@ -39,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    **dict.fromkeys(("FinetuneSettings", "PretrainSettings", "SemiSettings"), "settings"),
     "MFMError": "errors",
     "convert_checkpoint": "jobs.checkpoint",
     "describe_checkpoint": "jobs.checkpoint",
@@ -55,8 +62,22 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"mfm_nnunet.{_HOMES[name]}"), name)
+        home = f"mfm_nnunet.{_HOMES[name]}"
+        is_new = home not in sys.modules
+        module = importlib.import_module(home)
+        if is_new:
+            _restore_backend()
+        return getattr(module, name)
     raise AttributeError(f"module 'mfm_nnunet' has no attribute '{name}'")
+
+
+def _restore_backend() -> None:
+    """Undo nnU-Net's switch to a backend without a display, so that later figures of a notebook appear."""
+    backend, matplotlib = os.environ.get("MPLBACKEND"), sys.modules.get("matplotlib")
+    if backend and matplotlib and matplotlib.get_backend() != backend:
+        matplotlib.rcParams["backend"] = backend  # first: a notebook's backend asks for it while it is loaded
+        if pyplot := sys.modules.get("matplotlib.pyplot"):
+            pyplot.switch_backend(backend)
 
 
 def __dir__() -> list[str]:

@@ -117,16 +117,32 @@ def require_sound_bf16(network: nn.Module, image_size: Sequence[int], device: to
         )
 
 
+def has_bf16() -> bool | None:
+    """Return whether this CPU computes in bf16; None if torch does not say, or the CPU is not an x86."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities.get("architecture") != "x86_64":
+        return None
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return bf16 for a CPU that computes in it, else None; says so where it does not."""
+    import torch
+
+    if device.type == "cpu" and not has_bf16():
+        logger.warning("this CPU does not compute in bf16: float32 is used")
+        return None
+    return torch.bfloat16 if device.type == "cpu" else None
+
+
 def warn_of_slow_bf16(device: torch.device, setting: str) -> None:
     """Warn if the CPU has no bf16 arithmetic: torch emulates it, which took six times as long with AVX2.
 
     Only x86 is checked, and only if torch reports capabilities.
     """
-    import torch
-
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    if device.type == "cpu" and capabilities.get("architecture") == "x86_64" and not has_bf16:
+    if device.type == "cpu" and has_bf16() is False:
         logger.warning(
             "%s=bf16: this CPU has neither AVX512-BF16 nor AMX, so bf16 is emulated; %s=fp32 is probably faster",
             *(setting, setting),
@@ -214,14 +230,17 @@ def training_threads(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gpu_settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Use mixed precision and cuDNN's search on a CUDA device, like stock nnU-Net; restore the settings afterwards."""
+def gpu_settings(device: torch.device, dtype: torch.dtype, cpu_dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Use mixed precision and cuDNN's search on a CUDA device, like stock nnU-Net; restore the settings afterwards.
+
+    ``cpu_dtype`` is used elsewhere; None computes in float32.
+    """
     import torch
 
     before, is_gpu = torch.backends.cudnn.benchmark, device.type == "cuda"
     torch.backends.cudnn.benchmark = before or is_gpu
     try:
-        with autocast(device, dtype if is_gpu else None):
+        with autocast(device, dtype if is_gpu else cpu_dtype):
             yield
     finally:
         torch.backends.cudnn.benchmark = before

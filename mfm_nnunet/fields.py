@@ -6,6 +6,7 @@ A field defines its default, its flag, its help and its legal values once. Nothi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from mfm_nnunet.errors import MFMError, nearest
-from mfm_nnunet.files import shown, whole_number
+from mfm_nnunet.files import is_file_name, shown, whole_number
+from mfm_nnunet.settings import changes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,10 +83,18 @@ def takes(request: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T
 
 
 def assignments(examples: str, *parts: str) -> Any:
-    """Return the field of ``--set``, which accepts these parts of the settings and those outside all parts."""
+    """Return the field of ``--set``, which accepts these parts of the settings and those outside all parts.
+
+    In Python it also takes a dict, nested or with dotted names, or a settings dataclass: what it has otherwise than the
+    defaults is changed.
+    """
     text = f"change a setting; several may follow, e.g. {examples}"
     check_each = each(matching(rf"(?s){ASSIGNMENT.pattern}.*", "expected name=value"))
-    check = lambda values: check_each(as_assignments(values) if isinstance(values, Mapping) else values)  # noqa: E731
+
+    def check(values: Any) -> tuple[str, ...]:
+        given = changes(values) if dataclasses.is_dataclass(values) else values
+        return check_each(as_assignments(given) if isinstance(given, Mapping) else given)
+
     return option((), "--set", text, action="append", metavar="NAME=VALUE", parts=parts, check=check)
 
 
@@ -112,6 +122,13 @@ def at_least_one(value: Any) -> int:
     if number := whole_number(str(value)):
         return number
     raise ValueError("expected a number of at least 1")
+
+
+def at_least_zero(value: Any) -> int:
+    """Convert ``value`` to a whole number from 0."""
+    if (number := whole_number(str(value))) is None:
+        raise ValueError("expected a number from 0")
+    return number
 
 
 def number_between(low: float, high: float, rule: str) -> Callable[[Any], float]:
@@ -176,3 +193,26 @@ def matching(pattern: str, rule: str) -> Callable[[str], str]:
 def each(check: Callable[[Any], T]) -> Callable[[Sequence[Any]], tuple[T, ...]]:
     """Return a check for sequences that applies ``check`` to each item."""
     return lambda values: tuple(check(value) for value in values)
+
+
+def to_file_name(value: str) -> str:
+    """Return the plain name of a file in a fold's folder."""
+    if not is_file_name(value) or "*" in value:
+        raise ValueError("expected the name of a file in the fold folders, without a path")
+    return value
+
+
+@dataclass(frozen=True)
+class PartRequest(Request):
+    """Base of requests whose cases several commands may share, e.g. the tasks of a job array."""
+
+    _: KW_ONLY
+    num_parts: int = option(
+        1, "-num_parts --num-parts", "number of commands that share the cases", metavar="N", check=at_least_one
+    )
+    part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=at_least_zero)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.part_id >= self.num_parts:
+            raise MFMError("E_CONFIG", f"-part_id {self.part_id}: parts are numbered from 0 to -num_parts minus 1.")

@@ -249,8 +249,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-        file.close()
-        os.replace(temporary, target)
+        os.replace(temporary, target)  # while it is open: closing it ends the lock, and it would look like a leftover
         sync_folder(target.parent)
 
 

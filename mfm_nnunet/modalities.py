@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mfm_nnunet.plan_rules import CT as WINDOW
-from mfm_nnunet.plan_rules import INTENSITIES
+from mfm_nnunet.plan_rules import INTENSITIES, PERCENTILES
 
 Z_SCORE = "ZScoreNormalization"
 _WORDS = {
@@ -24,6 +24,8 @@ _KINDS = {word: kind for kind, words in _WORDS.items() for word in words.split()
 _FOLDERS = {word: word for word in _WORDS} | {"mri": "mr", "cxr": "xray", "ultrasound": "us", "xrays": "xray"}
 _WITH_WINDOW = frozenset(("ct", "pet"))
 """Kinds with a physical scale (Hounsfield units, standardised uptake): one window for all images."""
+SUV = 1.0, 100.0
+"""Limits of the 99.5 percentile of PET images in standardised uptake values; those in Bq/ml are far above."""
 
 
 def kind_of(word: str) -> str:
@@ -51,10 +53,16 @@ def has_window(kind: str) -> bool:
     return kind in _WITH_WINDOW
 
 
-def rule_for(kind: str, intensities: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the normalisation of a kind: nnU-Net's scheme and, where it uses them, the intensities of each channel."""
+def rule_for(kind: str, intensities: Mapping[str, Any], pet: str | None = None) -> dict[str, Any]:
+    """Return the normalisation of a kind: its scheme and, where that uses them, the intensities of each channel.
+
+    ``pet`` is ``suv`` (one window) or ``percentile`` (each image by its own); None chooses by the level of the values.
+    """
     if not has_window(kind):
         return {"scheme": Z_SCORE}
+    is_suv = all(SUV[0] <= known["percentile_99_5"] <= SUV[1] for known in intensities.values())
+    if kind == "pet" and (pet or ("suv" if is_suv else "percentile")) == "percentile":
+        return {"scheme": PERCENTILES}
     return {"scheme": WINDOW, "intensities": dict(intensities)}
 
 

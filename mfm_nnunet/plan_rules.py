@@ -36,7 +36,10 @@ READERS = (
 )
 LABEL_MANAGERS = ("LabelManager",)
 CT = "CTNormalization"
-NORMALISATIONS = (*("ZScoreNormalization", CT, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"),)
+PERCENTILES = "PercentileNormalization"
+"""Ours, which stock nnU-Net does not have: each image is clipped to its own percentiles, then scaled as a z-score."""
+NNUNETS = (*("ZScoreNormalization", CT, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"),)
+NORMALISATIONS = (*NNUNETS, PERCENTILES)
 NO_RESAMPLING = "no_resampling_hack"
 """nnU-Net's resampling function that returns its input unchanged."""
 _SPLINE = ("is_seg", "force_separate_z", "separate_z_anisotropy_threshold")
@@ -221,7 +224,7 @@ def _modality_problems(table: Any) -> Iterator[str]:
     for kind, rule in table.items() if isinstance(table, dict) else [("", table)]:
         known = rule.get("intensities") if isinstance(rule, dict) else None
         if not isinstance(rule, dict) or rule.get("scheme") not in NORMALISATIONS:
-            yield f"'mfm.modalities' has no normalisation of nnU-Net's for '{kind}'"
+            yield f"'mfm.modalities' has no normalisation that is known for '{kind}'"
         elif rule["scheme"] == CT and not (isinstance(known, dict) and known and all(map(_is_ct, known.values()))):
             yield f"'mfm.modalities' has no finite intensities for '{kind}'"
 

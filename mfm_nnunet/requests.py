@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.fields import (
+    PartRequest,
     Request,
     assignments,
     at_least_one,
@@ -19,10 +20,10 @@ from mfm_nnunet.fields import (
     number_between,
     one_of,
     option,
+    to_file_name,
     to_fold,
     to_spacing,
 )
-from mfm_nnunet.files import is_file_name, whole_number
 from mfm_nnunet.settings import SliceSettings, override, to_dict
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
@@ -50,6 +51,7 @@ UNLABELLED = "--unlabelled", "also learn from images of this corpus or dataset, 
 TEACHERS = "--teachers", "semi.method=student: models, each fold of which is a teacher (default: they are trained)"
 PSEUDO_LABELS = "--pseudo-labels", "semi.method=student: a folder of pseudo labels, or of corrected masks alone"
 WEIGHTS = "-pretrained_weights --pretrained-weights", "start from these weights (default: from scratch)"
+WORD = matching(r"[A-Za-z0-9][A-Za-z0-9 _-]*", "expected a word like CT, MR, PET, Xray or US")
 LICENCE = "--accept-licence", "accept a licence that restricts the use of weights, by its name, e.g. cc-by-nc-4.0"
 
 
@@ -61,21 +63,8 @@ def _slices(value: Any) -> dict[str, Any]:
         raise ValueError(error.message.removeprefix("--set ")) from None
 
 
-def _checkpoint_name(value: str) -> str:
-    if not is_file_name(value) or "*" in value:
-        raise ValueError("expected the name of a file in the fold folders, without a path")
-    return value
-
-
-def _part(value: Any) -> int:
-    number = whole_number(str(value))
-    if number is None:
-        raise ValueError("expected a number from 0")
-    return number
-
-
 @dataclass(frozen=True)
-class PlanRequest(Request):
+class PlanRequest(PartRequest):
     """Plan and preprocess datasets; what is not given is derived from the data."""
 
     datasets: Sequence[str | int] = field(
@@ -115,7 +104,14 @@ class PlanRequest(Request):
         "--modality",
         "modality of scans whose source names none, or of a labelled dataset: CT, MR, PET, Xray, US ...",
         metavar="WORD",
-        check=matching(r"[A-Za-z0-9][A-Za-z0-9 _-]*", "expected a word like CT, MR, PET, Xray or US"),
+        check=WORD,
+    )
+    pet: Literal["suv", "percentile"] | None = option(
+        None,
+        "--pet",
+        "normalisation of PET: one window of uptake values for all (suv), or percentiles of each image (default: by "
+        "the values of the images)",
+        choices=("suv", "percentile"),
     )
     slices: Sequence[str] | Mapping[str, Any] | None = option(
         None,
@@ -196,6 +192,11 @@ class PlanRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_parts > 1 and (not self.preprocess or self.images or self.universal or self.like):
+            text = (
+                "-num_parts: parts only preprocess what was planned before. Plan once, with --no_pp and without parts."
+            )
+            raise MFMError("E_CONFIG", text)
         if self.images is not None and len(self.datasets) != 1:
             raise MFMError("E_CONFIG", "--images registers one dataset: give exactly one -d ID with it.")
         for name in ("name", "slices", "colour", "labels", "label_names", "series", "key_file"):
@@ -207,8 +208,9 @@ class PlanRequest(Request):
             if self.labels is not None and getattr(self, name) is not None:
                 raise MFMError("E_CONFIG", f"--{name} is of corpora without labels. Leave it or --labels out.")
         self._check_union()
-        if self.like is not None and self.spacing != "median":
-            raise MFMError("E_CONFIG", "--spacing and --like: the checkpoint decides the spacing. Leave --spacing out.")
+        for name, is_given in (("spacing", self.spacing != "median"), ("pet", self.pet is not None)):
+            if self.like is not None and is_given:
+                raise MFMError("E_CONFIG", f"--{name} and --like: the checkpoint decides that. Leave --{name} out.")
 
     def _check_union(self) -> None:
         if self.add_to is not None and (self.universal is None or self.like is not None):
@@ -313,7 +315,7 @@ class TrainRequest(RunRequest):
 
 
 @dataclass(frozen=True)
-class PredictRequest(Request):
+class PredictRequest(PartRequest):
     """Segment images with a trained model."""
 
     input_folder: Any = field(
@@ -347,12 +349,9 @@ class PredictRequest(Request):
     plans_name: str | None = option(None, *PLANS, metavar="PLANS")
     trainer: str = option("MFMTrainer", *TRAINER, metavar="NAME")
     checkpoint_name: str = option(
-        "checkpoint_final.pth",
-        "-chk --checkpoint",
-        "checkpoint in the fold folders",
-        metavar="FILE",
-        check=_checkpoint_name,
-    )
+        "checkpoint_final.pth", "-chk --checkpoint", "checkpoint in the fold folders", metavar="FILE",
+        check=to_file_name,
+    )  # fmt: skip
     step_size: float = option(
         0.5, "-step_size --step-size", "step of the sliding window as a share of the patch", metavar="SHARE",
         check=number_between(0, 1, "above 0 and at most 1"),
@@ -361,6 +360,9 @@ class PredictRequest(Request):
         True,
         "--disable_tta --disable-tta",
         "do not average over mirrored images: up to eight times faster, less accurate",
+    )
+    fast: bool = option(
+        False, "--fast", "predict without mirroring, on a CPU also in bf16 if it computes in it: masks differ a little"
     )
     save_probabilities: bool = option(
         False, "--save_probabilities --save-probabilities", "also save the probabilities (.npz)"
@@ -393,15 +395,12 @@ class PredictRequest(Request):
         metavar="NAME",
     )
     classes_of: str | int | None = option(
-        None,
-        "--classes-of",
-        "of a model of several datasets: the classes that this dataset annotates, and its normalisation",
-        metavar="DATASET",
+        None, "--classes-of", "of a model of several datasets: the classes that this dataset annotates, and its "
+        "normalisation", metavar="DATASET",
+    )  # fmt: skip
+    modality: str | None = option(
+        None, "--modality", "of a model that normalises by modality: that of these images", metavar="WORD", check=WORD
     )
-    num_parts: int = option(
-        1, "-num_parts --num-parts", "number of commands that share the folder", metavar="N", check=at_least_one
-    )
-    part_id: int = option(0, "-part_id --part-id", "number of this command, from 0", metavar="I", check=_part)
     dry_run: bool = option(False, *DRY_RUN)
     device: str = option("auto", *DEVICE, choices=DEVICES)
 
@@ -409,12 +408,11 @@ class PredictRequest(Request):
         super().__post_init__()
         if isinstance(self.input_folder, (str, Path)) == (self.output_folder is None):
             raise MFMError("E_CONFIG", "-o OUT is needed for a folder, and left out for an image in memory.")
+        object.__setattr__(self, "mirroring", self.mirroring and not self.fast)
         names = (self.dataset, self.configuration)
         if self.model_folder is not None and names != (None, None):
             raise MFMError("E_CONFIG", "give the model as -m MODEL_FOLDER or as -d DATASET -c CONFIG, not both.")
         if self.model_folder is None and None in names:
             raise MFMError("E_CONFIG", "which model? Give -m MODEL_FOLDER, or -d DATASET -c CONFIG.")
-        if self.part_id >= self.num_parts:
-            raise MFMError("E_CONFIG", f"-part_id {self.part_id}: parts are numbered from 0 to -num_parts minus 1.")
         if self.overwrite and self.resume:
             raise MFMError("E_CONFIG", "--overwrite replaces the masks and --resume keeps them: give one of them.")

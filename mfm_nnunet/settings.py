@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -321,6 +322,21 @@ def override(settings: Settings, assignments: Iterable[str]) -> Settings:
         settings = _assign(settings, name.strip(), value.strip(), settings)
     require_in_range(settings)
     return settings
+
+
+def changes(settings: Any) -> dict[str, Any]:
+    """Return what a block, or one of its parts, has otherwise than the defaults, by dotted name.
+
+    Raises ValueError for other classes.
+    """
+    parts = {type(part): name for name, part in vars(MFMBlock()).items() if dataclasses.is_dataclass(part)}
+    if type(settings) in parts:
+        settings = dataclasses.replace(MFMBlock(), **{parts[type(settings)]: settings})
+    if not isinstance(settings, MFMBlock):
+        known = ", ".join(cls.__name__ for cls in (*parts, MFMBlock))
+        raise ValueError(f"expected name=value, a dict, or one of {known}")
+    values = {name: operator.attrgetter(name) for name in setting_names(settings)}
+    return {name: get(settings) for name, get in values.items() if get(settings) != get(MFMBlock())}
 
 
 def setting_names(settings: Any, prefix: str = "") -> list[str]:

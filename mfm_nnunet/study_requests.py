@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_nnunet.fields import Request, assignments, at_least_one, flag, option
-from mfm_nnunet.requests import DEVICE, DEVICES, ConfigurationRequest
+from mfm_nnunet.requests import DEVICE, DEVICES, LICENCE, ConfigurationRequest
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class StudyRequest(ConfigurationRequest):
         "plan that all arms share (default: a new one that fits the first checkpoint)",
         metavar="PLANS",
     )
+    accept_licence: str | None = option(None, *LICENCE, metavar="NAME")
     settings: Sequence[str] | Mapping[str, Any] = assignments(
         "finetune.epochs=200 finetune.learning_rate=1e-3", "finetune"
     )

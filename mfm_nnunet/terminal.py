@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -43,6 +43,17 @@ def in_markdown(text: str) -> str:
     """Escape foreign text for a line or cell of Markdown: no HTML, links, table borders or line breaks."""
     line = re.sub(r"\s*\n\s*", " ", escaped(text))
     return line.replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
+
+
+class Rows(list[Any]):
+    """A list that notebooks show as a table; its items are dicts or dataclasses, or have tables of their own."""
+
+    def _repr_html_(self) -> str:
+        """Return one table, or the tables of the items one below the other."""
+        if any(hasattr(item, "_repr_html_") for item in self):
+            return "".join(item._repr_html_() for item in self)
+        rows = [dict(item) if isinstance(item, Mapping) else vars(item) for item in self]
+        return html_table(list(rows[0]) if rows else ["nothing"], [list(row.values()) for row in rows])
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

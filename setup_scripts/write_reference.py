@@ -10,6 +10,7 @@ a person wrote, e.g. the meaning of a flag; a new row begins with the help text 
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import mfm_nnunet  # noqa: E402
 from mfm_nnunet.jobs.info import IN_THE_PLAN_ONLY, describe_setting, setting_text  # noqa: E402
 from mfm_nnunet.models.families import GROUP  # noqa: E402
 from mfm_nnunet.planning.derive import settings_for  # noqa: E402
@@ -260,7 +262,37 @@ def design_page(text: str) -> str:
     return put_block(text, "## The spine", "text", "\n".join(stages))
 
 
+# The Python functions
+
+
+def python_page(text: str) -> str:
+    """Write a section for each public name: its docstring, and its signature or a list of its parameters."""
+    head, _, _ = text.partition("\n## ")
+    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    sections = []
+    for name in (name for name in mfm_nnunet.__all__ if not name.startswith("_")):
+        thing = getattr(mfm_nnunet, name)
+        words, parameters = inspect.getdoc(thing) or "", []
+        bare = inspect.Signature()
+        if inspect.isfunction(thing):
+            signature = inspect.signature(thing)
+            bare = inspect.Signature([p.replace(annotation=p.empty) for p in signature.parameters.values()])
+            parameters = list(signature.parameters.values())
+        items = []
+        for parameter in parameters:
+            if found := re.search(rf"^{parameter.name}: (.*)$", words, re.MULTILINE):
+                words = words.replace(found[0], "")
+                default = "required" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
+                items.append(wrap.fill(f"* `{parameter.name}`, {default}: {found[1]}"))
+        words = re.sub(r":(?:func|class|mod):`(?:mfm_nnunet\.)?([\w.]+)`", r"`\1`", words).replace("``", "`").strip()
+        parts = [textwrap.fill(" ".join(part.split()), WIDTH) for part in words.split("\n\n")]
+        parts += ["\n".join(items)] if items else [f"`{name}{bare}`"] if parameters else []
+        sections.append(f"## {name}\n\n" + "\n\n".join(parts) + "\n")
+    return head + "\n" + "\n".join(sections)
+
+
 PAGES: dict[Path, Callable[[str], str]] = {
+    REFERENCE / "python.md": python_page,
     REFERENCE / "commands.md": commands_page,
     REFERENCE / "settings.md": settings_page,
     REFERENCE / "nnunet_surface.md": nnunet_page,

@@ -117,6 +117,21 @@ def test_leftovers_of_killed_saves_are_removed_and_others_stay(tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "other.pth", *(path.name for path in keep)}
 
 
+def test_a_file_that_is_being_renamed_is_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may look for leftovers at any moment, also between the last byte and the final name."""
+    replace = os.replace
+
+    def others_look_first(source: Path, target: Path) -> None:
+        code = "import sys, pathlib, mfm_nnunet.files as files; files.remove_leftovers(pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", others_look_first)
+    with files.atomic_write(tmp_path / "case.b2nd") as file:
+        file.write(b"whole")
+    assert (tmp_path / "case.b2nd").read_bytes() == b"whole"
+
+
 def test_without_locks_leftovers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can tell there whether the writer lives; writing works all the same."""
 

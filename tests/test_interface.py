@@ -24,6 +24,7 @@ INSTEAD: dict[str, str] = {
         for name in ("pretrain", "train", "predict")
         for flag in ("-p", "--plans")
     },
+    "flags: mfm_checkpoint CHECKPOINT": "* `CHECKPOINT` of `mfm_checkpoint` may be left out ->",
     "functions: predict(output_folder)": "* `predict(image)` without an output folder ->",
     **{
         f"functions: {name}(plans_name)": "* The default of `-p` is no longer `mfmPlans` ->"

@@ -204,7 +204,7 @@ OF_PLANNERS = attributes("self", within="planning.planner", inside="MFMPlanner")
 OWN_OF_PLANNER = {
     "budget", "explain", "has_masks", "is_corpus", "is_mixed", "is_original_spacing", "family", "planned", "plans_file",
     "preset",
-    "modality", "settings", "slice_axis", "source", "spacing", "union", "variant", "wanted", "_apply", "_block",
+    "modality", "pet", "settings", "slice_axis", "source", "spacing", "union", "variant", "wanted", "_apply", "_block",
     "_choose_axis_order",
     "_explain_configuration", "_is_sliced", "_like", "_merge", "_require_memory", "_sizing",
 }  # fmt: skip
@@ -323,7 +323,7 @@ def test_plans_may_name_what_nnunet_has() -> None:
     for name in ("simpleitk", "nibabel", "tif", "natural_image"):
         importlib.import_module(f"nnunetv2.imageio.{name}_reader_writer")
     assert {cls.__name__ for cls in subclasses(readers)} == set(plan_rules.READERS)
-    assert {cls.__name__ for cls in subclasses(schemes)} == set(plan_rules.NORMALISATIONS)
+    assert {cls.__name__ for cls in subclasses(schemes)} == set(plan_rules.NNUNETS)
     for function, arguments in plan_rules.RESAMPLING_FUNCTIONS.items():
         found = inspect.signature(recursive_find_resampling_fn_by_name(function)).parameters
         assert list(found)[:4] == ["data", "new_shape", "current_spacing", "new_spacing"]

@@ -29,7 +29,7 @@ from mfm_nnunet.files import ending_of
 
 IMAGES, LABELS = "imagesTr", "labelsTr"
 SUBJECTS = "subjects.csv"
-"""Optional table beside ``dataset.json``: the subject of each case."""
+"""Optional table beside ``dataset.json``: the subject, and perhaps the modality, of each case."""
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +51,11 @@ def raw_cases(folder: Path, dataset_json: Mapping[str, Any], need_mapped_files: 
         cases = _with_table(folder, dataset_json, cases)
     elif (folder / SUBJECTS).is_file():
         subjects = read_subjects(folder / SUBJECTS, cases, str(folder / SUBJECTS))
-        cases = [dataclasses.replace(case, subject=subjects[case.name]) for case in cases]
+        kinds = _read_column(folder / SUBJECTS, "modality", str(folder / SUBJECTS), is_needed=False)
+        cases = [
+            dataclasses.replace(case, subject=subjects[case.name], modality=kinds.get(case.name) or case.modality)
+            for case in cases
+        ]
     if need_mapped_files or not is_mapped:
         _require_files(folder, cases)
     return describe_cases(cases, dataset_json)
@@ -69,24 +73,30 @@ def read_subjects(file: Path, cases: Sequence[Case], title: str) -> dict[str, st
     ``title`` names the table in errors. Raises MFMError: E_NOT_FOUND, E_FORMAT, E_CONFIG (a case without a subject, or
     with two).
     """
-    if not file.is_file():
-        raise MFMError("E_NOT_FOUND", f"{title}: no such file. Give a CSV with the columns case and subject.")
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
-            rows = list(csv.DictReader(handle, skipinitialspace=True))
-        pairs = {(row["case"].strip(), row["subject"].strip()) for row in rows}
-    except (KeyError, AttributeError, ValueError, csv.Error) as error:
-        raise MFMError("E_FORMAT", f"{title}: expected a CSV with the columns case and subject.") from error
-    found = dict(sorted(pairs))
-    if len(found) < len(pairs):
-        case = min(case for case, subject in pairs if found[case] != subject)
-        subjects = " and ".join(sorted(subject for other, subject in pairs if other == case))
-        raise MFMError("E_CONFIG", f"{title}: case {case} has the subjects {subjects}. Keep one line per case.")
+    found = _read_column(file, "subject", title)
     if missing := [case.name for case in cases if not found.get(case.name)]:
         raise MFMError("E_CONFIG", f"{title}: {len(missing)} cases have no subject, e.g. {missing[0]}. Add them.")
     if others := sorted(set(found) - {case.name for case in cases}):
         _log.warning("%s: %d cases are not in the dataset, e.g. %s", title, len(others), others[0])
     return {case.name: found[case.name] for case in cases}
+
+
+def _read_column(file: Path, column: str, title: str, is_needed: bool = True) -> dict[str, str]:
+    """Return the cell of each case in a column of a CSV, which may be absent if it is not needed."""
+    if not file.is_file():
+        raise MFMError("E_NOT_FOUND", f"{title}: no such file. Give a CSV with the columns case and subject.")
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as handle:
+            rows = list(csv.DictReader(handle, skipinitialspace=True))
+        pairs = {(row["case"].strip(), (row[column] if is_needed else row.get(column) or "").strip()) for row in rows}
+    except (KeyError, AttributeError, ValueError, csv.Error) as error:
+        raise MFMError("E_FORMAT", f"{title}: expected a CSV with the columns case and subject.") from error
+    found = dict(sorted(pairs))
+    if len(found) < len(pairs):
+        case = min(case for case, cell in pairs if found[case] != cell)
+        cells = " and ".join(sorted(cell for other, cell in pairs if other == case))
+        raise MFMError("E_CONFIG", f"{title}: case {case} has the {column}s {cells}. Keep one line per case.")
+    return found
 
 
 def warn_of_differences(folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[Case]) -> None:

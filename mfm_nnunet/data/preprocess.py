@@ -31,9 +31,9 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import CaseFailure, MFMError, about
 from mfm_nnunet.files import inside, report_full_disk, to_plain
 from mfm_nnunet.images import reading
-from mfm_nnunet.modalities import kind_of, kind_of_channel
+from mfm_nnunet.modalities import Z_SCORE, kind_of, kind_of_channel
 from mfm_nnunet.plan import Configuration, Plan
-from mfm_nnunet.plan_rules import CT
+from mfm_nnunet.plan_rules import CT, PERCENTILES
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -60,30 +60,34 @@ def preprocess_dataset(
     dataset_json: dict[str, Any],
     preprocessed_folder: Path,
     num_processes: int = 1,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, PreprocessReport]:
     """Preprocess ``cases`` into ``preprocessed_folder/<data_identifier>/`` and report each configuration.
 
-    A case is reused if the manifest beside that folder lists it with the same sources and settings. Labels are copied
-    to ``gt_segmentations/``. Raises MFMError: E_CONFIG (unknown configuration, a foreign preprocessor), E_DISK_FULL
-    (finished cases are kept; run again to resume).
+    ``part`` (i, n) is every n-th case from the i-th on; other commands do the rest. A case is reused if the manifest
+    beside that folder lists it with the same sources and settings. Labels are copied to ``gt_segmentations/``. Raises
+    MFMError: E_CONFIG (unknown configuration, a foreign preprocessor), E_DISK_FULL (finished cases are kept; run again
+    to resume).
     """
     plan, dataset = Plan.of(plans), DatasetJson.of(dataset_json)
-    targets = {name: _Target.find(plan, name, dataset, preprocessed_folder) for name in configurations}
+    suffix = f"_{part[0]}of{part[1]}" if part[1] > 1 else ""
+    targets = {name: _Target.find(plan, name, dataset, preprocessed_folder, suffix) for name in configurations}
     groups: dict[tuple[str, ...], list[Case]] = {}
     for target in targets.values():
         target.warn_of_others(cases)
-    for case in cases:
+    for case in cases[part[0] :: part[1]]:
         missing = tuple(name for name, target in targets.items() if not target.holds(case))
         groups.setdefault(missing, []).append(case)
-    storage.remove_dead_stages(preprocessed_folder)
-    with storage.staging(preprocessed_folder) as stage:
+    prefix = f"{storage.STAGING_PREFIX}{f'{suffix[1:]}_' if suffix else ''}"
+    storage.remove_dead_stages(preprocessed_folder, prefix)
+    with storage.staging(preprocessed_folder, prefix) as stage:
         folders = {name: target.folder for name, target in targets.items()}
         job = PreprocessJob(json.dumps(to_plain(plans)), json.dumps(to_plain(dataset_json)), folders, stage)
         for case in groups.pop((), []):
             job.copy_label(case)
         for missing, todo in groups.items():
-            part = replace(job, folders={name: folders[name] for name in missing})
-            _preprocess_all(part, todo, [targets[name] for name in missing], num_processes)
+            own = replace(job, folders={name: folders[name] for name in missing})
+            _preprocess_all(own, todo, [targets[name] for name in missing], num_processes)
     for target in targets.values():
         target.report.done.sort()
         target.report.failures.sort(key=lambda failure: failure.case)
@@ -98,22 +102,28 @@ class _Target:
     folder: Path
     digest: str
     manifest: storage.Manifest
+    is_by_modality: bool
     report: PreprocessReport = field(default_factory=PreprocessReport)
 
     @classmethod
-    def find(cls, plan: Plan, name: str, dataset: DatasetJson, preprocessed_folder: Path) -> _Target:
+    def find(cls, plan: Plan, name: str, dataset: DatasetJson, preprocessed_folder: Path, part: str) -> _Target:
         configuration = plan.configuration(name)
         if problem := configuration.preprocessor_problem:
             raise MFMError("E_CONFIG", f"{problem} Preprocess with the program that made the plan, or plan here.")
         folder = inside(preprocessed_folder, configuration.data_identifier)
         with report_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        return cls(name, folder, plan.preprocessing_digest(name, dataset), storage.Manifest.read(folder))
+        manifest = storage.Manifest.read(folder, part)
+        return cls(name, folder, plan.preprocessing_digest(name, dataset), manifest, bool(plan.modalities))
+
+    def sources(self, case: Case, signature: list[list[Any]]) -> list[list[Any]]:
+        """Return the signature of a case's files, and its modality if that decides the normalisation."""
+        return [*signature, [0, 0, f"modality {kind_of(case.modality)}"]] if self.is_by_modality else signature
 
     def holds(self, case: Case) -> bool:
         """Return whether a case is finished, and report it as reused. Unreadable sources fail later, in their turn."""
         try:
-            is_finished = self.manifest.holds(case.name, self.digest, source_signature(case))
+            is_finished = self.manifest.holds(case.name, self.digest, self.sources(case, source_signature(case)))
         except MFMError:
             return False
         if is_finished:
@@ -142,7 +152,7 @@ def _preprocess_all(job: PreprocessJob, cases: Sequence[Case], targets: Sequence
                 if isinstance(result, CaseFailure):
                     target.report.failures.append(result)
                 else:
-                    target.manifest.add(case.name, target.digest, result)
+                    target.manifest.add(case.name, target.digest, target.sources(case, result))
                     target.report.done.append(case.name)
 
 
@@ -209,15 +219,13 @@ class PreprocessJob:
         return json.loads(self.dataset_json).get("mfm", {}) if case.label is None else {}
 
     def _write(self, scan: _Scan, configuration: str, case: Case) -> None:
-        modality = case.modality
-        if case.label is not None and not modality:
-            modality = kind_of_channel(DatasetJson.of(json.loads(self.dataset_json)).channels[0])
+        channel = DatasetJson.of(json.loads(self.dataset_json)).channels[0]
+        modality = case.modality or (kind_of_channel(channel) if case.label is not None else "")
         with about(case.images[0]):
             plans_manager, configuration_manager = _managers(self.plans, configuration, kind_of(modality))
             settings = self._corpus_settings(case)
             if "slices" in settings:
-                target = configuration_manager.spacing
-                scan = scan._replace(properties=at_natural_size(scan.properties, target))
+                scan = scan._replace(properties=at_natural_size(scan.properties, configuration_manager.spacing))
             data_CDHW, seg, properties = preprocess_case_npy(
                 *scan[:3], plans_manager, configuration_manager, json.loads(self.dataset_json)
             )
@@ -384,9 +392,11 @@ def _normalise(
     intensities = plans_manager.foreground_intensity_properties_per_channel
     for c, scheme in enumerate(configuration_manager.normalization_schemes):
         known = intensities.get(str(c))
+        if scheme == PERCENTILES and (own := data_CDHW[c][data_CDHW[c] != 0]).size:
+            np.clip(data_CDHW[c], *np.percentile(own, (0.5, 99.5)), out=data_CDHW[c])
         if scheme == CT and not known:
             raise MFMError("E_CONFIG", f"the plan has no intensities of channel {c}, and {CT} needs them. Plan again.")
-        normaliser = getattr(default_normalization_schemes, scheme)(
+        normaliser = getattr(default_normalization_schemes, Z_SCORE if scheme == PERCENTILES else scheme)(
             use_mask_for_norm=configuration_manager.use_mask_for_norm[c], intensityproperties=known
         )
         data_CDHW[c] = normaliser.run(data_CDHW[c], None if seg is None else seg[0])

@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +54,9 @@ def staging(folder: Path, prefix: str = STAGING_PREFIX) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def remove_dead_stages(folder: Path) -> None:
+def remove_dead_stages(folder: Path, prefix: str = STAGING_PREFIX) -> None:
     """Remove the staging folders that killed processes left in ``folder``; those of living ones are locked."""
-    for stage in folder.glob(f"{STAGING_PREFIX}*"):
+    for stage in folder.glob(f"{prefix}*"):
         with contextlib.suppress(OSError), locked(stage) as is_free:
             if is_free:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -73,10 +74,11 @@ class Content:
 
 @dataclass
 class Manifest:
-    """Record of the finished cases of a data folder: one JSON line each, flushed to disk; the last line counts.
+    """Record of the finished cases of a data folder: one JSON line each, flushed to disk; the newest counts.
 
-    ``entries`` maps a case to ``{"case", "hash", "sources", "files"}``: hash of the settings, size and time of the
-    source files, and sizes of the written files.
+    ``entries`` maps a case to ``{"case", "hash", "sources", "files", "time"}``: hash of the settings, size and time of
+    the source files, sizes of the written files, and when they were written, in ns. Commands that share the cases
+    write a file each.
     """
 
     file: Path
@@ -84,10 +86,12 @@ class Manifest:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of the data folder ``folder``, ignoring a truncated line."""
-        manifest = cls(folder.with_name(f"{folder.name}.manifest.jsonl"), folder)
-        entries = (entry for entry in read_lines(manifest.file) if _is_manifest_entry(entry))
+    def read(cls, folder: Path, part: str = "") -> Manifest:
+        """Read the manifests of the data folder ``folder``, ignoring truncated lines; ``part`` is the one to write."""
+        manifest = cls(folder.with_name(f"{folder.name}.manifest{part}.jsonl"), folder)
+        files = folder.parent.glob(f"{folder.name}.manifest*.jsonl")
+        entries = [entry for file in sorted(files) for entry in read_lines(file) if _is_manifest_entry(entry)]
+        entries.sort(key=lambda entry: entry.get("time", 0))
         manifest.entries.update({entry["case"]: entry for entry in entries})
         return manifest
 
@@ -109,7 +113,8 @@ class Manifest:
 
     def add(self, case: str, settings_hash: str, sources: list[list[Any]]) -> None:
         """Record a finished case."""
-        entry = {"case": case, "hash": settings_hash, "sources": sources, "files": file_sizes(self.folder, case)}
+        made = {"files": file_sizes(self.folder, case), "time": time.time_ns()}
+        entry = {"case": case, "hash": settings_hash, "sources": sources, **made}
         with open_to_append(self.file) as file:
             append_line(file, entry)
         self.entries[case] = entry
@@ -126,6 +131,7 @@ def _is_manifest_entry(entry: Any) -> bool:
         and all(isinstance(kind, str) for kind in source[2:])
         for source in sources
     )  # fmt: skip
+    is_text &= isinstance(entry.get("time", 0), int)
     return is_text and has_sources and isinstance(sizes, dict) and all(type(size) is int for size in sizes.values())
 
 

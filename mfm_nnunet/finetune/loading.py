@@ -35,8 +35,10 @@ from mfm_nnunet.data.corpus import Selection, select
 from mfm_nnunet.data.loading import read_in_order
 from mfm_nnunet.data.storage import require_whole, stored_cases
 from mfm_nnunet.data.volumes import PREPROCESS_AGAIN, open_array, read_arrays, read_properties, unreadable
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import read_json
+from mfm_nnunet.workspace import Workspace
 
 VALIDATE_AGAIN = "validate the fold of the first stage that holds the case again (mfm_train --val), which writes it."
 
@@ -148,6 +150,22 @@ def _keep(batch: Any) -> Any:
 
 
 # Cases
+
+
+def read_dataset(here: Workspace, dataset_name: str) -> DatasetJson:
+    """Read dataset.json of a labelled dataset, and refuse one that breaks nnU-Net's rules or has no foreground."""
+    files = [root / dataset_name / "dataset.json" for root in (here.preprocessed, here.raw)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise MFMError("E_NOT_FOUND", f"{files[0]}: there is no dataset.json. Run mfm_plan_and_preprocess.")
+    dataset = DatasetJson.read(file, f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}")
+    if dataset.task == "segmentation" and not dataset.foreground:
+        raise MFMError(
+            "E_CONFIG",
+            f"{dataset_name} has no labels to segment ({file}, 'labels'). A corpus without labels is only for "
+            "pretraining: mfm_pretrain.",
+        )
+    return dataset
 
 
 def select_labelled(raw: Path | None, preprocessed_folder: Path, data: Path) -> Selection:

@@ -161,7 +161,7 @@ class Views:
         if self.turns:
             for drawn in turns:
                 flips = (rng.random(len(self.flips)) < 0.5) & self.flips
-                drawn[:] = torch.tensor([self.quarters * rng.integers(4) % 4, *flips])
+                drawn[:] = torch.tensor([self.quarters * int(rng.integers(4)) % 4, *flips.tolist()])
             strong = turn(weak_BCDHW, turns)
         else:
             strong = torch.stack([self.intensities(image=weak.clone())["image"] for weak in weak_BCDHW])

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,13 @@ from mfm_nnunet.models.families import NetworkFamily, family_of_class
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.terminal import in_markdown
 
+logger = logging.getLogger(__name__)
+
 CARD = "README.md"
 UNKNOWN_LICENCE = "other"
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
-_STATED = re.compile(
-    r"\A---\n(?:(?!---).*\n)*?licen[sc]e:\s*[\"']?(?P<name>[A-Za-z0-9.+-]+)[\"']?\s*\n(?:(?!---).*\n)*---"
-)
+CURVE = {"progress.png": "Losses, learning rate and time of each epoch of pretraining"}
+SCANS = {"examples.png": "A crop of a scan: what the task saw, hid and restored"}
+"""Pictures that a run leaves beside its checkpoint, with their titles in the card. Only the first show no scan."""
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _ALIASES = "aliases"
 _DIGEST = "sha256"
@@ -48,8 +49,8 @@ def is_folder_checkpoint(place: Path) -> bool:
         return True
 
 
-def write_hub_folder(content: Mapping[str, Any], folder: Path) -> None:
-    """Write ``model.safetensors``, ``config.json`` (the ``mfm`` key) and a model card into ``folder``."""
+def write_hub_folder(content: Mapping[str, Any], folder: Path, pictures: Mapping[str, bytes]) -> None:
+    """Write ``model.safetensors``, ``config.json`` (the ``mfm`` key), pictures and a model card into ``folder``."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,8 @@ def write_hub_folder(content: Mapping[str, Any], folder: Path) -> None:
     files = {
         WEIGHTS: weights,
         CONFIG: json.dumps(config, indent=1).encode(),
-        CARD: shown(model_card(content["mfm"], sum(tensor.numel() for tensor in tensors.values()))).encode(),
+        CARD: model_card(content["mfm"], sum(map(Tensor.numel, tensors.values())), "folder", pictures).encode(),
+        **pictures,
     }
     for name, data in files.items():
         with atomic_write(folder / name) as file:
@@ -105,14 +107,25 @@ def _once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     return tensors, aliases
 
 
+def read_pictures(folder: Path, with_scans: bool) -> dict[str, bytes]:
+    """Read the pictures beside a checkpoint; those that show scans only ``with_scans``."""
+    names = [*CURVE, *(SCANS if with_scans else ())]
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
 def stated_licence(folder: Path) -> str | None:
     """Return the licence in the header of the model card beside a checkpoint; None if there is none."""
-    try:
-        with open(folder / CARD, encoding="utf-8") as file:
-            match = _STATED.match(file.read(10_000))
-    except (OSError, UnicodeDecodeError):
+    if not (folder / CARD).is_file():
         return None
-    return match["name"] if match and match["name"] != UNKNOWN_LICENCE else None
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
+    except Exception as error:  # a page of others, in any state: it states nothing
+        logger.info("%s: no licence can be read from it (%s)", folder / CARD, type(error).__name__)
+        return None
+    licence = data.license_name if data.license == UNKNOWN_LICENCE else data.license
+    return licence if isinstance(licence, str) else None
 
 
 def facts(mfm: Mapping[str, Any]) -> dict[str, str]:
@@ -173,19 +186,30 @@ def describe_text(reading: Reading) -> str:
     return "\n".join(f"{name:<22}{value}" for name, value in found)
 
 
-def model_card(mfm: Mapping[str, Any], num_parameters: int, layout: Literal["folder", "nnssl"] = "folder") -> str:
-    """Write the text of a model card: usage, facts, limits and citations of the checkpoint."""
-    licence = mfm.get("licence") or UNKNOWN_LICENCE
+def model_card(
+    mfm: Mapping[str, Any],
+    num_parameters: int,
+    layout: Literal["folder", "nnssl"] = "folder",
+    pictures: Iterable[str] = (),
+) -> str:
+    """Write the text of a model card: usage, facts, pictures by file name, limits and citations of the checkpoint."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    address = str((mfm.get("source") or {}).get("address") or "")
+    data = ModelCardData(
+        license=mfm.get("licence") or UNKNOWN_LICENCE,
+        library_name="mfm_nnunet",
+        tags=["medical-imaging", "segmentation", "self-supervised-learning", "nnU-Net"],
+        base_model=address.removeprefix("hf://").partition("@")[0] or None,
+    )
     notes = [("on import", note) for note in (mfm.get("source") or {}).get("notes") or []]
     rows = "\n".join(f"| {in_markdown(name)} | {in_markdown(value)} |" for name, value in [*facts(mfm).items(), *notes])
     papers = "\n".join(f"* {in_markdown(text)}" for text in citations(mfm)) or "* none named"
     planned = "2d" if len(mfm["patch_size"]) == 2 else "3d_fullres"  # --like plans no other configurations
-    return f"""---
-license: {licence if _PLAIN.fullmatch(licence) else json.dumps(licence)}
-library_name: mfm_nnunet
-tags: [medical-imaging, segmentation, self-supervised-learning, nnU-Net]
----
-
+    titles = {name: title for name, title in (CURVE | SCANS).items() if name in pictures}
+    images = "".join(f"![{title}]({name})\n\n" for name, title in titles.items())
+    holds = "no images but the crop above" if titles.keys() & SCANS.keys() else "no images of subjects"
+    text = f"""
 # {in_markdown(f"{mfm.get('pretext') or 'Pretrained'} on {facts(mfm)['network']}")}
 
 Weights of {num_parameters:,} parameters, pretrained for medical image segmentation, to be fine-tuned with mfm_nnunet:
@@ -199,14 +223,15 @@ mfm_train DATASET {planned} 0 -p PLANS -pretrained_weights THIS_FOLDER
 |---|---|
 {rows}
 
-{_without_us(mfm, layout)}
-The folder contains no names of subjects or files and no images. This is research software and not a medical device.
+{images}{_without_us(mfm, layout)}
+The folder contains no names of subjects or files and {holds}. This is research software and not a medical device.
 Fine-tune the weights, and test the result on data like yours.
 
 ## Cite
 
 {papers}
 """
+    return shown(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 
 
 def _without_us(mfm: Mapping[str, Any], layout: Literal["folder", "nnssl"]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import sha256, shown
 from mfm_nnunet.interchange import nnssl
+from mfm_nnunet.interchange.hub import hub_address
 from mfm_nnunet.interchange.parts import Parts, take_apart, unwrap_names
 from mfm_nnunet.models.families import family_of_class
 from mfm_nnunet.models.layouts import Converted, Stated
@@ -59,9 +60,11 @@ class Reading:
     def origin(self) -> dict[str, Any]:
         """Description of the checkpoint for plans and runs: file name, SHA-256 and pretext task, but no path.
 
-        Includes licence and citations, if any, because they also bind derived weights.
+        Includes the hub's address with its commit, and licence and citations, which also bind derived weights, if any.
         """
-        known = {name: self.mfm[name] for name in ("licence", "citations") if self.mfm.get(name)}
+        address = hub_address(self.place)
+        known = {"address": address} if address else {}
+        known |= {name: self.mfm[name] for name in ("licence", "citations") if self.mfm.get(name)}
         own = {"name": shown(self.place.name), "sha256": sha256(self.file), "pretext": self.mfm.get("pretext")}
         return own | known
 

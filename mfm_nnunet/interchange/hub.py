@@ -1,13 +1,12 @@
-"""Fetch checkpoints by address: a path, ``file://...``, or ``hf://owner/name@commit`` on a model hub.
+"""Fetch checkpoints by address: a path, ``file://...``, a published name, or ``hf://owner/name@commit`` on a model hub.
 
 Branches and tags can be moved by their owner, so only a commit (40 hex digits) is accepted. Only weights, plans and
-the model card are downloaded. Each file is verified against the hash that the hub lists: SHA-256, or git's hash for
-small files. Without a connection the hub client's cache is used.
+the model card are downloaded. huggingface_hub downloads, caches, works offline from its cache, and compares each file
+with the hash that the hub lists: SHA-256, or git's hash for small files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from pathlib import Path
@@ -15,17 +14,22 @@ from urllib.parse import unquote, urlparse
 
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import sha256
+from mfm_nnunet.interchange.published import Published, find_published
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("checkpoint_final.pth", "model.safetensors")
-"""The first of these in a repository is downloaded. Our own have only safetensors."""
+"""Weights in a repository; one is needed. Our own have only safetensors."""
 BESIDE = ("config.json", "adaptation_plan.json", "README.md")
 """Optional files to download with the weights."""
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<commit>[^/]+))?/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_CACHED = re.compile(r".*/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(/[^/]*)?")
 _PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)(?:/.*)?")
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NAME = re.compile(r"[\w-]+")
+"""Form of a published name; files have an ending, and folders are there."""
+_FIRST = "main"
+"""Branch that is resolved at the first download of a published name without a commit. The client's cache keeps it."""
 _CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 """Libraries whose connection errors the hub client does not wrap."""
 
@@ -33,9 +37,12 @@ _CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 def fetch(address: str | Path) -> Path:
     """Return the local file or folder for an address, downloading it if needed.
 
-    Raises MFMError: E_CONFIG for an invalid address or one without a commit, E_NOT_FOUND if the hub does not have it,
-    E_NETWORK if the hub cannot be reached and the cache is empty, E_MODEL_CORRUPT if a hash differs. Raises OSError if
-    the cache cannot be written.
+    A published name is the commit and the SHA-256 in the table. Without a commit there it is the newest one at the
+    first download on this computer, which is logged.
+
+    Raises MFMError: E_CONFIG for an invalid address or one without a commit, E_NOT_FOUND for an unknown name or if the
+    hub does not have it, E_NETWORK if the hub cannot be reached and the cache is empty, E_MODEL_CORRUPT if a hash
+    differs. Raises OSError if the cache cannot be written.
     """
     text = str(address)
     if text.startswith("file:"):
@@ -53,7 +60,8 @@ def fetch(address: str | Path) -> Path:
             "Files, History).",
         )
     if not text.startswith("hf://"):
-        return Path(address)
+        is_name = _NAME.fullmatch(text) and not Path(text).exists()
+        return _fetch_published(find_published(text)) if is_name else Path(address)
     match = _HUB.fullmatch(text)
     if match is None:
         raise MFMError("E_CONFIG", f"{text}: expected hf://owner/name@commit.")
@@ -66,78 +74,100 @@ def fetch(address: str | Path) -> Path:
     return _snapshot(match["repo"], match["commit"])
 
 
-def _snapshot(repository: str, commit: str) -> Path:
-    """Return the folder of a repository in the hub client's cache, downloaded if needed."""
+def hub_address(place: Path) -> str | None:
+    """Return the address with the commit of a file or folder in the hub client's cache; None for other places."""
+    match = _CACHED.fullmatch(place.absolute().as_posix())
+    return f"hf://{match['owner']}/{match['name']}@{match['commit']}" if match else None
+
+
+def _fetch_published(entry: Published) -> Path:
+    revision = entry.commit or _first_commit(entry.repository) or _FIRST
+    folder = _snapshot(entry.repository, revision)
+    if revision == _FIRST:
+        logger.info("%s: this computer uses %s from now on", entry.name, hub_address(folder))
+    if entry.sha256 and (found := sha256(_weights_in(folder))) != entry.sha256:
+        raise MFMError(
+            "E_MODEL_CORRUPT",
+            f"{entry.name}: the SHA-256 of the weights is {found}, not the {entry.sha256} they were published with. If "
+            f"you trust the new ones, give their address: {hub_address(folder)}.",
+        )
+    return folder
+
+
+def _first_commit(repository: str) -> str | None:
+    """Return the commit of the first download on this computer, if the cache has its weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(repository, name, revision=_FIRST) for name in WEIGHTS]
+    return next((Path(file).parent.name for file in found if isinstance(file, str)), None)
+
+
+def _snapshot(repository: str, revision: str) -> Path:
+    """Return the folder of a repository in the hub client's cache, downloaded if needed and verified."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    where = f"hf://{repository}@{revision}"
     try:
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise MFMError("E_CONFIG", "hf:// needs the package huggingface_hub: pip install huggingface_hub.") from error
-    where = f"hf://{repository}@{commit}"
-    try:
-        return _download(where, repository, commit)
+        return _download(where, repository, revision)
     except HFValidationError as error:
         raise MFMError("E_CONFIG", f"{where}: not a valid repository ({error}). Check owner and name.") from error
     except HfHubHTTPError as error:
         raise _refused(where, error.response.status_code if error.response is not None else 0) from error
-    except Exception as error:
-        is_of_client = type(error).__module__.startswith(_CLIENTS)  # requests' errors are OSErrors too
-        if is_of_client or isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)):
-            return _cached(where, repository, commit, error)
-        if isinstance(error, OSError) and error.errno is None:  # not a disk error
-            raise MFMError("E_NETWORK", f"{where}: the download was interrupted ({error}). Try again.") from error
-        raise
-
-
-def _download(where: str, repository: str, commit: str) -> Path:
-    """Download the files that are not cached, and verify all of them against the hub's hashes."""
-    from huggingface_hub import HfApi, hf_hub_download
-
-    listed = {}
-    for entry in HfApi().model_info(repository, revision=commit, files_metadata=True).siblings or ():
-        listed[entry.rfilename] = entry.lfs.sha256 if entry.lfs else entry.blob_id
-    weights = next((name for name in WEIGHTS if name in listed), None)
-    if weights is None:
-        raise MFMError("E_NOT_FOUND", f"{where}: the repository has neither {' nor '.join(WEIGHTS)}.")
-    files, wrong = [], []
-    for name in (*(name for name in BESIDE if name in listed), weights):
-        if not _HASH.fullmatch(listed[name] or ""):
-            raise MFMError("E_NETWORK", f"{where}: the hub lists no hash of {name}, so it cannot be verified.")
-        files.append(Path(hf_hub_download(repository, name, revision=commit)))
-        if not _has_hash(files[-1], str(listed[name])):
-            wrong.append(name)
-            if files[-1].resolve().is_relative_to(files[-1].parents[2].resolve()):  # a link may lead out of the cache
-                files[-1].resolve().unlink(missing_ok=True)
-            files[-1].unlink(missing_ok=True)
-    if wrong:
-        raise MFMError(
-            "E_MODEL_CORRUPT",
-            f"{where}: {', '.join(wrong)}: the hash differs from the hub's. Removed; run the command again.",
-        )
-    return files[0].parent
-
-
-def _cached(where: str, repository: str, commit: str, error: Exception) -> Path:
-    """Return the folder of an earlier download, for use without a connection."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = [try_to_load_from_cache(repository, name, revision=commit) for name in (*BESIDE, *WEIGHTS)]
-    files = {Path(file).name: Path(file) for file in found if isinstance(file, str)}
-    if not files.keys() & set(WEIGHTS):
+    except LocalEntryNotFoundError as error:
         raise MFMError(
             "E_NETWORK",
             f"{where}: the hub cannot be reached, and this checkpoint was not downloaded before. Connect to the "
             "internet, or copy the files of the repository into a folder and give its path.",
         ) from error
-    if missing := [name for name in BESIDE if name not in files]:
-        logger.info("%s: the hub cannot be reached; not in the cache, if it has them: %s", where, ", ".join(missing))
-    return next(iter(files.values())).parent
+    except Exception as error:
+        if _is_unreachable(error) or (isinstance(error, OSError) and error.errno is None):  # not a disk error
+            raise MFMError("E_NETWORK", f"{where}: the download was interrupted ({error}). Try again.") from error
+        raise
 
 
-def _has_hash(file: Path, wanted: str) -> bool:
-    if len(wanted) == 64:
-        return sha256(file) == wanted
-    content = file.read_bytes()  # git's own hash
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == wanted
+def _download(where: str, repository: str, revision: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    hub, is_reached = HfApi(), True
+    try:
+        hub.model_info(repository, revision=revision)  # unlike the client's other calls it does not wait and retry
+    except Exception as error:
+        if not _is_unreachable(error):
+            raise
+        is_reached = False
+    patterns = [*WEIGHTS, *BESIDE]
+    folder = Path(
+        snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=not is_reached)
+    )
+    has_weights = _weights_in(folder).is_file()
+    if not is_reached:
+        if not has_weights:
+            raise LocalEntryNotFoundError("only other files are in the cache")
+        logger.info("%s: the hub cannot be reached; its files in the cache are used as they are", where)
+        return folder
+    if not has_weights:
+        raise MFMError("E_NOT_FOUND", f"{where}: the repository has neither {' nor '.join(WEIGHTS)}.")
+    names = [str(wrong["path"]) for wrong in hub.verify_repo_checksums(repository, revision=folder.name).mismatches]
+    for file in (folder / name for name in names):
+        if file.resolve().is_relative_to(folder.parents[1].resolve()):  # a link may lead out of the cache
+            file.resolve().unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+    if names:
+        raise MFMError(
+            "E_MODEL_CORRUPT",
+            f"{where}: {', '.join(names)}: the hash differs from the hub's. Removed; run the command again.",
+        )
+    return folder
+
+
+def _weights_in(folder: Path) -> Path:
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
+
+
+def _is_unreachable(error: Exception) -> bool:
+    is_of_client = type(error).__module__.startswith(_CLIENTS)  # requests' errors are OSErrors too
+    return is_of_client or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _refused(where: str, status: int) -> MFMError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mfm_nnunet import checkpoint
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import atomic_write, shown
+from mfm_nnunet.files import atomic_write
 from mfm_nnunet.interchange import nnssl
 from mfm_nnunet.interchange.folder import CARD, model_card
 from mfm_nnunet.interchange.verify import with_all_names
@@ -24,8 +24,8 @@ TRAINER = "mfm_nnunet"
 """Not a trainer of nnssl, so that readers do not guess a token order from it."""
 
 
-def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
-    """Write ``checkpoint_final.pth``, ``adaptation_plan.json``, ``config.json`` and a model card into ``folder``."""
+def write_nnssl(content: Mapping[str, Any], folder: Path, pictures: Mapping[str, bytes]) -> None:
+    """Write ``checkpoint_final.pth``, its plan and ``config.json``, pictures and a model card into ``folder``."""
     mfm = content["mfm"]
     plan = adaptation_plan(mfm)
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,14 +38,15 @@ def write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
         "citations": list(mfm.get("citations") or []),
         "mfm": mfm,
     }
-    texts = {
-        "adaptation_plan.json": json.dumps({**plan, "trainer_name": TRAINER}, indent=1),
-        "config.json": json.dumps({"mfm": mfm}, indent=1),
-        CARD: model_card(mfm, num_parameters, "nnssl"),
+    files = {
+        "adaptation_plan.json": json.dumps({**plan, "trainer_name": TRAINER}, indent=1).encode(),
+        "config.json": json.dumps({"mfm": mfm}, indent=1).encode(),
+        CARD: model_card(mfm, num_parameters, "nnssl", pictures).encode(),
+        **pictures,
     }
-    for name, text in texts.items():
+    for name, data in files.items():
         with atomic_write(folder / name) as handle:
-            handle.write(shown(text).encode())
+            handle.write(data)
     checkpoint.save(file, folder / "checkpoint_final.pth")
 
 

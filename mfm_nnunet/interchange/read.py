@@ -23,6 +23,7 @@ from mfm_nnunet.interchange.folder import (
     WEIGHTS,
     is_folder_checkpoint,
     read_folder,
+    read_pictures,
     stated_licence,
     write_hub_folder,
 )
@@ -57,7 +58,7 @@ KNOWN = (
 
 
 def find_checkpoint(address: str | Path) -> Path:
-    """Find the file, or folder of safetensors, at an address: a path, ``file://``, or ``hf://owner/name@commit``.
+    """Find the file, or folder of safetensors, at an address, e.g. a path or ``hf://owner/name@commit``.
 
     Raises MFMError (E_NOT_FOUND) if there is none, and those of :func:`mfm_nnunet.interchange.hub.fetch`.
     """
@@ -135,11 +136,12 @@ def convert(
     layout: str,
     licence: str | None = None,
     token_order: TokenOrder | None = None,
-    hub_address: str | None = None,
+    pictures: bool = False,
 ) -> None:
     """Convert the checkpoint at ``place`` to ``pth``, ``folder`` or ``nnssl``. It must be complete.
 
-    For foreign checkpoints the origin (file name, SHA-256, ``hub_address``) and the assumptions and repairs are stored.
+    A folder gets the curve of pretraining, and with ``pictures`` also crops of its scans, if they are beside it.
+    For foreign checkpoints the origin (address, file name, SHA-256) and the assumptions and repairs are stored.
 
     Raises MFMError: those of :func:`read_checkpoint`, E_EXISTS if the output exists, E_CONFIG if ``licence`` differs
     from the checkpoint's or ``layout`` cannot express the network, E_DISK_FULL.
@@ -150,17 +152,18 @@ def convert(
     require_plan(reading, *DESCRIBED)
     content = {"network_weights": reading.content["network_weights"], "mfm": {**reading.mfm}}
     if reading.layout != "mfm_nnunet":
-        origin: dict[str, Any] = {"address": hub_address} if hub_address else {}
-        origin |= {"file": reading.origin["name"], "sha256": reading.origin["sha256"], "notes": list(reading.notes)}
+        known: dict[str, Any] = {key: reading.origin[key] for key in ("address", "sha256") if key in reading.origin}
+        origin = {**known, "file": reading.origin["name"], "notes": list(reading.notes)}
         content["mfm"]["source"] = {**reading.mfm["source"], **origin}
     if licence is not None:
         _require_same_licence(reading.mfm.get("licence"), licence)
         content["mfm"]["licence"] = licence
     require_complete(content)
+    beside = place if place.is_dir() else place.parent
     if layout == "folder":
-        write_hub_folder(content, output)
+        write_hub_folder(content, output, read_pictures(beside, pictures))
     elif layout == "nnssl":
-        write_nnssl(content, output)
+        write_nnssl(content, output, read_pictures(beside, pictures))
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(content, output)

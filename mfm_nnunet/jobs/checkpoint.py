@@ -36,15 +36,16 @@ def convert_checkpoint(
     layout: Literal["pth", "folder", "nnssl"] = "folder",
     licence: str | None = None,
     token_order: TokenOrder | None = None,
+    pictures: bool = False,
 ) -> Path:
     """Convert a checkpoint of any supported layout to another one and return ``output``.
 
     ``pth`` is our own file, ``folder`` safetensors with JSON and a model card, ``nnssl`` a folder that nnU-Net's
-    development code reads. Raises MFMError: those of :func:`describe_checkpoint`, E_EXISTS for an existing output,
-    E_CONFIG for a network that the layout cannot express.
+    development code reads. Both folders get the curve of pretraining if it is beside the checkpoint, and with
+    ``pictures`` also a crop of a scan. Raises MFMError: those of :func:`describe_checkpoint`, E_EXISTS for an existing
+    output, E_CONFIG for a network that the layout cannot express.
     """
     place = find_checkpoint(address)
     with about(place):
-        hub_address = str(address) if str(address).startswith("hf://") else None
-        convert(place, Path(output), layout, licence, token_order, hub_address)
+        convert(place, Path(output), layout, licence, token_order, pictures)
     return Path(output)

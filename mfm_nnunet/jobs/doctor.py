@@ -17,6 +17,7 @@ from mfm_nnunet import workspace as places
 from mfm_nnunet.device import available_memory, default_workers, pick_device
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.plan import Plan
+from mfm_nnunet.terminal import Rows
 from mfm_nnunet.version import __version__
 from mfm_nnunet.workspace import Workspace, num_cores
 
@@ -43,7 +44,7 @@ def doctor(workspace: str | Path | None = None) -> list[Finding]:
     """
     with places.use(workspace) as here:
         parts = (_check_versions(), _device(), _room(here), _workspace(here), _datasets(here), _runs(here))
-        return [finding for part in parts for finding in part]
+        return Rows(finding for part in parts for finding in part)
 
 
 def _check_versions() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Lists of what a command accepts: settings with their defaults and legal values, recipes, pretext tasks, networks."""
+"""Lists of what a command accepts: settings with defaults and legal values, recipes, tasks, networks, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mfm_nnunet.errors import MFMError, nearest
+from mfm_nnunet.interchange.published import published_weights
 from mfm_nnunet.models.families import family_named, network_names
 from mfm_nnunet.planning.recipes import read_recipe, shipped_recipes
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, setting_names
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.registry import list_tasks
+from mfm_nnunet.terminal import Rows
 
 IN_THE_PLAN_ONLY = (
     *("finetune.checkpoint", "semi.corpus", "source", "modalities", "corpus", "universal", "network", "format"),
@@ -24,15 +26,21 @@ IN_THE_PLAN_ONLY = (
 Row = dict[str, str]
 
 
-def info(topic: Literal["settings", "recipes", "tasks", "networks"]) -> list[Row]:
-    """Return a table, a dict per row, of the settings, shipped recipes, pretext tasks or networks.
+def info(topic: Literal["settings", "recipes", "tasks", "networks", "checkpoints"]) -> list[Row]:
+    """Return a table, a dict per row, of the settings, shipped recipes, pretext tasks, networks or published weights.
 
     Raises MFMError (E_CONFIG) for another topic.
     """
-    tables = {"settings": _settings, "recipes": _recipes, "tasks": _tasks, "networks": _list_networks}
+    tables = {
+        "settings": _settings,
+        "recipes": _recipes,
+        "tasks": _tasks,
+        "networks": _list_networks,
+        "checkpoints": published_weights,
+    }
     if topic not in tables:
         raise MFMError("E_CONFIG", f"no table of {topic}. {nearest(topic, tables)}")
-    return tables[topic]()
+    return Rows(tables[topic]())
 
 
 def _settings() -> list[Row]:

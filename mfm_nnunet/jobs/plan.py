@@ -38,7 +38,7 @@ from mfm_nnunet.planning.like import Template
 from mfm_nnunet.planning.mixed import kinds_of
 from mfm_nnunet.planning.planner import MFMPlanner
 from mfm_nnunet.requests import PlanRequest
-from mfm_nnunet.terminal import html_table
+from mfm_nnunet.terminal import Rows, html_table
 from mfm_nnunet.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,10 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
         request = replace(request, like=find_checkpoint(request.like))
     source = check_request(request)  # before hours of reading
     configurations = None if request.configurations is None else tuple(request.configurations)
-    results, failures, num_cases = [], [], 0
+    results, failures, num_cases = Rows(), [], 0
     with places.use(request.workspace) as here:
+        if request.num_parts > 1:
+            return [_preprocess_part(here, dataset, request, configurations) for dataset in request.datasets]
         if request.dry_run:
             return _rehearse(here, request, source)
         for dataset in request.datasets:
@@ -87,6 +89,27 @@ def plan_and_preprocess(request: PlanRequest) -> list[PlanResult]:
     return results
 
 
+def _preprocess_part(
+    here: Workspace, dataset: str | int, request: PlanRequest, configurations: tuple[str, ...] | None
+) -> PlanResult:
+    """Preprocess this command's share of the cases with the plan that is there; nothing else is written."""
+    name = here.dataset_name(dataset)
+    plans_name = here.choose_plan(name, request.plans_name)
+    file = here.preprocessed / name / f"{plans_name}.json"
+    plan_it = f"Plan first: mfm_plan_and_preprocess -d {dataset} --no_pp"
+    cases = corpus.load_cases(here.raw_folder(name))
+    known = _known_fingerprint(file.with_name("dataset_fingerprint.json"))
+    if known.get("signature") != _signature(cases, corpus.read_dataset_json(here.raw_folder(name))):
+        raise MFMError("E_NOT_FOUND", f"{name} was not planned, or has changed since. {plan_it}.")
+    result = PlanResult(dict(Plan.read(file, plan_it + ".").content), file, [])
+    cases, failed = fingerprint(here, name, request.num_processes)
+    part = request.part_id, request.num_parts
+    failed = preprocess(here, name, cases, result, configurations, request.num_processes, part)
+    if failed:
+        raise CasesFailedError(failed, len(cases[part[0] :: part[1]]))
+    return result
+
+
 def _register(
     here: Workspace, dataset: str | int, request: PlanRequest, source: Template | None, left_out: list[CaseFailure]
 ) -> tuple[str, PlanRequest, Template | None]:
@@ -99,7 +122,7 @@ def _register(
 
 def _rehearse(here: Workspace, request: PlanRequest, source: Template | None) -> list[PlanResult]:
     """Plan in a scratch workspace and say what would be written. Returns the plans with their final places."""
-    results = []
+    results = Rows()
     for dataset in request.datasets:
         with scratch_workspace(here) as scratch:
             left_out: list[CaseFailure] = []
@@ -137,13 +160,7 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
         )
     file = preprocessed / "dataset_fingerprint.json"
     known = _known_fingerprint(file)
-    # The rules for labels and channels are included: a corrected dataset.json must be checked against all labels.
-    rules = {name: dataset_json.get(name) for name in ("labels", "channel_names", "overwrite_image_reader_writer")}
-    if kinds := kinds_of(cases, dataset_json):
-        rules["modalities"] = kinds
-    if settings := dataset_json.get("mfm"):
-        rules["mfm"] = settings
-    signature = hashlib.sha256((corpus.signature(cases) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
+    signature = _signature(cases, dataset_json)
     if known.get("signature") == signature:
         failures = [CaseFailure(*failure) for failure in known["failures"]]
     else:
@@ -171,6 +188,18 @@ def fingerprint(here: Workspace, dataset_name: str, num_processes: int | None) -
         _keep_labels(raw, preprocessed, dataset_json, cases)
     bad = {failure.case for failure in failures}
     return [case for case in cases if case.name not in bad], failures
+
+
+def _signature(cases: list[Case], dataset_json: dict[str, Any]) -> str:
+    """Hash the sources, and the rules for labels and channels: a corrected dataset.json must be checked against all
+    labels.
+    """
+    rules = {name: dataset_json.get(name) for name in ("labels", "channel_names", "overwrite_image_reader_writer")}
+    if kinds := kinds_of(cases, dataset_json):
+        rules["modalities"] = kinds
+    if settings := dataset_json.get("mfm"):
+        rules["mfm"] = settings
+    return hashlib.sha256((corpus.signature(cases) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
 
 
 def _keep_labels(raw: Path, preprocessed: Path, dataset_json: dict[str, Any], cases: list[Case]) -> None:
@@ -263,6 +292,9 @@ def plan(workspace: Workspace, dataset_name: str, request: PlanRequest, source: 
     planner = MFMPlanner(dataset_name, request.memory_gb, plans_name=name, overwrite_target_spacing=target)
     planner.family, planner.variant = family, source.variant if source else request.network
     planner.spacing, planner.source, planner.modality = request.spacing, source, request.modality or ""
+    planner.pet = request.pet or ""
+    if request.modality and request.images is None and planner.is_mixed:
+        raise MFMError("E_CONFIG", f"--modality: each case of {dataset_name} has one of its own. Leave it out.")
     planner.wanted = tuple(request.configurations) if request.configurations else None
     own = Plan.of(planner.plan_experiment())
     if source:
@@ -292,8 +324,9 @@ def preprocess(
     result: PlanResult,
     asked: tuple[str, ...] | None,
     num_processes: int | None,
+    part: tuple[int, int] = (0, 1),
 ) -> list[CaseFailure]:
-    """Preprocess the cases for the requested (else the default) configurations and return the failed cases.
+    """Preprocess the cases, or a ``part``, for the requested (else the default) configurations; return the failed ones.
 
     Raises MFMError when cases of a labelled dataset failed: it is refused as a whole, as in fingerprinting.
     """
@@ -306,6 +339,7 @@ def preprocess(
         corpus.read_dataset_json(raw),
         here.preprocessed / dataset_name,
         num_processes or places.num_cores(),
+        part,
     )
     failures: dict[str, CaseFailure] = {}
     for configuration, report in reports.items():

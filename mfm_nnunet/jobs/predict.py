@@ -27,7 +27,7 @@ from mfm_nnunet.data.dicom import find_series, require_choice, write_key
 from mfm_nnunet.data.loops import attempt, one_ahead, reader_threads
 from mfm_nnunet.data.storage import STAGING_PREFIX, staging
 from mfm_nnunet.dataset import DatasetJson
-from mfm_nnunet.device import describe_versions
+from mfm_nnunet.device import describe_versions, fast_dtype
 from mfm_nnunet.errors import CaseFailure, CasesFailedError, MFMError, about, nearest
 from mfm_nnunet.fields import takes
 from mfm_nnunet.files import atomic_write, inside, report_full_disk, require_unicode, sha256, shown, write_json
@@ -141,7 +141,8 @@ def _predict_folder(model_folder: Path, request: PredictRequest) -> PredictRepor
     if request.num_parts == 1:
         check_output(folder, [], request)
     model = load_model(model_folder, request.folds, request.checkpoint_name, request.device)
-    model = choose_outputs(model, request.classes, request.classes_of)
+    model = choose_outputs(model, request.classes, request.classes_of, request.modality)
+    model.cpu_dtype = fast_dtype(model.device) if request.fast else None
     check_previous_stage(model, previous_stage)
     with find_series(source, request.series or ()) as series:
         require_choice(series, request.series or ())
@@ -204,7 +205,8 @@ class _Run:
             "mirroring": request.mirroring,
             "save_probabilities": request.save_probabilities,
             "cascade": request.previous_stage is not None,
-            **describe_choice(request.classes, request.classes_of),
+            **({"precision": "bf16"} if model.cpu_dtype else {}),
+            **describe_choice(request.classes, request.classes_of, request.modality),
         }
         self.identity: dict[str, Any] = {"model": model.sha256, "settings": settings}
         """Model and settings: they and the images determine the masks. JSON values without paths."""
@@ -254,11 +256,8 @@ class _Run:
         copies = {
             "dataset.json": self.model.dataset_json,
             "plans.json": self.model.plans_manager.plans,
-            SETTINGS_FILE: {
-                **self.identity,
-                "device": str(self.model.device),
-                "versions": describe_versions(self.model.device),
-            },
+            SETTINGS_FILE: self.identity
+            | {"device": str(self.model.device), "versions": describe_versions(self.model.device)},
         }
         for name, content in copies.items():
             write_json(self.folder / name, content, indent=4)

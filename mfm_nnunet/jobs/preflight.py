@@ -25,7 +25,7 @@ from mfm_nnunet.finetune.pretrained import transfer
 from mfm_nnunet.finetune.settings import resolve, resolve_new
 from mfm_nnunet.images.integrity import files_of
 from mfm_nnunet.images.reading import check_label, read_image, read_label
-from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint, sha256
+from mfm_nnunet.interchange.read import find_checkpoint, read_initial, sha256
 from mfm_nnunet.jobs import plan as preparation
 from mfm_nnunet.jobs.classify import require_of_classifier
 from mfm_nnunet.models.networks import build_network
@@ -149,13 +149,14 @@ def check_start(
     settings: Sequence[str],
     checkpoint: Path | None,
     task: str = "segmentation",
+    accepted_licence: str | None = None,
 ) -> None:
     """Check that training on ``num_cases`` cases could start: settings and ``checkpoint`` must fit the network.
 
     Raises the same MFMError (E_CONFIG, E_MODEL_MISMATCH and others) as the training itself.
     """
     network = build_network(plan.content, configuration, plan.configuration(configuration).num_channels, 2)
-    reading = None if checkpoint is None else read_checkpoint(checkpoint)
+    reading = None if checkpoint is None else read_initial(checkpoint, network, accepted_licence)
     finetune = resolve_new(plan.mfm, settings, reading, network, num_cases).finetune
     groups.require_fitting(finetune, network, is_distributed=False)
     if task in IMAGE_TASKS:

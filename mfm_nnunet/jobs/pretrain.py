@@ -330,6 +330,7 @@ def _start_from(job: Job, network: nn.Module) -> dict[str, Any]:
         transfer_with_report(reading, network, plans, configuration, job.folder, parts, "fit")
         reading.release()
     source = {"layout": known["layout"], "file": known["checkpoint"], "sha256": known["sha256"]}
+    source |= {"address": known["address"]} if "address" in known else {}
     source["notes"] = [f"pretraining continued from these weights ({known.get('pretext') or 'unknown task'})"]
     own = {name: known[name] for name in ("licence", "citations") if known.get(name)}
     return {**own, "source": source}

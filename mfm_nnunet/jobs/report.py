@@ -38,6 +38,8 @@ VOLUMES = "volumes.json"
 """Volumes of a fold's training masks by label, without names of cases."""
 MOST_MEASURED = 200
 """Number of training masks that are measured."""
+MOST_RANKED = 20
+"""Number of scans to label next that a report lists."""
 STATES = {"started": "died while it was predicted", "stopped": "stopped", "publishing": "stopped"}
 """What the journal's last line on a case means, if it was neither done nor failed."""
 
@@ -200,13 +202,31 @@ def report_training(
         if history:
             dice = [key for key in history[0] if key.startswith("dice_")]
             sections.insert(0, runs.show_curves(history, runs.GOOD_LOSSES + runs.GOOD_DICE, dice))
-        sections = [*([Section("This run", flags=flags)] if flags else []), *sections]
+        sections = [*([Section("This run", flags=flags)] if flags else []), *sections, *_show_teaching(folder)]
         if (folder / "transfer.json").is_file():
             sections.append(runs.show_transfer(read_json(folder / "transfer.json", "")))
         sections.append(runs.show_settings(settings, {"dataset": name, "plan": plans["plans_name"]}))
         return Report(f"Training: {name}, {folder.name.replace('_', ' ')}", _SUBJECT_OF_TRAINING, facts, sections)
 
     write_report(make, folder / FILE)
+
+
+def _show_teaching(folder: Path) -> Iterator[Section]:
+    """Show which round of a student is the result, and what its teachers would have labelled next."""
+    if (file := folder / "rounds.json").is_file():
+        content = read_json(file, "")
+        rows = [[number, dice] for number, dice in content["validation_dice"].items()]
+        text = f"The model here is the student of round {content['result']}; curves are those of the last round."
+        yield Section("Rounds", [text], tables=[Table("Validation Dice of each student", ("round", "Dice"), rows)])
+    if files := sorted(folder.glob("pseudo_labels/round_*/next_to_label.csv")):
+        header, ranked = read_csv(files[-1])
+        shown = [[row[name] if name not in header[2:4] else float(row[name]) for name in header] for row in ranked]
+        text = (
+            f"The first {min(len(shown), MOST_RANKED)} of {len(shown)} scans without labels, in the order in which to "
+            "label them: the teachers disagree there, and it is unlike what is labelled or listed before (distance 1 "
+            "is usual)."
+        )
+        yield Section("What to label next", [text], tables=[Table("Scans to label next", header, shown[:MOST_RANKED])])
 
 
 _SUBJECT_OF_TRAINING = (

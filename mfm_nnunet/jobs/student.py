@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.corpus import load_cases
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside, read_json, write_json
+from mfm_nnunet.files import atomic_write, inside, read_json, write_json
 from mfm_nnunet.finetune import pseudo_labels
 from mfm_nnunet.finetune.pseudo_labels import JOURNAL, RANKING, TABLE, WEAK_DICE, Labelling, Used
 from mfm_nnunet.images import decoder
@@ -78,8 +79,47 @@ def teach(here: Workspace, inputs: Inputs, job: Job, run: Run) -> Job:
     is_finished = job.start_from is not None and load_weights(job.start_from).get("current_epoch", 0) >= epochs
     if is_finished or inputs.request.only_validate or job.unlabelled is None or not semi.weight:
         return job
+    if (file := job.folder / f"{ROUNDS}.json").is_file():  # of a finished student that is to train on
+        if (chosen := read_json(file, "Move the folder away and train again.")["result"]) != semi.rounds:
+            text = f"{job.folder}: its result is the student of round {chosen}, and only the last round's can train on."
+            raise MFMError("E_CONFIG", f"{text} Move the folder away and train a new one.")
+        file.unlink()
     used = _Teaching(here, inputs, job, run).work(semi.rounds)
     return replace(job, unlabelled=used.unlabelled)
+
+
+def keep_better_round(job: Job) -> None:
+    """Make the student of the round that validated best the result of its fold, and write ``rounds.json``.
+
+    The last round's student then lies in ``rounds``, as the others do. It stays the result of a tie, and where a round
+    was not validated. Interrupted, it is repeated when the finished fold is continued.
+    """
+    folder, file = job.folder, job.folder / f"{ROUNDS}.json"
+    places = {int(fold.parts[-4]): fold for fold in (folder / ROUNDS).glob("*/*/*/fold_*")}
+    if not places or file.is_file() or job.request.only_validate:
+        return
+    last = max(places) + 1
+    own = folder / ROUNDS / str(last)
+    places[last] = own if (own / _CHECKPOINTS[0]).is_file() else folder
+    dice = {number: _validation_dice(place) for number, place in sorted(places.items())}
+    best = last if any(map(math.isnan, dice.values())) else max(reversed(dice), key=dice.__getitem__)
+    if best != last:
+        if places[last] is folder:
+            _copy_model(folder, own)
+        _copy_model(places[best], folder)
+    write_json(file, {"validation_dice": {n: None if math.isnan(d) else d for n, d in dice.items()}, "result": best})
+    scores = ", ".join(f"round {number} {_format_dice(value)}" for number, value in dice.items())
+    kept = f"round {last} did not raise it, and is kept in {own}" if best != last else "the last round's is kept"
+    logger.info("validation Dice of the students: %s. The result is that of round %d: %s", scores, best, kept)
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    """Copy a student with its validation; the checkpoint comes last."""
+    if (source / "validation").is_dir():
+        shutil.copytree(source / "validation", target / "validation", dirs_exist_ok=True)
+    target.mkdir(exist_ok=True)
+    with open(source / _CHECKPOINTS[0], "rb") as content, atomic_write(target / _CHECKPOINTS[0]) as handle:
+        shutil.copyfileobj(content, handle)
 
 
 @dataclass

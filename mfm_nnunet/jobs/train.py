@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from mfm_nnunet.fields import takes
 from mfm_nnunet.files import inside, refuse_links, remove_leftovers, report_full_disk, shown
 from mfm_nnunet.finetune import groups
 from mfm_nnunet.finetune import settings as run_settings
-from mfm_nnunet.finetune.loading import read_fingerprint, select_labelled
+from mfm_nnunet.finetune.loading import read_dataset, read_fingerprint, select_labelled
 from mfm_nnunet.finetune.splits import Split, choose_split
 from mfm_nnunet.finetune.trainer import MFMTrainer
 from mfm_nnunet.finetune.universal import BEFORE, compare_old_classes, select_old_classes
@@ -144,6 +145,7 @@ def _execute_all(here: Workspace, inputs: Inputs, job: Job) -> Path:
             run_processes(execute, (job,), job.request.num_gpus)
         else:
             execute(job)
+        student.keep_better_round(job)
     return job.folder
 
 
@@ -168,7 +170,7 @@ def read_inputs(here: Workspace, request: TrainRequest) -> Inputs:
     run_settings.require_of_training(overrides, block)
     if request.recipe is not None:
         overrides = (*apply_recipe(request.recipe, block, plan.family), *overrides)
-    return Inputs(request, plans_file, plan, _read_dataset(here, dataset_name), overrides, weights)
+    return Inputs(request, plans_file, plan, read_dataset(here, dataset_name), overrides, weights)
 
 
 def check(here: Workspace, inputs: Inputs) -> Job:
@@ -279,6 +281,12 @@ def _validate_old_classes(trainer: MFMTrainer) -> None:
 
 def _pick_device(request: TrainRequest) -> torch.device:
     used = pick_device("cuda" if request.num_gpus > 1 else request.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and used.type != "cuda":
+        raise MFMError(
+            "E_CONFIG",
+            f"torchrun started several processes, and on {used.type} training has one: nnU-Net's trainer shares a step "
+            "among GPUs only. Run mfm_train itself, with -num_gpus on a computer with several.",
+        )
     if used.index:
         raise MFMError(
             "E_CONFIG", f"-device {used}: training uses the first visible GPU. Choose it with CUDA_VISIBLE_DEVICES."
@@ -295,22 +303,6 @@ def _read_plan(file: Path, dataset_name: str) -> Plan:
             "and preprocess.",
         )
     return plan
-
-
-def _read_dataset(here: Workspace, dataset_name: str) -> DatasetJson:
-    """Read dataset.json of a labelled dataset, and refuse one that breaks nnU-Net's rules or has no foreground."""
-    files = [root / dataset_name / "dataset.json" for root in (here.preprocessed, here.raw)]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise MFMError("E_NOT_FOUND", f"{files[0]}: there is no dataset.json. Run mfm_plan_and_preprocess.")
-    dataset = DatasetJson.read(file, f"Make it again with: mfm_plan_and_preprocess -d {dataset_name}")
-    if dataset.task == "segmentation" and not dataset.foreground:
-        raise MFMError(
-            "E_CONFIG",
-            f"{dataset_name} has no labels to segment ({file}, 'labels'). A corpus without labels is only for "
-            "pretraining: mfm_pretrain.",
-        )
-    return dataset
 
 
 def _check_data(here: Workspace, plan: Plan, request: TrainRequest, dataset: DatasetJson) -> tuple[Selection, Split]:

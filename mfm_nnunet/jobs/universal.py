@@ -37,7 +37,7 @@ from mfm_nnunet.finetune.splits import Split, ensure_splits, make_splits
 from mfm_nnunet.images import reading
 from mfm_nnunet.jobs.predict import predict
 from mfm_nnunet.jobs.registration import new_folder
-from mfm_nnunet.modalities import has_window, kind_of_channel
+from mfm_nnunet.modalities import has_window, kind_of, kind_of_channel
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.export import is_nifti, read_header, write_mask
 from mfm_nnunet.requests import PlanRequest
@@ -135,7 +135,10 @@ def _read_part(here: Workspace, dataset: str | int) -> Part:
     own = DatasetJson.of(corpus.read_dataset_json(folder))
     if corpus.is_corpus(folder) or own.task != "segmentation" or not own.foreground or is_union(folder):
         raise MFMError("E_CONFIG", f"--universal {dataset}: {name} is no dataset with masks of its own. Leave it out.")
-    return Part(name, folder, own, corpus.load_cases(folder))
+    cases = corpus.load_cases(folder)
+    if len({kind_of(case.modality) for case in cases}) > 1:
+        raise MFMError("E_CONFIG", f"--universal {dataset}: {name} has images of several modalities. Make one of each.")
+    return Part(name, folder, own, cases)
 
 
 def _require_alike(sources: Sequence[Part]) -> None:

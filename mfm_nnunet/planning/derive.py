@@ -25,6 +25,7 @@ from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.models.families import NetworkFamily, family_named
 from mfm_nnunet.models.memory import MemoryEstimate
 from mfm_nnunet.plan import INTENSITIES, Configuration
+from mfm_nnunet.plan_rules import PERCENTILES
 from mfm_nnunet.settings import FinetuneSettings, MFMBlock, PretrainSettings, resolved_warmup
 
 SMALL_NETWORK_BELOW_GB = 6.0
@@ -130,12 +131,19 @@ def explain_spacing(own: Configuration, mode: str | Sequence[float], num_cases: 
     return "--spacing onemm: one millimetre" if mode == "onemm" else "--spacing, as asked for"
 
 
+BY_PERCENTILES = (
+    "no common scale such as SUV: each image clipped to its own 0.5 and 99.5 percentiles, then mean 0, std 1. Predict "
+    "with mfm_predict: stock nnU-Net has no such rule, and stops"
+)
+
+
 def explain_normalisation(own: Configuration, channel: int, name: str, is_like: bool) -> str:
     """Explain the normalisation of the channel ``name``."""
     reasons = {
         "CTNormalization": f"'{name}' has a fixed scale: clip to the foreground's 0.5 and 99.5 percentiles, then mean "
         "0, std 1",
         "ZScoreNormalization": f"'{name}' has no fixed intensity scale: each image to mean 0, std 1",
+        PERCENTILES: BY_PERCENTILES,
     }
     other = f"nnU-Net's rule for a channel named '{name}'"
     reason = CHECKPOINTS if is_like else reasons.get(own.normalization_schemes[channel], other)

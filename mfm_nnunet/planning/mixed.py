@@ -17,7 +17,8 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.modalities import has_window, kind_of, kind_of_channel, rule_for
 from mfm_nnunet.plan import INTENSITIES, Plan
-from mfm_nnunet.planning.derive import Decision
+from mfm_nnunet.plan_rules import PERCENTILES
+from mfm_nnunet.planning.derive import BY_PERCENTILES, Decision
 from mfm_nnunet.planning.like import Template
 
 
@@ -44,15 +45,17 @@ def count_slices(fingerprint: Mapping[str, Any], every: int) -> int:
     return sum(math.ceil(shape[0] / every) for shape in fingerprint["shapes_after_crop"])
 
 
-def modalities_of(fingerprint: Mapping[str, Any], source: Template | None, is_corpus: bool) -> dict[str, Any] | None:
-    """Return the normalisation of each kind of image in a corpus of several, else None.
+def modalities_of(
+    fingerprint: Mapping[str, Any], source: Template | None, is_mixed: bool, pet: str | None = None
+) -> dict[str, Any] | None:
+    """Return the normalisation of each kind of image in a dataset of several, else None.
 
     A plan that must fit a checkpoint, ``source``, has the checkpoint's, and its own for other kinds.
     """
     measured = fingerprint.get("mfm", {}).get("modalities") or {}
-    own = {kind: rule_for(kind, intensities) for kind, intensities in measured.items()}
+    own = {kind: rule_for(kind, intensities, pet) for kind, intensities in measured.items()}
     if source is not None:
-        own = {**own, **source.plan.modalities} if is_corpus and source.plan.modalities else {}
+        own = {**own, **source.plan.modalities} if is_mixed and source.plan.modalities else {}
     return own or None
 
 
@@ -67,17 +70,19 @@ def for_dataset(
     return replace(source, plan=source.plan.for_modality(modality, intensities))
 
 
-def normalise_by(plans: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def normalise_by(plans: Mapping[str, Any], kind: str, pet: str | None = None) -> dict[str, Any]:
     """Return the plan of a labelled dataset with the normalisation of the kind of image that was asked for."""
-    table = {kind: rule_for(kind, plans[INTENSITIES])}
+    table = {kind: rule_for(kind, plans[INTENSITIES], pet)}
     return {**Plan.of({**plans, "mfm": {"modalities": table}}).for_modality(kind).content}
 
 
 def explain_modalities(table: Mapping[str, Any]) -> list[Decision]:
-    """Explain the normalisation of each kind of image in a corpus of several."""
+    """Explain the normalisation of each kind of image in a dataset of several."""
     decisions = []
     for kind, rule in table.items():
         reason = "no fixed intensity scale: each image to mean 0, std 1"
+        if rule["scheme"] == PERCENTILES:
+            reason = BY_PERCENTILES
         if windows := list((rule.get("intensities") or {}).values()):
             low, high = windows[0]["percentile_00_5"], windows[0]["percentile_99_5"]
             reason = f"fixed scale: clip to {low:.4g} ... {high:.4g} (0.5 and 99.5 percentiles), then mean 0, std 1"
@@ -86,18 +91,30 @@ def explain_modalities(table: Mapping[str, Any]) -> list[Decision]:
 
 
 def kinds_of(cases: Sequence[Case], dataset_json: Mapping[str, Any]) -> list[str]:
-    """List the kinds of images of a corpus that is normalised by modality; empty for others.
+    """List the kinds of images of a dataset that is normalised by modality; empty for others.
 
-    This is a corpus of several kinds, one that was registered with ``--modality``, and a union of labelled datasets of
-    which some have a window. Raises MFMError (E_CONFIG) if the kind of one of its images is not known.
+    This is a corpus of several kinds, one that was registered with ``--modality``, and a labelled dataset, or a union
+    of them, of several kinds of which one has a window. Raises MFMError (E_CONFIG) if the kind of one of its images is
+    not known.
     """
     if union_of(dataset_json) is not None:
         found = sorted({case.modality for case in cases})
         return found if len(found) > 1 and any(map(has_window, found)) else []
     kinds = Counter(kind_of(case.modality) for case in cases)
     is_asked = "modality" in dataset_json.get("mfm", {})
-    if any(case.label is not None for case in cases) or not (is_asked or len(set(kinds) - {""}) > 1):
+    if not (is_asked or len(set(kinds) - {""}) > 1):
         return []
+    if any(case.label is not None for case in cases):
+        channel = kind_of_channel(DatasetJson.of(dataset_json).channels[0])
+        if not any(map(has_window, {channel, *kinds})):
+            return []  # nnU-Net normalises such images one by one anyway
+        if kinds[""]:
+            unknown = next(case.name for case in cases if not kind_of(case.modality))
+            raise MFMError(
+                "E_CONFIG",
+                f"case {unknown} has no modality, nor have {kinds[''] - 1} others, and the dataset is of several "
+                f"({', '.join(sorted(set(kinds) - {''}))}). Fill the column 'modality' of subjects.csv.",
+            )
     if kinds[""]:
         example = next(case for case in cases if not kind_of(case.modality))
         raise MFMError(

@@ -77,7 +77,7 @@ class MFMPlanner(ResEncUNetPlanner):
             super().__init__(name, 8, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose)
         self.dataset_json: dict[str, Any] = corpus.read_dataset_json(raw)  # normalised, unlike the file
         self.is_corpus, self.union = corpus.is_corpus(raw), union_of(self.dataset_json)
-        self.is_mixed = self.is_corpus or self.union is not None
+        self.is_mixed = self.is_corpus or bool(self.union or self.dataset_fingerprint.get("mfm", {}).get("modalities"))
         self.dataset_json.setdefault("numTraining", len(self.dataset_fingerprint["spacings"]))
         self.plans_file = fingerprint_file.with_name(f"{plans_name}.json")
         self.plans: dict[str, Any] | None = None
@@ -88,7 +88,7 @@ class MFMPlanner(ResEncUNetPlanner):
         self.wanted: tuple[str, ...] | None = None
         self.planned: tuple[str, ...] = ()
         self.source: like.Template | None = None
-        self.modality = ""
+        self.modality, self.pet = "", ""
         shapes = np.array(self.dataset_fingerprint["shapes_after_crop"])
         if not len(shapes):
             raise MFMError("E_EMPTY", f"{fingerprint_file}: the fingerprint has no cases. Make it again.")
@@ -233,14 +233,16 @@ class MFMPlanner(ResEncUNetPlanner):
         plans["original_median_spacing_after_transp"] = [float(value) for value in np.median(spacings, 0)]
         if self.source:
             plans = self._like(plans, self.source)
-        elif self.modality and not self.is_corpus:
-            plans = mixed.normalise_by(plans, kind_of(self.modality))
+        elif self.modality and not self.is_mixed:
+            plans = mixed.normalise_by(plans, kind_of(self.modality), self.pet)
         plans["configurations"] = derive.select_configurations(plans["configurations"], self.wanted)
         if not self.source:
             derive.fit_to_intensities(plans, self.family)
         derive.require_two_stages(plans["configurations"])
         dataset = DatasetJson.of(self.dataset_json)
         plans["mfm"] = to_dict(self._block(plans))
+        if self.pet and "pet" not in (plans["mfm"].get("modalities") or {kind_of(self.modality)}):
+            raise MFMError("E_CONFIG", f"--pet {self.pet}: no image is known to be PET. Add --modality PET.")
         for name, configuration in plans["configurations"].items():
             if "data_identifier" in configuration:
                 configuration["data_identifier"] = Plan.of(plans).make_data_identifier(name, dataset)
@@ -274,7 +276,7 @@ class MFMPlanner(ResEncUNetPlanner):
             pretrain,
             finetune,
             self.source.entry if self.source else None,
-            modalities=mixed.modalities_of(self.dataset_fingerprint, self.source, self.is_mixed),
+            modalities=mixed.modalities_of(self.dataset_fingerprint, self.source, self.is_mixed, self.pet),
             corpus={name: self.settings[name] for name in CORPUS_SETTINGS if name in self.settings} or None,
             universal=dict(self.union) if self.union else None,
             network=self.family.name,

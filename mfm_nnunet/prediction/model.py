@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from mfm_nnunet.prediction.selection import ChosenOutputs
 
 logger = logging.getLogger(__name__)
-
 _MODEL_FOLDER = "A model folder has plans.json, dataset.json and folders fold_X with a checkpoint."
 VOXELS_COMPARED = 4_000_000
 """Number of voxels at which folds are compared."""
@@ -70,6 +69,8 @@ class Model:
     folds: tuple[int | str, ...] = ()
     autocast_dtype: torch.dtype = torch.float16
     """Mixed precision on CUDA: half like stock nnU-Net, or bf16 for models trained in it."""
+    cpu_dtype: torch.dtype | None = None
+    """Mixed precision on a CPU; None computes in float32, as stock does."""
     sha256: str = ""
     """Hash of weights, plan and labels together."""
     heads: tuple[HeadInfo, ...] = ()
@@ -115,7 +116,7 @@ class Model:
             self._use_fold(fold)
             which = f"{what}, fold {fold + 1} of {len(self.weights)}" if len(self.weights) > 1 else what
             # Entered anew for each fold: autocast caches the weights it has converted.
-            with gpu_settings(self.device, self.autocast_dtype):
+            with gpu_settings(self.device, self.autocast_dtype, self.cpu_dtype):
                 logits = self._slide(x_CDHW, step_size, mirror_axes, which).to("cpu")
             of_folds += [_label_thinly(logits, self.label_manager.has_regions)] if len(self.weights) > 1 else []
             total = logits if total is None else total.add_(logits)
@@ -139,7 +140,7 @@ class Model:
         for fold, head in enumerate(self.heads):
             self._use_fold(fold)
             views = head.views(x_CDHW, self.configuration_manager.patch_size)
-            with gpu_settings(self.device, self.autocast_dtype):
+            with gpu_settings(self.device, self.autocast_dtype, self.cpu_dtype):
                 z_NE = self.network.embed_views(views)  # type: ignore[operator]
             logits_1K = self.network.head(z_NE[None])  # type: ignore[operator]
             if not torch.isfinite(logits_1K).all():
@@ -186,8 +187,7 @@ class Model:
         place: torch.device,
     ) -> torch.Tensor:
         """Return the weighted mean of the windows' logits, kept on ``place``. ``count`` is called after each window."""
-        x_CDHW = x_CDHW.to(place)
-        shape = x_CDHW.shape[1:]
+        x_CDHW, shape = x_CDHW.to(place), x_CDHW.shape[1:]
         logits = torch.zeros((self.label_manager.num_segmentation_heads, *shape), dtype=torch.half, device=place)
         weight = torch.zeros(shape, dtype=torch.half, device=place)
         patch_size = tuple(self.configuration_manager.patch_size)

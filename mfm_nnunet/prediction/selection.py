@@ -1,4 +1,4 @@
-"""Predict some of a model's classes, and choose the normalisation of images in a union of datasets.
+"""Predict some of a model's classes, and choose the normalisation of images where it depends on their kind.
 
 Outputs are selected in each window, so memory and time of everything behind the network follow the selection. A label
 keeps its value in the masks whatever is selected. Legend: B batch, K outputs, D H W voxels.
@@ -19,6 +19,7 @@ from mfm_nnunet.data.class_table import ClassTable
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError, nearest
 from mfm_nnunet.files import whole_number
+from mfm_nnunet.modalities import kind_of
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.prediction.model import Model
 
@@ -44,11 +45,13 @@ class ChosenOutputs:
         return torch.cat([background, logits_BKDHW[:, self.outputs]], 1)
 
 
-def choose_outputs(model: Model, classes: Sequence[str] | None, classes_of: str | int | None) -> Model:
+def choose_outputs(
+    model: Model, classes: Sequence[str] | None, classes_of: str | int | None, modality: str | None = None
+) -> Model:
     """Return the model for the named classes, else those that a dataset of its union annotates, else for all.
 
-    ``classes_of`` also chooses the normalisation, where the datasets of the union have several. Raises MFMError
-    (E_CONFIG) for an unknown name, and if the normalisation is not known.
+    Where a model has several normalisations, ``modality`` chooses it, else ``classes_of``. Raises MFMError (E_CONFIG)
+    for an unknown name, and if the normalisation is not known.
     """
     plan = Plan.of(model.plans_manager.plans)
     table = None if plan.mfm.universal is None else ClassTable.of(plan.mfm.universal)
@@ -57,19 +60,25 @@ def choose_outputs(model: Model, classes: Sequence[str] | None, classes_of: str 
     if key is not None and table is not None and not names:
         names = tuple(table.classes_of(key))
     _require_known(model, names)
-    if table is not None and plan.modalities:
-        model = _normalised(model, plan, table, key, names)
+    if modality and kind_of(modality) not in plan.modalities:
+        known = f"by {', '.join(plan.modalities)}" if plan.modalities else "all images alike: leave it out"
+        raise MFMError("E_CONFIG", f"--modality {modality}: this model normalises {known}.")
+    if plan.modalities:
+        model = _normalised(model, plan, kind_of(modality or "") or _find_kind(plan, table, key, names))
     if not names:
         return model
     selection = select_classes(DatasetJson.of(model.dataset_json), names)
     return replace(model, selection=selection) if selection else model
 
 
-def describe_choice(classes: Sequence[str] | None, classes_of: str | int | None) -> dict[str, Any]:
+def describe_choice(
+    classes: Sequence[str] | None, classes_of: str | int | None, modality: str | None
+) -> dict[str, Any]:
     """Return the settings of a prediction that depend on the choice; empty without one, as before there was any."""
+    own = {} if modality is None else {"modality": kind_of(modality)}
     if not classes and classes_of is None:
-        return {}
-    return {"classes": list(classes or ()), "classes_of": None if classes_of is None else str(classes_of)}
+        return own
+    return {"classes": list(classes or ()), "classes_of": None if classes_of is None else str(classes_of), **own}
 
 
 def _find_dataset(table: ClassTable | None, wanted: str) -> str:
@@ -94,17 +103,28 @@ def _require_known(model: Model, names: Sequence[str]) -> None:
             raise MFMError("E_CONFIG", f"--classes {name}: given twice. Give it once.")
 
 
-def _normalised(model: Model, plan: Plan, table: ClassTable, key: str | None, names: Sequence[str]) -> Model:
-    """Return the model with the normalisation of a dataset, or of all datasets that annotate the classes."""
+def _find_kind(plan: Plan, table: ClassTable | None, key: str | None, names: Sequence[str]) -> str:
+    """Return the kind of image of a dataset, or of all datasets that annotate the classes."""
+    if table is None:
+        raise MFMError(
+            "E_CONFIG",
+            "which kind of images? This model normalises by modality. Give theirs with --modality: "
+            f"{' or '.join(plan.modalities)}.",
+        )
     keys = [key] if key else [k for k in table.datasets if not names or set(names) & set(table.classes_of(k))]
     kinds = {str(table.datasets[k]["kind"]) for k in keys}
     if len(kinds) > 1:
         listed = ", ".join(f"{k} ({table.datasets[k]['kind']})" for k in keys)
         raise MFMError(
             "E_CONFIG",
-            f"which kind of images? This model normalises by dataset. Give one of them with --classes-of: {listed}.",
+            f"which kind of images? This model normalises by dataset. Give one of them with --classes-of: {listed}; or "
+            "give --modality.",
         )
-    manager = PlansManager(dict(plan.for_modality(kinds.pop()).content))
+    return kinds.pop()
+
+
+def _normalised(model: Model, plan: Plan, kind: str) -> Model:
+    manager = PlansManager(dict(plan.for_modality(kind).content))
     own = manager.get_configuration(model.configuration)
     return replace(model, plans_manager=manager, configuration_manager=own)
 

@@ -67,8 +67,8 @@ Steps = Callable[[Cell], Iterator[Step]]
 """The remaining steps of a cell, as an iterator that is advanced after each step has ended."""
 
 
-def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
-    """Return all steps of a cell: training, prediction, scores."""
+def all_steps(study: Study, cell: Cell, device: str, licence: str | None = None) -> tuple[Step, Step, Step]:
+    """Return all steps of a cell: training, prediction, scores. ``licence`` of initial weights is accepted."""
     question, arm, folder = study.question, study.arms[cell.arm], study.cell_folder(cell)
     fold, model = str(study.fold(cell)), _model_of_cell(study, cell)
     environment = {
@@ -77,7 +77,8 @@ def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
         "nnUNet_results": str(folder / "results"),
     }
     common = ("--workspace", str(folder), *(() if device == "auto" else ("-device", device)))
-    weights = () if arm.file is None else ("-pretrained_weights", arm.file)
+    weights = [] if arm.file is None else ["-pretrained_weights", arm.file]
+    weights += [] if arm.file is None or licence is None else ["--accept-licence", licence]
     corpus = ("--unlabelled", arm.unlabelled.partition(" ")[0]) if arm.unlabelled else ()
     settings = ("--set", *question.settings, *arm.settings, f"seed={cell.seed}")
     train = ("mfm_train", question.dataset, question.configuration, fold, "-p", study.plans_name)
@@ -91,10 +92,10 @@ def all_steps(study: Study, cell: Cell, device: str) -> tuple[Step, Step, Step]:
     )
 
 
-def steps_left(study: Study, cell: Cell, device: str) -> Iterator[Step]:
+def steps_left(study: Study, cell: Cell, device: str, licence: str | None = None) -> Iterator[Step]:
     """Yield the remaining steps: train (or resume), predict, score. A cell with a result is only scored again."""
     folder = study.cell_folder(cell)
-    train, predict, score = all_steps(study, cell, device)
+    train, predict, score = all_steps(study, cell, device, licence)
     if (folder / RESULT).is_file():  # from another version of the library: masks and model are kept
         yield score
         return
@@ -108,11 +109,11 @@ def steps_left(study: Study, cell: Cell, device: str) -> Iterator[Step]:
     yield score
 
 
-def list_commands(study: Study, device: str) -> str:
+def list_commands(study: Study, device: str, licence: str | None = None) -> str:
     """List the commands of every cell of the study as a shell script."""
     lines = ["# The commands of every cell, as the study runs them."]
     for cell in study.asked:
-        lines += ["", f"# {cell}", *map(str, all_steps(study, cell, device))]
+        lines += ["", f"# {cell}", *map(str, all_steps(study, cell, device, licence))]
     return "\n".join(lines) + "\n"
 
 

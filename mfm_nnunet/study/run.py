@@ -87,7 +87,7 @@ def run_study(request: StudyRequest) -> Path:
         if corpus is not None:
             link_corpus(study, corpus)
             prepare_corpus(own, plan, configuration, corpus.name, study.folds[0].train)
-        check_arms(study, arms, plan, min(cell.num_labels for cell in cells))
+        check_arms(study, arms, plan, min(cell.num_labels for cell in cells), request.accept_licence)
         check_labelled_cases(
             study.linked_cases(), plan.content["image_reader_writer"], study.dataset_json, f"{dataset.name}, test split"
         )
@@ -115,6 +115,8 @@ def read_labelled(here: Workspace, dataset: str | int) -> RawDataset:
     unlabelled = [case.name for case in found.cases if case.label is None]
     if found.is_corpus or len(unlabelled) == len(found.cases) or not DatasetJson.of(found.content).foreground:
         raise MFMError("E_CONFIG", f"{found.name} has no labels. Give a labelled dataset.")
+    if len({case.modality for case in found.cases}) > 1 or "universal" in found.content.get("mfm", {}):
+        raise MFMError("E_CONFIG", f"{found.name}: a study takes images of one modality and one dataset, and no union.")
     if unlabelled:
         reason = f"{len(unlabelled)} of {len(found.cases)} cases have no label, e.g. {unlabelled[0]}"
         raise MFMError("E_NOT_FOUND", f"{raw / 'dataset.json'}: {reason}. Add the labels, or remove these cases.")
@@ -231,14 +233,18 @@ def check_head(dataset: DatasetJson, head: str) -> None:
         raise MFMError("E_CONFIG", f"head={head}: the dataset has masks, and heads are for labels of whole images.")
 
 
-def check_arms(study: Study, arms: Mapping[str, Arm], plan: Plan, fewest_labels: int) -> None:
+def check_arms(
+    study: Study, arms: Mapping[str, Arm], plan: Plan, fewest_labels: int, licence: str | None = None
+) -> None:
     """Raise MFMError (E_MODEL_MISMATCH, E_CONFIG and others) if the training of an arm would be refused."""
     for name, arm in arms.items():
         settings = (*study.question.settings, *arm.settings)
         checkpoint = Path(arm.file) if arm.file else None
         try:
             check_head(study.dataset, arm.head)
-            check_start(plan, study.question.configuration, fewest_labels, settings, checkpoint, study.dataset.task)
+            check_start(
+                plan, study.question.configuration, fewest_labels, settings, checkpoint, study.dataset.task, licence
+            )
         except MFMError as error:
             advice = ""
             if error.code == "E_MODEL_MISMATCH":
@@ -266,7 +272,7 @@ def train_cells(study: Study, cells: Sequence[Cell], request: StudyRequest, gpus
     default = 1 if pick_device(request.device).type == "mps" else len(gpus) or workspace.num_cores()
     num_jobs = min(request.jobs or default, max(1, len(todo) + len(again)))
     with atomic_write(study.folder / COMMANDS) as handle:
-        handle.write(list_commands(study, request.device).encode("utf-8", "surrogateescape"))
+        handle.write(list_commands(study, request.device, request.accept_licence).encode("utf-8", "surrogateescape"))
     logger.info("%d cells, %d of them finished; %d at a time", len(cells), len(cells) - len(todo), num_jobs)
     for caution in list_cautions(study):
         logger.warning("%s", caution)
@@ -288,7 +294,7 @@ def train_cells(study: Study, cells: Sequence[Cell], request: StudyRequest, gpus
     times = [finished[cell].get("seconds", {}) for cell in cells if cell in finished]
     failures = running.run_cells(
         again + todo,
-        lambda cell: steps_left(study, cell, request.device),
+        lambda cell: steps_left(study, cell, request.device, request.accept_licence),
         running.share_computer(num_jobs, gpus),
         study.folder / "logs",
         finish,

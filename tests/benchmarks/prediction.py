@@ -1,10 +1,12 @@
 """Prediction of a folder: ours against nnU-Net's ``predict_from_files``, same model and scans, in one run.
 
     python -m tests.benchmarks.prediction [--model FOLDER --images FOLDER] [--rounds 5] [--workers 1] [--device cpu]
+    python -m tests.benchmarks.prediction --model FOLDER --images FOLDER --labels FOLDER --fast
 
 Both sides are timed from loading the model to the last mask on the disk, in turn (A B A B ...) after one round that
-does not count. Wall and CPU seconds include all child processes; memory is the private memory of the process tree above
-what this process held before. Without a model, a small random one and synthetic scans are used. Prints one JSON object.
+does not count. ``--fast`` is ours alone; stock predicts as ever. ``--labels`` adds the Dice of both. Wall and CPU
+seconds include all child processes; memory is the private memory of the process tree above what this process held
+before. Without a model, a small random one and synthetic scans are used. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import mfm_nnunet
@@ -49,8 +52,10 @@ def measure(work: Callable[[], Any]) -> dict[str, float]:
     return {"wall_s": wall, "cpu_s": sum(after[:4]) - sum(before[:4]), "memory_mb": max(0, peak[0] - base) / 1e6}
 
 
-def compare(model: Path, images: Path, rounds: int, options: dict[str, Any], workers: int) -> dict[str, Any]:
-    """Time both sides ``rounds`` times and compare their masks."""
+def compare(
+    model: Path, images: Path, rounds: int, options: dict[str, Any], workers: int, labels: Path | None = None
+) -> dict[str, Any]:
+    """Time both sides ``rounds`` times and compare their masks, with each other and with those in ``labels``."""
     ending = json.loads((model / "dataset.json").read_text())["file_ending"]
     options = {**options, "folds": load_model(model, device="cpu").folds}
     with tempfile.TemporaryDirectory() as place:
@@ -68,14 +73,26 @@ def compare(model: Path, images: Path, rounds: int, options: dict[str, Any], wor
                     results[name].append(result)
         masks = sorted(file.name for file in folders["stock"].glob(f"*{ending}"))
         pairs = [(voxels_of(folders["mfm"] / name), voxels_of(folders["stock"] / name)) for name in masks]
+        truth = [] if labels is None else [voxels_of(labels / name) for name in masks]
     ratios = [stock["wall_s"] / mfm["wall_s"] for mfm, stock in zip(results["mfm"], results["stock"])]
     return {
         "cases": len(masks),
         "voxels": sum(mask.size for mask, _ in pairs),
         "voxels_that_differ": int(sum((mask != expected).sum() for mask, expected in pairs)),
         "times_faster": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+        "dice": {name: mean_dice(side, truth) for name, side in zip(("mfm", "stock"), zip(*pairs)) if truth},
         **{name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in results.items()},
     }
+
+
+def mean_dice(masks: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
+    """Mean over the labels of each reference, then over the references."""
+    cases = []
+    for mask, reference in zip(masks, truth):
+        labels = np.unique(reference[reference > 0])
+        cases.append(np.mean([2 * ((mask == v) & (reference == v)).sum() / ((mask == v).sum() + (reference == v).sum())
+                              for v in labels]))  # fmt: skip
+    return float(np.mean(cases))
 
 
 def _stock(model: Path, images: Path, output: Path, options: dict[str, Any], workers: int) -> None:
@@ -125,17 +142,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--step-size", type=float, default=0.5)
     parser.add_argument("--no-mirroring", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="ours without mirroring and in bf16, stock as ever")
+    parser.add_argument("--labels", type=Path, help="folder of reference masks")
     arguments = parser.parse_args()
     options = {
         "step_size": arguments.step_size,
         "mirroring": not arguments.no_mirroring,
         "device": arguments.device,
+        "fast": arguments.fast,
     }
     with tempfile.TemporaryDirectory() as place:
         model, images = arguments.model, arguments.images
         if model is None or images is None:
             model, images = _synthetic(Path(place), arguments.cases)
-        result = compare(model, images, arguments.rounds, options, arguments.workers)
+        result = compare(model, images, arguments.rounds, options, arguments.workers, arguments.labels)
     result["load_average"] = os.getloadavg()
     result["threads"] = torch.get_num_threads()
     result["versions"] = {name: version(name) for name in ("mfm_nnunet", "nnunetv2", "torch")}

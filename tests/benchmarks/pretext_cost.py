@@ -2,9 +2,10 @@
 
 Each pair of task and network runs in a process of its own, several rounds of all of them in turn; the median is
 printed. A step is forward, backward, clipping and optimiser on a batch that is ready; making an item is timed apart.
-The supervised step has nnU-Net's Dice and cross entropy, with deep supervision for the U-Net, and the same optimiser.
-On the CPU times are CPU seconds of one thread and memory is the growth of the resident set (Linux); on CUDA wall
-seconds and torch's peak of allocated memory.
+The supervised step has nnU-Net's Dice and cross entropy, with deep supervision where the network has it, and the same
+optimiser. Swin, PCT-Net and the encoder of timm are planned for images of --patch by their own family, which may take a
+smaller patch: compare within a network. On the CPU times are CPU seconds of one thread and memory is the growth of the
+resident set (Linux); on CUDA wall seconds and torch's peak of allocated memory.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.pretext_cost --rounds 3
     python -m tests.benchmarks.pretext_cost --size M --patch 160 160 160 --device cuda --precision bf16
@@ -31,13 +32,16 @@ import torch
 from mfm_nnunet.device import autocast
 from mfm_nnunet.engine.optim import make_optimizer
 from mfm_nnunet.models.backbone import make_backbone
+from mfm_nnunet.models.families import Sizing, family_named
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus_family import primus_architecture
 from mfm_nnunet.tasks.base import find_task, list_tasks
 from tests.benchmarks.memory_estimate import SMALL, STANDARD, resenc_architecture
 from tests.benchmarks.pretext_pictures import make_batch, make_item
 
-NETWORKS = ("resenc", "primus")
+NETWORKS = ("resenc", "primus", "swin", "pctnet", "timm")
+GPU_GB = 24
+"""Memory for which Swin, PCT-Net and timm are planned, unless the size is CPU."""
 SUPERVISED = "supervised"
 NUM_LABELS = 3
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -53,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", choices=["CPU", "S", "B", "M", "L"], default="CPU", help="of Primus; all but CPU: the large ResEnc")
+    add("--encoder", default="vit_pe_spatial_tiny_patch16_512.fb", help="of timm; random weights")
     add("--patch", type=int, nargs="+", default=[40, 56, 40])
     add("--batch", type=int, default=2)
     add("--steps", type=int, default=5, help="timed steps of a round, after two others")
@@ -105,6 +110,8 @@ def print_table(arguments: argparse.Namespace, results: dict[str, list[dict[str,
         cells += [f"{row['bytes'] / 1e9:.2f}", f"{row['bytes'] / base['bytes']:.2f}"]
         cells += [f"{row['item']:.3f}" if task != SUPERVISED else ""]
         print(f"| {' | '.join(cells)} |")
+    patches = {network: plan(network, arguments)[1] for network in sorted({pair.split()[-1] for pair in results})}
+    print("\npatches:", ", ".join(f"{network} {'x'.join(map(str, own))}" for network, own in patches.items()))
 
 
 def measure(pair: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -140,13 +147,23 @@ def clock(device: torch.device) -> float:
     return time.process_time()
 
 
-def make_network(network: str, arguments: argparse.Namespace, num_outputs: int, **keywords: Any) -> torch.nn.Module:
+def plan(network: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Return the architecture and the patch of a network."""
     patch, is_small = tuple(arguments.patch), arguments.size == "CPU"
-    if network == "primus":
-        architecture = primus_architecture(arguments.size, patch)
-    else:
-        base, largest, blocks = (16, 128, SMALL) if is_small else (32, 320, STANDARD)
-        architecture = resenc_architecture(base, largest, blocks, len(patch))
+    base, largest, blocks = (16, 128, SMALL) if is_small else (32, 320, STANDARD)
+    resenc = resenc_architecture(base, largest, blocks, len(patch))
+    if network in ("resenc", "primus"):
+        return (resenc if network == "resenc" else primus_architecture(arguments.size, patch)), patch
+    variant, spacing = f"timm:{arguments.encoder}" if network == "timm" else network, (1.0,) * len(patch)
+    memory = None if is_small else GPU_GB
+    planned = family_named(variant).plan_network(
+        Sizing(variant, tuple(map(float, patch)), spacing, memory, 1, NUM_LABELS, {"architecture": resenc})
+    )
+    return planned.architecture, tuple(planned.patch_size)
+
+
+def make_network(planned: tuple[dict[str, Any], tuple[int, ...]], num_outputs: int, **keywords: Any) -> torch.nn.Module:
+    architecture, patch = planned
     plans = {
         "plans_name": "cost",
         "configurations": {"only": {"patch_size": list(patch), "architecture": architecture}},
@@ -156,9 +173,9 @@ def make_network(network: str, arguments: argparse.Namespace, num_outputs: int, 
 
 def pretext_loss(name: str, network: str, arguments: argparse.Namespace) -> tuple[torch.nn.Module, Callable, float]:
     """The task, its loss on a batch that is ready, and the seconds that one item took."""
-    patch, task_class = tuple(arguments.patch), find_task(name)
-    config = task_class.Config()
-    module = make_network(network, arguments, task_class.num_outputs(config, 1))
+    planned, task_class = plan(network, arguments), find_task(name)
+    config, patch = task_class.Config(), planned[1]
+    module = make_network(planned, task_class.num_outputs(config, 1))
     backbone = make_backbone(module, patch, task_class.restoring)
     config = task_class.resolve(config, backbone.geometry())
     task, transform = task_class(config, backbone), task_class.transform(config, patch)
@@ -177,16 +194,17 @@ def supervised_loss(name: str, network: str, arguments: argparse.Namespace) -> t
     from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-    is_deep = network == "resenc"
-    module = make_network(network, arguments, NUM_LABELS, deep_supervision=is_deep)
+    planned = plan(network, arguments)
+    module = make_network(planned, NUM_LABELS, deep_supervision=True)
     dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
     loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
-    image = torch.randn(arguments.batch, 1, *arguments.patch, device=arguments.device)
-    if not is_deep:
+    image = torch.randn(arguments.batch, 1, *planned[1], device=arguments.device)
+    with torch.no_grad():
+        outputs = module.to(arguments.device)(image)
+    if not isinstance(outputs, (list, tuple)):
         label = torch.randint(NUM_LABELS, image.shape, device=arguments.device)
         return module, lambda: loss(module(image), label), 0.0
-    with torch.no_grad():
-        shapes = [output.shape[2:] for output in module.to(arguments.device)(image)]
+    shapes = [output.shape[2:] for output in outputs]
     labels = [torch.randint(NUM_LABELS, (*image.shape[:2], *shape), device=arguments.device) for shape in shapes]
     weights = [0.5**level for level in range(len(labels) - 1)] + [0.0]
     deep = DeepSupervisionWrapper(loss, [weight / sum(weights) for weight in weights])

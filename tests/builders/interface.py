@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import mfm_nnunet
+from mfm_nnunet.cli.info import COMMANDS
 from mfm_nnunet.settings import MFMBlock, ProbeSettings, setting_names, to_dict
 from mfm_nnunet.tasks.base import find_task
 from mfm_nnunet.tasks.registry import list_tasks
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "mfm_nnunet"
-COMMANDS = ("plan_and_preprocess", "pretrain", "train", "predict", "checkpoint", "demo", "study", "info", "doctor")
 RAISED = re.compile(r"""["'](E_[A-Z]+(?:_[A-Z]+)*)(?=["']|  )""")
 """A code as an argument, or at the beginning of a message."""
 

@@ -49,12 +49,15 @@ def test_import_verify_and_export(file: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        ("describe", "required"),
+        ("describe", "CHECKPOINT is missing"),
+        ("list a.pth", "takes no CHECKPOINT"),
+        ("list -o a", "writes nothing"),
         ("explain a.pth", "choose from"),
         ("export a.pth", "-o PATH"),
         ("import a.pth", "-o PATH"),
         ("describe a.pth -o b.pth", "writes nothing"),
-        ("import a.pth -o b.pth --layout nnssl", "belongs to export"),
+        ("import a.pth -o b.pth --layout nnssl", "belong to export"),
+        ("import a.pth -o b.pth --pictures", "belong to export"),
     ],
 )
 def test_usage(line: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:

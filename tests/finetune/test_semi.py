@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
 from mfm_nnunet.finetune import semi
 from mfm_nnunet.finetune.fold import FoldRun
 from mfm_nnunet.settings import SemiSettings
+from mfm_nnunet.tasks.consistency import turn
 from mfm_nnunet.workspace import Workspace
 from tests.builders import tiny
 from tests.builders.training import Killed, require_equal, state_of, train
@@ -80,3 +84,14 @@ def ramp_of(method: str) -> list[float]:
 def read_rows(here: Workspace) -> list[dict[str, Any]]:
     (file,) = here.results.glob(f"{tiny.NAME}/*/fold_0/unlabelled.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("quarters", "flips"), [(1, (True, True)), (2, (False, True)), (2, (False, False))])
+def test_the_stronger_view_is_turned_as_it_says(quarters: int, flips: tuple[bool, ...]) -> None:
+    weak = torch.randn(64, 1, 6, 6 if quarters == 1 else 8)
+    views = semi.Views(True, quarters, flips, ComposeTransforms([]), 0.5)
+    drawn = views(weak, np.random.default_rng(0))
+    assert torch.equal(drawn["strong"], turn(weak, drawn["turns"]))
+    assert set(drawn["turns"][:, 0].tolist()) == set(range(0, 4, quarters))
+    for axis, may in enumerate(flips, start=1):
+        assert set(drawn["turns"][:, axis].tolist()) == ({0, 1} if may else {0})

@@ -12,18 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mfm_nnunet import api, checkpoint
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange import nnssl_export
-from mfm_nnunet.interchange.folder import model_card
+from mfm_nnunet.interchange.folder import model_card, stated_licence
 from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from mfm_nnunet.interchange.verify import require_complete
 from mfm_nnunet.models.families import family_of_architecture
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.models.primus import PRIMUS_SIZES
+from mfm_nnunet.reports.progress import plot_progress
 from mfm_nnunet.settings import MFMBlock, to_dict
 from tests.builders import foreign, tiny
 from tests.builders.architectures import plain, resenc
@@ -574,3 +576,55 @@ def test_our_own_fine_tuned_primus_needs_no_word(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO):
         read_checkpoint(place, "hwd")
     assert "--token-order hwd has no effect" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["folder", "nnssl"])
+@pytest.mark.parametrize("pictures", [False, True])
+def test_the_card_shows_the_curve_and_scans_only_on_request(pictures: bool, layout: str, tmp_path: Path) -> None:
+    """The head of the card is read by huggingface_hub as it was written."""
+    file = ours("resenc", 1, tmp_path)
+    history = [
+        {"epoch": epoch, "train_loss": 1 / (epoch + 1), "validation_loss": 1.0, "learning_rate": 0.1, "seconds": 1.0}
+        for epoch in range(3)
+    ]
+    plot_progress(history, tmp_path / "progress.png", "mae")
+    plot_progress(history, tmp_path / "examples.png", "stands for a crop")
+    api.convert_checkpoint(file, tmp_path / "out", layout=layout, licence="cc-by-4.0", pictures=pictures)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "mfm_nnunet")
+    assert "self-supervised-learning" in card.data.tags
+    shown = re.findall(r"!\[[^]]+\]\((.*)\)", card.text)
+    assert shown == (["progress.png", "examples.png"] if pictures else ["progress.png"])
+    for name in shown:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert (tmp_path / "out" / "examples.png").exists() == pictures
+    assert ("no images but the crop above" in card.text) == pictures
+    again = tmp_path / "again"
+    convert(find_checkpoint(tmp_path / "out"), again, "folder")
+    assert (again / "progress.png").exists()
+
+
+def test_a_card_names_the_repository_that_the_weights_came_from(tmp_path: Path) -> None:
+    file = foreign.OPENMIND["ResEncL-OpenMind-MAE"]().write(tmp_path)
+    place = tmp_path / "models--AnonRes--A-B" / "snapshots" / ("a" * 40)
+    place.mkdir(parents=True)
+    file.rename(place / file.name)
+    convert(place / file.name, tmp_path / "out", "folder")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "AnonRes/A-B"
+    assert f"hf://AnonRes/A-B@{'a' * 40}" in card.text
+
+
+@pytest.mark.parametrize(
+    ("head", "licence"),
+    [
+        ("license: other\nlicense_name: dinov3-license", "dinov3-license"),
+        ("license: [mit, bsd]", None),
+        ("license: {a: 1", None),
+        ("- a list", None),
+        ("license: other", None),
+    ],
+)
+def test_licences_of_foreign_cards(head: str, licence: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# Title\n")
+    assert stated_licence(tmp_path) == licence

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,9 +17,11 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
+from mfm_nnunet import info
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.interchange.hub import fetch
-from mfm_nnunet.interchange.read import find_checkpoint, read_checkpoint
+from mfm_nnunet.interchange.published import PUBLISHED
+from mfm_nnunet.interchange.read import convert, find_checkpoint, read_checkpoint
 from tests.builders import foreign
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -35,6 +39,8 @@ class Hub(ThreadingHTTPServer):
         """Whether files are not what their hashes say."""
         self.status = 0
         """What every question is answered with, if it is not 0."""
+        self.commit = COMMIT
+        """The newest commit; all files are of it."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -51,20 +57,23 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.status:
             self.send_error(self.server.status)
             return
-        if path == f"/api/models/AnonRes/ResEncL-OpenMind-MAE/revision/{COMMIT}":
-            assert "blobs=true" in self.path
-            siblings = [listed(name, data) for name, data in self.server.files.items()]
-            self.send(json.dumps({"id": "AnonRes/ResEncL-OpenMind-MAE", "sha": COMMIT, "siblings": siblings}).encode())
-            return
+        commit, owners = self.server.commit, ("AnonRes", "MIC-DKFZ")
+        for repository in (f"{owner}/ResEncL-OpenMind-MAE" for owner in owners):
+            if path in (f"/api/models/{repository}/revision/{revision}" for revision in ("main", commit)):
+                self.send(json.dumps({"id": repository, "sha": commit, "siblings": []}).encode())
+                return
+            if path == f"/api/models/{repository}/tree/{commit}":
+                self.send(json.dumps([listed(name, data) for name, data in self.server.files.items()]).encode())
+                return
         name = path.rpartition("/")[2]
-        if not path.startswith(f"/AnonRes/ResEncL-OpenMind-MAE/resolve/{COMMIT}/") or name not in self.server.files:
+        if f"/ResEncL-OpenMind-MAE/resolve/{commit}/" not in path or name not in self.server.files:
             self.send_response(404)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
         data = self.server.files[name]
         entry = listed(name, data)
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{entry.get("lfs", {}).get("sha256") or entry["blobId"]}"'}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{entry.get("lfs", {}).get("oid") or entry["oid"]}"'}
         if not is_head:
             self.server.asked.append(name)
             data = data[:-1] + b"?" if self.server.lies else data
@@ -85,10 +94,10 @@ class Handler(BaseHTTPRequestHandler):
 def listed(name: str, data: bytes) -> dict[str, Any]:
     """What a hub lists of a file: git's hash, and SHA-256 of those that are too large for git."""
     git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git}
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": git}
     if name.endswith((".json", ".md")):
         return entry
-    return {**entry, "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+    return {**entry, "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
 
 
 @pytest.fixture
@@ -111,7 +120,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_a_hub_is_asked_for_what_is_needed_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = find_checkpoint(ADDRESS)
     assert file.read_bytes() == hub.files["checkpoint_final.pth"]
-    assert hub.asked == ["config.json", "README.md", "checkpoint_final.pth"]
+    assert sorted(hub.asked) == ["README.md", "checkpoint_final.pth", "config.json"]
     assert read_checkpoint(file).mfm["pretext"] == "mae"
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     assert find_checkpoint(ADDRESS) == file
@@ -149,9 +158,9 @@ def test_a_cache_that_another_program_filled_is_completed(
     with monkeypatch.context() as without, caplog.at_level(logging.INFO):
         without.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         assert str(find_checkpoint(ADDRESS)) == fetched
-    assert "not in the cache, if it has them: config.json, adaptation_plan.json" in caplog.text
+    assert "files in the cache are used as they are" in caplog.text
     assert str(find_checkpoint(ADDRESS)) == fetched
-    assert hub.asked == ["checkpoint_final.pth", "config.json", "README.md"]
+    assert sorted(hub.asked) == ["README.md", "checkpoint_final.pth", "config.json"]
 
 
 def test_no_connection_of_a_client_that_calls_it_a_file_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +176,11 @@ def test_no_connection_of_a_client_that_calls_it_a_file_error(hub: Hub, monkeypa
 
 
 def test_hubs_that_list_no_hash_are_not_trusted(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{__name__}.listed", lambda name, data: {"rfilename": name})
-    with pytest.raises(MFMError, match="lists no hash") as caught:
+    without = lambda name, data: {"type": "file", "path": name, "size": len(data), "oid": None}  # noqa: E731
+    monkeypatch.setattr(f"{__name__}.listed", without)
+    with pytest.raises(MFMError, match="hash differs") as caught:
         fetch(ADDRESS)
-    assert caught.value.code == "E_NETWORK"
+    assert caught.value.code == "E_MODEL_CORRUPT"
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, "E_NOT_FOUND"), (403, "E_NOT_FOUND"), (503, "E_NETWORK")])
@@ -185,7 +195,7 @@ def test_a_full_disk_is_no_missing_network(hub: Hub, monkeypatch: pytest.MonkeyP
     def full(*_: Any, **__: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
     with pytest.raises(OSError, match="No space"):
         fetch(ADDRESS)
 
@@ -227,3 +237,62 @@ def test_files_and_folders_of_this_computer(tmp_path: Path) -> None:
     file = foreign.OPENMIND["ResEncL-OpenMind-MAE"]().write(tmp_path / "with space")
     for address in (file, str(file), file.parent, file.as_uri(), file.parent.as_uri()):
         assert find_checkpoint(address) == file
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> str:
+    """Let the played hub's repository have a published name, pinned as ``changes`` say."""
+    entry = dataclasses.replace(PUBLISHED["openmind-resencl-mae"], sha256=None, **changes)
+    monkeypatch.setitem(PUBLISHED, entry.name, entry)
+    return entry.name
+
+
+def test_a_published_name_is_pinned_by_its_first_download(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The commit is said, kept when the repository moves on, used without a connection, and recorded on import."""
+    name, address = publish(monkeypatch), f"hf://MIC-DKFZ/ResEncL-OpenMind-MAE@{COMMIT}"
+    with caplog.at_level(logging.INFO):
+        file = find_checkpoint(name)
+    assert f"{name}: this computer uses {address} from now on" in caplog.text
+    hub.commit = "f" * 40
+    with pytest.raises(MFMError, match="404"):  # the played hub forgets the older commit, a real one keeps it
+        find_checkpoint(name)
+    hub.commit = COMMIT
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert find_checkpoint(name) == file
+    assert read_checkpoint(file).origin["address"] == address
+    convert(file, tmp_path / "ours.pth", "pth")
+    source = read_checkpoint(tmp_path / "ours.pth").mfm["source"]
+    assert (source["address"], source["sha256"]) == (address, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def test_a_published_name_with_a_hash_takes_no_other_weights(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.sha256(hub.files["checkpoint_final.pth"]).hexdigest()
+    name = publish(monkeypatch, commit=COMMIT)
+    monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(PUBLISHED[name], sha256=digest))
+    assert find_checkpoint(name).read_bytes() == hub.files["checkpoint_final.pth"]
+    monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(PUBLISHED[name], sha256="0" * 64))
+    with pytest.raises(MFMError, match=f"{digest}, not the 0{{64}}.*@{COMMIT}") as caught:
+        find_checkpoint(name)
+    assert caught.value.code == "E_MODEL_CORRUPT"
+
+
+def test_names_of_published_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MFMError, match=r"'openmind-resencl-mae'.*mfm_checkpoint list") as caught:
+        fetch("openmind-resenc-mae")
+    assert caught.value.code == "E_NOT_FOUND"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openmind-resencl-mae").mkdir()
+    assert fetch("openmind-resencl-mae") == Path("openmind-resencl-mae")
+
+
+def test_the_table_of_published_weights() -> None:
+    """Each name is an address that this program takes, and what pins it has the form of a hash."""
+    assert {row["name"] for row in info("checkpoints")} == set(PUBLISHED)
+    for name, entry in PUBLISHED.items():
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", name)
+        assert re.fullmatch(r"[0-9a-f]{64}", entry.sha256 or "0" * 64)
+        assert re.fullmatch(r"[0-9a-f]{40}", entry.commit or "0" * 40)
+        assert re.fullmatch(r"[\w-]+/[\w-]+", entry.repository)
+        assert re.fullmatch(r"arXiv:\d{4}\.\d{5}", entry.paper)
+    assert {entry.repository.partition("/")[2] for entry in PUBLISHED.values()} >= set(foreign.OPENMIND)

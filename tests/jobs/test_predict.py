@@ -26,6 +26,7 @@ from nnunetv2.ensembling.ensemble import average_probabilities, merge_files
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from mfm_nnunet import device
 from mfm_nnunet.errors import CasesFailedError, MFMError
 from mfm_nnunet.jobs import predict
 from mfm_nnunet.jobs.predict import PredictReport
@@ -83,6 +84,32 @@ def _stock(predictor: nnUNetPredictor, files: list[list[Path]], out: Path, endin
     names = [[str(file) for file in case] for case in files]
     predictor.predict_from_files_sequential(names, targets, **options)
     return out
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_fast_is_without_mirroring_and_in_bf16_where_the_cpu_has_it(
+    model: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    has_bf16: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "has_bf16", lambda: has_bf16)
+    dtypes: set[torch.dtype] = set()
+    forward = Model._forward
+
+    def record(self: Model, tile: torch.Tensor) -> torch.Tensor:
+        dtypes.add((logits := forward(self, tile)).dtype)
+        return logits
+
+    monkeypatch.setattr(Model, "_forward", record)
+    predict_folder(model, scans, tmp_path / "fast", fast=True)
+    assert dtypes == {torch.bfloat16 if has_bf16 else torch.float32}
+    assert ("does not compute in bf16" in caplog.text) is not has_bf16
+    settings = json.loads((tmp_path / "fast" / "predict_from_raw_data_args.json").read_text())["settings"]
+    assert settings["mirroring"] is False
+    assert settings.get("precision") == ("bf16" if has_bf16 else None)
+    predict_folder(model, scans, tmp_path / "plain", mirroring=False)
+    for file in (tmp_path / "plain").glob("*.nii.gz"):
+        same = voxels_of(file) == voxels_of(tmp_path / "fast" / file.name)
+        assert same.mean() >= (0.97 if has_bf16 else 1)
 
 
 def test_masks_are_those_of_stock_with_the_geometry_of_the_scan(

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,62 @@ def test_every_phase_of_two_rounds_resumes_exactly(few: Workspace, monkeypatch: 
     resumed = learn(few, "semi.rounds=2", continue_training=True)
     require_equal(whole, state_of(resumed))
     assert (resumed / "rounds" / "1").is_dir()
+
+
+def summarise(folder: Path, dice: float) -> None:
+    (folder / "validation").mkdir(parents=True, exist_ok=True)
+    (folder / "validation" / "summary.json").write_text(json.dumps({"foreground_mean": {"Dice": dice}}))
+
+
+def test_the_round_that_validates_best_is_the_result(
+    few: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first student scores 0.8, all others 0.7: the fold gets the first, and says so."""
+
+    def validate(self: MFMTrainer, save_probabilities: bool = False) -> None:
+        summarise(Path(self.output_folder), 0.8 if "rounds" in self.output_folder else 0.7)
+
+    monkeypatch.setattr(MFMTrainer, "perform_actual_validation", validate)
+    with caplog.at_level(logging.INFO):
+        fold = learn(few, "semi.rounds=2")
+    (first,) = (fold / "rounds").glob("1/*/*/fold_0")
+    assert "round 1 0.800, round 2 0.700. The result is that of round 1: round 2 did not raise it" in caplog.text
+    assert (fold / "checkpoint_final.pth").read_bytes() == (first / "checkpoint_final.pth").read_bytes()
+    assert phases._validation_dice(fold) == 0.8
+    assert phases._validation_dice(fold / "rounds" / "2") == 0.7
+    assert (fold / "rounds" / "2" / "checkpoint_final.pth").read_bytes() != (
+        first / "checkpoint_final.pth"
+    ).read_bytes()
+    assert json.loads((fold / "rounds.json").read_text()) == {"validation_dice": {"1": 0.8, "2": 0.7}, "result": 1}
+    page = (fold / "report.html").read_text()
+    assert "the student of round 1; curves" in page
+    assert "What to label next" in page
+    assert rows_of(fold / "pseudo_labels" / "round_2" / "next_to_label.csv")[0]["reason"] in page
+    longer = ("semi.rounds=2", "finetune.epochs=3")
+    refused("E_CONFIG", "round 1", lambda: learn(few, *longer, continue_training=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "result"), [(0.7, 0.7, 2), (0.6, 0.7, 2), (float("nan"), 0.7, 2), (0.8, 0.7, 1)]
+)
+def test_which_round_is_the_result(tmp_path: Path, first: float, second: float, result: int) -> None:
+    earlier = tmp_path / "rounds" / "1" / "Dataset" / "model" / "fold_0"
+    for folder, dice, content in ((earlier, first, b"1"), (tmp_path, second, b"2")):
+        summarise(folder, dice)
+        (folder / "checkpoint_final.pth").write_bytes(content)
+    job: Any = SimpleNamespace(folder=tmp_path, request=SimpleNamespace(only_validate=False))
+    for _ in range(2):  # also if it was interrupted before it said that it was done
+        phases.keep_better_round(job)
+        assert (tmp_path / "checkpoint_final.pth").read_bytes() == str(result).encode()
+        assert json.loads((tmp_path / "rounds.json").read_text())["result"] == result
+        (tmp_path / "rounds.json").unlink()
+
+
+def test_several_processes_on_cpus_are_refused(few: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts them. nnU-Net's trainer would take GPUs that are not there."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("E_CONFIG", "-num_gpus", lambda: learn(few))
 
 
 def test_labels_alone_then_corrected_masks_are_given_back(few: Workspace, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -10,8 +11,16 @@ from typing import Any
 import pytest
 
 from mfm_nnunet.cli import study as command
+from mfm_nnunet.errors import CaseFailure
+from mfm_nnunet.study import cells
+from mfm_nnunet.study.design import Cell
+from mfm_nnunet.study.evaluation import evaluate_cell
+from mfm_nnunet.study.folder import read_study
 from tests.builders import small
+from tests.builders.architectures import resenc
+from tests.builders.site import edit_json
 from tests.builders.tiny_data import pretrained_checkpoint
+from tests.builders.unions import write_dataset as write_spheres
 
 pytest.importorskip("surface_distance", reason="the extra 'study' is not installed")
 ASKED = {
@@ -189,3 +198,57 @@ def test_the_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     words[words.index("2") :] = [word if word != "2" else "3" for word in words[words.index("2") :]]
     assert command.main(words) == 2
     assert "another question" in capsys.readouterr().err
+
+
+def run_cells_here(todo: list[Cell], steps: cells.Steps, *given: Any) -> list[CaseFailure]:
+    """Run all steps in this process: starting one for each would take most of the time."""
+    on_success = given[2]
+    for cell in todo:
+        for step in steps(cell):
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in step.environment.items():
+                    patch.setenv(name, value)
+                if step.words[0] == "python":
+                    evaluate_cell(read_study(Path(step.words[-2])), Path(step.words[-1]))
+                else:
+                    module = importlib.import_module(f"mfm_nnunet.cli.{step.words[0].removeprefix('mfm_')}")
+                    assert module.main([*step.words[1:]]) == 0, step
+        on_success(cell, {cells.TRAINING: 1.0})
+    return []
+
+
+def test_teachers_and_students_are_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The unlabelled images are the cases that the subset leaves without label; each cell ends with a score."""
+    import mfm_nnunet
+
+    monkeypatch.setattr(cells, "run_cells", run_cells_here)
+    write_spheres(tmp_path, 4)
+    (result,) = mfm_nnunet.plan_and_preprocess([4], configurations=["3d_fullres"], workspace=tmp_path, preprocess=False)
+    edit_json(
+        result.file,
+        lambda plans: plans["configurations"]["3d_fullres"].update(architecture=resenc(), patch_size=[16, 16, 16]),
+    )
+    flags = {
+        "-d": "4",
+        "-p": "mfmPlans",
+        "--labels": "1",
+        "--seeds": "1",
+        "--test": "1",
+        "--unlabelled": "4",
+        "--arms": "scratch mean_teacher=scratch,semi.method=mean_teacher "
+        "student=scratch,semi.method=student,semi.teachers=2",
+        "--jobs": "1",
+        "--workspace": str(tmp_path),
+        "-device": "cpu",
+        "--set": " ".join((*SHORT, "finetune.validation_iterations=1")),
+    }
+    assert command.main([*line(flags), "--disable_tta"]) == 0, capsys.readouterr().err
+    assert "Finished cells: 3 of 3." in capsys.readouterr().out
+    record = json.loads((tmp_path / "mfm_study" / "study.json").read_text())
+    assert [row["arm"] for row in record["results"]["rows"]] == ["scratch", "mean_teacher", "student"]
+    (fold,) = tmp_path.glob("mfm_study/cells/student__*/results/*/*/fold_*")
+    assert len(list(fold.glob("teachers/*/*/*/fold_*/checkpoint_final.pth"))) == 2
+    ranked = (fold / "pseudo_labels" / "round_1" / "next_to_label.csv").read_text()
+    assert all(case not in ranked for case in record["test_cases"])

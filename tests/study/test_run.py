@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mfm_nnunet import workspace
 from mfm_nnunet.errors import MFMError
@@ -21,6 +22,7 @@ from mfm_nnunet.study.design import Arm
 from mfm_nnunet.study.folder import Study, link_corpus
 from mfm_nnunet.study_requests import StudyRequest
 from tests.builders import small, tiny
+from tests.builders.architectures import natural
 from tests.builders.tiny_data import pretrained_checkpoint
 from tests.builders.training import pretrained_file
 
@@ -37,6 +39,24 @@ def test_an_arm_that_does_not_fit_the_plan(tmp_path: Path) -> None:
     with pytest.raises(MFMError, match=r"(?s)E_MODEL_MISMATCH  arm other: .*other\.pth.* -p"):
         run.check_arms(study, arms, plan, 1)
     run.check_arms(study, {"scratch": small.SCRATCH}, plan, 1)
+
+
+def test_a_licence_is_accepted_for_all_cells_before_any(tmp_path: Path) -> None:
+    """Else each cell of the arm would be refused."""
+    small.write_raw(tmp_path)
+    torch.save({"some.weight": torch.zeros(2, 2)}, tmp_path / "weights.pth")
+    encoder = tiny.configuration(natural((32, 32), "convnextv2_atto.fcmae"), (32, 32))
+    plan = Plan.of(tiny.plans("mfmNatural", **{"3d_fullres": encoder}))
+    arms = {"scratch": small.SCRATCH, "fcmae": pretrained(tmp_path / "weights.pth")}
+    study, cells = small.begin(tmp_path, arms)
+    with pytest.raises(MFMError, match=r"arm fcmae.*--accept-licence cc-by-nc-4.0") as refused:
+        run.check_arms(study, arms, plan, 1)
+    assert refused.value.code == "E_CONFIG"
+    with pytest.raises(MFMError) as refused:
+        run.check_arms(study, arms, plan, 1, "cc-by-nc-4.0")
+    assert refused.value.code == "E_MODEL_MISMATCH", "the licence is accepted, and the tensors are none of its"
+    given = {cell.arm: "--accept-licence" in all_steps(study, cell, "cpu", "cc-by-nc-4.0")[0].words for cell in cells}
+    assert given == {"scratch": False, "fcmae": True}
 
 
 @pytest.mark.parametrize(
