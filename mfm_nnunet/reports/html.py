@@ -197,7 +197,8 @@ def draw_curves(
             )
             axes.plot(places, points, marker=marker, markersize=4, label=label, color=colour)
             if bands and name in bands:
-                axes.fill_between(places, *zip(*bands[name]), color=colour, alpha=0.2, linewidth=0)
+                low, high = zip(*bands[name])
+                axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.set_xlabel("steps" if steps else "epoch", color=_INK)
         axes.set_ylabel(ylabel, color=_INK)
         if is_share:
