@@ -58,6 +58,9 @@ class PretrainSettings(TrainingSettings):
     """auto: bf16 on GPUs that have it, fp16 with loss scaling on others, fp32 on CPU."""
     augmentation: Literal["spatial", "mirror", "none"] = "spatial"
     """spatial: rotation, scaling and mirroring; mirror: mirroring only."""
+    interpolation: Literal["linear", "cubic"] = "linear"
+    """Of rotated and scaled crops: linear as in nnU-Net, or by a cubic spline, which keeps edges sharper and is several
+    times slower."""
     validation_fraction: float = ranged(0.05, 0, 1, below=True)
     """Share of the subjects held out for the validation loss (at least one subject)."""
     accumulation: int = ranged(1, 1, 2**16)

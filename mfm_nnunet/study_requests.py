@@ -109,6 +109,6 @@ class DemoRequest(Request):
         False, "--overwrite", "remove the files of an earlier demo in the workspace and start again"
     )
     settings: Sequence[str] | Mapping[str, Any] = assignments(
-        "pretrain.epochs=10 finetune.epochs=10 seed=1", "pretrain", "finetune"
+        "pretrain.epochs=10 finetune.epochs=10", "pretrain", "finetune"
     )
     device: str = option("auto", *DEVICE, choices=DEVICES)

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import scipy.ndimage
 import torch
 from torch.utils.data import Dataset, default_collate
 
 from mfm_nnunet.data.cases import Case
 from mfm_nnunet.data.loading import read_in_order
 from mfm_nnunet.data.volumes import anonymised_of, open_volume, read_box
+from mfm_nnunet.data.warp import Order, warp_image, warp_labels
 from mfm_nnunet.errors import MFMError, nearest
 
 Augmentation = Literal["none", "mirror", "spatial"]
@@ -76,6 +76,8 @@ class StreamSettings:
     stream: int = 0
     with_valid: bool = False
     """Pass a validity mask to the transform. Constant within a run, even for volumes without a mask."""
+    order: Order = 1
+    """Of the spline that rotated and scaled crops are interpolated with."""
 
 
 class _Source(NamedTuple):
@@ -153,15 +155,15 @@ class CropStream(Dataset):
         shape = source.volume.shape[1 + len(leading) :]
         size = request.size if request.pad else tuple(min(want, limit) for want, limit in zip(request.size, shape))
         lower = _lower(shape, size, rng)
-        parameters = draw_spatial(rng, size, self.settings.augmentation)
-        read = parameters.read_size(size)
+        parameters, order = draw_spatial(rng, size, self.settings.augmentation), self.settings.order
+        read = parameters.read_size(size, order)
         lower = [start - (more - want) // 2 for start, more, want in zip(lower, read, size)]
-        crop = apply_spatial(read_box(source.volume, lower, read, leading), parameters, size)
+        crop = apply_spatial(read_box(source.volume, lower, read, leading), parameters, size, order)
         if not self.settings.with_valid:
             return crop, np.zeros(0, bool)
         if source.anonymised is None:
             return crop, np.ones((1, *size), bool)
-        hidden = apply_spatial(read_box(source.anonymised, lower, read, leading), parameters, size, order=0)
+        hidden = apply_spatial(read_box(source.anonymised, lower, read, leading), parameters, size, "labels")
         return crop, hidden == 0
 
 
@@ -210,12 +212,11 @@ class SpatialParameters:
     matrix: np.ndarray | None
     flips: tuple[bool, ...]
 
-    def read_size(self, patch_size: Sequence[int]) -> tuple[int, ...]:
+    def read_size(self, patch_size: Sequence[int], order: Order = 1) -> tuple[int, ...]:
         """Return the number of voxels per axis to read for the transformed patch."""
         if self.matrix is None:
             return tuple(patch_size)
-        # The cubic spline needs three more voxels on each side.
-        return tuple(int(np.ceil(extent)) + 6 for extent in np.abs(self.matrix) @ np.asarray(patch_size))
+        return tuple(int(np.ceil(extent)) + 2 * order for extent in np.abs(self.matrix) @ np.asarray(patch_size))
 
 
 def draw_spatial(rng: np.random.Generator, patch_size: Sequence[int], kind: Augmentation) -> SpatialParameters:
@@ -242,24 +243,23 @@ def draw_spatial(rng: np.random.Generator, patch_size: Sequence[int], kind: Augm
 
 
 def apply_spatial(
-    crop_CDHW: np.ndarray, parameters: SpatialParameters, patch_size: Sequence[int], order: int = 3
+    crop_CDHW: np.ndarray,
+    parameters: SpatialParameters,
+    patch_size: Sequence[int],
+    order: Order | Literal["labels"] = 1,
 ) -> np.ndarray:
-    """Transform a crop of ``parameters.read_size(patch_size)`` into the patch (C, *patch_size); 0 outside.
+    """Transform a crop of ``parameters.read_size(patch_size, order)`` into the patch (C, *patch_size), float32.
 
-    ``order`` of the spline: 3 for images, 0 (nearest neighbour) for masks.
+    ``order`` of the spline for images; "labels" for masks.
     """
-    if parameters.matrix is not None:
-        centre_in = (np.asarray(crop_CDHW.shape[1:]) - 1) / 2
-        centre_out = (np.asarray(patch_size) - 1) / 2
-        offset = centre_in - parameters.matrix @ centre_out
-        crop_CDHW = np.stack(
-            [
-                scipy.ndimage.affine_transform(channel, parameters.matrix, offset, tuple(patch_size), order=order)
-                for channel in crop_CDHW
-            ]
-        )
-    axes = [axis + 1 for axis, flip in enumerate(parameters.flips) if flip]
-    return np.ascontiguousarray(np.flip(crop_CDHW, tuple(axes)) if axes else crop_CDHW, dtype=np.float32)
+    flips = np.array(parameters.flips)
+    if parameters.matrix is None:
+        return np.ascontiguousarray(np.flip(crop_CDHW, tuple(np.flatnonzero(flips) + 1)), dtype=np.float32)
+    matrix = parameters.matrix * np.where(flips, -1, 1)
+    offset = (np.asarray(crop_CDHW.shape[1:]) - 1) / 2 - matrix @ (np.asarray(patch_size) - 1) / 2
+    if order == "labels":
+        return warp_labels(crop_CDHW, matrix, offset, patch_size)
+    return warp_image(crop_CDHW, matrix, offset, patch_size, order)
 
 
 def _is_flat(patch_size: Sequence[int]) -> bool:

@@ -227,6 +227,9 @@ def _test_volumes(here: Workspace, labelled: Labelled) -> list[Path]:
         return []
     folder, failures = preprocess_like(here, name, cases, dataset_json, labelled)
     bad = {failure.case for failure in failures}
+    if failures:
+        text = "%s: %d of %d test images are not compared with the unlabelled ones, e.g. %s"
+        logger.warning(text, images, len(failures), len(cases), failures[0])
     return [folder / f"{case.name}.b2nd" for case in cases if case.name not in bad]
 
 

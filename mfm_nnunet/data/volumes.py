@@ -93,15 +93,26 @@ def anonymised_of(volume: str) -> Volume | None:
     return open_volume.__wrapped__(str(file)) if file.exists() else None
 
 
-def read_box(volume: Any, lower: Sequence[int], size: Sequence[int], leading: tuple[int, ...] = ()) -> np.ndarray:
-    """Read a box of all channels, 0 outside the image; ``lower`` may lie outside."""
-    shape = volume.shape[1 + len(leading) :]
+def read_box(
+    volume: Any,
+    lower: Sequence[int],
+    size: Sequence[int],
+    leading: tuple[int, ...] = (),
+    fill: int = 0,
+    dtype: Any = np.float32,
+) -> np.ndarray:
+    """Read a box of all channels, ``fill`` outside the image; ``lower`` may lie outside."""
+    num_others = len(volume.shape) - len(size)
+    shape = volume.shape[num_others:]
+    channels = volume.shape[: num_others - len(leading)]
     inside = [(max(start, 0), min(start + extent, limit)) for start, extent, limit in zip(lower, size, shape)]
-    box = np.zeros((volume.shape[0], *size), np.float32)
+    source = (*(slice(None) for _ in channels), *leading, *(slice(int(start), int(stop)) for start, stop in inside))
+    if all(stop - start == extent for (start, stop), extent in zip(inside, size)):
+        return np.asarray(volume[source], dtype)
+    box = np.full((*channels, *size), fill, dtype)
     if all(start < stop for start, stop in inside):
-        target = tuple(slice(start - low, stop - low) for (start, stop), low in zip(inside, lower))
-        source = (slice(None), *leading, *(slice(start, stop) for start, stop in inside))
-        box[(slice(None), *target)] = volume[source]
+        target: Any = (..., *(slice(start - low, stop - low) for (start, stop), low in zip(inside, lower)))
+        box[target] = volume[source]
     return box
 
 

@@ -1,9 +1,10 @@
-"""Data of the demo: real images with labels, split into a corpus, labelled training cases and test cases.
+"""Data of the demo: real images with labels, split into cases to train on and test cases.
 
-By default these are blocks of the T1 brain template in the nilearn wheel (MNI ICBM 152, 1 mm), with labels made from
-its grey- and white-matter maps. Blocks share no voxel. The left hemisphere trains and the right one tests. The template
-is exactly left-right symmetric, so a block equals its mirror image. Therefore blocks are coloured like a chessboard:
-left blocks of one colour train, right blocks of the other test, and no tested voxel was seen mirrored in training.
+By default these are blocks of the T1 brain template in the nilearn wheel (MNI ICBM 152, 1 mm) with added noise, and
+labels made from its grey- and white-matter maps. Blocks share no voxel. The left hemisphere trains and the right one
+tests. The template is exactly left-right symmetric, so a block equals its mirror image. Therefore blocks are coloured
+like a chessboard: left blocks of one colour train, right blocks of the other test, and no tested voxel was seen
+mirrored in training.
 """
 
 from __future__ import annotations
@@ -22,28 +23,41 @@ from mfm_nnunet.jobs.preflight import Case, read_raw_dataset
 
 TEMPLATE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 LABELS = {"background": 0, "grey_matter": 1, "white_matter": 2}
-BLOCK = (36, 45, 38)
+BLOCK = (24, 32, 24)
 """Size of a block in voxels (1 mm) along right, anterior and superior."""
-NUM_BLOCKS = (2, 4, 4)
+NUM_BLOCKS = (3, 5, 5)
 """Blocks per hemisphere; with BLOCK and START they tile the brain."""
-START = (26, 28, 2)
+START = (26, 38, 18)
 """First voxel of the left hemisphere's blocks; the right blocks are their mirror images."""
 MIDLINE = 98
 """The voxel plane x = 0, which belongs to neither hemisphere."""
 MIN_TISSUE = 0.15
 """Minimum share of brain tissue in a block."""
-TEST_EVERY = 5
-"""With ``--data``, every fifth labelled case is a test case."""
+NOISE = 40
+"""Standard deviation of the noise; grey and white matter are 48 apart.
+
+The template is the mean of 152 brains, without any noise: a threshold tells its tissues apart, and nothing is left that
+pretraining could teach.
+"""
+TEST_EVERY, MOST_TEST = 5, 8
+"""With ``--data``, every fifth labelled case is a test case, up to this number."""
+NUM_LABELS = 8
+"""Cases with labels in a fine-tuning."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Cases of a demo: ``corpus`` pretrains without labels, ``labelled`` fine-tunes, ``test`` is predicted."""
+    """Cases of a demo: all of ``train`` pretrain without labels, few of them fine-tune, ``test`` is predicted."""
 
-    corpus: list[Case]
-    labelled: list[Case]
+    train: list[Case]
     test: list[Case]
     dataset_json: dict[str, Any]
+
+    def folds(self, count: int) -> list[dict[str, list[str]]]:
+        """Return nnU-Net's splits: each fold trains on other labels, spread evenly, and validates on the test cases."""
+        names, step = [case.name for case in self.train], max(1, len(self.train) // NUM_LABELS)
+        chosen = [(names[fold:] + names[:fold])[::step][:NUM_LABELS] for fold in range(count)]
+        return [{"train": few, "val": [case.name for case in self.test]} for few in chosen]
 
     @property
     def is_2d(self) -> bool:
@@ -57,12 +71,13 @@ class Split:
 
 
 def split_template(folder: Path) -> Split:
-    """Cut the template into NIfTI blocks in ``folder``; every second one has labels or is for testing."""
+    """Cut the template into NIfTI blocks in ``folder``; every fourth right one is for testing."""
     import nibabel
 
     maps: list[Any] = [nibabel.load(find_template(name)) for name in ("t1", "gm", "wm")]
     t1, grey, white = maps
     labels = tissue_labels(np.asarray(grey.dataobj), np.asarray(white.dataobj))
+    noisy = add_noise(np.asarray(t1.dataobj))
     folder.mkdir(parents=True, exist_ok=True)
     cases: dict[str, list[Case]] = {"left": [], "right": []}
     for hemisphere, (i, j, k), where in template_blocks(t1.affine):
@@ -70,11 +85,11 @@ def split_template(folder: Path) -> Split:
             continue
         name = f"{hemisphere}_{i}{j}{k}"
         image, label = folder / f"{name}.nii.gz", folder / f"{name}_tissue.nii.gz"
-        _save_block(image, t1, np.asarray(t1.dataobj), where)
+        _save_block(image, t1, noisy, where)
         _save_block(label, t1, labels, where)
         cases[hemisphere].append(Case(name, (image,), label, name))
     dataset_json = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz"}
-    return Split(cases["left"], cases["left"][::2], cases["right"][::2], dataset_json)
+    return Split(cases["left"], cases["right"][::4], dataset_json)
 
 
 def find_template(name: str) -> Path:
@@ -108,37 +123,39 @@ def tissue_labels(grey: np.ndarray, white: np.ndarray) -> np.ndarray:
     return np.where(is_tissue, np.where(grey >= white, 1, 2), 0).astype(np.uint8)
 
 
-def split_folder(folder: Path) -> Split:
-    """Split a labelled dataset in nnU-Net's raw format: every fifth case by name tests, the others train.
+def add_noise(t1: np.ndarray) -> np.ndarray:
+    """Add the noise of a magnitude image (Rician), as a fast scan has it; always the same."""
+    real, imaginary = np.random.default_rng(0).normal(0, NOISE, (2, *t1.shape)).astype(np.float32)
+    return np.hypot(t1 + real, imaginary).round().astype(np.uint16)
 
-    The training cases are also the corpus.
-    """
+
+def split_folder(folder: Path) -> Split:
+    """Split a labelled dataset in nnU-Net's raw format: every fifth case by name tests, the others train."""
     if not (folder / "dataset.json").is_file():
         raise MFMError("E_NOT_FOUND", f"--data {folder}: no dataset.json. Give a dataset in nnU-Net's raw format.")
     dataset = read_raw_dataset(folder)
     cases = sorted((case for case in dataset.cases if case.label is not None), key=lambda case: case.name)
     if len(cases) < 3:
         raise MFMError("E_CONFIG", f"--data {folder}: {len(cases)} labelled cases. The demo needs at least three.")
-    test = cases[TEST_EVERY - 1 :: TEST_EVERY] or cases[-1:]
-    train = [case for case in cases if case not in test]
-    return Split(train, train, test, dataset.content)
+    test = (cases[TEST_EVERY - 1 :: TEST_EVERY] or cases[-1:])[:MOST_TEST]
+    return Split([case for case in cases if case not in test], test, dataset.content)
 
 
 def write_corpus(split: Split, file: Path) -> None:
     """Write the corpus as a CSV for ``--images``; the images are not copied."""
-    num_channels = len(split.corpus[0].images)
+    num_channels = len(split.train[0].images)
     with open(file, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(["case", *(f"image_{channel}" for channel in range(num_channels))])
-        writer.writerows([case.name, *(image.absolute() for image in case.images)] for case in split.corpus)
+        writer.writerows([case.name, *(image.absolute() for image in case.images)] for case in split.train)
 
 
 def write_dataset(split: Split, folder: Path) -> None:
-    """Write the labelled training cases as an nnU-Net raw dataset that refers to the original files."""
+    """Write all cases as an nnU-Net raw dataset that refers to the original files."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {
         case.name: {"images": [str(image.absolute()) for image in case.images], "label": str(case.label.absolute())}
-        for case in split.labelled
+        for case in (*split.train, *split.test)
         if case.label is not None
     }
     content = {**split.dataset_json, "numTraining": len(entries), "dataset": entries}

@@ -1,12 +1,14 @@
-"""Run every step on real images in minutes: plan, preprocess, pretrain twice, fine-tune three times, predict, compare.
+"""Run every step on real images in minutes: plan, preprocess, pretrain, fine-tune six times, predict, compare.
 
-Three arms share one network and one schedule: from scratch, after MAE, after Volume Fusion. Everything is written to
-one folder. The demo shows that the steps work together; one seed on a short schedule proves nothing about accuracy.
+Two starts share one network and one schedule: from scratch and after MAE. Each trains with three seeds, each with other
+labels, which shows the differences that are larger than the spread. nnU-Net's pseudo Dice on the test cases, which
+every training logs, shows how fast each start learns. Everything is written to one folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -22,10 +24,9 @@ from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.demo import data as demo_data
 from mfm_nnunet.demo.data import Split
 from mfm_nnunet.errors import MFMError
-from mfm_nnunet.files import inside, write_json
-from mfm_nnunet.metrics import dice, mean_dice
-from mfm_nnunet.reports.html import FILE, Report, Section, Table, write_report
-from mfm_nnunet.reports.overlays import draw_overlay
+from mfm_nnunet.files import inside, read_json, read_lines, write_json
+from mfm_nnunet.metrics import mean_dice
+from mfm_nnunet.reports.html import FILE, Report, Section, Table, draw_curves, write_report
 from mfm_nnunet.reports.progress import Stages
 from mfm_nnunet.reports.segmentation import PredictedCase, describe_masks
 from mfm_nnunet.settings import MFMBlock, override
@@ -33,46 +34,45 @@ from mfm_nnunet.settings import MFMBlock, override
 logger = logging.getLogger(__name__)
 
 SCHEDULE = (
-    "pretrain.epochs=5",
+    "pretrain.epochs=4",
     "pretrain.iterations_per_epoch=25",
-    "pretrain.validation_iterations=3",
+    "pretrain.validation_iterations=2",
     "pretrain.warmup_epochs=1",
     "finetune.epochs=8",
-    "finetune.iterations_per_epoch=25",
-    "finetune.validation_iterations=3",
+    "finetune.iterations_per_epoch=5",
+    "finetune.validation_iterations=6",
     "finetune.warmup_epochs=1",
+    "finetune.mirroring=false",
 )
-"""Settings that keep the demo to minutes; ``--set`` overrides them."""
+"""Settings that keep the demo to minutes; ``--set`` overrides them. Mirrored predictions take eight times as long."""
+MASKS = ("pretext.cell_size=2", "pretext.mask_ratio=0.5")
+"""Small holes, which are filled from their noisy neighbours: that much is learned in minutes."""
 CORPUS_ID, CORPUS_NAME = 901, "DemoCorpus"
 DATASET_ID, DATASET_NAME = 902, "DemoLabelled"
-FOLD = 0
 RECORD = "demo.json"
 """File that marks the folder as a demo's. It is written first, and again at the end with the results."""
-
-
-SCRATCH = "scratch"
-ARMS = {SCRATCH: "from scratch", "mae": "MAE", "volume_fusion": "Volume Fusion"}
-"""Title of each arm; all but the first are named after their pretext task."""
+SCRATCH, PRETEXT = "scratch", "mae"
+STARTS = {PRETEXT: "after MAE", SCRATCH: "from scratch"}
+SEEDS = 3
+"""Trainings per start: the folds of its plan. With fewer no spread is seen."""
 
 
 @dataclass
 class DemoResult:
-    """Dice by arm, label and test case (NaN if a label is absent), seconds by stage, and files."""
+    """Dice by start and seed, seconds by stage, and files."""
 
-    dice: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    """nnU-Net's pseudo Dice on the test cases after each epoch; NaN if it has none."""
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    """Mean Dice of whole test cases after the last step."""
     seconds: dict[str, float] = field(default_factory=dict)
-    folders: dict[str, Path] = field(default_factory=dict)
-    """Folder of predicted masks by arm."""
+    steps_per_epoch: int = 0
+    num_labels: int = 0
+    """Labelled cases in a training."""
     masks: list[Path] = field(default_factory=list)
-    overlays: list[Path] = field(default_factory=list)
+    """Masks of the test cases, by all trainings after pretraining together."""
     report: Path = Path()
-    stages: Stages = field(default_factory=lambda: Stages(3 * len(ARMS) + 2))
-
-    def mean(self, arm: str, label: str | None = None) -> float:
-        """Return the mean Dice of an arm over the test cases, for one label or averaged over the labels."""
-        if label is None:
-            return mean_dice([self.mean(arm, name) for name in self.dice[arm]])
-        return mean_dice(list(self.dice[arm][label].values()))
+    stages: Stages = field(default_factory=lambda: Stages(4 + SEEDS * len(STARTS)))
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -90,49 +90,50 @@ def run_demo(
     Raises MFMError (E_EXISTS) when the folder is not empty; ``overwrite`` removes the files of an earlier demo.
     """
     schedule = (*SCHEDULE, *settings)
-    override(MFMBlock(), schedule)  # refuses a wrong setting before anything is written
+    block = override(MFMBlock(), schedule)  # refuses a wrong setting before anything is written
     source = demo_data.split_folder(data) if data else None
     if source is None:
         demo_data.find_template("t1")
     prepare_folder(folder, overwrite)
     if ignored := [name for name in workspace.FOLDERS if name in os.environ]:  # they contain the user's real data
         logger.info("%s: ignored, the demo uses its own folder", ", ".join(ignored))
-    result = DemoResult()
+    result = DemoResult(steps_per_epoch=block.finetune.iterations_per_epoch)
     with workspace.use_only(folder) as here, result.stages:
         with result.timed("data"):
             split = source or demo_data.split_template(folder / "scans")
             demo_data.write_corpus(split, folder / "corpus.csv")
             demo_data.write_dataset(split, here.raw / f"Dataset{DATASET_ID}_{DATASET_NAME}")
             demo_data.write_test_folder(split, folder / "test_images")
-        counts = (len(split.corpus), len(split.labelled), len(split.test))
-        logger.info("%d images without labels, %d labelled ones, %d to test", *counts)
+        folds = split.folds(SEEDS)
+        result.num_labels = len(folds[0]["train"])
+        counts = (len(split.train), SEEDS, result.num_labels, len(split.test))
+        logger.info("%d images without labels; %d trainings per start, each with %d labels; %d to test", *counts)
         configuration = "2d" if split.is_2d else "3d_fullres"
-        checkpoints = _pretrain_starts(result, folder, configuration, schedule, device)
-        _plan_labelled(result, folder, split, configuration, checkpoints)
-        for arm in ARMS:
-            result.stages.begin(f"Fine-tune: {ARMS[arm]}")
-            with result.timed(f"train {arm}"):
+        checkpoint = _pretrain(result, folder, configuration, schedule, device)
+        _plan_labelled(result, folder, configuration, checkpoint, folds)
+        settings = [setting for setting in schedule if not setting.startswith("pretrain.")]
+        for seed, start in itertools.product(range(SEEDS), STARTS):
+            result.stages.begin(f"Fine-tune {STARTS[start]}, seed {seed + 1} of {SEEDS}")
+            with result.timed(f"train {start}"), _first_alone_speaks(seed):
                 fold_folder = mfm_nnunet.train(
-                    DATASET_ID,
-                    configuration,
-                    FOLD,
-                    plans_name=_plans_name(arm),
-                    pretrained_weights=checkpoints.get(arm),
-                    settings=[setting for setting in schedule if not setting.startswith("pretrain.")],
-                    device=device,
-                    workspace=folder,
-                )
-            _predict(result, arm, folder, fold_folder, device)
-        result.stages.begin("Compare with the references")
-        with result.timed("pictures"):
-            compare(result, split, folder / "overlays")
+                    DATASET_ID, configuration, seed, plans_name=_plans_name(start),
+                    pretrained_weights=checkpoint if start == PRETEXT else None,
+                    settings=[*settings, f"seed={seed}"], device=device, workspace=folder,
+                )  # fmt: skip
+            read_training(result, start, fold_folder)
+            logger.info("Dice of the test cases: %.3f", result.scores[start][-1])
+        result.stages.begin(f"Predict with the {SEEDS} models {STARTS[PRETEXT]}")
+        _predict(result, folder, split, configuration, device)
+        result.stages.begin("Compare")
+        with result.timed("report"):
             result.report = folder / FILE
             write_report(lambda: make_demo_report(result, split), result.report)
-    scores = {
-        arm: {label: {case: None if s != s else s for case, s in of.items()} for label, of in labels.items()}
-        for arm, labels in result.dice.items()
+    curves = {
+        start: [[None if dice != dice else dice for dice in curve] for curve in seeds]
+        for start, seeds in result.curves.items()
     }
-    _write_record(folder, {"schedule": schedule, "seconds": result.seconds, "dice": scores})
+    results = {"seconds": result.seconds, "curves": curves, "scores": result.scores}
+    _write_record(folder, {"schedule": [*MASKS, *schedule], **results})
     return result
 
 
@@ -151,7 +152,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     if overwrite:
         datasets = (f"Dataset{CORPUS_ID}_{CORPUS_NAME}", f"Dataset{DATASET_ID}_{DATASET_NAME}")
         own = [f"{root}/{dataset}" for root in workspace.FOLDERS for dataset in datasets]
-        for name in ("scans", "test_images", "predictions", "overlays", *own):
+        for name in ("scans", "test_images", "predictions", *own):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("corpus.csv", FILE):
             (folder / name).unlink(missing_ok=True)
@@ -159,146 +160,192 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     _write_record(folder, {})
 
 
-def _pretrain_starts(
-    result: DemoResult, folder: Path, configuration: str, schedule: Sequence[str], device: str
-) -> dict[str, Path]:
-    """Plan the corpus, pretrain, and return the checkpoint of each arm that has one."""
+def _pretrain(result: DemoResult, folder: Path, configuration: str, schedule: Sequence[str], device: str) -> Path:
+    """Plan the images without labels, pretrain on them, and return the checkpoint."""
+    result.stages.begin("Plan and preprocess the images without labels")
     with result.timed("plan"):
-        result.stages.begin("Plan and preprocess the images without labels")
         images, only = folder / "corpus.csv", [configuration]
         (plan,) = mfm_nnunet.plan_and_preprocess(
             [CORPUS_ID], images=images, name=CORPUS_NAME, configurations=only, workspace=folder
         )
-    checkpoints = {}
-    for arm in (arm for arm in ARMS if arm != SCRATCH):
-        result.stages.begin(f"Pretrain: {ARMS[arm]}")
-        with result.timed(f"pretrain {arm}"):
-            checkpoints[arm] = mfm_nnunet.pretrain(
-                CORPUS_ID,
-                configuration,
-                plans_name=plan.file.stem,
-                pretext=arm,
-                settings=[setting for setting in schedule if not setting.startswith("finetune.")],
-                device=device,
-                workspace=folder,
-            )
-    return checkpoints
-
-
-def _plans_name(arm: str) -> str:
-    """Return the name of an arm's own plan: nnU-Net names result folders after the plan."""
-    return f"mfmDemo{arm.title().replace('_', '')}Plans"
-
-
-def _plan_labelled(
-    result: DemoResult, folder: Path, split: Split, configuration: str, checkpoints: Mapping[str, Path]
-) -> None:
-    """Make a plan per arm. Only the names differ, so all share the preprocessed data."""
-    result.stages.begin("Plan and preprocess the labelled images so that the checkpoints fit")
-    first = next(iter(checkpoints.values()))
-    package = logging.getLogger("mfm_nnunet")
-    level = package.level
-    with result.timed("plan"):
-        try:
-            for arm in ARMS:
-                (plan,) = mfm_nnunet.plan_and_preprocess(
-                    [DATASET_ID],
-                    configurations=[configuration],
-                    like=checkpoints.get(arm, first),
-                    plans_name=_plans_name(arm),
-                    workspace=folder,
-                )
-                package.setLevel(logging.WARNING)  # the other plans would only repeat it
-        finally:
-            package.setLevel(level)
-    # One case validates during training; nnU-Net's own split would hold out a fifth and predict it at the end.
-    names = [case.name for case in split.labelled]
-    write_json(plan.file.parent / "splits_final.json", [{"train": names[:-1], "val": names[-1:]}])
-
-
-def _predict(result: DemoResult, arm: str, folder: Path, fold_folder: Path, device: str) -> None:
-    result.stages.begin(f"Predict: {ARMS[arm]}")
-    result.folders[arm] = folder / "predictions" / arm
-    with result.timed(f"predict {arm}"):
-        mfm_nnunet.predict(
-            folder / "test_images",
-            result.folders[arm],
-            model_folder=fold_folder.parent,
-            folds=[FOLD],
-            mirroring=False,  # eight times faster in 3D, and the same for all arms
+    result.stages.begin("Pretrain: MAE")
+    with result.timed(f"pretrain {PRETEXT}"):
+        return mfm_nnunet.pretrain(
+            CORPUS_ID,
+            configuration,
+            plans_name=plan.file.stem,
+            pretext=PRETEXT,
+            settings=[*MASKS, *(setting for setting in schedule if not setting.startswith("finetune."))],
             device=device,
             workspace=folder,
         )
 
 
-def compare(result: DemoResult, split: Split, folder: Path) -> None:
-    """Compute the Dice of every arm on every test case, and draw one overlay per case into ``folder``."""
-    dataset = DatasetJson.of(split.dataset_json)
-    labels, ignore = dataset.foreground, dataset.ignore
-    folder.mkdir(exist_ok=True)
-    result.dice = {arm: {label: {} for label in labels} for arm in ARMS}
-    for case in split.test:
-        assert case.label is not None
-        reference, predictions = _read_voxels(case.label), {}
-        for arm, arm_title in ARMS.items():
-            file = inside(result.folders[arm], f"{case.name}{split.dataset_json['file_ending']}")
-            mask = _read_voxels(file)
-            scores = {label: dice(reference, mask, values, ignore) for label, values in labels.items()}
-            for label, score in scores.items():
-                result.dice[arm][label][case.name] = score
-            result.masks.append(file)
-            predictions[f"{arm_title}, Dice {mean_dice(list(scores.values())):.2f}"] = file
-        overlay = inside(folder, f"{case.name}.png")
-        title = f"{case.name}: predicted and reference labels"
-        draw_overlay(overlay, title, case.images[0], case.label, predictions, labels)
-        result.overlays.append(overlay)
+@contextlib.contextmanager
+def _first_alone_speaks(number: int) -> Iterator[None]:
+    """Hide all but warnings and the progress of what only repeats, with other numbers, what the first one printed."""
+    package = logging.getLogger("mfm_nnunet")
+    level = package.level
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.ExitStack() as stack:
+        if number:
+            package.setLevel(logging.WARNING)
+            stack.callback(package.setLevel, level)
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+def _plans_name(start: str) -> str:
+    """Return the name of a start's own plan: nnU-Net names result folders after the plan."""
+    return f"mfmDemo{start.title()}Plans"
+
+
+def _plan_labelled(
+    result: DemoResult, folder: Path, configuration: str, checkpoint: Path, folds: Sequence[Mapping[str, Any]]
+) -> None:
+    """Make a plan per start. Only the names differ, so both share the preprocessed data."""
+    result.stages.begin("Plan and preprocess the labelled images so that the checkpoint fits")
+    with result.timed("plan"):
+        for number, start in enumerate(STARTS):
+            with _first_alone_speaks(number):
+                (plan,) = mfm_nnunet.plan_and_preprocess(
+                    [DATASET_ID],
+                    configurations=[configuration],
+                    like=checkpoint,
+                    plans_name=_plans_name(start),
+                    workspace=folder,
+                )
+    write_json(plan.file.parent / "splits_final.json", list(folds))
+
+
+def read_training(result: DemoResult, start: str, fold_folder: Path) -> None:
+    """Read the Dice that a training logged after each epoch, and that of its final validation on whole cases."""
+    rows = read_lines(fold_folder / "log.jsonl")
+    dice = [float("nan") if row["dice_mean"] is None else float(row["dice_mean"]) for row in rows]
+    result.curves.setdefault(start, []).append(dice)
+    summary = read_json(fold_folder / "validation" / "summary.json", "")
+    result.scores.setdefault(start, []).append(float(summary["foreground_mean"]["Dice"]))
+
+
+def _predict(result: DemoResult, folder: Path, split: Split, configuration: str, device: str) -> None:
+    masks = folder / "predictions"
+    with result.timed("predict"):
+        mfm_nnunet.predict(
+            folder / "test_images",
+            masks,
+            dataset=DATASET_ID,
+            configuration=configuration,
+            plans_name=_plans_name(PRETEXT),
+            folds=range(SEEDS),
+            report=False,  # the demo's own shows them
+            device=device,
+            workspace=folder,
+        )
+    result.masks = [inside(masks, f"{case.name}{split.dataset_json['file_ending']}") for case in split.test]
+
+
+# What is above the spread of the seeds, and what is noise
+
+
+def compare_starts(result: DemoResult) -> list[str]:
+    """Say in plain words where a start is ahead by more than the spread of the seeds, and where it is not."""
+    per_epoch = result.steps_per_epoch
+    pretrained, scratch = (list(zip(*result.curves[start])) for start in (PRETEXT, SCRATCH))
+    ahead, behind = (
+        [number for number, (one, other) in enumerate(zip(*pair), start=1) if min(one) > max(other)]
+        for pair in ((pretrained, scratch), (scratch, pretrained))
+    )
+    texts = []
+    for epochs, better, worse in ((ahead, PRETEXT, SCRATCH), (behind, SCRATCH, PRETEXT)):
+        if epochs:
+            texts.append(
+                f"Above the spread: after {_in_ranges(epochs, per_epoch)} steps, the worst training {STARTS[better]} "
+                f"is better than the best one {STARTS[worse]}."
+            )
+    if not texts:
+        texts = ["At no step do all trainings of one start beat all of the other: the difference is noise."]
+    elif len(ahead) + len(behind) < len(scratch):
+        texts.append("At all other steps the bands overlap: differences there are noise.")
+    end = mean_dice(list(scratch[-1]))
+    reached = next((number for number, dice in enumerate(pretrained, start=1) if mean_dice(list(dice)) >= end), None)
+    goal = f"From scratch, {len(scratch) * per_epoch} steps lead to a Dice of {end:.2f}. After MAE"
+    texts.append(f"{goal} this takes {reached * per_epoch} steps." if reached else f"{goal} it is not reached.")
+    ends = [result.scores[start] for start in (PRETEXT, SCRATCH)]
+    is_apart = min(ends[0]) > max(ends[1]) or min(ends[1]) > max(ends[0])
+    verdict = "above the spread" if is_apart else "within the spread, so noise"
+    difference = mean_dice(ends[0]) - mean_dice(ends[1])
+    texts.append(f"At the end, on whole test cases, after MAE minus from scratch is {difference:+.3f} Dice: {verdict}.")
+    return [*texts, "Of two equal starts, three trainings each lie apart by chance once in ten: trust a stretch of "
+            "the curve, not a single step."]  # fmt: skip
+
+
+def _in_ranges(epochs: Sequence[int], steps: int) -> str:
+    """Format numbers of steps: ``5, 20 to 35``."""
+    runs = itertools.groupby(enumerate(epochs), lambda item: item[1] - item[0])
+    parts = [[epoch * steps for _, epoch in run] for _, run in runs]
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
+
+
+def list_scores(result: DemoResult) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of the table: Dice after some numbers of steps, mean and range of the seeds."""
+    num_epochs = min(len(curve) for curves in result.curves.values() for curve in curves)
+    epochs = sorted({max(1, num_epochs // part) for part in (8, 4, 2, 1)})
+    columns = ["start", *(f"{epoch * result.steps_per_epoch} steps" for epoch in epochs), "whole cases at the end"]
+    rows = []
+    for start, title in STARTS.items():
+        seeds = [[curve[epoch - 1] for curve in result.curves[start]] for epoch in epochs]
+        rows.append([title, *map(_mean_and_range, [*seeds, result.scores[start]])])
+    return columns, rows
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    return f"{mean_dice(list(values)):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def format_result(result: DemoResult) -> str:
-    """Format times and Dice per label and arm as a table."""
-    scores = result.dice[SCRATCH]
-    num_cases = len(next(iter(scores.values())))
-    rows = [["start", *scores, "mean", "pretraining", "fine-tuning", "predicting"]]
-    for arm, title in ARMS.items():
-        values = [f"{result.mean(arm, label):.3f}" for label in [*scores, None]]
-        times = [result.seconds.get(f"{stage} {arm}") for stage in ("pretrain", "train", "predict")]
-        rows.append([title, *values, *("-" if seconds is None else f"{seconds:.0f} s" for seconds in times)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    others = ", ".join(f"{name} {result.seconds[name]:.0f} s" for name in ("data", "plan", "pictures"))
-    total = f"Total {sum(result.seconds.values()):.0f} s ({others}, and the times in the table)."
-    return "\n".join([f"Mean Dice over {num_cases} test cases", lines[0], "-" * len(lines[0]), *lines[1:], total])
+    """Format the comparison, the table and the times."""
+    columns, rows = list_scores(result)
+    widths = [max(len(row[column]) for row in [columns, *rows]) for column in range(len(columns))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in [columns, *rows]]
+    title = f"Mean Dice of {SEEDS} trainings (lowest to highest), each with {result.num_labels} labels"
+    seconds = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
+    total = f"{sum(result.seconds.values()):.0f} s in all: {seconds}."
+    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:], "", *compare_starts(result), "", total])
+
+
+GOOD = (
+    "the band of a better start lies above the other one over several steps in a row. Bands that overlap show no "
+    "difference. Minutes of pretraining need not help: with a larger corpus and more steps compare again, as here."
+)
 
 
 def make_demo_report(result: DemoResult, split: Split) -> Report:
-    """Make the page of a demo: scores and times of all arms, and the masks of the best one."""
-    best = max(ARMS, key=result.mean)
-    labels = DatasetJson.of(split.dataset_json).foreground
-    ending = split.dataset_json["file_ending"]
-    cases = [
-        PredictedCase(case.name, case.images[0], inside(result.folders[best], f"{case.name}{ending}"), case.label)
-        for case in split.test
-    ]
-    facts, sections = describe_masks(cases, labels, {}, DatasetJson.of(split.dataset_json).ignore)
-    rows = [
-        [title, *(result.mean(arm, label) for label in [*labels, None]),
-         *(result.seconds.get(f"{stage} {arm}") for stage in ("pretrain", "train", "predict"))]
-        for arm, title in ARMS.items()
-    ]  # fmt: skip
-    columns = ("start", *labels, "mean Dice", "pretraining [s]", "fine-tuning [s]", "predicting [s]")
-    texts = ["One seed and a few minutes of training: differences of 0.01 or 0.02 mean nothing.",
-             f"The cases below were predicted by the start {ARMS[best]}."]  # fmt: skip
-    scores = Section(
-        "Scores of the three starts", texts, tables=[Table("Mean Dice over the test cases", columns, rows)]
+    """Make the page of a demo: how fast each start learns, and the predicted masks."""
+    dataset = DatasetJson.of(split.dataset_json)
+    cases = [PredictedCase(case.name, case.images[0], mask, case.label) for case, mask in zip(split.test, result.masks)]
+    facts, sections = describe_masks(cases, dataset.foreground, {}, dataset.ignore)
+    means = {STARTS[start]: [mean_dice(list(dice)) for dice in zip(*curves)] for start, curves in result.curves.items()}
+    bands = {
+        STARTS[start]: [(min(dice), max(dice)) for dice in zip(*curves)] for start, curves in result.curves.items()
+    }
+    comparison, (columns, rows) = compare_starts(result), list_scores(result)
+    curve = draw_curves(
+        means, "Dice of the test cases", " ".join(comparison), bands=bands, steps=result.steps_per_epoch
     )
-    subject = "Every step of mfm_nnunet on real images. It shows that the steps work, not how accurate they are."
-    return Report("Demo", subject, {"Seconds": round(sum(result.seconds.values())), **facts}, [scores, *sections])
-
-
-def _read_voxels(file: Path) -> Any:
-    import SimpleITK as sitk
-
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    about = (
+        f"Both starts fine-tune the same network on the same labels: {SEEDS} trainings each, each with another "
+        f"{result.num_labels} labelled images and another seed. Lines are means, bands reach from the lowest to the "
+        "highest training. The Dice is nnU-Net's pseudo Dice, on random crops of the test cases. The masks below "
+        f"are those of the {SEEDS} trainings {STARTS[PRETEXT]} together."
+    )
+    tables = [
+        Table("Mean Dice (lowest to highest training)", columns, rows),
+        Table("Time by stage", ("stage", "seconds"), [list(item) for item in result.seconds.items()], is_folded=True),
+    ]
+    verdict = Section("What is above the spread, and what is noise", comparison)
+    speed = Section("How fast each start learns", [about], GOOD, pictures=[curve], tables=tables, parts=[verdict])
+    subject = f"{comparison[0]} {len(split.train)} images without labels pretrained, {result.num_labels} had labels."
+    facts = {"Minutes": round(sum(result.seconds.values()) / 60, 1), "Trainings": SEEDS * len(STARTS), **facts}
+    return Report("Demo: does pretraining make training faster?", subject, facts, [speed, *sections])
 
 
 def _write_record(folder: Path, content: Mapping[str, Any]) -> None:

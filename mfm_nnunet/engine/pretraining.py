@@ -25,6 +25,7 @@ from mfm_nnunet.data.crops import (
     require_legal_balance,
 )
 from mfm_nnunet.data.volumes import masked_cases, read_properties, volume_shape
+from mfm_nnunet.data.warp import Order
 from mfm_nnunet.device import require_sound_bf16, warn_of_slow_bf16
 from mfm_nnunet.engine.engine import Batch, Engine, Optimisation, Pictures, split
 from mfm_nnunet.engine.optim import WeightAverage, learning_rate_factor, make_optimizer
@@ -310,9 +311,10 @@ def make_streams(
     transform = task_class.transform(config, patch_size)
     weaker = min(settings.augmentation, task_class.augmentation(config), key=get_args(Augmentation).index)
     kinds: tuple[Augmentation, ...] = (weaker, "none")
+    order: Order = 3 if settings.interpolation == "cubic" else 1
     streams = []
     for number, (names, augmentation) in enumerate(zip((corpus.training, corpus.validation), kinds)):
-        drawn = StreamSettings(task_class.volumes_per_item(config), augmentation, seed, number, with_valid)
+        drawn = StreamSettings(task_class.volumes_per_item(config), augmentation, seed, number, with_valid, order)
         cases = [case for case in corpus.cases if case.name in names]
         if balance and number == 0:
             notes.append(describe_shares(cases, balance))

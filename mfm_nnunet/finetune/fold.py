@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import nn
 
 from mfm_nnunet.checkpoint import cpu_weights
@@ -22,6 +21,7 @@ from mfm_nnunet.engine.engine import Optimisation, Pictures
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import report_full_disk, to_plain
 from mfm_nnunet.finetune import groups, semi, watch
+from mfm_nnunet.finetune.augmentation import TightLoader
 from mfm_nnunet.finetune.loading import Batch, SeededBatches, make_loaders, read_batches, seed_everything, seed_of
 from mfm_nnunet.finetune.mixing import mix_batches
 from mfm_nnunet.finetune.student import finish_rates
@@ -61,7 +61,7 @@ class FoldRun:
             ("validation", self.settings.validation_iterations, (num_workers + 1) // 2),
         )
         is_mixed, union = self.settings.mix != "none", trainer.union
-        make = nnUNetDataLoader if union is None else partial(UnionLoader, union.sampling)
+        make = TightLoader if union is None else partial(UnionLoader, union.sampling)
         for loader, (name, per_epoch, workers) in zip(make_loaders(trainer, is_mixed, make), parts):
             source = SeededBatches(loader, trainer.block.seed, f"{name} {trainer.local_rank}")
             if is_mixed and name == "training":

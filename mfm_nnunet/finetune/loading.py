@@ -3,7 +3,7 @@
 The dataset classes replace nnU-Net's own, whose ``load_case`` trusts pickles and metalayers of blosc2. Here no file can
 run code. An error names the damaged file, even if the damage only shows when its voxels are read.
 
-nnU-Net's own loader and transforms make each batch under its own seed. So workers never draw the same numbers, a run
+nnU-Net's loader and transforms make each batch under its own seed. So workers never draw the same numbers, a run
 resumes exactly by starting at the next index, and no loader state needs to be saved.
 """
 
@@ -38,6 +38,7 @@ from mfm_nnunet.data.volumes import PREPROCESS_AGAIN, open_array, read_arrays, r
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import read_json
+from mfm_nnunet.finetune.augmentation import TightLoader
 from mfm_nnunet.workspace import Workspace
 
 VALIDATE_AGAIN = "validate the fold of the first stage that holds the case again (mfm_train --val), which writes it."
@@ -70,7 +71,7 @@ def read_batches(source: Dataset, first: int, last: int, num_workers: int, pin_m
 
 
 def make_loaders(
-    trainer: nnUNetTrainer, full_targets: bool = False, make: Callable[..., nnUNetDataLoader] = nnUNetDataLoader
+    trainer: nnUNetTrainer, full_targets: bool = False, make: Callable[..., nnUNetDataLoader] = TightLoader
 ) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
     """Make nnU-Net's training and validation loaders as its trainer does, with deterministic transforms.
 

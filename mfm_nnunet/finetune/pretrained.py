@@ -76,7 +76,7 @@ def transfer_with_report(
     report, lines = _transfer_and_describe(
         reading, network, manager, manager.get_configuration(configuration), folder, (parts, topology), None
     )
-    logger.info("%s", "\n".join(lines))
+    logger.info("%s", "\n".join(lines).replace("\n", "\n  "))
     logger.debug("%s", report.details())
     return report
 

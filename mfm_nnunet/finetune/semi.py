@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from mfm_nnunet.data.volumes import Volume, open_array
 from mfm_nnunet.errors import MFMError
+from mfm_nnunet.finetune.augmentation import TightLoader
 from mfm_nnunet.finetune.loading import Batch, Loaded, make_deterministic, read_batches, seed_of, seeded
 from mfm_nnunet.finetune.student import make_student_batches, soft_targets_of
 from mfm_nnunet.settings import SemiSettings, to_dict
@@ -238,7 +239,7 @@ def make_unlabelled_loaders(
     labels = types.SimpleNamespace(all_labels=[0], has_ignore_label=False)
     shared = (manager.patch_size, labels, 0.0)
     return (
-        nnUNetDataLoader(cases, trainer.batch_size, initial, *shared, transforms=augment),
+        TightLoader(cases, trainer.batch_size, initial, *shared, transforms=augment),
         nnUNetDataLoader(cases, trainer.batch_size, manager.patch_size, *shared),
     )
 

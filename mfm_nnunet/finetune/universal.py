@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor, nn
 
 from mfm_nnunet.data.class_table import ClassTable, key_of
 from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.files import read_json, write_json
+from mfm_nnunet.finetune.augmentation import TightLoader
 from mfm_nnunet.interchange.foreign import Reading
 from mfm_nnunet.models.families import family_of
 from mfm_nnunet.models.transfer import unwrapped, without_wrapper_prefixes
@@ -32,8 +32,8 @@ BEFORE = "validation_before"
 """Folder of what an extended model predicted before it learned more."""
 
 
-class UnionLoader(nnUNetDataLoader):
-    """nnU-Net's loader, with each batch from at least two datasets; see :data:`mfm_nnunet.data.class_table.SAMPLING`.
+class UnionLoader(TightLoader):
+    """The loader, with each batch from at least two datasets; see :data:`mfm_nnunet.data.class_table.SAMPLING`.
 
     The order within a batch is random, because nnU-Net centres its last crops on foreground.
     """

@@ -166,8 +166,18 @@ def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def draw_curves(series: Mapping[str, Sequence[float | None]], ylabel: str, alt: str, is_share: bool = False) -> Picture:
-    """Draw values per epoch as lines, one for each name; None and NaN leave gaps. ``is_share``: from 0 to 1."""
+def draw_curves(
+    series: Mapping[str, Sequence[float | None]],
+    ylabel: str,
+    alt: str,
+    is_share: bool = False,
+    bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    steps: int = 0,
+) -> Picture:
+    """Draw values per epoch as lines, one for each name; None and NaN leave gaps. ``is_share``: from 0 to 1.
+
+    ``bands`` are limits around some lines. With ``steps`` per epoch the axis counts these.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -181,13 +191,19 @@ def draw_curves(series: Mapping[str, Sequence[float | None]], ylabel: str, alt: 
             points = [float("nan") if value is None else float(value) for value in values]
             marker = "o" if len(points) <= 20 else None
             label = escaped(name).replace("$", r"\$").replace("_", " ")
-            axes.plot(range(1, len(points) + 1), points, marker=marker, markersize=4, label=label,
-                      color=colours[number % len(colours)])  # fmt: skip
-        axes.set_xlabel("epoch", color=_INK)
+            places, colour = (
+                [(steps or 1) * (epoch + 1) for epoch in range(len(points))],
+                colours[number % len(colours)],
+            )
+            axes.plot(places, points, marker=marker, markersize=4, label=label, color=colour)
+            if bands and name in bands:
+                low, high = zip(*bands[name])
+                axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.set_xlabel("steps" if steps else "epoch", color=_INK)
         axes.set_ylabel(ylabel, color=_INK)
         if is_share:
             axes.set_ylim(0, 1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.tick_params(colors=_INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color(_INK)

@@ -21,6 +21,8 @@ FEWEST_CASES = 8
 """Fewer training masks than this with a label define no usual volume."""
 ALWAYS = 0.95
 """A label in at least this share of the training masks is expected in every case."""
+RARELY = 0.05
+"""A label at the border of at most this share of the training masks is expected to lie inside of every image."""
 LOW_AGREEMENT = 0.7
 """Dice between the folds of a model, below which a label is flagged."""
 _NAMES_SHOWN = 5
@@ -98,12 +100,15 @@ def _dice(counts: np.ndarray, values: Sequence[int]) -> float:
 
 
 def summarise_volumes(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Summarise the volumes of training masks, without names of cases: quartiles and range by label, as JSON values."""
+    """Summarise training masks without names of cases, as JSON values by label: how many masks have it, in how many it
+    touches the border, and the quartiles and range of its volume.
+    """
     labels = {}
     for name in measured[0].volumes if measured else ():
         found = np.array([one.volumes[name] for one in measured if one.volumes[name] > 0])
         values = np.quantile(found, [0, 0.25, 0.5, 0.75, 1]).tolist() if len(found) else []
-        labels[name] = {"num_cases": len(found), "quartiles": values}
+        num_touching = sum(name in one.touching for one in measured)
+        labels[name] = {"num_cases": len(found), "num_touching": num_touching, "quartiles": values}
     return {"unit": measured[0].unit if measured else "", "num_cases": len(measured), "labels": labels}
 
 
@@ -126,11 +131,18 @@ def find_flags(
     flags = []
     if training.get("unit") == measured.unit:
         flags += _find_outliers(measured, training)
-    if measured.touching:
-        flags.append(f"touches the border of the image, so a part may be missing: {_first_names(measured.touching)}")
+    if cut := [name for name in measured.touching if _is_usually_inside(name, training)]:
+        flags.append(f"touches the border of the image, so a part may be missing: {_first_names(cut)}")
     if low := [f"{name} (Dice {dice:.2f})" for name, dice in (agreement or {}).items() if dice < LOW_AGREEMENT]:
         flags.append(f"the folds disagree: {_first_names(low)}")
     return flags
+
+
+def _is_usually_inside(name: str, training: Mapping[str, Any]) -> bool:
+    """Check if enough training masks have a label, and nearly all inside of the image. Older models do not know."""
+    known = training.get("labels", {}).get(name, {})
+    num_cases = known.get("num_cases", 0)
+    return num_cases >= FEWEST_CASES and known.get("num_touching", num_cases) <= RARELY * num_cases
 
 
 def _find_outliers(measured: Measured, training: Mapping[str, Any]) -> list[str]:

@@ -6,15 +6,13 @@ Legend: H W pixels of a slice, Y X pixels of a panel, 3 red, green, blue.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mfm_nnunet.files import atomic_write
-from mfm_nnunet.reports.views import OrientedImage, Plane, choose_planes, read_oriented
+from mfm_nnunet.reports.views import OrientedImage, Plane, choose_planes
 
 COLOURS = ("#ff5a4d", "#2fb6ff", "#ffd23f", "#5ddb6b", "#c77dff", "#ff9f1c", "#2ec4b6", "#f72585")
 """Colours of the first labels; the others get :func:`palette`'s."""
@@ -28,7 +26,6 @@ PANEL = 360
 """Longer side of a panel in pixels."""
 _INK, _PAPER = (232, 232, 232), (20, 22, 26)
 _FILL = 0.42
-_GAP, _LINE = 10, 18
 
 
 @dataclass(frozen=True)
@@ -124,36 +121,6 @@ def draw_image(image: OrientedImage, plane: Plane) -> Any:
     return _finish(base_YX3, plane, grid)
 
 
-def draw_overlay(
-    file: Path,
-    title: str,
-    image: Path,
-    reference: Path,
-    predictions: Mapping[str, Path],
-    labels: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Write a PNG with one row per prediction (2D: one column), titled by the keys, e.g. ``MAE, Dice 0.81``.
-
-    ``labels`` maps names to values. The legend names only labels that are seen. Raises RuntimeError (SimpleITK) for a
-    file that is not an image.
-    """
-    scans = [
-        Scan(read_oriented(image), read_oriented(mask, True).voxels, read_oriented(reference, True).voxels)
-        for mask in predictions.values()
-    ]
-    planes, table = scans[0].planes(), Labels(labels)
-    rows = [[draw_labels(scan, plane, table) for plane in planes] for scan in scans]
-    titles = [[name, *(plane.name for plane in planes)] for name in predictions]
-    if len(planes) == 1:  # beside each other
-        rows, titles = [[row[0] for row in rows]], [["", *predictions]]
-    seen = table.present(*(plane.cut(part) for scan in scans for plane in planes for part in (scan.mask, scan.reference)
-                           if part is not None))  # fmt: skip
-    legend = [(name.replace("_", " "), table.colour(name)) for name in seen]
-    sheet = _arrange(title, rows, titles, legend)
-    with atomic_write(file) as handle:
-        sheet.save(handle, "PNG")
-
-
 @dataclass(frozen=True)
 class _Grid:
     """Size of a panel, and of its pixels: ``step`` in mm, or in pixels of the image."""
@@ -239,39 +206,3 @@ def _font() -> Any:
 
 def _rgb(code: str) -> tuple[int, ...]:
     return tuple(int(code[start : start + 2], 16) for start in (1, 3, 5))
-
-
-def _arrange(
-    title: str, rows: Sequence[Sequence[Any]], titles: Sequence[Sequence[str]], legend: Iterable[tuple[str, Any]]
-) -> Any:
-    """Put panels on a sheet: a title, rows with a name and titles of their columns, and a legend."""
-    from PIL import Image, ImageDraw
-
-    width = max(sum(panel.width + _GAP for panel in row) for row in rows) + _GAP
-    width = max(width, int(_font().getlength(title)) + 2 * _GAP)
-    entries, x, y = [], _GAP, 0
-    for name, colour in [("fill: predicted, line: reference", None), *legend]:
-        needed = int(_font().getlength(name)) + (34 if colour is not None else 14)
-        if x + needed > width:
-            x, y = _GAP, y + _LINE
-        entries.append((x, y, name, colour))
-        x += needed
-    heads = [2 * _LINE if names[0] else _LINE for names in titles]
-    height = 2 * _LINE + sum(head + max(p.height for p in row) + _GAP for head, row in zip(heads, rows)) + y + 2 * _LINE
-    sheet = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, _GAP), title, _INK, font=_font())
-    top = 2 * _LINE
-    for head, row, (name, *columns) in zip(heads, rows, titles):
-        draw.text((_GAP, top), name, _INK, font=_font())
-        left = _GAP
-        for panel, column in zip(row, columns):
-            draw.text((left, top + head - _LINE), column, _INK, font=_font())
-            sheet.paste(panel, (left, top + head))
-            left += panel.width + _GAP
-        top += head + max(panel.height for panel in row) + _GAP
-    for x, y, name, colour in entries:
-        if colour is not None:
-            draw.rectangle((x, top + y + 2, x + 14, top + y + 14), fill=colour)
-        draw.text((x + (20 if colour is not None else 0), top + y), name, _INK, font=_font())
-    return sheet

@@ -139,7 +139,7 @@ def _list_cases(seen: Sequence[_Seen], labels: Mapping[str, Any], training: Mapp
     return Section("Cases", texts, GOOD_CASES, tables=tables)
 
 
-_NO_TRAINING = "No volumes of the training set are known, so unusual volumes are not flagged."
+_NO_TRAINING = "Nothing is known of the training masks, so unusual volumes and cut-off labels are not flagged."
 
 
 def _list_each_label(seen: Sequence[_Seen], labels: Mapping[str, Any], training: Mapping[str, Any]) -> list[Table]:

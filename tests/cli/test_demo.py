@@ -1,4 +1,4 @@
-"""The demo: data, output, refusals, pictures, and (long) all steps."""
+"""The demo: data, comparison, page, refusals, and (long) all steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mfm_nnunet.cli import demo as command
 from mfm_nnunet.data.corpus import load_cases
 from mfm_nnunet.data.sources import index_source
 from mfm_nnunet.demo import data, run
-from mfm_nnunet.demo.run import ARMS, DemoResult, compare, format_result
+from mfm_nnunet.demo.run import PRETEXT, SCRATCH, DemoResult, compare_starts, format_result
 from mfm_nnunet.metrics import dice, mean_dice
 from mfm_nnunet.reports.html import render
 
@@ -45,7 +45,7 @@ def test_blocks_share_no_voxel_and_mirror_each_other() -> None:
 
 def test_no_tested_voxel_was_trained_on_not_even_mirrored(template: data.Split) -> None:
     """The template is left-right symmetric to the bit, so another hemisphere alone would be the same data."""
-    trained, tested = world_voxels(template.corpus), world_voxels(template.test)
+    trained, tested = world_voxels(template.train), world_voxels(template.test)
     assert (trained[:, 0] < 0).all()
     assert (tested[:, 0] > 0).all()
     mirrored = trained * [-1, 1, 1]
@@ -63,11 +63,12 @@ def world_voxels(cases: list[Any]) -> np.ndarray:
 
 
 def test_template_cases_are_real_and_complete(template: data.Split) -> None:
-    assert len(template.corpus) >= 8
-    assert len(template.labelled) >= 4
+    assert len(template.train) >= run.SEEDS * data.NUM_LABELS
     assert len(template.test) >= 4
-    assert {case.name for case in template.labelled} <= {case.name for case in template.corpus}
-    for case in [*template.labelled, *template.test]:
+    folds = template.folds(run.SEEDS)
+    used = [name for fold in folds for name in fold["train"]]
+    assert len(used) == len(set(used)) == run.SEEDS * data.NUM_LABELS, "each seed has labels of its own"
+    for case in [*template.train, *template.test]:
         label = np.asarray(nibabel.load(case.label).dataobj)
         assert set(np.unique(label)) == {0, 1, 2}
         assert (label > 0).mean() >= data.MIN_TISSUE
@@ -102,9 +103,23 @@ def make_dataset(folder: Path, num_cases: int, is_2d: bool = False) -> Path:
 def test_folder_is_split_by_case(tmp_path: Path, num_cases: int, tested: list[str]) -> None:
     split = data.split_folder(make_dataset(tmp_path / "Dataset001_X", num_cases))
     assert [case.name for case in split.test] == tested
-    assert len(split.labelled) == num_cases - len(tested)
-    assert split.corpus == split.labelled
-    assert not {case.name for case in split.corpus} & set(tested)
+    assert len(split.train) == num_cases - len(tested)
+    assert not {case.name for case in split.train} & set(tested)
+    for fold in split.folds(3):
+        assert fold["val"] == tested
+        assert len(fold["train"]) == len(set(fold["train"])) == min(data.NUM_LABELS, num_cases - len(tested))
+        assert not set(fold["train"]) & set(tested)
+
+
+def test_large_datasets_test_few_cases_and_labels_are_spread(tmp_path: Path) -> None:
+    split = data.split_folder(make_dataset(tmp_path / "Dataset001_X", 60, is_2d=True))
+    assert len(split.test) == data.MOST_TEST
+    assert len(split.train) == 52
+    names = [case.name for case in split.train]
+    for fold in split.folds(3):
+        places = [names.index(name) for name in fold["train"]]
+        assert places == sorted(places)
+        assert places[-1] - places[0] > 40
 
 
 @pytest.mark.parametrize("is_2d", [False, True])
@@ -114,39 +129,87 @@ def test_what_is_written_can_be_read_as_corpus_and_dataset(tmp_path: Path, is_2d
     data.write_corpus(split, tmp_path / "corpus.csv")
     data.write_dataset(split, tmp_path / "Dataset902_Y")
     data.write_test_folder(split, tmp_path / "test")
-    assert [case.images for case in index_source(tmp_path / "corpus.csv")] == [case.images for case in split.corpus]
+    assert [case.images for case in index_source(tmp_path / "corpus.csv")] == [case.images for case in split.train]
     written = {case.name: (case.images, case.label) for case in load_cases(tmp_path / "Dataset902_Y")}
-    assert written == {case.name: (case.images, case.label) for case in split.labelled}
+    assert written == {case.name: (case.images, case.label) for case in (*split.train, *split.test)}
     ending = ".png" if is_2d else ".nii.gz"
     assert [file.name for file in (tmp_path / "test").iterdir()] == [f"case4_0000{ending}"]
 
 
+def make_result(pretrained: list[list[float]], scratch: list[list[float]], ends: list[list[float]]) -> DemoResult:
+    """A result with Dice by epoch and seed of both starts, and their Dice at the end by seed."""
+    curves = {PRETEXT: pretrained, SCRATCH: scratch}
+    return DemoResult(curves, dict(zip(curves, ends)), {"train scratch": 4}, steps_per_epoch=5, num_labels=8)
+
+
+SLOW = [[0.1, 0.3, 0.6, 0.7], [0.2, 0.4, 0.6, 0.8], [0.1, 0.3, 0.7, 0.8]]
+FAST = [[0.4, 0.5, 0.8, 0.7], [0.5, 0.5, 0.8, 0.8], [0.3, 0.6, 0.7, 0.8]]
+
+
+@pytest.mark.parametrize(
+    ("curves", "words"),
+    [
+        (
+            (FAST, SLOW),
+            ["after 5 to 10 steps", "worst training after MAE", "At all other steps", "this takes 15 steps"],
+        ),
+        ((SLOW, FAST), ["after 5 to 10 steps", "worst training from scratch", "this takes 20 steps"]),
+        ((SLOW, SLOW), ["At no step", "noise", "this takes 20 steps"]),
+        (([[0.1, 0.2]] * 3, [[0.3, 0.4]] * 3), ["after 5 to 10 steps", "it is not reached"]),
+        (([[float("nan")]] * 3, [[0.4]] * 3), ["At no step", "it is not reached"]),
+    ],
+)
+def test_what_is_above_the_spread_is_said_and_the_rest_is_noise(
+    curves: tuple[list[list[float]], list[list[float]]], words: list[str]
+) -> None:
+    texts = " ".join(compare_starts(make_result(*curves, [[0.8, 0.9, 0.7], [0.75, 0.7, 0.85]])))
+    assert all(word in texts for word in words), texts
+    assert "+0.033 Dice: within the spread" in texts
+    apart = compare_starts(make_result(*curves, [[0.8, 0.9, 0.9], [0.7, 0.6, 0.7]]))
+    assert any("+0.200 Dice: above the spread" in text for text in apart)
+
+
+def test_steps_apart_from_each_other_are_listed() -> None:
+    assert run._in_ranges([1, 2, 3, 5, 8, 9], 5) == "5 to 15, 25, 40 to 45"
+
+
 @pytest.mark.parametrize("is_2d", [False, True])
-def test_compare_scores_and_draws(tmp_path: Path, is_2d: bool) -> None:
+def test_the_page_shows_curve_numbers_and_masks(tmp_path: Path, is_2d: bool) -> None:
     split = data.split_folder(make_dataset(tmp_path / "Dataset001_X", 5, is_2d))
-    result = DemoResult(seconds={"data": 1, "plan": 2, "pictures": 3, "pretrain mae": 4, "train mae": 5})
-    for arm in ARMS:
-        result.folders[arm] = tmp_path / arm
-        result.folders[arm].mkdir()
-        for case in split.test:
-            mask = sitk.ReadImage(str(case.label)) * (arm != "mae")
-            sitk.WriteImage(mask, str(result.folders[arm] / Path(case.label or "").name))
-    compare(result, split, tmp_path / "overlays")
-    assert result.mean("scratch") == 1
-    assert result.mean("mae") == 0
-    assert [file.name for file in result.overlays] == ["case4.png"]
-    pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(result.overlays[0])))
-    assert min(pixels.shape[:2]) > 300
-    red = (pixels[..., 0].astype(int) - pixels[..., 2] > 60).mean()
-    assert red > 0.005, "neither fill nor contour of the label was drawn"
+    result = make_result(FAST, SLOW, [[0.8, 0.9, 0.7], [0.75, 0.7, 0.85]])
+    result.masks = [Path(case.label or "") for case in split.test]
     page = render(run.make_demo_report(result, split))
     assert page.count("<img ") == (2 if is_2d else 6)
     assert "case4" in page
-    assert '<th scope="row">MAE</th><td class="n">0</td>' in page
+    assert page.count("<svg") == 1
+    drawing = page[page.index("<svg") : page.index("</svg>")]
+    assert drawing.count("FillBetweenPolyCollection") == 2, "a band for each start"
+    assert all(text in drawing for text in ("after MAE", "from scratch", ">steps<"))
+    assert "worst training after MAE" in page
+    row = '<th scope="row">after MAE</th><td>0.40 (0.30 to 0.50)</td><td>0.53 (0.50 to 0.60)</td>'
+    assert row in page
     table = format_result(result)
-    assert "block" in table
-    row = next(line for line in table.splitlines() if line.startswith("MAE"))
-    assert " ".join(row.split()) == "MAE 0.000 0.000 4 s 5 s -"
+    row = next(line for line in table.splitlines() if line.startswith("from scratch"))
+    assert row.split("  ")[-1].strip() == "0.77 (0.70 to 0.85)"
+
+
+def test_what_a_training_left_is_read(tmp_path: Path) -> None:
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "log.jsonl").write_text('{"epoch": 0, "dice_mean": null}\n{"epoch": 1, "dice_mean": 0.5}\n')
+    (tmp_path / "validation" / "summary.json").write_text('{"foreground_mean": {"Dice": 0.75}}')
+    result = DemoResult()
+    run.read_training(result, SCRATCH, tmp_path)
+    np.testing.assert_array_equal(result.curves[SCRATCH], [[np.nan, 0.5]])
+    assert result.scores == {SCRATCH: [0.75]}
+
+
+def test_noise_is_that_of_a_magnitude_image_and_always_the_same() -> None:
+    image = np.full((30, 30, 30), 200, np.uint8)
+    image[:15] = 0
+    noisy = data.add_noise(image).astype(float)
+    assert noisy[15:].std() == pytest.approx(data.NOISE, rel=0.05)
+    assert noisy[:15].mean() == pytest.approx(data.NOISE * np.sqrt(np.pi / 2), rel=0.05)
+    np.testing.assert_array_equal(noisy, data.add_noise(image))
 
 
 def test_dice() -> None:
@@ -171,7 +234,7 @@ def test_overwrite_removes_only_what_the_demo_made(tmp_path: Path) -> None:
     folder = tmp_path / "ws"
     run.prepare_folder(folder, overwrite=False)
     kept = ["nnUNet_raw/Dataset004_Mine/dataset.json", "notes.txt", "nnUNet_results/Dataset004_Mine/model.pth"]
-    gone = ["nnUNet_raw/Dataset902_DemoLabelled/dataset.json", "predictions/mae/a.nii.gz", "corpus.csv"]
+    gone = ["nnUNet_raw/Dataset902_DemoLabelled/dataset.json", "predictions/a.nii.gz", "corpus.csv"]
     for name in [*kept, *gone]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
@@ -200,7 +263,7 @@ def test_nothing_is_written_after_wrong_input(
 
 SHORT = [
     *("pretrain.epochs=1", "pretrain.iterations_per_epoch=2", "pretrain.validation_iterations=1"),
-    *("finetune.epochs=1", "finetune.iterations_per_epoch=2", "finetune.validation_iterations=1", "num_workers=0"),
+    *("finetune.epochs=2", "finetune.iterations_per_epoch=1", "finetune.validation_iterations=1", "num_workers=0"),
 ]
 
 
@@ -216,15 +279,16 @@ def test_the_whole_way(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     cases = sorted(file.name.partition("_0000")[0] for file in (folder / "test_images").iterdir())
     assert cases
-    for arm, title in ARMS.items():
-        masks = sorted((folder / "predictions" / arm).glob("*.png" if kind == "2d" else "*.nii.gz"))
-        assert [mask.name.partition(".")[0] for mask in masks] == cases
-        assert all(str(mask) in printed for mask in masks)
-        assert title in printed
-    assert sorted(file.stem for file in (folder / "overlays").iterdir()) == cases
-    assert f"Report: {folder / 'report.html'}" in printed
-    assert (folder / "report.html").is_file()
+    masks = sorted((folder / "predictions").glob("*.png" if kind == "2d" else "*.nii.gz"))
+    assert [mask.name.partition(".")[0] for mask in masks] == cases
+    assert all(f"  {mask}" in printed.splitlines() for mask in masks)
+    assert f"in a browser: {folder / 'report.html'}" in printed
+    page = (folder / "report.html").read_text()
     record = json.loads((folder / run.RECORD).read_text())
-    assert set(record["dice"]) == set(ARMS)
+    for start, title in run.STARTS.items():
+        assert title in printed
+        assert title in page
+        assert [len(curve) for curve in record["curves"][start]] == [2] * run.SEEDS
+        assert len(record["scores"][start]) == run.SEEDS
     assert command.main(line) == 2
     assert "--overwrite" in capsys.readouterr().err

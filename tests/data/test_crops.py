@@ -26,6 +26,7 @@ from mfm_nnunet.data.crops import (
     require_legal_balance,
 )
 from mfm_nnunet.data.volumes import mask_file, read_box
+from mfm_nnunet.data.warp import Order
 from mfm_nnunet.errors import MFMError
 from tests.builders.damage import overwrite_middle
 from tests.builders.volumes import Keep, write_volume
@@ -101,20 +102,23 @@ def test_two_crops_of_one_volume_and_unpadded_requests(files: list[Path]) -> Non
     assert item["image2"].shape == (1, 9, 16, 12)
 
 
+@pytest.mark.parametrize("order", [1, 3])
 @pytest.mark.parametrize("patch_size", [(12, 16, 20), (6, 40, 40), (24, 30)])
-def test_spatial_augmentation_reads_enough_and_keeps_the_scale(patch_size: tuple[int, ...]) -> None:
+def test_spatial_augmentation_reads_enough_and_keeps_the_scale(patch_size: tuple[int, ...], order: Order) -> None:
     """A constant image stays constant; where too little was read, a corner would fall to 0."""
     for seed in range(40):
         parameters = draw_spatial(np.random.default_rng(seed), patch_size, "spatial")
-        ones = np.ones((1, *parameters.read_size(patch_size)), np.float32)
-        assert apply_spatial(ones, parameters, patch_size).min() > 0.99
+        ones = np.ones((1, *parameters.read_size(patch_size, order)), np.float32)
+        assert apply_spatial(ones, parameters, patch_size, order).min() > 0.99
 
 
 def test_identity_and_flips() -> None:
     image = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
     assert np.array_equal(apply_spatial(image, SpatialParameters(None, (False,) * 3), (2, 3, 4)), image)
-    flipped = apply_spatial(image, SpatialParameters(np.eye(3), (True, False, True)), (2, 3, 4))
-    assert np.allclose(flipped, image[:, ::-1, :, ::-1], atol=1e-5)
+    turned = SpatialParameters(np.eye(3), (True, False, True))
+    assert turned.read_size((2, 3, 4)) == (4, 5, 6)
+    flipped = apply_spatial(np.pad(image, [(0, 0), (1, 1), (1, 1), (1, 1)]), turned, (2, 3, 4))
+    assert np.allclose(flipped, image[:, ::-1, :, ::-1], atol=1e-3)
 
 
 @pytest.mark.parametrize(

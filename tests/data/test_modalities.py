@@ -15,10 +15,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import mfm_nnunet
 from mfm_nnunet.data.storage import Manifest
+from mfm_nnunet.data.unlabelled import Labelled, _test_volumes
+from mfm_nnunet.dataset import DatasetJson
 from mfm_nnunet.errors import MFMError
 from mfm_nnunet.modalities import kind_of, kind_of_channel, kind_of_folder
 from mfm_nnunet.plan import Plan
 from mfm_nnunet.plan_rules import plan_problem
+from mfm_nnunet.workspace import use
 from tests.builders import unions
 from tests.builders.architectures import resenc
 from tests.builders.site import edit_json
@@ -248,6 +251,19 @@ def test_modalities_of_labelled_cases_are_refused_by_name(tmp_path: Path) -> Non
         mfm_nnunet.plan_and_preprocess([900], universal=[4, 53], workspace=tmp_path)
     mixed_dataset(tmp_path, ["MR", "US", "MR", "US", "MR"])
     assert not json.loads(plan_labelled(tmp_path).read_text())["mfm"].get("modalities"), "all are normalised one by one"
+
+
+def test_test_images_of_unknown_modality_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No mask, no row of subjects.csv: they cannot be normalised, so nobody knows if a corpus holds them."""
+    folder = mixed_dataset(tmp_path, ["CT", "MR", "CT", "MR", "CT"])
+    file = plan_labelled(tmp_path, preprocess=False)
+    (folder / "imagesTs").mkdir()
+    (folder / "imagesTs" / "t_0000.nii.gz").symlink_to(folder / "imagesTr" / "p0_0000.nii.gz")
+    dataset = DatasetJson.read(folder / "dataset.json", "")
+    with use(tmp_path) as here:
+        assert not _test_volumes(here, Labelled(Plan.read(file, ""), "3d_fullres", dataset, [], [], []))
+    assert "1 of 1 test images are not compared" in caplog.text
+    assert "modality" in caplog.text
 
 
 def test_one_model_takes_the_modality_only_if_it_needs_it(tmp_path: Path) -> None:

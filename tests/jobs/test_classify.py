@@ -23,6 +23,7 @@ from mfm_nnunet.jobs.predict import predict
 from mfm_nnunet.jobs.train import train
 from mfm_nnunet.models.networks import build_network
 from mfm_nnunet.study.run import read_labelled
+from mfm_nnunet.terminal import one_message
 from tests.builders import labels
 
 
@@ -125,14 +126,19 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(
     ]
 
 
-def test_weights_go_from_classifier_to_classifier_and_are_reported(tmp_path: Path) -> None:
+def test_weights_go_from_classifier_to_classifier_and_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     labels.prepare(tmp_path)
     first = labels.run(tmp_path, head="linear")
     content = checkpoint.load(first / "checkpoint_final.pth")
     content["mfm"]["licence"] = "CC-BY-SA-4.0"
     checkpoint.save(content, first / "checkpoint_final.pth")
-    folder = labels.run(tmp_path, "3d_fullres", "finetune.train=head", head="attentive",
-                        pretrained_weights=first / "checkpoint_final.pth")  # fmt: skip
+    with caplog.at_level("INFO"):
+        folder = labels.run(tmp_path, "3d_fullres", "finetune.train=head", head="attentive",
+                            pretrained_weights=first / "checkpoint_final.pth")  # fmt: skip
+    shown = next(record.getMessage() for record in caplog.records if "weights from" in record.getMessage())
+    assert one_message(shown) == shown, "its lines are lines, and no escaped breaks"
     report = json.loads((folder / "transfer.json").read_text())
     assert report["encoder_share"] == 1
     assert checkpoint.load(folder / "checkpoint_final.pth")["mfm"]["licence"] == "CC-BY-SA-4.0"

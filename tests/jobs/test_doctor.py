@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,11 @@ def test_tables_are_whole_without_a_terminal(capsys: pytest.CaptureFixture[str])
     assert {"pretrain.warmup_epochs", "finetune.warmup_epochs"} <= {row["name"] for row in rows}
     assert info_command.main(["settings", "warmup_epochs"]) == 0
     assert "finetune.warmup_epochs" in capsys.readouterr().out
+
+
+def test_the_doctor_waits_for_torch_and_nothing_else_that_is_heavy(tmp_path: Path) -> None:
+    """It takes two seconds of CPU time, most of them in torch; each of these would add one or more."""
+    heavy = {"nnunetv2", "matplotlib", "scipy", "SimpleITK", "timm", "torchvision", "dynamic_network_architectures"}
+    code = f"import sys, mfm_nnunet; mfm_nnunet.doctor({str(tmp_path)!r}); print(*({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == []

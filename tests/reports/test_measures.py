@@ -41,7 +41,7 @@ def test_labels_at_the_border(shape: tuple[int, ...]) -> None:
 def test_a_mask_as_in_training_has_no_flag() -> None:
     training = summarise_volumes([measured(liver=1500 * factor) for factor in np.linspace(0.7, 1.4, 20)])
     assert training["num_cases"] == 20
-    assert set(training["labels"]["liver"]) == {"num_cases", "quartiles"}, "no names of cases"
+    assert set(training["labels"]["liver"]) == {"num_cases", "num_touching", "quartiles"}, "no names of cases"
     assert find_flags(measured(liver=1100), training, {"liver": 0.9}) == []
 
 
@@ -61,6 +61,17 @@ def test_flags_in_plain_words(one: Measured, agreement: dict[str, float], words:
     flags = find_flags(one, training, agreement)
     assert len(flags) == 1
     assert words in flags[0]
+
+
+@pytest.mark.parametrize(("num_cases", "num_touching", "is_flagged"), [(40, 2, True), (40, 3, False), (7, 0, False)])
+def test_a_label_at_the_border_is_flagged_where_training_masks_rarely_touch_it(
+    num_cases: int, num_touching: int, is_flagged: bool
+) -> None:
+    masks = [Measured("ml", {"vessel": 9 + n}, ["vessel"] * (n < num_touching)) for n in range(num_cases)]
+    training = summarise_volumes(masks)
+    assert bool(find_flags(masks[0], training)) is is_flagged
+    del training["labels"]["vessel"]["num_touching"]
+    assert find_flags(masks[0], training) == [], "models of earlier versions do not know"
 
 
 def test_few_or_other_training_masks_say_nothing_about_volumes() -> None:

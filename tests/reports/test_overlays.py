@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import nibabel
 import numpy as np
 import pytest
 
 from mfm_nnunet.reports import overlays
-from mfm_nnunet.reports.overlays import Labels, Scan, draw_errors, draw_labels, draw_overlay, palette
+from mfm_nnunet.reports.overlays import Labels, Scan, draw_errors, draw_labels, palette
 from mfm_nnunet.reports.views import OrientedImage, Plane
 
 
@@ -83,25 +80,3 @@ def test_letters_and_proportions(monkeypatch: pytest.MonkeyPatch) -> None:
     panels = [draw_labels(seen, plane, Labels({"one": (1,)})) for plane in seen.planes()]
     assert [panel.size for panel in panels] == [(360, 360), (360, 270), (360, 270)]
     assert [letter for letter in written if len(letter) == 1] == [*"RLAP", *"RLSI", *"APSI"]
-
-
-def test_forty_one_labels_keep_image_and_title(tmp_path: Path) -> None:
-    """The legend names what is seen, and lies below the panels."""
-    from PIL import Image
-
-    labels = {f"a rather long name of an organ {value}": (value,) for value in range(1, 42)}
-    mask = np.zeros((30, 40, 50), np.uint8)
-    for value in range(1, 42):
-        mask[:, :, value - 1] = value
-    for name in ("image", "mask"):
-        nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), tmp_path / f"{name}.nii.gz")
-    files = [tmp_path / f"{name}.nii.gz" for name in ("image", "mask")]
-    draw_overlay(tmp_path / "a.png", "title", files[0], files[1], {"one": files[1]}, labels)
-    sheet = np.asarray(Image.open(tmp_path / "a.png"))
-    red = (np.abs(sheet.astype(int) - (255, 90, 77)).sum(-1) < 3).nonzero()
-    assert sheet.shape[1] > 700
-    assert red[0].max() > 300, "the first label is in the legend"
-    few = np.where(mask < 4, mask, 0).astype(np.uint8)
-    nibabel.save(nibabel.Nifti1Image(few, np.eye(4)), files[1])
-    draw_overlay(tmp_path / "b.png", "title", files[0], files[1], {"one": files[1]}, labels)
-    assert np.asarray(Image.open(tmp_path / "b.png")).shape[0] < sheet.shape[0]
