@@ -16,14 +16,14 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 38_891,
-    "spine lines": 16_525,
-    "files": 200,
-    "files with one importer": 32,
+    "package lines": 39_793,
+    "spine lines": 16_641,
+    "files": 203,
+    "files with one importer": 33,
     "modules over 420 lines": 0,
     "functions with over 8 parameters": 0,
     "functions over 60 lines": 0,
-    "names defined twice": 12,
+    "names defined twice": 11,
     "import cycles": 0,
     "optimisation steps": 1,
 }

@@ -1,10 +1,9 @@
 """Data of the demo: real images with labels, split into cases to train on and test cases.
 
-By default these are blocks of the T1 brain template in the nilearn wheel (MNI ICBM 152, 1 mm) with added noise, and
-labels made from its grey- and white-matter maps. Blocks share no voxel. The left hemisphere trains and the right one
-tests. The template is exactly left-right symmetric, so a block equals its mirror image. Therefore blocks are coloured
-like a chessboard: left blocks of one colour train, right blocks of the other test, and no tested voxel was seen
-mirrored in training.
+By default these are blocks of the T1 brain template in the nilearn wheel (MNI ICBM 152, 1 mm), with labels made from
+its grey- and white-matter maps. Blocks share no voxel. The left hemisphere trains and the right one tests. The template
+is exactly left-right symmetric, so a block equals its mirror image. Therefore blocks are coloured like a chessboard:
+left blocks of one colour train, right blocks of the other test, and no tested voxel was seen mirrored in training.
 """
 
 from __future__ import annotations
@@ -33,12 +32,6 @@ MIDLINE = 98
 """The voxel plane x = 0, which belongs to neither hemisphere."""
 MIN_TISSUE = 0.15
 """Minimum share of brain tissue in a block."""
-NOISE = 40
-"""Standard deviation of the noise; grey and white matter are 48 apart.
-
-The template is the mean of 152 brains, without any noise: a threshold tells its tissues apart, and nothing is left that
-pretraining could teach.
-"""
 TEST_EVERY, MOST_TEST = 5, 8
 """With ``--data``, every fifth labelled case is a test case, up to this number."""
 NUM_LABELS = 8
@@ -77,7 +70,6 @@ def split_template(folder: Path) -> Split:
     maps: list[Any] = [nibabel.load(find_template(name)) for name in ("t1", "gm", "wm")]
     t1, grey, white = maps
     labels = tissue_labels(np.asarray(grey.dataobj), np.asarray(white.dataobj))
-    noisy = add_noise(np.asarray(t1.dataobj))
     folder.mkdir(parents=True, exist_ok=True)
     cases: dict[str, list[Case]] = {"left": [], "right": []}
     for hemisphere, (i, j, k), where in template_blocks(t1.affine):
@@ -85,7 +77,7 @@ def split_template(folder: Path) -> Split:
             continue
         name = f"{hemisphere}_{i}{j}{k}"
         image, label = folder / f"{name}.nii.gz", folder / f"{name}_tissue.nii.gz"
-        _save_block(image, t1, noisy, where)
+        _save_block(image, t1, np.asarray(t1.dataobj), where)
         _save_block(label, t1, labels, where)
         cases[hemisphere].append(Case(name, (image,), label, name))
     dataset_json = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz"}
@@ -121,12 +113,6 @@ def tissue_labels(grey: np.ndarray, white: np.ndarray) -> np.ndarray:
     """Make labels from maps of 0 to 255: background if their sum is below one half, else the larger map."""
     is_tissue = grey.astype(np.int32) + white >= 128
     return np.where(is_tissue, np.where(grey >= white, 1, 2), 0).astype(np.uint8)
-
-
-def add_noise(t1: np.ndarray) -> np.ndarray:
-    """Add the noise of a magnitude image (Rician), as a fast scan has it; always the same."""
-    real, imaginary = np.random.default_rng(0).normal(0, NOISE, (2, *t1.shape)).astype(np.float32)
-    return np.hypot(t1 + real, imaginary).round().astype(np.uint16)
 
 
 def split_folder(folder: Path) -> Split:

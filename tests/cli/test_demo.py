@@ -203,15 +203,6 @@ def test_what_a_training_left_is_read(tmp_path: Path) -> None:
     assert result.scores == {SCRATCH: [0.75]}
 
 
-def test_noise_is_that_of_a_magnitude_image_and_always_the_same() -> None:
-    image = np.full((30, 30, 30), 200, np.uint8)
-    image[:15] = 0
-    noisy = data.add_noise(image).astype(float)
-    assert noisy[15:].std() == pytest.approx(data.NOISE, rel=0.05)
-    assert noisy[:15].mean() == pytest.approx(data.NOISE * np.sqrt(np.pi / 2), rel=0.05)
-    np.testing.assert_array_equal(noisy, data.add_noise(image))
-
-
 def test_dice() -> None:
     reference, predicted = np.array([0, 1, 1, 2, 9]), np.array([0, 1, 2, 2, 1])
     assert dice(reference, predicted, (1,)) == 2 / 4

@@ -211,7 +211,7 @@ def test_predict_hands_everything_over(calls: dict[str, Any]) -> None:
         "mirroring": False, "save_probabilities": True, "overwrite": False, "resume": True, "previous_stage": "prev",
         "num_parts": 3, "part_id": 1, "device": "cpu", "workspace": None,
         "spacing": None, "series": None, "key_file": None, "dicom_seg": False, "references": None,
-        "report": True, "classes": None, "classes_of": None, "modality": None, "dry_run": False,
+        "report": True, "classes": None, "classes_of": None, "modality": None, "dry_run": False, "fast": False,
     }  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def test_requests_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> 
     source = corpus_plan(tmp_path, HIPPOCAMPUS)
     file = pretrained_checkpoint(tmp_path / "a.pth", source, "3d_fullres")
     for request, message in (
-        ({"spacing": "onemm"}, "decides the spacing"),
+        ({"spacing": "onemm"}, "the checkpoint decides"),
         ({"network": "primus"}, "is a ResEnc"),
         ({"configurations": ("2d",)}, "no configuration '2d'"),
     ):

@@ -50,7 +50,7 @@ def train_all(
 ) -> None:
     """Run all cells: each notes that it ran, and writes a result; ``code`` comes first and knows ``folder``."""
 
-    def steps(study: Study, cell: Cell, device: str) -> Iterator[Step]:
+    def steps(study: Study, cell: Cell, device: str, licence: str | None = None) -> Iterator[Step]:
         folder = study.cell_folder(cell)
         text = json.dumps(small.result([0.5, 0.6, 0.7, 0.8]))
         for number, case in enumerate(study.question.test):
