@@ -21,11 +21,11 @@ SPINE = {
     "Plan": "planning.fingerprint planning.planner planning.derive planning.like dataset plan "
     "plan_rules settings values models.networks models.families models.unet models.sizing models.memory",
     "Preprocess": "data.preprocess data.sizes data.resampling data.storage data.volumes",
-    "Draw crops": "jobs.pretrain data.crops data.loading",
+    "Draw crops": "jobs.pretrain data.crops data.warp data.loading",
     "Pretrain": "tasks.base tasks.masks tasks.mae tasks.losses models.backbone engine.pretraining "
     "engine.engine engine.optim engine.state checkpoint",
     "Fine-tune": "jobs.train finetune.pretrained models.transfer finetune.splits finetune.fold finetune.loading "
-    "finetune.settings finetune.groups finetune.trainer tasks.segmentation finetune.validation",
+    "finetune.augmentation finetune.settings finetune.groups finetune.trainer tasks.segmentation finetune.validation",
     "Predict": "jobs.predict prediction.cases prediction.model prediction.export prediction.journal",
 }
 """The modules that one volume passes with MAE, from scan to mask, in this order, by stage.

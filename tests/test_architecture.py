@@ -17,7 +17,7 @@ ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
     "package lines": 39_793,
-    "spine lines": 16_641,
+    "spine lines": 16_996,
     "files": 203,
     "files with one importer": 33,
     "modules over 420 lines": 0,

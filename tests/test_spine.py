@@ -30,7 +30,7 @@ BESIDE = {
     *("models.pctnet_family", "models.primus_family", "models.swin_family"),
     *("finetune.semi", "finetune.student", "finetune.watch", "jobs.student", "jobs.unlabelled", "interchange.natural"),
     *("data.class_table", "finetune.universal", "jobs.universal", "prediction.selection"),
-    *("interchange.folder", "interchange.foreign", "interchange.hub", "interchange.read"),
+    *("interchange.folder", "interchange.foreign", "interchange.hub", "interchange.published", "interchange.read"),
 }
 """The utilities at the root, and rooms that are asked and answer no. Reports are beside the spine too."""
 
