@@ -25,7 +25,10 @@ def add_unlabelled(
     request, before = inputs.request, block.semi.corpus
     corpus = request.unlabelled
     if corpus is None and before is not None:
-        corpus = before["name"]
+        corpus = before.get("name")
+        if not isinstance(corpus, str):
+            text = "the run's settings do not say which unlabelled images it has (semi.corpus): give --unlabelled."
+            raise MFMError("E_CONFIG", text)
     run_settings.require_both(corpus, block.semi, inputs.overrides)
     if corpus is None or request.only_validate:
         return block, None
