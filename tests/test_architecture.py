@@ -16,7 +16,7 @@ from setup_scripts.figures import Sources, figures, find_cycles, spine_modules
 ROOT = "mfm_nnunet"
 SOURCES = Sources()
 CEILINGS = {
-    "package lines": 39_796,
+    "package lines": 39_802,
     "spine lines": 16_996,
     "files": 203,
     "files with one importer": 33,

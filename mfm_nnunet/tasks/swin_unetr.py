@@ -199,6 +199,12 @@ class CoarseDecoder(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Return (B, num_outputs, *patch_size). ``features`` are fine to coarse; only the last map's values count."""
         x = features[-1]
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # see mfm_nnunet.device.require_sound_bf16
+            with torch.autocast("cpu", enabled=False):
+                return self._decode(x.float(), features)
+        return self._decode(x, features)
+
+    def _decode(self, x: Tensor, features: Sequence[Tensor]) -> Tensor:
         for stage, size in zip(self.stages, self._sizes(features), strict=True):
             x = functional.interpolate(stage(x), size=size, mode=self.mode, align_corners=False)
         assert tuple(x.shape[2:]) == self.patch_size, f"{tuple(x.shape[2:])} is not {self.patch_size}"
