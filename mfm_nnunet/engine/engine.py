@@ -52,7 +52,7 @@ class Run(Protocol):
 
     device: torch.device
     folder: Path
-    """Where the run writes its files."""
+    """Folder of the run's files."""
 
     def training_batches(self, first_step: int) -> Iterator[Batch]:
         """Return the batches of all steps from ``first_step`` on."""

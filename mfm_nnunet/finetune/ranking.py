@@ -1,4 +1,4 @@
-"""What to label next: unlabelled images on which teachers disagree, and that are unlike each other and the labelled.
+"""Rank images to label next: those on which teachers disagree, unlike each other and unlike the labelled ones.
 
 Greedy k-centre (arXiv 1708.00489) in the feature space of a teacher's encoder, weighted by disagreement. Legend: N
 images, F features.

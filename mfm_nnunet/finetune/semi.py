@@ -74,7 +74,7 @@ MAKERS: dict[str, Callable[[MFMTrainer], SegmentationTask]] = {
     "mean_teacher": _mean_teacher,
     "student": lambda trainer: StudentTask(*_parts(trainer), soft_targets_of(trainer)),
 }
-"""What makes the task of each method."""
+"""Maker of the task of each method."""
 
 
 def require_images(trainer: MFMTrainer) -> None:

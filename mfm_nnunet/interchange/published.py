@@ -32,7 +32,7 @@ class Published:
 
     @property
     def pinned_by(self) -> str:
-        """What identifies the weights, in words."""
+        """Say what identifies the weights."""
         known = {"commit": self.commit, "SHA-256": self.sha256}
         return ", ".join(name for name, value in known.items() if value) or "first download"
 

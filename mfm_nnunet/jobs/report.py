@@ -41,7 +41,7 @@ MOST_MEASURED = 200
 MOST_RANKED = 20
 """Number of scans to label next that a report lists."""
 STATES = {"started": "died while it was predicted", "stopped": "stopped", "publishing": "stopped"}
-"""What the journal's last line on a case means, if it was neither done nor failed."""
+"""Meaning of the journal's last line on a case that was neither done nor failed."""
 
 
 @contextlib.contextmanager

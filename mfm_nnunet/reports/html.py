@@ -76,7 +76,7 @@ class Report:
     facts: Mapping[str, Any]
     sections: Sequence[Section]
     contains: str = "names of cases, pictures of patients and measures of their organs"
-    """What must not leave the house."""
+    """Warning that the page must not leave the house."""
     versions: Mapping[str, Any] = field(default_factory=lambda: package_versions())
 
 

@@ -37,7 +37,7 @@ GOOD_ERRORS = (
 
 @dataclass(frozen=True)
 class PredictedCase:
-    """What is known about a case: files, and how its prediction ended."""
+    """A predicted case: its files, and how its prediction ended."""
 
     name: str
     image: Path | Sequence[Path] | None = None

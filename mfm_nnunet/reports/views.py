@@ -47,7 +47,7 @@ class OrientedImage:
 
 @dataclass(frozen=True)
 class Plane:
-    """Where to cut a volume: ``axis`` and ``index``; ``axis`` -1 is a flat image as a whole."""
+    """Plane through a volume: ``axis`` and ``index``; ``axis`` -1 is a flat image as a whole."""
 
     axis: int
     index: int = 0

@@ -110,7 +110,7 @@ class Mixing:
     box: float
     """Sides of a box as a share of the crop's."""
     labels: tuple[int, ...]
-    """What is pasted: values of a label map, or channels of regions."""
+    """Labels that are pasted: values of a label map, or channels of regions."""
     is_one_label: bool
     """Paste one of the labels, drawn from those in the other crop, instead of all."""
     hosts: tuple[int, ...]

@@ -23,7 +23,7 @@ from mfm_nnunet.tasks.pseudo_labels import PseudoLabelTask, finest, split_output
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """How soft targets become a loss, and how much each voxel counts."""
+    """Settings of the loss on soft targets, and the weight of each voxel."""
 
     has_regions: bool
     has_ignore: bool
